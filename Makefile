@@ -1,0 +1,50 @@
+# Every target makes .venv if it is not there; a second run installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-full lint bench kernel-report clean
+
+help:
+	@echo "make demo           tune a small pretrained ViT to handwritten digits (about 2 minutes)"
+	@echo "make test           the test suite; the kernels run in it, on the CPU where there is no GPU"
+	@echo "make test-full      every shape of every kernel (long)"
+	@echo "make lint           ruff and mypy"
+	@echo "make bench          this machine against eager PyTorch, side by side"
+	@echo "make kernel-report  the kernels' machine code against its limits (needs no GPU)"
+	@echo "make clean          remove .venv and caches"
+
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	# ttsem runs the Triton kernels on the CPU; its metadata asks for a newer Python than it needs.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python --constraint constraints.txt ttsem
+	@touch $(INSTALLED)
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/python -m vpt_fast.train.demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not full'
+
+test-full: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench.bench_step
+
+kernel-report: $(INSTALLED)
+	$(BIN)/python -m bench.kernel_report
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache build *.egg-info

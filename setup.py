@@ -1,0 +1,42 @@
+"""Packaging. `kernels/` installs as `vpt_fast.kernels`; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="vpt-fast",
+    version="0.1.0",
+    description="Visual prompt tuning of timm vision transformers with Triton kernels",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["vpt_fast", "vpt_fast.ops", "vpt_fast.train", "vpt_fast.kernels"],
+    package_dir={"vpt_fast": "vpt_fast", "vpt_fast.kernels": "kernels"},
+    package_data={"vpt_fast": ["py.typed", "assets/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "triton>=3.2; platform_system == 'Linux'",
+        "timm>=1.0.29,<1.1",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "pillow>=10",
+        "matplotlib>=3.8",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "dev": [
+            "mypy>=1.10",
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "ruff>=0.6",
+            "types-tqdm",
+        ],
+    },
+    entry_points={"console_scripts": ["vpt-fast = vpt_fast.cli:main"]},
+)

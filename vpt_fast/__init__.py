@@ -1,0 +1,26 @@
+"""Fast visual prompt tuning for timm vision transformers."""
+
+from vpt_fast.adapter import load_adapter, save_adapter
+from vpt_fast.methods import LinearProbe, VPTDeep, VPTShallow
+from vpt_fast.tune import (
+    count_parameters,
+    print_trainable_parameters,
+    prompt_tune,
+    remove_prompts,
+    trainable_parameters,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearProbe",
+    "VPTDeep",
+    "VPTShallow",
+    "count_parameters",
+    "load_adapter",
+    "print_trainable_parameters",
+    "prompt_tune",
+    "remove_prompts",
+    "save_adapter",
+    "trainable_parameters",
+]

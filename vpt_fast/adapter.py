@@ -1,0 +1,344 @@
+"""Save what was trained, and load it onto a plain model.
+
+An adapter is a directory of two files: `adapter_model.safetensors`, the trained tensors under
+their names in the model, and `adapter_config.json`, what is needed to build the model again and
+to know that it is the right one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from vpt_fast.checks import check_model
+from vpt_fast.fingerprint import difference, fingerprint
+from vpt_fast.methods import from_dict, to_dict
+from vpt_fast.models import is_tuned
+from vpt_fast.tune import prompt_tune, remove_prompts, trainable_parameters
+
+Model = TypeVar("Model", bound=nn.Module)
+
+TENSORS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+FORMAT_VERSION = 1
+_CONFIG_KEYS = (
+    "format_version",
+    "method",
+    "model",
+    "input",
+    "class_names",
+    "versions",
+    "fingerprint",
+    "tensors_sha256",
+)
+
+
+def model_config(
+    model: nn.Module, model_args: dict[str, Any] | None = None, checkpoint: str | None = None
+) -> dict[str, Any]:
+    """What `timm.create_model` needs to build `model` again, as JSON values.
+
+    Args:
+        model: a timm vision transformer, plain or tuned.
+        model_args: arguments of `timm.create_model` that replace or complete the recorded ones.
+        checkpoint: the file its weights came from; its name is kept.
+    """
+    vit: Any = model
+    args = {
+        key: value
+        for key, value in {**getattr(vit, "_model_args", {}), **(model_args or {})}.items()
+        if not key.endswith(("drop_rate", "drop_path_rate"))
+    }
+    args |= {
+        "num_classes": vit.num_classes,
+        "in_chans": vit.in_chans,
+        "global_pool": vit.global_pool,
+        "img_size": list(vit.patch_embed.img_size),
+    }
+    unrecorded = sorted(key for key, value in args.items() if not _is_json(value))
+    pretrained: dict[str, Any] = getattr(vit, "pretrained_cfg", None) or {}
+    return {
+        "name": pretrained.get("architecture"),
+        "args": {key: value for key, value in args.items() if key not in unrecorded},
+        "unrecorded_args": unrecorded,
+        "pretrained_tag": pretrained.get("tag") or None,
+        "checkpoint": None if checkpoint is None else os.path.basename(checkpoint),
+        "width": vit.embed_dim,
+        "depth": len(vit.blocks),
+    }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_prompt(name: str) -> bool:
+    return name.startswith("prompt_") or ".prompt." in name
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What requires a gradient, and the prompts even where they have been frozen since."""
+    trained = {name for name, _ in trainable_parameters(model)}
+    return {n: p.detach() for n, p in model.named_parameters() if n in trained or _is_prompt(n)}
+
+
+def _frozen(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
+    return {name: t for name, t in model.state_dict().items() if name not in set(trained)}
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    model_args: dict[str, Any] | None = None,
+    checkpoint: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write everything of `model` that requires a gradient, whole or not at all.
+
+    Args:
+        model: a tuned model.
+        directory: the adapter's directory; its parents are made.
+        class_names: label names, in the order of the classes.
+        model_args: arguments of `timm.create_model` that the model does not record itself.
+        checkpoint: the file that the backbone's weights came from; its name is kept.
+        overwrite: replace an adapter that is there.
+
+    Returns:
+        `directory` as a Path.
+
+    Raises:
+        FileExistsError: `directory` exists and `overwrite` is False, or it holds other files.
+        ValueError: `model` is not tuned, nothing in it is trained, a trained value is not finite,
+            or the number of names is not the number of classes.
+    """
+    directory = Path(directory)
+    if not is_tuned(model):
+        raise ValueError(f"this {type(model).__name__} is not tuned; call prompt_tune first")
+    tuned: Any = model
+    if class_names is not None and len(class_names) != tuned.num_classes:
+        raise ValueError(f"{len(class_names)} class names for {tuned.num_classes} classes")
+    _check_target(directory, overwrite)
+    trained = _trained(model)
+    if not trained:
+        raise ValueError("nothing in this model requires a gradient; there is nothing to save")
+    _check_finite(trained, "the model")
+    data = resolve_model_data_config(model)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        tensors = {name: t.to("cpu").contiguous().clone() for name, t in trained.items()}
+        save_file(tensors, scratch / TENSORS_FILE, metadata={"format": "pt"})
+        config = {
+            "format_version": FORMAT_VERSION,
+            "method": to_dict(tuned.tune_record.method),
+            "model": model_config(model, model_args, checkpoint),
+            "input": {
+                "input_size": list(data["input_size"]),
+                "interpolation": data["interpolation"],
+                "mean": list(data["mean"]),
+                "std": list(data["std"]),
+                "crop_pct": data["crop_pct"],
+                "crop_mode": data.get("crop_mode", "center"),
+            },
+            "class_names": None if class_names is None else [str(name) for name in class_names],
+            "versions": {"vpt_fast": _version(), "torch": torch.__version__, "timm": _timm()},
+            "fingerprint": fingerprint(_frozen(model, list(trained))),
+            "tensors_sha256": _sha256(scratch / TENSORS_FILE),
+        }
+        (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        scratch.chmod(0o755)
+        _move_into_place(scratch, directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return directory
+
+
+def _version() -> str:
+    from vpt_fast import __version__  # the package imports this module
+
+    return __version__
+
+
+def _timm() -> str:
+    return str(timm.__version__)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_target(directory: Path, overwrite: bool) -> None:
+    if not directory.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{directory} exists; choose another directory, or pass overwrite=True"
+        )
+    if not directory.is_dir() or {f.name for f in directory.iterdir()} - {
+        TENSORS_FILE,
+        CONFIG_FILE,
+    }:
+        raise FileExistsError(f"{directory} holds more than an adapter; choose another directory")
+
+
+def _move_into_place(scratch: Path, directory: Path) -> None:
+    if not directory.exists():
+        scratch.rename(directory)
+        return
+    old = scratch.with_name(f"{scratch.name}.old")
+    directory.rename(old)
+    try:
+        scratch.rename(directory)
+    except OSError:
+        old.rename(directory)
+        raise
+    shutil.rmtree(old)
+
+
+def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} of {where} has values that are not finite")
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The adapter's configuration, checked for completeness.
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is not there.
+        ValueError: the configuration is damaged or of a newer format.
+    """
+    directory = Path(directory)
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} is not an adapter: it has no {name}")
+    path = directory / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(config).__name__}, not an object")
+    version = config.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {version}, this vpt_fast reads up to {FORMAT_VERSION}; upgrade it"
+        )
+    missing = [key for key in _CONFIG_KEYS if key not in config]
+    if missing:
+        raise ValueError(f"{path} is damaged: it has no {missing[0]!r}")
+    return config
+
+
+def _read_tensors(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    path = directory / TENSORS_FILE
+    if _sha256(path) != config["tensors_sha256"]:
+        raise ValueError(f"{path} is damaged or not the file that {CONFIG_FILE} belongs to")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    _check_finite(tensors, str(path))
+    return tensors
+
+
+def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
+    """Tune a plain timm model with a saved adapter, in place.
+
+    Args:
+        model: a plain model with the backbone that the adapter was trained on; rounding of its
+            weights to another dtype is accepted. It needs a head of as many classes.
+        directory: what `save_adapter` wrote.
+
+    Returns:
+        `model` itself, as `prompt_tune` leaves it, with the trained values.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: the adapter is damaged, or belongs to a model of another width, depth, class
+            count or other weights. `model` is unchanged then.
+        TypeError: `model` is not a timm VisionTransformer.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    tensors = _read_tensors(directory, config)
+    method = from_dict(config["method"])
+    check_model(model, method)
+    _check_backbone(model, config, list(tensors), directory)
+    tuned: Any = prompt_tune(model, method)
+    try:
+        _fill(tuned, tensors, directory)
+    except ValueError:
+        remove_prompts(tuned)
+        raise
+    return tuned
+
+
+def _check_backbone(
+    model: Any, config: dict[str, Any], trained: list[str], directory: Path
+) -> None:
+    have, want = model_config(model), config["model"]
+    for key, what in (("width", "width"), ("depth", "number of blocks")):
+        if have[key] != want.get(key):
+            raise ValueError(
+                f"the adapter in {directory} is for another model: its {what} is {want.get(key)}, "
+                f"this model's is {have[key]}; the adapter's model is {want.get('name')}"
+            )
+    classes = want.get("args", {}).get("num_classes")
+    if have["args"]["num_classes"] != classes:
+        raise ValueError(
+            f"the adapter in {directory} is for {classes} classes, this model has "
+            f"{have['args']['num_classes']}; create it with num_classes={classes}"
+        )
+    different = difference(_frozen(model, trained), config["fingerprint"])
+    if different:
+        raise ValueError(
+            f"the adapter in {directory} is for another backbone: {different}; load the weights "
+            f"it was trained on ({_source(want)})"
+        )
+
+
+def _source(model: dict[str, Any]) -> str:
+    source = model.get("checkpoint") or model.get("pretrained_tag") or "weights of its own"
+    return f"{model.get('name')}, {source}"
+
+
+def _fill(model: Any, tensors: dict[str, Tensor], directory: Path) -> None:
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise ValueError(f"{directory / TENSORS_FILE}: the model has no parameter {name}")
+        if parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"{directory / TENSORS_FILE}: {name} has shape {tuple(tensor.shape)}, the model's "
+                f"has {tuple(parameters[name].shape)}"
+            )
+    missing = [n for n in parameters if _is_prompt(n) and n not in tensors]
+    if missing:
+        raise ValueError(f"{directory / TENSORS_FILE} has no {missing[0]}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if not _is_prompt(name):
+                model.tune_record.originals.setdefault(name, parameters[name].detach().clone())
+            parameters[name].copy_(tensor)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in tensors)

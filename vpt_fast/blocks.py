@@ -1,0 +1,240 @@
+"""timm's Attention and Block with prompts: the classes that tuned blocks are given.
+
+Both override `forward` only, so that names, state dicts, copies and pickles stay timm's. In
+VPT-Deep a prompt is only a key and a value: its rows of the block's output are never read, so
+the block is (B, N, D) -> (B, N, D), like the one it replaces. Prompt rows that are read later
+(VPT-Shallow, a prompted block before an unprompted one) stand after the prefix tokens as tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from vpt_fast.ops.attention import prompt_attention
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Where prompt rows stand in a block's input and output.
+
+    Attributes:
+        prefix: number of prefix tokens; prompt rows come right after them.
+        entering: prompt rows in the block's input.
+        leaving: prompt rows in its output.
+    """
+
+    prefix: int
+    entering: int = 0
+    leaving: int = 0
+
+
+def insert_rows(x: Tensor, rows: Tensor, prefix: int) -> Tensor:
+    """Put `rows` (B or 1, p, D) after the `prefix` first tokens of x (B, N, D): (B, N + p, D)."""
+    rows = rows.to(x.dtype).expand(x.shape[0], -1, -1)
+    return torch.cat([x[:, :prefix], rows, x[:, prefix:]], dim=1)
+
+
+def strip_rows(x: Tensor, count: int, prefix: int) -> Tensor:
+    """Drop the `count` rows after the `prefix` first tokens of x (B, N + count, D)."""
+    if not count:
+        return x
+    if not prefix:
+        return x[:, count:]
+    return torch.cat([x[:, :prefix], x[:, prefix + count :]], dim=1)
+
+
+def extend_mask(mask: Tensor, count: int, prefix: int) -> Tensor:
+    """Give a (..., N, N) attention mask rows and columns for prompts, which everything sees."""
+    visible = True if mask.dtype == torch.bool else 0.0
+    for dim in (-1, -2):
+        if mask.shape[dim] == 1:  # broadcast over this dimension already
+            continue
+        head, tail = mask.narrow(dim, 0, prefix), mask.narrow(dim, prefix, mask.shape[dim] - prefix)
+        shape = list(mask.shape)
+        shape[dim] = count
+        mask = torch.cat([head, mask.new_full(shape, visible), tail], dim=dim)
+    return mask
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if `module` itself carries a forward or backward hook."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class PromptedAttention(Attention):
+    """timm's Attention whose queries also read prompt keys and values."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        prompts: Tensor | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from every row of x, or from `queries`, to the prompts and to every row of x.
+
+        Args:
+            x: normalised tokens (B, N, D).
+            attn_mask: as timm's; without `prompts` and `queries` only.
+            is_causal: as timm's; without `prompts` and `queries` only.
+            prompts: normalised prompts (B or 1, p, D).
+            queries: normalised query rows (B, M, D), if not those of x.
+
+        Returns:
+            (B, N or M, D).
+        """
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if self.attn_drop.p and self.attn_drop.training:
+            raise ValueError(
+                f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
+                "keep the frozen blocks in eval mode, as model.train() does"
+            )
+        tokens = self._tokens(x, queries)
+        prompt_kv = [] if prompts is None else self._prompts(prompts)
+        out = prompt_attention(tokens, prompt_kv, self.scale)
+        return self.proj_drop(self.proj(out))
+
+    def _tokens(self, x: Tensor, queries: Tensor | None) -> list[Tensor]:
+        heads, dim = self.num_heads, self.head_dim
+        if queries is None:
+            qkv = self.qkv(x).unflatten(-1, (3, heads, dim))  # (B, N, 3, H, d)
+            tokens = [qkv]
+        else:
+            width = heads * dim
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+            q = F.linear(queries, weight[:width], q_bias).unflatten(-1, (heads, dim))
+            kv = F.linear(x, weight[width:], kv_bias).unflatten(-1, (2, heads, dim))
+            tokens = [q, kv]
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            return tokens
+        q, k, v = tokens[0].unbind(2) if queries is None else (tokens[0], *tokens[1].unbind(2))
+        return [self.q_norm(q), self.k_norm(k), v]
+
+    def _prompts(self, prompts: Tensor) -> list[Tensor]:
+        width = self.num_heads * self.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[width:]
+        kv = F.linear(prompts, self.qkv.weight[width:], bias)
+        kv = kv.unflatten(-1, (2, self.num_heads, self.head_dim))  # (B or 1, p, 2, H, d)
+        if isinstance(self.k_norm, nn.Identity):
+            return [kv]
+        k, v = kv.unbind(2)
+        return [self.k_norm.forward(k), v]
+
+
+class PromptedBlock(Block):
+    """timm's Block with prompts of its own, with live prompt rows passing through, or both.
+
+    Attributes:
+        prompt: module that makes this block's prompts from the batch size, or None.
+        rows: where prompt rows stand in its input and output.
+    """
+
+    attn: PromptedAttention
+    prompt: nn.Module | None
+    rows: PromptRows
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As every module's call; hooks see the block as (B, N, D) -> (B, N, D)."""
+        rows = self.rows
+        if not (rows.entering or rows.leaving) or not has_hooks(self):
+            return super().__call__(x, *args, **kwargs)
+        live = _LiveRows(x[:, rows.prefix : rows.prefix + rows.entering])
+        x = strip_rows(x, rows.entering, rows.prefix)
+        x = super().__call__(x, *args, live=live, **kwargs)
+        return insert_rows(x, live.rows, rows.prefix) if rows.leaving else x
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        live: _LiveRows | None = None,
+    ) -> Tensor:
+        """(B, entering + N, D) -> (B, leaving + N, D).
+
+        Args:
+            x: tokens, with the live prompt rows that enter.
+            attn_mask: as timm's, (..., N, N) without prompt rows; prompts are always visible.
+            is_causal: refused: prompts have no place in an order of tokens.
+            live: prompt rows that travel beside x instead of in it.
+
+        Raises:
+            ValueError: `is_causal` is True.
+        """
+        if is_causal:
+            raise ValueError("is_causal=True cannot be used with prompts; pass an attn_mask")
+        if live is not None:
+            x = insert_rows(x, live.rows, self.rows.prefix)
+        x = self._forward(x, None) if attn_mask is None else self._forward_masked(x, attn_mask)
+        if live is not None and self.rows.leaving:
+            prefix, leaving = self.rows.prefix, self.rows.leaving
+            live.rows = x[:, prefix : prefix + leaving]
+            x = strip_rows(x, leaving, prefix)
+        return x
+
+    def forward_first(self, x: Tensor, count: int) -> Tensor:
+        """The `count` first rows of the output, (B, count, D), from all rows of the input."""
+        return self._forward(x, count)
+
+    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x with this block's live rows in it, and the prompts that are keys and values only."""
+        rows = self.rows
+        if self.prompt is None:
+            return x, None
+        x = strip_rows(x, rows.entering, rows.prefix)
+        prompts = self.prompt(x.shape[0])
+        if rows.leaving:
+            return insert_rows(x, prompts, rows.prefix), None
+        return x, prompts.to(x.dtype)
+
+    def _forward(self, x: Tensor, first: int | None) -> Tensor:
+        x, prompts = self._enter(x)
+        dead = self.rows.entering if self.prompt is None and not self.rows.leaving else 0
+        # Queries apart do not pass through the qkv module, which a hook would miss.
+        late = dead if has_hooks(self.attn.qkv) else 0
+        # norm1's hooks are for tokens: prompts pass beside them.
+        prompts = None if prompts is None else self.norm1.forward(prompts)
+        y = self.norm1(x)
+        queries = None
+        if first is not None:
+            x, queries = x[:, :first], y[:, :first]
+        elif dead and not late:
+            x = strip_rows(x, dead, self.rows.prefix)
+            queries = strip_rows(y, dead, self.rows.prefix)
+        x = x + self.drop_path1(self.ls1(self.attn(y, prompts=prompts, queries=queries)))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return strip_rows(x, late, self.rows.prefix)
+
+    def _forward_masked(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        """With a mask prompts are ordinary rows of timm's own block."""
+        rows = self.rows
+        count, leaving = rows.entering, rows.leaving
+        if self.prompt is not None:
+            x = strip_rows(x, rows.entering, rows.prefix)
+            prompts = self.prompt(x.shape[0])
+            count = prompts.shape[1]
+            x = insert_rows(x, prompts, rows.prefix)
+        x = super().forward(x, attn_mask=extend_mask(attn_mask, count, rows.prefix))
+        return x if leaving else strip_rows(x, count, rows.prefix)
+
+
+class _LiveRows:
+    """Live prompt rows (B, p, D) on their way past the hooks of a block."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows

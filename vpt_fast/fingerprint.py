@@ -1,0 +1,59 @@
+"""A fingerprint of frozen weights: tells checkpoints apart, but not a cast of the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-2  # relative to the weight's norm; rounding to bf16 stays below it
+_COLUMNS = 4096
+
+
+def _signs(count: int) -> Tensor:
+    """Fixed random signs (count,), the same on every machine and in every version."""
+    # RandomState's stream is frozen by NumPy's compatibility policy; Generator's is not.
+    signs = np.random.RandomState(0).randint(0, 2, size=count) * 2 - 1
+    return torch.from_numpy(signs.astype(np.float64))
+
+
+def _summary(weight: Tensor) -> dict[str, Any]:
+    flat = weight.detach().to("cpu", torch.float64).flatten()
+    rows = -(-flat.numel() // _COLUMNS)
+    padded = torch.zeros(rows * _COLUMNS, dtype=torch.float64)
+    padded[: flat.numel()] = flat
+    signs = _signs(_COLUMNS + rows)
+    projection = signs[_COLUMNS:] @ (padded.view(rows, _COLUMNS) @ signs[:_COLUMNS])
+    return {
+        "shape": list(weight.shape),
+        "norm": float(flat.norm()),
+        "projection": float(projection),
+    }
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Shape, norm and one fixed random projection of every floating-point tensor, by name."""
+    return {name: _summary(w) for name, w in weights.items() if w.is_floating_point()}
+
+
+def difference(weights: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say how `weights` differ from the weights that `expected` was taken of; "" if they do not.
+
+    Args:
+        weights: tensors by name; names that `expected` lacks are ignored.
+        expected: what `fingerprint` returned.
+    """
+    for name, want in expected.items():
+        if name not in weights:
+            return f"the backbone has no {name}"
+        have = _summary(weights[name])
+        if have["shape"] != list(want["shape"]):
+            return f"{name} has shape {tuple(have['shape'])}, not {tuple(want['shape'])}"
+        for key in ("norm", "projection"):
+            # The projection of a weight is of the order of its norm.
+            if not abs(have[key] - want[key]) <= TOLERANCE * max(want["norm"], 1e-12):
+                return f"{name} has other values ({key} {have[key]:.6g}, not {want[key]:.6g})"
+    return ""

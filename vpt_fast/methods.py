@@ -1,0 +1,180 @@
+"""What can be tuned: one frozen dataclass per method.
+
+VPT-Shallow and VPT-Deep are section 3.2 of "Visual Prompt Tuning" (ECCV 2022, arXiv 2203.12119);
+where prompts stand and how deep they go is ablated in its section 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_dropout(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"dropout must be a number, got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {value}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_prompts(method: VPTShallow | VPTDeep) -> None:
+    _check_count("num_prompts", method.num_prompts, 0)
+    _check_dropout(method.dropout)
+    if method.project_dim is not None:
+        _check_count("project_dim", method.project_dim, 1)
+    _check_flag("pool_prompts", method.pool_prompts)
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Train the classifier only; the backbone's features stay as they are."""
+
+    name: ClassVar[str] = "linear"
+    num_prompts: ClassVar[int] = 0
+
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """No block of the `depth` blocks gets prompts."""
+        return ()
+
+
+@dataclass(frozen=True)
+class VPTShallow:
+    """Prompts join the sequence before block 0 and pass through every block as tokens.
+
+    Args:
+        num_prompts: number of prompts p, at least 0.
+        dropout: probability of prompt dropout, an independent mask per image; in [0, 1).
+        project_dim: width of the stored prompts, mapped to the model's width by one Linear;
+            None stores prompts of the model's width.
+        pool_prompts: keep the prompt rows of the last block's output, so that average, max and
+            attention pooling read them too (what the published MAE runs do).
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+
+    num_prompts: int = 10
+    dropout: float = 0.0
+    project_dim: int | None = None
+    pool_prompts: bool = False
+
+    name: ClassVar[str] = "vpt-shallow"
+    shared: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_prompts(self)
+
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """Indices of the blocks, of `depth`, before which prompts are inserted."""
+        return (0,) if self.num_prompts else ()
+
+
+@dataclass(frozen=True)
+class VPTDeep:
+    """Prompts of its own for every chosen block, which replace the prompt rows before it.
+
+    Args:
+        num_prompts: number of prompts p of each block, at least 0.
+        dropout: probability of prompt dropout, an independent mask per image and block; in [0, 1).
+        project_dim: width of the stored prompts, mapped to the model's width by one Linear that
+            all blocks share; None stores prompts of the model's width.
+        blocks: indices of the prompted blocks, a range or a list; None means all. Prompt rows
+            of a prompted block that is followed by an unprompted one live on as tokens.
+        shared: one set of prompts for all prompted blocks.
+        pool_prompts: keep the prompt rows of the last block's output for the pooling.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range; `blocks` is empty or
+            names a block twice.
+    """
+
+    num_prompts: int = 10
+    dropout: float = 0.0
+    project_dim: int | None = None
+    blocks: Iterable[int] | None = None
+    shared: bool = False
+    pool_prompts: bool = False
+
+    name: ClassVar[str] = "vpt-deep"
+
+    def __post_init__(self) -> None:
+        _check_prompts(self)
+        _check_flag("shared", self.shared)
+        if self.blocks is None:
+            return
+        if isinstance(self.blocks, (str, bytes)) or not isinstance(self.blocks, Iterable):
+            raise TypeError(f"blocks must be a range or a list of block indices: {self.blocks!r}")
+        blocks = tuple(self.blocks)
+        if not blocks:
+            raise ValueError("blocks is empty; name at least one block, or None for all of them")
+        for index in blocks:
+            _check_count("blocks: every index", index, 0)
+        repeated = sorted({i for i in blocks if blocks.count(i) > 1})
+        if repeated:
+            raise ValueError(f"blocks names block {repeated[0]} more than once: {list(blocks)}")
+        object.__setattr__(self, "blocks", tuple(sorted(blocks)))
+
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """Indices of the blocks, of `depth`, that get prompts, in ascending order.
+
+        Raises:
+            ValueError: `blocks` names a block that a model of this depth does not have.
+        """
+        blocks = tuple(range(depth)) if self.blocks is None else tuple(self.blocks)
+        if blocks and blocks[-1] >= depth:
+            raise ValueError(
+                f"blocks names block {blocks[-1]}, but the model has {depth} blocks "
+                f"(0 to {depth - 1})"
+            )
+        return blocks if self.num_prompts else ()
+
+
+Method = LinearProbe | VPTShallow | VPTDeep
+
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (LinearProbe, VPTShallow, VPTDeep)}
+
+
+def check_method(method: Any) -> Method:
+    """Return `method`, or raise TypeError if it is not one of this module's dataclasses."""
+    if type(method) not in METHODS.values():
+        known = ", ".join(f"{cls.__name__}()" for cls in METHODS.values())
+        raise TypeError(f"method must be one of {known}; got {method!r}")
+    return method
+
+
+def to_dict(method: Method) -> dict[str, Any]:
+    """Plain JSON-ready form: the method's name and its fields."""
+    values = asdict(method)
+    if values.get("blocks") is not None:
+        values["blocks"] = list(values["blocks"])
+    return {"name": method.name, **values}
+
+
+def from_dict(values: Mapping[str, Any]) -> Method:
+    """The method that `to_dict` wrote.
+
+    Raises:
+        ValueError: unknown name or field.
+    """
+    values = dict(values)
+    name = values.pop("name", None)
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    cls = METHODS[name]
+    unknown = sorted(set(values) - {f.name for f in fields(cls)})
+    if unknown:
+        raise ValueError(f"{name} has no field {unknown[0]!r}; was it written by a newer version?")
+    return cls(**values)

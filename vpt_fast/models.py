@@ -1,0 +1,222 @@
+"""timm's VisionTransformer and its distilled form, tuned: the classes that models are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import Attention
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint, checkpoint_seq
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from vpt_fast.blocks import PromptedAttention, PromptedBlock, PromptRows, has_hooks, strip_rows
+from vpt_fast.methods import Method
+from vpt_fast.prompts import PromptTokens
+
+
+@dataclass
+class TuneRecord:
+    """What `prompt_tune` did to a model, and what `remove_prompts` needs to undo it.
+
+    Attributes:
+        method: the method it was tuned with.
+        requires_grad: the parameters' flags before, by name.
+        training: the modules' modes before, by name.
+        originals: copies of the weights that are trained in place, from before, by name; the
+            classifier's at least.
+    """
+
+    method: Method
+    requires_grad: dict[str, bool]
+    training: dict[str, bool]
+    originals: dict[str, Tensor]
+
+
+class _PromptedModel(VisionTransformer):
+    """What both tuned classes override. Blocks make and strip prompt rows; the rest is timm's."""
+
+    tune_record: TuneRecord
+
+    def trained_modules(self) -> list[nn.Module]:
+        """The modules that follow `train()`: prompts, their projection, head and its dropout."""
+        names = ("prompt_projection", "head_drop", "head", "head_dist")
+        modules = [getattr(self, name) for name in names if hasattr(self, name)]
+        return modules + [m for m in self.modules() if isinstance(m, PromptTokens)]
+
+    def train(self, mode: bool = True) -> _PromptedModel:
+        """Set the mode of what is trained; the frozen backbone stays in eval mode."""
+        super().train(False)
+        self.training = mode
+        for module in self.trained_modules():
+            module.train(mode)
+        return self
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        """Logits, as timm's; the last block computes only the rows that the head reads."""
+        count = self._rows_read()
+        if count is None or attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        last: Any
+        *blocks, last = self.blocks
+        if self.grad_checkpointing:
+            x = checkpoint_seq(blocks, x) if blocks else x
+            x = checkpoint(last.forward_first, x, count)
+        else:
+            for block in blocks:
+                x = block(x)
+            x = last.forward_first(x, count)
+        return self.forward_head(self.norm(x))
+
+    def _rows_read(self) -> int | None:
+        """Rows of the last block that the head reads, if they are its first and nobody looks."""
+        if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
+            return None
+        last = self.blocks[-1]
+        if type(last) is not PromptedBlock:
+            return None
+        after = [getattr(self, n) for n in ("norm", "fc_norm", "head_drop", "head", "head_dist")
+                 if hasattr(self, n)]  # fmt: skip
+        watched = [self.blocks, *(m for module in (last, *after) for m in module.modules())]
+        if nn_module._has_any_global_hook() or any(has_hooks(m) for m in watched):
+            return None
+        return 2 if isinstance(self, VisionTransformerDistilled) else 1
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As timm's, with the live prompt rows stripped from every entry."""
+        height, width = x.shape[-2:]
+        result: Any = super().forward_intermediates(
+            x,
+            indices,
+            return_prefix_tokens=True,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt="NLC" if output_fmt == "NCHW" else output_fmt,
+            intermediates_only=intermediates_only,
+            output_dict=True,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        patches = [
+            entry[:, self._rows_leaving(index) :]
+            for index, entry in zip(sorted(taken), result["image_intermediates"], strict=True)
+        ]
+        if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size((height, width))
+            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
+        result["image_intermediates"] = patches
+        if not intermediates_only:
+            stop = last if stop_early else len(self.blocks) - 1
+            pooled = stop == len(self.blocks) - 1 and self._pools_prompts()
+            count = 0 if pooled else self._rows_leaving(stop)
+            result["image_features"] = strip_rows(
+                result["image_features"], count, self.num_prefix_tokens
+            )
+        if output_dict:
+            if not return_prefix_tokens:
+                result.pop("image_intermediates_prefix", None)
+            return result
+        if return_prefix_tokens and self.num_prefix_tokens:
+            patches = list(zip(patches, result["image_intermediates_prefix"], strict=True))
+        return patches if intermediates_only else (result["image_features"], patches)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """As timm's; the block that is now the last one strips the prompt rows."""
+        taken = super().prune_intermediate_layers(*args, **kwargs)
+        place_prompts(self)
+        return taken
+
+    def _rows_leaving(self, index: int) -> int:
+        block = self.blocks[index]
+        return block.rows.leaving if isinstance(block, PromptedBlock) else 0
+
+    def _pools_prompts(self) -> bool:
+        return bool(getattr(self.tune_record.method, "pool_prompts", False))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # As PromptTokens does: a plain checkpoint loads with strict=True.
+        if "prompt_tokens" in self._parameters:
+            state_dict.setdefault(f"{prefix}prompt_tokens", self.prompt_tokens)
+        projection = self._modules.get("prompt_projection")
+        if projection is not None:
+            for name, value in projection.named_parameters():
+                state_dict.setdefault(f"{prefix}prompt_projection.{name}", value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class PromptedVisionTransformer(_PromptedModel):
+    """timm's VisionTransformer, tuned."""
+
+
+class PromptedVisionTransformerDistilled(_PromptedModel, VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled (DeiT with a distillation token), tuned."""
+
+
+# Plain class -> tuned class. The type of a model is looked up exactly.
+TUNED_CLASS: dict[type[VisionTransformer], type[_PromptedModel]] = {
+    VisionTransformer: PromptedVisionTransformer,
+    VisionTransformerDistilled: PromptedVisionTransformerDistilled,
+}
+PLAIN_CLASS = {tuned: plain for plain, tuned in TUNED_CLASS.items()}
+
+
+def is_tuned(model: Any) -> bool:
+    """True if `prompt_tune` has been applied to `model`."""
+    return isinstance(model, _PromptedModel)
+
+
+def place_prompts(model: _PromptedModel) -> None:
+    """Give every block that meets prompts its class, and where prompt rows stand in it.
+
+    The last block is always given its class, so that it can compute the rows the head reads.
+    """
+    method = model.tune_record.method
+    blocks: Any = model.blocks
+    depth = len(blocks)
+    pool = bool(getattr(method, "pool_prompts", False))
+    prompted = [getattr(block, "prompt", None) is not None for block in blocks]
+    entering = 0
+    for index, block in enumerate(blocks):
+        count = method.num_prompts if prompted[index] else entering
+        if index + 1 < depth:
+            leaving = 0 if prompted[index + 1] else count
+        else:
+            leaving = count if pool else 0
+        if prompted[index] or entering or index + 1 == depth:
+            block.__class__ = PromptedBlock
+            block.attn.__class__ = PromptedAttention
+            block.prompt = getattr(block, "prompt", None)
+            block.rows = PromptRows(model.num_prefix_tokens, entering, leaving)
+        entering = leaving
+
+
+def unplace_prompts(model: _PromptedModel) -> None:
+    """Give every block timm's class back."""
+    blocks: Any = model.blocks
+    for block in blocks:
+        if isinstance(block, PromptedBlock):
+            block.__class__ = Block  # type: ignore[assignment]
+            block.attn.__class__ = Attention  # type: ignore[assignment]
+            if "prompt" in block._modules:
+                del block.prompt
+            block.__dict__.pop("prompt", None)
+            del block.rows

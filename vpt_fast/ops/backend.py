@@ -1,0 +1,13 @@
+"""Which implementation computes a tensor: its device and dtype decide, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def uses_kernels(tensor: Tensor) -> bool:
+    """True where the Triton kernels take `tensor`: on CUDA (or ROCm), in fp32, fp16 or bf16."""
+    return tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES

@@ -1,0 +1,77 @@
+"""The modules that own what is trained beside the head: prompt tokens and their projection."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def init_bound(patch_size: tuple[int, int], width: int) -> float:
+    """Bound v of the uniform initialisation U(-v, v), v = sqrt(6 / (3 * ph * pw + width)).
+
+    Args:
+        patch_size: height and width of a patch, in pixels.
+        width: channels of the stored prompts.
+    """
+    return math.sqrt(6.0 / (3 * patch_size[0] * patch_size[1] + width))
+
+
+def new_tokens(num_prompts: int, width: int, bound: float, like: Tensor) -> nn.Parameter:
+    """Prompts (num_prompts, width) drawn from U(-bound, bound), with `like`'s device and dtype."""
+    tokens = torch.empty(num_prompts, width, device=like.device, dtype=like.dtype)
+    return nn.Parameter(nn.init.uniform_(tokens, -bound, bound))
+
+
+def new_projection(project_dim: int, width: int, like: Tensor) -> nn.Linear:
+    """Linear (project_dim -> width), weight kaiming-normal over fan-out, bias 0."""
+    projection = nn.Linear(project_dim, width, device=like.device, dtype=like.dtype)
+    nn.init.kaiming_normal_(projection.weight, a=0, mode="fan_out")
+    nn.init.zeros_(projection.bias)
+    return projection
+
+
+class PromptTokens(nn.Module):
+    """Static prompts of one block.
+
+    Args:
+        tokens: parameter (p, D) or (p, project_dim) of this block; None if the block uses the
+            model's `prompt_tokens`.
+        dropout: probability of prompt dropout, an independent mask per image.
+        owner: the model whose `prompt_tokens` and `prompt_projection` are used; None if neither is.
+    """
+
+    def __init__(
+        self, tokens: nn.Parameter | None, dropout: float, owner: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.register_parameter("tokens", tokens)
+        self.dropout = dropout
+        # In a tuple the model is no submodule of its own prompts.
+        self._owner = (owner,)
+
+    def forward(self, batch_size: int) -> Tensor:
+        """Prompts (1, p, D), shared by the batch; (batch_size, p, D) under dropout in training."""
+        owner: Any = self._owner[0]
+        tokens = owner.prompt_tokens if self.tokens is None else self.tokens
+        projection: Any = getattr(owner, "prompt_projection", None)
+        if projection is not None:
+            tokens = projection(tokens)
+        tokens = tokens.unsqueeze(0)
+        if self.dropout and self.training:
+            tokens = F.dropout(tokens.expand(batch_size, -1, -1), self.dropout)
+        return tokens
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A checkpoint of the plain backbone has no prompts and still loads with strict=True.
+        if self.tokens is not None:
+            state_dict.setdefault(f"{prefix}tokens", self.tokens)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}"

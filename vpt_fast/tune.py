@@ -1,0 +1,154 @@
+"""`prompt_tune` and `remove_prompts`: tune a timm model in place, and undo it exactly."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vpt_fast.checks import check_model
+from vpt_fast.methods import LinearProbe, Method, VPTDeep, check_method
+from vpt_fast.models import (
+    PLAIN_CLASS,
+    TUNED_CLASS,
+    TuneRecord,
+    is_tuned,
+    place_prompts,
+    unplace_prompts,
+)
+from vpt_fast.prompts import PromptTokens, init_bound, new_projection, new_tokens
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_MEMORY_MODES = ("speed",)
+
+
+def _classifiers(model: Any) -> list[nn.Module]:
+    classifier = model.get_classifier()
+    return list(classifier) if isinstance(classifier, tuple) else [classifier]
+
+
+def _head_tensors(model: Any) -> dict[str, Tensor]:
+    """The classifier's parameters and buffers by their name in the model."""
+    heads = {
+        id(tensor)
+        for head in _classifiers(model)
+        for tensor in (*head.parameters(), *head.buffers())
+    }
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if id(tensor) in heads}
+
+
+def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
+    """Freeze a timm vision transformer and give it the prompts of `method`, in place.
+
+    The backbone's parameters stop requiring gradients and its modules stay in eval mode under
+    `model.train()`; the prompts and the classifier are trained. What the model computes is the
+    published formulation (Visual Prompt Tuning, arXiv 2203.12119, section 3.2), without its dead
+    rows.
+
+    Args:
+        model: a timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
+            MAE, CLIP, DINOv2, SigLIP and their like.
+        method: `VPTShallow(...)`, `VPTDeep(...)` or `LinearProbe()`.
+        memory: what is kept for backward; "speed" keeps what PyTorch's own functions keep.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is of another class, or `method` is not a method.
+        ValueError: something in the model cannot be honoured (named by attribute and value), the
+            method does not fit it, or it is tuned already. Nothing has been changed then.
+    """
+    method = check_method(method)
+    if memory not in _MEMORY_MODES:
+        raise ValueError(f"memory must be one of {', '.join(_MEMORY_MODES)}; got {memory!r}")
+    check_model(model, method)
+    tuned: Any = model
+    head = _head_tensors(tuned)
+    record = TuneRecord(
+        method=method,
+        requires_grad={name: p.requires_grad for name, p in tuned.named_parameters()},
+        training={name: module.training for name, module in tuned.named_modules()},
+        originals={name: tensor.detach().clone() for name, tensor in head.items()},
+    )
+    for name, parameter in tuned.named_parameters():
+        parameter.requires_grad_(name in head)
+    training = tuned.training
+    tuned.__class__ = TUNED_CLASS[type(tuned)]
+    tuned.tune_record = record
+    _add_prompts(tuned, method)
+    place_prompts(tuned)
+    tuned.train(training)
+    return tuned
+
+
+def _add_prompts(model: Any, method: Method) -> None:
+    blocks = method.prompted_blocks(len(model.blocks))
+    if isinstance(method, LinearProbe) or not blocks:
+        return
+    like = model.blocks[0].attn.qkv.weight
+    width = model.embed_dim if method.project_dim is None else method.project_dim
+    bound = init_bound(model.patch_embed.patch_size, width)
+    if method.project_dim is not None:
+        model.prompt_projection = new_projection(method.project_dim, model.embed_dim, like)
+    shared = isinstance(method, VPTDeep) and method.shared
+    if shared:
+        model.prompt_tokens = new_tokens(method.num_prompts, width, bound, like)
+    owner = model if shared or method.project_dim is not None else None
+    for index in blocks:
+        tokens = None if shared else new_tokens(method.num_prompts, width, bound, like)
+        model.blocks[index].prompt = PromptTokens(tokens, method.dropout, owner)
+
+
+def remove_prompts(model: Model) -> Model:
+    """Undo `prompt_tune`: the classes, weights, flags and modes from before, bit for bit.
+
+    The classifier's weights are put back too, unless it has been replaced by one of another shape.
+    Parameters that were added to the model since keep their flags.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: `model` is not tuned.
+    """
+    if not is_tuned(model):
+        raise ValueError(f"this {type(model).__name__} has no prompts to remove")
+    tuned: Any = model
+    record = tuned.tune_record
+    unplace_prompts(tuned)
+    tuned._modules.pop("prompt_projection", None)
+    tuned._parameters.pop("prompt_tokens", None)
+    del tuned.tune_record
+    tuned.__class__ = PLAIN_CLASS[type(tuned)]
+    with torch.no_grad():
+        for name, tensor in tuned.state_dict().items():
+            before = record.originals.get(name)
+            if before is not None and before.shape == tensor.shape:
+                tensor.copy_(before)
+    for name, parameter in tuned.named_parameters():
+        parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+    for name, module in tuned.named_modules():
+        module.training = record.training.get(name, module.training)
+    return tuned
+
+
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything that requires a gradient, in the model's order."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Number of trained scalars and of all scalars of the model's parameters."""
+    total = sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for _, p in trainable_parameters(model)), total
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters are trained, how many there are, and the share in percent."""
+    trainable, total = count_parameters(model)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,} | all params: {total:,} | trainable: {share:.4f}%")
