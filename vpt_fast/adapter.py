@@ -152,7 +152,7 @@ def save_adapter(
             "method": to_dict(tuned.tune_record.method),
             "model": model_config(model, model_args, checkpoint),
             "input": {
-                "input_size": list(data["input_size"]),
+                "input_size": [tuned.in_chans, *tuned.patch_embed.img_size],
                 "interpolation": data["interpolation"],
                 "mean": list(data["mean"]),
                 "std": list(data["std"]),

@@ -17,7 +17,11 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from vpt_fast.ops.absorbed_attention import absorbed_attention
 from vpt_fast.ops.attention import prompt_attention
+
+# Query rows up to which keys and values are not worth making. A model's head reads one or two.
+_FEW_QUERIES = 2
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,21 @@ class PromptedAttention(Attention):
                 f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
                 "keep the frozen blocks in eval mode, as model.train() does"
             )
-        tokens = self._tokens(x, queries)
-        prompt_kv = [] if prompts is None else self._prompts(prompts)
-        out = prompt_attention(tokens, prompt_kv, self.scale)
+        if queries is not None and queries.shape[1] <= _FEW_QUERIES and not self._normed():
+            out = self._absorbed(x, prompts, queries)
+        else:
+            prompt_kv = [] if prompts is None else self._prompts(prompts)
+            out = prompt_attention(self._tokens(x, queries), prompt_kv, self.scale)
         return self.proj_drop(self.proj(out))
+
+    def _normed(self) -> bool:
+        return not all(isinstance(norm, nn.Identity) for norm in (self.q_norm, self.k_norm))
+
+    def _absorbed(self, x: Tensor, prompts: Tensor | None, queries: Tensor) -> Tensor:
+        q_weight, k_weight, v_weight = self.qkv.weight.chunk(3)
+        q_bias, _, v_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        q = F.linear(queries, q_weight, q_bias).unflatten(-1, (self.num_heads, self.head_dim))
+        return absorbed_attention(q, x, prompts, k_weight, v_weight, v_bias, self.scale)
 
     def _tokens(self, x: Tensor, queries: Tensor | None) -> list[Tensor]:
         heads, dim = self.num_heads, self.head_dim
@@ -120,7 +135,7 @@ class PromptedAttention(Attention):
             q = F.linear(queries, weight[:width], q_bias).unflatten(-1, (heads, dim))
             kv = F.linear(x, weight[width:], kv_bias).unflatten(-1, (2, heads, dim))
             tokens = [q, kv]
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+        if not self._normed():
             return tokens
         q, k, v = tokens[0].unbind(2) if queries is None else (tokens[0], *tokens[1].unbind(2))
         return [self.q_norm(q), self.k_norm(k), v]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from timm.layers import Attention
 from timm.models._features import feature_take_indices
@@ -149,6 +149,10 @@ class _PromptedModel(VisionTransformer):
 
     def _pools_prompts(self) -> bool:
         return bool(getattr(self.tune_record.method, "pool_prompts", False))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first."""
+        raise ValueError("a tuned model cannot be scripted; call remove_prompts(model) first")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -46,6 +46,11 @@ def _keys_values(tokens: list[Tensor], prompts: list[Tensor]) -> tuple[Tensor, T
     return q.transpose(1, 2), _join(prompt[0], k), _join(prompt[1], v)
 
 
+def _has_flash(q: Tensor) -> bool:
+    """True where PyTorch's fused attention, which returns the log-sum-exp too, takes q."""
+    return q.device.type == "cpu" and q.numel() > 0
+
+
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -56,7 +61,7 @@ def attention_forward(
     """Output (B, M, H * d) and the base-2 log-sum-exp (B, H, M) of the scaled scores."""
     q, k, v = _keys_values(tokens, prompts)
     batch, heads, rows, dim = q.shape
-    if q.device.type == "cpu" and q.numel():
+    if _has_flash(q):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, scale=scale
         )
@@ -87,7 +92,7 @@ def attention_backward(
         return [], _prompt_gradients(q, prompts, out, lse, grad_out, scale)
     q, k, v = _keys_values(tokens, prompts)
     arguments = (grad_out.transpose(1, 2), q, k, v, out.transpose(1, 2), lse / LOG2E, scale)
-    if q.device.type == "cpu" and q.numel():
+    if _has_flash(q):
         dq, dk, dv = _flash_backward(*arguments)
     else:
         dq, dk, dv = _plain_backward(*arguments)
@@ -151,7 +156,7 @@ def _prompt_gradients(
 
 def _lay_out(prompts: list[Tensor], dk: Tensor, dv: Tensor) -> list[Tensor]:
     """dk and dv (B or 1, p, H, d) in the layout and dtype of `prompts`, batch summed if shared."""
-    grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in prompts]
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in prompts]
     slots = split_prompts(grads)
     if slots is not None:
         for slot, grad in zip(slots, (dk, dv), strict=True):

@@ -1,0 +1,51 @@
+"""Time several functions in turns, so that a change of the machine's load meets all of them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every round of one function; round i of all functions ran one after another."""
+
+    seconds: np.ndarray
+
+    @property
+    def median(self) -> float:
+        """Median, in seconds."""
+        return float(np.median(self.seconds))
+
+    def ratio(self, other: Times) -> tuple[float, float, float]:
+        """p20, p50 and p80 over the rounds of `other`'s time divided by this one's."""
+        p20, p50, p80 = np.percentile(other.seconds / self.seconds, (20, 50, 80))
+        return float(p20), float(p50), float(p80)
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, seed: int = 0
+) -> dict[str, Times]:
+    """Run every function once in each round, in a new random order each time.
+
+    Args:
+        functions: what is timed, by name.
+        rounds: rounds that count.
+        warmup: rounds before, that do not.
+        seed: of the order.
+    """
+    order = random.Random(seed)
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        order.shuffle(names)
+        for name in names:
+            start = time.perf_counter()
+            functions[name]()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Times(np.array(values)) for name, values in seconds.items()}

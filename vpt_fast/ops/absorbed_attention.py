@@ -1,0 +1,69 @@
+"""Attention of a few query rows that never makes the keys and values.
+
+With one query (the last block of a model whose head reads one token) the products may be taken in
+another order: `q_h . (y W_k,h)` is `(W_k,h q_h) . y`, and `P_h (y W_v,h)` is `(P_h y) W_v,h`. The
+two (N, D) x (D, D) projections become products with H rows, D / H times fewer multiply-adds. The
+key bias cancels in the softmax; the value bias is added once, since the weights sum to 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def absorbed_attention(
+    q: Tensor,
+    rows: Tensor,
+    prompts: Tensor | None,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """softmax(q (X W_k)^T * scale) (X W_v + b_v), X = [prompts; rows], without X W_k and X W_v.
+
+    Args:
+        q: queries (B, M, H, d); M * H is meant to be small beside D.
+        rows: normalised tokens (B, N, D), of which keys and values are projections.
+        prompts: normalised prompts (B or 1, p, D), or None.
+        k_weight: (H * d, D), as in nn.Linear.
+        v_weight: (H * d, D).
+        v_bias: (H * d,) or None.
+        scale: factor of the scores.
+
+    Returns:
+        (B, M, H * d) in q's dtype; scores, softmax and weighted sums are fp32 at least.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        inputs = [t if t is None else t.to(wide) for t in (rows, prompts, v_bias)]
+        k_weight, v_weight = k_weight.to(wide), v_weight.to(wide)
+        return _absorbed(q.to(wide), *inputs, k_weight, v_weight, scale).to(q.dtype)
+
+
+def _absorbed(
+    q: Tensor,
+    rows: Tensor,
+    prompts: Tensor | None,
+    v_bias: Tensor | None,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    scale: float,
+) -> Tensor:
+    batch, queries, heads, dim = q.shape
+    width = rows.shape[-1]
+    q = (q * scale).permute(2, 0, 1, 3).reshape(heads, batch * queries, dim)
+    u = (q @ k_weight.view(heads, dim, width)).view(heads, batch, queries, width)
+    u = u.transpose(0, 1).reshape(batch, heads * queries, width)
+    scores = u @ rows.transpose(1, 2)  # (B, H * M, N)
+    if prompts is None:
+        z = scores.softmax(-1) @ rows
+    else:
+        count = prompts.shape[1]
+        weights = torch.cat([u @ prompts.transpose(1, 2), scores], -1).softmax(-1)
+        z = weights[..., :count] @ prompts + weights[..., count:] @ rows
+    z = z.view(batch, heads, queries, width).transpose(0, 1)
+    z = z.reshape(heads, batch * queries, width) @ v_weight.view(heads, dim, width).transpose(1, 2)
+    out = z.view(heads, batch, queries, dim).permute(1, 2, 0, 3).reshape(batch, queries, -1)
+    return out if v_bias is None else out + v_bias
