@@ -56,13 +56,13 @@ class PromptTokens(nn.Module):
     def forward(self, batch_size: int) -> Tensor:
         """Prompts (1, p, D), shared by the batch; (batch_size, p, D) under dropout in training."""
         owner: Any = self._owner[0]
-        tokens = owner.prompt_tokens if self.tokens is None else self.tokens
+        tokens: Any = owner.prompt_tokens if self.tokens is None else self.tokens
         projection: Any = getattr(owner, "prompt_projection", None)
         if projection is not None:
             tokens = projection(tokens)
         tokens = tokens.unsqueeze(0)
         if self.dropout and self.training:
-            tokens = F.dropout(tokens.expand(batch_size, -1, -1), self.dropout)
+            return F.dropout(tokens.expand(batch_size, -1, -1), self.dropout)
         return tokens
 
     def _load_from_state_dict(

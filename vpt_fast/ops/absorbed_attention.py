@@ -37,9 +37,16 @@ def absorbed_attention(
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        inputs = [t if t is None else t.to(wide) for t in (rows, prompts, v_bias)]
-        k_weight, v_weight = k_weight.to(wide), v_weight.to(wide)
-        return _absorbed(q.to(wide), *inputs, k_weight, v_weight, scale).to(q.dtype)
+        out = _absorbed(
+            q.to(wide),
+            rows.to(wide),
+            None if prompts is None else prompts.to(wide),
+            None if v_bias is None else v_bias.to(wide),
+            k_weight.to(wide),
+            v_weight.to(wide),
+            scale,
+        )
+    return out.to(q.dtype)
 
 
 def _absorbed(

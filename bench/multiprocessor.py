@@ -1,0 +1,84 @@
+"""What each GPU architecture offers a kernel: limits of a block and rates of a multiprocessor (SM).
+
+Limits are those of the CUDA C++ Programming Guide's table of technical specifications by compute
+capability; instruction rates those of its arithmetic throughput table (results per clock and SM);
+dense tensor rates are the architectures' white papers' (bf16 and fp16 with fp32 accumulation, FLOP
+per clock and SM; data-centre parts for 8.0, 9.0 and 10.0). They are published rates: nothing here
+was timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEDULERS = 4
+"""Warp schedulers of an SM, one instruction per clock each."""
+
+WARP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """One NVIDIA architecture.
+
+    Attributes:
+        warps, blocks: most resident warps and blocks of an SM.
+        shared_sm, shared_block: shared memory of an SM, and most that one block may ask for, bytes.
+        registers: 32-bit registers of an SM.
+        tensor: bf16 FLOP per clock and SM; TF32 runs at half of it.
+        fp32: additions, multiplications and fused multiply-adds per clock and SM.
+        alu: comparisons, selections, minima, and integer and logic results per clock and SM.
+        mufu: exponentials and reciprocals per clock and SM.
+        mma: prefix of the opcode that dense matrix products should compile to.
+    """
+
+    warps: int
+    blocks: int
+    shared_sm: int
+    shared_block: int
+    tensor: int
+    fp32: int
+    mma: str
+    registers: int = 65536
+    alu: int = 64
+    mufu: int = 16
+
+
+KIB = 1024
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 32, 164 * KIB, 163 * KIB, tensor=2048, fp32=64, mma="HMMA"),
+    86: Multiprocessor(48, 16, 100 * KIB, 99 * KIB, tensor=1024, fp32=128, mma="HMMA"),
+    89: Multiprocessor(48, 24, 100 * KIB, 99 * KIB, tensor=1024, fp32=128, mma="HMMA"),
+    90: Multiprocessor(64, 32, 228 * KIB, 227 * KIB, tensor=4096, fp32=128, mma="HGMMA"),
+    100: Multiprocessor(64, 32, 228 * KIB, 227 * KIB, tensor=8192, fp32=128, mma="UTC"),
+    120: Multiprocessor(48, 24, 100 * KIB, 99 * KIB, tensor=1024, fp32=128, mma="HMMA"),
+}
+"""By compute capability, ten times it: 80 is 8.0."""
+
+AMD_SHARED_BLOCK = {"gfx942": 64 * KIB}
+"""Local data share that one workgroup may ask for, bytes."""
+
+
+def resident_blocks(sm: Multiprocessor, registers: int, shared: int, warps: int) -> int:
+    """Blocks that fit on one SM together.
+
+    Registers are given out per warp in units of 256, a quarter of the file to each scheduler; each
+    block's shared memory is rounded up to 128 bytes after 1 KiB that the system keeps (compute
+    capability 8.0 and later).
+
+    Args:
+        sm: the architecture.
+        registers: 32-bit registers per thread.
+        shared: bytes of shared memory per block.
+        warps: warps per block.
+
+    Returns:
+        The number of blocks; 0 if one block does not fit.
+    """
+    by_warps = min(sm.blocks, sm.warps // warps)
+    unit = 128
+    by_shared = sm.shared_sm // (-(-(shared + KIB) // unit) * unit)
+    per_warp = -(-max(registers, 1) * WARP_SIZE // 256) * 256
+    by_registers = (sm.registers // SCHEDULERS // per_warp) * SCHEDULERS // warps
+    return min(by_warps, by_shared, by_registers)

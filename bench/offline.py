@@ -1,0 +1,124 @@
+"""Compiles a Triton kernel for a GPU that is not there, exactly as a launch on it would.
+
+    binary = compile_kernel(launch, 90)          # cubin, machine code, registers, shared memory
+
+Arguments are specialised by Triton's own launcher code (divisibility by 16, integers equal to 1),
+so the machine code is that of the real launch. That code is internal to Triton, and known to be
+there in 3.8: nothing public compiles a launch without a driver.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from vpt_fast.kernels.launch import Launch
+
+Architecture = int | str
+"""Ten times the compute capability of an NVIDIA GPU (90), or the name of an AMD one ("gfx942")."""
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What the compiler made of a launch.
+
+    Attributes:
+        architecture: what it was compiled for.
+        threads: threads of a block.
+        registers: per thread.
+        spill_bytes: memory per thread that registers spill to (stack and local).
+        shared: bytes per block.
+        listing: machine code, as nvdisasm -gi -c or the AMD assembler prints it.
+    """
+
+    architecture: Architecture
+    threads: int
+    registers: int
+    spill_bytes: int
+    shared: int
+    listing: str
+
+
+def gpu_target(architecture: Architecture) -> GPUTarget:
+    """Triton's description of an architecture."""
+    if isinstance(architecture, int):
+        return GPUTarget("cuda", architecture, 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+def _specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """Source and options that Triton's launcher would compile for these arguments."""
+    kernel = launch.kernel
+    if not isinstance(kernel, JITFunction):
+        raise TypeError(
+            f"kernel is a {type(kernel).__name__}, not a compiled Triton function: pass the "
+            "function under @triton.jit, in a process where TRITON_INTERPRET is not set"
+        )
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    values = {**launch.arguments, **launch.constexprs}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    bound, specialization, extra = bind(**values, **options)
+    packed = kernel._pack_args(backend, options, bound, specialization, extra)
+    parsed, signature, constexprs, attributes = packed
+    return ASTSource(kernel, signature, constexprs, attributes), dict(parsed.__dict__)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def compile_kernel(launch: Launch, architecture: Architecture) -> Binary:
+    """Compiles one launch without a GPU.
+
+    Args:
+        launch: what would run; its tensors may be on the "meta" device.
+        architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
+
+    Returns:
+        Machine code and the compiler's account of it.
+
+    Raises:
+        TypeError: if the kernel is not a compiled Triton function.
+        RuntimeError: if a tool of the compiler fails.
+    """
+    target = gpu_target(architecture)
+    source, options = _specialise(launch, target)
+    compiled = triton.compile(source, target=target, options=options)
+    shared = compiled.metadata.shared
+    if isinstance(architecture, str):
+        listing = compiled.asm["amdgcn"]
+        threads = compiled.metadata.num_warps * 64
+        return Binary(architecture, threads, *_amd_resources(listing), shared, listing)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+        listing = _run(knobs.nvidia.nvdisasm.path, "-gi", "-c", str(cubin))
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    threads = int(re.findall(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])[0])
+    spilled = used["STACK"] + used["LOCAL"]
+    return Binary(architecture, threads, used["REG"], spilled, shared, listing)
+
+
+def _amd_resources(listing: str) -> tuple[int, int]:
+    """(vector registers per lane, spilled bytes per lane) from the code object's metadata."""
+    found = {
+        name: int(n)
+        for name, n in re.findall(
+            r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", listing
+        )
+    }
+    return found["vgpr_count"], 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])

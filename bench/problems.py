@@ -1,0 +1,64 @@
+"""The launches that prompt attention makes for a problem, and the matrix work the problem needs.
+
+Useful MMA FLOP, per head and image, for M queries, N tokens, p prompts and head dimension d: the
+products that the formulas need (FlashAttention-2, algorithms 1 and 2: the backward pass recomputes
+S), without padding.
+
+- forward: 2 products, S = Q K^T and P V, with N + p keys: 4 M (N + p) d
+- dq: 3 products, S, dP = dO V^T and dS K, with N + p keys: 6 M (N + p) d
+- token_dkdv: 4 products, S, dP, P^T dO and dS^T Q, with the tokens: 8 M N d
+- shared_prompt_dkdv, prompt_dkdv: the same with the prompts: 8 M p d
+"""
+
+from __future__ import annotations
+
+from vpt_fast.kernels.launch import Launch, Target
+from vpt_fast.kernels.plan import AttentionProblem, attention_plan
+
+from bench.offline import Architecture
+
+KERNELS = ("forward", "dq", "token_dkdv", "shared_prompt_dkdv")
+"""Names of the launches of a training step whose prompts are shared by the batch."""
+
+
+def launch_target(architecture: Architecture) -> Target:
+    """What the launch table calls an architecture."""
+    if isinstance(architecture, int):
+        return Target(architecture)
+    return Target(0, hip=True)
+
+
+def attention_launches(problem: AttentionProblem, architecture: Architecture) -> dict[str, Launch]:
+    """The launches of a forward and a backward pass by name, as the launcher makes them.
+
+    Args:
+        problem: shapes and dtype.
+        architecture: what the launch table tunes for.
+
+    Returns:
+        Launches on tensors without memory, which count as aligned.
+    """
+    plan = attention_plan(problem, launch_target(architecture))
+    return {launch.name: launch for launch in (*plan["forward"], *plan["backward"])}
+
+
+def useful_flop(kernel: str, problem: AttentionProblem) -> int:
+    """Multiplications and additions of the products that a launch is for (see the module).
+
+    Raises:
+        ValueError: for a kernel without matrix products.
+    """
+    tokens, prompts = problem.num_keys, problem.num_prompts
+    products_and_keys = {
+        "forward": (2, tokens + prompts),
+        "dq": (3, tokens + prompts),
+        "token_dkdv": (4, tokens),
+        "shared_prompt_dkdv": (4, prompts),
+        "prompt_dkdv": (4, prompts),
+    }
+    if kernel not in products_and_keys:
+        raise ValueError(f"kernel {kernel!r}: use one of {', '.join(products_and_keys)}")
+    products, keys = products_and_keys[kernel]
+    queries = problem.num_queries or tokens
+    heads = problem.batch * problem.num_heads
+    return 2 * products * queries * keys * problem.head_dim * heads
