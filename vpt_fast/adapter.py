@@ -34,16 +34,16 @@ Model = TypeVar("Model", bound=nn.Module)
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
-_CONFIG_KEYS = (
-    "format_version",
-    "method",
-    "model",
-    "input",
-    "class_names",
-    "versions",
-    "fingerprint",
-    "tensors_sha256",
-)
+_CONFIG_TYPES: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
+    "method": (dict,),
+    "model": (dict,),
+    "input": (dict,),
+    "class_names": (list, type(None)),
+    "versions": (dict,),
+    "fingerprint": (dict,),
+    "tensors_sha256": (str,),
+}
 
 
 def model_config(
@@ -127,6 +127,7 @@ def save_adapter(
 
     Raises:
         FileExistsError: `directory` exists and `overwrite` is False, or it holds other files.
+        TypeError: `class_names` is one string.
         ValueError: `model` is not tuned, nothing in it is trained, a trained value is not finite,
             or the number of names is not the number of classes.
     """
@@ -134,6 +135,8 @@ def save_adapter(
     if not is_tuned(model):
         raise ValueError(f"this {type(model).__name__} is not tuned; call prompt_tune first")
     tuned: Any = model
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names must be a list of names, got {class_names!r}")
     if class_names is not None and len(class_names) != tuned.num_classes:
         raise ValueError(f"{len(class_names)} class names for {tuned.num_classes} classes")
     _check_target(directory, overwrite)
@@ -243,9 +246,11 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format {version}, this vpt_fast reads up to {FORMAT_VERSION}; upgrade it"
         )
-    missing = [key for key in _CONFIG_KEYS if key not in config]
-    if missing:
-        raise ValueError(f"{path} is damaged: it has no {missing[0]!r}")
+    for key, types in _CONFIG_TYPES.items():
+        if key not in config:
+            raise ValueError(f"{path} is damaged: it has no {key!r}")
+        if not isinstance(config[key], types):
+            raise ValueError(f"{path} is damaged: {key} is {config[key]!r}")
     return config
 
 
@@ -286,7 +291,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     _check_backbone(model, config, list(tensors), directory)
     tuned: Any = prompt_tune(model, method)
     try:
-        _fill(tuned, tensors, directory)
+        _fill(tuned, tensors, config["fingerprint"], directory)
     except ValueError:
         remove_prompts(tuned)
         raise
@@ -322,8 +327,9 @@ def _source(model: dict[str, Any]) -> str:
     return f"{model.get('name')}, {source}"
 
 
-def _fill(model: Any, tensors: dict[str, Tensor], directory: Path) -> None:
+def _fill(model: Any, tensors: dict[str, Tensor], frozen: dict[str, Any], directory: Path) -> None:
     parameters = dict(model.named_parameters())
+    trained = [name for name, p in parameters.items() if p.requires_grad and name not in frozen]
     for name, tensor in tensors.items():
         if name not in parameters:
             raise ValueError(f"{directory / TENSORS_FILE}: the model has no parameter {name}")
@@ -332,7 +338,7 @@ def _fill(model: Any, tensors: dict[str, Tensor], directory: Path) -> None:
                 f"{directory / TENSORS_FILE}: {name} has shape {tuple(tensor.shape)}, the model's "
                 f"has {tuple(parameters[name].shape)}"
             )
-    missing = [n for n in parameters if _is_prompt(n) and n not in tensors]
+    missing = [name for name in trained if name not in tensors]
     if missing:
         raise ValueError(f"{directory / TENSORS_FILE} has no {missing[0]}")
     with torch.no_grad():

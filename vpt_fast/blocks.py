@@ -191,7 +191,10 @@ class PromptedBlock(Block):
         Raises:
             ValueError: `is_causal` is True.
         """
-        if is_causal:
+        if self.prompt is None and not self.rows.entering:
+            if attn_mask is not None or is_causal:
+                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        elif is_causal:
             raise ValueError("is_causal=True cannot be used with prompts; pass an attn_mask")
         if live is not None:
             x = insert_rows(x, live.rows, self.rows.prefix)

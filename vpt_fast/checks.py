@@ -11,8 +11,8 @@ from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
 from vpt_fast.blocks import has_hooks
-from vpt_fast.methods import LinearProbe, Method
-from vpt_fast.models import TUNED_CLASS, is_tuned
+from vpt_fast.methods import Method
+from vpt_fast.models import TUNED_CLASS, check_pooling, is_tuned
 
 # Normalisations that treat every row by itself, so that dead rows may be left out.
 _ROW_NORMS = tuple(
@@ -48,7 +48,7 @@ _ATTENTION_PARTS: dict[str, tuple[type, ...] | None] = {
     "proj_drop": (nn.Dropout,),
 }
 # Modules that some rows pass beside; a hook on them would miss those rows.
-_BYPASSED = ("qkv", "q_norm", "k_norm")
+_BYPASSED = ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm")
 
 
 def _refuse(where: str, value: Any, why: str) -> NoReturn:
@@ -81,7 +81,8 @@ def check_model(model: Any, method: Method) -> None:
         _check_block(block, f"blocks.{index}")
     if type(model.norm) not in _ROW_NORMS:
         _refuse("norm", _name(model.norm), "a normalisation of each token by itself is needed")
-    _check_fit(model, method)
+    method.prompted_blocks(len(model.blocks))
+    check_pooling(method, model.global_pool)
 
 
 def _not_a_vit(model: Any) -> str:
@@ -120,35 +121,23 @@ def _check_block(block: nn.Module, where: str) -> None:
     if type(block.attn) is not Attention:
         _refuse(f"{where}.attn", _name(block.attn), "only timm's Attention is known")
     _check_parts(block, _BLOCK_PARTS, where)
-    attn = block.attn
-    where = f"{where}.attn"
-    _check_parts(attn, _ATTENTION_PARTS, where, optional="gate")
+    attn: Any = block.attn
+    _check_parts(attn, _ATTENTION_PARTS, f"{where}.attn", optional="gate")
     if getattr(attn, "gate", None) is not None:
-        _refuse(f"{where}.gate", _name(attn.gate), "gated attention is not known")
+        _refuse(f"{where}.attn.gate", _name(attn.gate), "gated attention is not known")
     if not attn.fused_attn:
         _refuse(
-            f"{where}.fused_attn",
+            f"{where}.attn.fused_attn",
             attn.fused_attn,
             "explicit softmax was asked for, which fused prompt attention would replace; set "
             "fused_attn = True",
         )
     width = attn.num_heads * attn.head_dim
     if attn.qkv.out_features != 3 * width:
-        _refuse(f"{where}.qkv.out_features", attn.qkv.out_features, f"{3 * width} are needed")
+        _refuse(f"{where}.attn.qkv.out_features", attn.qkv.out_features, f"{3 * width} are needed")
     if (attn.proj.in_features, attn.proj.out_features) != (width, attn.qkv.in_features):
         shape = (attn.proj.in_features, attn.proj.out_features)
-        _refuse(f"{where}.proj", shape, f"{width, attn.qkv.in_features} features are needed")
+        _refuse(f"{where}.attn.proj", shape, f"{width, attn.qkv.in_features} features are needed")
     for name in _BYPASSED:
-        if has_hooks(getattr(attn, name)):
+        if has_hooks(block.get_submodule(name)):
             _refuse(f"{where}.{name}", "hooked", "prompt rows would miss the hook; remove it")
-
-
-def _check_fit(model: Any, method: Method) -> None:
-    method.prompted_blocks(len(model.blocks))
-    if isinstance(method, LinearProbe) or not method.pool_prompts:
-        return
-    if model.global_pool in ("", "token", "prr"):
-        raise ValueError(
-            f"pool_prompts=True needs a head that pools tokens, but global_pool is "
-            f"{model.global_pool!r}; use global_pool='avg' or pool_prompts=False"
-        )

@@ -86,7 +86,11 @@ def train(
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="timm's name of a vision transformer, with or without a tag.")
+        str,
+        typer.Option(
+            help="timm's name of a vision transformer, with or without a tag; or vpt_fast_demo, "
+            "the small one for 32 x 32 pixels that comes with this package."
+        ),
     ] = "vit_base_patch16_224.orig_in21k",
     checkpoint: Checkpoint = None,
     pretrained: Annotated[

@@ -43,9 +43,12 @@ def difference(weights: Mapping[str, Tensor], expected: Mapping[str, Mapping[str
     """Say how `weights` differ from the weights that `expected` was taken of; "" if they do not.
 
     Args:
-        weights: tensors by name; names that `expected` lacks are ignored.
+        weights: tensors by name.
         expected: what `fingerprint` returned.
     """
+    for name, weight in weights.items():
+        if weight.is_floating_point() and name not in expected:
+            return f"the backbone has {name}, the adapter's has none"
     for name, want in expected.items():
         if name not in weights:
             return f"the backbone has no {name}"

@@ -137,6 +137,13 @@ class _PromptedModel(VisionTransformer):
             patches = list(zip(patches, result["image_intermediates_prefix"], strict=True))
         return patches if intermediates_only else (result["image_features"], patches)
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's; refused if the new pooling cannot read the prompts that it has to."""
+        pool = self.global_pool if global_pool is None else global_pool
+        if num_classes:
+            check_pooling(self.tune_record.method, pool)
+        super().reset_classifier(num_classes, global_pool)
+
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's; the block that is now the last one strips the prompt rows."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
@@ -181,6 +188,15 @@ TUNED_CLASS: dict[type[VisionTransformer], type[_PromptedModel]] = {
     VisionTransformerDistilled: PromptedVisionTransformerDistilled,
 }
 PLAIN_CLASS = {tuned: plain for plain, tuned in TUNED_CLASS.items()}
+
+
+def check_pooling(method: Method, global_pool: str) -> None:
+    """Raise ValueError if `method` pools prompts and a head with `global_pool` reads no prompts."""
+    if getattr(method, "pool_prompts", False) and global_pool in ("", "token", "prr"):
+        raise ValueError(
+            f"pool_prompts=True needs a head that pools tokens, but global_pool is "
+            f"{global_pool!r}; use global_pool='avg' or pool_prompts=False"
+        )
 
 
 def is_tuned(model: Any) -> bool:
