@@ -1,0 +1,92 @@
+"""The device that kernel tests run on: a CUDA GPU, or the CPU under ttsem's sanitizer.
+
+ttsem executes the compiler's own IR of every launch on the CPU. It finds accesses out of bounds,
+races between programs and, because `torch.empty` is filled with NaN, outputs that nobody wrote. A
+test module says `pytest_plugins = ("kernel_device",)`, asks for the fixture `kernel_device` and
+makes its tensors on it. With a GPU the kernels run there, and `torch.empty` is filled with NaN all
+the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Asked once: while ttsem is at work, torch says that there is a GPU.
+HAS_GPU = torch.cuda.is_available()
+# The GPU that kernels are compiled for when there is none.
+CPU_CAPABILITY = 90
+
+
+class _PoisonEmpty(TorchFunctionMode):
+    """Fills what `torch.empty` and its kin return with NaN, so that reading it shows."""
+
+    _NAMES = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in self._NAMES and result.is_floating_point():
+            result.fill_(float("nan"))
+        return result
+
+
+@contextlib.contextmanager
+def sanitized_kernels(capability: int = CPU_CAPABILITY) -> Iterator[Any]:
+    """While open, Triton launches run on the CPU under ttsem, and "cuda" means the CPU.
+
+    Yields:
+        ttsem's session: its `launches`, and `races_unchecked`, launches that were too large to be
+        checked for races.
+    """
+    from ttsem import _fakedriver, harness, mlir, sanitize
+
+    texts: dict[str, str] = {}
+
+    def ir_up_to(record: Any, stage: str, target: Any) -> str:
+        key = (
+            f"{record.fn_name} {harness._specialize(record.fn, record.args, record.kwargs, target)}"
+        )
+        if key not in texts:
+            texts[key] = mlir.to_generic(harness._stage_text(record, stage, target), None)
+        return texts[key]
+
+    mlir.enable_generic_printing()
+    original = harness.ir_for_launch
+    # ttsem compiles each kernel down to machine code and then takes an early stage of it. Stopping
+    # at that stage gives the same text hundreds of times faster for fp32 kernels.
+    harness.ir_for_launch = ir_up_to
+    try:
+        with sanitize.session(cc=capability) as session:
+            yield session
+    finally:
+        harness.ir_for_launch = original
+        _fakedriver.unstub_torch_cuda()
+
+
+@pytest.fixture
+def kernel_device_sm80() -> Iterator[torch.device]:
+    """As `kernel_device`, with the kernels that an A100 would run; only without a GPU."""
+    if HAS_GPU:
+        pytest.skip("a GPU runs its own kernels")
+    with sanitized_kernels(80) as session:
+        yield torch.device("cuda")
+        assert session.races_unchecked == 0, "launches too large to be checked for races"
+
+
+@pytest.fixture
+def kernel_device() -> Iterator[torch.device]:
+    """Where to make tensors for a kernel; without a GPU its launches are sanitized."""
+    if HAS_GPU:
+        with _PoisonEmpty():
+            yield torch.device("cuda")
+        return
+    with sanitized_kernels() as session:
+        yield torch.device("cuda")  # which is the CPU while the session is open
+        assert session.races_unchecked == 0, "launches too large to be checked for races"

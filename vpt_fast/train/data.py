@@ -1,0 +1,273 @@
+"""Images for training and evaluation: class folders on disk, or arrays in memory."""
+
+from __future__ import annotations
+
+import signal
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+# The folder names that are looked for, in this order, for each part of a data set.
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+# What Pillow's decoders raise on damaged files (struct and SyntaxError: broken TIFF and PNG).
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+class SkippedImage(NamedTuple):
+    """An image that could not be decoded, and why."""
+
+    path: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """What the loaders yield: images (B, C, H, W) float, labels (B,) int64, skipped files."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    skipped: list[SkippedImage]
+
+
+def load_image(path: str | Path, channels: int = 3) -> Image.Image:
+    """Decodes a whole image file.
+
+    Args:
+        path: Of the file.
+        channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        ValueError: If the file cannot be decoded, naming it and the reason.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("L" if channels == 1 else "RGB")
+    except _DECODE_ERRORS as error:
+        reason = "not an image that Pillow knows, or damaged"
+        if not isinstance(error, Image.UnidentifiedImageError):
+            reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be decoded ({reason})") from error
+
+
+class ImageFolders(ImageFolder):
+    """`root/<class>/*` with a class order from outside and with undecodable files reported.
+
+    Items are (image, label), or a SkippedImage for a file that cannot be decoded.
+
+    Args:
+        root: The folder that holds one folder per class; hidden folders are no classes.
+        transform: From a PIL image to a tensor (C, H, W).
+        class_names: The classes and their order. None takes the folder names, sorted.
+        channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        FileNotFoundError: If `root` is missing, or holds no image.
+        ValueError: If a folder's name is not among `class_names`; if `class_names` is None and
+            there are fewer than two classes or one of them has no image.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Transform,
+        class_names: Sequence[str] | None = None,
+        channels: int = 3,
+    ) -> None:
+        self._class_names = None if class_names is None else list(class_names)
+        self._channels = channels
+        super().__init__(str(root), transform=transform, allow_empty=True)
+        if not self.samples:
+            raise FileNotFoundError(
+                f"no images in the class folders of {root} (looked for "
+                f"{', '.join(IMG_EXTENSIONS)}); expected {root}/<class>/<image>"
+            )
+        if self._class_names is None:
+            self._check_classes()
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Returns the class names in order and the label of each (torchvision's hook)."""
+        if not Path(directory).is_dir():
+            raise FileNotFoundError(f"there is no folder {directory}; it should hold <class>/*")
+        found = sorted(
+            entry.name
+            for entry in Path(directory).iterdir()
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+        if not found:
+            raise FileNotFoundError(f"no class folders in {directory}; it should hold <class>/*")
+        names = found if self._class_names is None else self._class_names
+        unknown = [name for name in found if name not in set(names)]
+        if unknown:
+            raise ValueError(
+                f"{directory} has class folders that training does not know: "
+                f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; "
+                f"known: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}. "
+                "Rename or remove them, or add them to the training images"
+            )
+        return names, {name: label for label, name in enumerate(names)}
+
+    def _check_classes(self) -> None:
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"{self.root} has one class folder ({self.classes[0]}); "
+                "a classifier needs at least two"
+            )
+        counts = np.bincount(self.targets, minlength=len(self.classes))
+        empty = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
+        if empty:
+            raise ValueError(
+                f"class folders without an image in {self.root}: {', '.join(empty[:5])}"
+                f"{', ...' if len(empty) > 5 else ''}; add images or remove the folders"
+            )
+
+    def __getitem__(self, index: int) -> Any:
+        path, label = self.samples[index]
+        try:
+            image = load_image(path, self._channels)
+        except ValueError as error:
+            return SkippedImage(path, str(error))
+        return self.transform(image), label
+
+
+class ArrayImages(Dataset):
+    """Images in memory, transformed once; for transforms without randomness.
+
+    Args:
+        images: (n, H, W) or (n, H, W, 3), uint8.
+        labels: (n,) integers.
+        transform: From an RGB PIL image to a tensor (C, H, W).
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Transform) -> None:
+        pictures = (Image.fromarray(image).convert("RGB") for image in images)
+        self.images = torch.stack([transform(picture) for picture in pictures])
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+
+def find_split(directory: str | Path, split: str) -> Path | None:
+    """Returns the folder of "train", "val" or "test" in `directory`, or None.
+
+    `validation` and `valid` are taken for `val`.
+    """
+    folders = (Path(directory) / name for name in SPLITS[split])
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def require_split(directory: str | Path, split: str) -> Path:
+    """Returns the folder of a split that has to be there.
+
+    Raises:
+        FileNotFoundError: If `directory` or the split's folder is missing.
+    """
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"there is no data folder {directory}")
+    folder = find_split(directory, split)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{directory} has no folder {split!r}; "
+            f"expected {directory}/{split}/<class>/<image>, and the same for train, val and test"
+        )
+    return folder
+
+
+def train_transform(
+    data_config: dict[str, Any],
+    *,
+    scale: tuple[float, float] = (0.7, 1.0),
+    hflip: float = 0.5,
+    no_aug: bool = False,
+) -> Transform:
+    """timm's training transform; by default close to the papers' for natural images.
+
+    The papers resize to 256, crop 224 x 224 at random (0.77 of the area) and flip. Here timm
+    crops `scale` of the area at random, resizes and flips; colours stay.
+
+    Args:
+        data_config: Of timm.data.resolve_model_data_config.
+        scale: Smallest and largest part of the image's area that is cropped.
+        hflip: Probability of a horizontal flip; 0 for images whose sides matter, such as text.
+        no_aug: Only resize and crop the centre.
+    """
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    config = {key: data_config[key] for key in keys if key in data_config}
+    config |= {"scale": scale, "hflip": hflip, "color_jitter": None}
+    return create_transform(**config, is_training=True, no_aug=no_aug)
+
+
+def eval_transform(data_config: dict[str, Any]) -> Transform:
+    """timm's evaluation transform for `data_config` (resize, centre crop, normalise)."""
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    return create_transform(**{key: data_config[key] for key in keys if key in data_config})
+
+
+def _collate(items: Sequence[Any]) -> Batch:
+    skipped = [item for item in items if isinstance(item, SkippedImage)]
+    good = [item for item in items if not isinstance(item, SkippedImage)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return Batch(images, labels, skipped)
+
+
+def _ignore_interrupt(_worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; only the main one should act on it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Builds a loader of `Batch`.
+
+    Args:
+        dataset: Of (image, label) or SkippedImage.
+        batch_size: Images per batch; the last one may be smaller.
+        shuffle: A new order in every epoch, from `seed`.
+        seed: Of the order and of the workers' random numbers.
+        workers: Processes that load images; 0 loads them in this one.
+        pin_memory: For faster copies to a GPU.
+
+    Raises:
+        ValueError: If `workers` is negative.
+    """
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; it must be at least 0")
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=_ignore_interrupt if workers else None,
+        persistent_workers=workers > 0,
+    )

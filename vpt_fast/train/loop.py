@@ -1,0 +1,271 @@
+"""The training loop: one epoch after another, evaluation, and what is kept of a run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from timm.utils import AverageMeter, accuracy, random_seed
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vpt_fast import trainable_parameters
+from vpt_fast.train.data import SkippedImage
+from vpt_fast.train.evaluate import (
+    TrainingError,
+    autocast,
+    device_of,
+    evaluate,
+    nothing_decoded,
+    progress_bar,
+)
+from vpt_fast.train.metrics import Epoch, MetricsWriter
+from vpt_fast.train.recipe import Recipe, make_optimizer, make_scheduler
+
+SaveAdapter = Callable[[nn.Module, Path], Any]
+
+# The adapters of a run, in its output folder.
+BEST, LAST = "best", "last"
+# Steps between two looks at the loss on a GPU: each waits for the device.
+LOOK_EVERY = 20
+
+
+@dataclass
+class FitResult:
+    """What a run did.
+
+    Attributes:
+        epochs: A row per finished epoch.
+        kept: The epoch whose weights the model has now (best on validation, else the last one).
+        interrupted: Whether Ctrl-C ended the run.
+        skipped: Images that could not be decoded.
+    """
+
+    epochs: list[Epoch] = field(default_factory=list)
+    kept: int | None = None
+    interrupted: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def images_per_second(self) -> float:
+        """The median throughput of the training epochs."""
+        rates = sorted(epoch.images_per_second for epoch in self.epochs)
+        return rates[len(rates) // 2] if rates else math.nan
+
+
+class _LossWatch:
+    """Finds the first loss that is not finite; looks every `interval` steps (a GPU waits then)."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._step = 0
+        self._losses: list[torch.Tensor] = []
+
+    def add(self, loss: torch.Tensor) -> int | None:
+        """Takes a step's loss; returns the first bad step (from 1) if it is known by now."""
+        self._losses.append(loss.detach())
+        self._step += 1
+        return self.look() if len(self._losses) == self._interval else None
+
+    def look(self) -> int | None:
+        """Looks at the losses since the last look; returns the first bad step (from 1) or None."""
+        finite = [bool(value) for value in map(torch.isfinite, self._losses)]
+        first = self._step - len(finite) + 1
+        self._losses.clear()
+        return None if all(finite) else first + finite.index(False)
+
+
+class _Run:
+    """The state of one call of `fit`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: DataLoader,
+        recipe: Recipe,
+        output: Path | None,
+        save: SaveAdapter | None,
+        bar: tqdm,
+    ) -> None:
+        self.model, self.batches, self.recipe, self.bar = model, batches, recipe, bar
+        self.output, self.save = output, save
+        self.device = device_of(model)
+        self.parameters = [parameter for _, parameter in trainable_parameters(model)]
+        self.optimizer = make_optimizer(model, recipe)
+        self.scheduler = make_scheduler(self.optimizer, recipe)
+        needs_scaling = recipe.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=needs_scaling)
+        self.result = FitResult()
+        self.good = self.best = self.snapshot()
+        self.best_score = (-math.inf, -math.inf)
+        self.best_epoch: int | None = None
+
+    def snapshot(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def restore(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters)
+
+    def save_as(self, name: str) -> None:
+        if self.output is not None and self.save is not None:
+            self.save(self.model, self.output / name)
+
+    def fail(self, what: str) -> NoReturn:
+        self.restore(self.good)
+        if not self.result.epochs:
+            kept = "no epoch had ended, so no adapter is kept"
+        elif self.output is not None and self.save is not None:
+            kept = f"the adapter of epoch {self.result.epochs[-1].epoch} is in {self.output / LAST}"
+        else:
+            kept = f"the model has the weights of epoch {self.result.epochs[-1].epoch} again"
+        raise TrainingError(f"{what}; {kept}. Try a smaller learning rate")
+
+    def train_epoch(self, epoch: int) -> tuple[float, float, float]:
+        """Trains for one epoch; returns the mean loss, the accuracy in percent and images/s."""
+        self.model.train()
+        watch = _LossWatch(1 if self.device.type == "cpu" else LOOK_EVERY)
+        losses, top1s = AverageMeter(), AverageMeter()
+        skipped: list[SkippedImage] = []
+        start = time.perf_counter()
+        for batch in self.batches:
+            self.bar.update()
+            skipped.extend(batch.skipped)
+            if not len(batch.labels):
+                continue
+            target = batch.labels.to(self.device, non_blocking=True)
+            with autocast(self.device, self.recipe.autocast_dtype):
+                logits = self.model(batch.images.to(self.device, non_blocking=True))
+                loss = F.cross_entropy(logits, target)
+            self.check_step(watch.add(loss), epoch)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            losses.update(loss.detach(), len(target))
+            top1s.update(accuracy(logits.detach(), target)[0], len(target))
+        self.check_step(watch.look(), epoch)
+        self.result.skipped.update(dict(skipped))
+        if not losses.count:
+            raise TrainingError(nothing_decoded(skipped))
+        loss_mean, top1 = float(losses.avg), float(top1s.avg)
+        return loss_mean, top1, losses.count / (time.perf_counter() - start)
+
+    def check_step(self, bad_step: int | None, epoch: int) -> None:
+        if bad_step is not None:
+            steps = len(self.batches)
+            self.fail(f"the loss is not finite in epoch {epoch}, step {bad_step} of {steps}")
+
+    def run_epoch(self, epoch: int, val_batches: DataLoader | None) -> Epoch:
+        """Trains, validates, keeps and saves what is worth it."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        train_loss, train_top1, rate = self.train_epoch(epoch)
+        if not self.is_finite():
+            self.fail(f"the trained weights are not finite after epoch {epoch}")
+        row = Epoch(epoch, lr, train_loss, train_top1, rate)
+        if val_batches is not None:
+            validation = evaluate(
+                self.model,
+                val_batches,
+                amp_dtype=self.recipe.autocast_dtype,
+                progress=not self.bar.disable,
+                description="validating",
+            )
+            if not math.isfinite(validation.loss):
+                self.fail(f"the validation loss is not finite after epoch {epoch}")
+            self.result.skipped.update(dict(validation.skipped))
+            row = replace(row, val_loss=validation.loss, val_top1=validation.top1)
+        self.good = self.snapshot()
+        self.result.epochs.append(row)
+        self.save_as(LAST)
+        if row.val_top1 is not None and row.val_loss is not None:
+            score = (row.val_top1, -row.val_loss)
+            if score > self.best_score:
+                self.best_score, self.best_epoch, self.best = score, epoch, self.good
+                self.save_as(BEST)
+        self.scheduler.step(epoch)
+        return row
+
+
+def fit(
+    model: nn.Module,
+    batches: DataLoader,
+    recipe: Recipe,
+    *,
+    val_batches: DataLoader | None = None,
+    output: str | Path | None = None,
+    save: SaveAdapter | None = None,
+    progress: bool = True,
+    description: str = "training",
+    log: Callable[[str], None] | None = None,
+) -> FitResult:
+    """Trains what `prompt_tune` left trainable in `model`.
+
+    With `val_batches` the epoch of the highest validation accuracy (then of the lowest loss) is
+    kept, without them the last one; the model has the kept weights afterwards. Ctrl-C ends the
+    run early and keeps what there is. The same seed, device and thread count give the same bits.
+
+    Args:
+        model: A prompted timm model, on the device to train on.
+        batches: Training batches of `make_loader`, shuffled.
+        recipe: Optimizer, schedule, precision and seed.
+        val_batches: Validation batches.
+        output: An existing folder for `metrics.csv`, `tensorboard/` and the adapters `last/` and,
+            with validation, `best/`. None writes nothing.
+        save: Called as `save(model, directory)` for each adapter; it replaces what is there.
+        progress: Whether to show a bar on a terminal.
+        description: The bar's label.
+        log: Called with one line per epoch, and with the files that could not be decoded.
+
+    Raises:
+        TrainingError: If a loss is not finite (the model gets the weights of the last finished
+            epoch back), or if no image could be decoded.
+    """
+    random_seed(recipe.seed)
+    folder = None if output is None else Path(output)
+    total = recipe.epochs * len(batches)
+    metrics = MetricsWriter(folder)
+    with progress_bar(None, description, progress, leave=True, total=total) as bar:
+        run = _Run(model, batches, recipe, folder, save, bar)
+        try:
+            for epoch in range(1, recipe.epochs + 1):
+                known = len(run.result.skipped)
+                row = run.run_epoch(epoch, val_batches)
+                metrics.add(row)
+                bar.set_postfix_str(_summary(row), refresh=False)
+                if log is not None:
+                    log(f"epoch {epoch}/{recipe.epochs}  {_summary(row)}")
+                    new = list(run.result.skipped)[known:]
+                    if new:
+                        log(f"skipped {len(new)} images that cannot be decoded: {', '.join(new)}")
+        except KeyboardInterrupt:
+            run.result.interrupted = True
+            if run.is_finite():
+                run.save_as(LAST)
+            else:
+                run.restore(run.good)
+        finally:
+            metrics.close()
+    run.result.kept = run.result.epochs[-1].epoch if run.result.epochs else None
+    if run.best_epoch is not None:
+        run.restore(run.best)
+        run.result.kept = run.best_epoch
+    return run.result
+
+
+def _summary(row: Epoch) -> str:
+    text = f"loss {row.train_loss:.3f}, top-1 {row.train_top1:.1f}%"
+    if row.val_top1 is not None:
+        text += f", val loss {row.val_loss:.3f}, val top-1 {row.val_top1:.1f}%"
+    return f"{text}, {row.images_per_second:.0f} images/s"

@@ -1,0 +1,59 @@
+"""What a run writes: a row of metrics per epoch, as CSV and for TensorBoard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm.utils import update_summary
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One row of the metrics: losses are means, top1 in percent, throughput in images/s."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_top1: float
+    images_per_second: float
+    val_loss: float | None = None
+    val_top1: float | None = None
+
+
+class MetricsWriter:
+    """Writes a row per epoch to `metrics.csv` (timm's writer) and to `tensorboard/`.
+
+    Args:
+        output: The existing folder of both; None writes nothing.
+    """
+
+    def __init__(self, output: Path | None) -> None:
+        self._csv = None if output is None else output / "metrics.csv"
+        self._writer = None
+        if output is not None:
+            # Takes a second to import; runs that write nothing need not wait for it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(output / "tensorboard"))
+
+    def add(self, row: Epoch) -> None:
+        """Appends a row to both."""
+        if self._csv is None or self._writer is None:
+            return
+        train = {"loss": row.train_loss, "top1": row.train_top1}
+        train["images_per_second"] = row.images_per_second
+        val = {}
+        if row.val_loss is not None and row.val_top1 is not None:
+            val = {"loss": row.val_loss, "top1": row.val_top1}
+        update_summary(row.epoch, train, val, str(self._csv), lr=row.lr)
+        scalars = {f"train/{name}": value for name, value in train.items()}
+        scalars.update({f"val/{name}": value for name, value in val.items()}, lr=row.lr)
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, row.epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()

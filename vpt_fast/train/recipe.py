@@ -1,0 +1,179 @@
+"""The training recipe of the VPT papers: one frozen dataclass and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from vpt_fast import trainable_parameters
+
+# timm's name for each: its "sgd" uses Nesterov momentum, the papers' does not.
+OPTIMIZERS = {"sgd": "momentum", "adamw": "adamw"}
+DEFAULT_LR = {"sgd": 2.5, "adamw": 1e-3}
+AMP_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# The bias of the papers' head, -log((1 - 0.01) / 0.01) rounded.
+HEAD_BIAS = -4.595
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained; the defaults are the papers' (VPT, ECCV 2022, appendix A).
+
+    The papers choose `lr` and `weight_decay` for each data set on its validation images, `lr`
+    from {50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05} and `weight_decay` from {0.01, 0.001,
+    0.0001, 0}; the defaults here are the middle of that grid.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images per step.
+        lr: Base learning rate, multiplied by `batch_size / 256`; None takes 2.5 for SGD and 0.001
+            for AdamW.
+        weight_decay: For everything that is trained except the head's bias.
+        opt: "sgd" (momentum, no Nesterov) or "adamw".
+        momentum: Of SGD; AdamW has its own betas.
+        warmup_epochs: Epochs of linear warm-up from 0; None takes a tenth of `epochs`.
+        amp_dtype: "float32", "bfloat16" or "float16": the type that torch.autocast computes in.
+        seed: Of initial values, the order of the images, augmentation and dropout.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    epochs: int = 100
+    batch_size: int = 64
+    lr: float | None = None
+    weight_decay: float = 1e-4
+    opt: str = "sgd"
+    momentum: float = 0.9
+    warmup_epochs: int | None = None
+    amp_dtype: str = "float32"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.opt not in OPTIMIZERS:
+            raise ValueError(f"opt is {self.opt!r}; choose one of {', '.join(OPTIMIZERS)}")
+        if self.amp_dtype not in AMP_DTYPES:
+            known = ", ".join(AMP_DTYPES)
+            raise ValueError(f"amp_dtype is {self.amp_dtype!r}; choose one of {known}")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.warmup < self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup} of {self.epochs} epochs; "
+                "it must be at least 0 and less than epochs"
+            )
+        for name, value in (("lr", self.base_lr), ("weight_decay", self.weight_decay)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be a number that is at least 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be in [0, 1)")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0 and less than 2**32")
+
+    @property
+    def base_lr(self) -> float:
+        """The base learning rate, before it is scaled by the batch size."""
+        return DEFAULT_LR[self.opt] if self.lr is None else self.lr
+
+    @property
+    def warmup(self) -> int:
+        """The number of warm-up epochs."""
+        return self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that warm-up leads to: `lr * batch_size / 256`."""
+        return self.base_lr * self.batch_size / 256
+
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """The torch dtype that `amp_dtype` names."""
+        return AMP_DTYPES[self.amp_dtype]
+
+
+def head_layers(model: nn.Module) -> list[nn.Linear]:
+    """Returns the linear layers of a timm model's classifier (two for a distilled DeiT).
+
+    Raises:
+        ValueError: If the model has no classifier.
+    """
+    timm_model: Any = model
+    classifier = timm_model.get_classifier()
+    parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no classifier to train; "
+            "create it with num_classes=..., the number of your classes"
+        )
+    return layers
+
+
+@torch.no_grad()
+def init_head(model: nn.Module) -> None:
+    """Sets the head as the papers do: Kaiming-normal weight (fan-out), every bias -4.595.
+
+    Args:
+        model: A timm model with a linear classifier; changed in place, from torch's global
+            random numbers.
+
+    Raises:
+        ValueError: If the model has no classifier.
+    """
+    for layer in head_layers(model):
+        nn.init.kaiming_normal_(layer.weight, a=0, mode="fan_out")
+        if layer.bias is not None:
+            nn.init.constant_(layer.bias, HEAD_BIAS)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Builds the recipe's optimizer over what `model` trains, with timm's factory.
+
+    Prompts decay as the head's weight does; the head's bias does not.
+
+    Raises:
+        ValueError: If nothing in the model is trainable.
+    """
+    head_biases = {id(layer.bias) for layer in head_layers(model)}
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for _, parameter in trainable_parameters(model):
+        (plain if id(parameter) in head_biases else decayed).append(parameter)
+    if not decayed and not plain:
+        raise ValueError("the model has no trainable parameter; call vpt_fast.prompt_tune first")
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return create_optimizer_v2(
+        [group for group in groups if group["params"]],
+        opt=OPTIMIZERS[recipe.opt],
+        lr=recipe.peak_lr,
+        momentum=recipe.momentum,
+    )
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe) -> CosineLRScheduler:
+    """Builds the recipe's schedule: linear warm-up from 0, then cosine to 0, stepped per epoch.
+
+    Call `scheduler.step(epoch + 1)` after each epoch. With warm-up, epoch 0 has learning rate 0.
+    """
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.epochs - recipe.warmup,
+        lr_min=0.0,
+        warmup_t=recipe.warmup,
+        warmup_lr_init=0.0,
+        warmup_prefix=True,
+    )
