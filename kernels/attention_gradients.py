@@ -1,4 +1,4 @@
-"""Prompt attention, backward pass: the launches of the kernels in attention_backward.py.
+"""Prompt attention, backward pass: the launches, in order.
 
 Everywhere q is (B, M, H, d), k and v are (B, N, H, d), prompts are a pair of (B or 1, p, H, d) with
 p > 0, out and grad_out are (B, M, H * d) and contiguous, lse and delta are (B, H, M), fp32 and
@@ -11,12 +11,8 @@ import torch
 import triton
 
 from . import launch_table
-from .attention_backward import (
-    delta_kernel,
-    dkdv_kernel,
-    dq_kernel,
-    shared_prompt_dkdv_kernel,
-)
+from .attention_backward import delta_kernel, dq_kernel
+from .attention_backward_keys import dkdv_kernel, shared_prompt_dkdv_kernel
 from .launch import (
     LOG2_E,
     Launch,

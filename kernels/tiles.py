@@ -74,6 +74,22 @@ def load_tile(pointers, dims, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def load_tile_at(
+    pointers, first, stride, dims,
+    HEAD_DIM: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """As `load_tile`, for rows that start `first` rows after `pointers`, [rows, BLOCK_D].
+
+    In a loop whose pointers do not change this takes fewer instructions than new row pointers.
+    """
+    moved = tl.multiple_of(pointers + tl.cast(first, INDEX) * stride, [ALIGNMENT, ALIGNMENT])
+    if dims.shape[0] == HEAD_DIM:
+        return tl.load(moved)
+    else:
+        return tl.load(moved, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
 def load_tile_where(pointers, dims, exists, HEAD_DIM: tl.constexpr):
     """A tile, [rows, BLOCK_D]; rows that do not exist, and dims past HEAD_DIM, read as 0."""
     mask = exists[:, None]

@@ -136,32 +136,55 @@ def kernels(
     return results
 
 
+def saved_output_noise(problem: Problem, case: Case) -> dict[str, torch.Tensor]:
+    """What one rounding of the saved output does to each gradient: root of a sum of squares.
+
+    The kernels take rowsum(grad_out * out) from the output as it was stored, PyTorch by hand from
+    what it was computed from. With very few keys the gradients are differences so small that this
+    rounding shows.
+    """
+    q, k, v = (t.double() for t in split(problem.tokens))
+    pair = split_prompts(problem.prompts)
+    assert pair is not None
+    prompt_k, prompt_v = (t.double().expand(case.batch, -1, -1, -1) for t in pair)
+    keys, values = torch.cat([prompt_k, k], 1), torch.cat([prompt_v, v], 1)
+    probs = (torch.einsum("bmhd,bnhd->bhmn", q, keys) * case.scale).softmax(-1)
+    out = torch.einsum("bhmn,bnhd->bhmd", probs, values)
+    grad_out = problem.grad_out.double().view(q.shape).transpose(1, 2)
+    row = (grad_out * out).square().sum(-1).sqrt() * case.scale
+    dq = row[..., None] * torch.einsum("bhmn,bnhd->bhmd", probs, keys).abs()
+    squares = torch.einsum("bhmn,bhm,bmhd->bnhd", probs.square(), row.square(), q.square())
+    prompts, tokens = squares.split([case.prompts, case.tokens], 1)
+    prompts = prompts.sum(0) if case.shared else prompts
+    return {"dq": dq, "dk": tokens.sqrt(), "prompt_dk": prompts.sqrt()}
+
+
 def assert_as_exact_as_eager(case: Case, device: torch.device, **needs: bool) -> None:
     """Largest and RMS errors against fp64 within eager's own, plus a slack in roundings."""
     problem = make_problem(case, device)
     actual = kernels(problem, case, **needs)
     truth = eager(problem, case, torch.float64)
     budget = eager(problem, case, case.dtype)
+    noise = saved_output_noise(problem, case)
     epsilon = torch.finfo(case.dtype).eps
     for name, values in actual.items():
         if name == "lse" or not values.numel():
             continue
         exact = truth[name]
-        # With one key the softmax is constant: gradients through it are 0, and their natural
-        # size is that of the terms that cancel.
-        one_key = case.tokens + case.prompts == 1 and name in ("dq", "dk")
-        size = exact.abs().max() if not one_key else case.scale * case.head_dim
         error, allowed = (t.double() - exact for t in (values, budget[name]))
+        size = exact.abs().max() + (noise[name].max() if name in noise else 0.0)
         slack = MAX_SLACK[case.dtype] * epsilon * size
         assert error.abs().max() <= allowed.abs().max() + slack, name
         rms = RMS_SLACK[case.dtype] * epsilon * size
         assert error.square().mean().sqrt() <= allowed.square().mean().sqrt() + rms, name
 
 
-# Roundings of a tensor's largest value (eps: a unit in the last place of 1). For 16-bit dtypes half
-# a unit is the rounding of the result itself; in fp32 sums in another order differ by a few.
-MAX_SLACK = {torch.float32: 8.0, torch.float16: 0.5, torch.bfloat16: 0.5}
-RMS_SLACK = {torch.float32: 1.5, torch.float16: 0.1, torch.bfloat16: 0.1}
+# In units in the last place of 1 (eps), of a tensor's largest value. For 16-bit dtypes the slack is
+# the rounding of the result itself, half a unit, or half of that rounding's RMS. In fp32 sums in
+# another order differ by a few units, and 2**(score - lse), which the backward pass recomputes,
+# loses as many as its exponent, 10 to 20.
+MAX_SLACK = {torch.float32: 16.0, torch.float16: 0.5, torch.bfloat16: 0.5}
+RMS_SLACK = {torch.float32: 3.0, torch.float16: 0.15, torch.bfloat16: 0.15}
 
 
 def covering() -> list[Case]:

@@ -35,11 +35,13 @@ class Setting:
     weight_decay: float
 
 
-# `--select` chose these by the accuracy on the 200 validation images (then the lower loss).
+# Chosen by accuracy on the 200 validation images, then the lower loss, with seed 42: linear probe
+# from the papers' whole grid, VPT-Deep and VPT-Shallow from a part of it, learning
+# rates 0.5 to 5 and weight decays 0.01 and 0.001.
 SETTINGS = {
-    "linear": Setting("Linear probe", LinearProbe(), 2.5, 0.0001),
-    "vpt-shallow": Setting("VPT-Shallow", VPTShallow(NUM_PROMPTS), 2.5, 0.0001),
-    "vpt-deep": Setting("VPT-Deep", VPTDeep(NUM_PROMPTS), 2.5, 0.0001),
+    "linear": Setting("Linear probe", LinearProbe(), 25.0, 0.001),
+    "vpt-shallow": Setting("VPT-Shallow", VPTShallow(NUM_PROMPTS), 1.0, 0.01),
+    "vpt-deep": Setting("VPT-Deep", VPTDeep(NUM_PROMPTS), 2.5, 0.01),
 }
 
 

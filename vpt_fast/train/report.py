@@ -114,13 +114,15 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Epoch]], what: str) -
     axes.margins(x=0.01)
     if what == "val_top1":
         axes.set_title("Validation accuracy (%)", loc="left", fontsize=11, color=INK)
-        lowest = min((getattr(e, what) for es in curves.values() for e in es), default=0.0)
-        axes.set_ylim(bottom=max(0.0, 10 * (lowest // 10)), top=101)
+        # The first epochs start near chance; what tells methods apart is above.
+        late = [getattr(epoch, what) for es in curves.values() for epoch in es[len(es) // 2 :]]
+        axes.set_ylim(bottom=max(0.0, 10 * (min(late, default=0.0) // 10) - 10), top=100.5)
         axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="lower right")
     else:
         axes.set_title("Training loss (log scale)", loc="left", fontsize=11, color=INK)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("epoch", fontsize=10, color=MUTED)
