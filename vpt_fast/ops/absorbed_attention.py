@@ -72,5 +72,7 @@ def _absorbed(
         z = weights[..., :count] @ prompts + weights[..., count:] @ rows
     z = z.view(batch, heads, queries, width).transpose(0, 1)
     z = z.reshape(heads, batch * queries, width) @ v_weight.view(heads, dim, width).transpose(1, 2)
-    out = z.view(heads, batch, queries, dim).permute(1, 2, 0, 3).reshape(batch, queries, heads * dim)
+    out = (
+        z.view(heads, batch, queries, dim).permute(1, 2, 0, 3).reshape(batch, queries, heads * dim)
+    )
     return out if v_bias is None else out + v_bias
