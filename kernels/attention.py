@@ -26,33 +26,7 @@ from .attention_checks import check_inputs, check_saved
 from .attention_forward import forward_launch
 from .attention_gradients import backward_launches, prompt_gradient_chunks
 from .launch import Launch, target_of
-
-Tensors = Sequence[torch.Tensor]
-
-
-def split(tokens: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of q (B, M, H, d), k and v (B, N, H, d) in the tensors that hold them."""
-    if len(tokens) == 1:
-        q, k, v = tokens[0].unbind(2)
-        return q, k, v
-    if len(tokens) == 2:
-        k, v = tokens[1].unbind(2)
-        return tokens[0], k, v
-    if len(tokens) == 3:
-        return tokens[0], tokens[1], tokens[2]
-    raise ValueError(f"tokens must be 1, 2 or 3 tensors, not {len(tokens)}")
-
-
-def split_prompts(prompts: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Views of the prompts' k and v (B or 1, p, H, d), or None where there are no prompts."""
-    if len(prompts) == 0:
-        return None
-    if len(prompts) == 1:
-        k, v = prompts[0].unbind(2)
-        return k, v
-    if len(prompts) == 2:
-        return prompts[0], prompts[1]
-    raise ValueError(f"prompts must be 0, 1 or 2 tensors, not {len(prompts)}")
+from .layouts import Tensors, existing_prompts, split
 
 
 def attention_forward(
@@ -133,12 +107,6 @@ def attention_backward(
     )
     run(launches, q.device)
     return token_grads, [_sum_chunks(g, t) for g, t in zip(prompt_grads, prompts, strict=False)]
-
-
-def existing_prompts(prompts: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The prompts' k and v, or None where there are none or p is 0."""
-    pair = split_prompts(prompts)
-    return pair if pair is not None and pair[0].shape[1] > 0 else None
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:

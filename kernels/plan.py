@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from .attention import split, split_prompts
 from .attention_forward import forward_launch
 from .attention_gradients import backward_launches, prompt_gradient_chunks
 from .launch import Launch, Target
+from .layouts import split, split_prompts
 
 
 class AttentionProblem(NamedTuple):

@@ -12,12 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from vpt_fast.kernels.attention import (
-    attention_backward,
-    attention_forward,
-    split,
-    split_prompts,
-)
+from vpt_fast.kernels.attention import attention_backward, attention_forward
+from vpt_fast.kernels.layouts import split, split_prompts
 
 pytest_plugins = ("kernel_device",)
 

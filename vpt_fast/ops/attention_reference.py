@@ -10,26 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from vpt_fast.kernels.layouts import existing_prompts, split
+
 LOG2E = math.log2(math.e)
-
-
-def split(tokens: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Views q (B, M, H, d), k and v (B, N, H, d) of any of the three layouts of `tokens`."""
-    if len(tokens) == 1:
-        q, k, v = tokens[0].unbind(2)
-    elif len(tokens) == 2:
-        q, (k, v) = tokens[0], tokens[1].unbind(2)
-    else:
-        q, k, v = tokens
-    return q, k, v
-
-
-def split_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Views k and v, (B or 1, p, H, d) each, of both layouts of `prompts`; None if p is 0."""
-    if not prompts:
-        return None
-    k, v = prompts[0].unbind(2) if len(prompts) == 1 else prompts
-    return (k, v) if k.shape[1] else None
 
 
 def _join(prompt: Tensor, tokens: Tensor) -> Tensor:
@@ -40,7 +23,7 @@ def _join(prompt: Tensor, tokens: Tensor) -> Tensor:
 def _keys_values(tokens: list[Tensor], prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as (B, H, rows, d), prompt rows before token rows."""
     q, k, v = split(tokens)
-    prompt = split_prompts(prompts)
+    prompt = existing_prompts(prompts)
     if prompt is None:
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return q.transpose(1, 2), _join(prompt[0], k), _join(prompt[1], v)
@@ -136,7 +119,7 @@ def _prompt_gradients(
     q, out and grad are (B, M, H, d), lse (B, H, M). Where the prompts are shared by the batch, its
     rows are stacked, so that the sum over the batch is part of the product.
     """
-    prompt = split_prompts(prompts)
+    prompt = existing_prompts(prompts)
     if prompt is None:
         return [torch.zeros_like(t) for t in prompts]
     k, v = prompt
@@ -157,7 +140,7 @@ def _prompt_gradients(
 def _lay_out(prompts: list[Tensor], dk: Tensor, dv: Tensor) -> list[Tensor]:
     """dk and dv (B or 1, p, H, d) in the layout and dtype of `prompts`, batch summed if shared."""
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in prompts]
-    slots = split_prompts(grads)
+    slots = existing_prompts(grads)
     if slots is not None:
         for slot, grad in zip(slots, (dk, dv), strict=True):
             if slot.shape[0] != grad.shape[0]:

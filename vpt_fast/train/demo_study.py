@@ -10,6 +10,7 @@ import torch
 
 from vpt_fast.train.demo_task import (
     SETTINGS,
+    STUDY_SETTINGS,
     Digits,
     Setting,
     load_splits,
@@ -30,7 +31,7 @@ def run_seeds(names: Sequence[str], epochs: int, seeds: Sequence[int], device: s
     where, digits = resolve_device(device), load_splits()
     rows = []
     for name in names:
-        setting, accuracies = SETTINGS[name], []
+        setting, accuracies = STUDY_SETTINGS[name], []
         for seed in seeds:
             recipe = recipe_of(setting, epochs, seed)
             model, _ = train_once(setting, recipe, digits, where, select=False)
