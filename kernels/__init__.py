@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers. Importing this package needs torch and triton."""
+"""Triton kernels and their launchers. All modules but `layouts` need triton."""

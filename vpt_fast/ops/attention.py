@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vpt_fast.kernels.layouts import split, split_prompts
 from vpt_fast.ops import attention_reference as reference
 from vpt_fast.ops.backend import uses_kernels
 
@@ -33,7 +34,7 @@ def _attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> tup
 
 @_attention.register_fake
 def _(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    q = reference.split(tokens)[0]
+    q = split(tokens)[0]
     batch, rows, heads, dim = q.shape
     statistics = torch.promote_types(q.dtype, torch.float32)
     return (
@@ -150,11 +151,12 @@ def _check(tokens: list[Tensor], prompts: list[Tensor]) -> None:
         raise ValueError(f"dimension 2 of {tuple(tokens[-1].shape)} must be {packed}")
     if len(prompts) == 1 and prompts[0].shape[2] != 2:
         raise ValueError(f"dimension 2 of prompts {tuple(prompts[0].shape)} must be 2")
-    q, k, v = reference.split(tokens)
+    q, k, v = split(tokens)
     if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"q, k and v do not fit each other: shapes {shapes}")
-    if prompts:
-        prompt_k, prompt_v = prompts[0].unbind(2) if len(prompts) == 1 else prompts
+    pair = split_prompts(prompts)
+    if pair is not None:
+        prompt_k, prompt_v = pair
         if prompt_k.shape != prompt_v.shape or prompt_k.shape[2:] != k.shape[2:]:
             raise ValueError(f"prompts do not fit the heads of the tokens: shapes {shapes}")
         if prompt_k.shape[0] not in (1, k.shape[0]):
