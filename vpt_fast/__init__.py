@@ -1,7 +1,7 @@
 """Fast visual prompt tuning for timm vision transformers."""
 
 from vpt_fast.adapter import load_adapter, save_adapter
-from vpt_fast.methods import LinearProbe, VPTDeep, VPTShallow
+from vpt_fast.methods import VAPT, LinearProbe, VPTDeep, VPTShallow
 from vpt_fast.tune import (
     count_parameters,
     print_trainable_parameters,
@@ -13,6 +13,7 @@ from vpt_fast.tune import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "VAPT",
     "LinearProbe",
     "VPTDeep",
     "VPTShallow",

@@ -17,6 +17,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from vpt_fast.experts import PromptExperts
+from vpt_fast.hooks import has_hooks
 from vpt_fast.ops.absorbed_attention import absorbed_attention
 from vpt_fast.ops.attention import prompt_attention
 
@@ -65,16 +67,6 @@ def extend_mask(mask: Tensor, count: int, prefix: int) -> Tensor:
         shape[dim] = count
         mask = torch.cat([head, mask.new_full(shape, visible), tail], dim=dim)
     return mask
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """True if `module` itself carries a forward or backward hook."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 class PromptedAttention(Attention):
@@ -155,7 +147,7 @@ class PromptedBlock(Block):
     """timm's Block with prompts of its own, with live prompt rows passing through, or both.
 
     Attributes:
-        prompt: module that makes this block's prompts from the batch size, or None.
+        prompt: module that makes this block's prompts from its tokens, or None.
         rows: where prompt rows stand in its input and output.
     """
 
@@ -215,19 +207,25 @@ class PromptedBlock(Block):
         if self.prompt is None:
             return x, None
         x = strip_rows(x, rows.entering, rows.prefix)
-        prompts = self.prompt(x.shape[0])
+        prompts = self.prompt(x)
         if rows.leaving:
             return insert_rows(x, prompts, rows.prefix), None
         return x, prompts.to(x.dtype)
 
-    def _forward(self, x: Tensor, first: int | None) -> Tensor:
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`_enter`, then norm1 of the tokens and of the prompts that are keys and values only."""
+        if isinstance(self.prompt, PromptExperts):
+            return x, *self.prompt.with_norm(x, self.norm1)
         x, prompts = self._enter(x)
+        # norm1's hooks are for tokens: prompts pass beside them.
+        prompts = None if prompts is None else self.norm1.forward(prompts)
+        return x, self.norm1(x), prompts
+
+    def _forward(self, x: Tensor, first: int | None) -> Tensor:
+        x, y, prompts = self._normalise(x)
         dead = self.rows.entering if self.prompt is None and not self.rows.leaving else 0
         # Queries apart do not pass through the qkv module, which a hook would miss.
         late = dead if has_hooks(self.attn.qkv) else 0
-        # norm1's hooks are for tokens: prompts pass beside them.
-        prompts = None if prompts is None else self.norm1.forward(prompts)
-        y = self.norm1(x)
         queries = None
         if first is not None:
             x, queries = x[:, :first], y[:, :first]
@@ -244,7 +242,7 @@ class PromptedBlock(Block):
         count, leaving = rows.entering, rows.leaving
         if self.prompt is not None:
             x = strip_rows(x, rows.entering, rows.prefix)
-            prompts = self.prompt(x.shape[0])
+            prompts = self.prompt(x)
             count = prompts.shape[1]
             x = insert_rows(x, prompts, rows.prefix)
         x = super().forward(x, attn_mask=extend_mask(attn_mask, count, rows.prefix))

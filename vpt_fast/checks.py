@@ -10,8 +10,8 @@ from timm.layers import Attention, DropPath
 from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
-from vpt_fast.blocks import has_hooks
-from vpt_fast.methods import Method
+from vpt_fast.hooks import has_hooks
+from vpt_fast.methods import VAPT, Method
 from vpt_fast.models import TUNED_CLASS, check_pooling, is_tuned
 
 # Normalisations that treat every row by itself, so that dead rows may be left out.
@@ -82,6 +82,13 @@ def check_model(model: Any, method: Method) -> None:
     if type(model.norm) not in _ROW_NORMS:
         _refuse("norm", _name(model.norm), "a normalisation of each token by itself is needed")
     method.prompted_blocks(len(model.blocks))
+    if isinstance(method, VAPT) and method.num_prompts:
+        grid = model.patch_embed.grid_size
+        if min(grid) < method.kernel_size:
+            raise ValueError(
+                f"kernel_size={method.kernel_size} does not fit the model's {grid[0]} x {grid[1]} "
+                f"grid of patches; use at most {min(grid)}"
+            )
     check_pooling(method, model.global_pool)
 
 

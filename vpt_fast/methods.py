@@ -1,7 +1,8 @@
 """What can be tuned: one frozen dataclass per method.
 
 VPT-Shallow and VPT-Deep are section 3.2 of "Visual Prompt Tuning" (ECCV 2022, arXiv 2203.12119);
-where prompts stand and how deep they go is ablated in its section 4.3.
+where prompts stand and how deep they go is ablated in its section 4.3. VAPT is section 4 of
+"Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ def _check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _check_dropout(value: Any) -> None:
+def _check_dropout(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"dropout must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 <= value < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {value}")
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
 def _check_flag(name: str, value: Any) -> None:
@@ -32,7 +33,7 @@ def _check_flag(name: str, value: Any) -> None:
 
 def _check_prompts(method: VPTShallow | VPTDeep) -> None:
     _check_count("num_prompts", method.num_prompts, 0)
-    _check_dropout(method.dropout)
+    _check_dropout("dropout", method.dropout)
     if method.project_dim is not None:
         _check_count("project_dim", method.project_dim, 1)
     _check_flag("pool_prompts", method.pool_prompts)
@@ -142,9 +143,66 @@ class VPTDeep:
         return blocks if self.num_prompts else ()
 
 
-Method = LinearProbe | VPTShallow | VPTDeep
+VAPT_VARIANTS = ("code", "paper")
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (LinearProbe, VPTShallow, VPTDeep)}
+
+@dataclass(frozen=True)
+class VAPT:
+    """Prompts that depend on the image: experts that mix the patches of each block's input.
+
+    Block 0 has static prompts. From block 1 on, the block's input is normalised (LayerNorm), its
+    patches are convolved with one `kernel_size` x `kernel_size` kernel that all channels share,
+    mixed into p prompts by a token-wise projector, and passed through a feature projector that all
+    blocks share.
+
+    Args:
+        num_prompts: number of prompts p of each block, at least 0.
+        dropout: probability of prompt dropout in block 0, an independent mask per image; in [0, 1).
+        kernel_size: height and width K of the convolution; the patch grid must not be smaller.
+        hidden_dim: width r of the feature projector's hidden layer.
+        projector_dropout: dropout of that hidden layer, in [0, 1).
+        channel_dropout: probability of dropping a channel of an image from the mix, in [0, 1).
+        variant: "code", which the published figures come from, or "paper", as the paper's
+            equations have it: no residual around the feature projector, no bias of the token-wise
+            projector.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+
+    num_prompts: int = 10
+    dropout: float = 0.0
+    kernel_size: int = 2
+    hidden_dim: int = 8
+    projector_dropout: float = 0.1
+    channel_dropout: float = 0.1
+    variant: str = "code"
+
+    name: ClassVar[str] = "vapt"
+    shared: ClassVar[bool] = False
+    project_dim: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        _check_count("num_prompts", self.num_prompts, 0)
+        _check_count("kernel_size", self.kernel_size, 1)
+        _check_count("hidden_dim", self.hidden_dim, 1)
+        for name in ("dropout", "projector_dropout", "channel_dropout"):
+            _check_dropout(name, getattr(self, name))
+        if self.variant not in VAPT_VARIANTS:
+            raise ValueError(
+                f"variant must be one of {', '.join(VAPT_VARIANTS)}; got {self.variant!r}"
+            )
+
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """Indices of the blocks, of `depth`, that get prompts: all of them."""
+        return tuple(range(depth)) if self.num_prompts else ()
+
+
+Method = LinearProbe | VPTShallow | VPTDeep | VAPT
+
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (LinearProbe, VPTShallow, VPTDeep, VAPT)
+}
 
 
 def check_method(method: Any) -> Method:

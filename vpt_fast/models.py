@@ -13,7 +13,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.blocks import PromptedAttention, PromptedBlock, PromptRows, has_hooks, strip_rows
+from vpt_fast.blocks import PromptedAttention, PromptedBlock, PromptRows, strip_rows
+from vpt_fast.experts import PromptExperts
+from vpt_fast.hooks import has_hooks
 from vpt_fast.methods import Method
 from vpt_fast.prompts import PromptTokens
 
@@ -43,9 +45,10 @@ class _PromptedModel(VisionTransformer):
 
     def trained_modules(self) -> list[nn.Module]:
         """The modules that follow `train()`: prompts, their projection, head and its dropout."""
-        names = ("prompt_projection", "head_drop", "head", "head_dist")
+        names = ("prompt_projection", "prompt_projector", "head_drop", "head", "head_dist")
         modules = [getattr(self, name) for name in names if hasattr(self, name)]
-        return modules + [m for m in self.modules() if isinstance(m, PromptTokens)]
+        prompts = (PromptTokens, PromptExperts)
+        return modules + [m for m in self.modules() if isinstance(m, prompts)]
 
     def train(self, mode: bool = True) -> _PromptedModel:
         """Set the mode of what is trained; the frozen backbone stays in eval mode."""
@@ -71,6 +74,19 @@ class _PromptedModel(VisionTransformer):
                 x = block(x)
             x = last.forward_first(x, count)
         return self.forward_head(self.norm(x))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's; refuses a patch grid that prompt experts were not made for."""
+        experts = getattr(self.blocks[-1], "prompt", None)
+        if isinstance(experts, PromptExperts):
+            grid = tuple(x.shape[1:3]) if x.ndim == 4 else tuple(self.patch_embed.grid_size)
+            if grid != experts.grid:
+                raise ValueError(
+                    f"the prompt experts mix a {experts.grid[0]} x {experts.grid[1]} grid of "
+                    f"patches, but this image has {grid[0]} x {grid[1]}; resize it to the size "
+                    "that the model was tuned with"
+                )
+        return super()._pos_embed(x)
 
     def _rows_read(self) -> int | None:
         """Rows of the last block that the head reads, if they are its first and nobody looks."""
@@ -167,10 +183,10 @@ class _PromptedModel(VisionTransformer):
         # As PromptTokens does: a plain checkpoint loads with strict=True.
         if "prompt_tokens" in self._parameters:
             state_dict.setdefault(f"{prefix}prompt_tokens", self.prompt_tokens)
-        projection = self._modules.get("prompt_projection")
-        if projection is not None:
-            for name, value in projection.named_parameters():
-                state_dict.setdefault(f"{prefix}prompt_projection.{name}", value)
+        for module in ("prompt_projection", "prompt_projector"):
+            if module in self._modules:
+                for name, value in self.get_submodule(module).named_parameters():
+                    state_dict.setdefault(f"{prefix}{module}.{name}", value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -53,8 +53,12 @@ class PromptTokens(nn.Module):
         # In a tuple the model is no submodule of its own prompts.
         self._owner = (owner,)
 
-    def forward(self, batch_size: int) -> Tensor:
-        """Prompts (1, p, D), shared by the batch; (batch_size, p, D) under dropout in training."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Prompts (1, p, D), shared by the batch; (B, p, D) under dropout in training.
+
+        Args:
+            x: the block's tokens (B, N, D), of which only B matters.
+        """
         owner: Any = self._owner[0]
         tokens: Any = owner.prompt_tokens if self.tokens is None else self.tokens
         projection: Any = getattr(owner, "prompt_projection", None)
@@ -62,7 +66,7 @@ class PromptTokens(nn.Module):
             tokens = projection(tokens)
         tokens = tokens.unsqueeze(0)
         if self.dropout and self.training:
-            return F.dropout(tokens.expand(batch_size, -1, -1), self.dropout)
+            return F.dropout(tokens.expand(x.shape[0], -1, -1), self.dropout)
         return tokens
 
     def _load_from_state_dict(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vpt_fast.checks import check_model
-from vpt_fast.methods import LinearProbe, Method, VPTDeep, check_method
+from vpt_fast.experts import FeatureProjector, PromptExperts
+from vpt_fast.methods import VAPT, LinearProbe, Method, VPTDeep, check_method
 from vpt_fast.models import (
     PLAIN_CLASS,
     TUNED_CLASS,
@@ -45,13 +47,13 @@ def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
 
     The backbone's parameters stop requiring gradients and its modules stay in eval mode under
     `model.train()`; the prompts and the classifier are trained. What the model computes is the
-    published formulation (Visual Prompt Tuning, arXiv 2203.12119, section 3.2), without its dead
-    rows.
+    published formulation (Visual Prompt Tuning, arXiv 2203.12119, section 3.2; for VAPT, arXiv
+    2501.18936, section 4), without its dead rows.
 
     Args:
         model: a timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
             MAE, CLIP, DINOv2, SigLIP and their like.
-        method: `VPTShallow(...)`, `VPTDeep(...)` or `LinearProbe()`.
+        method: `VPTShallow(...)`, `VPTDeep(...)`, `VAPT(...)` or `LinearProbe()`.
         memory: what is kept for backward; "speed" keeps what PyTorch's own functions keep.
 
     Returns:
@@ -98,9 +100,22 @@ def _add_prompts(model: Any, method: Method) -> None:
     if shared:
         model.prompt_tokens = new_tokens(method.num_prompts, width, bound, like)
     owner = model if shared or method.project_dim is not None else None
+    if isinstance(method, VAPT):
+        _add_experts(model, method, blocks[1:], like)
+        blocks = blocks[:1]
     for index in blocks:
         tokens = None if shared else new_tokens(method.num_prompts, width, bound, like)
         model.blocks[index].prompt = PromptTokens(tokens, method.dropout, owner)
+
+
+def _add_experts(model: Any, method: VAPT, blocks: Sequence[int], like: Tensor) -> None:
+    if not blocks:
+        return
+    model.prompt_projector = FeatureProjector(
+        model.embed_dim, method.hidden_dim, method.projector_dropout, like
+    )
+    for index in blocks:
+        model.blocks[index].prompt = PromptExperts(method, model, like)
 
 
 def remove_prompts(model: Model) -> Model:
@@ -121,6 +136,7 @@ def remove_prompts(model: Model) -> Model:
     record = tuned.tune_record
     unplace_prompts(tuned)
     tuned._modules.pop("prompt_projection", None)
+    tuned._modules.pop("prompt_projector", None)
     tuned._parameters.pop("prompt_tokens", None)
     del tuned.tune_record
     tuned.__class__ = PLAIN_CLASS[type(tuned)]

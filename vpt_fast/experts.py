@@ -1,0 +1,181 @@
+"""VAPT's modules: prompt experts, which make a block's prompts from the block's own input.
+
+"Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936),
+section 4. Convolution and token-wise projector are both linear over the patches, so they are used
+as one (p, gh * gw) matrix, and no grid, normalised copy or convolution output is ever made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpt_fast.hooks import has_hooks
+from vpt_fast.methods import VAPT
+from vpt_fast.ops.prompt_expert import fold_convolution, mix_tokens, project_features
+
+_EPS = 1e-5
+
+
+class FeatureProjector(nn.Module):
+    """The feature projector that all blocks of a model share: up(dropout(relu(down(g)))).
+
+    Args:
+        width: channels D of the model.
+        hidden_dim: channels r of the hidden layer.
+        dropout: of the hidden layer.
+        like: tensor whose device and dtype the weights get.
+    """
+
+    def __init__(self, width: int, hidden_dim: int, dropout: float, like: Tensor) -> None:
+        super().__init__()
+        options = {"bias": False, "device": like.device, "dtype": like.dtype}
+        self.down = nn.Linear(width, hidden_dim, **options)
+        self.up = nn.Linear(hidden_dim, width, **options)
+        self.dropout = dropout
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}"
+
+
+class PromptExperts(nn.Module):
+    """Prompts of one block, made from its input.
+
+    P = g + up(dropout(relu(down(g)))) with g = W vec(dropout(conv(LayerNorm(patches)))) + b; in the
+    paper's variant without the residual and without b.
+
+    Args:
+        method: the method's settings.
+        model: the tuned model, for its patch grid and its `prompt_projector`.
+        like: tensor whose device and dtype the weights get.
+    """
+
+    def __init__(self, method: VAPT, model: Any, like: Tensor) -> None:
+        super().__init__()
+        code = method.variant == "code"
+        size = method.kernel_size
+        options = {"device": like.device, "dtype": like.dtype}
+        self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
+        rows, columns = (n - size + 1 for n in self.grid)
+        self.norm = nn.LayerNorm(model.embed_dim, eps=_EPS, **options)
+        self.conv = nn.Conv2d(1, 1, size, bias=False, **options)
+        nn.init.normal_(self.conv.weight)
+        self.mix = nn.Linear(rows * columns, method.num_prompts, bias=code, **options)
+        if code:
+            # Not so for the paper's variant: without the residual, relu'(0) = 0 would leave
+            # every expert without a gradient for ever.
+            nn.init.zeros_(self.mix.weight)
+            nn.init.zeros_(self.mix.bias)
+        self.residual = code
+        self.channel_dropout = method.channel_dropout
+        # In a tuple the model is no submodule of its own prompts.
+        self._owner = (model,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Prompts (B, p, D) of a block's input x (B, N, D), before the block's norm1."""
+        return self._prompts(x, F.layer_norm(x, x.shape[-1:], eps=self.norm.eps))
+
+    def with_norm(self, x: Tensor, norm1: nn.Module) -> tuple[Tensor, Tensor]:
+        """The block's norm1 of its tokens and of the prompts made from them.
+
+        Mean and variance of a row serve both norm1 and this module's LayerNorm, and their
+        gradients reach x in one pass. A norm1 that is trained, watched by a hook or no LayerNorm
+        is called as it is.
+
+        Args:
+            x: tokens (B, N, D), the last ones the patches of `grid`, row by row.
+            norm1: the block's normalisation.
+
+        Returns:
+            (B, N, D) and (B, p, D) in x's dtype.
+        """
+        if not _can_share(norm1):
+            return norm1(x), norm1.forward(self.forward(x)).to(x.dtype)
+        vit_norm: Any = norm1
+        mix, mix_sum = self._folded()
+        y, mixed = mix_tokens(
+            x, mix, self._patches(x), vit_norm.weight, vit_norm.bias, vit_norm.eps, self.norm.eps
+        )
+        prompts = self._project(
+            mixed, mix_sum, (vit_norm.weight, vit_norm.bias, vit_norm.eps), x.dtype
+        )
+        return y, prompts
+
+    def token_mixing(self) -> Tensor:
+        """The weight of every patch in every prompt before the feature projector, (p, gh, gw)."""
+        count = self.grid[0] * self.grid[1]
+        return self._folded()[0][:, :count].unflatten(1, self.grid)
+
+    def _patches(self, x: Tensor) -> int:
+        count = self.grid[0] * self.grid[1]
+        prefix = self._owner[0].num_prefix_tokens
+        if x.shape[1] != prefix + count:
+            raise ValueError(
+                f"the prompt experts mix {count} patches ({self.grid[0]} x {self.grid[1]}) after "
+                f"{prefix} prefix tokens, but this block's input has {x.shape[1]} rows"
+            )
+        return count
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        return fold_convolution(self.mix.weight, self.conv.weight, self.grid)
+
+    def _prompts(self, x: Tensor, normalised: Tensor) -> Tensor:
+        mix, mix_sum = self._folded()
+        count = self._patches(x)
+        patches = normalised[:, x.shape[1] - count :].to(mix.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = mix[:, :count] @ patches
+        return self._project(mixed, mix_sum, None, mix.dtype)
+
+    def _project(
+        self,
+        mixed: Tensor,
+        mix_sum: Tensor,
+        norm: tuple[Tensor | None, Tensor | None, float] | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Everything after the mix (B, p, D); with the block's norm1 if it is given."""
+        projector: Any = self._owner[0].prompt_projector
+        batch, prompts, width = mixed.shape
+        channels = hidden = None
+        if self.training and self.channel_dropout:
+            channels = F.dropout(mixed.new_ones(batch, width), self.channel_dropout)
+        if projector.training and projector.dropout:
+            hidden = F.dropout(
+                mixed.new_ones(batch, prompts, projector.down.out_features), projector.dropout
+            )
+        return project_features(
+            mixed,
+            mix_sum,
+            (self.norm.weight, self.norm.bias),
+            self.mix.bias,
+            channels,
+            (projector.down.weight, projector.up.weight),
+            hidden,
+            self.residual,
+            norm,
+            dtype,
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A checkpoint of the plain backbone has no prompts and still loads with strict=True.
+        for name, value in self.named_parameters():
+            state_dict.setdefault(f"{prefix}{name}", value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
+
+
+def _can_share(norm1: nn.Module) -> bool:
+    """Whether norm1 is a plain, frozen LayerNorm that nobody watches."""
+    return (
+        isinstance(norm1, nn.LayerNorm)
+        and not has_hooks(norm1)
+        and not any(p.requires_grad for p in norm1.parameters())
+    )

@@ -1,0 +1,15 @@
+"""Whether somebody watches a module: rows that pass beside it would be missed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if `module` itself carries a forward or backward hook."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -1,0 +1,228 @@
+"""VAPT's prompt experts in plain PyTorch: the CPU path, and what the kernels are held against.
+
+`prompt_expert` says what is computed. Nothing is unfolded here either.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _grid(weight: Tensor, kernel: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The projector (p, 1, gh', gw') and the convolution (1, 1, K, K), fp32 at least."""
+    wide, size = _wide(weight.dtype), kernel.shape[-1]
+    rows, columns = (n - size + 1 for n in grid)
+    return weight.to(wide).view(-1, 1, rows, columns), kernel.to(wide)
+
+
+def fold_forward(
+    weight: Tensor, kernel: Tensor, grid: tuple[int, int], padded: int
+) -> tuple[Tensor, Tensor]:
+    """The folded matrix (p, padded) and its row sums (p,)."""
+    mix = F.conv_transpose2d(*_grid(weight, kernel, grid)).flatten(1)
+    if padded > mix.shape[1]:
+        mix = F.pad(mix, (0, padded - mix.shape[1]))
+    return mix, mix.sum(1)
+
+
+def fold_backward(
+    weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the projector and of the convolution."""
+    grid_weight, grid_kernel = _grid(weight, kernel, grid)
+    grad = (grad_mix[:, : grid[0] * grid[1]] + grad_sum[:, None]).view(-1, 1, *grid)
+    grad_weight = F.conv2d(grad, grid_kernel).view(weight.shape)
+    # sum over prompts and positions: prompts are the channels of one image
+    grad_kernel = F.conv2d(grad.transpose(0, 1), grid_weight.transpose(0, 1))
+    return grad_weight.to(weight.dtype), grad_kernel.to(kernel.dtype)
+
+
+def other_rstd(rstd: Tensor, eps: float, other: float) -> Tensor:
+    """1 / sqrt(var + other) from 1 / sqrt(var + eps)."""
+    return rstd if eps == other else (rstd**-2 + (other - eps)).rsqrt()
+
+
+def _full(mix: Tensor, rows: int, patches: int) -> Tensor:
+    """The matrix (p, N) with zeros for the prefix tokens."""
+    return F.pad(mix[:, :patches], (rows - patches, 0))
+
+
+def mix_forward(
+    x: Tensor,
+    mix: Tensor,
+    patches: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """norm1(x), the mix, and each row's mean and reciprocal standard deviation (of norm1)."""
+    wide = _wide(x.dtype)
+    if x.dtype == wide and all(t is None or t.dtype == wide for t in (weight, bias)):
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, norm_eps)
+        mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
+    else:
+        rows = x.to(wide)
+        variance, mean = torch.var_mean(rows, -1, correction=0)
+        rstd = (variance + norm_eps).rsqrt()
+        affine = [None if t is None else t.to(wide) for t in (weight, bias)]
+        y = F.layer_norm(rows, x.shape[-1:], *affine, norm_eps).to(x.dtype)
+    scaled = _full(mix, x.shape[1], patches) * other_rstd(rstd, norm_eps, eps)[:, None]
+    mixed = torch.baddbmm(-(scaled @ mean[..., None]), scaled, x.to(wide))
+    return y, mixed, mean, rstd
+
+
+def mix_backward(
+    x: Tensor,
+    mix: Tensor,
+    patches: int,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_y: Tensor,
+    grad_mixed: Tensor,
+    norm_eps: float,
+    eps: float,
+    needs_x: bool,
+    needs_mix: bool,
+) -> list[Tensor]:
+    """Gradients of x and of the matrix, those that are asked for.
+
+    With e the normalised patches, dM = dG e^T, summed over the images, and de = M^T dG. The two row
+    means that LayerNorm's backward takes of de are M^T (dG 1) and M^T (dG e^T): they come from the
+    p columns of dG e^T, and de is never read again.
+    """
+    wide, (_, rows, width) = mix.dtype, x.shape
+    rows_x, full = x.to(wide), _full(mix, rows, patches)
+    expert_rstd = other_rstd(rstd, norm_eps, eps)
+    sums = grad_mixed.sum(-1)  # (B, p)
+    products = torch.baddbmm(-(sums[..., None] * mean[:, None]), grad_mixed, rows_x.mT)
+    products *= expert_rstd[:, None]  # dG e^T, (B, p, N)
+    result = []
+    if needs_x:
+        grad = torch.ops.aten.native_layer_norm_backward(
+            grad_y.to(wide), rows_x, [width], mean[..., None], rstd[..., None],
+            None if weight is None else weight.to(wide), None, [True, False, False],
+        )[0]  # fmt: skip
+        slope = (full * products).sum(1) * expert_rstd**2 / width  # (B, N)
+        shift = slope * mean - (sums @ full) * expert_rstd / width
+        # One more row of dG, of ones, brings the shift along.
+        factors = torch.cat([full * expert_rstd[:, None], shift[:, None]], 1)
+        ones = grad_mixed.new_ones(len(x), 1, width)
+        grad.baddbmm_(factors.mT, torch.cat([grad_mixed, ones], 1))
+        result.append(grad.addcmul_(rows_x, slope[..., None], value=-1).to(x.dtype))
+    if needs_mix:
+        grad_mix = products.sum(0)[:, rows - patches :]
+        result.append(F.pad(grad_mix, (0, mix.shape[1] - patches)).contiguous())
+    return result
+
+
+def _before_projector(
+    mixed: Tensor,
+    mix_sum: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    channels: Tensor | None,
+) -> Tensor:
+    g = mixed * weight + mix_sum[:, None] * shift
+    if channels is not None:
+        g = g * channels[:, None]
+    return g if bias is None else g + bias[:, None]
+
+
+def features(
+    mixed: Tensor,
+    mix_sum: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    channels: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    hidden: Tensor | None,
+    residual: bool,
+) -> Tensor:
+    """The prompts P (B, p, D), before norm1, in mixed's dtype."""
+    wide = mixed.dtype
+    weight, shift, down, up = (t.to(wide) for t in (weight, shift, down, up))
+    bias = None if bias is None else bias.to(wide)
+    g = _before_projector(mixed, mix_sum, weight, shift, bias, channels)
+    h = (g @ down.mT).relu()
+    h = h if hidden is None else h * hidden
+    return g + h @ up.mT if residual else h @ up.mT
+
+
+def features_forward(
+    mixed: Tensor,
+    mix_sum: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    channels: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    hidden: Tensor | None,
+    residual: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """norm1 of the prompts (B, p, D) in `dtype`, and each row's mean and rstd (B, p)."""
+    wide = mixed.dtype
+    prompts = features(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden, residual)
+    affine = [None if t is None else t.to(wide) for t in (norm_weight, norm_bias)]
+    out, mean, rstd = torch.native_layer_norm(prompts, prompts.shape[-1:], *affine, norm_eps)
+    return out.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def features_backward(
+    mixed: Tensor,
+    mix_sum: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    channels: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    hidden: Tensor | None,
+    residual: bool,
+    norm_weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+) -> list[Tensor]:
+    """Gradients of mixed, mix_sum, weight, shift, bias if there is one, down and up."""
+    wide = mixed.dtype
+    weight_w, shift_w, down_w, up_w = (t.to(wide) for t in (weight, shift, down, up))
+    bias_w = None if bias is None else bias.to(wide)
+    g = _before_projector(mixed, mix_sum, weight_w, shift_w, bias_w, channels)
+    before = g @ down_w.mT
+    h = before.relu() if hidden is None else before.relu() * hidden
+    prompts = g + h @ up_w.mT if residual else h @ up_w.mT
+    grad_p = torch.ops.aten.native_layer_norm_backward(
+        grad.to(wide), prompts, [prompts.shape[-1]], mean[..., None], rstd[..., None],
+        None if norm_weight is None else norm_weight.to(wide), None, [True, False, False],
+    )[0]  # fmt: skip
+    grad_h = (grad_p @ up_w) * (before > 0)
+    grad_h = grad_h if hidden is None else grad_h * hidden
+    grad_g = grad_p + grad_h @ down_w if residual else grad_h @ down_w
+    masked = grad_g if channels is None else grad_g * channels[:, None]
+    grads = [
+        masked * weight_w,
+        (masked @ shift_w).sum(0),
+        (masked * mixed).sum((0, 1)).to(weight.dtype),
+        (masked * mix_sum[:, None]).sum((0, 1)).to(shift.dtype),
+    ]
+    if bias is not None:
+        grads.append(grad_g.sum((0, 2)).to(bias.dtype))
+    grads.append((grad_h.flatten(0, 1).mT @ g.flatten(0, 1)).to(down.dtype))
+    grads.append((grad_p.flatten(0, 1).mT @ h.flatten(0, 1)).to(up.dtype))
+    return grads
