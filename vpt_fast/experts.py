@@ -32,7 +32,7 @@ class FeatureProjector(nn.Module):
 
     def __init__(self, width: int, hidden_dim: int, dropout: float, like: Tensor) -> None:
         super().__init__()
-        options = {"bias": False, "device": like.device, "dtype": like.dtype}
+        options: Any = {"bias": False, "device": like.device, "dtype": like.dtype}
         self.down = nn.Linear(width, hidden_dim, **options)
         self.up = nn.Linear(hidden_dim, width, **options)
         self.dropout = dropout
@@ -57,7 +57,7 @@ class PromptExperts(nn.Module):
         super().__init__()
         code = method.variant == "code"
         size = method.kernel_size
-        options = {"device": like.device, "dtype": like.dtype}
+        options: Any = {"device": like.device, "dtype": like.dtype}
         self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
         rows, columns = (n - size + 1 for n in self.grid)
         self.norm = nn.LayerNorm(model.embed_dim, eps=_EPS, **options)

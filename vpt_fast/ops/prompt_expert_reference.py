@@ -14,6 +14,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
 def _grid(weight: Tensor, kernel: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The projector (p, 1, gh', gw') and the convolution (1, 1, K, K), fp32 at least."""
     wide, size = _wide(weight.dtype), kernel.shape[-1]
@@ -71,8 +75,8 @@ def mix_forward(
         rows = x.to(wide)
         variance, mean = torch.var_mean(rows, -1, correction=0)
         rstd = (variance + norm_eps).rsqrt()
-        affine = [None if t is None else t.to(wide) for t in (weight, bias)]
-        y = F.layer_norm(rows, x.shape[-1:], *affine, norm_eps).to(x.dtype)
+        affine = _to(weight, wide), _to(bias, wide)
+        y = F.layer_norm(rows, x.shape[-1:], affine[0], affine[1], norm_eps).to(x.dtype)
     scaled = _full(mix, x.shape[1], patches) * other_rstd(rstd, norm_eps, eps)[:, None]
     mixed = torch.baddbmm(-(scaled @ mean[..., None]), scaled, x.to(wide))
     return y, mixed, mean, rstd
@@ -108,7 +112,7 @@ def mix_backward(
     if needs_x:
         grad = torch.ops.aten.native_layer_norm_backward(
             grad_y.to(wide), rows_x, [width], mean[..., None], rstd[..., None],
-            None if weight is None else weight.to(wide), None, [True, False, False],
+            _to(weight, wide), None, [True, False, False],
         )[0]  # fmt: skip
         slope = (full * products).sum(1) * expert_rstd**2 / width  # (B, N)
         shift = slope * mean - (sums @ full) * expert_rstd / width
@@ -152,8 +156,7 @@ def features(
     """The prompts P (B, p, D), before norm1, in mixed's dtype."""
     wide = mixed.dtype
     weight, shift, down, up = (t.to(wide) for t in (weight, shift, down, up))
-    bias = None if bias is None else bias.to(wide)
-    g = _before_projector(mixed, mix_sum, weight, shift, bias, channels)
+    g = _before_projector(mixed, mix_sum, weight, shift, _to(bias, wide), channels)
     h = (g @ down.mT).relu()
     h = h if hidden is None else h * hidden
     return g + h @ up.mT if residual else h @ up.mT
@@ -178,8 +181,9 @@ def features_forward(
     """norm1 of the prompts (B, p, D) in `dtype`, and each row's mean and rstd (B, p)."""
     wide = mixed.dtype
     prompts = features(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden, residual)
-    affine = [None if t is None else t.to(wide) for t in (norm_weight, norm_bias)]
-    out, mean, rstd = torch.native_layer_norm(prompts, prompts.shape[-1:], *affine, norm_eps)
+    out, mean, rstd = torch.native_layer_norm(
+        prompts, prompts.shape[-1:], _to(norm_weight, wide), _to(norm_bias, wide), norm_eps
+    )
     return out.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
@@ -202,14 +206,13 @@ def features_backward(
     """Gradients of mixed, mix_sum, weight, shift, bias if there is one, down and up."""
     wide = mixed.dtype
     weight_w, shift_w, down_w, up_w = (t.to(wide) for t in (weight, shift, down, up))
-    bias_w = None if bias is None else bias.to(wide)
-    g = _before_projector(mixed, mix_sum, weight_w, shift_w, bias_w, channels)
+    g = _before_projector(mixed, mix_sum, weight_w, shift_w, _to(bias, wide), channels)
     before = g @ down_w.mT
     h = before.relu() if hidden is None else before.relu() * hidden
     prompts = g + h @ up_w.mT if residual else h @ up_w.mT
     grad_p = torch.ops.aten.native_layer_norm_backward(
         grad.to(wide), prompts, [prompts.shape[-1]], mean[..., None], rstd[..., None],
-        None if norm_weight is None else norm_weight.to(wide), None, [True, False, False],
+        _to(norm_weight, wide), None, [True, False, False],
     )[0]  # fmt: skip
     grad_h = (grad_p @ up_w) * (before > 0)
     grad_h = grad_h if hidden is None else grad_h * hidden
