@@ -127,7 +127,7 @@ def _mix(
     bias: Tensor | None,
     norm_eps: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _implementation(x).mix_forward(x, mix, patches, weight, bias, norm_eps, eps)
 
 
@@ -140,13 +140,12 @@ def _(
     bias: Tensor | None,
     norm_eps: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     (batch, rows, width), wide = x.shape, _wide(x.dtype)
     return (
         x.new_empty(batch, rows, width),
         x.new_empty(batch, mix.shape[0], width, dtype=wide),
-        x.new_empty(batch, rows, dtype=wide),
-        x.new_empty(batch, rows, dtype=wide),
+        x.new_empty(3, batch, rows, dtype=wide),
     )
 
 
@@ -156,17 +155,14 @@ def _mix_backward(
     mix: Tensor,
     patches: int,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     grad_y: Tensor,
     grad_mixed: Tensor,
-    norm_eps: float,
-    eps: float,
     needs_x: bool,
     needs_mix: bool,
 ) -> list[Tensor]:
     return _implementation(x).mix_backward(
-        x, mix, patches, weight, mean, rstd, grad_y, grad_mixed, norm_eps, eps, needs_x, needs_mix
+        x, mix, patches, weight, statistics, grad_y, grad_mixed, needs_x, needs_mix
     )
 
 
@@ -176,12 +172,9 @@ def _(
     mix: Tensor,
     patches: int,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     grad_y: Tensor,
     grad_mixed: Tensor,
-    norm_eps: float,
-    eps: float,
     needs_x: bool,
     needs_mix: bool,
 ) -> list[Tensor]:
@@ -190,21 +183,21 @@ def _(
 
 
 def _mix_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, mix, ctx.patches, weight, _, ctx.norm_eps, ctx.eps = inputs
-    _, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, mix, weight, mean, rstd)
+    x, mix, ctx.patches, weight, _, _, _ = inputs
+    _, _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(x, mix, weight, statistics)
 
 
 def _mix_gradients(ctx, grad_y, grad_mixed, *_):  # type: ignore[no-untyped-def]
-    x, mix, weight, mean, rstd = ctx.saved_tensors
+    x, mix, weight, statistics = ctx.saved_tensors
     needs_x, needs_mix = ctx.needs_input_grad[:2]
     if any(ctx.needs_input_grad[3:5]):
         raise RuntimeError("mix_tokens has no gradient of norm1's weight and bias")
     with _in_full_precision(x):
         grads = _mix_backward(
-            x, mix, ctx.patches, weight, mean, rstd, grad_y.contiguous(), grad_mixed.contiguous(),
-            ctx.norm_eps, ctx.eps, needs_x, needs_mix,
+            x, mix, ctx.patches, weight, statistics, grad_y.contiguous(), grad_mixed.contiguous(),
+            needs_x, needs_mix,
         )  # fmt: skip
     grad_x = grads.pop(0) if needs_x else None
     grad_mix = grads.pop(0) if needs_mix else None
@@ -248,7 +241,7 @@ def mix_tokens(
             f"with at least {patches} patches each"
         )
     with _in_full_precision(x):
-        y, mixed, _, _ = _mix(x.contiguous(), mix, patches, weight, bias, norm_eps, eps)
+        y, mixed, _ = _mix(x.contiguous(), mix, patches, weight, bias, norm_eps, eps)
     return y, mixed
 
 

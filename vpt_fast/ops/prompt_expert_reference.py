@@ -65,8 +65,8 @@ def mix_forward(
     bias: Tensor | None,
     norm_eps: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """norm1(x), the mix, and each row's mean and reciprocal standard deviation (of norm1)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """norm1(x), the mix, and row statistics (3, B, N): mean, norm1's rstd, the experts' rstd."""
     wide = _wide(x.dtype)
     if x.dtype == wide and all(t is None or t.dtype == wide for t in (weight, bias)):
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, norm_eps)
@@ -77,9 +77,10 @@ def mix_forward(
         rstd = (variance + norm_eps).rsqrt()
         affine = _to(weight, wide), _to(bias, wide)
         y = F.layer_norm(rows, x.shape[-1:], affine[0], affine[1], norm_eps).to(x.dtype)
-    scaled = _full(mix, x.shape[1], patches) * other_rstd(rstd, norm_eps, eps)[:, None]
+    expert_rstd = other_rstd(rstd, norm_eps, eps)
+    scaled = _full(mix, x.shape[1], patches) * expert_rstd[:, None]
     mixed = torch.baddbmm(-(scaled @ mean[..., None]), scaled, x.to(wide))
-    return y, mixed, mean, rstd
+    return y, mixed, torch.stack([mean, rstd, expert_rstd])
 
 
 def mix_backward(
@@ -87,12 +88,9 @@ def mix_backward(
     mix: Tensor,
     patches: int,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     grad_y: Tensor,
     grad_mixed: Tensor,
-    norm_eps: float,
-    eps: float,
     needs_x: bool,
     needs_mix: bool,
 ) -> list[Tensor]:
@@ -104,7 +102,7 @@ def mix_backward(
     """
     wide, (_, rows, width) = mix.dtype, x.shape
     rows_x, full = x.to(wide), _full(mix, rows, patches)
-    expert_rstd = other_rstd(rstd, norm_eps, eps)
+    mean, rstd, expert_rstd = statistics
     sums = grad_mixed.sum(-1)  # (B, p)
     products = torch.baddbmm(-(sums[..., None] * mean[:, None]), grad_mixed, rows_x.mT)
     products *= expert_rstd[:, None]  # dG e^T, (B, p, N)

@@ -1,0 +1,249 @@
+"""VAPT's expert update, forward: norm1 with row statistics, and the mix of the normalised patches.
+
+    norm_statistics_kernel   y = norm1(x); each row's mean and reciprocal standard deviations
+    mix_kernel               mixed[b, p] = sum_n M[p, n] (x[b, n] - mean[b, n]) * rstd[b, n]
+
+The second kernel normalises no patch: rstd goes into the small matrix, whose product with raw x
+runs on the tensor cores, and the means are subtracted from the p sums. Rounding M * rstd to bf16
+would cost eight bits, so it is used in two bf16 parts, whose products are exact.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+import torch
+import triton
+import triton.language as tl
+
+from .expert_table import mix_tiles, row_tiles
+from .launch import Launch, Target, power_of_2_at_least
+
+
+@triton.jit
+def norm_statistics_kernel(
+    x_ptr,  # (rows, D), contiguous
+    weight_ptr,  # (D,)
+    bias_ptr,  # (D,)
+    y_ptr,  # (rows, D), contiguous
+    statistics_ptr,  # (3, rows) fp32: mean, rstd of norm1, rstd of the experts
+    num_rows,
+    norm_eps,
+    expert_eps,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    exists = rows < num_rows
+    channel = (dims < WIDTH)[None, :]
+    mask = exists[:, None] & channel
+    offsets = rows.to(tl.int64)[:, None] * WIDTH + dims[None, :]
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 1) / WIDTH
+    centred = tl.where(channel, x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / WIDTH
+    rstd = 1.0 / tl.sqrt_rn(variance + norm_eps)
+    y = centred * rstd[:, None]
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(statistics_ptr + rows, mean, mask=exists)
+    tl.store(statistics_ptr + num_rows + rows, rstd, mask=exists)
+    expert_rstd = 1.0 / tl.sqrt_rn(variance + expert_eps)
+    tl.store(statistics_ptr + 2 * num_rows + rows, expert_rstd, mask=exists)
+
+
+@triton.jit
+def _add_product(acc, scaled, x, PARTS: tl.constexpr):
+    """acc [P, D] + scaled [P, T] @ x [T, D], with `scaled` in PARTS parts of x's type.
+
+    PARTS = 0: fp32 products, as exact as x is: "tf32x3" where x has at most 11 bits.
+    """
+    if PARTS == 0:
+        if x.dtype == tl.float32:
+            return tl.dot(scaled, x, acc, input_precision="ieee")
+        else:
+            return tl.dot(scaled, x.to(tl.float32), acc, input_precision="tf32x3")
+    else:
+        for _ in tl.static_range(PARTS):
+            part = scaled.to(x.dtype)
+            acc = tl.dot(part, x, acc)
+            scaled -= part.to(tl.float32)
+        return acc
+
+
+@triton.jit
+def _mix_step(
+    x_rows,  # [BLOCK_T, BLOCK_D] pointers
+    mix_rows,  # [BLOCK_P, BLOCK_T] pointers
+    mean_ptr,
+    rstd_ptr,
+    means,  # [BLOCK_P, BLOCK_T] fp32
+    acc,  # [BLOCK_P, BLOCK_D] fp32
+    count,  # patches left
+    channel,  # [BLOCK_D]
+    prompt,  # [BLOCK_P]
+    MASKED: tl.constexpr,
+    ALL_CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Add one tile of patches to `acc`, and what their means would add to `means`."""
+    tile = tl.arange(0, x_rows.shape[0])
+    if MASKED:
+        # The matrix is 0 for rows past the last patch, but another image may hold anything.
+        exists = tile < count
+        x = tl.load(x_rows, mask=exists[:, None] & channel[None, :], other=0.0)
+        mean = tl.load(mean_ptr + tile, mask=exists, other=0.0)
+        rstd = tl.load(rstd_ptr + tile, mask=exists, other=0.0)
+    else:
+        if ALL_CHANNELS:  # noqa: SIM108
+            x = tl.load(x_rows)
+        else:
+            x = tl.load(x_rows, mask=channel[None, :], other=0.0)
+        mean = tl.load(mean_ptr + tile)
+        rstd = tl.load(rstd_ptr + tile)
+    scaled = tl.load(mix_rows, mask=prompt[:, None], other=0.0) * rstd[None, :]
+    means += scaled * mean[None, :]
+    return _add_product(acc, scaled, x, PARTS), means
+
+
+@triton.jit
+def mix_kernel(
+    x_ptr,  # (B, N, D), contiguous
+    mix_ptr,  # (P, COLUMNS) fp32; columns past the patches are 0
+    statistics_ptr,  # (3, B * N) fp32
+    mixed_ptr,  # (B, P, D) fp32, contiguous
+    num_images,
+    num_rows,  # N
+    num_patches,
+    num_prompts,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    prompts = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    channel = dims < WIDTH
+    prompt = prompts < num_prompts
+    prefix = num_rows - num_patches
+    x_ptr += (image * num_rows + prefix) * WIDTH
+    mean_ptr = statistics_ptr + image * num_rows + prefix
+    rstd_ptr = mean_ptr + 2 * tl.cast(num_images, tl.int64) * num_rows
+
+    tile = tl.arange(0, BLOCK_T)
+    x_rows = x_ptr + tile[:, None] * WIDTH + dims[None, :]
+    mix_rows = mix_ptr + prompts[:, None] * COLUMNS + tile[None, :]
+    acc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    means = tl.zeros([BLOCK_P, BLOCK_T], tl.float32)
+    full = num_patches // BLOCK_T * BLOCK_T
+    for _ in range(0, full, BLOCK_T):
+        acc, means = _mix_step(
+            x_rows, mix_rows, mean_ptr, rstd_ptr, means, acc, 0, channel, prompt,
+            False, WIDTH % BLOCK_D == 0, PARTS,
+        )  # fmt: skip
+        x_rows += BLOCK_T * WIDTH
+        mix_rows += BLOCK_T
+        mean_ptr += BLOCK_T
+        rstd_ptr += BLOCK_T
+    offset = tl.sum(means, 1)
+    tile = tl.arange(0, BLOCK_TAIL)
+    left = num_patches - full
+    if left > 0:
+        acc, tail_means = _mix_step(
+            x_ptr + (full + tile)[:, None] * WIDTH + dims[None, :],
+            mix_ptr + prompts[:, None] * COLUMNS + (full + tile)[None, :],
+            mean_ptr, rstd_ptr, tl.zeros([BLOCK_P, BLOCK_TAIL], tl.float32), acc, left,
+            channel, prompt, True, False, PARTS,
+        )  # fmt: skip
+        offset += tl.sum(tail_means, 1)
+    mixed_rows = mixed_ptr + (image * num_prompts + prompts[:, None]) * WIDTH
+    mask = prompt[:, None] & channel[None, :]
+    tl.store(mixed_rows + dims[None, :], acc - offset[:, None], mask=mask)
+
+
+def norm_launch(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    statistics: torch.Tensor,
+    norm_eps: float,
+    eps: float,
+) -> Launch:
+    """The launch that fills `y` (B, N, D) and `statistics` (3, B, N) fp32 from x (B, N, D)."""
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    tiles = row_tiles(width)
+    return Launch(
+        name="norm",
+        kernel=norm_statistics_kernel,
+        grid=(triton.cdiv(rows, tiles.rows), 1, 1),
+        arguments={
+            "x_ptr": x,
+            "weight_ptr": x if weight is None else weight,
+            "bias_ptr": x if bias is None else bias,
+            "y_ptr": y,
+            "statistics_ptr": statistics,
+            "num_rows": rows,
+            "norm_eps": norm_eps,
+            "expert_eps": eps,
+        },
+        constexprs={
+            "WIDTH": width,
+            "BLOCK_D": tiles.width,
+            "BLOCK_M": tiles.rows,
+            "HAS_WEIGHT": weight is not None,
+            "HAS_BIAS": bias is not None,
+        },
+        num_warps=tiles.num_warps,
+        num_stages=1,
+    )
+
+
+def mix_launch(
+    x: torch.Tensor,
+    mix: torch.Tensor,
+    statistics: torch.Tensor,
+    mixed: torch.Tensor,
+    patches: int,
+    target: Target,
+) -> Launch:
+    """The launch that fills `mixed` (B, p, D) fp32 from x (B, N, D) and mix (p, columns)."""
+    batch, rows, width = x.shape
+    prompts, columns = mix.shape
+    tiles = mix_tiles(prompts, width, x.dtype, target)
+    return Launch(
+        name="mix",
+        kernel=mix_kernel,
+        grid=(triton.cdiv(width, tiles.width), batch, triton.cdiv(prompts, tiles.prompts)),
+        arguments={
+            "x_ptr": x,
+            "mix_ptr": mix,
+            "statistics_ptr": statistics,
+            "mixed_ptr": mixed,
+            "num_images": batch,
+            "num_rows": rows,
+            "num_patches": patches,
+            "num_prompts": prompts,
+        },
+        constexprs={
+            "WIDTH": width,
+            "COLUMNS": columns,
+            "BLOCK_P": tiles.prompts,
+            "BLOCK_T": tiles.rows,
+            "BLOCK_TAIL": power_of_2_at_least(patches % tiles.rows),
+            "BLOCK_D": tiles.width,
+            "PARTS": 2 if x.dtype == torch.bfloat16 else 0,
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        trips={"patches": patches // tiles.rows},
+    )

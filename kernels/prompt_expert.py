@@ -1,0 +1,197 @@
+"""VAPT's prompt experts on a GPU; `vpt_fast.ops.prompt_expert` says what is computed.
+
+    fold_*      convolution and token-wise projector as one matrix
+    mix_*       norm1 of the tokens, and the matrix times their normalised patches
+    features_*  affine, dropouts, feature projector and norm1 of the p rows
+
+Statistics, the matrix, the mix and all sums are fp32; tokens and prompts are in the model's dtype.
+The same inputs give the same bits: there are no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import run
+from .expert_features import features_backward_launches, features_launch, rows_per_chunk
+from .expert_fold import fold_backward_launch, fold_launch
+from .expert_mix import mix_launch, norm_launch
+from .expert_mix_backward import gradient_chunks, mix_backward_launch
+from .launch import target_of
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_dtype(tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"prompt experts on a GPU take float32, float16 or bfloat16, not {tensor.dtype}"
+        )
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def fold_forward(
+    weight: Tensor, kernel: Tensor, grid: tuple[int, int], padded: int
+) -> tuple[Tensor, Tensor]:
+    """The folded matrix (p, padded) fp32, zeros past gh * gw, and its row sums (p,)."""
+    _check_dtype(weight)
+    weight, kernel = weight.contiguous(), kernel.contiguous()
+    mix = torch.empty((len(weight), padded), dtype=torch.float32, device=weight.device)
+    mix_sum = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    run([fold_launch(weight, kernel, grid, mix, mix_sum)], weight.device)
+    return mix, mix_sum
+
+
+def fold_backward(
+    weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the projector and of the convolution, as they are."""
+    weight, kernel = weight.contiguous(), kernel.contiguous()
+    grad_weight = torch.empty_like(weight)
+    taps = torch.empty((len(weight), kernel.numel()), dtype=torch.float32, device=weight.device)
+    launch = fold_backward_launch(weight, kernel, grid, grad_mix, grad_sum, grad_weight, taps)
+    run([launch], weight.device)
+    return grad_weight, taps.sum(0).to(kernel.dtype).view(kernel.shape)
+
+
+def mix_forward(
+    x: Tensor,
+    mix: Tensor,
+    patches: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """norm1(x), the mix (B, p, D) fp32, and row statistics (3, B, N) fp32."""
+    _check_dtype(x)
+    batch, rows, width = x.shape
+    y = torch.empty_like(x)
+    mixed = torch.empty((batch, len(mix), width), dtype=torch.float32, device=x.device)
+    statistics = torch.empty((3, batch, rows), dtype=torch.float32, device=x.device)
+    weight, bias = _contiguous(weight, bias)
+    run(
+        [
+            norm_launch(x, weight, bias, y, statistics, norm_eps, eps),
+            mix_launch(x, mix, statistics, mixed, patches, target_of(x)),
+        ],
+        x.device,
+    )
+    return y, mixed, statistics
+
+
+def mix_backward(
+    x: Tensor,
+    mix: Tensor,
+    patches: int,
+    weight: Tensor | None,
+    statistics: Tensor,
+    grad_y: Tensor,
+    grad_mixed: Tensor,
+    needs_x: bool,
+    needs_mix: bool,
+) -> list[Tensor]:
+    """Gradients of x and of the matrix, those that are asked for."""
+    partial = grad_mix = None
+    if needs_mix:
+        shape = (gradient_chunks(len(x))[0], len(mix), patches)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        grad_mix = torch.zeros_like(mix)
+    grad_x = torch.empty_like(x) if needs_x else None
+    (weight,) = _contiguous(weight)
+    launch = mix_backward_launch(
+        x, mix, patches, weight, statistics, grad_y, grad_mixed, grad_x, partial
+    )
+    run([launch], x.device)
+    if grad_mix is not None and partial is not None:
+        grad_mix[:, :patches] = partial.sum(0)
+    return [g for g in (grad_x, grad_mix) if g is not None]
+
+
+def features_forward(
+    mixed: Tensor,
+    mix_sum: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    channels: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    hidden: Tensor | None,
+    residual: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """norm1 of the prompts (B, p, D) in `dtype`, and each row's mean and rstd (B, p) fp32."""
+    names = ("mix_sum", "weight", "shift", "bias", "channels", "down", "up", "hidden",
+             "norm_weight", "norm_bias")  # fmt: skip
+    tensors = _contiguous(
+        mix_sum, weight, shift, bias, channels, down, up, hidden, norm_weight, norm_bias
+    )
+    out = torch.empty(mixed.shape, dtype=dtype, device=mixed.device)
+    mean, rstd = (
+        torch.empty(mixed.shape[:2], dtype=torch.float32, device=mixed.device) for _ in range(2)
+    )
+    launch = features_launch(
+        mixed, dict(zip(names, tensors, strict=True)), residual, out, mean, rstd, norm_eps
+    )
+    run([launch], mixed.device)
+    return out, mean, rstd
+
+
+def features_backward(
+    mixed: Tensor,
+    mix_sum: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    channels: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    hidden: Tensor | None,
+    residual: bool,
+    norm_weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+) -> list[Tensor]:
+    """Gradients of mixed, mix_sum, weight, shift, bias if there is one, down and up."""
+    names = ("mix_sum", "weight", "shift", "bias", "channels", "down", "up", "hidden",
+             "norm_weight", "mean", "rstd")  # fmt: skip
+    tensors = _contiguous(
+        mix_sum, weight, shift, bias, channels, down, up, hidden, norm_weight, mean, rstd
+    )
+    batch, prompts, width = mixed.shape
+    rows, hidden_dim = batch * prompts, len(down)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=mixed.device)
+
+    grad_mixed = empty(*mixed.shape)
+    sums = empty(4, rows)
+    chunks = -(-rows // rows_per_chunk(rows)) if rows else 0
+    weights = empty(chunks, 2 * hidden_dim + 2, width)
+    launches = features_backward_launches(
+        mixed, dict(zip(names, tensors, strict=True)), residual, grad, grad_mixed,
+        empty(2, rows, hidden_dim), sums, weights,
+    )  # fmt: skip
+    run(launches, mixed.device)
+    grad_down, grad_up, grad_weight, grad_shift = weights.sum(0).split(
+        [hidden_dim, hidden_dim, 1, 1]
+    )
+    grad_sum, grad_bias = sums[:2].view(2, batch, prompts).sum(1)
+    return [
+        grad_mixed,
+        grad_sum.clone(),
+        grad_weight[0].to(weight.dtype, copy=True),
+        grad_shift[0].to(shift.dtype, copy=True),
+        *([] if bias is None else [grad_bias.to(bias.dtype, copy=True)]),
+        grad_down.to(down.dtype, copy=True),
+        grad_up.T.to(up.dtype, copy=True, memory_format=torch.contiguous_format),
+    ]
