@@ -55,10 +55,10 @@ def mix_tiles(prompts: int, width: int, dtype: torch.dtype, target: Target) -> M
 
 def mix_gradient_tiles(prompts: int, width: int, dtype: torch.dtype) -> MixTiles:
     """Kernel of the gradients of tokens and matrix: `rows` tokens by all prompts."""
-    block_p = power_of_2_at_least(prompts)
+    block_p, block_d = power_of_2_at_least(prompts), min(32, power_of_2_at_least(width))
     if dtype != torch.bfloat16 or block_p > 64:
-        return MixTiles(block_p, 16, min(32, power_of_2_at_least(width)), 4, 2)
-    return MixTiles(block_p, 32, min(64, power_of_2_at_least(width)), 4, 2)
+        return MixTiles(block_p, 16, block_d, 4 if block_p <= 128 else 8, 2)
+    return MixTiles(block_p, 64 if block_p <= 32 else 32, block_d, 4, 2)
 
 
 def weight_gradient_tiles(hidden_dim: int, width: int) -> MixTiles:

@@ -1,4 +1,5 @@
-"""`vpt-fast`: tune a timm vision transformer on a folder of images, evaluate it, predict."""
+"""`vpt-fast`: tune a timm vision transformer on a folder of images, evaluate it, predict with it,
+and look at what its prompts do."""
 
 from __future__ import annotations
 
@@ -310,6 +311,34 @@ def predict(
             probabilities, classes = logits[0].float().softmax(dim=0).topk(min(topk, len(names)))
             found = zip(classes.tolist(), probabilities.tolist(), strict=True)
             typer.echo(f"{path}: " + ", ".join(f"{names[i]} {100 * p:.2f}%" for i, p in found))
+        if failed:
+            _fail("; ".join(failed), 1)
+
+
+@app.command(name="inspect")
+def inspect_adapter(
+    adapter: Adapter,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for attention.csv, mixing.csv and the pictures: new, empty or of an "
+            "earlier inspect, whose files are replaced.",
+        ),
+    ],
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+) -> None:
+    """Shows what prompts do: the attention that each one gets, and the patches that VAPT mixes."""
+    # matplotlib takes long to import, and the other commands do not draw.
+    from vpt_fast.inspection_report import check_output, inspect_images
+
+    with _one_line_errors():
+        where = resolve_device(device)
+        check_output(output)
+        loaded = _load(adapter, checkpoint, where)
+        failed = inspect_images(loaded.net, loaded.inputs, images, output, typer.echo)
         if failed:
             _fail("; ".join(failed), 1)
 
