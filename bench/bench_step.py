@@ -73,7 +73,7 @@ def providers(method: str, make: Callable[[], Any], prompts: int, dropout: float
 
 
 def _experts(make: Callable[[], Any], prompts: int, dropout: float) -> Pair:
-    reference = ConcatenatedExperts(make(), prompts, dropout)
+    reference: Any = ConcatenatedExperts(make(), prompts, dropout)
     method = VAPT(prompts, projector_dropout=dropout, channel_dropout=dropout)
     tuned = prompt_tune(make(), method)
     first, *rest = (block.prompt for block in tuned.blocks)

@@ -12,7 +12,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from vpt_fast import LinearProbe, VPTDeep, VPTShallow, prompt_tune
+from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune
 from vpt_fast.methods import Method
 from vpt_fast.train.backbone import data_config_of
 from vpt_fast.train.data import ArrayImages, eval_transform, make_loader
@@ -43,6 +43,7 @@ SETTINGS = {
     "linear": Setting("Linear probe", LinearProbe(), 5.0, 0.01),
     "vpt-shallow": Setting("VPT-Shallow", VPTShallow(NUM_PROMPTS), 2.5, 0.01),
     "vpt-deep": Setting("VPT-Deep", VPTDeep(NUM_PROMPTS), 0.5, 0.01),
+    "vapt": Setting("VAPT", VAPT(NUM_PROMPTS), 0.5, 0.01),
 }
 
 # For the papers' 100 epochs. Linear probe: the papers' whole grid, seed 42, validation accuracy.
@@ -51,6 +52,7 @@ STUDY_SETTINGS = {
     "linear": replace(SETTINGS["linear"], lr=25.0, weight_decay=0.001),
     "vpt-shallow": SETTINGS["vpt-shallow"],
     "vpt-deep": replace(SETTINGS["vpt-deep"], lr=2.5),
+    "vapt": SETTINGS["vapt"],
 }
 
 

@@ -145,7 +145,7 @@ def _matrices(model: nn.Module) -> list[nn.Parameter]:
 
 def pretrain(
     output: str | Path,
-    epochs: int = 5,
+    epochs: int = 10,
     batch_size: int = 128,
     lr: float = 0.02,
     weight_decay: float = 0.05,
@@ -279,7 +279,7 @@ def pretrain(
 
 def main(
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("demo_vit.safetensors"),
-    epochs: Annotated[int, typer.Option(help=f"Epochs of {STEPS_PER_EPOCH} steps.")] = 5,
+    epochs: Annotated[int, typer.Option(help=f"Epochs of {STEPS_PER_EPOCH} steps.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate; AdamW: a tenth.")] = 0.02,
     weight_decay: Annotated[float, typer.Option(help="Muon's weight decay.")] = 0.05,
