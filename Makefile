@@ -45,6 +45,7 @@ bench: $(INSTALLED)
 
 kernel-report: $(INSTALLED)
 	$(BIN)/python -m bench.kernel_report
+	$(BIN)/python -m bench.expert_report
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache build *.egg-info

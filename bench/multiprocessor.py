@@ -30,6 +30,9 @@ class Multiprocessor:
         alu: comparisons, selections, minima, and integer and logic results per clock and SM.
         mufu: exponentials and reciprocals per clock and SM.
         mma: prefix of the opcode that dense matrix products should compile to.
+        memory: bytes of device memory per clock and SM, at the clock that the published tensor peak
+            implies: 2,039 GB/s and 312 TFLOPS over 108 SMs (A100 80 GB SXM), 3,352 GB/s and 989.4
+            TFLOPS over 132 SMs (H100 SXM); None where it was not looked up.
     """
 
     warps: int
@@ -42,15 +45,18 @@ class Multiprocessor:
     registers: int = 65536
     alu: int = 64
     mufu: int = 16
+    memory: float | None = None
 
 
 KIB = 1024
 
 MULTIPROCESSORS = {
-    80: Multiprocessor(64, 32, 164 * KIB, 163 * KIB, tensor=2048, fp32=64, mma="HMMA"),
+    80: Multiprocessor(64, 32, 164 * KIB, 163 * KIB, tensor=2048, fp32=64, mma="HMMA", memory=13.4),
     86: Multiprocessor(48, 16, 100 * KIB, 99 * KIB, tensor=1024, fp32=128, mma="HMMA"),
     89: Multiprocessor(48, 24, 100 * KIB, 99 * KIB, tensor=1024, fp32=128, mma="HMMA"),
-    90: Multiprocessor(64, 32, 228 * KIB, 227 * KIB, tensor=4096, fp32=128, mma="HGMMA"),
+    90: Multiprocessor(
+        64, 32, 228 * KIB, 227 * KIB, tensor=4096, fp32=128, mma="HGMMA", memory=13.9
+    ),
     100: Multiprocessor(64, 32, 228 * KIB, 227 * KIB, tensor=8192, fp32=128, mma="UTC"),
     120: Multiprocessor(48, 24, 100 * KIB, 99 * KIB, tensor=1024, fp32=128, mma="HMMA"),
 }

@@ -230,6 +230,7 @@ def weight_gradient_kernel(
     HAS_CHANNELS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     chunk = tl.program_id(1)
@@ -260,7 +261,7 @@ def weight_gradient_kernel(
         units += tl.cast(num_rows, tl.int64) * HIDDEN_DIM
         grad_h = tl.load(units, mask=units_mask, other=0.0)
         base = g if RESIDUAL else tl.zeros_like(g)
-        prompts = tl.dot(h, up, base, input_precision="tf32x3")
+        prompts = tl.dot(h, up, base, input_precision=PRECISION)
         mean = tl.load(mean_ptr + rows, mask=exists, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=exists, other=0.0)
         grad_mean = tl.load(sums_ptr + 2 * num_rows + rows, mask=exists, other=0.0)
@@ -274,9 +275,9 @@ def weight_gradient_kernel(
         grad = (grad - grad_mean[:, None] - normal * grad_slope[:, None]) * rstd[:, None]
         grad = tl.where(mask, grad, 0.0)
         base = grad if RESIDUAL else tl.zeros_like(grad)
-        masked = tl.dot(grad_h, down, base, input_precision="tf32x3") * kept
-        grad_down = tl.dot(tl.trans(grad_h), g, grad_down, input_precision="tf32x3")
-        grad_up = tl.dot(tl.trans(h), grad, grad_up, input_precision="tf32x3")
+        masked = tl.dot(grad_h, down, base, input_precision=PRECISION) * kept
+        grad_down = tl.dot(tl.trans(grad_h), g, grad_down, input_precision=PRECISION)
+        grad_up = tl.dot(tl.trans(h), grad, grad_up, input_precision=PRECISION)
         grad_weight += masked * mixed
         grad_shift += masked * mix_sum[:, None]
     out_ptr += chunk.to(tl.int64) * (2 * HIDDEN_DIM + 2) * WIDTH
@@ -390,6 +391,8 @@ def features_backward_launches(
         constexprs={
             **{name: flag for name, flag in meta.items() if name != "HAS_HIDDEN"},
             "BLOCK_H": inner.prompts, "BLOCK_M": inner.rows, "BLOCK_D": inner.width,
+            # tf32 keeps eleven bits, more than the gradients that come in have beside 16-bit tokens
+            "PRECISION": "tf32x3" if grad.dtype == torch.float32 else "tf32",
         },
         num_warps=inner.num_warps,
         num_stages=inner.num_stages,
