@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,20 +21,30 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _grid(weight: Tensor, kernel: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The projector (p, 1, gh', gw') and the convolution (1, 1, K, K), fp32 at least."""
-    wide, size = _wide(weight.dtype), kernel.shape[-1]
-    rows, columns = (n - size + 1 for n in grid)
-    return weight.to(wide).view(-1, 1, rows, columns), kernel.to(wide)
+def _taps(kernel: Tensor, grid: tuple[int, int]) -> Iterator[tuple[int, int, slice, slice]]:
+    """Each tap of the convolution, and the part of the grid that it reads."""
+    size = kernel.shape[-1]
+    for a, b in product(range(size), repeat=2):
+        yield a, b, slice(a, a + grid[0] - size + 1), slice(b, b + grid[1] - size + 1)
+
+
+def _inner(weight: Tensor, kernel: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The projector (p, gh', gw'), fp32 at least."""
+    rows, columns = (n - kernel.shape[-1] + 1 for n in grid)
+    return weight.to(_wide(weight.dtype)).view(-1, rows, columns)
 
 
 def fold_forward(
     weight: Tensor, kernel: Tensor, grid: tuple[int, int], padded: int
 ) -> tuple[Tensor, Tensor]:
     """The folded matrix (p, padded) and its row sums (p,)."""
-    mix = F.conv_transpose2d(*_grid(weight, kernel, grid)).flatten(1)
-    if padded > mix.shape[1]:
-        mix = F.pad(mix, (0, padded - mix.shape[1]))
+    # A few slices take a fraction of the time of a library's convolution this small.
+    inner = _inner(weight, kernel, grid)
+    mix = inner.new_zeros(len(inner), padded)
+    on_grid = mix[:, : grid[0] * grid[1]].unflatten(1, grid)
+    taps = kernel[0, 0].to(inner.dtype)
+    for a, b, rows, columns in _taps(kernel, grid):
+        on_grid[:, rows, columns].addcmul_(inner, taps[a, b])
     return mix, mix.sum(1)
 
 
@@ -39,12 +52,17 @@ def fold_backward(
     weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the projector and of the convolution."""
-    grid_weight, grid_kernel = _grid(weight, kernel, grid)
-    grad = (grad_mix[:, : grid[0] * grid[1]] + grad_sum[:, None]).view(-1, 1, *grid)
-    grad_weight = F.conv2d(grad, grid_kernel).view(weight.shape)
-    # sum over prompts and positions: prompts are the channels of one image
-    grad_kernel = F.conv2d(grad.transpose(0, 1), grid_weight.transpose(0, 1))
-    return grad_weight.to(weight.dtype), grad_kernel.to(kernel.dtype)
+    inner, taps = _inner(weight, kernel, grid), kernel[0, 0].to(grad_mix.dtype)
+    grad = (grad_mix[:, : grid[0] * grid[1]] + grad_sum[:, None]).unflatten(1, grid)
+    grad_inner, grad_taps = torch.zeros_like(inner), torch.empty_like(taps)
+    for a, b, rows, columns in _taps(kernel, grid):
+        part = grad[:, rows, columns]
+        grad_inner.addcmul_(part, taps[a, b])
+        torch.sum(part * inner, (0, 1, 2), out=grad_taps[a, b])
+    return (
+        grad_inner.view(weight.shape).to(weight.dtype),
+        grad_taps.view(kernel.shape).to(kernel.dtype),
+    )
 
 
 def other_rstd(rstd: Tensor, eps: float, other: float) -> Tensor:
