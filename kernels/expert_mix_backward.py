@@ -18,11 +18,14 @@ from .launch import Launch
 
 @triton.jit
 def _product(a, b, acc, EXACT: tl.constexpr, LIKE: tl.constexpr):
-    """acc + a @ b: bf16 products of rounded operands, or fp32 products; see `_operand`."""
-    if tl.bfloat16 == LIKE:
+    """acc + a @ b: bf16 products of rounded operands, or fp32 ones as three tf32; see `_operand`.
+
+    Beside fp16 tokens one tf32 product keeps as many bits as they have.
+    """
+    if LIKE == tl.bfloat16:  # noqa: SIM300
         return tl.dot(a, b, acc)
     elif EXACT:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision="tf32x3")
     else:
         return tl.dot(a, b, acc, input_precision="tf32")
 
@@ -30,7 +33,7 @@ def _product(a, b, acc, EXACT: tl.constexpr, LIKE: tl.constexpr):
 @triton.jit
 def _operand(tile, LIKE: tl.constexpr):
     """bf16 beside bf16 tokens, else fp32: fp16 has too few exponents for gradients."""
-    if tl.bfloat16 == LIKE:
+    if LIKE == tl.bfloat16:  # noqa: SIM300
         return tile.to(tl.bfloat16)
     else:
         return tile.to(tl.float32)

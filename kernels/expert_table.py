@@ -45,7 +45,7 @@ def mix_tiles(prompts: int, width: int, dtype: torch.dtype, target: Target) -> M
     block_d = min(256, power_of_2_at_least(width))
     block_p = power_of_2_at_least(prompts)
     if dtype != torch.bfloat16:
-        return MixTiles(min(32, block_p), 16, min(64, block_d), 4, 2)
+        return MixTiles(min(64, block_p), 16, min(128 if block_p == 16 else 64, block_d), 4, 2)
     if block_p <= 32:
         return MixTiles(block_p, 32, block_d, 4, 3)
     if block_p == 64:
@@ -57,7 +57,8 @@ def mix_gradient_tiles(prompts: int, width: int, dtype: torch.dtype) -> MixTiles
     """Kernel of the gradients of tokens and matrix: `rows` tokens by all prompts."""
     block_p, block_d = power_of_2_at_least(prompts), min(32, power_of_2_at_least(width))
     if dtype != torch.bfloat16 or block_p > 64:
-        return MixTiles(block_p, 16, block_d, 4 if block_p <= 128 else 8, 2)
+        most = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 32}[dtype]
+        return MixTiles(block_p, 16, block_d, 4 if block_p <= most else 8, 2)
     return MixTiles(block_p, 64 if block_p <= 32 else 32, block_d, 4, 2)
 
 

@@ -76,7 +76,12 @@ class PromptExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Prompts (B, p, D) of a block's input x (B, N, D), before the block's norm1."""
-        return self._prompts(x, F.layer_norm(x, x.shape[-1:], eps=self.norm.eps))
+        mix, mix_sum = self._folded()
+        count = self._patches(x)
+        patches = x[:, x.shape[1] - count :].to(mix.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = mix[:, :count] @ F.layer_norm(patches, x.shape[-1:], eps=self.norm.eps)
+        return self._project(mixed, mix_sum, None, mix.dtype)
 
     def with_norm(self, x: Tensor, norm1: nn.Module) -> tuple[Tensor, Tensor]:
         """The block's norm1 of its tokens and of the prompts made from them.
@@ -93,7 +98,8 @@ class PromptExperts(nn.Module):
             (B, N, D) and (B, p, D) in x's dtype.
         """
         if not _can_share(norm1):
-            return norm1(x), norm1.forward(self.forward(x)).to(x.dtype)
+            # norm1's hooks are for tokens: prompts pass beside them.
+            return norm1(x), norm1.forward(self.forward(x).to(x.dtype))
         vit_norm: Any = norm1
         mix, mix_sum = self._folded()
         y, mixed = mix_tokens(
@@ -121,14 +127,6 @@ class PromptExperts(nn.Module):
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         return fold_convolution(self.mix.weight, self.conv.weight, self.grid)
-
-    def _prompts(self, x: Tensor, normalised: Tensor) -> Tensor:
-        mix, mix_sum = self._folded()
-        count = self._patches(x)
-        patches = normalised[:, x.shape[1] - count :].to(mix.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            mixed = mix[:, :count] @ patches
-        return self._project(mixed, mix_sum, None, mix.dtype)
 
     def _project(
         self,
