@@ -15,7 +15,7 @@ from vpt_fast.train import demo, demo_study, demo_task
 from vpt_fast.train.demo import main
 from vpt_fast.train.report import format_bytes, format_table
 
-METHODS = ("linear", "vpt-shallow", "vpt-deep")
+METHODS = ("linear", "vpt-shallow", "vpt-deep", "vapt")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,12 @@ def test_the_demo_writes_adapters_a_table_and_a_picture(tmp_path, capsys):
     assert main(["--epochs", "1", "--output", str(output)]) == 0
     said = capsys.readouterr().out
     rows = re.findall(r"^\| (\S[^|]*?) +\| +([\d,]+) \| +([\d.]+)% \|", said, re.M)
-    assert [row[0] for row in rows] == ["Linear probe", "VPT-Shallow", "VPT-Deep"]
-    assert [row[1] for row in rows] == ["1,290", "2,570", "8,970"]
+    assert [row[0] for row in rows] == ["Linear probe", "VPT-Shallow", "VPT-Deep", "VAPT"]
+    assert [row[1] for row in rows] == ["1,290", "2,570", "8,970", "6,418"]
     # Chance is 10%; after one epoch the shipped backbone is far above it.
     assert float(rows[0][2]) > 60
     accuracy = rows[-1][2]
-    again = f"Loaded {output}/vpt-deep onto a fresh backbone: {accuracy}% on test, the same 797"
+    again = f"Loaded {output}/vapt onto a fresh backbone: {accuracy}% on test, the same 797"
     assert again in said
     for name in METHODS:
         config = read_config(output / name)
@@ -70,7 +70,7 @@ def test_the_demo_writes_adapters_a_table_and_a_picture(tmp_path, capsys):
     with Image.open(output / "demo.png") as picture:
         assert picture.size == (1800, 960)
         assert len(picture.convert("RGB").getcolors(1 << 22)) > 50
-    assert len(json.loads((output / "demo.json").read_text())["results"]) == 3
+    assert len(json.loads((output / "demo.json").read_text())["results"]) == 4
 
 
 def test_it_overwrites_only_its_own_output(tmp_path, capsys, few):

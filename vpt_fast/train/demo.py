@@ -1,4 +1,4 @@
-"""The demo: linear probing, VPT-Shallow and VPT-Deep on real handwritten digits.
+"""The demo: linear probing, VPT-Shallow, VPT-Deep and VAPT on real handwritten digits.
 
     python -m vpt_fast.train.demo                             what `make demo` runs
     python -m vpt_fast.train.demo --seeds 42 44 82 100 800    mean and deviation over seeds

@@ -1,0 +1,154 @@
+"""VAPT's three operators: their gradients, and what PyTorch demands of custom operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vpt_fast.ops.prompt_expert import fold_convolution, mix_tokens, project_features
+
+OPS = torch.ops.vpt_fast
+DTYPES = [torch.float32, torch.float64]
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, **more: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return values.to(dtype).requires_grad_(more.get("grad", True))
+
+
+@pytest.mark.parametrize(("grid", "size"), [((3, 3), 2), ((2, 4), 1), ((3, 5), 3), ((1, 1), 1)])
+def test_fold_convolution(grid: tuple[int, int], size: int) -> None:
+    """The matrix times a map is the projector of the convolved map."""
+    positions = (grid[0] - size + 1) * (grid[1] - size + 1)
+    weight, kernel = rand(2, positions), rand(1, 1, size, size, seed=1)
+    mix, mix_sum = fold_convolution(weight, kernel, grid)
+    image = rand(4, 1, *grid, seed=2)
+    expected = torch.conv2d(image, kernel).flatten(1) @ weight.T
+    assert torch.allclose(image.flatten(1) @ mix[:, : grid[0] * grid[1]].T, expected, atol=1e-12)
+    assert torch.allclose(mix_sum, mix.sum(1), atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda weight, kernel: fold_convolution(weight, kernel, grid), (weight, kernel)
+    )
+
+
+@pytest.mark.parametrize("affine", ["both", "weight", "none"])
+@pytest.mark.parametrize("patches", [1, 4, 5])
+def test_gradcheck_of_mix_tokens(affine: str, patches: int) -> None:
+    x, mix = rand(2, 5, 6), rand(3, patches, seed=1)
+    weight = None if affine == "none" else rand(6, seed=2, grad=False)
+    bias = rand(6, seed=3, grad=False) if affine == "both" else None
+    assert torch.autograd.gradcheck(
+        lambda x, mix: mix_tokens(x, mix, patches, weight, bias, 0.2, 0.1), (x, mix)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: mix_tokens(x, mix.detach(), patches, weight, bias, 0.2, 0.1), (x,)
+    )
+    assert torch.autograd.gradcheck(
+        lambda mix: mix_tokens(x.detach(), mix, patches, weight, bias, 0.2, 0.1), (mix,)
+    )
+
+
+def feature_inputs(dtype: torch.dtype, masks: bool, bias: bool) -> list[Any]:
+    """mixed, mix_sum, weight, shift, bias, channels, down, up, hidden of project_features."""
+
+    def mask(*shape: int) -> Tensor:
+        return 1 + rand(*shape, seed=9, dtype=dtype, grad=False).tanh()
+
+    return [
+        rand(2, 3, 5, dtype=dtype),
+        rand(3, seed=1, dtype=dtype),
+        rand(5, seed=2, dtype=dtype),
+        rand(5, seed=3, dtype=dtype),
+        rand(3, seed=4, dtype=dtype) if bias else None,
+        mask(2, 5) if masks else None,
+        rand(4, 5, seed=5, dtype=dtype),
+        rand(5, 4, seed=6, dtype=dtype),
+        mask(2, 3, 4) if masks else None,
+    ]
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("norm", ["affine", "plain", "none"])
+def test_gradcheck_of_project_features(masks: bool, bias: bool, residual: bool, norm: str) -> None:
+    inputs = feature_inputs(torch.float64, masks, bias)
+    constants = [rand(5, seed=s, grad=False) if norm == "affine" else None for s in (7, 8)]
+    trained = [t for t in inputs if t is not None and t.requires_grad]
+
+    def function(*leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        values = [next(given) if t is not None and t.requires_grad else t for t in inputs]
+        mixed, mix_sum, weight, shift, row_bias, channels, down, up, hidden = values
+        return project_features(
+            mixed, mix_sum, (weight, shift), row_bias, channels, (down, up), hidden, residual,
+            None if norm == "none" else (*constants, 0.1), torch.float64,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, trained)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padded", [9, 16])
+def test_opcheck_of_fold_convolution(dtype: torch.dtype, padded: int) -> None:
+    weight, kernel = rand(3, 4, dtype=dtype), rand(1, 1, 2, 2, seed=1, dtype=dtype)
+    torch.library.opcheck(OPS.fold_convolution, (weight, kernel, 3, 3, padded))
+    grads = rand(3, padded, seed=2, dtype=dtype, grad=False), rand(3, dtype=dtype, grad=False)
+    arguments = (weight.detach(), kernel.detach(), *grads, 3, 3)
+    torch.library.opcheck(OPS.fold_convolution_backward, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [False, True])
+def test_opcheck_of_mix_tokens(dtype: torch.dtype, affine: bool) -> None:
+    x, mix = rand(2, 5, 6, dtype=dtype), rand(3, 4, seed=1, dtype=dtype)
+    weight, bias = (
+        rand(6, seed=seed, dtype=dtype, grad=False) if affine else None for seed in (2, 3)
+    )
+    torch.library.opcheck(OPS.mix_tokens, (x, mix, 4, weight, bias, 1e-6, 1e-5))
+    mean, rstd = x.detach().mean(2), x.detach().var(2, correction=0).rsqrt()
+    statistics = torch.stack([mean, rstd, rstd])
+    grads = [rand(*shape, seed=4, dtype=dtype, grad=False) for shape in ((2, 5, 6), (2, 3, 6))]
+    for needs_x, needs_mix in ((True, True), (True, False), (False, True)):
+        arguments = (x.detach(), mix.detach(), 4, weight, statistics, *grads)
+        torch.library.opcheck(OPS.mix_tokens_backward, (*arguments, needs_x, needs_mix))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masks", "bias", "affine"),
+    [
+        (torch.float32, False, False, False),
+        (torch.float32, True, True, True),
+        (torch.float64, True, False, True),
+        (torch.float64, False, True, False),
+    ],
+)
+def test_opcheck_of_project_features(
+    dtype: torch.dtype, masks: bool, bias: bool, affine: bool
+) -> None:
+    inputs = feature_inputs(dtype, masks, bias)
+    constants = [rand(5, seed=s, dtype=dtype, grad=False) if affine else None for s in (7, 8)]
+    torch.library.opcheck(OPS.project_features, (*inputs, bias, *constants, 1e-6, dtype))
+    still = [None if t is None else t.detach() for t in inputs]
+    _, mean, rstd = OPS.project_features(*still, bias, *constants, 1e-6, dtype)
+    grad = rand(2, 3, 5, seed=10, dtype=dtype, grad=False)
+    torch.library.opcheck(
+        OPS.project_features_backward, (*still, bias, constants[0], mean, rstd, grad)
+    )
+
+
+def test_the_result_has_the_dtype_that_is_asked_for() -> None:
+    inputs = feature_inputs(torch.float32, False, True)
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.library.opcheck(OPS.project_features, (*inputs, True, None, None, 1e-6, dtype))
+        assert OPS.project_features(*inputs, True, None, None, 1e-6, dtype)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("patches", [0, 6])
+def test_patches_that_are_not_there_are_refused(patches: int) -> None:
+    with pytest.raises(ValueError, match=r"\(2, 5, 6\).*patches"):
+        mix_tokens(rand(2, 5, 6), rand(3, 4), patches, None, None, 1e-6, 1e-5)
