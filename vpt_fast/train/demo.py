@@ -171,8 +171,7 @@ def _draw(
         groups,
         CLASS_NAMES,
         "Prompt tuning on handwritten digits",
-        f"A frozen vision transformer that knows letters, {len(digits.train)} training images. "
-        + "Test accuracy: "
+        f"A frozen transformer that knows letters, {len(digits.train)} training images. Test: "
         + ", ".join(f"{SETTINGS[key].title} {test.top1:.1f}%" for key, test in tests.items()),
     )
 
