@@ -21,11 +21,10 @@ from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
 from vpt_fast.kernels.launch import Launch
 
 from bench.figures import SCHEDULERS, KernelFigures, LoopFigures, kernel_figures
-from bench.kernel_report import architecture_name, write_csv
+from bench.kernel_report import architecture_name, conclude
 from bench.limits import Verdict
 from bench.multiprocessor import MULTIPROCESSORS
 from bench.offline import Architecture, compile_kernel
-from bench.problems import launch_target
 
 MIX_LIMIT, MIX_PROMPTS = 0.3, 16
 """Most issue cycles of the mix's loop per memory cycle, for up to so many prompts."""
@@ -113,7 +112,7 @@ def expert_report(kernel: str, problem: ExpertProblem, architecture: Architectur
         problem: shapes and dtype.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
     """
-    launch = expert_plan(problem, launch_target(architecture))[kernel]
+    launch = expert_plan(problem)[kernel]
     figures = kernel_figures(kernel, compile_kernel(launch, architecture))
     return ExpertReport(problem, architecture, launch, figures)
 
@@ -229,10 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     over += sum(not verdict.holds for verdict in judged)
                     rows.append(csv_row(report, judged))
                     print(format_report(report, judged), flush=True)
-    print(f"\n{over} figures over their limits." if over else "\nEvery limit holds.")
-    if options.output:
-        write_csv(options.output, rows)
-    return 1 if over else 0
+    return conclude(over, rows, options.output)
 
 
 if __name__ == "__main__":

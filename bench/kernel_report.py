@@ -205,9 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 over += sum(not verdict.holds for verdict in judged)
                 rows += csv_rows(report, judged)
                 print(format_report(report, judged), flush=True)
+    return conclude(over, rows, options.output)
+
+
+def conclude(over: int, rows: Sequence[dict[str, Any]], output: Path | None) -> int:
+    """Print whether all limits hold, write `rows` if asked to, and return the exit code."""
     print(f"\n{over} figures over their limits." if over else "\nEvery limit holds.")
-    if options.output:
-        write_csv(options.output, rows)
+    if output:
+        write_csv(output, rows)
     return 1 if over else 0
 
 

@@ -24,7 +24,8 @@ import torch
 
 from .attention_checks import check_inputs, check_saved
 from .attention_forward import forward_launch
-from .attention_gradients import backward_launches, prompt_gradient_chunks
+from .attention_gradients import backward_launches
+from .chunks import chunk_count
 from .launch import Launch, target_of
 from .layouts import Tensors, existing_prompts, split
 
@@ -126,7 +127,7 @@ def _empty_prompt_gradient(prompts: torch.Tensor, batch: int) -> torch.Tensor:
     """Where the kernels write: the gradient per image, or fp32 sums over chunks of images."""
     if len(prompts) == batch:
         return _empty(prompts.shape, prompts)
-    chunks = prompt_gradient_chunks(batch)
+    chunks = chunk_count(batch)
     shape = (chunks, *prompts.shape[1:])
     return torch.empty(shape, dtype=torch.float32, device=prompts.device)
 

@@ -13,6 +13,7 @@ import triton
 from . import launch_table
 from .attention_backward import delta_kernel, dq_kernel
 from .attention_backward_keys import dkdv_kernel, shared_prompt_dkdv_kernel
+from .chunks import chunk_size
 from .launch import (
     LOG2_E,
     Launch,
@@ -47,7 +48,7 @@ def backward_launches(
         tokens: q, k, v.
         token_grads: where to write their gradients, or None if they are not needed.
         prompt_grads: where to write the prompts' gradients, or None: one entry per image, or, if
-            the batch shares the prompts, fp32 sums over `prompt_gradient_chunks(B)` chunks.
+            the batch shares the prompts, fp32 sums over `chunk_count(B)` chunks.
     """
     q, k, v = tokens
     launches = []
@@ -73,15 +74,6 @@ def backward_launches(
                 )
             )
     return launches
-
-
-def prompt_gradient_chunks(batch: int) -> int:
-    """Chunks of images over which the gradient of shared prompts is summed first."""
-    return triton.cdiv(batch, _chunk(batch)) if batch else 0
-
-
-def _chunk(batch: int) -> int:
-    return triton.cdiv(batch, launch_table.PROMPT_GRADIENT_CHUNKS)
 
 
 def dq_launch(
@@ -241,13 +233,13 @@ def shared_prompt_dkdv_launch(
 ) -> Launch:
     """Fills `partials`, (chunks, p, H, d) fp32 each: gradients of prompts that the batch shares.
 
-    Entry c sums over the c-th of `prompt_gradient_chunks(B)` chunks of images. The tensors of
+    Entry c sums over the c-th of `chunk_count(B)` chunks of images. The tensors of
     `partials` have the same strides.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     (k, v), (dk, dv) = prompts, partials
     num_prompts = k.shape[1]
-    chunk = _chunk(batch)
+    chunk = chunk_size(batch)
     tiles = launch_table.shared_prompt_tiles(
         head_dim, q.element_size(), target, num_queries, num_prompts
     )

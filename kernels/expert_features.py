@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .expert_table import GRADIENT_CHUNKS, row_tiles, weight_gradient_tiles
+from .chunks import chunk_size
+from .expert_table import row_tiles, weight_gradient_tiles
 from .launch import Launch
 
 
@@ -386,7 +387,7 @@ def features_backward_launches(
         arguments={
             **without, "grad_ptr": grad, "units_ptr": units, "sums_ptr": sums,
             "out_ptr": weights, **shape,
-            "rows_per_chunk": rows_per_chunk(rows),
+            "rows_per_chunk": chunk_size(rows),
         },
         constexprs={
             **{name: flag for name, flag in meta.items() if name != "HAS_HIDDEN"},
@@ -396,11 +397,6 @@ def features_backward_launches(
         },
         num_warps=inner.num_warps,
         num_stages=inner.num_stages,
-        trips={"rows": -(-rows_per_chunk(rows) // inner.rows)},
+        trips={"rows": -(-chunk_size(rows) // inner.rows)},
     )  # fmt: skip
     return [by_row, summed]
-
-
-def rows_per_chunk(rows: int) -> int:
-    """How many of the B * p rows a partial sum is taken over."""
-    return -(-rows // GRADIENT_CHUNKS)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .expert_table import mix_tiles, row_tiles
-from .launch import Launch, Target, power_of_2_at_least
+from .launch import Launch, power_of_2_at_least
 
 
 @triton.jit
@@ -211,12 +211,11 @@ def mix_launch(
     statistics: torch.Tensor,
     mixed: torch.Tensor,
     patches: int,
-    target: Target,
 ) -> Launch:
     """The launch that fills `mixed` (B, p, D) fp32 from x (B, N, D) and mix (p, columns)."""
     batch, rows, width = x.shape
     prompts, columns = mix.shape
-    tiles = mix_tiles(prompts, width, x.dtype, target)
+    tiles = mix_tiles(prompts, width, x.dtype)
     return Launch(
         name="mix",
         kernel=mix_kernel,

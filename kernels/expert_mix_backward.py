@@ -12,19 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .expert_table import GRADIENT_CHUNKS, mix_gradient_tiles
+from .chunks import chunk_count, chunk_size
+from .expert_table import mix_gradient_tiles
 from .launch import Launch
 
 
 @triton.jit
-def _product(a, b, acc, EXACT: tl.constexpr, LIKE: tl.constexpr):
+def _product(a, b, acc, LIKE: tl.constexpr):
     """acc + a @ b: bf16 products of rounded operands, or fp32 ones as three tf32; see `_operand`.
 
     Beside fp16 tokens one tf32 product keeps as many bits as they have.
     """
     if LIKE == tl.bfloat16:  # noqa: SIM300
         return tl.dot(a, b, acc)
-    elif EXACT:
+    elif LIKE == tl.float32:  # noqa: SIM300
         return tl.dot(a, b, acc, input_precision="tf32x3")
     else:
         return tl.dot(a, b, acc, input_precision="tf32")
@@ -64,7 +65,6 @@ def mix_backward_kernel(
     NEEDS_MIX: tl.constexpr,
 ):
     LIKE: tl.constexpr = x_ptr.dtype.element_ty
-    EXACT: tl.constexpr = tl.float32 == LIKE
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = rows < num_rows
     prompts = tl.arange(0, BLOCK_P)
@@ -98,10 +98,10 @@ def mix_backward_kernel(
             x = tl.load(x_ptr + token + d, mask=exists[:, None] & channel, other=0.0)
             g = tl.load(grad_mixed_ptr + row + d, mask=prompt[:, None] & channel, other=0.0)
             g = tl.trans(_operand(g, LIKE))
-            products = _product(_operand(x, LIKE), g, products, EXACT, LIKE)
+            products = _product(_operand(x, LIKE), g, products, LIKE)
             # Sums of dG as it was rounded: with other ones the mean would not cancel.
             ones = _operand(tl.full([16, BLOCK_D], 1.0, tl.float32), LIKE)
-            sums = _product(ones, g, sums, EXACT, LIKE)
+            sums = _product(ones, g, sums, LIKE)
             if NEEDS_X:
                 dy = tl.load(grad_y_ptr + token + d, mask=exists[:, None] & channel, other=0.0)
                 dy = dy.to(tl.float32)
@@ -132,7 +132,7 @@ def mix_backward_kernel(
                     dy *= weight.to(tl.float32)[None, :]
                 g = tl.load(grad_mixed_ptr + row + d, mask=prompt[:, None] & channel, other=0.0)
                 dx = dy * norm_rstd[:, None] - x * slope[:, None] + offset[:, None]
-                dx = _product(scaled, _operand(g, LIKE), dx, EXACT, LIKE)
+                dx = _product(scaled, _operand(g, LIKE), dx, LIKE)
                 tl.store(grad_x_ptr + token + d, dx.to(LIKE), mask=mask)
     if NEEDS_MIX:
         columns = (chunk * num_prompts + prompts).to(tl.int64)[None, :] * num_patches
@@ -141,12 +141,6 @@ def mix_backward_kernel(
             grad_mix,
             mask=is_patch[:, None] & prompt[None, :],
         )
-
-
-def gradient_chunks(batch: int) -> tuple[int, int]:
-    """How many partial sums over images are made, and of how many images each."""
-    size = -(-batch // GRADIENT_CHUNKS)
-    return -(-batch // size), size
 
 
 def mix_backward_launch(
@@ -164,11 +158,10 @@ def mix_backward_launch(
     batch, rows, width = x.shape
     prompts, columns = mix.shape
     tiles = mix_gradient_tiles(prompts, width, x.dtype)
-    chunks, size = gradient_chunks(batch)
     return Launch(
         name="mix_backward",
         kernel=mix_backward_kernel,
-        grid=(triton.cdiv(rows, tiles.rows), chunks, 1),
+        grid=(triton.cdiv(rows, tiles.rows), chunk_count(batch), 1),
         arguments={
             "x_ptr": x,
             "mix_ptr": mix,
@@ -182,7 +175,7 @@ def mix_backward_launch(
             "num_rows": rows,
             "num_patches": patches,
             "num_prompts": prompts,
-            "images_per_chunk": size,
+            "images_per_chunk": chunk_size(batch),
         },
         constexprs={
             "WIDTH": width,

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from .expert_features import features_backward_launches, features_launch, rows_per_chunk
+from .chunks import chunk_count
+from .expert_features import features_backward_launches, features_launch
 from .expert_fold import fold_backward_launch, fold_launch
 from .expert_mix import mix_launch, norm_launch
-from .expert_mix_backward import gradient_chunks, mix_backward_launch
-from .launch import Launch, Target
+from .expert_mix_backward import mix_backward_launch
+from .launch import Launch
 
 
 class ExpertProblem(NamedTuple):
@@ -57,14 +58,13 @@ class ExpertProblem(NamedTuple):
         return tokens * (self.width * size + 8) + matrix + rows * self.width * (2 * 4 + size)
 
 
-def expert_plan(problem: ExpertProblem, target: Target) -> dict[str, Launch]:
+def expert_plan(problem: ExpertProblem) -> dict[str, Launch]:
     """The launches of a forward and a backward pass by name, on tensors without memory.
 
     They are made by the code that makes the real ones.
 
     Args:
         problem: shapes and dtype.
-        target: what to tune for, such as `Target(90)`.
     """
     batch, prompts, width = problem.batch, problem.prompts, problem.width
     rows, r = problem.prefix + problem.patches, problem.hidden_dim
@@ -93,11 +93,10 @@ def expert_plan(problem: ExpertProblem, target: Target) -> dict[str, Launch]:
         "hidden": empty(batch, prompts, r) if problem.dropout else None,
         "norm_weight": param(width),
     }
-    chunks = -(-batch * prompts // rows_per_chunk(batch * prompts))
     launches = [
         fold_launch(weight, kernel, problem.grid, mix, mix_sum),
         norm_launch(x, param(width), param(width), y, statistics, 1e-6, 1e-5),
-        mix_launch(x, mix, statistics, mixed, problem.patches, target),
+        mix_launch(x, mix, statistics, mixed, problem.patches),
         features_launch(
             mixed, {**tensors, "norm_bias": param(width)}, True, out, row, empty(batch, prompts),
             1e-6,
@@ -105,11 +104,11 @@ def expert_plan(problem: ExpertProblem, target: Target) -> dict[str, Launch]:
         *features_backward_launches(
             mixed, {**tensors, "mean": row, "rstd": row}, True, out, empty(*mixed.shape),
             empty(2, batch * prompts, r), empty(4, batch * prompts),
-            empty(chunks, 2 * r + 2, width),
+            empty(chunk_count(batch * prompts), 2 * r + 2, width),
         ),
         mix_backward_launch(
             x, mix, problem.patches, param(width), statistics, y, mixed, param(*x.shape),
-            empty(gradient_chunks(batch)[0], prompts, problem.patches),
+            empty(chunk_count(batch), prompts, problem.patches),
         ),
         fold_backward_launch(
             weight, kernel, problem.grid, mix, mix_sum, param(*weight.shape),

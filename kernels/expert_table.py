@@ -1,4 +1,4 @@
-"""Tiles of the prompt-expert kernels: pure functions of shape, dtype and target.
+"""Tiles of the prompt-expert kernels: pure functions of shape and dtype.
 
 Nothing is tuned at run time. Those of the mix have the fewest issue cycles per byte of x in the
 code compiled for bf16, among those that spill no register.
@@ -10,10 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .launch import Target, power_of_2_at_least
-
-# Sums over the batch are made of at most this many partial sums, always in the same order.
-GRADIENT_CHUNKS = 32
+from .launch import power_of_2_at_least
 
 
 class MixTiles(NamedTuple):
@@ -40,7 +37,7 @@ def row_tiles(width: int) -> RowTiles:
     return RowTiles(max(1, 4096 // block), block, 4 if block <= 1024 else 8)
 
 
-def mix_tiles(prompts: int, width: int, dtype: torch.dtype, target: Target) -> MixTiles:
+def mix_tiles(prompts: int, width: int, dtype: torch.dtype) -> MixTiles:
     """Kernel of the mix."""
     block_d = min(256, power_of_2_at_least(width))
     block_p = power_of_2_at_least(prompts)

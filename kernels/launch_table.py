@@ -15,10 +15,6 @@ import torch
 
 from .launch import Target, power_of_2_at_least
 
-# Images of a batch are split into at most this many chunks when the gradient of prompts that the
-# batch shares is summed.
-PROMPT_GRADIENT_CHUNKS = 32
-
 
 class Tiles(NamedTuple):
     """A program's tile: `rows` it owns, `step` rows per loop iteration, `tail` for what is left."""

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from .attention_forward import forward_launch
-from .attention_gradients import backward_launches, prompt_gradient_chunks
+from .attention_gradients import backward_launches
+from .chunks import chunk_count
 from .launch import Launch, Target
 from .layouts import split, split_prompts
 
@@ -83,7 +84,7 @@ def attention_plan(
         rows = (problem.num_prompts, 2, heads, dim)
         prompts = split_prompts([empty(1 if shared else batch, *rows)])
         if shared:
-            chunks = prompt_gradient_chunks(batch)
+            chunks = chunk_count(batch)
             prompt_grads = split_prompts([empty(chunks, *rows, dtype=torch.float32)])
         else:
             prompt_grads = split_prompts([empty(batch, *rows)])

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .attention import run
-from .expert_features import features_backward_launches, features_launch, rows_per_chunk
+from .chunks import chunk_count
+from .expert_features import features_backward_launches, features_launch
 from .expert_fold import fold_backward_launch, fold_launch
+from .expert_inputs import FeatureInputs
 from .expert_mix import mix_launch, norm_launch
-from .expert_mix_backward import gradient_chunks, mix_backward_launch
-from .launch import target_of
+from .expert_mix_backward import mix_backward_launch
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -77,7 +78,7 @@ def mix_forward(
     run(
         [
             norm_launch(x, weight, bias, y, statistics, norm_eps, eps),
-            mix_launch(x, mix, statistics, mixed, patches, target_of(x)),
+            mix_launch(x, mix, statistics, mixed, patches),
         ],
         x.device,
     )
@@ -98,7 +99,7 @@ def mix_backward(
     """Gradients of x and of the matrix, those that are asked for."""
     partial = grad_mix = None
     if needs_mix:
-        shape = (gradient_chunks(len(x))[0], len(mix), patches)
+        shape = (chunk_count(len(x)), len(mix), patches)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         grad_mix = torch.zeros_like(mix)
     grad_x = torch.empty_like(x) if needs_x else None
@@ -112,16 +113,14 @@ def mix_backward(
     return [g for g in (grad_x, grad_mix) if g is not None]
 
 
+def _tensors(inputs: FeatureInputs, **more: Tensor | None) -> dict[str, Tensor | None]:
+    """All but the mix by name, contiguous."""
+    named = {**inputs._asdict(), **more}
+    return {n: t if t is None else t.contiguous() for n, t in named.items() if n != "mixed"}
+
+
 def features_forward(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    hidden: Tensor | None,
+    inputs: FeatureInputs,
     residual: bool,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -129,32 +128,19 @@ def features_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """norm1 of the prompts (B, p, D) in `dtype`, and each row's mean and rstd (B, p) fp32."""
-    names = ("mix_sum", "weight", "shift", "bias", "channels", "down", "up", "hidden",
-             "norm_weight", "norm_bias")  # fmt: skip
-    tensors = _contiguous(
-        mix_sum, weight, shift, bias, channels, down, up, hidden, norm_weight, norm_bias
-    )
+    mixed = inputs.mixed
+    tensors = _tensors(inputs, norm_weight=norm_weight, norm_bias=norm_bias)
     out = torch.empty(mixed.shape, dtype=dtype, device=mixed.device)
     mean, rstd = (
         torch.empty(mixed.shape[:2], dtype=torch.float32, device=mixed.device) for _ in range(2)
     )
-    launch = features_launch(
-        mixed, dict(zip(names, tensors, strict=True)), residual, out, mean, rstd, norm_eps
-    )
+    launch = features_launch(mixed, tensors, residual, out, mean, rstd, norm_eps)
     run([launch], mixed.device)
     return out, mean, rstd
 
 
 def features_backward(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    hidden: Tensor | None,
+    inputs: FeatureInputs,
     residual: bool,
     norm_weight: Tensor | None,
     mean: Tensor,
@@ -162,11 +148,9 @@ def features_backward(
     grad: Tensor,
 ) -> list[Tensor]:
     """Gradients of mixed, mix_sum, weight, shift, bias if there is one, down and up."""
-    names = ("mix_sum", "weight", "shift", "bias", "channels", "down", "up", "hidden",
-             "norm_weight", "mean", "rstd")  # fmt: skip
-    tensors = _contiguous(
-        mix_sum, weight, shift, bias, channels, down, up, hidden, norm_weight, mean, rstd
-    )
+    mixed, weight, shift, bias = inputs.mixed, inputs.weight, inputs.shift, inputs.bias
+    down, up = inputs.down, inputs.up
+    tensors = _tensors(inputs, norm_weight=norm_weight, mean=mean, rstd=rstd)
     batch, prompts, width = mixed.shape
     rows, hidden_dim = batch * prompts, len(down)
 
@@ -175,10 +159,9 @@ def features_backward(
 
     grad_mixed = empty(*mixed.shape)
     sums = empty(4, rows)
-    chunks = -(-rows // rows_per_chunk(rows)) if rows else 0
-    weights = empty(chunks, 2 * hidden_dim + 2, width)
+    weights = empty(chunk_count(rows), 2 * hidden_dim + 2, width)
     launches = features_backward_launches(
-        mixed, dict(zip(names, tensors, strict=True)), residual, grad, grad_mixed,
+        mixed, tensors, residual, grad, grad_mixed,
         empty(2, rows, hidden_dim), sums, weights,
     )  # fmt: skip
     run(launches, mixed.device)

@@ -14,7 +14,6 @@ import torch
 from vpt_fast.kernels import expert_mix, expert_plan
 from vpt_fast.kernels.expert_features import features_launch
 from vpt_fast.kernels.expert_plan import ExpertProblem
-from vpt_fast.kernels.launch import Target
 
 from bench import expert_report
 from bench.expert_report import KERNELS, verdicts
@@ -81,7 +80,7 @@ def test_the_mix_issues_less_than_a_third_of_what_memory_takes(prompts: int, tar
 
 def test_a_spill_is_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = expert_plan.ExpertProblem(prompts=10)
-    tiles = expert_mix.mix_tiles(64, 768, torch.bfloat16, Target(80))._replace(rows=64, width=256)
+    tiles = expert_mix.mix_tiles(64, 768, torch.bfloat16)._replace(rows=64, width=256)
     monkeypatch.setattr(expert_mix, "mix_tiles", lambda *_: tiles)
     report = expert_report.expert_report("mix", wide, 80)
     assert "spills" in {v.figure for v in verdicts(report) if not v.holds}
@@ -125,7 +124,7 @@ def test_the_update_moves_hardly_more_bytes_than_it_must(
     out = torch.empty(2, prompts, width, dtype=torch.bfloat16, device=kernel_device)
     moved, issued = 0, 0
     for launch in (
-        expert_mix.mix_launch(x, mix, statistics, mixed, patches, Target(90)),
+        expert_mix.mix_launch(x, mix, statistics, mixed, patches),
         features_launch(mixed, tensors, True, out, mean, rstd, 1e-6),
     ):
         with counted() as traffic:
@@ -142,7 +141,7 @@ def test_the_update_moves_hardly_more_bytes_than_it_must(
 @pytest.mark.parametrize("prompts", [1, 10, 50, 100])
 def test_at_the_batch_of_training_the_update_needs_no_tenth_more(prompts: int) -> None:
     problem = ExpertProblem(prompts=prompts)
-    plan = expert_plan.expert_plan(problem, Target(90))
+    plan = expert_plan.expert_plan(problem)
     tensors = [
         {id(t): t for t in plan[name].arguments.values() if isinstance(t, torch.Tensor)}
         for name in ("mix", "features")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vpt_fast.kernels import prompt_expert as kernels
+from vpt_fast.kernels.expert_inputs import FeatureInputs
 
 from vpt_fast.ops import prompt_expert_reference as reference
 
@@ -148,7 +149,7 @@ def check_features(case: Case, device: torch.device) -> None:
     batch, prompts, width = case.batch, case.prompts, case.width
     on = case.options
     mixed = draw(batch, prompts, width, dtype=torch.float32)
-    inputs = (
+    inputs = FeatureInputs(
         mixed,
         draw(prompts, dtype=torch.float32),
         draw(width),
@@ -159,18 +160,17 @@ def check_features(case: Case, device: torch.device) -> None:
         draw(width, HIDDEN_DIM),
         draw.mask(batch, prompts, HIDDEN_DIM) if on else None,
     )
+    exact = FeatureInputs(*wide(*inputs))
     norm = (draw(width), draw(width)) if on else (None, None)
-    out, mean, rstd = kernels.features_forward(*inputs, on, *norm, NORM_EPS, case.dtype)
-    right = reference.features_forward(*wide(*inputs), on, *wide(*norm), NORM_EPS, torch.float64)
+    out, mean, rstd = kernels.features_forward(inputs, on, *norm, NORM_EPS, case.dtype)
+    right = reference.features_forward(exact, on, *wide(*norm), NORM_EPS, torch.float64)
     assert out.dtype == case.dtype
     assert distance(out, right[0]) < rounding(case.dtype)
     assert distance(mean, right[1]) < 1e-5
     assert distance(rstd, right[2]) < 1e-5
     grad = draw(batch, prompts, width)
-    found = kernels.features_backward(*inputs, on, norm[0], mean, rstd, grad)
-    expected = reference.features_backward(
-        *wide(*inputs), on, *wide(norm[0]), *right[1:], *wide(grad)
-    )
+    found = kernels.features_backward(inputs, on, norm[0], mean, rstd, grad)
+    expected = reference.features_backward(exact, on, *wide(norm[0]), *right[1:], *wide(grad))
     for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         bound = 1e-5 if index < 2 else 2 * rounding(case.dtype)
         assert distance(mine, theirs) < bound, index
@@ -278,6 +278,18 @@ def test_the_same_inputs_give_the_same_bits(kernel_device: torch.device) -> None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     right = reference.mix_backward(*wide(x, mix), 4, None, *wide(statistics, *grads), True, True)
     assert distance(results[0][1], right[1]) < rounding(case.dtype)
+
+
+def test_an_empty_batch_gives_empty_results_and_zero_gradients(
+    kernel_device: torch.device,
+) -> None:
+    case = Case(width=64, batch=0, grid=(2, 2), prompts=2)
+    draw = Draw(case, kernel_device)
+    x, mix, weight = draw(0, 5, 64), folded(case, draw), draw(64)
+    _, mixed, statistics = kernels.mix_forward(x, mix, 4, weight, None, NORM_EPS, EPS)
+    grad_x, grad_mix = kernels.mix_backward(x, mix, 4, weight, statistics, x, mixed, True, True)
+    assert mixed.shape == (0, 2, 64) and grad_x.shape == x.shape
+    assert grad_mix.shape == mix.shape and not grad_mix.any()
 
 
 def test_fp64_is_refused(kernel_device: torch.device) -> None:

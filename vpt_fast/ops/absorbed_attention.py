@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vpt_fast.ops.backend import statistics_dtype
+
 
 def absorbed_attention(
     q: Tensor,
@@ -35,7 +37,7 @@ def absorbed_attention(
     Returns:
         (B, M, H * d) in q's dtype; scores, softmax and weighted sums are fp32 at least.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = statistics_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         out = _absorbed(
             q.to(wide),

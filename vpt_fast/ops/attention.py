@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vpt_fast.kernels.layouts import split, split_prompts
 from vpt_fast.ops import attention_reference as reference
-from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.backend import statistics_dtype, uses_kernels
 
 _MAX_HEAD_DIM = 128
 
@@ -36,7 +36,7 @@ def _attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> tup
 def _(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     q = split(tokens)[0]
     batch, rows, heads, dim = q.shape
-    statistics = torch.promote_types(q.dtype, torch.float32)
+    statistics = statistics_dtype(q.dtype)
     return (
         q.new_empty(batch, rows, heads * dim),
         q.new_empty(batch, heads, rows, dtype=statistics),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vpt_fast.kernels.layouts import existing_prompts, split
+from vpt_fast.ops.backend import statistics_dtype
 
 LOG2E = math.log2(math.e)
 
@@ -34,10 +35,6 @@ def _has_flash(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.numel() > 0
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def attention_forward(
     tokens: list[Tensor], prompts: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -49,7 +46,7 @@ def attention_forward(
             q, k, v, 0.0, False, scale=scale
         )
     else:
-        dtype = _statistics_dtype(q.dtype)
+        dtype = statistics_dtype(q.dtype)
         scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)
         lse = scores.logsumexp(-1)
         out = ((scores - lse.unsqueeze(-1)).exp() @ v.to(dtype)).to(q.dtype)
@@ -103,7 +100,7 @@ def _flash_backward(
 def _plain_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _statistics_dtype(q.dtype)
+    dtype = statistics_dtype(q.dtype)
     q, k, v, out, grad = (t.to(dtype) for t in (q, k, v, out, grad))
     p = (q @ k.transpose(-2, -1) * scale - lse.unsqueeze(-1)).exp()
     delta = (grad * out).sum(-1, keepdim=True)
@@ -123,7 +120,7 @@ def _prompt_gradients(
     if prompt is None:
         return [torch.zeros_like(t) for t in prompts]
     k, v = prompt
-    dtype = _statistics_dtype(q.dtype)
+    dtype = statistics_dtype(q.dtype)
     delta = (grad.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)  # (B, H, M)
     q, grad = (t.to(dtype).transpose(1, 2) for t in (q, grad))  # (B, H, M, d)
     k, v = (t.to(dtype).transpose(1, 2) for t in (k, v))  # (B or 1, H, p, d)
@@ -144,6 +141,6 @@ def _lay_out(prompts: list[Tensor], dk: Tensor, dv: Tensor) -> list[Tensor]:
     if slots is not None:
         for slot, grad in zip(slots, (dk, dv), strict=True):
             if slot.shape[0] != grad.shape[0]:
-                grad = grad.sum(0, keepdim=True, dtype=_statistics_dtype(grad.dtype))
+                grad = grad.sum(0, keepdim=True, dtype=statistics_dtype(grad.dtype))
             slot.copy_(grad)
     return grads

@@ -11,3 +11,8 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def uses_kernels(tensor: Tensor) -> bool:
     """True where the Triton kernels take `tensor`: on CUDA (or ROCm), in fp32, fp16 or bf16."""
     return tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and statistics of `dtype` are held in: fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)

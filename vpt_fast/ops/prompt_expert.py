@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vpt_fast.kernels.expert_inputs import FeatureInputs
 from vpt_fast.ops import prompt_expert_reference as reference
-from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.backend import statistics_dtype, uses_kernels
 
 _KERNEL_COLUMNS = 64
 """The kernels read the folded matrix in tiles without masks: its rows are padded with zeros."""
@@ -30,10 +32,6 @@ def _implementation(tensor: Tensor) -> ModuleType:
 
         return kernels
     return reference
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _in_full_precision(tensor: Tensor) -> AbstractContextManager[None]:
@@ -55,7 +53,7 @@ def _fold(
 def _(
     weight: Tensor, kernel: Tensor, rows: int, columns: int, padded: int
 ) -> tuple[Tensor, Tensor]:
-    dtype, prompts = _wide(weight.dtype), weight.shape[0]
+    dtype, prompts = statistics_dtype(weight.dtype), weight.shape[0]
     return (
         weight.new_empty(prompts, padded, dtype=dtype),
         weight.new_empty(prompts, dtype=dtype),
@@ -141,7 +139,7 @@ def _(
     norm_eps: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, rows, width), wide = x.shape, _wide(x.dtype)
+    (batch, rows, width), wide = x.shape, statistics_dtype(x.dtype)
     return (
         x.new_empty(batch, rows, width),
         x.new_empty(batch, mix.shape[0], width, dtype=wide),
@@ -265,35 +263,17 @@ def _project(
     norm_eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = FeatureInputs(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden)
     return _implementation(mixed).features_forward(
-        mixed, mix_sum, weight, shift, bias, channels, down, up, hidden, residual,
-        norm_weight, norm_bias, norm_eps, dtype,
-    )  # fmt: skip
+        inputs, residual, norm_weight, norm_bias, norm_eps, dtype
+    )
 
 
 @_project.register_fake
-def _(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    hidden: Tensor | None,
-    residual: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(mixed: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, dtype = others
     rows = mixed.shape[:2]
-    return (
-        mixed.new_empty(mixed.shape, dtype=dtype),
-        mixed.new_empty(rows),
-        mixed.new_empty(rows),
-    )
+    return mixed.new_empty(mixed.shape, dtype=dtype), mixed.new_empty(rows), mixed.new_empty(rows)
 
 
 @torch.library.custom_op("vpt_fast::project_features_backward", mutates_args=())
@@ -313,31 +293,15 @@ def _project_backward(
     rstd: Tensor,
     grad: Tensor,
 ) -> list[Tensor]:
-    return _implementation(mixed).features_backward(
-        mixed, mix_sum, weight, shift, bias, channels, down, up, hidden, residual,
-        norm_weight, mean, rstd, grad,
-    )  # fmt: skip
+    inputs = FeatureInputs(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden)
+    return _implementation(mixed).features_backward(inputs, residual, norm_weight, mean, rstd, grad)
 
 
 @_project_backward.register_fake
-def _(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    hidden: Tensor | None,
-    residual: bool,
-    norm_weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    grad: Tensor,
-) -> list[Tensor]:
-    of = [mixed, mix_sum, weight, shift, *([] if bias is None else [bias]), down, up]
-    return [t.new_empty(t.shape) for t in of]
+def _(*arguments: Any) -> list[Tensor]:
+    inputs = FeatureInputs(*arguments[: len(FeatureInputs._fields)])
+    trained = inputs._replace(channels=None, hidden=None)
+    return [t.new_empty(t.shape) for t in trained if t is not None]
 
 
 def _project_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -396,8 +360,8 @@ def project_features(
     Returns:
         (B, p, D).
     """
-    tensors = (mixed, mix_sum, *affine, bias, channels, *projector, hidden)
+    inputs = FeatureInputs(mixed, mix_sum, *affine, bias, channels, *projector, hidden)
     with _in_full_precision(mixed):
         if norm is None:
-            return reference.features(*tensors, residual).to(dtype)
-        return _project(*tensors, residual, *norm, dtype)[0]
+            return reference.features(inputs, residual).to(dtype)
+        return _project(*inputs, residual, *norm, dtype)[0]

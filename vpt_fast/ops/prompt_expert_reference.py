@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+from vpt_fast.kernels.expert_inputs import FeatureInputs
+from vpt_fast.ops.backend import statistics_dtype
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -31,7 +30,7 @@ def _taps(kernel: Tensor, grid: tuple[int, int]) -> Iterator[tuple[int, int, sli
 def _inner(weight: Tensor, kernel: Tensor, grid: tuple[int, int]) -> Tensor:
     """The projector (p, gh', gw'), fp32 at least."""
     rows, columns = (n - kernel.shape[-1] + 1 for n in grid)
-    return weight.to(_wide(weight.dtype)).view(-1, rows, columns)
+    return weight.to(statistics_dtype(weight.dtype)).view(-1, rows, columns)
 
 
 def fold_forward(
@@ -85,7 +84,7 @@ def mix_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """norm1(x), the mix, and row statistics (3, B, N): mean, norm1's rstd, the experts' rstd."""
-    wide = _wide(x.dtype)
+    wide = statistics_dtype(x.dtype)
     if x.dtype == wide and all(t is None or t.dtype == wide for t in (weight, bias)):
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, norm_eps)
         mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
@@ -143,51 +142,28 @@ def mix_backward(
     return result
 
 
-def _before_projector(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
-) -> Tensor:
-    g = mixed * weight + mix_sum[:, None] * shift
-    if channels is not None:
-        g = g * channels[:, None]
-    return g if bias is None else g + bias[:, None]
+def _before_projector(inputs: FeatureInputs) -> Tensor:
+    g = inputs.mixed * inputs.weight + inputs.mix_sum[:, None] * inputs.shift
+    if inputs.channels is not None:
+        g = g * inputs.channels[:, None]
+    return g if inputs.bias is None else g + inputs.bias[:, None]
 
 
-def features(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    hidden: Tensor | None,
-    residual: bool,
-) -> Tensor:
-    """The prompts P (B, p, D), before norm1, in mixed's dtype."""
-    wide = mixed.dtype
-    weight, shift, down, up = (t.to(wide) for t in (weight, shift, down, up))
-    g = _before_projector(mixed, mix_sum, weight, shift, _to(bias, wide), channels)
-    h = (g @ down.mT).relu()
-    h = h if hidden is None else h * hidden
-    return g + h @ up.mT if residual else h @ up.mT
+def _widened(inputs: FeatureInputs) -> FeatureInputs:
+    return FeatureInputs(*(_to(t, inputs.mixed.dtype) for t in inputs))
+
+
+def features(inputs: FeatureInputs, residual: bool) -> Tensor:
+    """The prompts P (B, p, D), before norm1, in the mix's dtype."""
+    inputs = _widened(inputs)
+    g = _before_projector(inputs)
+    h = (g @ inputs.down.mT).relu()
+    h = h if inputs.hidden is None else h * inputs.hidden
+    return g + h @ inputs.up.mT if residual else h @ inputs.up.mT
 
 
 def features_forward(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    hidden: Tensor | None,
+    inputs: FeatureInputs,
     residual: bool,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -195,8 +171,8 @@ def features_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """norm1 of the prompts (B, p, D) in `dtype`, and each row's mean and rstd (B, p)."""
-    wide = mixed.dtype
-    prompts = features(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden, residual)
+    prompts = features(inputs, residual)
+    wide = prompts.dtype
     out, mean, rstd = torch.native_layer_norm(
         prompts, prompts.shape[-1:], _to(norm_weight, wide), _to(norm_bias, wide), norm_eps
     )
@@ -204,15 +180,7 @@ def features_forward(
 
 
 def features_backward(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    hidden: Tensor | None,
+    inputs: FeatureInputs,
     residual: bool,
     norm_weight: Tensor | None,
     mean: Tensor,
@@ -220,28 +188,30 @@ def features_backward(
     grad: Tensor,
 ) -> list[Tensor]:
     """Gradients of mixed, mix_sum, weight, shift, bias if there is one, down and up."""
+    given, inputs = inputs, _widened(inputs)
+    mixed, channels, hidden = inputs.mixed, inputs.channels, inputs.hidden
     wide = mixed.dtype
-    weight_w, shift_w, down_w, up_w = (t.to(wide) for t in (weight, shift, down, up))
-    g = _before_projector(mixed, mix_sum, weight_w, shift_w, _to(bias, wide), channels)
-    before = g @ down_w.mT
+    g = _before_projector(inputs)
+    before = g @ inputs.down.mT
     h = before.relu() if hidden is None else before.relu() * hidden
-    prompts = g + h @ up_w.mT if residual else h @ up_w.mT
+    prompts = g + h @ inputs.up.mT if residual else h @ inputs.up.mT
     grad_p = torch.ops.aten.native_layer_norm_backward(
         grad.to(wide), prompts, [prompts.shape[-1]], mean[..., None], rstd[..., None],
         _to(norm_weight, wide), None, [True, False, False],
     )[0]  # fmt: skip
-    grad_h = (grad_p @ up_w) * (before > 0)
+    grad_h = (grad_p @ inputs.up) * (before > 0)
     grad_h = grad_h if hidden is None else grad_h * hidden
-    grad_g = grad_p + grad_h @ down_w if residual else grad_h @ down_w
+    grad_g = grad_p + grad_h @ inputs.down if residual else grad_h @ inputs.down
     masked = grad_g if channels is None else grad_g * channels[:, None]
-    grads = [
-        masked * weight_w,
-        (masked @ shift_w).sum(0),
-        (masked * mixed).sum((0, 1)).to(weight.dtype),
-        (masked * mix_sum[:, None]).sum((0, 1)).to(shift.dtype),
+    grads = {
+        "mixed": masked * inputs.weight,
+        "mix_sum": (masked @ inputs.shift).sum(0),
+        "weight": (masked * mixed).sum((0, 1)),
+        "shift": (masked * inputs.mix_sum[:, None]).sum((0, 1)),
+        "bias": None if given.bias is None else grad_g.sum((0, 2)),
+        "down": grad_h.flatten(0, 1).mT @ g.flatten(0, 1),
+        "up": grad_p.flatten(0, 1).mT @ h.flatten(0, 1),
+    }
+    return [
+        value.to(getattr(given, name).dtype) for name, value in grads.items() if value is not None
     ]
-    if bias is not None:
-        grads.append(grad_g.sum((0, 2)).to(bias.dtype))
-    grads.append((grad_h.flatten(0, 1).mT @ g.flatten(0, 1)).to(down.dtype))
-    grads.append((grad_p.flatten(0, 1).mT @ h.flatten(0, 1)).to(up.dtype))
-    return grads
