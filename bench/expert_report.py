@@ -30,11 +30,11 @@ MIX_LIMIT, MIX_PROMPTS = 0.3, 16
 """Most issue cycles of the mix's loop per memory cycle, for up to so many prompts."""
 
 KERNELS = (
-    "fold", "norm", "mix", "features",
+    "fold", "mix", "features",
     "features_backward", "weight_gradient", "mix_backward", "fold_backward",
 )  # fmt: skip
 
-COUNTED = frozenset({"norm", "mix", "weight_gradient", "mix_backward"})
+COUNTED = frozenset({"mix", "weight_gradient", "mix_backward"})
 """Kernels without loops, or with none but those over matrix products."""
 
 

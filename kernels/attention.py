@@ -17,8 +17,7 @@ and prompts as 0, 1 or 2 tensors, with leading dimension 1 where the batch share
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -26,7 +25,7 @@ from .attention_checks import check_inputs, check_saved
 from .attention_forward import forward_launch
 from .attention_gradients import backward_launches
 from .chunks import chunk_count
-from .launch import Launch, target_of
+from .launch import run, target_of
 from .layouts import Tensors, existing_prompts, split
 
 
@@ -108,15 +107,6 @@ def attention_backward(
     )
     run(launches, q.device)
     return token_grads, [_sum_chunks(g, t) for g, t in zip(prompt_grads, prompts, strict=False)]
-
-
-def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Run launches in order on `device`; those of an empty batch have nothing to do."""
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        for launch in launches:
-            if min(launch.grid) > 0:
-                launch.run()
 
 
 def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .chunks import chunk_size
-from .expert_table import row_tiles, weight_gradient_tiles
+from .expert_table import feature_tiles, weight_gradient_tiles
 from .launch import Launch
 
 
@@ -319,7 +319,7 @@ def features_launch(
         norm_eps: norm1's epsilon.
     """
     batch, prompts, width = mixed.shape
-    tiles = row_tiles(width)
+    tiles = feature_tiles(width)
     pointers, flags = _inputs(mixed, tensors)
     down: Any = tensors["down"]
     return Launch(
@@ -363,7 +363,7 @@ def features_backward_launches(
     """
     batch, prompts, width = mixed.shape
     rows, hidden_dim = batch * prompts, units.shape[2]
-    tiles, inner = row_tiles(width), weight_gradient_tiles(hidden_dim, width)
+    tiles, inner = feature_tiles(width), weight_gradient_tiles(hidden_dim, width)
     pointers, flags = _inputs(mixed, tensors)
     shape = {"num_rows": rows, "num_prompts": prompts}
     meta = {**flags, "WIDTH": width, "HIDDEN_DIM": hidden_dim, "RESIDUAL": residual}

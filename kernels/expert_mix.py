@@ -1,11 +1,11 @@
-"""VAPT's expert update, forward: norm1 with row statistics, and the mix of the normalised patches.
+"""VAPT's expert update, forward: the mix of the normalised patches.
 
-    norm_statistics_kernel   y = norm1(x); each row's mean and reciprocal standard deviations
-    mix_kernel               mixed[b, p] = sum_n M[p, n] (x[b, n] - mean[b, n]) * rstd[b, n]
+    mixed[b, p] = sum_n M[p, n] (x[b, n] - mean[b, n]) * rstd[b, n]
 
-The second kernel normalises no patch: rstd goes into the small matrix, whose product with raw x
-runs on the tensor cores, and the means are subtracted from the p sums. Rounding M * rstd to bf16
-would cost eight bits, so it is used in two bf16 parts, whose products are exact.
+The row statistics come from the pass that makes norm1. No patch is normalised here: rstd goes into
+the small matrix, whose product with raw x runs on the tensor cores, and the means are subtracted
+from the p sums. Rounding M * rstd to bf16 would cost eight bits, so it is used in two bf16 parts,
+whose products are exact.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -14,47 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .expert_table import mix_tiles, row_tiles
+from .expert_table import mix_tiles
 from .launch import Launch, power_of_2_at_least
-
-
-@triton.jit
-def norm_statistics_kernel(
-    x_ptr,  # (rows, D), contiguous
-    weight_ptr,  # (D,)
-    bias_ptr,  # (D,)
-    y_ptr,  # (rows, D), contiguous
-    statistics_ptr,  # (3, rows) fp32: mean, rstd of norm1, rstd of the experts
-    num_rows,
-    norm_eps,
-    expert_eps,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    exists = rows < num_rows
-    channel = (dims < WIDTH)[None, :]
-    mask = exists[:, None] & channel
-    offsets = rows.to(tl.int64)[:, None] * WIDTH + dims[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1) / WIDTH
-    centred = tl.where(channel, x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / WIDTH
-    rstd = 1.0 / tl.sqrt_rn(variance + norm_eps)
-    y = centred * rstd[:, None]
-    if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(statistics_ptr + rows, mean, mask=exists)
-    tl.store(statistics_ptr + num_rows + rows, rstd, mask=exists)
-    expert_rstd = 1.0 / tl.sqrt_rn(variance + expert_eps)
-    tl.store(statistics_ptr + 2 * num_rows + rows, expert_rstd, mask=exists)
 
 
 @triton.jit
@@ -165,44 +126,6 @@ def mix_kernel(
     mixed_rows = mixed_ptr + (image * num_prompts + prompts[:, None]) * WIDTH
     mask = prompt[:, None] & channel[None, :]
     tl.store(mixed_rows + dims[None, :], acc - offset[:, None], mask=mask)
-
-
-def norm_launch(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    statistics: torch.Tensor,
-    norm_eps: float,
-    eps: float,
-) -> Launch:
-    """The launch that fills `y` (B, N, D) and `statistics` (3, B, N) fp32 from x (B, N, D)."""
-    rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    tiles = row_tiles(width)
-    return Launch(
-        name="norm",
-        kernel=norm_statistics_kernel,
-        grid=(triton.cdiv(rows, tiles.rows), 1, 1),
-        arguments={
-            "x_ptr": x,
-            "weight_ptr": x if weight is None else weight,
-            "bias_ptr": x if bias is None else bias,
-            "y_ptr": y,
-            "statistics_ptr": statistics,
-            "num_rows": rows,
-            "norm_eps": norm_eps,
-            "expert_eps": eps,
-        },
-        constexprs={
-            "WIDTH": width,
-            "BLOCK_D": tiles.width,
-            "BLOCK_M": tiles.rows,
-            "HAS_WEIGHT": weight is not None,
-            "HAS_BIAS": bias is not None,
-        },
-        num_warps=tiles.num_warps,
-        num_stages=1,
-    )
 
 
 def mix_launch(

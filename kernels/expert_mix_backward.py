@@ -48,6 +48,7 @@ def mix_backward_kernel(
     weight_ptr,  # (D,)
     grad_y_ptr,  # (B, N, D), contiguous
     grad_mixed_ptr,  # (B, P, D) fp32, contiguous
+    grad_sum_ptr,  # (B, N, D), contiguous: gradient that x has already
     grad_x_ptr,  # (B, N, D)
     grad_mix_ptr,  # (CHUNKS, P, patches) fp32
     num_images,
@@ -61,6 +62,7 @@ def mix_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_SUM: tl.constexpr,
     NEEDS_X: tl.constexpr,
     NEEDS_MIX: tl.constexpr,
 ):
@@ -133,6 +135,8 @@ def mix_backward_kernel(
                 g = tl.load(grad_mixed_ptr + row + d, mask=prompt[:, None] & channel, other=0.0)
                 dx = dy * norm_rstd[:, None] - x * slope[:, None] + offset[:, None]
                 dx = _product(scaled, _operand(g, LIKE), dx, LIKE)
+                if HAS_SUM:
+                    dx += tl.load(grad_sum_ptr + token + d, mask=mask, other=0.0).to(tl.float32)
                 tl.store(grad_x_ptr + token + d, dx.to(LIKE), mask=mask)
     if NEEDS_MIX:
         columns = (chunk * num_prompts + prompts).to(tl.int64)[None, :] * num_patches
@@ -151,6 +155,7 @@ def mix_backward_launch(
     statistics: torch.Tensor,
     grad_y: torch.Tensor,
     grad_mixed: torch.Tensor,
+    grad_sum: torch.Tensor | None,
     grad_x: torch.Tensor | None,
     grad_mix: torch.Tensor | None,
 ) -> Launch:
@@ -169,6 +174,7 @@ def mix_backward_launch(
             "weight_ptr": x if weight is None else weight,
             "grad_y_ptr": grad_y,
             "grad_mixed_ptr": grad_mixed,
+            "grad_sum_ptr": grad_y if grad_sum is None else grad_sum,
             "grad_x_ptr": grad_y if grad_x is None else grad_x,
             "grad_mix_ptr": mix if grad_mix is None else grad_mix,
             "num_images": batch,
@@ -184,6 +190,7 @@ def mix_backward_launch(
             "BLOCK_T": tiles.rows,
             "BLOCK_D": tiles.width,
             "HAS_WEIGHT": weight is not None,
+            "HAS_SUM": grad_sum is not None,
             "NEEDS_X": grad_x is not None,
             "NEEDS_MIX": grad_mix is not None,
         },

@@ -9,7 +9,7 @@ import torch
 from .chunks import chunk_count
 from .expert_features import features_backward_launches, features_launch
 from .expert_fold import fold_backward_launch, fold_launch
-from .expert_mix import mix_launch, norm_launch
+from .expert_mix import mix_launch
 from .expert_mix_backward import mix_backward_launch
 from .launch import Launch
 
@@ -95,7 +95,6 @@ def expert_plan(problem: ExpertProblem) -> dict[str, Launch]:
     }
     launches = [
         fold_launch(weight, kernel, problem.grid, mix, mix_sum),
-        norm_launch(x, param(width), param(width), y, statistics, 1e-6, 1e-5),
         mix_launch(x, mix, statistics, mixed, problem.patches),
         features_launch(
             mixed, {**tensors, "norm_bias": param(width)}, True, out, row, empty(batch, prompts),
@@ -108,6 +107,7 @@ def expert_plan(problem: ExpertProblem) -> dict[str, Launch]:
         ),
         mix_backward_launch(
             x, mix, problem.patches, param(width), statistics, y, mixed, param(*x.shape),
+            param(*x.shape),
             empty(chunk_count(batch), prompts, problem.patches),
         ),
         fold_backward_launch(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .launch import power_of_2_at_least
+from .row_table import RowTiles
 
 
 class MixTiles(NamedTuple):
@@ -23,16 +24,8 @@ class MixTiles(NamedTuple):
     num_stages: int
 
 
-class RowTiles(NamedTuple):
-    """A program's tile: `rows` whole rows of `width` channels, padded to a power of two."""
-
-    rows: int
-    width: int
-    num_warps: int
-
-
-def row_tiles(width: int) -> RowTiles:
-    """Kernels that hold whole rows: norm1, and everything of the p rows."""
+def feature_tiles(width: int) -> RowTiles:
+    """Kernels of the p rows, which they hold whole."""
     block = power_of_2_at_least(width)
     return RowTiles(max(1, 4096 // block), block, 4 if block <= 1024 else 8)
 

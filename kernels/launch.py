@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,6 +103,15 @@ class Launch:
                 else isinstance(value, int) and value % 16 == 0
             )
         ]
+
+
+def run(launches: Iterable[Launch], device: torch.device) -> None:
+    """Run launches in order on `device`; those of an empty batch have nothing to do."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        for launch in launches:
+            if min(launch.grid) > 0:
+                launch.run()
 
 
 def row_strides(view: torch.Tensor) -> tuple[int, int, int]:

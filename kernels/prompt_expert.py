@@ -1,7 +1,7 @@
 """VAPT's prompt experts on a GPU; `vpt_fast.ops.prompt_expert` says what is computed.
 
     fold_*      convolution and token-wise projector as one matrix
-    mix_*       norm1 of the tokens, and the matrix times their normalised patches
+    mix_*       the matrix times the normalised patches of the tokens
     features_*  affine, dropouts, feature projector and norm1 of the p rows
 
 Statistics, the matrix, the mix and all sums are fp32; tokens and prompts are in the model's dtype.
@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import run
 from .chunks import chunk_count
 from .expert_features import features_backward_launches, features_launch
 from .expert_fold import fold_backward_launch, fold_launch
 from .expert_inputs import FeatureInputs
-from .expert_mix import mix_launch, norm_launch
+from .expert_mix import mix_launch
 from .expert_mix_backward import mix_backward_launch
+from .launch import run
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,30 +59,13 @@ def fold_backward(
     return grad_weight, taps.sum(0).to(kernel.dtype).view(kernel.shape)
 
 
-def mix_forward(
-    x: Tensor,
-    mix: Tensor,
-    patches: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm_eps: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """norm1(x), the mix (B, p, D) fp32, and row statistics (3, B, N) fp32."""
+def mix_forward(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Tensor:
+    """The mix (B, p, D) fp32 of x (B, N, D), whose row statistics (3, B, N) are fp32."""
     _check_dtype(x)
-    batch, rows, width = x.shape
-    y = torch.empty_like(x)
+    batch, _, width = x.shape
     mixed = torch.empty((batch, len(mix), width), dtype=torch.float32, device=x.device)
-    statistics = torch.empty((3, batch, rows), dtype=torch.float32, device=x.device)
-    weight, bias = _contiguous(weight, bias)
-    run(
-        [
-            norm_launch(x, weight, bias, y, statistics, norm_eps, eps),
-            mix_launch(x, mix, statistics, mixed, patches),
-        ],
-        x.device,
-    )
-    return y, mixed, statistics
+    run([mix_launch(x.contiguous(), mix, statistics, mixed, patches)], x.device)
+    return mixed
 
 
 def mix_backward(
@@ -93,19 +76,21 @@ def mix_backward(
     statistics: Tensor,
     grad_y: Tensor,
     grad_mixed: Tensor,
+    grad_sum: Tensor | None,
     needs_x: bool,
     needs_mix: bool,
 ) -> list[Tensor]:
-    """Gradients of x and of the matrix, those that are asked for."""
+    """Gradients of x, norm1's and its own included, and of the matrix: those asked for."""
+    x, grad_y, grad_mixed = x.contiguous(), grad_y.contiguous(), grad_mixed.contiguous()
     partial = grad_mix = None
     if needs_mix:
         shape = (chunk_count(len(x)), len(mix), patches)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         grad_mix = torch.zeros_like(mix)
     grad_x = torch.empty_like(x) if needs_x else None
-    (weight,) = _contiguous(weight)
+    weight, grad_sum = _contiguous(weight, grad_sum)
     launch = mix_backward_launch(
-        x, mix, patches, weight, statistics, grad_y, grad_mixed, grad_x, partial
+        x, mix, patches, weight, statistics, grad_y, grad_mixed, grad_sum, grad_x, partial
     )
     run([launch], x.device)
     if grad_mix is not None and partial is not None:

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vpt_fast.kernels import prompt_expert as kernels
+from vpt_fast.kernels import residual_norm as norm_kernels
 from vpt_fast.kernels.expert_inputs import FeatureInputs
 
 from vpt_fast.ops import prompt_expert_reference as reference
+from vpt_fast.ops import residual_norm_reference as norm_reference
 
 pytest_plugins = ("kernel_device",)
 
@@ -117,21 +119,34 @@ def check_fold(case: Case, device: torch.device) -> None:
         assert distance(mine, theirs) < 4 * rounding(case.dtype)
 
 
+def norm_and_mix(
+    x: Tensor, mix: Tensor, patches: int, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """norm1(x), the mix of its rows without affine, and their statistics; fp64 by the reference."""
+    exact = x.dtype == torch.float64
+    norm, experts = (norm_reference, reference) if exact else (norm_kernels, kernels)
+    _, y, statistics = norm.residual_norm(x, None, None, weight, bias, NORM_EPS, EPS, x.dtype)
+    return y, experts.mix_forward(x, mix, patches, statistics), statistics
+
+
 def check_mix(case: Case, device: torch.device) -> None:
     draw = Draw(case, device)
     shape = (case.batch, case.prefix + case.patches, case.width)
     x = draw(*shape) + case.offset
     weight, bias = (draw(case.width), draw(case.width)) if case.options else (None, None)
     mix = folded(case, draw)
-    eps = (NORM_EPS, EPS)
-    y, mixed, statistics = kernels.mix_forward(x, mix, case.patches, weight, bias, *eps)
-    expected = reference.mix_forward(*wide(x, mix), case.patches, *wide(weight, bias), *eps)
+    y, mixed, statistics = norm_and_mix(x, mix, case.patches, weight, bias)
+    expected = norm_and_mix(*wide(x, mix), case.patches, *wide(weight, bias))
     assert y.dtype == case.dtype and mixed.dtype == statistics.dtype == torch.float32
     assert distance(y, expected[0]) < rounding(case.dtype)
     assert distance(mixed, expected[1]) < 2e-5
     assert distance(statistics, expected[2]) < 2e-6
 
-    grads = draw(*shape), draw(case.batch, case.prompts, case.width, dtype=torch.float32)
+    grads = (
+        draw(*shape),
+        draw(case.batch, case.prompts, case.width, dtype=torch.float32),
+        draw(*shape) if case.options else None,
+    )
     right = reference.mix_backward(
         *wide(x, mix), case.patches, *wide(weight), expected[2], *wide(*grads), True, True
     )
@@ -234,7 +249,7 @@ def test_the_mix_is_far_closer_to_fp64_than_eager_bf16(
     draw = Draw(case, kernel_device)
     x = draw(case.batch, 1 + case.patches, case.width) + offset
     mix = folded(case, draw)
-    _, found, _ = kernels.mix_forward(x, mix, case.patches, None, None, NORM_EPS, EPS)
+    _, found, _ = norm_and_mix(x, mix, case.patches, None, None)
     y = F.layer_norm(x.double().cpu(), (case.width,), eps=EPS)[:, 1:]
     right = mix[:, : case.patches].double().cpu() @ y
     rows = F.layer_norm(x.cpu(), (case.width,), eps=EPS)[:, 1:]
@@ -254,10 +269,10 @@ def test_a_neighbouring_image_of_nan_and_infinity_changes_nothing(
     draw = Draw(case, kernel_device)
     x = draw(3, 10, 96)
     mix, weight = folded(case, draw), draw(96)
-    grads = draw(3, 10, 96), draw(3, 10, 96, dtype=torch.float32)
+    grads = draw(3, 10, 96), draw(3, 10, 96, dtype=torch.float32), draw(3, 10, 96)
 
     def run() -> list[Tensor]:
-        y, mixed, statistics = kernels.mix_forward(x, mix, 9, weight, None, NORM_EPS, EPS)
+        y, mixed, statistics = norm_and_mix(x, mix, 9, weight, None)
         grad_x = kernels.mix_backward(x, mix, 9, weight, statistics, *grads, True, False)
         return [t[1].clone() for t in (y, mixed, *grad_x)]
 
@@ -270,8 +285,8 @@ def test_the_same_inputs_give_the_same_bits(kernel_device: torch.device) -> None
     case = Case(width=64, batch=34, grid=(2, 2), prompts=2)
     draw = Draw(case, kernel_device)
     x, mix = draw(34, 5, 64), folded(case, draw)
-    grads = draw(34, 5, 64), draw(34, 2, 64, dtype=torch.float32)
-    statistics = kernels.mix_forward(x, mix, 4, None, None, NORM_EPS, EPS)[2]
+    grads = draw(34, 5, 64), draw(34, 2, 64, dtype=torch.float32), None
+    statistics = norm_and_mix(x, mix, 4, None, None)[2]
     results = [
         kernels.mix_backward(x, mix, 4, None, statistics, *grads, True, True) for _ in range(2)
     ]
@@ -286,8 +301,9 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(
     case = Case(width=64, batch=0, grid=(2, 2), prompts=2)
     draw = Draw(case, kernel_device)
     x, mix, weight = draw(0, 5, 64), folded(case, draw), draw(64)
-    _, mixed, statistics = kernels.mix_forward(x, mix, 4, weight, None, NORM_EPS, EPS)
-    grad_x, grad_mix = kernels.mix_backward(x, mix, 4, weight, statistics, x, mixed, True, True)
+    _, mixed, statistics = norm_and_mix(x, mix, 4, weight, None)
+    grads = x, mixed, None
+    grad_x, grad_mix = kernels.mix_backward(x, mix, 4, weight, statistics, *grads, True, True)
     assert mixed.shape == (0, 2, 64) and grad_x.shape == x.shape
     assert grad_mix.shape == mix.shape and not grad_mix.any()
 
@@ -296,4 +312,4 @@ def test_fp64_is_refused(kernel_device: torch.device) -> None:
     x = torch.zeros(1, 5, 16, dtype=torch.float64, device=kernel_device)
     mix = torch.zeros(1, 64, device=kernel_device)
     with pytest.raises(TypeError, match="float64"):
-        kernels.mix_forward(x, mix, 4, None, None, NORM_EPS, EPS)
+        kernels.mix_forward(x, mix, 4, torch.zeros(3, 1, 5, device=kernel_device))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.prompt_expert import fold_convolution, mix_tokens, project_features
+from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
+from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
 
 OPS = torch.ops.vpt_fast
 DTYPES = [torch.float32, torch.float64]
@@ -41,15 +42,15 @@ def test_gradcheck_of_mix_tokens(affine: str, patches: int) -> None:
     x, mix = rand(2, 5, 6), rand(3, patches, seed=1)
     weight = None if affine == "none" else rand(6, seed=2, grad=False)
     bias = rand(6, seed=3, grad=False) if affine == "both" else None
-    assert torch.autograd.gradcheck(
-        lambda x, mix: mix_tokens(x, mix, patches, weight, bias, 0.2, 0.1), (x, mix)
-    )
-    assert torch.autograd.gradcheck(
-        lambda x: mix_tokens(x, mix.detach(), patches, weight, bias, 0.2, 0.1), (x,)
-    )
-    assert torch.autograd.gradcheck(
-        lambda mix: mix_tokens(x.detach(), mix, patches, weight, bias, 0.2, 0.1), (mix,)
-    )
+
+    def function(x: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
+        _, y, mixed = enter_block(OpenSum(x), Norm(weight, bias, 0.2), Mix(mix, patches, 0.1))
+        assert mixed is not None
+        return y, mixed
+
+    assert torch.autograd.gradcheck(function, (x, mix))
+    assert torch.autograd.gradcheck(lambda x: function(x, mix.detach()), (x,))
+    assert torch.autograd.gradcheck(lambda mix: function(x.detach(), mix), (mix,))
 
 
 def feature_inputs(dtype: torch.dtype, masks: bool, bias: bool) -> list[Any]:
@@ -83,11 +84,8 @@ def test_gradcheck_of_project_features(masks: bool, bias: bool, residual: bool, 
     def function(*leaves: Tensor) -> Tensor:
         given = iter(leaves)
         values = [next(given) if t is not None and t.requires_grad else t for t in inputs]
-        mixed, mix_sum, weight, shift, row_bias, channels, down, up, hidden = values
-        return project_features(
-            mixed, mix_sum, (weight, shift), row_bias, channels, (down, up), hidden, residual,
-            None if norm == "none" else (*constants, 0.1), torch.float64,
-        )  # fmt: skip
+        affine = None if norm == "none" else (*constants, 0.1)
+        return project_features(FeatureInputs(*values), residual, affine, torch.float64)
 
     assert torch.autograd.gradcheck(function, trained)
 
@@ -104,17 +102,17 @@ def test_opcheck_of_fold_convolution(dtype: torch.dtype, padded: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("affine", [False, True])
-def test_opcheck_of_mix_tokens(dtype: torch.dtype, affine: bool) -> None:
-    x, mix = rand(2, 5, 6, dtype=dtype), rand(3, 4, seed=1, dtype=dtype)
-    weight, bias = (
-        rand(6, seed=seed, dtype=dtype, grad=False) if affine else None for seed in (2, 3)
-    )
-    torch.library.opcheck(OPS.mix_tokens, (x, mix, 4, weight, bias, 1e-6, 1e-5))
-    mean, rstd = x.detach().mean(2), x.detach().var(2, correction=0).rsqrt()
+@pytest.mark.parametrize("summed", [False, True])
+def test_opcheck_of_mix_tokens(dtype: torch.dtype, affine: bool, summed: bool) -> None:
+    x, mix = rand(2, 5, 6, dtype=dtype, grad=False), rand(3, 4, seed=1, dtype=dtype, grad=False)
+    weight = rand(6, seed=2, dtype=dtype, grad=False) if affine else None
+    mean, rstd = x.mean(2), x.var(2, correction=0).rsqrt()
     statistics = torch.stack([mean, rstd, rstd])
+    torch.library.opcheck(OPS.mix_tokens, (x, mix, 4, statistics))
     grads = [rand(*shape, seed=4, dtype=dtype, grad=False) for shape in ((2, 5, 6), (2, 3, 6))]
+    total = rand(2, 5, 6, seed=5, dtype=dtype, grad=False) if summed else None
     for needs_x, needs_mix in ((True, True), (True, False), (False, True)):
-        arguments = (x.detach(), mix.detach(), 4, weight, statistics, *grads)
+        arguments = (x, mix, 4, weight, statistics, *grads, total)
         torch.library.opcheck(OPS.mix_tokens_backward, (*arguments, needs_x, needs_mix))
 
 
@@ -151,4 +149,4 @@ def test_the_result_has_the_dtype_that_is_asked_for() -> None:
 @pytest.mark.parametrize("patches", [0, 6])
 def test_patches_that_are_not_there_are_refused(patches: int) -> None:
     with pytest.raises(ValueError, match=r"\(2, 5, 6\).*patches"):
-        mix_tokens(rand(2, 5, 6), rand(3, 4), patches, None, None, 1e-6, 1e-5)
+        enter_block(OpenSum(rand(2, 5, 6)), Norm(None, None, 1e-6), Mix(rand(3, 4), patches, 1e-5))

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
+from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
+from vpt_fast import fused_block
 from vpt_fast.experts import PromptExperts
 from vpt_fast.hooks import has_hooks
 from vpt_fast.ops.absorbed_attention import absorbed_attention
 from vpt_fast.ops.attention import prompt_attention
+from vpt_fast.ops.block_entry import OpenSum
 
 # Query rows up to which keys and values are not worth making. A model's head reads one or two.
 _FEW_QUERIES = 2
@@ -149,11 +153,13 @@ class PromptedBlock(Block):
     Attributes:
         prompt: module that makes this block's prompts from its tokens, or None.
         rows: where prompt rows stand in its input and output.
+        memory: what it keeps for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
     """
 
     attn: PromptedAttention
     prompt: nn.Module | None
     rows: PromptRows
+    memory: str
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As every module's call; hooks see the block as (B, N, D) -> (B, N, D)."""
@@ -190,16 +196,48 @@ class PromptedBlock(Block):
             raise ValueError("is_causal=True cannot be used with prompts; pass an attn_mask")
         if live is not None:
             x = insert_rows(x, live.rows, self.rows.prefix)
-        x = self._forward(x, None) if attn_mask is None else self._forward_masked(x, attn_mask)
+        if attn_mask is None:
+            x = self.forward_open(OpenSum(x), self.memory).closed()
+        elif self.memory == "speed":
+            x = self._forward_masked(x, attn_mask)
+        else:
+            x = checkpoint(self._forward_masked, x, attn_mask)
         if live is not None and self.rows.leaving:
             prefix, leaving = self.rows.prefix, self.rows.leaving
             live.rows = x[:, prefix : prefix + leaving]
             x = strip_rows(x, leaving, prefix)
         return x
 
-    def forward_first(self, x: Tensor, count: int) -> Tensor:
+    def forward_open(self, total: OpenSum, memory: str) -> OpenSum:
+        """As `forward`, from and to a residual sum that is left to its reader.
+
+        Hooks on the block itself are not called.
+
+        Args:
+            total: tokens, with the live prompt rows that enter.
+            memory: what is kept for backward.
+        """
+        rows, prompt = self.rows, self.prompt
+        if prompt is None and rows.entering and not rows.leaving:
+            return OpenSum(self._by_modules(total, memory))
+        if not fused_block.can_fuse(self):
+            return OpenSum(self._by_modules(total, memory))
+        if prompt is not None and (rows.entering or rows.leaving):
+            x = strip_rows(total.closed(), rows.entering, rows.prefix)
+            if rows.leaving:
+                x, prompt = insert_rows(x, prompt(x), rows.prefix), None
+            total = OpenSum(x)
+        return fused_block.run(self, total, prompt, memory)
+
+    def forward_first(self, total: OpenSum, count: int, memory: str) -> Tensor:
         """The `count` first rows of the output, (B, count, D), from all rows of the input."""
-        return self._forward(x, count)
+        return self._by_modules(total, memory, count)
+
+    def _by_modules(self, total: OpenSum, memory: str, first: int | None = None) -> Tensor:
+        """Module by module; anything but "speed" keeps the block's input only."""
+        if memory == "speed":
+            return self._forward(total, first)
+        return checkpoint(lambda x: self._forward(OpenSum(x), first), total.closed())
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x with this block's live rows in it, and the prompts that are keys and values only."""
@@ -212,17 +250,17 @@ class PromptedBlock(Block):
             return insert_rows(x, prompts, rows.prefix), None
         return x, prompts.to(x.dtype)
 
-    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _normalise(self, total: OpenSum) -> tuple[Tensor, Tensor, Tensor | None]:
         """`_enter`, then norm1 of the tokens and of the prompts that are keys and values only."""
         if isinstance(self.prompt, PromptExperts):
-            return x, *self.prompt.with_norm(x, self.norm1)
-        x, prompts = self._enter(x)
+            return self.prompt.with_norm(total, self.norm1)
+        x, prompts = self._enter(total.closed())
         # norm1's hooks are for tokens: prompts pass beside them.
         prompts = None if prompts is None else self.norm1.forward(prompts)
         return x, self.norm1(x), prompts
 
-    def _forward(self, x: Tensor, first: int | None) -> Tensor:
-        x, y, prompts = self._normalise(x)
+    def _forward(self, total: OpenSum, first: int | None) -> Tensor:
+        x, y, prompts = self._normalise(total)
         dead = self.rows.entering if self.prompt is None and not self.rows.leaving else 0
         # Queries apart do not pass through the qkv module, which a hook would miss.
         late = dead if has_hooks(self.attn.qkv) else 0
@@ -254,3 +292,21 @@ class _LiveRows:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
+
+
+def through_block(block: Any, total: OpenSum, memory: str) -> OpenSum:
+    """A frozen or prompted block, called so that its own hooks are.
+
+    Args:
+        block: timm's `Block` or a `PromptedBlock`.
+        total: its input, a sum that is left to it.
+        memory: what is kept for backward.
+    """
+    if not (nn_module._has_any_global_hook() or has_hooks(block)):
+        if isinstance(block, PromptedBlock):
+            return block.forward_open(total, memory)
+        if fused_block.can_fuse(block):
+            return fused_block.run(block, total, None, memory)
+    if memory == getattr(block, "memory", "speed"):
+        return OpenSum(block(total.closed()))
+    return OpenSum(checkpoint(block, total.closed()))

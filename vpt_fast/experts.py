@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vpt_fast.hooks import has_hooks
 from vpt_fast.methods import VAPT
-from vpt_fast.ops.prompt_expert import fold_convolution, mix_tokens, project_features
+from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
+from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
 
 _EPS = 1e-5
 
@@ -76,66 +77,51 @@ class PromptExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Prompts (B, p, D) of a block's input x (B, N, D), before the block's norm1."""
-        mix, mix_sum = self._folded()
-        count = self._patches(x)
-        patches = x[:, x.shape[1] - count :].to(mix.dtype)
+        mix, mix_sum = self.mixing(x.shape[1])
+        patches = x[:, x.shape[1] - mix.patches :].to(mix.matrix.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            mixed = mix[:, :count] @ F.layer_norm(patches, x.shape[-1:], eps=self.norm.eps)
-        return self._project(mixed, mix_sum, None, mix.dtype)
+            normalised = F.layer_norm(patches, x.shape[-1:], eps=mix.eps)
+            mixed = mix.matrix[:, : mix.patches] @ normalised
+        inputs = self.features(mixed, mix_sum)
+        return project_features(inputs, self.residual, None, mix.matrix.dtype)
 
-    def with_norm(self, x: Tensor, norm1: nn.Module) -> tuple[Tensor, Tensor]:
-        """The block's norm1 of its tokens and of the prompts made from them.
+    def with_norm(self, total: OpenSum, norm1: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's input, and the block's norm1 of it and of the prompts made from it.
 
         Mean and variance of a row serve both norm1 and this module's LayerNorm, and their
         gradients reach x in one pass. A norm1 that is trained, watched by a hook or no LayerNorm
         is called as it is.
 
         Args:
-            x: tokens (B, N, D), the last ones the patches of `grid`, row by row.
+            total: tokens (B, N, D), the last ones the patches of `grid`, row by row.
             norm1: the block's normalisation.
 
         Returns:
-            (B, N, D) and (B, p, D) in x's dtype.
+            The tokens (B, N, D), and norm1 of them and of the prompts (B, p, D) in their dtype.
         """
-        if not _can_share(norm1):
+        if not is_frozen_norm(norm1):
+            x = total.closed()
             # norm1's hooks are for tokens: prompts pass beside them.
-            return norm1(x), norm1.forward(self.forward(x).to(x.dtype))
-        vit_norm: Any = norm1
-        mix, mix_sum = self._folded()
-        y, mixed = mix_tokens(
-            x, mix, self._patches(x), vit_norm.weight, vit_norm.bias, vit_norm.eps, self.norm.eps
-        )
-        prompts = self._project(
-            mixed, mix_sum, (vit_norm.weight, vit_norm.bias, vit_norm.eps), x.dtype
-        )
-        return y, prompts
+            return x, norm1(x), norm1.forward(self.forward(x).to(x.dtype))
+        norm = norm_of(norm1)
+        mix, mix_sum = self.mixing(total.residual.shape[1])
+        x, y, mixed = enter_block(total, norm, mix)
+        if mixed is None:
+            raise RuntimeError("enter_block returned no mix")
+        inputs = self.features(mixed, mix_sum)
+        return x, y, project_features(inputs, self.residual, norm, x.dtype)
 
-    def token_mixing(self) -> Tensor:
-        """The weight of every patch in every prompt before the feature projector, (p, gh, gw)."""
-        count = self.grid[0] * self.grid[1]
-        return self._folded()[0][:, :count].unflatten(1, self.grid)
+    def mixing(self, rows: int) -> tuple[Mix, Tensor]:
+        """What is mixed of a block's input of `rows` rows, and the matrix's row sums (p,).
 
-    def _patches(self, x: Tensor) -> int:
-        count = self.grid[0] * self.grid[1]
-        prefix = self._owner[0].num_prefix_tokens
-        if x.shape[1] != prefix + count:
-            raise ValueError(
-                f"the prompt experts mix {count} patches ({self.grid[0]} x {self.grid[1]}) after "
-                f"{prefix} prefix tokens, but this block's input has {x.shape[1]} rows"
-            )
-        return count
+        Raises:
+            ValueError: the input does not have the rows of the model's patch grid.
+        """
+        matrix, mix_sum = self._folded()
+        return Mix(matrix, self._patches(rows), self.norm.eps), mix_sum
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        return fold_convolution(self.mix.weight, self.conv.weight, self.grid)
-
-    def _project(
-        self,
-        mixed: Tensor,
-        mix_sum: Tensor,
-        norm: tuple[Tensor | None, Tensor | None, float] | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Everything after the mix (B, p, D); with the block's norm1 if it is given."""
+    def features(self, mixed: Tensor, mix_sum: Tensor) -> FeatureInputs:
+        """The mix (B, p, D) with everything that makes prompts of it; draws the dropout masks."""
         projector: Any = self._owner[0].prompt_projector
         batch, prompts, width = mixed.shape
         channels = hidden = None
@@ -145,18 +131,35 @@ class PromptExperts(nn.Module):
             hidden = F.dropout(
                 mixed.new_ones(batch, prompts, projector.down.out_features), projector.dropout
             )
-        return project_features(
+        return FeatureInputs(
             mixed,
             mix_sum,
-            (self.norm.weight, self.norm.bias),
+            self.norm.weight,
+            self.norm.bias,
             self.mix.bias,
             channels,
-            (projector.down.weight, projector.up.weight),
+            projector.down.weight,
+            projector.up.weight,
             hidden,
-            self.residual,
-            norm,
-            dtype,
         )
+
+    def token_mixing(self) -> Tensor:
+        """The weight of every patch in every prompt before the feature projector, (p, gh, gw)."""
+        count = self.grid[0] * self.grid[1]
+        return self._folded()[0][:, :count].unflatten(1, self.grid)
+
+    def _patches(self, rows: int) -> int:
+        count = self.grid[0] * self.grid[1]
+        prefix = self._owner[0].num_prefix_tokens
+        if rows != prefix + count:
+            raise ValueError(
+                f"the prompt experts mix {count} patches ({self.grid[0]} x {self.grid[1]}) after "
+                f"{prefix} prefix tokens, but this block's input has {rows} rows"
+            )
+        return count
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        return fold_convolution(self.mix.weight, self.conv.weight, self.grid)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -170,10 +173,15 @@ class PromptExperts(nn.Module):
         return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
 
 
-def _can_share(norm1: nn.Module) -> bool:
-    """Whether norm1 is a plain, frozen LayerNorm that nobody watches."""
+def is_frozen_norm(norm: nn.Module) -> bool:
+    """Whether `norm` is a plain, frozen LayerNorm that nobody watches."""
     return (
-        isinstance(norm1, nn.LayerNorm)
-        and not has_hooks(norm1)
-        and not any(p.requires_grad for p in norm1.parameters())
+        isinstance(norm, nn.LayerNorm)
+        and not has_hooks(norm)
+        and not any(p.requires_grad for p in norm.parameters())
     )
+
+
+def norm_of(norm: Any) -> Norm:
+    """Weight, bias and epsilon of a LayerNorm module."""
+    return Norm(norm.weight, norm.bias, norm.eps)

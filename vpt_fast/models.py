@@ -7,16 +7,22 @@ from typing import Any, NoReturn
 
 from timm.layers import Attention
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint, checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.blocks import PromptedAttention, PromptedBlock, PromptRows, strip_rows
+from vpt_fast.blocks import (
+    PromptedAttention,
+    PromptedBlock,
+    PromptRows,
+    strip_rows,
+    through_block,
+)
 from vpt_fast.experts import PromptExperts
 from vpt_fast.hooks import has_hooks
 from vpt_fast.methods import Method
+from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.prompts import PromptTokens
 
 
@@ -26,6 +32,7 @@ class TuneRecord:
 
     Attributes:
         method: the method it was tuned with.
+        memory: what blocks keep for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
         requires_grad: the parameters' flags before, by name.
         training: the modules' modes before, by name.
         originals: copies of the weights that are trained in place, from before, by name; the
@@ -33,6 +40,7 @@ class TuneRecord:
     """
 
     method: Method
+    memory: str
     requires_grad: dict[str, bool]
     training: dict[str, bool]
     originals: dict[str, Tensor]
@@ -63,17 +71,29 @@ class _PromptedModel(VisionTransformer):
         count = self._rows_read()
         if count is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         last: Any
         *blocks, last = self.blocks
-        if self.grad_checkpointing:
-            x = checkpoint_seq(blocks, x) if blocks else x
-            x = checkpoint(last.forward_first, x, count)
-        else:
-            for block in blocks:
-                x = block(x)
-            x = last.forward_first(x, count)
-        return self.forward_head(self.norm(x))
+        total = self._through(blocks, x)
+        return self.forward_head(self.norm(last.forward_first(total, count, self._memory())))
+
+    def forward_features(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """As timm's: the final norm of the last block's rows (B, N, D)."""
+        if attn_mask is not None or is_causal or has_hooks(self.blocks):
+            return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.norm(self._through(list(self.blocks), x).closed())
+
+    def _memory(self) -> str:
+        return "minimal" if self.grad_checkpointing else self.tune_record.memory
+
+    def _through(self, blocks: list[Any], images: Tensor) -> OpenSum:
+        """Images (B, 3, height, width) embedded, and through the given blocks."""
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        total, memory = OpenSum(x), self._memory()
+        for block in blocks:
+            total = through_block(block, total, memory)
+        return total
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """As timm's; refuses a patch grid that prompt experts were not made for."""
@@ -242,6 +262,7 @@ def place_prompts(model: _PromptedModel) -> None:
             block.attn.__class__ = PromptedAttention
             block.prompt = getattr(block, "prompt", None)
             block.rows = PromptRows(model.num_prefix_tokens, entering, leaving)
+            block.memory = model.tune_record.memory
         entering = leaving
 
 
@@ -255,4 +276,4 @@ def unplace_prompts(model: _PromptedModel) -> None:
             if "prompt" in block._modules:
                 del block.prompt
             block.__dict__.pop("prompt", None)
-            del block.rows
+            del block.rows, block.memory

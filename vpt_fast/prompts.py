@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpt_fast.ops.prompt_source import drop
+
 
 def init_bound(patch_size: tuple[int, int], width: int) -> float:
     """Bound v of the uniform initialisation U(-v, v), v = sqrt(6 / (3 * ph * pw + width)).
@@ -59,15 +61,22 @@ class PromptTokens(nn.Module):
         Args:
             x: the block's tokens (B, N, D), of which only B matters.
         """
+        tokens, mask = self.draw(x.shape[0])
+        return tokens if mask is None else drop(tokens, mask, 1.0 - self.dropout)
+
+    def draw(self, batch: int) -> tuple[Tensor, Tensor | None]:
+        """Prompts (1, p, D) before dropout, and its mask (batch, p, D) of booleans or None."""
         owner: Any = self._owner[0]
         tokens: Any = owner.prompt_tokens if self.tokens is None else self.tokens
         projection: Any = getattr(owner, "prompt_projection", None)
         if projection is not None:
             tokens = projection(tokens)
         tokens = tokens.unsqueeze(0)
-        if self.dropout and self.training:
-            return F.dropout(tokens.expand(x.shape[0], -1, -1), self.dropout)
-        return tokens
+        if not (self.dropout and self.training):
+            return tokens, None
+        ones = tokens.new_ones(batch, *tokens.shape[1:])
+        mask = F.dropout(ones, self.dropout).bool()
+        return tokens, mask
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

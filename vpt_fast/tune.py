@@ -19,11 +19,10 @@ from vpt_fast.models import (
     place_prompts,
     unplace_prompts,
 )
+from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.prompts import PromptTokens, init_bound, new_projection, new_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_MEMORY_MODES = ("speed",)
 
 
 def _classifiers(model: Any) -> list[nn.Module]:
@@ -54,7 +53,10 @@ def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
         model: a timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
             MAE, CLIP, DINOv2, SigLIP and their like.
         method: `VPTShallow(...)`, `VPTDeep(...)`, `VAPT(...)` or `LinearProbe()`.
-        memory: what is kept for backward; "speed" keeps what PyTorch's own functions keep.
+        memory: what is kept for backward and what is computed again there: "speed", "balanced",
+            "lean" or "minimal" keep 10, 6, 3 or 1 rows of D channels per token and block (see
+            `vpt_fast.ops.memory_modes`). Blocks that cannot be fused (qk-norm, SwiGLU, hooks
+            inside ...) keep 1 in every mode but "speed".
 
     Returns:
         `model` itself.
@@ -65,13 +67,13 @@ def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
             method does not fit it, or it is tuned already. Nothing has been changed then.
     """
     method = check_method(method)
-    if memory not in _MEMORY_MODES:
-        raise ValueError(f"memory must be one of {', '.join(_MEMORY_MODES)}; got {memory!r}")
+    check_memory_mode(memory)
     check_model(model, method)
     tuned: Any = model
     head = _head_tensors(tuned)
     record = TuneRecord(
         method=method,
+        memory=memory,
         requires_grad={name: p.requires_grad for name, p in tuned.named_parameters()},
         training={name: module.training for name, module in tuned.named_modules()},
         originals={name: tensor.detach().clone() for name, tensor in head.items()},

@@ -28,11 +28,14 @@ def _implementation(q: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op("vpt_fast::attention", mutates_args=())
-def _attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+def attention_operator(
+    tokens: list[Tensor], prompts: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (B, M, H * d) of `prompt_attention`, and the base-2 log-sum-exp (B, H, M)."""
     return _implementation(tokens[0]).attention_forward(tokens, prompts, scale)
 
 
-@_attention.register_fake
+@attention_operator.register_fake
 def _(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     q = split(tokens)[0]
     batch, rows, heads, dim = q.shape
@@ -44,7 +47,7 @@ def _(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> tuple[Tensor
 
 
 @torch.library.custom_op("vpt_fast::attention_backward", mutates_args=())
-def _attention_backward(
+def attention_operator_backward(
     tokens: list[Tensor],
     prompts: list[Tensor],
     out: Tensor,
@@ -54,13 +57,14 @@ def _attention_backward(
     needs_tokens: bool,
     needs_prompts: bool,
 ) -> list[Tensor]:
+    """Gradients of the token tensors and of the prompt tensors, those that are asked for."""
     token_grads, prompt_grads = _implementation(tokens[0]).attention_backward(
         tokens, prompts, out, lse, grad_out, scale, needs_tokens, needs_prompts
     )
     return [*token_grads, *prompt_grads]
 
 
-@_attention_backward.register_fake
+@attention_operator_backward.register_fake
 def _(
     tokens: list[Tensor],
     prompts: list[Tensor],
@@ -89,7 +93,7 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     grads: list[Tensor | None] = []
     if grad_out is not None and (needs_tokens or needs_prompts):
         grads = list(
-            _attention_backward(
+            attention_operator_backward(
                 tokens, prompts, out, lse, grad_out, ctx.scale, needs_tokens, needs_prompts
             )
         )
@@ -98,7 +102,7 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     return token_grads, prompt_grads, None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+attention_operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def prompt_attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> Tensor:
@@ -132,7 +136,7 @@ def prompt_attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) 
     dtypes = {t.dtype for t in (*tokens, *prompts)}
     if len(dtypes) > 1:
         raise TypeError(f"tokens and prompts must have one dtype, got {sorted(map(str, dtypes))}")
-    return _attention(tokens, prompts, scale)[0]
+    return attention_operator(tokens, prompts, scale)[0]
 
 
 def _check(tokens: list[Tensor], prompts: list[Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,8 @@ def uses_kernels(tensor: Tensor) -> bool:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and statistics of `dtype` are held in: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def in_full_precision(tensor: Tensor) -> AbstractContextManager[None]:
+    """Inside, autocast rounds nothing of what is computed on the tensor's device."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -64,40 +64,16 @@ def fold_backward(
     )
 
 
-def other_rstd(rstd: Tensor, eps: float, other: float) -> Tensor:
-    """1 / sqrt(var + other) from 1 / sqrt(var + eps)."""
-    return rstd if eps == other else (rstd**-2 + (other - eps)).rsqrt()
-
-
 def _full(mix: Tensor, rows: int, patches: int) -> Tensor:
     """The matrix (p, N) with zeros for the prefix tokens."""
     return F.pad(mix[:, :patches], (rows - patches, 0))
 
 
-def mix_forward(
-    x: Tensor,
-    mix: Tensor,
-    patches: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm_eps: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """norm1(x), the mix, and row statistics (3, B, N): mean, norm1's rstd, the experts' rstd."""
-    wide = statistics_dtype(x.dtype)
-    if x.dtype == wide and all(t is None or t.dtype == wide for t in (weight, bias)):
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, norm_eps)
-        mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
-    else:
-        rows = x.to(wide)
-        variance, mean = torch.var_mean(rows, -1, correction=0)
-        rstd = (variance + norm_eps).rsqrt()
-        affine = _to(weight, wide), _to(bias, wide)
-        y = F.layer_norm(rows, x.shape[-1:], affine[0], affine[1], norm_eps).to(x.dtype)
-    expert_rstd = other_rstd(rstd, norm_eps, eps)
-    scaled = _full(mix, x.shape[1], patches) * expert_rstd[:, None]
-    mixed = torch.baddbmm(-(scaled @ mean[..., None]), scaled, x.to(wide))
-    return y, mixed, torch.stack([mean, rstd, expert_rstd])
+def mix_forward(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Tensor:
+    """The mix (B, p, D) from row statistics (3, B, N): mean, norm1's rstd, the experts' rstd."""
+    mean, _, rstd = statistics
+    scaled = _full(mix, x.shape[1], patches) * rstd[:, None]
+    return torch.baddbmm(-(scaled @ mean[..., None]), scaled, x.to(mix.dtype))
 
 
 def mix_backward(
@@ -108,10 +84,11 @@ def mix_backward(
     statistics: Tensor,
     grad_y: Tensor,
     grad_mixed: Tensor,
+    grad_sum: Tensor | None,
     needs_x: bool,
     needs_mix: bool,
 ) -> list[Tensor]:
-    """Gradients of x and of the matrix, those that are asked for.
+    """Gradients of x, norm1's and its own included, and of the matrix: those asked for.
 
     With e the normalised patches, dM = dG e^T, summed over the images, and de = M^T dG. The two row
     means that LayerNorm's backward takes of de are M^T (dG 1) and M^T (dG e^T): they come from the
@@ -134,6 +111,8 @@ def mix_backward(
         # One more row of dG, of ones, brings the shift along.
         factors = torch.cat([full * expert_rstd[:, None], shift[:, None]], 1)
         ones = grad_mixed.new_ones(len(x), 1, width)
+        if grad_sum is not None:
+            grad += grad_sum
         grad.baddbmm_(factors.mT, torch.cat([grad_mixed, ones], 1))
         result.append(grad.addcmul_(rows_x, slope[..., None], value=-1).to(x.dtype))
     if needs_mix:

@@ -1,0 +1,71 @@
+"""Residual sum and LayerNorm in plain PyTorch: the CPU path, and what the kernels are held against.
+
+`residual_norm` says what is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vpt_fast.ops.backend import statistics_dtype
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def other_rstd(rstd: Tensor, eps: float, other: float) -> Tensor:
+    """1 / sqrt(var + other) from 1 / sqrt(var + eps)."""
+    return rstd if eps == other else (rstd**-2 + (other - eps)).rsqrt()
+
+
+def residual_norm(
+    residual: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float,
+    expert_eps: float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, its LayerNorm in `dtype`, and row statistics."""
+    total = residual
+    if branch is not None and scale is not None:
+        total = torch.addcmul(residual, branch, scale)
+    elif branch is not None:
+        total = residual + branch
+    wide = statistics_dtype(total.dtype)
+    y, mean, rstd = torch.native_layer_norm(
+        total.to(wide), total.shape[-1:], _to(weight, wide), _to(bias, wide), norm_eps
+    )
+    rows = [mean.squeeze(-1), rstd.squeeze(-1)]
+    if expert_eps is not None:
+        rows.append(other_rstd(rows[1], norm_eps, expert_eps))
+    sum_out = residual.new_empty(0) if branch is None else total
+    return sum_out, y.to(dtype), torch.stack(rows)
+
+
+def residual_norm_backward(
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    branch_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Gradients of the sum and, if it is asked for, of the branch."""
+    wide = statistics.dtype
+    grad = torch.ops.aten.native_layer_norm_backward(
+        grad_y.to(wide), x.to(wide), x.shape[-1:], statistics[0].unsqueeze(-1),
+        statistics[1].unsqueeze(-1), _to(weight, wide), None, [True, False, False],
+    )[0]  # fmt: skip
+    if grad_sum is not None:
+        grad += grad_sum
+    grad_x = grad.to(x.dtype)
+    if branch_dtype is None:
+        return [grad_x]
+    grad_branch = grad if scale is None else grad * scale
+    return [grad_x, grad_branch.to(branch_dtype, copy=scale is None)]
