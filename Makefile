@@ -46,6 +46,8 @@ bench: $(INSTALLED)
 kernel-report: $(INSTALLED)
 	$(BIN)/python -m bench.kernel_report
 	$(BIN)/python -m bench.expert_report
+	$(BIN)/python -m bench.row_report
+	$(BIN)/python -m bench.launches
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache build *.egg-info

@@ -3,14 +3,16 @@
     python -m bench.bench_step [--output DIR]
 
 Providers: `concat`, prompts (of VPT-Deep, or VAPT's experts as their equations are written)
-concatenated into timm's fused-SDPA blocks; `vpt_fast`; `none`, the model without prompts, with the
-gradient flowing through all of its blocks. Before anything is timed, the two prompted providers
-have to give the same loss and gradients.
+concatenated into timm's fused-SDPA blocks; `vpt_fast`; `modules`, the same with blocks that run
+module by module; `none`, the model without prompts, with the gradient flowing through all of its
+blocks. Before anything is timed, the two prompted providers have to give the same loss and
+gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import math
 import platform
@@ -25,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.eager import ConcatenatedExperts, ConcatenatedPrompts, without_prompts
 from bench.interleave import interleave
 from vpt_fast import VAPT, VPTDeep, prompt_tune
+from vpt_fast.eager import ConcatenatedExperts, ConcatenatedPrompts, without_prompts
 
 METHODS = ("vpt-deep", "vapt")
+DROPOUTS = {"vpt-deep": (0.0, 0.1), "vapt": (0.0,)}
 FIELDS = (
     "model", "method", "batch", "prompts", "dropout", "against",
     "ratio_p20", "ratio_p50", "ratio_p80", "milliseconds", "against_milliseconds",
@@ -59,8 +62,9 @@ def providers(method: str, make: Callable[[], Any], prompts: int, dropout: float
     """
     if method == "vapt":
         return _experts(make, prompts, dropout)
-    reference = ConcatenatedPrompts(make(), prompts, dropout)
-    tuned = prompt_tune(make(), VPTDeep(prompts, dropout=dropout))
+    deep = VPTDeep(prompts, dropout=dropout)
+    reference = ConcatenatedPrompts(make(), deep)
+    tuned = prompt_tune(make(), deep)
     with torch.no_grad():
         for block, rows in zip(tuned.blocks, reference.prompts, strict=True):
             block.prompt.tokens.copy_(rows)
@@ -73,8 +77,8 @@ def providers(method: str, make: Callable[[], Any], prompts: int, dropout: float
 
 
 def _experts(make: Callable[[], Any], prompts: int, dropout: float) -> Pair:
-    reference: Any = ConcatenatedExperts(make(), prompts, dropout)
     method = VAPT(prompts, projector_dropout=dropout, channel_dropout=dropout)
+    reference: Any = ConcatenatedExperts(make(), method)
     tuned = prompt_tune(make(), method)
     first, *rest = (block.prompt for block in tuned.blocks)
     pairs: list[tuple[nn.Parameter, nn.Parameter]] = [
@@ -101,6 +105,14 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         raise RuntimeError(f"no gradient of a parameter of shape {tuple(parameter.shape)}")
     return parameter.grad
+
+
+def by_modules(model: Any) -> Any:
+    """A copy of a tuned model with hooks inside its blocks, which make them run by modules."""
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda *_: None)
+    return model
 
 
 def step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
@@ -138,11 +150,16 @@ def measure(
 
     check(providers(method, make, prompts, 0.0), images, labels)
     concat, tuned, _ = providers(method, make, prompts, dropout)
-    models = {"concat": concat, "vpt_fast": tuned, "none": without_prompts(make())}
+    models = {
+        "vpt_fast": tuned,
+        "concat": concat,
+        "modules": by_modules(tuned),
+        "none": without_prompts(make()),
+    }
     steps = {name: step(model, images, labels) for name, model in models.items()}
     times = interleave(steps, args.rounds)
     rows = []
-    for against in ("concat", "none"):
+    for against in (name for name in models if name != "vpt_fast"):
         p20, p50, p80 = times["vpt_fast"].ratio(times[against])
         rows.append(
             {
@@ -168,18 +185,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--prompts", type=int, nargs="+", default=[10, 50, 100, 200])
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument(
+        "--dropout", type=float, nargs="+", help="by default 0, for VPT-Deep 0.1 too"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="directory for bench_step.csv")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     print("Measured training step, time of the other divided by ours (p20 p50 p80 over rounds)")
-    for method, dropout, prompts in product(args.methods, args.dropout, args.prompts):
+    cases = [
+        (method, dropout, prompts)
+        for method in args.methods
+        for dropout, prompts in product(args.dropout or DROPOUTS[method], args.prompts)
+    ]
+    for method, dropout, prompts in cases:
         for row in measure(args, method, prompts, dropout):
             rows.append(row)
             print(
                 f"{row['model']} {method:8s} batch {row['batch']} prompts {prompts:3d} "
-                f"dropout {dropout} against {row['against']:6s}: {row['ratio_p20']:.2f} "
+                f"dropout {dropout} against {row['against']:7s}: {row['ratio_p20']:.2f} "
                 f"{row['ratio_p50']:.2f} {row['ratio_p80']:.2f}   ({row['milliseconds']:.0f} ms, "
                 f"{row['against_milliseconds']:.0f} ms)",
                 flush=True,

@@ -21,10 +21,11 @@ from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
 from vpt_fast.kernels.launch import Launch
 
 from bench.figures import SCHEDULERS, KernelFigures, LoopFigures, kernel_figures
-from bench.kernel_report import architecture_name, conclude
+from bench.kernel_report import architecture_name, conclude, over_the_limit
 from bench.limits import Verdict
-from bench.multiprocessor import MULTIPROCESSORS
+from bench.memory import RATED_TARGETS, memory_rate, tensor_bytes
 from bench.offline import Architecture, compile_kernel
+from bench.problems import launch_target
 
 MIX_LIMIT, MIX_PROMPTS = 0.3, 16
 """Most issue cycles of the mix's loop per memory cycle, for up to so many prompts."""
@@ -50,12 +51,7 @@ class ExpertReport:
     @property
     def memory_bytes(self) -> int:
         """Bytes of the tensors that the launch reads and writes, each tensor once."""
-        tensors = {
-            id(value): value
-            for value in self.launch.arguments.values()
-            if isinstance(value, torch.Tensor)
-        }
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return tensor_bytes(self.launch)
 
     @property
     def issue_cycles(self) -> float:
@@ -79,12 +75,12 @@ class ExpertReport:
 
         None where a loop without matrix products, whose trips are not known here, is part of it.
         """
-        memory = self._memory() if self.launch.name in COUNTED else None
+        memory = memory_rate(self.architecture) if self.launch.name in COUNTED else None
         return None if memory is None else self.issue_cycles * memory / self.memory_bytes
 
     def mix_loop_ratio(self) -> float | None:
         """Issue cycles over memory cycles of x in an iteration of the mix."""
-        memory, loop = self._memory(), self.mix_loop
+        memory, loop = memory_rate(self.architecture), self.mix_loop
         if memory is None or loop is None:
             return None
         sizes = self.launch.constexprs
@@ -98,11 +94,6 @@ class ExpertReport:
         is_mix = self.launch.name == "mix" and self.figures.loops
         return self.figures.loops[0] if is_mix else None
 
-    def _memory(self) -> float | None:
-        if not isinstance(self.architecture, int):
-            return None
-        return MULTIPROCESSORS[self.architecture].memory
-
 
 def expert_report(kernel: str, problem: ExpertProblem, architecture: Architecture) -> ExpertReport:
     """Compile one launch of a problem and read its machine code.
@@ -112,7 +103,7 @@ def expert_report(kernel: str, problem: ExpertProblem, architecture: Architectur
         problem: shapes and dtype.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
     """
-    launch = expert_plan(problem)[kernel]
+    launch = expert_plan(problem, launch_target(architecture))[kernel]
     figures = kernel_figures(kernel, compile_kernel(launch, architecture))
     return ExpertReport(problem, architecture, launch, figures)
 
@@ -156,26 +147,21 @@ def format_report(report: ExpertReport, judged: Sequence[Verdict]) -> str:
     """A launch as lines of text, with the limits that do not hold."""
     figures = report.figures
     loop, launch = report.mix_loop_ratio(), report.launch_ratio()
-    lines = [
-        _LINE.format(
-            report.launch.name,
-            architecture_name(report.architecture),
-            report.problem.prompts,
-            report.problem.width,
-            report.launch.num_warps,
-            figures.binary.registers,
-            figures.binary.spill_bytes,
-            figures.binary.shared,
-            figures.blocks_per_sm or "-",
-            f"{report.memory_bytes / 1e6:.1f}",
-            "-" if loop is None else f"{loop:.2f}",
-            "-" if launch is None else f"{launch:.2f}",
-        )
-    ]
-    lines += [
-        f"    OVER THE LIMIT  {v.figure}: {v.value}, limit {v.limit}" for v in judged if not v.holds
-    ]
-    return "\n".join(lines)
+    line = _LINE.format(
+        report.launch.name,
+        architecture_name(report.architecture),
+        report.problem.prompts,
+        report.problem.width,
+        report.launch.num_warps,
+        figures.binary.registers,
+        figures.binary.spill_bytes,
+        figures.binary.shared,
+        figures.blocks_per_sm or "-",
+        f"{report.memory_bytes / 1e6:.1f}",
+        "-" if loop is None else f"{loop:.2f}",
+        "-" if launch is None else f"{launch:.2f}",
+    )
+    return "\n".join([line, *over_the_limit(judged)])
 
 
 def csv_row(report: ExpertReport, judged: Sequence[Verdict]) -> dict[str, Any]:
@@ -201,8 +187,9 @@ def csv_row(report: ExpertReport, judged: Sequence[Verdict]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; 1 if a limit does not hold, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.expert_report", description=__doc__)
-    known = [a for a, sm in MULTIPROCESSORS.items() if sm.memory is not None]
-    parser.add_argument("--target", nargs="+", type=int, choices=known, default=known)
+    parser.add_argument(
+        "--target", nargs="+", type=int, choices=RATED_TARGETS, default=RATED_TARGETS
+    )
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--prompts", nargs="+", type=int, default=[10, 50])
     parser.add_argument("--width", nargs="+", type=int, default=[768])

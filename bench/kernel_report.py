@@ -84,12 +84,16 @@ def format_report(report: LaunchReport, judged: Sequence[Verdict]) -> str:
                 _cell(report.loop_cycles(name)),
             )
         )
-    lines.extend(
+    return "\n".join([*lines, *over_the_limit(judged)])
+
+
+def over_the_limit(judged: Sequence[Verdict]) -> list[str]:
+    """A line for each limit that does not hold."""
+    return [
         f"    OVER THE LIMIT  {verdict.figure}: {verdict.value}, limit {verdict.limit}"
         for verdict in judged
         if not verdict.holds
-    )
-    return "\n".join(lines)
+    ]
 
 
 def header() -> str:

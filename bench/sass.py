@@ -188,7 +188,12 @@ def mma_flop(instruction: Instruction, warps: int) -> int | None:
 
 def copy_bytes(instruction: Instruction) -> int:
     """Bytes that one thread moves with a global load or an asynchronous copy; 0 for others."""
-    if classify(instruction) not in ("LDG", "LDGSTS"):
+    return 0 if classify(instruction) == "STG" else access_bytes(instruction)
+
+
+def access_bytes(instruction: Instruction) -> int:
+    """Bytes that one thread moves to or from global memory with an instruction; 0 for others."""
+    if classify(instruction) not in ("LDG", "LDGSTS", "STG"):
         return 0
     parts = instruction.opcode.split(".")
     for width, size in (("256", 32), ("128", 16), ("64", 8), ("U16", 2), ("U8", 1), ("S8", 1)):

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .channels import load_channels
 from .launch import Launch, run
 from .row_table import element_tiles
 
@@ -31,6 +32,13 @@ SIGMOID_ACTIVATIONS = {
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x for x of at least 1, in two instructions; a division takes seven."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def _gelu_tail(h):
     """Q(|h|) = P(X > |h|) for a normal X, and exp(-h^2 / 2).
 
@@ -38,25 +46,25 @@ def _gelu_tail(h):
     exponential is needed for the derivative too; a library's erf costs twice the instructions.
     """
     magnitude = tl.abs(h)
-    t = 1.0 / (1.0 + 0.23164191 * magnitude)
+    t = _reciprocal(1.0 + 0.23164191 * magnitude)
     gauss = tl.exp2(h * h * (-0.5 * _LOG2_E))
     p = 0.5307027 * t - 0.7265760
     p = p * t + 0.7107069
     p = p * t - 0.1422484
     p = p * t + 0.1274148
-    return p * t * gauss, gauss, magnitude
+    return p * t * gauss, gauss
 
 
 @triton.jit
 def _sigmoid(s):
-    return 1.0 / (1.0 + tl.exp2(-_LOG2_E * s))
+    return _reciprocal(1.0 + tl.exp2(-_LOG2_E * s))
 
 
 @triton.jit
 def _activate(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
     if GELU:
-        tail, _, magnitude = _gelu_tail(h)
-        return tl.maximum(h, 0.0) - magnitude * tail
+        tail, _ = _gelu_tail(h)
+        return h * tl.where(h > 0.0, 1.0 - tail, tail)
     else:
         slope = LINEAR
         if CUBIC != 0.0:
@@ -67,7 +75,7 @@ def _activate(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
 @triton.jit
 def _derivative(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
     if GELU:
-        tail, gauss, _ = _gelu_tail(h)
+        tail, gauss = _gelu_tail(h)
         return tl.where(h > 0.0, 1.0 - tail, tail) + h * gauss * _RSQRT_2PI
     else:
         slope = LINEAR
@@ -100,8 +108,7 @@ def activation_kernel(
     offsets = rows.to(tl.int64)[:, None] * WIDTH + channels[None, :]
     h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + channels, mask=channels < WIDTH, other=0.0)
-        h += bias.to(tl.float32)[None, :]
+        h += load_channels(bias_ptr, channels, mask)
     out = _activate(h, GELU, LINEAR, CUBIC)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -127,8 +134,7 @@ def activation_backward_kernel(
     h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + channels, mask=channels < WIDTH, other=0.0)
-        h += bias.to(tl.float32)[None, :]
+        h += load_channels(bias_ptr, channels, mask)
     grad *= _derivative(h, GELU, LINEAR, CUBIC)
     tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .chunks import chunk_size
 from .expert_table import feature_tiles, weight_gradient_tiles
-from .launch import Launch
+from .launch import Launch, Target, exact_precision
 
 
 @triton.jit
@@ -348,6 +348,7 @@ def features_backward_launches(
     units: torch.Tensor,
     sums: torch.Tensor,
     weights: torch.Tensor,
+    target: Target,
 ) -> list[Launch]:
     """The launches that fill the gradients.
 
@@ -360,6 +361,7 @@ def features_backward_launches(
         units: (2, B * p, r) fp32, for the second launch.
         sums: (4, B * p) fp32: the gradients by row of mix_sum and bias, and two more.
         weights: (chunks, 2 r + 2, D) fp32: partial gradients of down, up^T, weight and shift.
+        target: what to tune for.
     """
     batch, prompts, width = mixed.shape
     rows, hidden_dim = batch * prompts, units.shape[2]
@@ -393,7 +395,7 @@ def features_backward_launches(
             **{name: flag for name, flag in meta.items() if name != "HAS_HIDDEN"},
             "BLOCK_H": inner.prompts, "BLOCK_M": inner.rows, "BLOCK_D": inner.width,
             # tf32 keeps eleven bits, more than the gradients that come in have beside 16-bit tokens
-            "PRECISION": "tf32x3" if grad.dtype == torch.float32 else "tf32",
+            "PRECISION": exact_precision(target) if grad.dtype == torch.float32 else "tf32",
         },
         num_warps=inner.num_warps,
         num_stages=inner.num_stages,

@@ -15,17 +15,17 @@ import triton
 import triton.language as tl
 
 from .expert_table import mix_tiles
-from .launch import Launch, power_of_2_at_least
+from .launch import Launch, Target, exact_precision, power_of_2_at_least
 
 
 @triton.jit
-def _add_product(acc, scaled, x, PARTS: tl.constexpr):
+def _add_product(acc, scaled, x, PARTS: tl.constexpr, EXACT: tl.constexpr):
     """acc [P, D] + scaled [P, T] @ x [T, D], with `scaled` in PARTS parts of x's type.
 
-    PARTS = 0: three tf32 products, which are as exact as fp32 ones.
+    PARTS = 0: fp32 products by EXACT, an input precision.
     """
     if PARTS == 0:
-        return tl.dot(scaled, x.to(tl.float32), acc, input_precision="tf32x3")
+        return tl.dot(scaled, x.to(tl.float32), acc, input_precision=EXACT)
     else:
         for _ in tl.static_range(PARTS):
             part = scaled.to(x.dtype)
@@ -48,6 +48,7 @@ def _mix_step(
     MASKED: tl.constexpr,
     ALL_CHANNELS: tl.constexpr,
     PARTS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Add one tile of patches to `acc`, and what their means would add to `means`."""
     tile = tl.arange(0, x_rows.shape[0])
@@ -66,7 +67,7 @@ def _mix_step(
         rstd = tl.load(rstd_ptr + tile)
     scaled = tl.load(mix_rows, mask=prompt[:, None], other=0.0) * rstd[None, :]
     means += scaled * mean[None, :]
-    return _add_product(acc, scaled, x, PARTS), means
+    return _add_product(acc, scaled, x, PARTS, EXACT), means
 
 
 @triton.jit
@@ -86,6 +87,7 @@ def mix_kernel(
     BLOCK_TAIL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
     dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -106,7 +108,7 @@ def mix_kernel(
     for _ in range(0, full, BLOCK_T):
         acc, means = _mix_step(
             x_rows, mix_rows, mean_ptr, rstd_ptr, means, acc, 0, channel, prompt,
-            False, WIDTH % BLOCK_D == 0, PARTS,
+            False, WIDTH % BLOCK_D == 0, PARTS, EXACT,
         )  # fmt: skip
         x_rows += BLOCK_T * WIDTH
         mix_rows += BLOCK_T
@@ -120,7 +122,7 @@ def mix_kernel(
             x_ptr + (full + tile)[:, None] * WIDTH + dims[None, :],
             mix_ptr + prompts[:, None] * COLUMNS + (full + tile)[None, :],
             mean_ptr, rstd_ptr, tl.zeros([BLOCK_P, BLOCK_TAIL], tl.float32), acc, left,
-            channel, prompt, True, False, PARTS,
+            channel, prompt, True, False, PARTS, EXACT,
         )  # fmt: skip
         offset += tl.sum(tail_means, 1)
     mixed_rows = mixed_ptr + (image * num_prompts + prompts[:, None]) * WIDTH
@@ -134,6 +136,7 @@ def mix_launch(
     statistics: torch.Tensor,
     mixed: torch.Tensor,
     patches: int,
+    target: Target,
 ) -> Launch:
     """The launch that fills `mixed` (B, p, D) fp32 from x (B, N, D) and mix (p, columns)."""
     batch, rows, width = x.shape
@@ -161,6 +164,7 @@ def mix_launch(
             "BLOCK_TAIL": power_of_2_at_least(patches % tiles.rows),
             "BLOCK_D": tiles.width,
             "PARTS": 2 if x.dtype == torch.bfloat16 else 0,
+            "EXACT": exact_precision(target),
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

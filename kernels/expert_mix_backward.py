@@ -14,19 +14,19 @@ import triton.language as tl
 
 from .chunks import chunk_count, chunk_size
 from .expert_table import mix_gradient_tiles
-from .launch import Launch
+from .launch import Launch, Target, exact_precision
 
 
 @triton.jit
-def _product(a, b, acc, LIKE: tl.constexpr):
-    """acc + a @ b: bf16 products of rounded operands, or fp32 ones as three tf32; see `_operand`.
+def _product(a, b, acc, LIKE: tl.constexpr, EXACT: tl.constexpr):
+    """acc + a @ b: bf16 products of rounded operands, or fp32 ones by EXACT; see `_operand`.
 
     Beside fp16 tokens one tf32 product keeps as many bits as they have.
     """
     if LIKE == tl.bfloat16:  # noqa: SIM300
         return tl.dot(a, b, acc)
     elif LIKE == tl.float32:  # noqa: SIM300
-        return tl.dot(a, b, acc, input_precision="tf32x3")
+        return tl.dot(a, b, acc, input_precision=EXACT)
     else:
         return tl.dot(a, b, acc, input_precision="tf32")
 
@@ -65,6 +65,7 @@ def mix_backward_kernel(
     HAS_SUM: tl.constexpr,
     NEEDS_X: tl.constexpr,
     NEEDS_MIX: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     LIKE: tl.constexpr = x_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -100,10 +101,10 @@ def mix_backward_kernel(
             x = tl.load(x_ptr + token + d, mask=exists[:, None] & channel, other=0.0)
             g = tl.load(grad_mixed_ptr + row + d, mask=prompt[:, None] & channel, other=0.0)
             g = tl.trans(_operand(g, LIKE))
-            products = _product(_operand(x, LIKE), g, products, LIKE)
+            products = _product(_operand(x, LIKE), g, products, LIKE, EXACT)
             # Sums of dG as it was rounded: with other ones the mean would not cancel.
             ones = _operand(tl.full([16, BLOCK_D], 1.0, tl.float32), LIKE)
-            sums = _product(ones, g, sums, LIKE)
+            sums = _product(ones, g, sums, LIKE, EXACT)
             if NEEDS_X:
                 dy = tl.load(grad_y_ptr + token + d, mask=exists[:, None] & channel, other=0.0)
                 dy = dy.to(tl.float32)
@@ -134,7 +135,7 @@ def mix_backward_kernel(
                     dy *= weight.to(tl.float32)[None, :]
                 g = tl.load(grad_mixed_ptr + row + d, mask=prompt[:, None] & channel, other=0.0)
                 dx = dy * norm_rstd[:, None] - x * slope[:, None] + offset[:, None]
-                dx = _product(scaled, _operand(g, LIKE), dx, LIKE)
+                dx = _product(scaled, _operand(g, LIKE), dx, LIKE, EXACT)
                 if HAS_SUM:
                     dx += tl.load(grad_sum_ptr + token + d, mask=mask, other=0.0).to(tl.float32)
                 tl.store(grad_x_ptr + token + d, dx.to(LIKE), mask=mask)
@@ -158,6 +159,7 @@ def mix_backward_launch(
     grad_sum: torch.Tensor | None,
     grad_x: torch.Tensor | None,
     grad_mix: torch.Tensor | None,
+    target: Target,
 ) -> Launch:
     """The launch that fills `grad_x` (B, N, D) and `grad_mix` (chunks, p, patches) fp32."""
     batch, rows, width = x.shape
@@ -193,6 +195,7 @@ def mix_backward_launch(
             "HAS_SUM": grad_sum is not None,
             "NEEDS_X": grad_x is not None,
             "NEEDS_MIX": grad_mix is not None,
+            "EXACT": exact_precision(target),
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

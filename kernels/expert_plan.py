@@ -11,7 +11,9 @@ from .expert_features import features_backward_launches, features_launch
 from .expert_fold import fold_backward_launch, fold_launch
 from .expert_mix import mix_launch
 from .expert_mix_backward import mix_backward_launch
-from .launch import Launch
+from .launch import Launch, Target
+
+_SM_80 = Target(80)
 
 
 class ExpertProblem(NamedTuple):
@@ -58,13 +60,14 @@ class ExpertProblem(NamedTuple):
         return tokens * (self.width * size + 8) + matrix + rows * self.width * (2 * 4 + size)
 
 
-def expert_plan(problem: ExpertProblem) -> dict[str, Launch]:
+def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, Launch]:
     """The launches of a forward and a backward pass by name, on tensors without memory.
 
     They are made by the code that makes the real ones.
 
     Args:
         problem: shapes and dtype.
+        target: what to tune for.
     """
     batch, prompts, width = problem.batch, problem.prompts, problem.width
     rows, r = problem.prefix + problem.patches, problem.hidden_dim
@@ -95,7 +98,7 @@ def expert_plan(problem: ExpertProblem) -> dict[str, Launch]:
     }
     launches = [
         fold_launch(weight, kernel, problem.grid, mix, mix_sum),
-        mix_launch(x, mix, statistics, mixed, problem.patches),
+        mix_launch(x, mix, statistics, mixed, problem.patches, target),
         features_launch(
             mixed, {**tensors, "norm_bias": param(width)}, True, out, row, empty(batch, prompts),
             1e-6,
@@ -103,12 +106,12 @@ def expert_plan(problem: ExpertProblem) -> dict[str, Launch]:
         *features_backward_launches(
             mixed, {**tensors, "mean": row, "rstd": row}, True, out, empty(*mixed.shape),
             empty(2, batch * prompts, r), empty(4, batch * prompts),
-            empty(chunk_count(batch * prompts), 2 * r + 2, width),
+            empty(chunk_count(batch * prompts), 2 * r + 2, width), target,
         ),
         mix_backward_launch(
             x, mix, problem.patches, param(width), statistics, y, mixed, param(*x.shape),
             param(*x.shape),
-            empty(chunk_count(batch), prompts, problem.patches),
+            empty(chunk_count(batch), prompts, problem.patches), target,
         ),
         fold_backward_launch(
             weight, kernel, problem.grid, mix, mix_sum, param(*weight.shape),

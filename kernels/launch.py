@@ -35,6 +35,11 @@ def target_of(tensor: torch.Tensor) -> Target:
     return Target(10 * major + minor)
 
 
+def exact_precision(target: Target) -> str:
+    """How fp32 products are taken as exactly as in fp32: three tf32 products, where there are."""
+    return "ieee" if target.hip else "tf32x3"
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of one kernel.

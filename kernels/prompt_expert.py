@@ -19,7 +19,7 @@ from .expert_fold import fold_backward_launch, fold_launch
 from .expert_inputs import FeatureInputs
 from .expert_mix import mix_launch
 from .expert_mix_backward import mix_backward_launch
-from .launch import run
+from .launch import run, target_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,7 +64,7 @@ def mix_forward(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Ten
     _check_dtype(x)
     batch, _, width = x.shape
     mixed = torch.empty((batch, len(mix), width), dtype=torch.float32, device=x.device)
-    run([mix_launch(x.contiguous(), mix, statistics, mixed, patches)], x.device)
+    run([mix_launch(x.contiguous(), mix, statistics, mixed, patches, target_of(x))], x.device)
     return mixed
 
 
@@ -90,7 +90,17 @@ def mix_backward(
     grad_x = torch.empty_like(x) if needs_x else None
     weight, grad_sum = _contiguous(weight, grad_sum)
     launch = mix_backward_launch(
-        x, mix, patches, weight, statistics, grad_y, grad_mixed, grad_sum, grad_x, partial
+        x,
+        mix,
+        patches,
+        weight,
+        statistics,
+        grad_y,
+        grad_mixed,
+        grad_sum,
+        grad_x,
+        partial,
+        target_of(x),
     )
     run([launch], x.device)
     if grad_mix is not None and partial is not None:
@@ -147,7 +157,7 @@ def features_backward(
     weights = empty(chunk_count(rows), 2 * hidden_dim + 2, width)
     launches = features_backward_launches(
         mixed, tensors, residual, grad, grad_mixed,
-        empty(2, rows, hidden_dim), sums, weights,
+        empty(2, rows, hidden_dim), sums, weights, target_of(mixed),
     )  # fmt: skip
     run(launches, mixed.device)
     grad_down, grad_up, grad_weight, grad_shift = weights.sum(0).split(

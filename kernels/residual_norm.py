@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .channels import load_channels
 from .launch import Launch, run
-from .row_table import row_tiles
+from .row_table import row_gradient_tiles, row_tiles
 
 
 @triton.jit
@@ -50,25 +51,24 @@ def residual_norm_kernel(
     if HAS_BRANCH:
         branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if HAS_SCALE:
-            scale = tl.load(scale_ptr + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)
-            branch *= scale[None, :]
+            branch *= load_channels(scale_ptr, dims, mask)
         stored = (x + branch).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + offsets, stored, mask=mask)
         x = stored.to(tl.float32)
-    mean = tl.sum(x, 1) / WIDTH
-    centred = tl.where(channel, x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / WIDTH
-    rstd = 1.0 / tl.sqrt_rn(variance + norm_eps)
+    mean = tl.sum(x, 1) * (1.0 / WIDTH)
+    centred = x - tl.where(channel, mean[:, None], 0.0)  # stays 0 where there is no channel
+    variance = tl.sum(centred * centred, 1) * (1.0 / WIDTH)
+    rstd = tl.rsqrt(variance + norm_eps)
     y = centred * rstd[:, None]
     if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)[None, :]
+        y *= load_channels(weight_ptr, dims, mask)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)[None, :]
+        y += load_channels(bias_ptr, dims, mask)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(statistics_ptr + rows, mean, mask=exists)
     tl.store(statistics_ptr + num_rows + rows, rstd, mask=exists)
     if HAS_EXPERTS:
-        expert_rstd = 1.0 / tl.sqrt_rn(variance + expert_eps)
+        expert_rstd = tl.rsqrt(variance + expert_eps)
         tl.store(statistics_ptr + 2 * num_rows + rows, expert_rstd, mask=exists)
 
 
@@ -100,20 +100,21 @@ def residual_norm_backward_kernel(
     rstd = tl.load(statistics_ptr + num_rows + rows, mask=exists, other=0.0)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SUM:  # ahead of the sums over rows, so that one wait is for all that is loaded
+        grad_sum = tl.load(grad_sum_ptr + offsets, mask=mask, other=0.0)
     if HAS_WEIGHT:
-        dy *= tl.load(weight_ptr + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)[None, :]
+        dy *= load_channels(weight_ptr, dims, mask)
     # dy is 0 where there is no channel, so x need not be masked again.
     normalised = (x - mean[:, None]) * rstd[:, None]
-    shift = tl.sum(dy, 1) / WIDTH
-    slope = tl.sum(dy * normalised, 1) / WIDTH
+    shift = tl.sum(dy, 1) * (1.0 / WIDTH)
+    slope = tl.sum(dy * normalised, 1) * (1.0 / WIDTH)
     dx = (dy - shift[:, None] - normalised * slope[:, None]) * rstd[:, None]
     if HAS_SUM:
-        dx += tl.load(grad_sum_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        dx += grad_sum.to(tl.float32)
     tl.store(grad_x_ptr + offsets, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
     if NEEDS_BRANCH:
         if HAS_SCALE:
-            scale = tl.load(scale_ptr + dims, mask=dims < WIDTH, other=0.0).to(tl.float32)
-            dx *= scale[None, :]
+            dx *= load_channels(scale_ptr, dims, mask)
         tl.store(grad_branch_ptr + offsets, dx.to(grad_branch_ptr.dtype.element_ty), mask=mask)
 
 
@@ -179,7 +180,7 @@ def residual_norm_backward_launch(
 ) -> Launch:
     """The launch that fills `grad_x` (B, N, D), and `grad_branch` = scale * grad_x if given."""
     rows, width = x.shape[:-1].numel(), x.shape[-1]
-    tiles = row_tiles(width)
+    tiles = row_gradient_tiles(width)
     return Launch(
         name="residual_norm_backward",
         kernel=residual_norm_backward_kernel,

@@ -28,9 +28,15 @@ class ElementTiles(NamedTuple):
 
 
 def row_tiles(width: int) -> RowTiles:
-    """Kernels that hold whole rows."""
+    """Kernels that hold one row at a time: 16 elements to a lane."""
     block = power_of_2_at_least(width)
     return RowTiles(max(1, 2048 // block), block, 4 if block <= 2048 else 8)
+
+
+def row_gradient_tiles(width: int) -> RowTiles:
+    """Kernels that hold three rows at once: 8 elements to a lane, for the sake of registers."""
+    block = power_of_2_at_least(width)
+    return RowTiles(max(1, 1024 // block), block, 4 if block <= 1024 else 8)
 
 
 def element_tiles(width: int) -> ElementTiles:

@@ -19,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 # Asked once: while ttsem is at work, torch says that there is a GPU.
 HAS_GPU = torch.cuda.is_available()
+
+# Accesses of one launch that are kept to look for races: the largest shapes fit, and take minutes.
+_LARGE_BUDGET = 50_000_000
 # The GPU that kernels are compiled for when there is none.
 CPU_CAPABILITY = 90
 
@@ -38,14 +41,20 @@ class _PoisonEmpty(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def sanitized_kernels(capability: int = CPU_CAPABILITY) -> Iterator[Any]:
+def sanitized_kernels(
+    capability: int = CPU_CAPABILITY, access_budget: int | None = None
+) -> Iterator[Any]:
     """While open, Triton launches run on the CPU under ttsem, and "cuda" means the CPU.
+
+    Args:
+        capability: of the GPU that kernels are compiled for.
+        access_budget: accesses of a launch that are kept to look for races; ttsem's own by default.
 
     Yields:
         ttsem's session: its `launches`, and `races_unchecked`, launches that were too large to be
         checked for races.
     """
-    from ttsem import _fakedriver, harness, mlir, sanitize
+    from ttsem import _fakedriver, harness, memory, mlir, sanitize
 
     texts: dict[str, str] = {}
 
@@ -62,11 +71,13 @@ def sanitized_kernels(capability: int = CPU_CAPABILITY) -> Iterator[Any]:
     # ttsem compiles each kernel down to machine code and then takes an early stage of it. Stopping
     # at that stage gives the same text hundreds of times faster for fp32 kernels.
     harness.ir_for_launch = ir_up_to
+    budget = memory.ACCESS_BUDGET
+    memory.ACCESS_BUDGET = access_budget or budget
     try:
         with sanitize.session(cc=capability) as session:
             yield session
     finally:
-        harness.ir_for_launch = original
+        harness.ir_for_launch, memory.ACCESS_BUDGET = original, budget
         _fakedriver.unstub_torch_cuda()
 
 
@@ -75,7 +86,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Compiling resets the printer that ttsem reads the IR from, for the rest of the process.
     """
-    fixtures = {"kernel_device", "kernel_device_sm80"}
+    fixtures = {"kernel_device", "kernel_device_large", "kernel_device_sm80"}
     items.sort(key=lambda item: not fixtures & set(getattr(item, "fixturenames", ())))
 
 
@@ -92,10 +103,20 @@ def kernel_device_sm80() -> Iterator[torch.device]:
 @pytest.fixture
 def kernel_device() -> Iterator[torch.device]:
     """Where to make tensors for a kernel; without a GPU its launches are sanitized."""
+    yield from _device(None)
+
+
+@pytest.fixture
+def kernel_device_large() -> Iterator[torch.device]:
+    """As `kernel_device`, for launches too large for ttsem's own budget; it takes minutes."""
+    yield from _device(_LARGE_BUDGET)
+
+
+def _device(access_budget: int | None) -> Iterator[torch.device]:
     if HAS_GPU:
         with _PoisonEmpty():
             yield torch.device("cuda")
         return
-    with sanitized_kernels() as session:
+    with sanitized_kernels(access_budget=access_budget) as session:
         yield torch.device("cuda")  # which is the CPU while the session is open
         assert session.races_unchecked == 0, "launches too large to be checked for races"

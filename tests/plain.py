@@ -115,6 +115,17 @@ class Plain:
         *_, rows = self.sequence(image, attn_mask)
         return self.model.forward_head(self.model.norm(rows))
 
+    def narrowed(self, dtype: torch.dtype) -> Any:
+        """A twin that computes in `dtype`, from the same numbers."""
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).to(dtype)
+        owned = dict(twin.model.named_parameters())
+        twin.trained = {
+            name: owned[name] if name in owned else leaf.detach().to(dtype).requires_grad_()
+            for name, leaf in self.trained.items()
+        }
+        return twin
+
 
 def widen(mask: Tensor | None, prefix: int, live: int) -> Tensor | None:
     """An attention mask (..., N, N) for N tokens with `live` prompts, which everything may see
@@ -153,10 +164,10 @@ def redraw_prompts(model: nn.Module, seed: int = 7) -> None:
                 parameter.copy_(noise / 4 if "projection" in name else noise)
 
 
-def pair(base: nn.Module, method: Any) -> tuple[nn.Module, Plain]:
+def pair(base: nn.Module, method: Any, memory: str = "speed") -> tuple[nn.Module, Plain]:
     """Tunes `base` in place and returns it with its plain twin (same prompts, same head)."""
     untouched = copy.deepcopy(base)
-    tuned = prompt_tune(base, method)
+    tuned = prompt_tune(base, method, memory=memory)
     assert tuned is base
     redraw_prompts(tuned)
     return tuned, Plain(untouched, method, tuned.state_dict())

@@ -102,17 +102,6 @@ class PlainVAPT(Plain):
             yield x
             x = torch.cat([x[:, :prefix], x[:, prefix + self.live :]], dim=1)
 
-    def narrowed(self, dtype: torch.dtype) -> PlainVAPT:
-        """A twin that computes in `dtype`, from the same numbers."""
-        twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model).to(dtype)
-        owned = dict(twin.model.named_parameters())
-        twin.trained = {
-            name: owned[name] if name in owned else leaf.detach().to(dtype).requires_grad_()
-            for name, leaf in self.trained.items()
-        }
-        return twin
-
 
 def prompt_names(method: VAPT, depth: int) -> list[str]:
     """State dict names of the prompt-side tensors."""
@@ -124,7 +113,11 @@ def prompt_names(method: VAPT, depth: int) -> list[str]:
 
 
 def vapt_pair(
-    base: nn.Module, method: VAPT, also: tuple[str, ...] = (), redraw: bool = True
+    base: nn.Module,
+    method: VAPT,
+    also: tuple[str, ...] = (),
+    redraw: bool = True,
+    memory: str = "speed",
 ) -> tuple[nn.Module, PlainVAPT]:
     """Tunes `base` in place and returns it with its plain twin (same experts, same head).
 
@@ -133,9 +126,10 @@ def vapt_pair(
         method: What to tune.
         also: How the names of backbone parameters begin that are trained besides.
         redraw: Whether prompt-side parameters become of order one.
+        memory: What the tuned model keeps for backward.
     """
     untouched = copy.deepcopy(base)
-    tuned = prompt_tune(base, method)
+    tuned = prompt_tune(base, method, memory=memory)
     if redraw:
         redraw_prompts(tuned)
     for name, parameter in tuned.named_parameters():

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from vpt_fast.ops import attention_reference as reference
-from vpt_fast.ops.attention import _attention, _attention_backward, prompt_attention
+from vpt_fast.ops.attention import (
+    attention_operator,
+    attention_operator_backward,
+    prompt_attention,
+)
 
 LAYOUTS = list(itertools.product((1, 2, 3), (0, 1, 2), (True, False)))
 
@@ -186,12 +190,13 @@ def test_same_batch_gives_the_same_bits() -> None:
 @pytest.mark.parametrize(("layout", "prompt_layout", "shared"), LAYOUTS)
 def test_opcheck(layout: int, prompt_layout: int, shared: bool) -> None:
     tokens, prompts = make(layout, prompt_layout, shared, dtype=torch.float32)
-    torch.library.opcheck(_attention, (tokens, prompts, 0.3))
+    torch.library.opcheck(attention_operator, (tokens, prompts, 0.3))
     tokens, prompts = make(layout, prompt_layout, shared, dtype=torch.float32, grad=False)
-    out, lse = _attention(tokens, prompts, 0.3)
+    out, lse = attention_operator(tokens, prompts, 0.3)
     for asked in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
-            _attention_backward, (tokens, prompts, out, lse, torch.ones_like(out), 0.3, *asked)
+            attention_operator_backward,
+            (tokens, prompts, out, lse, torch.ones_like(out), 0.3, *asked),
         )
 
 

@@ -15,7 +15,9 @@ import torch
 from pictures import CLASSES, make_folders, write_checkpoint
 from typer.testing import CliRunner
 
+from vpt_fast import prompt_tune
 from vpt_fast.cli import app
+from vpt_fast.train import run as run_module
 
 MODEL = ["--model", "test_vit", "--img-size", "32"]
 
@@ -143,6 +145,20 @@ def test_other_methods_and_no_validation(folder, checkpoint, tmp_path, method):
     assert "train: 24 images" in result.stdout
 
 
+def test_the_memory_mode_reaches_the_model(folder, checkpoint, tmp_path, monkeypatch):
+    modes = []
+
+    def tune(model, method, memory="speed"):
+        modes.append(memory)
+        return prompt_tune(model, method, memory)
+
+    monkeypatch.setattr(run_module, "prompt_tune", tune)
+    for name, options in (("a", []), ("b", ["--memory", "minimal"])):
+        result = train(folder, checkpoint, tmp_path / name, "--no-aug", *options)
+        assert result.exit_code == 0, result.output
+    assert modes == ["speed", "minimal"]
+
+
 def test_a_run_repeats_itself(folder, checkpoint, tmp_path):
     for name in ("a", "b"):
         assert train(folder, checkpoint, tmp_path / name, "--dropout", 0.1).exit_code == 0
@@ -172,6 +188,10 @@ def test_a_run_repeats_itself(folder, checkpoint, tmp_path):
         (["--amp-dtype", "half"], "amp_dtype is 'half'; choose one of float32"),
         (["--scale", "0", "1"], "scale is 0 1; it must be 0 < low"),
         (["--hflip", "2"], "hflip is 2"),
+        (
+            ["--memory", "small"],
+            "memory must be one of speed, balanced, lean, minimal; got 'small'",
+        ),
         (["--device", "tpu"], "device is 'tpu'; choose auto, cpu, cuda"),
         (["--workers", "-1"], "workers is -1"),
         (["--img-size", "33"], "test_vit takes no images of size (3, 33, 33): "),

@@ -14,6 +14,7 @@ import torch
 from vpt_fast.kernels import expert_mix, expert_plan
 from vpt_fast.kernels.expert_features import features_launch
 from vpt_fast.kernels.expert_plan import ExpertProblem
+from vpt_fast.kernels.launch import Target
 
 from bench import expert_report
 from bench.expert_report import KERNELS, verdicts
@@ -124,7 +125,7 @@ def test_the_update_moves_hardly_more_bytes_than_it_must(
     out = torch.empty(2, prompts, width, dtype=torch.bfloat16, device=kernel_device)
     moved, issued = 0, 0
     for launch in (
-        expert_mix.mix_launch(x, mix, statistics, mixed, patches),
+        expert_mix.mix_launch(x, mix, statistics, mixed, patches, Target(90)),
         features_launch(mixed, tensors, True, out, mean, rstd, 1e-6),
     ):
         with counted() as traffic:

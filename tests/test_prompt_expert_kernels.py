@@ -150,13 +150,28 @@ def check_mix(case: Case, device: torch.device) -> None:
     right = reference.mix_backward(
         *wide(x, mix), case.patches, *wide(weight), expected[2], *wide(*grads), True, True
     )
+    eager = distance(eager_token_gradient(case, x, mix, weight, grads), right[0])
+    bound = max(rounding(case.dtype), 1.5 * eager)
     for needs_x, needs_mix in ((True, True), (True, False), (False, True)):
         found = kernels.mix_backward(
             x, mix, case.patches, weight, statistics, *grads, needs_x, needs_mix
         )
         asked = [g for g, asks in zip(right, (needs_x, needs_mix), strict=True) if asks]
         for mine, theirs in zip(found, asked, strict=True):
-            assert distance(mine, theirs) < rounding(case.dtype)
+            assert distance(mine, theirs) < bound
+
+
+def eager_token_gradient(
+    case: Case, x: Tensor, mix: Tensor, weight: Tensor | None, grads: tuple[Tensor | None, ...]
+) -> Tensor:
+    """The gradient of x by eager PyTorch in the case's dtype, on the CPU."""
+    x, matrix = x.cpu().requires_grad_(), mix[:, : case.patches].cpu().to(case.dtype)
+    affine = None if weight is None else weight.cpu()
+    y = F.layer_norm(x, (case.width,), affine, None, NORM_EPS)
+    mixed = matrix @ F.layer_norm(x[:, case.prefix :], (case.width,), eps=EPS)
+    pairs = [(o, g) for o, g in zip((y, mixed, x * 1), grads, strict=True) if g is not None]
+    outputs, given = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, x, [g.cpu().to(case.dtype) for g in given])[0]
 
 
 def check_features(case: Case, device: torch.device) -> None:
@@ -186,9 +201,15 @@ def check_features(case: Case, device: torch.device) -> None:
     grad = draw(batch, prompts, width)
     found = kernels.features_backward(inputs, on, norm[0], mean, rstd, grad)
     expected = reference.features_backward(exact, on, *wide(norm[0]), *right[1:], *wide(grad))
-    for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+    # A bias's gradient may nearly cancel: it is as exact as plain PyTorch in fp32 makes it.
+    single = FeatureInputs(*(None if t is None else t.float().cpu() for t in inputs))
+    affine = None if norm[0] is None else norm[0].float().cpu()
+    plain = reference.features_backward(
+        single, on, affine, *(t.float() for t in right[1:]), grad.float().cpu()
+    )
+    for index, (mine, theirs, eager) in enumerate(zip(found, expected, plain, strict=True)):
         bound = 1e-5 if index < 2 else 2 * rounding(case.dtype)
-        assert distance(mine, theirs) < bound, index
+        assert distance(mine, theirs) < max(bound, 4 * distance(eager, theirs)), index
 
 
 CHECKS = {"fold": check_fold, "mix": check_mix, "features": check_features}
@@ -218,7 +239,10 @@ FULL = tuple(
             ),
         )
     )
-) + tuple(
+    # More accesses than are kept to look for races: `test_the_largest_grids` has it.
+    if (prompts, width, grid) != (100, 1280, (14, 14))
+)
+LARGE = tuple(
     Case(prompts, width, (37, 37), size, batch=1)
     for prompts, width, size in ((1, 384, 1), (10, 768, 2), (50, 1024, 2), (100, 192, 3))
 )
@@ -234,6 +258,13 @@ def test_kernels_are_within_a_rounding_of_fp64(
     case: Case, part: str, kernel_device: torch.device
 ) -> None:
     CHECKS[part](case, kernel_device)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", CHECKS)
+@pytest.mark.parametrize("case", [*LARGE, Case(100, 1280, (14, 14), 1, batch=1)], ids=str)
+def test_the_largest_grids(case: Case, part: str, kernel_device_large: torch.device) -> None:
+    CHECKS[part](case, kernel_device_large)
 
 
 @pytest.mark.parametrize("part", CHECKS)

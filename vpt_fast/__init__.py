@@ -1,6 +1,7 @@
 """Fast visual prompt tuning for timm vision transformers."""
 
 from vpt_fast.adapter import load_adapter, save_adapter
+from vpt_fast.fold import fold_backbone
 from vpt_fast.methods import VAPT, LinearProbe, VPTDeep, VPTShallow
 from vpt_fast.tune import (
     count_parameters,
@@ -18,6 +19,7 @@ __all__ = [
     "VPTDeep",
     "VPTShallow",
     "count_parameters",
+    "fold_backbone",
     "load_adapter",
     "print_trainable_parameters",
     "prompt_tune",

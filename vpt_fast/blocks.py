@@ -97,7 +97,9 @@ class PromptedAttention(Attention):
             (B, N or M, D).
         """
         if attn_mask is not None or is_causal:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            if self.scale == self.head_dim**-0.5:
+                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return self._masked(x, attn_mask, is_causal)
         if self.attn_drop.p and self.attn_drop.training:
             raise ValueError(
                 f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
@@ -109,6 +111,14 @@ class PromptedAttention(Attention):
             prompt_kv = [] if prompts is None else self._prompts(prompts)
             out = prompt_attention(self._tokens(x, queries), prompt_kv, self.scale)
         return self.proj_drop(self.proj(out))
+
+    def _masked(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """timm's forward, which leaves the scale to PyTorch's default, with a folded scale."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, is_causal=is_causal, scale=self.scale
+        )
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def _normed(self) -> bool:
         return not all(isinstance(norm, nn.Identity) for norm in (self.q_norm, self.k_norm))
@@ -220,7 +230,7 @@ class PromptedBlock(Block):
         rows, prompt = self.rows, self.prompt
         if prompt is None and rows.entering and not rows.leaving:
             return OpenSum(self._by_modules(total, memory))
-        if not fused_block.can_fuse(self):
+        if not _can_fuse(self):
             return OpenSum(self._by_modules(total, memory))
         if prompt is not None and (rows.entering or rows.leaving):
             x = strip_rows(total.closed(), rows.entering, rows.prefix)
@@ -252,7 +262,7 @@ class PromptedBlock(Block):
 
     def _normalise(self, total: OpenSum) -> tuple[Tensor, Tensor, Tensor | None]:
         """`_enter`, then norm1 of the tokens and of the prompts that are keys and values only."""
-        if isinstance(self.prompt, PromptExperts):
+        if isinstance(self.prompt, PromptExperts) and fused_block.is_layer_norm(self.norm1):
             return self.prompt.with_norm(total, self.norm1)
         x, prompts = self._enter(total.closed())
         # norm1's hooks are for tokens: prompts pass beside them.
@@ -294,6 +304,15 @@ class _LiveRows:
         self.rows = rows
 
 
+def _can_fuse(block: Any) -> bool:
+    """`fused_block.can_fuse`; no subclass or wrapper, whose `forward` would be passed by."""
+    return (
+        type(block) in (Block, PromptedBlock)
+        and type(block.attn) in (Attention, PromptedAttention)
+        and fused_block.can_fuse(block)
+    )
+
+
 def through_block(block: Any, total: OpenSum, memory: str) -> OpenSum:
     """A frozen or prompted block, called so that its own hooks are.
 
@@ -302,10 +321,11 @@ def through_block(block: Any, total: OpenSum, memory: str) -> OpenSum:
         total: its input, a sum that is left to it.
         memory: what is kept for backward.
     """
-    if not (nn_module._has_any_global_hook() or has_hooks(block)):
+    watched = has_hooks(block) or fused_block.has_own_forward(block)
+    if not (nn_module._has_any_global_hook() or watched):
         if isinstance(block, PromptedBlock):
             return block.forward_open(total, memory)
-        if fused_block.can_fuse(block):
+        if _can_fuse(block):
             return fused_block.run(block, total, None, memory)
     if memory == getattr(block, "memory", "speed"):
         return OpenSum(block(total.closed()))

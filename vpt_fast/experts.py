@@ -182,6 +182,6 @@ def is_frozen_norm(norm: nn.Module) -> bool:
     )
 
 
-def norm_of(norm: Any) -> Norm:
-    """Weight, bias and epsilon of a LayerNorm module."""
-    return Norm(norm.weight, norm.bias, norm.eps)
+def norm_of(norm: Any, folded: bool = False) -> Norm:
+    """Weight, bias and epsilon of a LayerNorm module; folded ones are left out."""
+    return Norm(None, None, norm.eps) if folded else Norm(norm.weight, norm.bias, norm.eps)

@@ -7,15 +7,17 @@ runs module by module, as `blocks` has it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from timm.layers import GELU, GELUTanh, Mlp, QuickGELU, Swish
+from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, Mlp, QuickGELU, Swish
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast.experts import PromptExperts, norm_of
+from vpt_fast.fold import folded_parts
 from vpt_fast.hooks import has_hooks
 from vpt_fast.ops.block_body import BlockConfig, BlockWeights, run_block
 from vpt_fast.ops.block_entry import OpenSum, enter_block
@@ -29,6 +31,8 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     Swish: "silu",
     nn.SiLU: "silu",
 }
+# A subclass may do anything.
+_LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 
 
 def activation_kind(module: nn.Module) -> str | None:
@@ -43,50 +47,91 @@ def can_fuse(block: Block) -> bool:
 
     Hooks on the block itself, which see its input and output, are not looked at.
     """
-    attn: Any = block.attn
-    mlp: Any = block.mlp
+    # Modules are looked up in their dictionaries: this runs for every block of every step, and
+    # nn.Module's attribute access is slow.
+    parts: Any = block._modules
+    attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
     return (
-        isinstance(block.norm1, nn.LayerNorm)
-        and isinstance(block.norm2, nn.LayerNorm)
-        and type(mlp) is Mlp
-        and type(mlp.norm) is nn.Identity
-        and activation_kind(mlp.act) is not None
-        and all(type(m) is nn.Linear for m in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
-        and all(type(m) is nn.Identity for m in (attn.q_norm, attn.k_norm, attn.norm))
-        and getattr(attn, "gate", None) is None
-        and all(type(m) in (nn.Identity, LayerScale) for m in (block.ls1, block.ls2))
-        and not _drops(block, attn, mlp)
-        and not any(t is not None and t.requires_grad for t in _weights(block))
+        type(parts["mlp"]) is Mlp
+        and is_layer_norm(parts["norm1"])
+        and is_layer_norm(parts["norm2"])
+        and activation_kind(mlp["act"]) is not None
+        and all(type(m) is nn.Linear for m in (attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"]))
+        and all(
+            type(m) is nn.Identity
+            for m in (attn["q_norm"], attn["k_norm"], attn["norm"], mlp["norm"])
+        )
+        and attn.get("gate") is None
+        and all(type(parts[name]) in (nn.Identity, LayerScale) for name in ("ls1", "ls2"))
+        and not any(_drops(m) for m in (attn["attn_drop"], attn["proj_drop"]))
+        and not any(_drops(m) for m in (mlp["drop1"], mlp["drop2"]))
+        and not any(_drops(parts[name]) for name in ("drop_path1", "drop_path2"))
         and not nn_module._has_any_global_hook()
-        and not any(has_hooks(m) for m in block.modules() if m is not block)
+        and _is_left_alone(parts)
     )
 
 
-def _drops(block: Any, attn: Any, mlp: Any) -> bool:
-    dropouts = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
-    paths = (block.drop_path1, block.drop_path2)
-    return any(m.training and m.p for m in dropouts) or any(
-        m.training and getattr(m, "drop_prob", 0.0) for m in paths
-    )
+def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:
+    """Whether nothing but prompts is trained, and no hook or forward was put on any module."""
+    for name, part in parts.items():
+        for module in _modules(part):
+            if has_hooks(module) or has_own_forward(module):
+                return False
+            if name != "prompt" and any(
+                p is not None and p.requires_grad for p in module._parameters.values()
+            ):
+                return False
+    return True
+
+
+def _modules(module: nn.Module | None) -> Iterator[nn.Module]:
+    """The module and all below it."""
+    if module is not None:
+        yield module
+        for child in module._modules.values():
+            yield from _modules(child)
+
+
+def is_layer_norm(norm: nn.Module) -> bool:
+    """Whether `norm` computes a LayerNorm and nothing else."""
+    return type(norm) in _LAYER_NORMS and not has_own_forward(norm)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody has put a `forward` on this instance, in place of its class's."""
+    return "forward" in vars(module)
+
+
+def _drops(module: Any) -> bool:
+    """Whether a dropout, or timm's stochastic depth, is at work."""
+    return module.training and bool(getattr(module, "p", 0) or getattr(module, "drop_prob", 0))
 
 
 def _weights(block: Any) -> BlockWeights:
-    attn, mlp = block.attn, block.mlp
+    parts, passed = block._modules, folded_parts(block)
+    attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
+    norm1, norm2 = (norm_of(parts[name], name in passed) for name in ("norm1", "norm2"))
+    linears = (attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"])
+    qkv, proj, fc1, fc2 = (linear._parameters for linear in linears)
     return BlockWeights(
-        block.norm1.weight,
-        block.norm1.bias,
-        attn.qkv.weight,
-        attn.qkv.bias,
-        attn.proj.weight,
-        attn.proj.bias,
-        getattr(block.ls1, "gamma", None),
-        block.norm2.weight,
-        block.norm2.bias,
-        mlp.fc1.weight,
-        mlp.fc1.bias,
-        mlp.fc2.weight,
-        mlp.fc2.bias,
+        norm1.weight,
+        norm1.bias,
+        qkv["weight"],
+        qkv["bias"],
+        proj["weight"],
+        proj["bias"],
+        _layer_scale(block, "ls1", passed),
+        norm2.weight,
+        norm2.bias,
+        fc1["weight"],
+        fc1["bias"],
+        fc2["weight"],
+        fc2["bias"],
     )
+
+
+def _layer_scale(block: Any, name: str, passed: frozenset[str]) -> Tensor | None:
+    return None if name in passed else block._modules[name]._parameters.get("gamma")
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
@@ -101,7 +146,8 @@ def _enter(
     block: Any, total: OpenSum, prompt: nn.Module | None
 ) -> tuple[Tensor, Tensor, PromptSource | None, tuple[Tensor | None, ...]]:
     """A block's input, norm1 of it, and how its prompts are made from which tensors."""
-    dtype, norm = computing_dtype(total.residual), norm_of(block.norm1)
+    dtype = computing_dtype(total.residual)
+    norm = norm_of(block.norm1, "norm1" in folded_parts(block))
     if isinstance(prompt, PromptExperts):
         mix, mix_sum = prompt.mixing(total.residual.shape[1])
         x, y, mixed = enter_block(total, norm, mix, dtype)
@@ -138,4 +184,4 @@ def run(block: Any, total: OpenSum, prompt: nn.Module | None, memory: str) -> Op
         source=source,
     )
     middle, result = run_block(config, x, y, _weights(block), tensors)
-    return OpenSum(middle, result, getattr(block.ls2, "gamma", None))
+    return OpenSum(middle, result, _layer_scale(block, "ls2", folded_parts(block)))

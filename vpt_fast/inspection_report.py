@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,13 +16,19 @@ from tqdm import tqdm
 
 from vpt_fast.inspection import attention_shares, mixing_maps, query_name, uniform_share
 from vpt_fast.inspection_pictures import Mixing, Shares, save_attention, save_mixing
+from vpt_fast.report_folder import ReportFolder, write_csv
 from vpt_fast.train import data
 from vpt_fast.train.report import format_table
 
 ATTENTION_FILE, MIXING_FILE, PICTURE_FILE = "attention.csv", "mixing.csv", "attention.png"
 ATTENTION_HEADER = ("image", "block", "head", "prompt", "share")
 MIXING_HEADER = ("block", "prompt", "row", "column", "weight")
-_OWN_FILES = re.compile(r"attention\.csv|mixing\.csv|attention(_.+)?\.png|mixing_.+_block\d+\.png")
+FOLDER = ReportFolder(
+    "inspect",
+    re.compile(r"attention\.csv|mixing\.csv|attention(_.+)?\.png|mixing_.+_block\d+\.png"),
+    ATTENTION_FILE,
+    ATTENTION_HEADER,
+)
 # In characters of up to 4 bytes; file systems take 255 bytes.
 _NAME_LENGTH = 56
 
@@ -63,7 +68,7 @@ def inspect_images(
     """
     if not paths:
         raise ValueError("there are no images to inspect; give at least one path")
-    check_output(output)
+    FOLDER.check(output)
     maps = {index: weights.cpu().numpy() for index, weights in mixing_maps(model).items()}
     transform = data.eval_transform(inputs)
     names = image_names(list(dict.fromkeys(paths)))
@@ -82,7 +87,7 @@ def inspect_images(
         shares = np.stack([record.prompts[0].cpu().numpy() for record in records])
         found.append(_Inspected(path, name, _pixels(tensor, inputs), shares))
     if found:
-        _claim(output)
+        FOLDER.claim(output)
         _write_tables(output, found, blocks, maps)
         pictures = _draw(output, model, found, blocks, maps)
         log(_summary(model, found, blocks, maps))
@@ -108,36 +113,6 @@ def image_names(paths: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def check_output(output: Path) -> None:
-    """Raises FileExistsError unless `output` is new, empty or of an earlier call."""
-    if not output.exists():
-        return
-    entries = list(output.iterdir()) if output.is_dir() else [output]
-    strange = [entry.name for entry in entries if not _OWN_FILES.fullmatch(entry.name)]
-    if strange or (entries and not _is_own_table(output / ATTENTION_FILE)):
-        holds = f" (it holds {sorted(strange)[0]})" if strange and output.is_dir() else ""
-        raise FileExistsError(
-            f"{output} exists and is not of an earlier inspect{holds}; choose another --output"
-        )
-
-
-def _is_own_table(path: Path) -> bool:
-    start = ",".join(ATTENTION_HEADER).encode()
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(start)) == start
-
-
-def _claim(output: Path) -> None:
-    """Makes the folder and empties it of an earlier call's files, the table that marks it last."""
-    output.mkdir(parents=True, exist_ok=True)
-    entries = sorted(output.iterdir(), key=lambda entry: entry.name == ATTENTION_FILE)
-    for entry in entries:
-        entry.unlink()
-    _write_csv(output / ATTENTION_FILE, ATTENTION_HEADER, [])
-
-
 def _like(model: nn.Module, images: Tensor) -> Tensor:
     weight = next(model.parameters())
     return images.to(weight.device, weight.dtype)
@@ -150,13 +125,6 @@ def _pixels(tensor: Tensor, inputs: dict[str, Any]) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
 def _write_tables(
     output: Path, found: Sequence[_Inspected], blocks: Sequence[int], maps: dict[int, np.ndarray]
 ) -> None:
@@ -165,14 +133,14 @@ def _write_tables(
         for image in found
         for (block, head, prompt), share in np.ndenumerate(image.shares)
     )
-    _write_csv(output / ATTENTION_FILE, ATTENTION_HEADER, attention)
+    write_csv(output / ATTENTION_FILE, ATTENTION_HEADER, attention)
     if maps:
         mixing = (
             (block, *place, f"{weight:.9g}")
             for block, weights in maps.items()
             for place, weight in np.ndenumerate(weights)
         )
-        _write_csv(output / MIXING_FILE, MIXING_HEADER, mixing)
+        write_csv(output / MIXING_FILE, MIXING_HEADER, mixing)
 
 
 def _draw(

@@ -20,6 +20,8 @@ from vpt_fast.blocks import (
     through_block,
 )
 from vpt_fast.experts import PromptExperts
+from vpt_fast.fold import FoldRecord, unfold_before_loading
+from vpt_fast.fused_block import has_own_forward
 from vpt_fast.hooks import has_hooks
 from vpt_fast.methods import Method
 from vpt_fast.ops.block_entry import OpenSum
@@ -37,6 +39,7 @@ class TuneRecord:
         training: the modules' modes before, by name.
         originals: copies of the weights that are trained in place, from before, by name; the
             classifier's at least.
+        fold: what `fold_backbone` did, or None.
     """
 
     method: Method
@@ -44,6 +47,7 @@ class TuneRecord:
     requires_grad: dict[str, bool]
     training: dict[str, bool]
     originals: dict[str, Tensor]
+    fold: FoldRecord | None = None
 
 
 class _PromptedModel(VisionTransformer):
@@ -118,7 +122,9 @@ class _PromptedModel(VisionTransformer):
         after = [getattr(self, n) for n in ("norm", "fc_norm", "head_drop", "head", "head_dist")
                  if hasattr(self, n)]  # fmt: skip
         watched = [self.blocks, *(m for module in (last, *after) for m in module.modules())]
-        if nn_module._has_any_global_hook() or any(has_hooks(m) for m in watched):
+        if nn_module._has_any_global_hook():
+            return None
+        if any(has_hooks(m) or has_own_forward(m) for m in watched):
             return None
         return 2 if isinstance(self, VisionTransformerDistilled) else 1
 
@@ -197,9 +203,20 @@ class _PromptedModel(VisionTransformer):
         """What torch.jit.script calls first."""
         raise ValueError("a tuned model cannot be scripted; call remove_prompts(model) first")
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As timm's; of folded weights the originals."""
+        state = super().state_dict(*args, **kwargs)
+        if self.tune_record.fold is not None:
+            prefix = kwargs.get("prefix", "")
+            for name, original in self.tune_record.fold.originals.items():
+                key = f"{prefix}{name}"
+                state[key] = original.to(state[key])
+        return state
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        unfold_before_loading(self)
         # As PromptTokens does: a plain checkpoint loads with strict=True.
         if "prompt_tokens" in self._parameters:
             state_dict.setdefault(f"{prefix}prompt_tokens", self.prompt_tokens)

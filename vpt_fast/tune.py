@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vpt_fast.checks import check_model
 from vpt_fast.experts import FeatureProjector, PromptExperts
+from vpt_fast.fold import unfold_backbone
 from vpt_fast.methods import VAPT, LinearProbe, Method, VPTDeep, check_method
 from vpt_fast.models import (
     PLAIN_CLASS,
@@ -136,6 +137,7 @@ def remove_prompts(model: Model) -> Model:
         raise ValueError(f"this {type(model).__name__} has no prompts to remove")
     tuned: Any = model
     record = tuned.tune_record
+    unfold_backbone(tuned)
     unplace_prompts(tuned)
     tuned._modules.pop("prompt_projection", None)
     tuned._modules.pop("prompt_projector", None)

@@ -31,12 +31,16 @@ def activation(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 
     Returns:
         (..., C) in h's dtype.
+
+    Raises:
+        ValueError: another kind.
     """
+    _check(kind)
     if uses_kernels(h):
         from vpt_fast.kernels import activation as kernels  # triton is not everywhere
 
         return kernels.activation(h, bias, kind)
-    return reference(h if bias is None else h + bias, kind)
+    return reference(_with_bias(h, bias), kind)
 
 
 @activation.register_fake
@@ -51,18 +55,31 @@ def activation_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str)
     Args:
         h, bias, kind: what `activation` was given.
         grad: gradient of its result, (..., C), contiguous; overwritten by the gradient of h.
+
+    Raises:
+        ValueError: another kind.
     """
+    _check(kind)
     if uses_kernels(h):
         from vpt_fast.kernels import activation as kernels  # triton is not everywhere
 
         kernels.activation_backward(h, bias, grad, kind)
     else:
-        reference_backward(h if bias is None else h + bias, grad, kind)
+        reference_backward(_with_bias(h, bias), grad, kind)
 
 
 @activation_backward.register_fake
 def _(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> None:
     return None
+
+
+def _check(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"activation {kind!r}: use one of {', '.join(KINDS)}")
+
+
+def _with_bias(h: Tensor, bias: Tensor | None) -> Tensor:
+    return h if bias is None else h + bias.to(h.dtype)
 
 
 def reference(h: Tensor, kind: str) -> Tensor:

@@ -68,6 +68,15 @@ class BlockConfig:
     memory: str
     source: PromptSource | None
 
+    def keeps(self, keys: Tensor) -> bool:
+        """Whether the prompts' keys (B or 1, p, 2, H, d) are kept for backward.
+
+        Those that the batch shares weigh nothing beside its tokens.
+        """
+        if self.source is None or not self.source.keeps_keys:
+            return False
+        return self.memory == "speed" or keys.shape[0] == 1
+
 
 class _Kept(NamedTuple):
     """What backward needs of forward; None for what it makes again."""
@@ -183,8 +192,7 @@ class _Block:
             kept = _Kept(x=x, out=out, lse=lse, middle=middle, statistics=statistics)
         if memory == "speed":
             kept = kept._replace(hidden=hidden)
-        source = self.config.source
-        if memory == "speed" and source is not None and source.keeps_keys:
+        if keys is not None and self.config.keeps(keys):
             kept = kept._replace(keys=keys, prompt_statistics=prompt_statistics)
         return middle, result, kept
 
@@ -229,10 +237,10 @@ class _Block:
         )  # fmt: skip
         grad_y = None
         if needs_tokens:
-            grad_y = _linear_backward(grads.pop(0).flatten(2), self.weights.qkv_weight)
+            grad_y = _linear_backward(grads[0].flatten(2), self.weights.qkv_weight)
         prompt_grads: list[Tensor | None] = [None for _ in sources]
         if needs_prompts:
-            prompt_grads = self.prompt_gradients(sources, full.prompt_statistics, grads.pop(0))
+            prompt_grads = self.prompt_gradients(sources, full.prompt_statistics, grads[-1])
         return grad_x, grad_y, prompt_grads
 
     def _middle_gradient(
@@ -276,7 +284,8 @@ class _Body(torch.autograd.Function):
     def backward(ctx, grad_middle, grad_result):  # type: ignore[no-untyped-def]
         count = len(BlockWeights._fields)
         number = len(ctx.needs_input_grad) - 3
-        tensors, saved = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+        every = ctx.saved_tensors  # once: under activation checkpointing it may be read only once
+        tensors, saved = every[:number], every[number:]
         flat, statistics = saved[: len(_Kept._fields) - 1], saved[len(_Kept._fields) - 1 :]
         kept = _Kept(flat[0], flat[1], tuple(statistics), *flat[2:])
         if grad_middle is None and grad_result is None:

@@ -112,8 +112,8 @@ def _mix_gradients(  # type: ignore[no-untyped-def]
         needs_matrix,
     )  # fmt: skip
     return (
-        grads.pop(0) if needs_tokens else None,
-        grads.pop(0) if needs_matrix else None,
+        grads[0] if needs_tokens else None,
+        grads[-1] if needs_matrix else None,
     )
 
 

@@ -24,8 +24,8 @@ class PromptSource(Protocol):
     """Makes normalised prompts from tensors, and the tensors' gradients from theirs.
 
     Attributes:
-        keeps_keys: whether mode "speed" keeps the prompts' keys and values; if not they are made
-            again in every mode.
+        keeps_keys: whether the prompts' keys and values are worth keeping: in mode "speed", and in
+            every mode if the batch shares them. If not they are always made again.
     """
 
     @property

@@ -14,6 +14,8 @@ from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import nn
 
+from vpt_fast import prompt_tune, remove_prompts
+from vpt_fast.methods import Method
 from vpt_fast.train.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, DEMO_MODEL
 
 DEMO_NAME = "vpt_fast_demo"
@@ -62,6 +64,42 @@ def resolve_name(
     # timm's data configuration comes from the model's configuration, which img_size leaves as is.
     overlay = {"input_size": [3, img_size, img_size]}
     return name, checkpoint, {"img_size": img_size, "pretrained_cfg_overlay": overlay}
+
+
+def tunable_on_meta(
+    name: str, num_classes: int, method: Method, model_args: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Creates a timm model without weights, on the meta device; refuses what cannot be tuned.
+
+    Args:
+        name: Of timm, with or without a tag.
+        num_classes: Outputs of its head.
+        method: What it is to be tuned with.
+        model_args: More arguments of timm.create_model.
+
+    Returns:
+        The plain model.
+
+    Raises:
+        ValueError: If the name is unknown, timm refuses the arguments, the method does not fit,
+            or the model takes no images of the size that its configuration names.
+        TypeError: If the model is of a class that cannot be tuned.
+    """
+    check_model_name(name)
+    with torch.device("meta"):
+        try:
+            model: nn.Module = timm.create_model(
+                name, num_classes=num_classes, **dict(model_args or {})
+            )
+        except Exception as error:  # timm raises nearly anything for arguments it does not take
+            raise ValueError(f"timm.create_model({name!r}) failed: {error}") from error
+        remove_prompts(prompt_tune(model, method))
+        size = tuple(data_config_of(model)["input_size"])
+        try:
+            model(torch.empty(1, *size))
+        except Exception as error:  # timm asserts that the image fits
+            raise ValueError(f"{name} takes no images of size {size}: {error}") from error
+    return model
 
 
 def create_backbone(

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vpt_fast import count_parameters, prompt_tune, remove_prompts, save_adapter
+from vpt_fast import count_parameters, prompt_tune, save_adapter
 from vpt_fast.methods import Method
+from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.train import backbone as backbones
 from vpt_fast.train import data
 from vpt_fast.train.evaluate import Evaluation, TrainingError, evaluate
@@ -92,6 +92,7 @@ def tune_on_folder(
     pretrained: bool = False,
     img_size: int | None = None,
     augmentation: Augmentation | None = None,
+    memory: str = "speed",
     workers: int | None = None,
     device: torch.device | None = None,
     progress: bool = True,
@@ -112,6 +113,7 @@ def tune_on_folder(
         pretrained: Whether to download timm's weights instead.
         img_size: Side of the images in pixels; None takes the model's own.
         augmentation: Of the training images; None takes the defaults.
+        memory: What blocks keep for backward, as vpt_fast.prompt_tune takes it.
         workers: Processes that load images; None takes 0 on the CPU and up to 4 on a GPU.
         device: Where to train; None takes the CPU.
         progress: Whether to show bars on a terminal.
@@ -125,11 +127,14 @@ def tune_on_folder(
     """
     device = device or torch.device("cpu")
     augmentation = augmentation or Augmentation()
+    check_memory_mode(memory)
     _check_output(output)
     name, weights, model_args = backbones.resolve_name(model, checkpoint, img_size)
     folder = data.require_split(directory, "train")
     class_names = data.ImageFolders(folder, lambda image: torch.empty(0)).classes
-    _check_model(name, model_args, len(class_names), method)
+    if ":" not in name:
+        # A model on the hub or in a folder is only known once it is there.
+        backbones.tunable_on_meta(name, len(class_names), method, model_args)
     random_seed(recipe.seed)
     net = backbones.create_backbone(
         name,
@@ -139,7 +144,7 @@ def tune_on_folder(
         model_args=model_args,
     )
     init_head(net)
-    prompt_tune(net, method).to(device)
+    prompt_tune(net, method, memory).to(device)
     loaders = _loaders(directory, net, class_names, recipe, augmentation, workers, device)
     _describe(net, f"{method.name} on {model}, {device}", recipe, loaders, log)
     save = partial(
@@ -179,27 +184,6 @@ def _check_output(output: Path) -> None:
         raise FileExistsError(
             f"the output folder {output} exists; choose another with --output, or remove it"
         )
-
-
-def _check_model(
-    name: str, model_args: Mapping[str, Any], num_classes: int, method: Method
-) -> None:
-    """Refuses what cannot be tuned before any weights are downloaded or read."""
-    if ":" in name:
-        # A model on the hub or in a folder is only known once it is there.
-        return
-    backbones.check_model_name(name)
-    with torch.device("meta"):
-        try:
-            model = timm.create_model(name, num_classes=num_classes, **model_args)
-        except Exception as error:  # timm raises nearly anything for arguments it does not take
-            raise ValueError(f"timm.create_model({name!r}) failed: {error}") from error
-        remove_prompts(prompt_tune(model, method))
-        size = tuple(backbones.data_config_of(model)["input_size"])
-        try:
-            model(torch.empty(1, *size))
-        except Exception as error:  # timm asserts that the image fits
-            raise ValueError(f"{name} takes no images of size {size}: {error}") from error
 
 
 def _loaders(

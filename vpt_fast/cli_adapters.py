@@ -1,0 +1,174 @@
+"""The commands of `vpt-fast` that read an adapter: eval, predict and inspect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from vpt_fast import load_adapter
+from vpt_fast.adapter import read_config
+from vpt_fast.cli_common import (
+    AmpDtype,
+    Checkpoint,
+    Device,
+    Workers,
+    accuracy,
+    fail,
+    one_line_errors,
+    report_skipped,
+)
+from vpt_fast.train import backbone as backbones
+from vpt_fast.train import data
+from vpt_fast.train.evaluate import autocast, evaluate, resolve_device
+from vpt_fast.train.loop import BEST, LAST
+from vpt_fast.train.recipe import Recipe, head_layers
+from vpt_fast.train.run import folder_loader
+
+Adapter = Annotated[
+    Path,
+    typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or the output folder of a run."),
+]
+
+
+def _adapter_folder(path: Path) -> Path:
+    candidates = (path, path / BEST, path / LAST)
+    return next((c for c in candidates if (c / "adapter_config.json").is_file()), path)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A tuned model in eval mode, its input configuration and its class names, if it has any."""
+
+    net: nn.Module
+    inputs: dict[str, Any]
+    num_classes: int
+    class_names: list[str] | None
+
+
+def _load(adapter: Path, checkpoint: Path | None, device: torch.device) -> _Loaded:
+    folder = _adapter_folder(adapter)
+    config = read_config(folder)
+    net = load_adapter(backbones.backbone_of_adapter(config, checkpoint), folder)
+    inputs = {**backbones.data_config_of(net), **config["input"]}
+    num_classes = head_layers(net)[0].out_features
+    return _Loaded(net.to(device).eval(), inputs, num_classes, config["class_names"])
+
+
+def evaluate_adapter(
+    adapter: Adapter,
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Folder with test/<class>/<image> (or val/, or class folders)."
+        ),
+    ],
+    checkpoint: Checkpoint = None,
+    split: Annotated[
+        str | None, typer.Option(help="test, val or train; by default test, else val.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 64,
+    amp_dtype: AmpDtype = "float32",
+    workers: Workers = None,
+    device: Device = "auto",
+) -> None:
+    """Evaluates an adapter on a folder of images."""
+    with one_line_errors():
+        where = resolve_device(device)
+        dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
+        name, folder = _eval_folder(directory, split)
+        loaded = _load(adapter, checkpoint, where)
+        images = data.ImageFolders(
+            folder,
+            data.eval_transform(loaded.inputs),
+            loaded.class_names,
+            loaded.inputs["input_size"][0],
+        )
+        if len(images.classes) != loaded.num_classes:
+            raise ValueError(
+                f"{folder} has {len(images.classes)} class folders, but the adapter has "
+                f"{loaded.num_classes} classes and no names of them"
+            )
+        result = evaluate(
+            loaded.net, folder_loader(images, batch_size, where, workers), amp_dtype=dtype
+        )
+        typer.echo(accuracy(name, result))
+        report_skipped(result.skipped)
+
+
+def _eval_folder(directory: Path, split: str | None) -> tuple[str, Path]:
+    if split is not None:
+        if split not in data.SPLITS:
+            raise ValueError(f"--split is {split!r}; choose one of {', '.join(data.SPLITS)}")
+        return split, data.require_split(directory, split)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no data folder {directory}")
+    for name in ("test", "val"):
+        folder = data.find_split(directory, name)
+        if folder is not None:
+            return name, folder
+    if data.find_split(directory, "train") is not None:
+        raise FileNotFoundError(f"{directory} has no test/ or val/; --split train takes train/")
+    return directory.name, directory
+
+
+def predict(
+    adapter: Adapter,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    checkpoint: Checkpoint = None,
+    topk: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 5,
+    amp_dtype: AmpDtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Prints the most probable classes of images, one line per image."""
+    with one_line_errors():
+        where = resolve_device(device)
+        dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
+        loaded = _load(adapter, checkpoint, where)
+        names = loaded.class_names or [str(i) for i in range(loaded.num_classes)]
+        transform = data.eval_transform(loaded.inputs)
+        failed = []
+        for path in images:
+            try:
+                image = data.load_image(path, loaded.inputs["input_size"][0])
+            except ValueError as error:
+                failed.append(str(error))
+                continue
+            with torch.no_grad(), autocast(where, dtype):
+                logits = loaded.net(transform(image)[None].to(where))
+            probabilities, classes = logits[0].float().softmax(dim=0).topk(min(topk, len(names)))
+            found = zip(classes.tolist(), probabilities.tolist(), strict=True)
+            typer.echo(f"{path}: " + ", ".join(f"{names[i]} {100 * p:.2f}%" for i, p in found))
+        if failed:
+            fail("; ".join(failed), 1)
+
+
+def inspect_adapter(
+    adapter: Adapter,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for attention.csv, mixing.csv and the pictures: new, empty or of an "
+            "earlier inspect, whose files are replaced.",
+        ),
+    ],
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+) -> None:
+    """Shows what prompts do: the attention that each one gets, and the patches that VAPT mixes."""
+    # matplotlib takes long to import, and the other commands do not draw.
+    from vpt_fast.inspection_report import FOLDER, inspect_images
+
+    with one_line_errors():
+        where = resolve_device(device)
+        FOLDER.check(output)
+        loaded = _load(adapter, checkpoint, where)
+        failed = inspect_images(loaded.net, loaded.inputs, images, output, typer.echo)
+        if failed:
+            fail("; ".join(failed), 1)
