@@ -154,6 +154,17 @@ def _over_budget(runs: list[dict[str, Tensor]], how: str) -> dict[str, tuple[flo
     return {n: (ours, eager) for n, (ours, eager) in means.items() if ours > 1.3 * eager + slack}
 
 
+@pytest.mark.parametrize("family", [TOKEN, "qk_norm"])
+def test_autocast_leaves_float64_alone(family: str) -> None:
+    """As it does in eager PyTorch; blocks of the second family run module by module."""
+    tuned, plain = pair(families.build(family), VPTDeep(3))
+    image = families.images(family)
+    expected = plain(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = tuned(image)
+    assert_same(tuned, plain, output, expected)
+
+
 @pytest.fixture
 def fresh_compiler() -> Any:
     torch._dynamo.reset()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, Mlp, QuickGELU, Swish
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.nn.modules import module as nn_module
 from vpt_fast.experts import PromptExperts, norm_of
 from vpt_fast.fold import folded_parts
 from vpt_fast.hooks import has_hooks
+from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block_body import BlockConfig, BlockWeights, run_block
 from vpt_fast.ops.block_entry import OpenSum, enter_block
 from vpt_fast.ops.prompt_source import ExpertPrompts, PromptSource, StaticPrompts
@@ -132,14 +132,6 @@ def _weights(block: Any) -> BlockWeights:
 
 def _layer_scale(block: Any, name: str, passed: frozenset[str]) -> Tensor | None:
     return None if name in passed else block._modules[name]._parameters.get("gamma")
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with x: autocast's, or its own."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def _enter(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vpt_fast.kernels.layouts import split, split_prompts
 from vpt_fast.ops import attention_reference as reference
-from vpt_fast.ops.backend import statistics_dtype, uses_kernels
+from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
 
 _MAX_HEAD_DIM = 128
 
@@ -129,9 +129,8 @@ def prompt_attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) 
         TypeError: dtypes differ.
     """
     _check(tokens, prompts)
-    device = tokens[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(tokens[0].device.type):
+        dtype = computing_dtype(tokens[0])
         tokens, prompts = ([t.to(dtype) for t in ts] for ts in (tokens, prompts))
     dtypes = {t.dtype for t in (*tokens, *prompts)}
     if len(dtypes) > 1:

@@ -20,6 +20,14 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's, or its own; autocast leaves fp64 alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def in_full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Inside, autocast rounds nothing of what is computed on the tensor's device."""
     return torch.autocast(tensor.device.type, enabled=False)
