@@ -21,7 +21,8 @@ from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
 from vpt_fast.experts import PromptExperts
-from vpt_fast.hooks import has_hooks
+from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.absorbed_attention import absorbed_attention
 from vpt_fast.ops.attention import prompt_attention
 from vpt_fast.ops.block_entry import OpenSum
@@ -262,7 +263,7 @@ class PromptedBlock(Block):
 
     def _normalise(self, total: OpenSum) -> tuple[Tensor, Tensor, Tensor | None]:
         """`_enter`, then norm1 of the tokens and of the prompts that are keys and values only."""
-        if isinstance(self.prompt, PromptExperts) and fused_block.is_layer_norm(self.norm1):
+        if isinstance(self.prompt, PromptExperts) and is_frozen_norm(self.norm1):
             return self.prompt.with_norm(total, self.norm1)
         x, prompts = self._enter(total.closed())
         # norm1's hooks are for tokens: prompts pass beside them.
@@ -321,7 +322,7 @@ def through_block(block: Any, total: OpenSum, memory: str) -> OpenSum:
         total: its input, a sum that is left to it.
         memory: what is kept for backward.
     """
-    watched = has_hooks(block) or fused_block.has_own_forward(block)
+    watched = has_hooks(block) or has_own_forward(block)
     if not (nn_module._has_any_global_hook() or watched):
         if isinstance(block, PromptedBlock):
             return block.forward_open(total, memory)

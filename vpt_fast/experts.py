@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_fast.hooks import has_hooks
 from vpt_fast.methods import VAPT
+from vpt_fast.norms import norm_of
 from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
 from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
 
@@ -85,30 +85,40 @@ class PromptExperts(nn.Module):
         inputs = self.features(mixed, mix_sum)
         return project_features(inputs, self.residual, None, mix.matrix.dtype)
 
-    def with_norm(self, total: OpenSum, norm1: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's input, and the block's norm1 of it and of the prompts made from it.
+    def enter(
+        self, total: OpenSum, norm: Norm, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, FeatureInputs]:
+        """A block's input, norm1 of it, and what its prompts are made of.
 
         Mean and variance of a row serve both norm1 and this module's LayerNorm, and their
-        gradients reach x in one pass. A norm1 that is trained, watched by a hook or no LayerNorm
-        is called as it is.
+        gradients reach x in one pass.
 
         Args:
             total: tokens (B, N, D), the last ones the patches of `grid`, row by row.
-            norm1: the block's normalisation.
+            norm: the block's norm1, a constant.
+            dtype: of the normalised tokens.
 
         Returns:
-            The tokens (B, N, D), and norm1 of them and of the prompts (B, p, D) in their dtype.
+            The tokens (B, N, D), norm1 of them (B, N, D), and the mix with what is applied to it.
+
+        Raises:
+            ValueError: the input does not have the rows of the model's patch grid.
         """
-        if not is_frozen_norm(norm1):
-            x = total.closed()
-            # norm1's hooks are for tokens: prompts pass beside them.
-            return x, norm1(x), norm1.forward(self.forward(x).to(x.dtype))
-        norm = norm_of(norm1)
         mix, mix_sum = self.mixing(total.residual.shape[1])
-        x, y, mixed = enter_block(total, norm, mix)
+        x, y, mixed = enter_block(total, norm, mix, dtype)
         if mixed is None:
             raise RuntimeError("enter_block returned no mix")
-        inputs = self.features(mixed, mix_sum)
+        return x, y, self.features(mixed, mix_sum)
+
+    def with_norm(self, total: OpenSum, norm1: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's input (B, N, D), and norm1 of it and of its prompts (B, p, D) in its dtype.
+
+        Args:
+            total: as for `enter`.
+            norm1: the block's normalisation, one that `is_frozen_norm`.
+        """
+        norm = norm_of(norm1)
+        x, y, inputs = self.enter(total, norm, total.dtype)
         return x, y, project_features(inputs, self.residual, norm, x.dtype)
 
     def mixing(self, rows: int) -> tuple[Mix, Tensor]:
@@ -171,17 +181,3 @@ class PromptExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
-
-
-def is_frozen_norm(norm: nn.Module) -> bool:
-    """Whether `norm` is a plain, frozen LayerNorm that nobody watches."""
-    return (
-        isinstance(norm, nn.LayerNorm)
-        and not has_hooks(norm)
-        and not any(p.requires_grad for p in norm.parameters())
-    )
-
-
-def norm_of(norm: Any, folded: bool = False) -> Norm:
-    """Weight, bias and epsilon of a LayerNorm module; folded ones are left out."""
-    return Norm(None, None, norm.eps) if folded else Norm(norm.weight, norm.bias, norm.eps)

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, Mlp, QuickGELU, Swish
+from timm.layers import GELU, GELUTanh, Mlp, QuickGELU, Swish
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.experts import PromptExperts, norm_of
+from vpt_fast.experts import PromptExperts
 from vpt_fast.fold import folded_parts
-from vpt_fast.hooks import has_hooks
+from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.norms import is_layer_norm, norm_of
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block_body import BlockConfig, BlockWeights, run_block
 from vpt_fast.ops.block_entry import OpenSum, enter_block
@@ -31,8 +32,6 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     Swish: "silu",
     nn.SiLU: "silu",
 }
-# A subclass may do anything.
-_LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 
 
 def activation_kind(module: nn.Module) -> str | None:
@@ -92,16 +91,6 @@ def _modules(module: nn.Module | None) -> Iterator[nn.Module]:
             yield from _modules(child)
 
 
-def is_layer_norm(norm: nn.Module) -> bool:
-    """Whether `norm` computes a LayerNorm and nothing else."""
-    return type(norm) in _LAYER_NORMS and not has_own_forward(norm)
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody has put a `forward` on this instance, in place of its class's."""
-    return "forward" in vars(module)
-
-
 def _drops(module: Any) -> bool:
     """Whether a dropout, or timm's stochastic depth, is at work."""
     return module.training and bool(getattr(module, "p", 0) or getattr(module, "drop_prob", 0))
@@ -141,11 +130,8 @@ def _enter(
     dtype = computing_dtype(total.residual)
     norm = norm_of(block.norm1, "norm1" in folded_parts(block))
     if isinstance(prompt, PromptExperts):
-        mix, mix_sum = prompt.mixing(total.residual.shape[1])
-        x, y, mixed = enter_block(total, norm, mix, dtype)
-        if mixed is None:
-            raise RuntimeError("enter_block returned no mix")
-        return x, y, ExpertPrompts(prompt.residual), tuple(prompt.features(mixed, mix_sum))
+        x, y, inputs = prompt.enter(total, norm, dtype)
+        return x, y, ExpertPrompts(prompt.residual), tuple(inputs)
     x, y, _ = enter_block(total, norm, None, dtype)
     if isinstance(prompt, PromptTokens):
         return x, y, StaticPrompts(1.0 - prompt.dropout), prompt.draw(x.shape[0])

@@ -13,3 +13,8 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody has put a `forward` on this instance, in place of its class's."""
+    return "forward" in vars(module)

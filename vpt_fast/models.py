@@ -21,8 +21,7 @@ from vpt_fast.blocks import (
 )
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fold import FoldRecord, unfold_before_loading
-from vpt_fast.fused_block import has_own_forward
-from vpt_fast.hooks import has_hooks
+from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.methods import Method
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.prompts import PromptTokens

@@ -273,7 +273,6 @@ class _Body(torch.autograd.Function):
         weights, sources = BlockWeights(*tensors[:count]), tensors[count:]
         middle, result, kept = _Block(config, weights, y.dtype).forward(x, y, sources)
         ctx.config, ctx.dtype = config, y.dtype
-        ctx.num_statistics = len(kept.prompt_statistics)
         ctx.set_materialize_grads(False)
         flat = [t for t in kept if not isinstance(t, tuple)]
         ctx.save_for_backward(*tensors, *flat, *kept.prompt_statistics)

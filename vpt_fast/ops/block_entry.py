@@ -31,6 +31,12 @@ class OpenSum(NamedTuple):
     branch: Tensor | None = None
     scale: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sum."""
+        kind = self.residual.dtype if self.branch is None else self.branch.dtype
+        return torch.promote_types(self.residual.dtype, kind)
+
     def closed(self) -> Tensor:
         """The sum, (B, N, D)."""
         if self.branch is None:
@@ -150,9 +156,7 @@ def enter_block(
             f"tokens {tuple(residual.shape)} and matrix {tuple(mix.matrix.shape)} must be "
             f"(B, N, D) and (p, columns) with at least {mix.patches} (and at least 1) patches each"
         )
-    if dtype is None:
-        kind = residual.dtype if branch is None else branch.dtype
-        dtype = torch.promote_types(residual.dtype, kind)
+    dtype = total.dtype if dtype is None else dtype
     matrix, patches, eps = (None, 0, None) if mix is None else mix
     with in_full_precision(residual):
         result: Any = _Entry.apply(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vpt_fast.kernels.expert_inputs import FeatureInputs
 from vpt_fast.ops.block_entry import Norm
 from vpt_fast.ops.prompt_expert import features_operator, features_operator_backward
 from vpt_fast.ops.residual_norm import residual_norm, residual_norm_backward
@@ -113,10 +114,10 @@ class ExpertPrompts:
                 *tensors, self.residual, norm.weight, *statistics, grad.contiguous()
             )
         )
-        constant = (5, 8)  # the dropout masks
+        masks = ("channels", "hidden")
         return [
-            None if tensor is None or index in constant else next(found)
-            for index, tensor in enumerate(tensors)
+            None if tensor is None or name in masks else next(found)
+            for name, tensor in zip(FeatureInputs._fields, tensors, strict=True)
         ]
 
 
