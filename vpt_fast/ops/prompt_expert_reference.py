@@ -122,10 +122,20 @@ def mix_backward(
 
 
 def _before_projector(inputs: FeatureInputs) -> Tensor:
-    g = inputs.mixed * inputs.weight + inputs.mix_sum[:, None] * inputs.shift
-    if inputs.channels is not None:
-        g = g * inputs.channels[:, None]
-    return g if inputs.bias is None else g + inputs.bias[:, None]
+    """g (B, p, D); what does not depend on the image is added up for one image first."""
+    constant = inputs.mix_sum[:, None] * inputs.shift
+    bias = None if inputs.bias is None else inputs.bias[:, None]
+    if inputs.channels is None:
+        constant = constant if bias is None else constant + bias
+        return torch.addcmul(constant, inputs.mixed, inputs.weight)
+    g = torch.addcmul(constant, inputs.mixed, inputs.weight).mul_(inputs.channels[:, None])
+    return g if bias is None else g.add_(bias)
+
+
+def _prompts(g: Tensor, h: Tensor, up: Tensor, residual: bool) -> Tensor:
+    product = h.flatten(0, 1), up.mT
+    rows = torch.addmm(g.flatten(0, 1), *product) if residual else torch.mm(*product)
+    return rows.view(g.shape)
 
 
 def _widened(inputs: FeatureInputs) -> FeatureInputs:
@@ -138,7 +148,7 @@ def features(inputs: FeatureInputs, residual: bool) -> Tensor:
     g = _before_projector(inputs)
     h = (g @ inputs.down.mT).relu()
     h = h if inputs.hidden is None else h * inputs.hidden
-    return g + h @ inputs.up.mT if residual else h @ inputs.up.mT
+    return _prompts(g, h, inputs.up, residual)
 
 
 def features_forward(
@@ -173,24 +183,32 @@ def features_backward(
     g = _before_projector(inputs)
     before = g @ inputs.down.mT
     h = before.relu() if hidden is None else before.relu() * hidden
-    prompts = g + h @ inputs.up.mT if residual else h @ inputs.up.mT
+    prompts = _prompts(g, h, inputs.up, residual)
     grad_p = torch.ops.aten.native_layer_norm_backward(
         grad.to(wide), prompts, [prompts.shape[-1]], mean[..., None], rstd[..., None],
         _to(norm_weight, wide), None, [True, False, False],
     )[0]  # fmt: skip
     grad_h = (grad_p @ inputs.up) * (before > 0)
     grad_h = grad_h if hidden is None else grad_h * hidden
-    grad_g = grad_p + grad_h @ inputs.down if residual else grad_h @ inputs.down
-    masked = grad_g if channels is None else grad_g * channels[:, None]
+    hidden_rows = grad_h.flatten(0, 1)
     grads = {
-        "mixed": masked * inputs.weight,
-        "mix_sum": (masked @ inputs.shift).sum(0),
-        "weight": (masked * mixed).sum((0, 1)),
-        "shift": (masked * inputs.mix_sum[:, None]).sum((0, 1)),
-        "bias": None if given.bias is None else grad_g.sum((0, 2)),
-        "down": grad_h.flatten(0, 1).mT @ g.flatten(0, 1),
         "up": grad_p.flatten(0, 1).mT @ h.flatten(0, 1),
+        "down": hidden_rows.mT @ g.flatten(0, 1),
     }
+    # Every pass over (B, p, D) counts here: g and the prompts' gradient are used up in place.
+    grad_g = grad_p.flatten(0, 1).addmm_(hidden_rows, inputs.down, beta=float(residual))
+    grad_g = grad_g.view(g.shape)
+    if given.bias is not None:
+        grads["bias"] = grad_g.sum((0, 2))
+    if channels is not None:
+        grad_g.mul_(channels[:, None])
+    over_images = grad_g.sum(0)  # (p, D)
+    grads["mix_sum"] = over_images @ inputs.shift
+    grads["shift"] = inputs.mix_sum @ over_images
+    grads["weight"] = torch.mul(grad_g, mixed, out=g).sum((0, 1))
+    grads["mixed"] = grad_g.mul_(inputs.weight)
     return [
-        value.to(getattr(given, name).dtype) for name, value in grads.items() if value is not None
+        grads[name].to(tensor.dtype)
+        for name, tensor in given._asdict().items()
+        if name in grads and tensor is not None
     ]
