@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RUN := .benchmark.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint bench kernel-report clean
+.PHONY: help install demo test test-full lint bench bench-gpu roofline kernel-report clean
 
 help:
 	@echo "make demo           tune a small pretrained ViT to handwritten digits (about 2 minutes)"
 	@echo "make test           the test suite; the kernels run in it, on the CPU where there is no GPU"
 	@echo "make test-full      every shape of every kernel (long)"
 	@echo "make lint           ruff and mypy"
-	@echo "make bench          this machine against eager PyTorch, side by side"
+	@echo "make bench          this machine against eager PyTorch, side by side (about 12 minutes)"
+	@echo "make bench-gpu      the same on a CUDA GPU, with memory, rates and CUDA graphs"
+	@echo "make roofline       a training step's work, counted, and its time on named GPUs, modelled"
 	@echo "make kernel-report  the kernels' machine code against its limits (needs no GPU)"
 	@echo "make clean          remove .venv and caches"
 
@@ -41,7 +44,14 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m bench.bench_step
+	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-json=$(RUN) --benchmark-columns=median,iqr,min,max,rounds
+	$(BIN)/python -m bench.plots "$$($(BIN)/python -m bench.collect $(RUN))"
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m bench.gpu
+
+roofline: $(INSTALLED)
+	$(BIN)/python -m bench.roofline
 
 kernel-report: $(INSTALLED)
 	$(BIN)/python -m bench.kernel_report

@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "jinja2>=3.1",
             "mypy>=1.10",
             "pytest>=8",
             "pytest-benchmark>=4",

@@ -48,16 +48,21 @@ class ConcatenatedPrompts(nn.Module):
         """Set the mode of the prompts' dropout; the model stays in eval mode."""
         return _train_around(self, mode)
 
+    def rows(self, index: int, x: Tensor) -> Tensor:
+        """Prompts of block `index` for its input x (B, N, D): (B, p, D), or (1, p, D) for all."""
+        rows = self.prompts[self.blocks.index(index)][None]
+        if self.dropout and self.training:
+            rows = F.dropout(rows.expand(len(x), -1, -1), self.dropout)
+        return rows
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, 3, height, width)."""
         vit, count = self.model, 0
-        prompts = dict(zip(self.blocks, self.prompts, strict=True))
         x = _embedded(vit, images)
         for index, block in enumerate(vit.blocks):
-            if index in prompts:
-                rows = prompts[index].expand(x.shape[0], -1, -1)
-                x = _replaced(x, F.dropout(rows, self.dropout, self.training), vit, count)
-                count = rows.shape[1]
+            if index in self.blocks:
+                x = _replaced(x, self.rows(index, x).expand(len(x), -1, -1), vit, count)
+                count = self.prompts.shape[1]
             x = block(x)
         return _classified(vit, x, count)
 
@@ -108,16 +113,19 @@ class ConcatenatedExperts(nn.Module):
         h = F.dropout(self.down(g).relu(), self.method.projector_dropout, self.training)
         return g + self.up(h) if self.method.variant == "code" else self.up(h)
 
+    def rows(self, index: int, x: Tensor) -> Tensor:
+        """Prompts (B, p, D) of block `index` for its input x (B, N, D)."""
+        if index:
+            return self.experts(index, x)
+        rows = self.tokens.expand(len(x), -1, -1)
+        return F.dropout(rows, self.method.dropout, self.training)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, 3, height, width)."""
         vit, count = self.model, len(self.tokens)
         x = _embedded(vit, images)
         for index, block in enumerate(vit.blocks):
-            if index:
-                rows = self.experts(index, _stripped(x, vit, count))
-            else:
-                rows = self.tokens.expand(len(x), -1, -1)
-                rows = F.dropout(rows, self.method.dropout, self.training)
+            rows = self.rows(index, _stripped(x, vit, count) if index else x)
             x = block(_replaced(x, rows, vit, count if index else 0))
         return _classified(vit, x, count)
 

@@ -1,0 +1,141 @@
+"""Every provider is held against fp64 before it is timed: no green check, no time.
+
+The truth is the published formulation of the same model in fp64, from the same weights as rounded
+to the case's dtype. An error is a norm of a difference over the norm of the truth, for logits and
+for each trained gradient, without dropout, on two images (on the whole batch if a provider is
+compiled for it). A provider may be twice as far from the truth as concatenation in eager PyTorch is
+in the same dtype, plus a slack of the dtype; and that itself no further than `WORST`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cases import DTYPES, INFERENCE, Case
+from bench.providers import COMPILED, PUBLISHED, WITHOUT, gradients, provide, set_values, values
+
+SLACK = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 1e-2}
+WORST = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+"""Errors of a step in eager PyTorch are far below: more means that something is wrong with it."""
+
+IMAGES = 2
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a provider's check found.
+
+    Attributes:
+        provider: its name.
+        error: the largest relative error of logits and gradients.
+        worst: what has it.
+        limit: the largest allowed.
+    """
+
+    provider: str
+    error: float
+    worst: str
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the provider may be timed. NaN does not hold."""
+        return self.error <= self.limit
+
+
+def results(module: nn.Module, images: Tensor, labels: Tensor, train: bool) -> Results:
+    """Logits and, of a training step, the trained gradients; in fp64."""
+    with torch.set_grad_enabled(train):
+        logits = module(images.to(next(module.parameters()).dtype))
+    found = {"logits": logits}
+    if train:
+        loss_dtype = torch.promote_types(logits.dtype, torch.float32)
+        F.cross_entropy(logits.to(loss_dtype), labels).backward()
+        found |= gradients(module)
+        for parameter in module.parameters():
+            parameter.grad = None
+    return {name: value.detach().double().cpu() for name, value in found.items()}
+
+
+def largest_error(have: Results, want: Results) -> tuple[float, str]:
+    """The largest relative error, and whose it is.
+
+    Raises:
+        ValueError: the names differ.
+    """
+    if set(have) != set(want):
+        raise ValueError(f"results of {sorted(set(have) ^ set(want))} on one side only")
+    errors = {
+        name: float((have[name] - value).norm() / value.norm()) for name, value in want.items()
+    }
+    # NaN is the worst of all.
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return errors[worst], worst
+
+
+class Truth:
+    """Results of a case in fp64, and of eager PyTorch in the case's dtype.
+
+    Args:
+        case: its dropout is left out.
+        device: where providers run.
+    """
+
+    def __init__(self, case: Case, device: torch.device | str = "cpu") -> None:
+        self.case = case
+        self.device = torch.device(device)
+        self.train = case.work != INFERENCE
+        # A compiled provider is checked at the batch size that it is compiled for.
+        whole = not set(COMPILED).isdisjoint(case.providers)
+        images, labels = case.inputs(case.batch if whole else min(IMAGES, case.batch))
+        rounded = images.to(DTYPES[case.dtype])
+        self._inputs = rounded.to(self.device), labels.to(self.device)
+        self._double = rounded.double().to(self.device), labels.to(self.device)
+        exact = self._exact(PUBLISHED)
+        self.values = values(exact)
+        self._wanted = {PUBLISHED: results(exact, *self._double, self.train)}
+        self._eager: float | None = None
+
+    def _exact(self, name: str) -> nn.Module:
+        dtype = DTYPES[self.case.dtype]
+        module = provide(name, self.case.build().to(dtype), self.case.settings(0.0))
+        module = module.double().to(self.device)
+        set_values(module, {key: value.to(dtype) for key, value in values(module).items()})
+        return module
+
+    def _want(self, name: str) -> Mapping[str, Tensor]:
+        key = WITHOUT if name == WITHOUT else PUBLISHED
+        if key not in self._wanted:
+            self._wanted[key] = results(self._exact(key), *self._double, self.train)
+        return self._wanted[key]
+
+    def module(self, name: str, dropout: float | None = None) -> nn.Module:
+        """A provider with the truth's values, in the case's dtype and in its mode."""
+        model = self.case.build().to(DTYPES[self.case.dtype]).to(self.device)
+        module = provide(name, model, self.case.settings(dropout))
+        set_values(module, self.values)
+        return module.train(self.train) if self.case.prompts and name != WITHOUT else module
+
+    def check(self, name: str, module: nn.Module | None = None) -> Check:
+        """Hold a provider against the truth.
+
+        Args:
+            name: of the provider.
+            module: of `module(name, 0.0)`, if there is one already.
+        """
+        limit = WORST[self.case.dtype]
+        if name not in ("concat", WITHOUT):
+            if self._eager is None:
+                self._eager = self.check("concat").error
+            limit = min(limit, 2 * self._eager + SLACK[self.case.dtype])
+        module = self.module(name, 0.0) if module is None else module
+        have = results(module, *self._inputs, self.train)
+        error, worst = largest_error(have, dict(self._want(name)))
+        return Check(name, error, worst, limit)

@@ -1,0 +1,133 @@
+"""Who trains the prompts: the same model and method, computed in the ways that are compared.
+
+    published              concatenation, explicit softmax, fp32: the published formulation
+    concat                 concatenation, fused attention
+    concat_compiled        the same under torch.compile
+    keys_concat            prompts' keys and values concatenated in plain PyTorch, fused attention
+    keys_concat_compiled   the same under torch.compile
+    vpt_fast               ours
+    without_prompts        the same frozen model without prompts, the gradient through all blocks
+
+All of them take images (B, 3, height, width) to logits, and start from the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.keys_concat import ConcatenatedKeys
+from vpt_fast import VAPT, VPTDeep, prompt_tune
+from vpt_fast.eager import (
+    ConcatenatedExperts,
+    ConcatenatedPrompts,
+    concatenated,
+    require_gradient,
+    without_prompts,
+)
+
+OURS = "vpt_fast"
+PUBLISHED = "published"
+WITHOUT = "without_prompts"
+COMPILED = {"concat_compiled": "concat", "keys_concat_compiled": "keys_concat"}
+"""Compiled providers, and what they compile."""
+
+PROVIDERS = (
+    PUBLISHED, "concat", "concat_compiled", "keys_concat", "keys_concat_compiled", OURS, WITHOUT,
+)  # fmt: skip
+EAGER = tuple(name for name in PROVIDERS if name not in COMPILED)
+
+
+def provide(name: str, model: Any, method: VPTDeep | VAPT) -> nn.Module:
+    """A plain timm vision transformer as provider `name` trains it.
+
+    Args:
+        name: one of `PROVIDERS`.
+        model: changed in place: frozen, its head trained. "published" makes it fp32.
+        method: VPTDeep with prompts in every block, or VAPT. With 0 prompts the gradient still
+            flows through all blocks, as it does "without_prompts".
+
+    Returns:
+        A module that maps images to logits, in training mode.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in PROVIDERS:
+        raise ValueError(f"provider is {name!r}; choose one of {', '.join(PROVIDERS)}")
+    if name in COMPILED:
+        module: Any = torch.compile(provide(COMPILED[name], model, method), dynamic=False)
+        return module
+    if name == PUBLISHED:
+        model = model.float()
+        for block in model.blocks:
+            block.attn.fused_attn = False
+    if name == WITHOUT:
+        return without_prompts(model)
+    tuned: Any = prompt_tune(model, method) if name == OURS else concatenated(model, method)
+    if not method.num_prompts:
+        require_gradient(model, 0)
+    elif name == "keys_concat":
+        tuned = ConcatenatedKeys(tuned)
+    return tuned.train() if method.num_prompts else tuned
+
+
+def trained(module: nn.Module) -> dict[str, tuple[Any, int | None]]:
+    """What a provider trains, by the names that adapters use.
+
+    Returns:
+        Name to a parameter and the index in it, None for the whole: eager PyTorch keeps the
+        prompts of all blocks in one.
+    """
+    inner: Any = getattr(module, "_orig_mod", module)
+    inner = inner.source if isinstance(inner, ConcatenatedKeys) else inner
+    found: dict[str, tuple[Any, int | None]] = {}
+    if isinstance(inner, ConcatenatedPrompts):
+        for row, block in enumerate(inner.blocks):
+            found[f"blocks.{block}.prompt.tokens"] = inner.prompts, row
+    elif isinstance(inner, ConcatenatedExperts):
+        found["blocks.0.prompt.tokens"] = inner.tokens, None
+        for kind, modules in (("norm", inner.norms), ("conv", inner.convs), ("mix", inner.mixes)):
+            for index, part in enumerate(modules, 1):
+                for name, value in part.named_parameters():
+                    found[f"blocks.{index}.prompt.{kind}.{name}"] = value, None
+        found["prompt_projector.down.weight"] = inner.down.weight, None
+        found["prompt_projector.up.weight"] = inner.up.weight, None
+    owner = getattr(inner, "model", inner)
+    for name, value in owner.named_parameters():
+        if value.requires_grad:
+            found[name] = value, None
+    return found
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    """Values of what a provider trains, by name."""
+    return {
+        name: (parameter if row is None else parameter[row]).detach().clone()
+        for name, (parameter, row) in trained(module).items()
+    }
+
+
+def set_values(module: nn.Module, wanted: Mapping[str, Tensor]) -> None:
+    """Give what a provider trains the values of those names; others stay as they are."""
+    with torch.no_grad():
+        for name, (parameter, row) in trained(module).items():
+            if name in wanted:
+                (parameter if row is None else parameter[row]).copy_(wanted[name])
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Gradients of what a provider trains, by name.
+
+    Raises:
+        RuntimeError: one is missing.
+    """
+    found = {}
+    for name, (parameter, row) in trained(module).items():
+        if parameter.grad is None:
+            raise RuntimeError(f"{name} has no gradient")
+        found[name] = parameter.grad if row is None else parameter.grad[row]
+    return found

@@ -1,0 +1,118 @@
+"""No provider is timed before it is held against fp64, and a wrong one never is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import attention_ways, correctness, expert_ways
+from bench.attention_ways import AttentionCase
+from bench.cases import Case, cpu_cases
+from bench.correctness import Check, Truth, largest_error
+from bench.expert_ways import ExpertCase
+from bench.providers import EAGER, OURS, PROVIDERS
+from bench.turns import take_turns, timed
+
+SMALL: dict[str, Any] = {"model": "test_vit", "batch": 2, "prompts": 3, "image_size": 32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["vpt-deep", "vapt"])
+def test_every_provider_holds(method: str, dtype: str) -> None:
+    truth = Truth(Case(method=method, dtype=dtype, **SMALL))
+    checks = [truth.check(name) for name in EAGER]
+    assert all(check.holds for check in checks), checks
+    assert all(check.error > 0 for check in checks)
+
+
+def test_inference_is_held_by_its_logits() -> None:
+    truth = Truth(Case("inference", **SMALL))
+    assert {truth.check(name).worst for name in EAGER} == {"logits"}
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [("logits", "logits"), ("blocks.2.prompt.tokens", "blocks.2.prompt.tokens")]
+)
+def test_a_wrong_provider_is_named_and_not_timed(
+    what: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = correctness.results
+
+    def wrong(module: Any, *args: Any) -> Any:
+        found = results(module, *args)
+        if hasattr(module, "blocks") and hasattr(module.blocks[0], "prompt"):
+            found[what] = found[what] * 1.001
+        return found
+
+    monkeypatch.setattr(correctness, "results", wrong)
+    turns = take_turns(Case(**SMALL), rounds=1)
+    assert [n for n, turn in turns.items() if turn.times is None] == [OURS]
+    assert turns[OURS].check.worst == name and turns[OURS].check.error == pytest.approx(
+        1e-3, rel=0.1
+    )
+
+
+def test_nan_does_not_hold() -> None:
+    want = {"a": torch.ones(2), "b": torch.ones(2)}
+    have = {"a": torch.tensor([1.0, float("nan")]), "b": torch.zeros(2)}
+    error, worst = largest_error(have, want)
+    assert worst == "a" and not Check("x", error, worst, 1.0).holds
+    with pytest.raises(ValueError, match=r"\['b'\] on one side only"):
+        largest_error({"a": want["a"]}, want)
+
+
+def test_every_way_of_attention_holds() -> None:
+    case = AttentionCase(prompts=5, batch=2, tokens=9, heads=2, head_dim=16, providers=EAGER)
+    for dtype in (torch.float32, torch.bfloat16):
+        checks = attention_ways.checks(case, dtype)
+        assert list(checks) == list(EAGER) and all(check.holds for check in checks.values()), checks
+    assert set(attention_ways.functions(case, torch.float32)) == set(EAGER)
+
+
+def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = AttentionCase(prompts=5, batch=2, tokens=9, heads=2, head_dim=16, providers=EAGER)
+    right = attention_ways.WAYS[OURS]
+    monkeypatch.setitem(attention_ways.WAYS, OURS, lambda t, p: right(t, p[:, 1:]))
+    checks = attention_ways.checks(case, torch.float32)
+    assert [name for name, check in checks.items() if not check.holds] == [OURS]
+
+
+def test_both_ways_of_the_experts_hold() -> None:
+    case = ExpertCase(3, batch=2, model="test_vit")
+    checks = expert_ways.checks(case, torch.float32)
+    assert list(checks) == ["concat", OURS] and all(check.holds for check in checks.values())
+    results = {name: run() for name, run in expert_ways.functions(case, torch.float32).items()}
+    assert "blocks.1.prompt.conv.weight" in results[OURS]
+    assert set(results["concat"]) == set(results[OURS])
+
+
+def test_only_what_holds_is_run() -> None:
+    ran: list[str] = []
+    checks = {name: Check(name, error, "logits", 0.1) for name, error in (("a", 0.0), ("b", 1.0))}
+    turns = timed(checks, {name: lambda name=name: ran.append(name) for name in checks}, 2)
+    assert set(ran) == {"a"} and turns["b"].times is None
+    assert turns["a"].times is not None and len(turns["a"].times.seconds) == 2
+
+
+def test_the_default_cases_cover_what_they_should() -> None:
+    cases = cpu_cases()
+    assert len(set(cases)) == len(cases)
+    steps = [case for case in cases if case.work == "step" and case.method == "vpt-deep"]
+    assert {0, 10, 50, 100, 200} <= {
+        case.prompts for case in steps if set(EAGER) <= set(case.providers)
+    }
+    assert {case.model.split("_")[1] for case in steps} == {"tiny", "small", "base", "large"}
+    assert any(case.providers == PROVIDERS for case in steps)
+    assert {case.dtype for case in steps} >= {"float32", "bfloat16"}
+    assert {case.method for case in cases if case.work == "inference"} == {"vpt-deep", "vapt"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("work", "training"), ("method", "vpt"), ("dtype", "int8"), ("providers", ("timm",))],
+)
+def test_cases_refuse(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="choose one of"):
+        Case(**{field: value})

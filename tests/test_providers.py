@@ -1,0 +1,112 @@
+"""All providers compute one function: the same logits, and the same gradients by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.providers import (
+    EAGER,
+    OURS,
+    PROVIDERS,
+    PUBLISHED,
+    WITHOUT,
+    gradients,
+    provide,
+    set_values,
+    trained,
+    values,
+)  # fmt: skip
+from vpt_fast import VAPT, VPTDeep
+
+METHODS = {
+    "vpt-deep": VPTDeep(3),
+    "vapt": VAPT(3, projector_dropout=0.0, channel_dropout=0.0),
+}
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def vit(dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", img_size=32, num_classes=5).to(dtype)
+
+
+def step(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = module(IMAGES.to(dtype))
+    F.cross_entropy(logits, torch.arange(3)).backward()
+    return logits.detach(), gradients(module)
+
+
+def compare(name: str, method: Any, dtype: torch.dtype, tolerance: float) -> None:
+    truth = provide("concat", vit(), method)
+    module = provide(name, vit(dtype), method)
+    set_values(module, values(truth))
+    logits, found = step(module, dtype)
+    wanted_logits, wanted = step(truth, torch.float64)
+    assert set(found) == set(wanted)
+    torch.testing.assert_close(logits.double(), wanted_logits, rtol=tolerance, atol=tolerance)
+    for key, gradient in wanted.items():
+        error = (found[key].double() - gradient).norm() / gradient.norm()
+        assert error < tolerance, key
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["keys_concat", OURS])
+def test_equal_in_fp64(name: str, method: str) -> None:
+    compare(name, METHODS[method], torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_published_formulation_is_fp32_with_an_explicit_softmax(method: str) -> None:
+    module: Any = provide(PUBLISHED, vit(torch.bfloat16), METHODS[method])
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert not any(block.attn.fused_attn for block in module.model.blocks)
+    compare(PUBLISHED, METHODS[method], torch.float32, 1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["concat_compiled", "keys_concat_compiled"])
+def test_compiled_providers_are_equal_too(name: str) -> None:
+    compare(name, METHODS["vpt-deep"], torch.float64, 1e-10)
+
+
+def test_without_prompts_the_gradient_flows_through_every_block() -> None:
+    module = provide(WITHOUT, vit(), VPTDeep(3))
+    assert set(trained(module)) == {
+        "blocks.0.norm1.weight", "blocks.0.norm1.bias", "head.weight", "head.bias",
+    }  # fmt: skip
+    _, found = step(module, torch.float64)
+    assert all(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_with_no_prompts_the_gradient_flows_through_every_block(name: str) -> None:
+    wanted_logits, wanted = step(provide(WITHOUT, vit(), VPTDeep(0)), torch.float64)
+    logits, found = step(provide(name, vit(torch.float32), VPTDeep(0)), torch.float32)
+    torch.testing.assert_close(logits.double(), wanted_logits, rtol=1e-4, atol=1e-5)
+    assert set(found) == set(wanted)
+    for key, gradient in wanted.items():
+        assert (found[key] - gradient).norm() < 1e-4 * gradient.norm(), key
+
+
+def test_prompt_dropout_draws_a_mask_per_image() -> None:
+    module: Any = provide("keys_concat", vit(), VPTDeep(3, dropout=0.5))
+    rows = module.source.rows(0, torch.empty(2, 1, 64))
+    assert rows.shape == (2, 3, 64) and not torch.equal(rows[0], rows[1])
+    assert module.eval().source.rows(0, torch.empty(2, 1, 64)).shape == (1, 3, 64)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"'ours'; choose one of published"):
+        provide("ours", vit(), VPTDeep(3))
+    with pytest.raises(ValueError, match=r"leave out `blocks`"):
+        provide("keys_concat", vit(), VPTDeep(3, blocks=range(2)))
+
+
+def test_every_name_is_provided() -> None:
+    assert len(set(PROVIDERS)) == 7 and set(EAGER) < set(PROVIDERS)
