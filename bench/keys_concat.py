@@ -39,11 +39,10 @@ class ConcatenatedKeys(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, 3, height, width)."""
-        source = self.source
-        vit = source.model
+        vit, rows_of = self.source.model, self.source.rows()
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         for index, block in enumerate(vit.blocks):
-            x = _block(block, x, source.rows(index, x))
+            x = _block(block, x, rows_of(index, x))
         return vit.forward_head(vit.norm(x))
 
 

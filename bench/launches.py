@@ -3,81 +3,35 @@
     python -m bench.launches [--prompts P] [--layer-scale]
 
 A model of one block more, minus the model without it; small and on the CPU, since launches do not
-depend on sizes. Every operator of PyTorch's that is no view and no allocation counts as one launch
-(matrix products with a bias vector too: it is added in their epilogue), a matrix product that adds
-a matrix as two (it copies it first), eager PyTorch's attention as FlashAttention-2: one forward,
-three backward. Our operators go through the launchers of the kernels; a launch is counted in place
-of being made, so that the values are meaningless.
+depend on sizes. `bench.trace` says what counts as a launch.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
 from torch import nn
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from vpt_fast.kernels.launch import Launch
 
+from bench.trace import counts, traced
 from vpt_fast import VAPT, VPTDeep, prompt_tune
 from vpt_fast.eager import ConcatenatedExperts, ConcatenatedPrompts
 from vpt_fast.methods import Method
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
-_NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "alias", "lift_fresh")
-_SEVERAL = {"_scaled_dot_product_flash_attention_for_cpu_backward": 3}
-
-
-class LaunchCounter(TorchDispatchMode):
-    """Counts launches by name while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "vpt_fast":
-            with self:
-                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        result, name = func(*args, **kwargs), func.overloadpacket.__name__
-        makes_tensors = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result))
-        if makes_tensors and not func.is_view and not name.startswith(_NO_LAUNCH):
-            adds_a_matrix = name == "addmm" and args[0].ndim == 2
-            self.counts[name] += 2 if adds_a_matrix else _SEVERAL.get(name, 1)
-        return result
-
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Count the launches inside by name, as on a GPU."""
-    counter = LaunchCounter()
-
-    def count(launch: Launch) -> None:
-        counter.counts[launch.name] += 1
-
-    users = [
-        module
-        for name, module in sys.modules.items()
-        if name.startswith("vpt_fast.") and "uses_kernels" in vars(module)
-    ]
-    with contextlib.ExitStack() as stack:
-        for module in users:
-            stack.enter_context(mock.patch.object(module, "uses_kernels", lambda _: True))
-        stack.enter_context(mock.patch.object(Launch, "run", count))
-        stack.enter_context(counter)
-        yield counter.counts
+    """Count the launches inside by name, as on a GPU; the counts are there afterwards."""
+    found: Counter[str] = Counter()
+    with traced() as ops:
+        yield found
+    found.update(counts(ops))
 
 
 def of_a_step(model: nn.Module, images: torch.Tensor) -> tuple[Counter[str], Counter[str]]:
@@ -142,9 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("Kernel launches of one more block, counted; nothing was run on a GPU.")
     for name, make in providers(options.prompts, options.layer_scale).items():
         forward, backward = of_a_block(make)
-        for way, counts in (("forward", forward), ("backward", backward)):
-            names = ", ".join(f"{n} {c}" if c > 1 else n for n, c in sorted(counts.items()))
-            print(f"{name:20}{way:10}{counts.total():4}   {names}")
+        for way, found in (("forward", forward), ("backward", backward)):
+            names = ", ".join(f"{n} {c}" if c > 1 else n for n, c in sorted(found.items()))
+            print(f"{name:20}{way:10}{found.total():4}   {names}")
     return 0
 
 

@@ -62,7 +62,8 @@ def provide(name: str, model: Any, method: VPTDeep | VAPT) -> nn.Module:
         module: Any = torch.compile(provide(COMPILED[name], model, method), dynamic=False)
         return module
     if name == PUBLISHED:
-        model = model.float()
+        if next(model.parameters()).dtype != torch.float32:
+            model = model.float()
         for block in model.blocks:
             block.attn.fused_attn = False
     if name == WITHOUT:

@@ -96,9 +96,9 @@ def test_with_no_prompts_the_gradient_flows_through_every_block(name: str) -> No
 
 def test_prompt_dropout_draws_a_mask_per_image() -> None:
     module: Any = provide("keys_concat", vit(), VPTDeep(3, dropout=0.5))
-    rows = module.source.rows(0, torch.empty(2, 1, 64))
+    rows = module.source.rows()(0, torch.empty(2, 1, 64))
     assert rows.shape == (2, 3, 64) and not torch.equal(rows[0], rows[1])
-    assert module.eval().source.rows(0, torch.empty(2, 1, 64)).shape == (1, 3, 64)
+    assert module.eval().source.rows()(0, torch.empty(2, 1, 64)).shape == (1, 3, 64)
 
 
 def test_refusals() -> None:

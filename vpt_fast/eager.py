@@ -6,6 +6,7 @@ every block that they stand before, with timm's fused scaled-dot-product attenti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from vpt_fast.methods import VAPT, LinearProbe, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.prompts import init_bound
+
+Rows = Callable[[int, Tensor], Tensor]
+"""From a block's index and its input (B, N, D) without prompts to its prompts (B or 1, p, D)."""
 
 
 class ConcatenatedPrompts(nn.Module):
@@ -48,21 +52,27 @@ class ConcatenatedPrompts(nn.Module):
         """Set the mode of the prompts' dropout; the model stays in eval mode."""
         return _train_around(self, mode)
 
-    def rows(self, index: int, x: Tensor) -> Tensor:
-        """Prompts of block `index` for its input x (B, N, D): (B, p, D), or (1, p, D) for all."""
-        rows = self.prompts[self.blocks.index(index)][None]
-        if self.dropout and self.training:
-            rows = F.dropout(rows.expand(len(x), -1, -1), self.dropout)
-        return rows
+    def rows(self) -> Rows:
+        """Where the prompts of one forward pass come from."""
+        # Taken apart once: a slice for each block would be a gradient of all blocks for each.
+        own = dict(zip(self.blocks, self.prompts.unbind(), strict=True))
+
+        def rows_of(index: int, x: Tensor) -> Tensor:
+            if not (self.dropout and self.training):
+                return own[index][None]
+            return F.dropout(own[index].expand(len(x), -1, -1), self.dropout)
+
+        return rows_of
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, 3, height, width)."""
-        vit, count = self.model, 0
+        vit, count, rows_of = self.model, 0, self.rows()
         x = _embedded(vit, images)
         for index, block in enumerate(vit.blocks):
             if index in self.blocks:
-                x = _replaced(x, self.rows(index, x).expand(len(x), -1, -1), vit, count)
-                count = self.prompts.shape[1]
+                rows = rows_of(index, x).expand(len(x), -1, -1)
+                x = _replaced(x, rows, vit, count)
+                count = rows.shape[1]
             x = block(x)
         return _classified(vit, x, count)
 
@@ -113,8 +123,11 @@ class ConcatenatedExperts(nn.Module):
         h = F.dropout(self.down(g).relu(), self.method.projector_dropout, self.training)
         return g + self.up(h) if self.method.variant == "code" else self.up(h)
 
-    def rows(self, index: int, x: Tensor) -> Tensor:
-        """Prompts (B, p, D) of block `index` for its input x (B, N, D)."""
+    def rows(self) -> Rows:
+        """Where the prompts of one forward pass come from."""
+        return self._rows_of
+
+    def _rows_of(self, index: int, x: Tensor) -> Tensor:
         if index:
             return self.experts(index, x)
         rows = self.tokens.expand(len(x), -1, -1)
@@ -122,10 +135,10 @@ class ConcatenatedExperts(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, 3, height, width)."""
-        vit, count = self.model, len(self.tokens)
+        vit, count, rows_of = self.model, len(self.tokens), self.rows()
         x = _embedded(vit, images)
         for index, block in enumerate(vit.blocks):
-            rows = self.rows(index, _stripped(x, vit, count) if index else x)
+            rows = rows_of(index, _stripped(x, vit, count) if index else x)
             x = block(_replaced(x, rows, vit, count if index else 0))
         return _classified(vit, x, count)
 
