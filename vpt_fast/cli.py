@@ -24,6 +24,7 @@ from vpt_fast.cli_memory import memory_profile
 from vpt_fast.methods import METHODS
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.train.evaluate import resolve_device
+from vpt_fast.train.parallel import process_group, rank
 from vpt_fast.train.recipe import DEFAULT_LR, OPTIMIZERS, Recipe
 from vpt_fast.train.run import Augmentation, tune_on_folder
 
@@ -85,6 +86,13 @@ def train(
     no_aug: Annotated[
         bool, typer.Option("--no-aug", help="No augmentation: resize and crop the centre.")
     ] = False,
+    schedule: Annotated[
+        str,
+        typer.Option(help="The learning rate changes after each epoch, as published, or step."),
+    ] = "epoch",
+    accumulation: Annotated[
+        int, typer.Option(help="Parts that a batch is computed in, for less memory.")
+    ] = 1,
     amp_dtype: AmpDtype = "float32",
     seed: Annotated[
         int, typer.Option(help="Of initial values, order, augmentation and dropout.")
@@ -104,29 +112,50 @@ def train(
             f"{', '.join(MEMORY_MODES)}; `vpt-fast memory` shows how much."
         ),
     ] = "speed",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on in --output after the last epoch that ended there, if any."
+        ),
+    ] = False,
     workers: Workers = None,
     device: Device = "auto",
 ) -> None:
     """Tunes a pretrained model on a folder of images.
 
-    Ctrl-C ends training early and leaves a usable adapter.
+    Ctrl-C ends training early and leaves a usable adapter. On several GPUs: torchrun
+    --nproc-per-node 2 -m vpt_fast.cli train ...; --batch-size is that of all GPUs together.
     """
-    with one_line_errors():
+    with one_line_errors(), process_group(resolve_device(device)) as where:
         result = tune_on_folder(
             directory,
             output or Path("output") / f"{directory.resolve().name}-{method}",
             model,
             make_method(method, {"num_prompts": num_prompts, "dropout": dropout}),
-            Recipe(epochs, batch_size, lr, weight_decay, opt, 0.9, warmup_epochs, amp_dtype, seed),
+            Recipe(
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                weight_decay=weight_decay,
+                opt=opt,
+                warmup_epochs=warmup_epochs,
+                amp_dtype=amp_dtype,
+                seed=seed,
+                schedule=schedule,
+                accumulation=accumulation,
+            ),
             checkpoint=checkpoint,
             pretrained=pretrained,
             img_size=img_size,
             augmentation=Augmentation(scale, hflip, no_aug),
             memory=memory,
             workers=workers,
-            device=resolve_device(device),
+            device=where,
+            resume=resume,
             log=tqdm.write,
         )
+        if rank():
+            return
         rows, adapter = result.fit.epochs, result.adapter
         if result.fit.interrupted:
             typer.echo(f"interrupted after {len(rows)} of {epochs} epochs; adapter: {adapter}")

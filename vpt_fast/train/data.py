@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from vpt_fast.train.parallel import PartOfBatches
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -249,7 +251,8 @@ def make_loader(
 
     Args:
         dataset: Of (image, label) or SkippedImage.
-        batch_size: Images per batch; the last one may be smaller.
+        batch_size: Images per batch, of all processes together (see `parallel`); the last batch
+            may be smaller.
         shuffle: A new order in every epoch, from `seed`.
         seed: Of the order and of the workers' random numbers.
         workers: Processes that load images; 0 loads them in this one.
@@ -260,14 +263,17 @@ def make_loader(
     """
     if workers < 0:
         raise ValueError(f"workers is {workers}; it must be at least 0")
+    generator = torch.Generator().manual_seed(seed)
+    images: Any = dataset
+    order = RandomSampler(images, generator=generator) if shuffle else SequentialSampler(images)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
+        batch_sampler=PartOfBatches(BatchSampler(order, batch_size, drop_last=False)),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(seed),
+        # Of an epoch's workers too, which do not live on: a run that is resumed after an epoch has
+        # the same random numbers as one that was not interrupted.
+        generator=generator,
         worker_init_fn=_ignore_interrupt if workers else None,
-        persistent_workers=workers > 0,
     )

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.utils import AverageMeter, accuracy
+from timm.utils import accuracy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vpt_fast.train.data import SkippedImage
+from vpt_fast.train.parallel import gathered, rank
 
 
 class TrainingError(RuntimeError):
@@ -76,6 +77,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates `model` in eval mode and puts it back into the mode that it was in.
 
+    Several processes evaluate a part each, and all of them return the whole; predictions and labels
+    are then in the order of the processes.
+
     Args:
         model: On the device that it should run on.
         batches: Of `make_loader`.
@@ -88,12 +92,12 @@ def evaluate(
     """
     device, was_training = device_of(model), model.training
     model.eval()
-    losses, top1s, top5s = AverageMeter(), AverageMeter(), AverageMeter()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     predictions: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
     skipped: list[SkippedImage] = []
     try:
-        for batch in progress_bar(batches, description, progress, leave=False):
+        for batch in progress_bar(batches, description, progress and not rank(), leave=False):
             skipped.extend(batch.skipped)
             if not len(batch.labels):
                 continue
@@ -101,24 +105,28 @@ def evaluate(
             with autocast(device, amp_dtype):
                 logits = model(batch.images.to(device, non_blocking=True))
             logits = logits.float()
-            top1, top5 = accuracy(logits, target, topk=(1, 5))
-            losses.update(F.cross_entropy(logits, target), len(target))
-            top1s.update(top1, len(target))
-            top5s.update(top5, len(target))
-            predictions.append(logits.argmax(dim=1))
+            percents = accuracy(logits, target, topk=(1, 5))
+            means = [F.cross_entropy(logits, target), *percents]
+            sums += len(target) * torch.stack([torch.as_tensor(m, device=device) for m in means])
+            predictions.append(logits.argmax(dim=1).cpu())
             labels.append(batch.labels)
     finally:
         model.train(was_training)
-    if not labels:
-        raise TrainingError(nothing_decoded(skipped))
+    found = gathered((sums.cpu(), predictions, labels, skipped))
+    all_labels = [some for _, _, theirs, _ in found for some in theirs]
+    all_skipped = [item for *_, items in found for item in items]
+    if not all_labels:
+        raise TrainingError(nothing_decoded(all_skipped))
+    count = sum(map(len, all_labels))
+    loss, top1, top5 = (float(v) / count for v in sum(theirs for theirs, *_ in found))
     return Evaluation(
-        loss=float(losses.avg),
-        top1=float(top1s.avg),
-        top5=float(top5s.avg),
-        images=losses.count,
-        predictions=torch.cat(predictions).cpu(),
-        labels=torch.cat(labels),
-        skipped=tuple(skipped),
+        loss=loss,
+        top1=top1,
+        top5=top5,
+        images=count,
+        predictions=torch.cat([some for _, theirs, *_ in found for some in theirs]),
+        labels=torch.cat(all_labels),
+        skipped=tuple(all_skipped),
     )
 
 

@@ -5,29 +5,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from timm.utils import AverageMeter, accuracy, random_seed
+from timm.utils import random_seed
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vpt_fast import trainable_parameters
+from vpt_fast.train.checkpoint import (
+    State,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
 from vpt_fast.train.data import SkippedImage
 from vpt_fast.train.evaluate import (
     TrainingError,
-    autocast,
     device_of,
     evaluate,
     nothing_decoded,
     progress_bar,
 )
 from vpt_fast.train.metrics import Epoch, MetricsWriter
-from vpt_fast.train.recipe import Recipe, make_optimizer, make_scheduler
+from vpt_fast.train.parallel import gathered, rank, world_size
+from vpt_fast.train.recipe import Recipe
+from vpt_fast.train.step import TrainStep
 
 SaveAdapter = Callable[[nn.Module, Path], Any]
 
@@ -98,10 +105,7 @@ class _Run:
         self.output, self.save = output, save
         self.device = device_of(model)
         self.parameters = [parameter for _, parameter in trainable_parameters(model)]
-        self.optimizer = make_optimizer(model, recipe)
-        self.scheduler = make_scheduler(self.optimizer, recipe)
-        needs_scaling = recipe.amp_dtype == "float16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=needs_scaling)
+        self.step = TrainStep(model, recipe, len(batches))
         self.result = FitResult()
         self.good = self.best = self.snapshot()
         self.best_score = (-math.inf, -math.inf)
@@ -119,7 +123,7 @@ class _Run:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters)
 
     def save_as(self, name: str) -> None:
-        if self.output is not None and self.save is not None:
+        if self.output is not None and self.save is not None and rank() == 0:
             self.save(self.model, self.output / name)
 
     def fail(self, what: str) -> NoReturn:
@@ -136,31 +140,23 @@ class _Run:
         """Trains for one epoch; returns the mean loss, the accuracy in percent and images/s."""
         self.model.train()
         watch = _LossWatch(1 if self.device.type == "cpu" else LOOK_EVERY)
-        losses, top1s = AverageMeter(), AverageMeter()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         skipped: list[SkippedImage] = []
         start = time.perf_counter()
         for batch in self.batches:
             self.bar.update()
             skipped.extend(batch.skipped)
-            if not len(batch.labels):
-                continue
-            target = batch.labels.to(self.device, non_blocking=True)
-            with autocast(self.device, self.recipe.autocast_dtype):
-                logits = self.model(batch.images.to(self.device, non_blocking=True))
-                loss = F.cross_entropy(logits, target)
-            self.check_step(watch.add(loss), epoch)
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            losses.update(loss.detach(), len(target))
-            top1s.update(accuracy(logits.detach(), target)[0], len(target))
+            found = self.step(batch)
+            if found is not None:
+                sums += found
+                self.check_step(watch.add(found[0]), epoch)
         self.check_step(watch.look(), epoch)
+        skipped = [item for items in gathered(skipped) for item in items]
         self.result.skipped.update(dict(skipped))
-        if not losses.count:
+        loss, correct, count = sums.tolist()
+        if not count:
             raise TrainingError(nothing_decoded(skipped))
-        loss_mean, top1 = float(losses.avg), float(top1s.avg)
-        return loss_mean, top1, losses.count / (time.perf_counter() - start)
+        return loss / count, 100 * correct / count, count / (time.perf_counter() - start)
 
     def check_step(self, bad_step: int | None, epoch: int) -> None:
         if bad_step is not None:
@@ -169,7 +165,7 @@ class _Run:
 
     def run_epoch(self, epoch: int, val_batches: DataLoader | None) -> Epoch:
         """Trains, validates, keeps and saves what is worth it."""
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.step.lr
         train_loss, train_top1, rate = self.train_epoch(epoch)
         if not self.is_finite():
             self.fail(f"the trained weights are not finite after epoch {epoch}")
@@ -194,8 +190,64 @@ class _Run:
             if score > self.best_score:
                 self.best_score, self.best_epoch, self.best = score, epoch, self.good
                 self.save_as(BEST)
-        self.scheduler.step(epoch)
+        self.step.end_epoch(epoch)
+        self.checkpoint(epoch)
         return row
+
+    def checkpoint(self, epoch: int) -> None:
+        """Writes all that the next epoch depends on."""
+        if self.output is None:
+            return
+        states = gathered(random_state(self.batches))
+        if rank():
+            return
+        state: State = {
+            "epoch": epoch,
+            "run": self.identity(),
+            "values": self.good,
+            "best": self.best if self.best_epoch is not None else None,
+            "best_epoch": self.best_epoch,
+            "best_score": list(self.best_score),
+            "step": self.step.state_dict(),
+            "random": states,
+            "epochs": [asdict(row) for row in self.result.epochs],
+            "skipped": self.result.skipped,
+        }
+        save_checkpoint(self.output, state)
+
+    def identity(self) -> State:
+        """What has to be the same for a run to go on."""
+        trained = trainable_parameters(self.model)
+        return {
+            "recipe": asdict(self.recipe),
+            "trained": {name: list(parameter.shape) for name, parameter in trained},
+            "steps of an epoch": len(self.batches),
+            "processes": world_size(),
+        }
+
+    def resume(self, state: State) -> int:
+        """Takes up a checkpoint's state; returns its epoch.
+
+        Raises:
+            ValueError: If the checkpoint is of another run.
+        """
+        for name, mine in self.identity().items():
+            theirs = state["run"].get(name)
+            if mine != theirs:
+                raise ValueError(
+                    f"the checkpoint is of another run: its {name} {_differences(theirs, mine)}; "
+                    "resume with the options that the run was started with"
+                )
+        self.restore(state["values"])
+        self.good = self.best = self.snapshot()
+        self.best_epoch, self.best_score = state["best_epoch"], tuple(state["best_score"])
+        if state["best"] is not None:
+            self.best = [value.to(self.device) for value in state["best"]]
+        self.step.load_state_dict(state["step"])
+        self.result.epochs = [Epoch(**row) for row in state["epochs"]]
+        self.result.skipped = dict(state["skipped"])
+        restore_random_state(state["random"][rank()], self.batches)
+        return int(state["epoch"])
 
 
 def fit(
@@ -209,6 +261,7 @@ def fit(
     progress: bool = True,
     description: str = "training",
     log: Callable[[str], None] | None = None,
+    resume: bool = False,
 ) -> FitResult:
     """Trains what `prompt_tune` left trainable in `model`.
 
@@ -222,24 +275,30 @@ def fit(
         recipe: Optimizer, schedule, precision and seed.
         val_batches: Validation batches.
         output: An existing folder for `metrics.csv`, `tensorboard/` and the adapters `last/` and,
-            with validation, `best/`. None writes nothing.
+            with validation, `best/`; and `checkpoint.pt`, replaced after every epoch. None writes
+            nothing.
         save: Called as `save(model, directory)` for each adapter; it replaces what is there.
         progress: Whether to show a bar on a terminal.
         description: The bar's label.
         log: Called with one line per epoch, and with the files that could not be decoded.
+        resume: Whether to go on from the checkpoint in `output`, if there is one.
 
     Raises:
+        ValueError: If the checkpoint is damaged or of another run.
         TrainingError: If a loss is not finite (the model gets the weights of the last finished
             epoch back), or if no image could be decoded.
     """
-    random_seed(recipe.seed)
+    random_seed(recipe.seed, rank())
     folder = None if output is None else Path(output)
+    state = load_checkpoint(folder) if resume and folder is not None else None
     total = recipe.epochs * len(batches)
-    metrics = MetricsWriter(folder)
-    with progress_bar(None, description, progress, leave=True, total=total) as bar:
+    with progress_bar(None, description, progress and not rank(), leave=True, total=total) as bar:
         run = _Run(model, batches, recipe, folder, save, bar)
+        done = 0 if state is None else run.resume(state)
+        bar.update(done * len(batches))
+        metrics = MetricsWriter(None if rank() else folder, run.result.epochs)
         try:
-            for epoch in range(1, recipe.epochs + 1):
+            for epoch in range(done + 1, recipe.epochs + 1):
                 known = len(run.result.skipped)
                 row = run.run_epoch(epoch, val_batches)
                 metrics.add(row)
@@ -269,3 +328,12 @@ def _summary(row: Epoch) -> str:
     if row.val_top1 is not None:
         text += f", val loss {row.val_loss:.3f}, val top-1 {row.val_top1:.1f}%"
     return f"{text}, {row.images_per_second:.0f} images/s"
+
+
+def _differences(theirs: Any, mine: Any) -> str:
+    """The first thing that differs, in words."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for name in {**theirs, **mine}:
+            if theirs.get(name) != mine.get(name):
+                return f"has {name} {theirs.get(name)}, not {mine.get(name)}"
+    return f"is {theirs}, not {mine}"

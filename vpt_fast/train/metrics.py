@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,32 +27,43 @@ class MetricsWriter:
 
     Args:
         output: The existing folder of both; None writes nothing.
+        done: Rows of epochs that a resumed run had finished. The CSV file is written anew with
+            them; TensorBoard forgets what it has of later epochs.
     """
 
-    def __init__(self, output: Path | None) -> None:
+    def __init__(self, output: Path | None, done: Sequence[Epoch] = ()) -> None:
         self._csv = None if output is None else output / "metrics.csv"
         self._writer = None
-        if output is not None:
-            # Takes a second to import; runs that write nothing need not wait for it.
-            from torch.utils.tensorboard import SummaryWriter
+        if output is None or self._csv is None:
+            return
+        # Takes a second to import; runs that write nothing need not wait for it.
+        from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(output / "tensorboard"))
+        self._csv.unlink(missing_ok=True)
+        for row in done:
+            self._add_to_csv(row)
+        purge = done[-1].epoch + 1 if done else None
+        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=purge)
 
     def add(self, row: Epoch) -> None:
         """Appends a row to both."""
         if self._csv is None or self._writer is None:
             return
+        train, val = self._add_to_csv(row)
+        scalars = {f"train/{name}": value for name, value in train.items()}
+        scalars.update({f"val/{name}": value for name, value in val.items()}, lr=row.lr)
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, row.epoch)
+        self._writer.flush()
+
+    def _add_to_csv(self, row: Epoch) -> tuple[dict[str, float], dict[str, float]]:
         train = {"loss": row.train_loss, "top1": row.train_top1}
         train["images_per_second"] = row.images_per_second
         val = {}
         if row.val_loss is not None and row.val_top1 is not None:
             val = {"loss": row.val_loss, "top1": row.val_top1}
         update_summary(row.epoch, train, val, str(self._csv), lr=row.lr)
-        scalars = {f"train/{name}": value for name, value in train.items()}
-        scalars.update({f"val/{name}": value for name, value in val.items()}, lr=row.lr)
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, row.epoch)
-        self._writer.flush()
+        return train, val
 
     def close(self) -> None:
         """Closes TensorBoard's file."""

@@ -21,6 +21,7 @@ AMP_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+SCHEDULES = ("epoch", "step")
 # The bias of the papers' head, -log((1 - 0.01) / 0.01) rounded.
 HEAD_BIAS = -4.595
 
@@ -44,6 +45,9 @@ class Recipe:
         warmup_epochs: Epochs of linear warm-up from 0; None takes a tenth of `epochs`.
         amp_dtype: "float32", "bfloat16" or "float16": the type that torch.autocast computes in.
         seed: Of initial values, the order of the images, augmentation and dropout.
+        schedule: "epoch", the learning rate changes after each epoch as published, or "step".
+        accumulation: Parts that a batch is computed in, one after another; the step is the whole
+            batch's, with less memory.
 
     Raises:
         ValueError: If a value is out of range.
@@ -58,6 +62,8 @@ class Recipe:
     warmup_epochs: int | None = None
     amp_dtype: str = "float32"
     seed: int = 42
+    schedule: str = "epoch"
+    accumulation: int = 1
 
     def __post_init__(self) -> None:
         if self.opt not in OPTIMIZERS:
@@ -65,7 +71,9 @@ class Recipe:
         if self.amp_dtype not in AMP_DTYPES:
             known = ", ".join(AMP_DTYPES)
             raise ValueError(f"amp_dtype is {self.amp_dtype!r}; choose one of {known}")
-        for name in ("epochs", "batch_size"):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        for name in ("epochs", "batch_size", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.warmup < self.epochs:
@@ -164,16 +172,27 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe) -> CosineLRScheduler:
-    """Builds the recipe's schedule: linear warm-up from 0, then cosine to 0, stepped per epoch.
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int = 1
+) -> CosineLRScheduler:
+    """Builds the recipe's schedule: linear warm-up from 0, then cosine to 0.
 
-    Call `scheduler.step(epoch + 1)` after each epoch. With warm-up, epoch 0 has learning rate 0.
+    By epoch, call `scheduler.step(epoch)` after each epoch, counted from 1: with warm-up, the first
+    one has learning rate 0. By step, call `scheduler.step_update(step)` after each step, counted
+    from 1.
+
+    Args:
+        optimizer: Whose learning rate it sets.
+        recipe: Epochs, warm-up and schedule.
+        steps: Of an epoch; used by a schedule by step.
     """
+    unit = steps if recipe.schedule == "step" else 1
     return CosineLRScheduler(
         optimizer,
-        t_initial=recipe.epochs - recipe.warmup,
+        t_initial=(recipe.epochs - recipe.warmup) * unit,
         lr_min=0.0,
-        warmup_t=recipe.warmup,
+        warmup_t=recipe.warmup * unit,
         warmup_lr_init=0.0,
         warmup_prefix=True,
+        t_in_epochs=recipe.schedule == "epoch",
     )

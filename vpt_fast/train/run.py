@@ -22,6 +22,7 @@ from vpt_fast.train import backbone as backbones
 from vpt_fast.train import data
 from vpt_fast.train.evaluate import Evaluation, TrainingError, evaluate
 from vpt_fast.train.loop import BEST, LAST, FitResult, fit
+from vpt_fast.train.parallel import rank
 from vpt_fast.train.recipe import Recipe, init_head
 
 
@@ -95,6 +96,7 @@ def tune_on_folder(
     memory: str = "speed",
     workers: int | None = None,
     device: torch.device | None = None,
+    resume: bool = False,
     progress: bool = True,
     log: Callable[[str], None] = print,
 ) -> RunResult:
@@ -105,7 +107,8 @@ def tune_on_folder(
 
     Args:
         directory: Holds train/ and, where there are any, val/ and test/.
-        output: A new folder for the adapters best/ and last/, metrics.csv and tensorboard/.
+        output: A new folder for the adapters best/ and last/, metrics.csv, tensorboard/ and
+            checkpoint.pt.
         model: Of timm, with or without a tag, or "vpt_fast_demo".
         method: What to tune.
         recipe: How to train.
@@ -116,11 +119,12 @@ def tune_on_folder(
         memory: What blocks keep for backward, as vpt_fast.prompt_tune takes it.
         workers: Processes that load images; None takes 0 on the CPU and up to 4 on a GPU.
         device: Where to train; None takes the CPU.
+        resume: Whether to go on in `output`, from the last epoch that ended there.
         progress: Whether to show bars on a terminal.
         log: Called with lines of text.
 
     Raises:
-        FileExistsError: If `output` is there and not empty.
+        FileExistsError: If `output` is there and not empty, and `resume` is off.
         FileNotFoundError: If images or the checkpoint are missing.
         ValueError, TypeError: If anything else cannot be used; nothing is written then.
         TrainingError: If training cannot go on. Adapters of finished epochs are kept.
@@ -128,7 +132,10 @@ def tune_on_folder(
     device = device or torch.device("cpu")
     augmentation = augmentation or Augmentation()
     check_memory_mode(memory)
-    _check_output(output)
+    if rank():
+        log = _nothing
+    elif not resume:
+        _check_output(output)
     name, weights, model_args = backbones.resolve_name(model, checkpoint, img_size)
     folder = data.require_split(directory, "train")
     class_names = data.ImageFolders(folder, lambda image: torch.empty(0)).classes
@@ -166,11 +173,12 @@ def tune_on_folder(
             progress=progress,
             description=method.name,
             log=log,
+            resume=resume,
         )
     except TrainingError:
-        if not (output / LAST).is_dir():
+        if not (output / LAST).is_dir() and not rank():
             # Nothing worth keeping: the same command with another learning rate should run.
-            shutil.rmtree(output)
+            shutil.rmtree(output, ignore_errors=True)
         raise
     test = None
     if "test" in loaders and not result.interrupted:
@@ -179,10 +187,15 @@ def tune_on_folder(
     return RunResult(output / (BEST if (output / BEST).is_dir() else LAST), result, test)
 
 
+def _nothing(line: str) -> None:
+    """Process 0 talks for all."""
+
+
 def _check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
-            f"the output folder {output} exists; choose another with --output, or remove it"
+            f"the output folder {output} exists; choose another with --output, remove it, or go on "
+            "in it with --resume"
         )
 
 
