@@ -55,8 +55,6 @@ roofline: $(INSTALLED)
 
 kernel-report: $(INSTALLED)
 	$(BIN)/python -m bench.kernel_report
-	$(BIN)/python -m bench.expert_report
-	$(BIN)/python -m bench.row_report
 	$(BIN)/python -m bench.launches
 
 clean:

@@ -1,42 +1,52 @@
-"""Static report of the prompt experts' kernels: machine code and bytes, judged without a GPU.
+"""The prompt experts' kernels: their figures, their limits, how the report shows them.
 
-    python -m bench.expert_report [--target 80 90] [--prompts 10 50] [--output report.csv]
+Memory cycles come from the bytes that a launch has to move and the published bandwidth, as
+`bench.memory` and `bench.multiprocessor` define them.
 
-Registers, spills and shared memory are the compiler's. Issue cycles are modelled from the machine
-code, memory cycles from the bytes that a launch has to move and the published bandwidth, as
-`bench.figures` and `bench.multiprocessor` define them. Nothing is run and nothing is timed.
+Useful MMA FLOP of a launch, for B images of n patches, p prompts, D channels and r hidden units, of
+the products that the formulas need (each once, however many parts an operand is taken in):
+
+- mix: M x, 2 B p n D
+- mix_backward: dG x^T and M^T dG, 4 B p n D
+- weight_gradient: the projector's output and its input's gradient again, and the gradients of both
+  its matrices, 8 B p r D
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
 from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
 from vpt_fast.kernels.launch import Launch
 
-from bench.figures import SCHEDULERS, KernelFigures, LoopFigures, kernel_figures
-from bench.kernel_report import architecture_name, conclude, over_the_limit
-from bench.limits import Verdict
-from bench.memory import RATED_TARGETS, memory_rate, tensor_bytes
+from bench.entry import Entry, LoopEntry
+from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
+from bench.limits import (
+    EXPERT_LIMITS,
+    JUDGED_TARGETS,
+    MIN_STAGES,
+    MIX_LIMIT,
+    MIX_PROMPTS,
+    Verdict,
+    at_most,
+    few_spills,
+    resources,
+)
+from bench.memory import memory_rate, tensor_bytes
 from bench.offline import Architecture, compile_kernel
 from bench.problems import launch_target
-
-MIX_LIMIT, MIX_PROMPTS = 0.3, 16
-"""Most issue cycles of the mix's loop per memory cycle, for up to so many prompts."""
 
 KERNELS = (
     "fold", "mix", "features",
     "features_backward", "weight_gradient", "mix_backward", "fold_backward",
 )  # fmt: skip
 
-COUNTED = frozenset({"mix", "weight_gradient", "mix_backward"})
-"""Kernels without loops, or with none but those over matrix products."""
+_PRODUCTS = {"mix": 1, "mix_backward": 2, "weight_gradient": 4}
+"""Matrix products by kernel; the others have none."""
 
 
 @dataclass(frozen=True)
@@ -54,29 +64,66 @@ class ExpertReport:
         return tensor_bytes(self.launch)
 
     @property
-    def issue_cycles(self) -> float:
-        """Issue cycles of the launch, over all programs."""
-        trips = [self.launch.trips[name] for name in self.launch.trips]
-        loops = self.figures.loops
-        inner = sum(
-            (trip * self.outer_trips - 1) * loop.instructions
-            for trip, loop in zip(trips, loops, strict=False)
-        )
-        warps = (self.figures.instructions + inner) * self.figures.warps
-        return warps / SCHEDULERS * math.prod(self.launch.grid)
+    def useful_flop(self) -> int | None:
+        """Multiplications and additions of the products that the launch is for (see the module)."""
+        if self.launch.name not in _PRODUCTS:
+            return None
+        problem = self.problem
+        per_row = problem.hidden_dim if self.launch.name == "weight_gradient" else problem.patches
+        rows = problem.batch * problem.prompts
+        return 2 * _PRODUCTS[self.launch.name] * rows * per_row * problem.width
+
+    @cached_property
+    def loops(self) -> dict[str, tuple[LoopFigures, int]]:
+        """Loops by name with how often a program runs each; those that were not unrolled."""
+        return {**self._named(self.figures.plain_loops, self._plain_trips), **self._products}
 
     @property
-    def outer_trips(self) -> int:
-        """How often a program goes through its loops: once, or once for each image."""
-        return int(self.launch.arguments.get("images_per_chunk", 1))
+    def complete(self) -> bool:
+        """Whether every loop of the machine code is known by name."""
+        known = len(self.figures.loops) + len(self.figures.plain_loops)
+        return len(self.loops) == known and self.figures.instructions > 0
+
+    @property
+    def _products(self) -> dict[str, tuple[LoopFigures, int]]:
+        """Loops over matrix products; they run again for every image that a program goes over."""
+        images = int(self.launch.arguments.get("images_per_chunk", 1))
+        trips = {name: count * images for name, count in self.launch.trips.items()}
+        return self._named(self.figures.loops, trips)
+
+    @property
+    def _plain_trips(self) -> dict[str, int]:
+        """Trips of the loops without matrix products, in source order."""
+        problem = self.problem
+        return {
+            "features": {"units": problem.hidden_dim},
+            "features_backward": {
+                "units": problem.hidden_dim,
+                "unit gradients": problem.hidden_dim,
+            },
+            "mix_backward": {"images": int(self.launch.arguments.get("images_per_chunk", 1))},
+            "fold_backward": {"taps": problem.kernel_size**2},
+        }.get(self.launch.name, {})
+
+    @staticmethod
+    def _named(
+        loops: tuple[LoopFigures, ...], trips: dict[str, int]
+    ) -> dict[str, tuple[LoopFigures, int]]:
+        """Loops of the machine code by name; none where they are not those of the source."""
+        if len(loops) != len(trips):
+            return {}
+        return {name: (loop, trips[name]) for name, loop in zip(trips, loops, strict=True)}
 
     def launch_ratio(self) -> float | None:
         """Issue cycles of the launch over its memory cycles, both of all SMs together.
 
-        None where a loop without matrix products, whose trips are not known here, is part of it.
+        None where a loop whose trips are not known here is part of it.
         """
-        memory = memory_rate(self.architecture) if self.launch.name in COUNTED else None
-        return None if memory is None else self.issue_cycles * memory / self.memory_bytes
+        memory = memory_rate(self.architecture)
+        if memory is None or not self.complete:
+            return None
+        cycles = issue_cycles(self.figures, list(self.loops.values()))
+        return cycles * math.prod(self.launch.grid) * memory / self.memory_bytes
 
     def mix_loop_ratio(self) -> float | None:
         """Issue cycles over memory cycles of x in an iteration of the mix."""
@@ -108,115 +155,54 @@ def expert_report(kernel: str, problem: ExpertProblem, architecture: Architectur
     return ExpertReport(problem, architecture, launch, figures)
 
 
+def expert_entry(kernel: str, problem: ExpertProblem, architecture: Architecture) -> Entry:
+    """Compile one launch and hold it against its limits; arguments as of `expert_report`."""
+    report = expert_report(kernel, problem, architecture)
+    sizes = report.launch.constexprs
+    tile = [sizes[name] for name in ("BLOCK_P", "BLOCK_T", "BLOCK_M", "BLOCK_D") if name in sizes]
+    tokens = problem.prefix + problem.patches
+    return Entry(
+        family="experts",
+        kernel=kernel,
+        architecture=architecture,
+        shape=f"{tokens},{problem.prompts} D{problem.width}",
+        tile="x".join(map(str, tile or [sizes["BLOCK"]])),
+        dtype=problem.dtype,
+        launch=report.launch,
+        figures=report.figures,
+        loops=tuple(
+            LoopEntry(name, trips, loop, loop.issue_per_unit)
+            for name, (loop, trips) in report.loops.items()
+        ),
+        complete=report.complete,
+        useful_flop=report.useful_flop,
+        memory_bytes=report.memory_bytes,
+        judged=verdicts(report),
+    )
+
+
 def verdicts(report: ExpertReport) -> list[Verdict]:
     """The limits that apply to a launch: shared memory always, the others for bf16."""
-    binary, limit = report.figures.binary, report.figures.shared_limit
-    result = [
-        Verdict("shared memory", f"{binary.shared} B", f"{limit} B", report.figures.shared_fits)
-    ]
-    if report.problem.dtype != torch.bfloat16 or report.architecture not in (80, 90):
+    binary = report.figures.binary
+    result = [resources(binary.shared, report.figures.shared_limit)]
+    if report.problem.dtype != torch.bfloat16 or report.architecture not in JUDGED_TARGETS:
         return result
-    result.append(Verdict("spills", f"{binary.spill_bytes} B", "0 B", binary.spill_bytes == 0))
+    result.append(few_spills(binary.spill_bytes))
+    problem, name = report.problem, report.launch.name
+    if problem == ExpertProblem(prompts=problem.prompts):
+        limit = EXPERT_LIMITS[name, int(report.architecture)].get(problem.prompts)
+        if limit is not None:
+            result.append(at_most("issue over memory, launch", report.launch_ratio(), limit, 3))
     loop, ratio = report.mix_loop, report.mix_loop_ratio()
     if loop is None or ratio is None:
         return result
     stages = report.launch.num_stages
-    result.append(Verdict("pipeline stages", str(stages), "at least 2", stages >= 2))
+    asked = f"at least {MIN_STAGES}"
+    result.append(Verdict("pipeline stages", str(stages), asked, stages >= MIN_STAGES))
     sizes = report.launch.constexprs
     size = sizes["BLOCK_T"] * sizes["BLOCK_D"] * 2
     wide = loop.wide_copy_bytes
     result.append(Verdict("asynchronous 16-byte loads", f"{wide} B", f"{size} B", wide >= size))
-    if report.problem.prompts <= MIX_PROMPTS and report.problem.width >= sizes["BLOCK_D"]:
-        holds = ratio <= MIX_LIMIT
-        result.append(Verdict("issue over memory", f"{ratio:.2f}", f"{MIX_LIMIT}", holds))
+    if problem.prompts <= MIX_PROMPTS and problem.width >= sizes["BLOCK_D"]:
+        result.append(at_most("issue over memory, loop", ratio, MIX_LIMIT, 2))
     return result
-
-
-_LINE = "{:18}{:8}{:>5}{:>6}{:>7}{:>7}{:>8}{:>9}{:>11}{:>10}{:>9}{:>8}"
-
-
-def header() -> str:
-    """Column names of `format_report`."""
-    return _LINE.format(
-        "kernel", "target", "p", "D", "warps", "regs", "spills", "shared", "blocks/SM",
-        "MB moved", "loop", "launch",
-    )  # fmt: skip
-
-
-def format_report(report: ExpertReport, judged: Sequence[Verdict]) -> str:
-    """A launch as lines of text, with the limits that do not hold."""
-    figures = report.figures
-    loop, launch = report.mix_loop_ratio(), report.launch_ratio()
-    line = _LINE.format(
-        report.launch.name,
-        architecture_name(report.architecture),
-        report.problem.prompts,
-        report.problem.width,
-        report.launch.num_warps,
-        figures.binary.registers,
-        figures.binary.spill_bytes,
-        figures.binary.shared,
-        figures.blocks_per_sm or "-",
-        f"{report.memory_bytes / 1e6:.1f}",
-        "-" if loop is None else f"{loop:.2f}",
-        "-" if launch is None else f"{launch:.2f}",
-    )
-    return "\n".join([line, *over_the_limit(judged)])
-
-
-def csv_row(report: ExpertReport, judged: Sequence[Verdict]) -> dict[str, Any]:
-    """A launch as a row of a CSV file."""
-    binary = report.figures.binary
-    return {
-        "kind": "static, modelled",
-        "kernel": report.launch.name,
-        "target": architecture_name(report.architecture),
-        "prompts": report.problem.prompts,
-        "width": report.problem.width,
-        "registers": binary.registers,
-        "spill_bytes": binary.spill_bytes,
-        "shared_bytes": binary.shared,
-        "blocks_per_sm": report.figures.blocks_per_sm,
-        "memory_bytes": report.memory_bytes,
-        "loop_issue_over_memory": report.mix_loop_ratio(),
-        "launch_issue_over_memory": report.launch_ratio(),
-        "over_the_limit": "; ".join(v.figure for v in judged if not v.holds),
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; 1 if a limit does not hold, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench.expert_report", description=__doc__)
-    parser.add_argument(
-        "--target", nargs="+", type=int, choices=RATED_TARGETS, default=RATED_TARGETS
-    )
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--prompts", nargs="+", type=int, default=[10, 50])
-    parser.add_argument("--width", nargs="+", type=int, default=[768])
-    parser.add_argument("--output", type=Path, help="CSV file to write; must not exist")
-    options = parser.parse_args(arguments)
-    if options.output and options.output.exists():
-        parser.error(f"--output {options.output} exists: name another file or remove it")
-    print(
-        "Static figures of VAPT's kernels, 64 images of 14 x 14 patches, bf16; nothing was run.\n"
-        "loop    issue cycles over memory cycles of x, per iteration of the mix\n"
-        "launch  issue cycles over memory cycles of all that is read and written, per launch\n\n"
-        + header(),
-        flush=True,
-    )
-    rows, over = [], 0
-    for architecture in options.target:
-        for width in options.width:
-            for prompts in options.prompts:
-                for kernel in options.kernel:
-                    problem = ExpertProblem(prompts=prompts, width=width)
-                    report = expert_report(kernel, problem, architecture)
-                    judged = verdicts(report)
-                    over += sum(not verdict.holds for verdict in judged)
-                    rows.append(csv_row(report, judged))
-                    print(format_report(report, judged), flush=True)
-    return conclude(over, rows, options.output)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -12,14 +12,14 @@ Definitions, all modelled from the machine code and published rates, none measur
 - *Issue cycles of a launch per useful 1,048,576 MMA FLOP*: the same for all programs of a launch,
   every loop as often as it runs and every other instruction once (branches that are skipped and the
   padding behind the program included, so this part is an upper bound), over the FLOP that the
-  problem needs without padded tiles.
+  problem needs without padded tiles. Cycles of the other pipes are counted the same way.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench.control_flow import Loop, find_loops
 from bench.multiprocessor import (
@@ -41,7 +41,7 @@ PIPES = ("tensor", "mufu", "fp32", "alu", "issue")
 
 @dataclass(frozen=True)
 class LoopFigures:
-    """One loop that issues matrix instructions, per iteration of one block.
+    """One loop, per iteration of one block.
 
     Attributes:
         line: line of the `for` in the kernel's source file, or None.
@@ -86,6 +86,10 @@ class KernelFigures:
         instructions: of the whole program, per warp, padding included.
         mix: the same by class.
         loops: those that issue matrix instructions, in the order of the source. Empty for AMD.
+        plain_loops: those that neither issue any nor are part of one that does, in the same order.
+        cycles: SM cycles of each pipe of `PIPES` for every instruction of the program once.
+        flop: MMA FLOP of every matrix instruction of the program once; None if the code does not
+            tell.
     """
 
     name: str
@@ -97,6 +101,9 @@ class KernelFigures:
     instructions: int
     mix: Counter[str]
     loops: tuple[LoopFigures, ...]
+    plain_loops: tuple[LoopFigures, ...] = ()
+    cycles: dict[str, float | None] = field(default_factory=dict)
+    flop: int | None = None
 
     @property
     def shared_fits(self) -> bool:
@@ -142,24 +149,35 @@ def _loop_figures(
     )
 
 
-def _mma_loops(
-    instructions: Sequence[Instruction], loops: Sequence[Loop]
-) -> list[tuple[int | None, list[int]]]:
-    """(source line, indices) of each loop with a matrix instruction of its own.
+_Body = tuple[int | None, list[int]]
+"""Source line of a loop, and the indices of its instructions."""
 
-    Loops without one that it holds, such as waits for a barrier, are counted to it, as run once.
+
+def _loop_bodies(
+    instructions: Sequence[Instruction], loops: Sequence[Loop]
+) -> tuple[list[_Body], list[_Body]]:
+    """Loops with a matrix instruction of their own, and the others.
+
+    Those of the others that such a loop holds, such as waits for a barrier, are counted to it, as
+    run once.
     """
     holds = [any(is_mma(instructions[i]) for i in loop.own) for loop in loops]
-    bodies = {number: list(loop.own) for number, loop in enumerate(loops) if holds[number]}
+    bodies = {number: list(loop.own) for number, loop in enumerate(loops)}
+    plain = []
     for number, loop in enumerate(loops):
         around = loop.parent
-        while not holds[number] and around is not None:
-            if holds[around]:
-                bodies[around].extend(loop.own)
-                break
+        while around is not None and not holds[around]:
             around = loops[around].parent
-    lined = [(loops[number].line, sorted(body)) for number, body in bodies.items()]
-    return sorted(lined, key=lambda loop: loop[0] or 0)
+        if not holds[number] and around is None:
+            plain.append(number)
+        elif not holds[number] and around is not None:
+            bodies[around].extend(loop.own)
+
+    def in_source_order(numbers: Sequence[int]) -> list[_Body]:
+        lined = [(loops[number].line, sorted(bodies[number])) for number in numbers]
+        return sorted(lined, key=lambda body: body[0] or 0)
+
+    return in_source_order([n for n, mma in enumerate(holds) if mma]), in_source_order(plain)
 
 
 def kernel_figures(name: str, binary: Binary) -> KernelFigures:
@@ -185,7 +203,14 @@ def kernel_figures(name: str, binary: Binary) -> KernelFigures:
         raise ValueError(f"unknown target {architecture}: use one of {sorted(MULTIPROCESSORS)}")
     sm, warps = MULTIPROCESSORS[architecture], binary.threads // WARP_SIZE
     instructions, labels = parse(binary.listing)
-    loops = _mma_loops(instructions, find_loops(instructions, labels))
+    matrix, plain = _loop_bodies(instructions, find_loops(instructions, labels))
+
+    def loops(bodies: Sequence[_Body]) -> tuple[LoopFigures, ...]:
+        return tuple(
+            _loop_figures([instructions[i] for i in body], line, warps, sm) for line, body in bodies
+        )
+
+    whole = _loop_figures(instructions, None, warps, sm)
     blocks = resident_blocks(sm, binary.registers, binary.shared, warps)
     return KernelFigures(
         name=name,
@@ -195,11 +220,49 @@ def kernel_figures(name: str, binary: Binary) -> KernelFigures:
         occupancy=blocks * warps / sm.warps,
         shared_limit=sm.shared_block,
         instructions=len(instructions),
-        mix=mix(instructions),
-        loops=tuple(
-            _loop_figures([instructions[i] for i in body], line, warps, sm) for line, body in loops
-        ),
+        mix=whole.mix,
+        loops=loops(matrix),
+        plain_loops=loops(plain),
+        cycles=whole.cycles,
+        flop=whole.flop,
     )
+
+
+Runs = Sequence[tuple[LoopFigures, int]]
+"""Loops of a program, and how often one program runs each."""
+
+
+def program_cycles(figures: KernelFigures, runs: Runs) -> dict[str, float | None]:
+    """SM cycles of each pipe for one program; None where the machine code does not tell.
+
+    Args:
+        figures: of the kernel.
+        runs: its loops; what is not in them counts once.
+    """
+    cycles = {
+        pipe: _repeated(once, [(loop.cycles[pipe], times) for loop, times in runs])
+        for pipe, once in figures.cycles.items()
+    }
+    return {**cycles, "issue": issue_cycles(figures, runs)} if cycles else {}
+
+
+def issue_cycles(figures: KernelFigures, runs: Runs) -> float:
+    """SM cycles of the issue pipe for one program; arguments as of `program_cycles`."""
+    inside = sum((times - 1) * loop.instructions for loop, times in runs)
+    return (figures.instructions + inside) * figures.warps / SCHEDULERS
+
+
+def program_flop(figures: KernelFigures, runs: Runs) -> int | None:
+    """MMA FLOP that one program issues; arguments as of `program_cycles`."""
+    total = _repeated(figures.flop, [(loop.flop, times) for loop, times in runs])
+    return None if total is None else int(total)
+
+
+def _repeated(once: float | None, loops: Sequence[tuple[float | None, int]]) -> float | None:
+    """A figure of the whole program with those of its loops as often as they run."""
+    if once is None or any(value is None for value, _ in loops):
+        return None
+    return once + sum((times - 1) * (value or 0) for value, times in loops)
 
 
 def launch_issue_cycles(
@@ -224,7 +287,5 @@ def launch_issue_cycles(
             f"{figures.name}: trip counts {tuple(trips)} for {len(figures.loops)} loops with "
             f"matrix instructions: pass one for each of lines {[x.line for x in figures.loops]}"
         )
-    per_warp = figures.instructions + sum(
-        (trip - 1) * loop.instructions for trip, loop in zip(trips, figures.loops, strict=True)
-    )
-    return per_warp * figures.warps / SCHEDULERS * programs * UNIT_FLOP / useful_flop
+    cycles = issue_cycles(figures, list(zip(figures.loops, trips, strict=True)))
+    return cycles * programs * UNIT_FLOP / useful_flop

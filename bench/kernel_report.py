@@ -1,161 +1,64 @@
-"""Static report of the prompt attention kernels: their machine code, judged without a GPU.
+"""Static report of every kernel: its machine code, judged without a GPU.
 
-    python -m bench.kernel_report [--target 80 90 gfx942] [--kernel forward] [--output report.csv]
+    python -m bench.kernel_report [--family attention plain experts rows] [--target 80 90 gfx942]
+        [--kernel forward] [--head-dim 64] [--width 768] [--dtype bf16] [--shape 197,50]
+        [--all] [--output report.csv]
 
-Every launch is compiled as the launcher would launch it. Registers, spills, shared memory and
-occupancy are the compiler's; cycles are modelled from the instructions and published rates, as
-`bench.figures` defines them. Nothing is run and nothing is timed.
+Every launch is compiled as the launcher would launch it, with the tiles that the launch table gives
+it. Registers, spills, shared memory and occupancy are the compiler's; cycles are modelled from the
+instructions and published rates, as `bench.figures` and `bench.entry` define them. Nothing is run
+and nothing is timed. Without options: what `bench.limits` judges, bf16 on sm_80 and sm_90. `--all`:
+every head dimension, width, dtype and target, which takes hours the first time.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
+from vpt_fast.kernels.expert_plan import ExpertProblem
 from vpt_fast.kernels.plan import AttentionProblem
 
-from bench.figures import PIPES
-from bench.limits import PROBLEMS, Verdict, verdicts
+from bench import expert_report, plain_report, problems, row_problems
+from bench.attention_report import attention_entry
+from bench.entry import Entry, csv_rows, format_entry, header, write_csv
+from bench.expert_report import expert_entry
+from bench.limits import JUDGED_TARGETS, PROBLEMS, WIDTHS
 from bench.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
 from bench.offline import Architecture
-from bench.problems import KERNELS
-from bench.report import LaunchReport, launch_report
+from bench.plain_report import comparison, plain_entry
+from bench.row_problems import ACTIVATION_KERNELS, RowProblem
+from bench.row_report import row_entry
+
+KERNELS = {
+    "attention": (*problems.KERNELS, *problems.OTHER_KERNELS),
+    "plain": plain_report.KERNELS,
+    "experts": expert_report.KERNELS,
+    "rows": row_problems.KERNELS,
+}
+"""Names of the kernels by family; plain is what attention is compared with."""
+
+HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 112, 128)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TARGETS: tuple[Architecture, ...] = (*MULTIPROCESSORS, *AMD_SHARED_BLOCK)
 
 TITLE = "Static figures, modelled from machine code and published rates; nothing was run or timed."
 LEGEND = """\
-launch  issue cycles of the whole launch per useful 1,048,576 MMA FLOP (padding, prologue, epilogue)
-useful  part of the matrix work that the problem needs
-loops   SM cycles of each pipe per iteration of one block, and issue cycles per 1,048,576 MMA FLOP;
-        narrow tiles are counted over the usual tiles that they take the place of"""
-
-_HEAD = "{:19}{:8}{:>5}{:>5}  {:18}{:>6}{:>7}{:>6}{:>7}{:>9}{:>10}{:>8}{:>8}"
-_LOOP = "    {:15}{:>6}{:>7}{:>7}" + "{:>8}" * len(PIPES) + "{:>11}"
-
-
-def architecture_name(architecture: Architecture) -> str:
-    """sm_90 for 90; an AMD architecture's own name."""
-    return f"sm_{architecture}" if isinstance(architecture, int) else architecture
-
-
-def _cell(value: float | None, form: str = ".0f") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _tile(report: LaunchReport) -> str:
-    """Sizes of the launch's tile: rows of queries x rows of keys, and of the narrower tiles."""
-    sizes = report.launch.constexprs
-    narrow = sizes.get("BLOCK_MIX", sizes.get("BLOCK_TAIL"))
-    return f"{sizes['BLOCK_M']}x{sizes['BLOCK_N']}" + (f", {narrow}" if narrow else "")
-
-
-def format_report(report: LaunchReport, judged: Sequence[Verdict]) -> str:
-    """A launch as lines of text: the kernel, its loops, and the limits that do not hold."""
-    figures, launch = report.figures, report.launch
-    binary = figures.binary
-    lines = [
-        _HEAD.format(
-            report.kernel,
-            architecture_name(report.architecture),
-            report.problem.num_keys,
-            report.problem.num_prompts,
-            _tile(report),
-            launch.num_warps,
-            launch.num_stages,
-            binary.registers,
-            binary.spill_bytes,
-            binary.shared,
-            _cell(figures.blocks_per_sm),
-            _cell(report.useful_fraction, ".0%"),
-            _cell(report.issue_cycles),
-        )
-    ]
-    for name, loop in report.loops.items():
-        pipes = [_cell(loop.cycles[pipe]) for pipe in PIPES]
-        lines.append(
-            _LOOP.format(
-                name,
-                _cell(loop.line),
-                launch.trips[name],
-                loop.instructions,
-                *pipes,
-                _cell(report.loop_cycles(name)),
-            )
-        )
-    return "\n".join([*lines, *over_the_limit(judged)])
-
-
-def over_the_limit(judged: Sequence[Verdict]) -> list[str]:
-    """A line for each limit that does not hold."""
-    return [
-        f"    OVER THE LIMIT  {verdict.figure}: {verdict.value}, limit {verdict.limit}"
-        for verdict in judged
-        if not verdict.holds
-    ]
-
-
-def header() -> str:
-    """The two rows of column names of `format_report`."""
-    first = _HEAD.format(
-        "kernel", "target", "N", "p", "tile", "warps", "stages", "regs", "spills", "shared",
-        "blocks/SM", "useful", "launch",
-    )  # fmt: skip
-    return first + "\n" + _LOOP.format("loop", "line", "trips", "instr", *PIPES, "per unit")
-
-
-def csv_rows(report: LaunchReport, judged: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """One row per loop of a launch (one in all where no loop was read), for a CSV file."""
-    figures, launch = report.figures, report.launch
-    common = {
-        "kind": "static, modelled",
-        "kernel": report.kernel,
-        "target": architecture_name(report.architecture),
-        "tokens": report.problem.num_keys,
-        "prompts": report.problem.num_prompts,
-        "head_dim": report.problem.head_dim,
-        "dtype": str(report.problem.dtype).removeprefix("torch."),
-        "tile": _tile(report),
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "registers": figures.binary.registers,
-        "spill_bytes": figures.binary.spill_bytes,
-        "shared_bytes": figures.binary.shared,
-        "blocks_per_sm": figures.blocks_per_sm,
-        "occupancy": figures.occupancy,
-        "useful_fraction": report.useful_fraction,
-        "launch_issue_cycles_per_unit": report.issue_cycles,
-        "over_the_limit": "; ".join(v.figure for v in judged if not v.holds),
-    }
-    rows = [
-        {
-            **common,
-            "loop": name,
-            "line": loop.line,
-            "trips": launch.trips[name],
-            "instructions": loop.instructions,
-            "mma_flop": loop.flop,
-            **{f"{pipe}_cycles": loop.cycles[pipe] for pipe in PIPES},
-            "loop_issue_cycles_per_unit": report.loop_cycles(name),
-            "mix": " ".join(f"{kind}={count}" for kind, count in loop.mix.most_common()),
-        }
-        for name, loop in report.loops.items()
-    ]
-    return rows or [common]
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows under the union of their columns.
-
-    Raises:
-        FileExistsError: if `path` exists.
-    """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("x", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+useful      part of the issued matrix work that the problem needs
+per unit    SM cycles of each pipe per useful 1,048,576 MMA FLOP, all programs of a launch: padding,
+            prologue and epilogue included (under "instr" the whole program, under "trips" programs)
+over memory the same over the cycles that device memory takes for what the launch has to move
+loops       SM cycles of each pipe per iteration of one block, its instruction classes, and issue
+            cycles per 1,048,576 MMA FLOP of the loop; narrow tiles of attention are counted over
+            the usual tiles that they take the place of
+-           not known: gfx942's machine code is not read, sm_100's does not tell its MMA FLOP;
+            memory cycles are for the targets whose bandwidth bench/multiprocessor.py has"""
+BESIDE = """\
+Beside a plain flash attention on concatenated keys and values: SM cycles of each pipe per useful
+1,048,576 MMA FLOP, the same FLOP for all; copies: memory cycles of concatenating and splitting."""
 
 
 def _architecture(text: str) -> Architecture:
@@ -165,19 +68,91 @@ def _architecture(text: str) -> Architecture:
         return int(number)
     if text in AMD_SHARED_BLOCK:
         return text
-    known = ", ".join(map(str, (*MULTIPROCESSORS, *AMD_SHARED_BLOCK)))
-    raise argparse.ArgumentTypeError(f"unknown target {text!r}: use {known}")
+    raise argparse.ArgumentTypeError(f"unknown target {text!r}: use {', '.join(map(str, TARGETS))}")
 
 
-def _problem(text: str) -> AttentionProblem:
-    """A shape from the command line: N,p or N,p,d."""
+def _shape(text: str) -> tuple[int, int]:
+    """A shape from the command line: N,p."""
     try:
         sizes = [int(size) for size in text.split(",")]
     except ValueError:
         sizes = []
-    if len(sizes) not in (2, 3) or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"shape {text!r}: use N,p or N,p,d such as 197,50,64")
-    return AttentionProblem(*sizes)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"shape {text!r}: use N,p such as 197,50")
+    return sizes[0], sizes[1]
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number of at least 1")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m bench.kernel_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kernels = [name for names in KERNELS.values() for name in names]
+    add = result.add_argument
+    add("--family", nargs="+", choices=KERNELS, default=list(KERNELS))
+    add("--target", nargs="+", type=_architecture, help="80 90 unless given, or all with --all")
+    add("--kernel", nargs="+", choices=kernels, default=kernels, metavar="NAME")
+    add("--shape", nargs="+", type=_shape, help="N,p of attention and experts; rows: 64 x 197")
+    add("--head-dim", nargs="+", type=_positive, help="of attention: 64 unless given")
+    add("--width", nargs="+", type=_positive, help="D of experts and rows: 768 unless given")
+    add("--dtype", nargs="+", choices=DTYPES, help="bf16 unless given")
+    add("--all", action="store_true", help="every head dimension, width, dtype and target")
+    add("--output", type=Path, help="CSV file to write; must not exist")
+    return result
+
+
+def patch_grid(tokens: int) -> tuple[tuple[int, int], int]:
+    """The largest square of patches that leaves at least one of so many tokens, and what it leaves.
+
+    Raises:
+        ValueError: if that is less than 2 x 2, where the experts' convolution has no place.
+    """
+    side = math.isqrt(tokens - 1)
+    if side < 2:
+        raise ValueError(f"{tokens} tokens: experts need at least 5, one and 2 x 2 patches")
+    return (side, side), tokens - side * side
+
+
+def entries(options: argparse.Namespace) -> Iterator[Entry]:
+    """Compiles what the options ask for, one launch after the other."""
+    every = options.all
+    targets = options.target or (TARGETS if every else JUDGED_TARGETS)
+    dtypes = [DTYPES[name] for name in options.dtype or (DTYPES if every else ["bf16"])]
+    dims = options.head_dim or (HEAD_DIMS if every else [64])
+    widths = options.width or (WIDTHS if every else [768])
+    shapes = options.shape or [(p.num_keys, p.num_prompts) for p in PROBLEMS]
+    kernels = {
+        family: [name for name in KERNELS[family] if name in options.kernel]
+        for family in options.family
+    }
+    for target in targets:
+        for dtype in dtypes:
+            for dim in dims:
+                of_shape = [AttentionProblem(n, p, dim, dtype) for n, p in shapes]
+                for kernel in kernels.get("attention", ()):
+                    for problem in of_shape:
+                        yield attention_entry(kernel, problem, target)
+                for kernel in kernels.get("plain", ()) if dtype != torch.float32 else ():
+                    for problem in of_shape:
+                        for prompt_queries in (False, True):
+                            yield plain_entry(kernel, problem, target, prompt_queries)
+            for width in widths:
+                for kernel in kernels.get("experts", ()):
+                    for n, p in shapes:
+                        grid, prefix = patch_grid(n)
+                        problem = ExpertProblem(grid, p, width, dtype, prefix)
+                        yield expert_entry(kernel, problem, target)
+                for kernel in kernels.get("rows", ()):
+                    channels = 4 * width if kernel in ACTIVATION_KERNELS else width
+                    yield row_entry(kernel, RowProblem(channels, dtype), target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -189,34 +164,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         1 if a limit does not hold, else 0.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench.kernel_report", description=TITLE)
-    parser.add_argument("--target", nargs="+", type=_architecture, default=[80, 90])
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--shape", nargs="+", type=_problem, default=list(PROBLEMS))
-    parser.add_argument("--output", type=Path, help="CSV file to write; must not exist")
-    options = parser.parse_args(arguments)
+    command = parser()
+    options = command.parse_args(arguments)
     if options.output and options.output.exists():
-        parser.error(f"--output {options.output} exists: name another file or remove it")
-
+        command.error(f"--output {options.output} exists: name another file or remove it")
+    if not any(set(KERNELS[family]) & set(options.kernel) for family in options.family):
+        command.error(f"no kernel {', '.join(options.kernel)} in {', '.join(options.family)}")
+    if "experts" in options.family and set(KERNELS["experts"]) & set(options.kernel):
+        try:
+            for tokens, _ in options.shape or ():
+                patch_grid(tokens)
+        except ValueError as error:
+            command.error(f"--shape: {error}, or --family without experts")
     print(TITLE, LEGEND, "", header(), sep="\n", flush=True)
-    rows: list[dict[str, Any]] = []
-    over = 0
-    for architecture in options.target:
-        for kernel in options.kernel:
-            for problem in options.shape:
-                report = launch_report(kernel, problem, architecture)
-                judged = verdicts(report)
-                over += sum(not verdict.holds for verdict in judged)
-                rows += csv_rows(report, judged)
-                print(format_report(report, judged), flush=True)
-    return conclude(over, rows, options.output)
-
-
-def conclude(over: int, rows: Sequence[dict[str, Any]], output: Path | None) -> int:
-    """Print whether all limits hold, write `rows` if asked to, and return the exit code."""
+    done = []
+    for entry in entries(options):
+        done.append(entry)
+        print(format_entry(entry), flush=True)
+    attention = [entry for entry in done if entry.family.endswith("attention")]
+    if {entry.family for entry in attention} == {"attention", "plain attention"}:
+        print("", BESIDE, "", comparison(attention), sep="\n")
+    over = sum(not verdict.holds for entry in done for verdict in entry.judged)
     print(f"\n{over} figures over their limits." if over else "\nEvery limit holds.")
-    if output:
-        write_csv(output, rows)
+    if options.output:
+        write_csv(options.output, [row for entry in done for row in csv_rows(entry)])
     return 1 if over else 0
 
 

@@ -1,7 +1,9 @@
-"""What the attention kernels' machine code must not exceed: one table, and the check against it.
+"""What the machine code of the kernels must not exceed: every limit, in one place.
 
-All figures are static, as `bench.figures` and `bench.report` define them, for bf16 and head
-dimension 64. They are compared as they are printed, rounded to whole cycles.
+All figures are static, as `bench.figures` and `bench.entry` define them, and compared as they are
+printed. The limits of whole launches lie 2 to 3% above the figures of the day that they were set,
+so that a kernel that gets slower is named. `bench.attention_report`, `bench.expert_report` and
+`bench.row_report` say which of them apply to a launch.
 """
 
 from __future__ import annotations
@@ -9,20 +11,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from vpt_fast.kernels.plan import AttentionProblem
 
-from bench.multiprocessor import MULTIPROCESSORS
-from bench.report import FULL_LOOPS, LaunchReport
+JUDGED_TARGETS = (80, 90)
+"""Architectures that the limits are for. Shared memory has to fit on every one."""
+
+# Attention: bf16, head dimension 64.
 
 SMALL, MANY, LARGE = (197, 10), (197, 50), (577, 50)
 """(N, p): 224 px with few and with many prompts, and 384 px, in patches of 16."""
 
 PROBLEMS = tuple(AttentionProblem(tokens, prompts) for tokens, prompts in (SMALL, MANY, LARGE))
-"""What the table is for: bf16, head dimension 64."""
+"""What the limits are for: bf16, head dimension 64."""
 
 MIN_STAGES = 2
 """Stages of the software pipeline: with one, loads are not ahead of their use."""
+
+MIN_WARPS = 8
+"""Fewest resident warps of a multiprocessor: two for each scheduler."""
+
+
+SPILLED = {("prompt_dkdv", 90): {SMALL: 24}}
+"""Most bytes of spills, by kernel, target and (N, p), where a kernel has any."""
 
 
 class LoopLimit(NamedTuple):
@@ -33,8 +43,16 @@ class LoopLimit(NamedTuple):
 
 
 LAUNCH_LIMITS = {
-    ("forward", 80): {SMALL: 725, MANY: 690, LARGE: 455},
-    ("forward", 90): {SMALL: 670, MANY: 625, LARGE: 400},
+    ("forward", 80): {SMALL: 569, MANY: 560, LARGE: 382},
+    ("forward", 90): {SMALL: 503, MANY: 482, LARGE: 316},
+    ("dq", 80): {SMALL: 438, MANY: 432, LARGE: 291},
+    ("dq", 90): {SMALL: 382, MANY: 351, LARGE: 219},
+    ("token_dkdv", 80): {SMALL: 393, MANY: 393, LARGE: 268},
+    ("token_dkdv", 90): {SMALL: 388, MANY: 388, LARGE: 231},
+    ("shared_prompt_dkdv", 80): {SMALL: 624, MANY: 391, LARGE: 333},
+    ("shared_prompt_dkdv", 90): {SMALL: 645, MANY: 313, LARGE: 250},
+    ("prompt_dkdv", 80): {SMALL: 671, MANY: 465, LARGE: 365},
+    ("prompt_dkdv", 90): {SMALL: 707, MANY: 382, LARGE: 267},
 }
 """Most issue cycles of a whole launch per useful 1,048,576 MMA FLOP: kernel, target and (N, p)."""
 
@@ -47,6 +65,65 @@ LOOP_LIMITS = {
     ("shared_prompt_dkdv", 90): LoopLimit(full=170, masked=None),
 }
 """By kernel and target, for every problem of `PROBLEMS`."""
+
+DELTA_LIMITS = {80: 0.334, 90: 0.347}
+"""Most issue cycles of the delta kernel per memory cycle, by target, at every shape."""
+
+# Experts: bf16.
+
+MIX_LIMIT, MIX_PROMPTS = 0.3, 16
+"""Most issue cycles of the mix's loop per memory cycle, for up to so many prompts."""
+
+EXPERT_LIMITS = {
+    ("fold", 80): {10: 1.366, 50: 1.367},
+    ("fold", 90): {10: 1.501, 50: 1.501},
+    ("mix", 80): {10: 0.249, 50: 0.761},
+    ("mix", 90): {10: 0.255, 50: 0.414},
+    ("features", 80): {10: 1.889, 50: 2.003},
+    ("features", 90): {10: 1.971, 50: 2.089},
+    ("features_backward", 80): {10: 2.425, 50: 2.512},
+    ("features_backward", 90): {10: 2.523, 50: 2.614},
+    ("weight_gradient", 80): {10: 1.71, 50: 1.316},
+    ("weight_gradient", 90): {10: 1.818, 50: 1.404},
+    ("mix_backward", 80): {10: 0.56, 50: 0.73},
+    ("mix_backward", 90): {10: 0.55, 50: 0.754},
+    ("fold_backward", 80): {10: 2.386, 50: 2.387},
+    ("fold_backward", 90): {10: 1.854, 50: 1.855},
+}
+"""Most issue cycles of a launch per memory cycle: kernel, target and p; 64 images of 14 x 14
+patches, D = 768."""
+
+# Rows: 16-bit tensors.
+
+WIDTHS = (192, 384, 768, 1024, 1280)
+HIDDEN = (768, 1536, 3072, 4096, 5120)
+"""Widths of the stream and of the hidden layer that the limits are for."""
+
+MIN_OCCUPANCY = 0.5
+"""Least part of a multiprocessor's warps that are resident: they wait for memory in turns."""
+
+WIDE = 16
+"""Bytes of the widest load and store of a lane before sm_100."""
+
+ISSUE_LIMIT = 0.8
+"""Most issue cycles of a launch per memory cycle, at every width: memory is what it waits for."""
+
+ROW_LIMITS = {
+    "norm": {80: 0.695, 90: 0.74},
+    "residual_norm": {80: 0.383, 90: 0.407},
+    "residual_norm_scaled": {80: 0.49, 90: 0.527},
+    "residual_norm_backward": {80: 0.482, 90: 0.537},
+    "residual_norm_backward_scaled": {80: 0.443, 90: 0.489},
+    "activation gelu": {80: 0.63, 90: 0.667},
+    "activation_backward gelu": {80: 0.491, 90: 0.519},
+    "activation gelu_tanh": {80: 0.469, 90: 0.486},
+    "activation_backward gelu_tanh": {80: 0.438, 90: 0.463},
+    "activation quick_gelu": {80: 0.415, 90: 0.431},
+    "activation_backward quick_gelu": {80: 0.384, 90: 0.408},
+    "activation silu": {80: 0.388, 90: 0.403},
+    "activation_backward silu": {80: 0.348, 90: 0.371},
+}
+"""The same by kernel and target for bf16 at D = 768 and at 3072 hidden channels."""
 
 
 @dataclass(frozen=True)
@@ -65,107 +142,22 @@ class Verdict:
     holds: bool
 
 
-def is_judged(report: LaunchReport) -> bool:
-    """Whether the whole table applies: to whole blocks, not to the last one's single query."""
-    problem = report.problem
-    return (
-        report.architecture in (80, 90)
-        and problem.dtype == torch.bfloat16
-        and problem.head_dim == 64
-        and problem.num_queries is None
-    )
+def at_most(figure: str, value: float | None, limit: float, digits: int = 0) -> Verdict:
+    """A figure, rounded to so many digits, held against the most that it may be.
 
-
-def verdicts(report: LaunchReport) -> list[Verdict]:
-    """Every limit that applies to a launch, held against its figures.
-
-    Args:
-        report: the launch.
-
-    Returns:
-        One verdict per limit.
+    A figure that is not known does not hold.
     """
-    binary, launch = report.figures.binary, report.launch
-    limit = report.figures.shared_limit
-    fits = Verdict("shared memory", f"{binary.shared} B", f"{limit} B", report.figures.shared_fits)
-    if not is_judged(report):
-        return [fits]
-    stages = Verdict(
-        "pipeline stages",
-        str(launch.num_stages),
-        f"at least {MIN_STAGES}",
-        launch.num_stages >= MIN_STAGES,
-    )
-    spills = Verdict("spills", f"{binary.spill_bytes} B", "0 B", binary.spill_bytes == 0)
-    return [
-        fits,
-        spills,
-        stages,
-        _matrix_instructions(report),
-        *_loads(report),
-        *_cycles(report),
-    ]
-
-
-def _matrix_instructions(report: LaunchReport) -> Verdict:
-    """The architecture's own matrix instructions, where a block has the warps that they take."""
-    mma = MULTIPROCESSORS[int(report.architecture)].mma
-    if report.figures.warps < 4:
-        mma = "HMMA"
-    others = {"HMMA", "HGMMA"} - {mma}
-    found = sorted(
-        name for name in ("HMMA", "HGMMA") if any(loop.mix[name] for loop in report.figures.loops)
-    )
-    holds = mma in found and not others & set(found)
-    return Verdict("matrix instructions", "+".join(found) or "none", mma, holds)
-
-
-def _loads(report: LaunchReport) -> list[Verdict]:
-    """Activations arrive in 16-byte pieces, asynchronously in loops over full tiles.
-
-    An iteration reads two tiles of `rows` rows; row statistics (fp32) come beside them.
-    """
-    result = []
-    constexprs = report.launch.constexprs
-    lanes = report.figures.binary.threads
-    for name, loop in report.loops.items():
-        rows = constexprs[_rows_of(report.kernel, name)]
-        size = 2 * rows * constexprs["BLOCK_D"] * report.problem.dtype.itemsize
-        wide = loop.wide_copy_bytes
-        if name not in FULL_LOOPS:
-            wide += lanes * sum(width for width in loop.load_widths if width == 16)
-        narrow = [width for width in loop.load_widths if width < 4]
-        holds = (wide >= size or loop.bulk_copies > 0) and not narrow
-        kind = "asynchronous 16-byte" if name in FULL_LOOPS else "16-byte"
-        value = f"{wide} B" + (f", {len(narrow)} loads of under 4 B" if narrow else "")
-        result.append(Verdict(f"{kind} loads, {name}", value, f"at least {size} B", holds))
-    return result
-
-
-def _rows_of(kernel: str, loop: str) -> str:
-    """Name of the constexpr that holds the rows of a loop's tile."""
-    if loop in FULL_LOOPS:
-        return "BLOCK_M" if kernel.endswith("dkdv") else "BLOCK_N"
-    return {"mixed": "BLOCK_MIX", "tail": "BLOCK_TAIL"}[loop]
-
-
-def _cycles(report: LaunchReport) -> list[Verdict]:
-    """Issue cycles of the launch and of its loops."""
-    result = []
-    key = (report.kernel, int(report.architecture))
-    by_shape = LAUNCH_LIMITS.get(key, {})
-    limit = by_shape.get((report.problem.num_keys, report.problem.num_prompts))
-    if limit is not None:
-        result.append(_at_most("issue cycles, launch", report.issue_cycles, limit))
-    loop_limit = LOOP_LIMITS.get(key, LoopLimit(None, None))
-    for name in report.loops:
-        limit = loop_limit.full if name in FULL_LOOPS else loop_limit.masked
-        if limit is not None:
-            result.append(_at_most(f"issue cycles, {name}", report.loop_cycles(name), limit))
-    return result
-
-
-def _at_most(figure: str, value: float | None, limit: int) -> Verdict:
+    asked = f"at most {limit:.{digits}f}"
     if value is None:
-        return Verdict(figure, "unknown", f"at most {limit}", False)
-    return Verdict(figure, f"{value:.0f}", f"at most {limit}", round(value) <= limit)
+        return Verdict(figure, "unknown", asked, False)
+    return Verdict(figure, f"{value:.{digits}f}", asked, round(value, digits) <= limit)
+
+
+def resources(shared: int, shared_limit: int) -> Verdict:
+    """Whether a block may have the shared memory that it asks for."""
+    return Verdict("shared memory", f"{shared} B", f"{shared_limit} B", shared <= shared_limit)
+
+
+def few_spills(spill_bytes: int, most: int = 0) -> Verdict:
+    """Whether a kernel's values fit in registers, but for so many bytes."""
+    return Verdict("spills", f"{spill_bytes} B", f"{most} B", spill_bytes <= most)

@@ -8,6 +8,8 @@ S), without padding.
 - dq: 3 products, S, dP = dO V^T and dS K, with N + p keys: 6 M (N + p) d
 - token_dkdv: 4 products, S, dP, P^T dO and dS^T Q, with the tokens: 8 M N d
 - shared_prompt_dkdv, prompt_dkdv: the same with the prompts: 8 M p d
+
+delta, which is launched when tokens need no gradient, has no products.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from bench.offline import Architecture
 KERNELS = ("forward", "dq", "token_dkdv", "shared_prompt_dkdv")
 """Names of the launches of a training step whose prompts are shared by the batch."""
 
+OTHER_KERNELS = ("prompt_dkdv", "delta")
+"""Those with prompts of each image's own, and with tokens that need no gradient."""
+
 
 def launch_target(architecture: Architecture) -> Target:
     """What the launch table calls an architecture."""
@@ -28,17 +33,20 @@ def launch_target(architecture: Architecture) -> Target:
     return Target(0, hip=True)
 
 
-def attention_launches(problem: AttentionProblem, architecture: Architecture) -> dict[str, Launch]:
+def attention_launches(
+    problem: AttentionProblem, architecture: Architecture, needs_tokens: bool = True
+) -> dict[str, Launch]:
     """The launches of a forward and a backward pass by name, as the launcher makes them.
 
     Args:
         problem: shapes and dtype.
         architecture: what the launch table tunes for.
+        needs_tokens: whether tokens need a gradient.
 
     Returns:
         Launches on tensors without memory, which count as aligned.
     """
-    plan = attention_plan(problem, launch_target(architecture))
+    plan = attention_plan(problem, launch_target(architecture), needs_tokens=needs_tokens)
     return {launch.name: launch for launch in (*plan["forward"], *plan["backward"])}
 
 

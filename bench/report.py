@@ -9,7 +9,8 @@ from functools import cached_property
 from vpt_fast.kernels.launch import Launch
 from vpt_fast.kernels.plan import AttentionProblem
 
-from bench.figures import KernelFigures, LoopFigures, kernel_figures, launch_issue_cycles
+from bench.figures import UNIT_FLOP, KernelFigures, LoopFigures, issue_cycles, kernel_figures
+from bench.memory import memory_rate, tensor_bytes
 from bench.offline import Architecture, compile_kernel
 from bench.problems import attention_launches, useful_flop
 
@@ -37,7 +38,7 @@ class LaunchReport:
 
     @property
     def kernel(self) -> str:
-        """Name of the kernel, one of `bench.problems.KERNELS`."""
+        """Name of the kernel, one of `bench.problems.KERNELS` or `OTHER_KERNELS`."""
         return self.launch.name
 
     @property
@@ -47,9 +48,14 @@ class LaunchReport:
 
     @cached_property
     def loops(self) -> dict[str, LoopFigures]:
-        """Figures of each loop by its name in the launch."""
+        """Figures of each loop by its name in the launch; none where no machine code was read.
+
+        In fp32, whose products take no matrix instructions, those are the loops without any.
+        """
         if not self.figures.loops:
-            return {}
+            plain = self.figures.plain_loops
+            same = len(plain) == len(self.launch.trips)
+            return dict(zip(self.launch.trips, plain, strict=True)) if same else {}
         if len(self.figures.loops) != len(self.launch.trips):
             lines = [loop.line for loop in self.figures.loops]
             raise ValueError(
@@ -65,8 +71,23 @@ class LaunchReport:
             return None
         programs = math.prod(self.launch.grid)
         useful = useful_flop(self.kernel, self.problem)
-        trips = [self.launch.trips[name] for name in self.loops]
-        return launch_issue_cycles(self.figures, trips, programs, useful)
+        runs = [(loop, self.launch.trips[name]) for name, loop in self.loops.items()]
+        return issue_cycles(self.figures, runs) * programs * UNIT_FLOP / useful
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors that the launch reads and writes, each tensor once."""
+        return tensor_bytes(self.launch)
+
+    @property
+    def over_memory(self) -> float | None:
+        """Issue cycles of the launch over its memory cycles, both of all SMs together."""
+        rate = memory_rate(self.architecture)
+        if rate is None or len(self.loops) != len(self.launch.trips):
+            return None
+        runs = [(loop, self.launch.trips[name]) for name, loop in self.loops.items()]
+        cycles = issue_cycles(self.figures, runs) * math.prod(self.launch.grid)
+        return cycles * rate / self.memory_bytes
 
     @cached_property
     def useful_fraction(self) -> float | None:
@@ -105,7 +126,7 @@ def launch_report(
     """Compiles one launch of a problem and reads its machine code.
 
     Args:
-        kernel: name of the launch, such as those of `bench.problems.KERNELS`.
+        kernel: one of `bench.problems.KERNELS` or `OTHER_KERNELS`.
         problem: shapes and dtype.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
 
@@ -115,7 +136,7 @@ def launch_report(
     Raises:
         ValueError: if the problem launches no such kernel.
     """
-    launches = attention_launches(problem, architecture)
+    launches = attention_launches(problem, architecture, needs_tokens=kernel != "delta")
     if kernel not in launches:
         raise ValueError(f"no launch {kernel!r} for {problem}: use one of {', '.join(launches)}")
     figures = kernel_figures(kernel, compile_kernel(launches[kernel], architecture))

@@ -6,18 +6,21 @@ target takes a second or two to compile; Triton's cache keeps it.
 
 import csv
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 
 import pytest
 import torch
+from slower import slower
 from vpt_fast.kernels.plan import AttentionProblem
 
 from bench import kernel_report
+from bench.attention_report import entry_of, verdicts
 from bench.figures import KernelFigures, LoopFigures
-from bench.limits import PROBLEMS, verdicts
+from bench.limits import PROBLEMS
 from bench.offline import Binary, compile_kernel
-from bench.problems import KERNELS, attention_launches, useful_flop
+from bench.problems import KERNELS, OTHER_KERNELS, attention_launches, useful_flop
 from bench.report import LaunchReport, launch_report
 
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 112, 128)
@@ -41,6 +44,9 @@ CORE = {
 """What the default run compiles of the grid: each target, dimension, dtype and kernel."""
 
 
+report_of = functools.cache(launch_report)
+
+
 def name_of(value: object) -> str:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
@@ -62,17 +68,32 @@ def grid() -> list:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS + OTHER_KERNELS)
 @pytest.mark.parametrize("target", [80, 90])
 def test_limits(target, kernel, problem):
-    report = launch_report(kernel, problem, target)
-    judged = verdicts(report)
+    problem = problem._replace(shared_prompts=kernel != "prompt_dkdv")
+    judged = verdicts(report_of(kernel, problem, target))
     figures = [verdict.figure for verdict in judged]
-    assert {"shared memory", "spills", "pipeline stages", "matrix instructions"} <= set(figures)
-    assert any(figure.startswith("issue cycles") for figure in figures)
-    assert any(figure.startswith("asynchronous 16-byte loads") for figure in figures)
+    assert {"shared memory", "spills", "resident warps"} <= set(figures)
+    if kernel == "delta":
+        assert "issue over memory, launch" in figures
+    else:
+        assert {"pipeline stages", "matrix instructions", "issue cycles, launch"} <= set(figures)
+        assert any(figure.startswith("asynchronous 16-byte loads") for figure in figures)
     over = [f"{v.figure}: {v.value}, limit {v.limit}" for v in judged if not v.holds]
     assert not over, f"{kernel} for sm_{target}, {problem}: " + "; ".join(over)
+
+
+@pytest.mark.parametrize("kernel", KERNELS + OTHER_KERNELS)
+@pytest.mark.parametrize("target", [80, 90])
+def test_a_kernel_that_issues_a_twentieth_more_is_over_its_limit(target, kernel):
+    """At every shape: the limits of whole launches are no further away than that."""
+    for problem in PROBLEMS[:1] if kernel == "delta" else PROBLEMS:
+        problem = problem._replace(shared_prompts=kernel != "prompt_dkdv")
+        report = report_of(kernel, problem, target)
+        report = dataclasses.replace(report, figures=slower(report.figures, 1.05))
+        over = {verdict.figure for verdict in verdicts(report) if not verdict.holds}
+        assert {figure.split(", ")[-1] for figure in over} >= {"launch"}, problem
 
 
 @pytest.mark.parametrize(("head_dim", "dtype", "target", "kernel"), grid())
@@ -134,8 +155,8 @@ def made_up_report(**loop_changes) -> LaunchReport:
         name="dq",
         binary=binary,
         warps=4,
-        blocks_per_sm=1,
-        occupancy=0.0625,
+        blocks_per_sm=2,
+        occupancy=0.125,
         shared_limit=232448,
         instructions=1000,
         mix=Counter(),
@@ -165,15 +186,15 @@ def test_a_loop_over_its_limit_is_named(changes, figure):
     assert broken(made_up_report(**changes)) == [figure]
 
 
-def test_spills_stages_and_shared_memory_over_their_limits_are_named():
+def test_resources_and_stages_over_their_limits_are_named():
     report = made_up_report()
     binary = dataclasses.replace(report.figures.binary, spill_bytes=4, shared=232449)
     report = dataclasses.replace(
         report,
-        figures=dataclasses.replace(report.figures, binary=binary),
+        figures=dataclasses.replace(report.figures, binary=binary, blocks_per_sm=1),
         launch=dataclasses.replace(report.launch, num_stages=1),
     )
-    assert broken(report) == ["shared memory", "spills", "pipeline stages"]
+    assert broken(report) == ["shared memory", "spills", "resident warps", "pipeline stages"]
 
 
 def test_narrow_tiles_are_counted_over_the_tiles_they_take_the_place_of():
@@ -191,6 +212,24 @@ def test_narrow_tiles_are_counted_over_the_tiles_they_take_the_place_of():
     assert report.loop_cycles("mixed") == pytest.approx(2 * 100 / 1.5)
 
 
+def test_cycles_of_a_launch_count_every_loop_as_often_as_it_runs():
+    report = made_up_report()
+    cycles = {**report.figures.loops[0].cycles, "tensor": 400.0, "issue": 1000.0}
+    figures = dataclasses.replace(report.figures, cycles=cycles, flop=3 * 2 * 64**3)
+    entry = entry_of(dataclasses.replace(report, figures=figures))
+    programs = 4 * 64 * 12  # of 64 queries each
+    assert entry.useful_flop == 6 * 256 * 320 * 64 * 64 * 12
+    units = entry.useful_flop / 2**20
+    launch = report.launch
+    assert launch.grid[0] * launch.grid[1] * launch.grid[2] == programs * 64 // 128
+    entry = dataclasses.replace(entry, launch=dataclasses.replace(launch, grid=(4, 12, 64)))
+    assert entry.per_unit["tensor"] == pytest.approx((400 + 4 * 384) * programs / units)
+    assert entry.per_unit["issue"] == pytest.approx((1000 + 4 * 240) * programs / units)
+    assert entry.useful_fraction == pytest.approx(1.0)
+    rate = 13.9 / entry.memory_bytes
+    assert entry.over_memory["issue"] == pytest.approx((1000 + 4 * 240) * programs * rate)
+
+
 def test_report_says_that_its_figures_are_static(capsys, tmp_path):
     path = tmp_path / "report.csv"
     arguments = ["--target", "sm_90", "--kernel", "forward", "--shape", "197,10"]
@@ -203,7 +242,46 @@ def test_report_says_that_its_figures_are_static(capsys, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["loop"] for row in rows] == list(report.launch.trips)
     assert {row["kind"] for row in rows} == {"static, modelled"}
-    assert float(rows[0]["launch_issue_cycles_per_unit"]) == pytest.approx(report.issue_cycles)
+    assert float(rows[0]["launch_issue_per_unit"]) == pytest.approx(report.issue_cycles)
+    assert float(rows[0]["occupancy"]) == report.figures.occupancy
+    mix = dict(pair.split("=") for pair in rows[0]["loop_mix"].split())
+    assert sum(map(int, mix.values())) == int(rows[0]["loop_instructions"])
+    assert int(mix["HGMMA"]) > 0
+
+
+def test_one_command_and_one_schema_for_every_family(capsys, tmp_path):
+    path = tmp_path / "report.csv"
+    kernels = ["dq", "plain_dq", "mix", "norm"]
+    arguments = ["--target", "90", "--shape", "197,10", "--kernel", *kernels]
+    assert kernel_report.main([*arguments, "--output", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "Every limit holds." in text and "Beside a plain flash attention" in text
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    families = {"attention", "plain attention", "experts", "rows"}
+    assert {row["family"] for row in rows} == families
+    for row in rows:
+        assert row["registers"] and row["occupancy"] and row["program_mix"]
+        assert float(row["launch_issue_over_memory"]) > 0
+        assert bool(row["launch_tensor_per_unit"]) == (row["family"] != "rows")
+
+
+def test_all_asks_for_every_head_dimension_dtype_and_target(monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernel_report, "attention_entry", lambda *case: asked.append(case))
+    options = kernel_report.parser().parse_args(["--all", "--family", "attention"])
+    list(kernel_report.entries(options))
+    kernels, problems, targets = (set(values) for values in zip(*asked, strict=True))
+    assert kernels == {*KERNELS, *OTHER_KERNELS} and targets == set(TARGETS)
+    assert {problem.head_dim for problem in problems} == set(HEAD_DIMS)
+    assert {problem.dtype for problem in problems} == set(DTYPES)
+    assert len(asked) == 6 * 3 * len(HEAD_DIMS) * len(DTYPES) * len(TARGETS)
+
+
+def test_shapes_of_experts_are_squares_of_patches_and_what_is_left():
+    assert kernel_report.patch_grid(197) == ((14, 14), 1)
+    assert kernel_report.patch_grid(198) == ((14, 14), 2)
+    assert kernel_report.patch_grid(577) == ((24, 24), 1)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +289,10 @@ def test_report_says_that_its_figures_are_static(capsys, tmp_path):
     [
         (["--target", "sm_75"], "unknown target 'sm_75'"),
         (["--shape", "197"], "use N,p"),
+        (["--shape", "4,1"], "4 tokens: experts need at least 5"),
+        (["--head-dim", "0"], "at least 1"),
         (["--kernel", "backward"], "invalid choice"),
+        (["--kernel", "mix", "--family", "rows"], "no kernel mix in rows"),
     ],
 )
 def test_command_line_refuses(arguments, message, capsys):

@@ -1,0 +1,22 @@
+"""Machine code's figures made worse, to see that a limit notices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bench.figures import KernelFigures, LoopFigures
+
+
+def slower(figures: KernelFigures, factor: float) -> KernelFigures:
+    """The figures of a kernel whose program and loops issue `factor` times the instructions."""
+
+    def more(loop: LoopFigures) -> LoopFigures:
+        cycles = {**loop.cycles, "issue": (loop.cycles["issue"] or 0) * factor}
+        return replace(loop, instructions=round(loop.instructions * factor), cycles=cycles)
+
+    return replace(
+        figures,
+        instructions=round(figures.instructions * factor),
+        loops=tuple(map(more, figures.loops)),
+        plain_loops=tuple(map(more, figures.plain_loops)),
+    )
