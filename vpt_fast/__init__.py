@@ -1,8 +1,16 @@
 """Fast visual prompt tuning for timm vision transformers."""
 
 from vpt_fast.adapter import load_adapter, save_adapter
+from vpt_fast.baselines import (
+    AdapterTuning,
+    BiasTuning,
+    FullTuning,
+    LinearProbe,
+    MLPHead,
+    PartialTuning,
+)
 from vpt_fast.fold import fold_backbone
-from vpt_fast.methods import VAPT, LinearProbe, VPTDeep, VPTShallow
+from vpt_fast.methods import VAPT, VPTDeep, VPTShallow
 from vpt_fast.tune import (
     count_parameters,
     print_trainable_parameters,
@@ -15,7 +23,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAPT",
+    "AdapterTuning",
+    "BiasTuning",
+    "FullTuning",
     "LinearProbe",
+    "MLPHead",
+    "PartialTuning",
     "VPTDeep",
     "VPTShallow",
     "count_parameters",

@@ -2,7 +2,8 @@
 
 An adapter is a directory of two files: `adapter_model.safetensors`, the trained tensors under
 their names in the model, and `adapter_config.json`, what is needed to build the model again and
-to know that it is the right one.
+to know that it is the right one. That is told by a fingerprint of what was frozen: of an adapter
+of `FullTuning()`, which holds every weight, it is empty, and any values fit underneath.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vpt_fast.checks import check_model
 from vpt_fast.fingerprint import difference, fingerprint
 from vpt_fast.methods import from_dict, to_dict
 from vpt_fast.models import is_tuned
-from vpt_fast.tune import prompt_tune, remove_prompts, trainable_parameters
+from vpt_fast.tune import host_copy, prompt_tune, remove_prompts, trainable_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -89,14 +90,17 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _is_prompt(name: str) -> bool:
-    return name.startswith("prompt_") or ".prompt." in name
+def _is_added(name: str) -> bool:
+    """Whether a tensor is of a module that a method has added: no plain model has it."""
+    return name.startswith(("prompt_", "head_hidden.")) or any(
+        part in name for part in (".prompt.", ".adapter.")
+    )
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """What requires a gradient, and the prompts even where they have been frozen since."""
+    """What requires a gradient, and what was added even where it has been frozen since."""
     trained = {name for name, _ in trainable_parameters(model)}
-    return {n: p.detach() for n, p in model.named_parameters() if n in trained or _is_prompt(n)}
+    return {n: p.detach() for n, p in model.named_parameters() if n in trained or _is_added(n)}
 
 
 def _frozen(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
@@ -343,8 +347,8 @@ def _fill(model: Any, tensors: dict[str, Tensor], frozen: dict[str, Any], direct
         raise ValueError(f"{directory / TENSORS_FILE} has no {missing[0]}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if not _is_prompt(name):
-                model.tune_record.originals.setdefault(name, parameters[name].detach().clone())
+            if not _is_added(name) and name not in model.tune_record.originals:
+                model.tune_record.originals[name] = host_copy(parameters[name])
             parameters[name].copy_(tensor)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in tensors)

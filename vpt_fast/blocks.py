@@ -161,6 +161,8 @@ class PromptedAttention(Attention):
 class PromptedBlock(Block):
     """timm's Block with prompts of its own, with live prompt rows passing through, or both.
 
+    A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum.
+
     Attributes:
         prompt: module that makes this block's prompts from its tokens, or None.
         rows: where prompt rows stand in its input and output.
@@ -202,7 +204,7 @@ class PromptedBlock(Block):
         """
         if self.prompt is None and not self.rows.entering:
             if attn_mask is not None or is_causal:
-                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+                return self._plain(x, attn_mask, is_causal)
         elif is_causal:
             raise ValueError("is_causal=True cannot be used with prompts; pass an attn_mask")
         if live is not None:
@@ -238,7 +240,16 @@ class PromptedBlock(Block):
             if rows.leaving:
                 x, prompt = insert_rows(x, prompt(x), rows.prefix), None
             total = OpenSum(x)
-        return fused_block.run(self, total, prompt, memory)
+        return self._adapted(fused_block.run(self, total, prompt, memory))
+
+    def _adapted(self, total: OpenSum) -> OpenSum:
+        """The output of the fused block with the adapter on its branch, if there is one."""
+        adapter, branch = self._modules.get("adapter"), total.branch
+        if adapter is None or branch is None:
+            return total
+        return OpenSum(
+            total.residual, adapter(branch if total.scale is None else branch * total.scale)
+        )
 
     def forward_first(self, total: OpenSum, count: int, memory: str) -> Tensor:
         """The `count` first rows of the output, (B, count, D), from all rows of the input."""
@@ -282,8 +293,18 @@ class PromptedBlock(Block):
             x = strip_rows(x, dead, self.rows.prefix)
             queries = strip_rows(y, dead, self.rows.prefix)
         x = x + self.drop_path1(self.ls1(self.attn(y, prompts=prompts, queries=queries)))
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return strip_rows(x, late, self.rows.prefix)
+        return strip_rows(self._through_mlp(x), late, self.rows.prefix)
+
+    def _through_mlp(self, x: Tensor) -> Tensor:
+        """The second half of the block: x with its MLP's output, adapted or not, added to it."""
+        adapter = self._modules.get("adapter")
+        h = self.ls2(self.mlp(self.norm2(x)))
+        return x + self.drop_path2(h if adapter is None else adapter(h))
+
+    def _plain(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        """timm's own forward, and the adapter."""
+        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        return self._through_mlp(x + self.drop_path1(self.ls1(y)))
 
     def _forward_masked(self, x: Tensor, attn_mask: Tensor) -> Tensor:
         """With a mask prompts are ordinary rows of timm's own block."""
@@ -294,7 +315,7 @@ class PromptedBlock(Block):
             prompts = self.prompt(x)
             count = prompts.shape[1]
             x = insert_rows(x, prompts, rows.prefix)
-        x = super().forward(x, attn_mask=extend_mask(attn_mask, count, rows.prefix))
+        x = self._plain(x, extend_mask(attn_mask, count, rows.prefix))
         return x if leaving else strip_rows(x, count, rows.prefix)
 
 

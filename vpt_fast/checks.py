@@ -10,6 +10,7 @@ from timm.layers import Attention, DropPath
 from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
+from vpt_fast.baselines import AdapterTuning, BiasTuning, MLPHead, PartialTuning
 from vpt_fast.hooks import has_hooks
 from vpt_fast.methods import VAPT, Method
 from vpt_fast.models import TUNED_CLASS, check_pooling, is_tuned
@@ -90,6 +91,29 @@ def check_model(model: Any, method: Method) -> None:
                 f"grid of patches; use at most {min(grid)}"
             )
     check_pooling(method, model.global_pool)
+    _check_baseline(model, method)
+
+
+def _check_baseline(model: Any, method: Method) -> None:
+    depth, width = len(model.blocks), model.embed_dim
+    if isinstance(method, PartialTuning) and method.num_blocks > depth:
+        raise ValueError(
+            f"num_blocks={method.num_blocks}, but the model has {depth} blocks; use at most {depth}"
+        )
+    if isinstance(method, AdapterTuning) and method.reduction > width:
+        raise ValueError(
+            f"reduction={method.reduction} leaves no channel of the model's {width}; use at most "
+            f"{width}"
+        )
+    if isinstance(method, BiasTuning):
+        backbone = (n for n, _ in model.named_parameters() if not n.startswith("head"))
+        if not any(method.trains(name, depth) for name in backbone):
+            raise ValueError(f"this {_name(model)} has no bias to train; use another method")
+    if isinstance(method, MLPHead):
+        if isinstance(model.get_classifier(), tuple):
+            _refuse("head_dist", _name(model.head_dist), "an MLP head fits models with one head")
+        if type(model.head) is not nn.Linear:
+            _refuse("head", _name(model.head), "a Linear is needed; pass num_classes=...")
 
 
 def _not_a_vit(model: Any) -> str:

@@ -28,6 +28,8 @@ from vpt_fast.train.evaluate import autocast, evaluate, resolve_device
 from vpt_fast.train.loop import BEST, LAST
 from vpt_fast.train.recipe import Recipe, head_layers
 from vpt_fast.train.run import folder_loader
+from vpt_fast.train.sources import FORMATS, check_format, open_source
+from vpt_fast.train.split import ImageSource, SplitImages
 
 Adapter = Annotated[
     Path,
@@ -64,7 +66,9 @@ def evaluate_adapter(
     directory: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="Folder with test/<class>/<image> (or val/, or class folders)."
+            metavar="DIR",
+            help="Folder with test/<class>/<image> (or val/, or class folders), or of another "
+            "format that train takes.",
         ),
     ],
     checkpoint: Checkpoint = None,
@@ -72,6 +76,12 @@ def evaluate_adapter(
         str | None, typer.Option(help="test, val or train; by default test, else val.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 64,
+    data_format: Annotated[
+        str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")
+    ] = "auto",
+    no_antialias: Annotated[
+        bool, typer.Option("--no-antialias", help="Resize as training with this option did.")
+    ] = False,
     amp_dtype: AmpDtype = "float32",
     workers: Workers = None,
     device: Device = "auto",
@@ -80,24 +90,42 @@ def evaluate_adapter(
     with one_line_errors():
         where = resolve_device(device)
         dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
-        name, folder = _eval_folder(directory, split)
+        format = check_format(directory, data_format)
+        name, folder = split or "", directory
+        if format == "folders":
+            name, folder = _eval_folder(directory, split)
         loaded = _load(adapter, checkpoint, where)
-        images = data.ImageFolders(
-            folder,
-            data.eval_transform(loaded.inputs),
-            loaded.class_names,
-            loaded.inputs["input_size"][0],
-        )
+        transform = data.eval_transform({**loaded.inputs, "antialias": not no_antialias})
+        channels = loaded.inputs["input_size"][0]
+        images: Any
+        refused: tuple[data.SkippedImage, ...] = ()
+        if format == "folders":
+            images = data.ImageFolders(folder, transform, loaded.class_names, channels)
+        else:
+            source = open_source(directory, format, loaded.class_names)
+            name = _eval_split(source, directory, split)
+            refused = source.splits[name].refused
+            images = SplitImages(source.splits[name], transform, source.class_names, channels)
         if len(images.classes) != loaded.num_classes:
             raise ValueError(
-                f"{folder} has {len(images.classes)} class folders, but the adapter has "
+                f"{folder} has {len(images.classes)} classes, but the adapter has "
                 f"{loaded.num_classes} classes and no names of them"
             )
         result = evaluate(
             loaded.net, folder_loader(images, batch_size, where, workers), amp_dtype=dtype
         )
         typer.echo(accuracy(name, result))
-        report_skipped(result.skipped)
+        report_skipped((*refused, *result.skipped))
+
+
+def _eval_split(source: ImageSource, directory: Path, split: str | None) -> str:
+    if split is not None and split not in data.SPLITS:
+        raise ValueError(f"--split is {split!r}; choose one of {', '.join(data.SPLITS)}")
+    for name in ("test", "val") if split is None else (split,):
+        if name in source.splits:
+            return name
+    there = ", ".join(source.splits)
+    raise FileNotFoundError(f"{directory} has no {split or 'test or val'} split; it has {there}")
 
 
 def _eval_folder(directory: Path, split: str | None) -> tuple[str, Path]:

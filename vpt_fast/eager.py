@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vpt_fast.methods import VAPT, LinearProbe, Method, VPTDeep, VPTShallow, check_method
+from vpt_fast.baselines import Baseline, LinearProbe
+from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.prompts import init_bound
 
 Rows = Callable[[int, Tensor], Tensor]
@@ -151,14 +152,25 @@ def concatenated(model: VisionTransformer, method: Method) -> nn.Module:
 
     Raises:
         TypeError: `method` is not a method.
-        ValueError: `method` has a field that is not in this formulation.
+        ValueError: `method` has a field that is not in this formulation, or trains a backbone or
+            layers of its own instead of prompts.
     """
     method = check_method(method)
-    if isinstance(method, LinearProbe) or not method.num_prompts:
+    check_compared(method)
+    if isinstance(method, Baseline) or not method.num_prompts:
         return freeze(model)
     if isinstance(method, VAPT):
         return ConcatenatedExperts(model, method)
     return ConcatenatedPrompts(model, method)
+
+
+def check_compared(method: Method) -> None:
+    """Raise ValueError for a baseline that is more than a linear probe: it has no second form."""
+    if isinstance(method, Baseline) and not isinstance(method, LinearProbe):
+        raise ValueError(
+            f"method {method.name!r} has no prompts to compute in different ways; compare one of "
+            "linear, vpt-shallow, vpt-deep and vapt"
+        )
 
 
 def freeze(model: VisionTransformer) -> VisionTransformer:

@@ -33,6 +33,9 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
 }
 
+# Parts of a block that are called as modules, before and after what is fused.
+_BESIDE = ("prompt", "adapter")
+
 
 def activation_kind(module: nn.Module) -> str | None:
     """Name of an activation that the fused MLP has; None for any other."""
@@ -71,12 +74,12 @@ def can_fuse(block: Block) -> bool:
 
 
 def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:
-    """Whether nothing but prompts is trained, and no hook or forward was put on any module."""
+    """Whether nothing that is fused is trained, and no hook or forward was put on any module."""
     for name, part in parts.items():
         for module in _modules(part):
             if has_hooks(module) or has_own_forward(module):
                 return False
-            if name != "prompt" and any(
+            if name not in _BESIDE and any(
                 p is not None and p.requires_grad for p in module._parameters.values()
             ):
                 return False

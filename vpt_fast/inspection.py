@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from vpt_fast.baselines import Baseline, LinearProbe
 from vpt_fast.blocks import PromptedBlock, insert_rows, strip_rows
 from vpt_fast.experts import PromptExperts
-from vpt_fast.methods import LinearProbe
 from vpt_fast.models import is_tuned
 
 
@@ -120,10 +120,9 @@ def _check_prompts(model: Any) -> Any:
             f"this {type(model).__name__} is not tuned and has no prompts; load an adapter first"
         )
     method = model.tune_record.method
-    if isinstance(method, LinearProbe):
-        raise ValueError(
-            "a linear probe has no prompts to inspect; take an adapter of another method"
-        )
+    if isinstance(method, Baseline):
+        what = "a linear probe" if isinstance(method, LinearProbe) else f"method {method.name!r}"
+        raise ValueError(f"{what} has no prompts to inspect; take an adapter of another method")
     if not method.num_prompts:
         raise ValueError(f"num_prompts is 0 in {method}: there are no prompts to inspect")
     return model

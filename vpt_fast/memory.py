@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from vpt_fast.baselines import Baseline
 from vpt_fast.checks import check_model
-from vpt_fast.eager import concatenated, require_gradient, without_prompts
-from vpt_fast.methods import LinearProbe, Method, VPTDeep
+from vpt_fast.eager import check_compared, concatenated, require_gradient, without_prompts
+from vpt_fast.methods import Method, VPTDeep
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.tune import prompt_tune, remove_prompts
 
@@ -49,11 +50,13 @@ def provided(model: Any, method: Method, provider: str) -> Iterator[nn.Module]:
         A module that maps images to logits, in training mode.
 
     Raises:
-        TypeError, ValueError: the model, the method or the provider is refused.
+        TypeError, ValueError: the model, the method or the provider is refused; so are baselines
+            but LinearProbe, which have no prompts that providers could compute differently.
     """
     if provider not in (*PROVIDERS, PLAIN):
         known = ", ".join(map(repr, (*PROVIDERS, PLAIN)))
         raise ValueError(f"provider is {provider!r}; choose one of {known}")
+    check_compared(method)
     check_model(model, method)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -82,7 +85,7 @@ def provided(model: Any, method: Method, provider: str) -> Iterator[nn.Module]:
 
 def _first_block(method: Method) -> int | None:
     """The block that the gradient reaches down to where there are no prompts to carry it there."""
-    if method.num_prompts or isinstance(method, LinearProbe):
+    if method.num_prompts or isinstance(method, Baseline):
         return None
     blocks = method.blocks if isinstance(method, VPTDeep) else None
     return min(blocks, default=0) if blocks is not None else 0

@@ -3,6 +3,7 @@
 VPT-Shallow and VPT-Deep are section 3.2 of "Visual Prompt Tuning" (ECCV 2022, arXiv 2203.12119);
 where prompts stand and how deep they go is ablated in its section 4.3. VAPT is section 4 of
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936).
+What they are compared with is in `baselines`.
 """
 
 from __future__ import annotations
@@ -11,44 +12,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _check_dropout(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+from vpt_fast.baselines import (
+    AdapterTuning,
+    Baseline,
+    BiasTuning,
+    FullTuning,
+    LinearProbe,
+    MLPHead,
+    PartialTuning,
+)
+from vpt_fast.method_fields import check_count, check_dropout, check_flag
 
 
 def _check_prompts(method: VPTShallow | VPTDeep) -> None:
-    _check_count("num_prompts", method.num_prompts, 0)
-    _check_dropout("dropout", method.dropout)
+    check_count("num_prompts", method.num_prompts, 0)
+    check_dropout("dropout", method.dropout)
     if method.project_dim is not None:
-        _check_count("project_dim", method.project_dim, 1)
-    _check_flag("pool_prompts", method.pool_prompts)
-
-
-@dataclass(frozen=True)
-class LinearProbe:
-    """Train the classifier only; the backbone's features stay as they are."""
-
-    name: ClassVar[str] = "linear"
-    num_prompts: ClassVar[int] = 0
-
-    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """No block of the `depth` blocks gets prompts."""
-        return ()
+        check_count("project_dim", method.project_dim, 1)
+    check_flag("pool_prompts", method.pool_prompts)
 
 
 @dataclass(frozen=True)
@@ -113,7 +94,7 @@ class VPTDeep:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
-        _check_flag("shared", self.shared)
+        check_flag("shared", self.shared)
         if self.blocks is None:
             return
         if isinstance(self.blocks, (str, bytes)) or not isinstance(self.blocks, Iterable):
@@ -122,7 +103,7 @@ class VPTDeep:
         if not blocks:
             raise ValueError("blocks is empty; name at least one block, or None for all of them")
         for index in blocks:
-            _check_count("blocks: every index", index, 0)
+            check_count("blocks: every index", index, 0)
         repeated = sorted({i for i in blocks if blocks.count(i) > 1})
         if repeated:
             raise ValueError(f"blocks names block {repeated[0]} more than once: {list(blocks)}")
@@ -183,11 +164,11 @@ class VAPT:
     project_dim: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
-        _check_count("num_prompts", self.num_prompts, 0)
-        _check_count("kernel_size", self.kernel_size, 1)
-        _check_count("hidden_dim", self.hidden_dim, 1)
+        check_count("num_prompts", self.num_prompts, 0)
+        check_count("kernel_size", self.kernel_size, 1)
+        check_count("hidden_dim", self.hidden_dim, 1)
         for name in ("dropout", "projector_dropout", "channel_dropout"):
-            _check_dropout(name, getattr(self, name))
+            check_dropout(name, getattr(self, name))
         if self.variant not in VAPT_VARIANTS:
             raise ValueError(
                 f"variant must be one of {', '.join(VAPT_VARIANTS)}; got {self.variant!r}"
@@ -198,10 +179,21 @@ class VAPT:
         return tuple(range(depth)) if self.num_prompts else ()
 
 
-Method = LinearProbe | VPTShallow | VPTDeep | VAPT
+Method = Baseline | VPTShallow | VPTDeep | VAPT
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (LinearProbe, VPTShallow, VPTDeep, VAPT)
+    cls.name: cls
+    for cls in (
+        LinearProbe,
+        VPTShallow,
+        VPTDeep,
+        VAPT,
+        MLPHead,
+        PartialTuning,
+        BiasTuning,
+        AdapterTuning,
+        FullTuning,
+    )
 }
 
 

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from vpt_fast.baseline_layers import BottleneckAdapter, new_classifier
 from vpt_fast.blocks import (
     PromptedAttention,
     PromptedBlock,
@@ -26,6 +27,9 @@ from vpt_fast.methods import Method
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.prompts import PromptTokens
 
+# What methods add to the model itself, beside the parameter `prompt_tokens`.
+_ADDED = ("prompt_projection", "prompt_projector", "head_hidden")
+
 
 @dataclass
 class TuneRecord:
@@ -36,8 +40,8 @@ class TuneRecord:
         memory: what blocks keep for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
         requires_grad: the parameters' flags before, by name.
         training: the modules' modes before, by name.
-        originals: copies of the weights that are trained in place, from before, by name; the
-            classifier's at least.
+        originals: copies of the weights that are trained in place, from before, by name, in host
+            memory; the classifier's at least.
         fold: what `fold_backbone` did, or None.
     """
 
@@ -55,14 +59,15 @@ class _PromptedModel(VisionTransformer):
     tune_record: TuneRecord
 
     def trained_modules(self) -> list[nn.Module]:
-        """The modules that follow `train()`: prompts, their projection, head and its dropout."""
-        names = ("prompt_projection", "prompt_projector", "head_drop", "head", "head_dist")
+        """The modules that follow `train()`: what the method has added, head and its dropout."""
+        names = (*_ADDED, "head_drop", "head", "head_dist")
         modules = [getattr(self, name) for name in names if hasattr(self, name)]
-        prompts = (PromptTokens, PromptExperts)
-        return modules + [m for m in self.modules() if isinstance(m, prompts)]
+        added = (PromptTokens, PromptExperts, BottleneckAdapter)
+        return modules + [m for m in self.modules() if isinstance(m, added)]
 
     def train(self, mode: bool = True) -> _PromptedModel:
-        """Set the mode of what is trained; the frozen backbone stays in eval mode."""
+        """Set the mode of prompts, adapters and head; the backbone stays in eval mode, trained or
+        frozen."""
         super().train(False)
         self.training = mode
         for module in self.trained_modules():
@@ -74,10 +79,30 @@ class _PromptedModel(VisionTransformer):
         count = self._rows_read()
         if count is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        last: Any
-        *blocks, last = self.blocks
-        total = self._through(blocks, x)
-        return self.forward_head(self.norm(last.forward_first(total, count, self._memory())))
+        return self._head_of(OpenSum(self._embedded(x)), 0, count)
+
+    def forward_until(self, x: Tensor, first: int) -> Tensor:
+        """What enters block `first` (B, N, D), from images (B, 3, height, width)."""
+        blocks: Any = self.blocks
+        return self._through(list(blocks[:first]), OpenSum(self._embedded(x))).closed()
+
+    def forward_from(self, x: Tensor, first: int) -> Tensor:
+        """Logits (B, classes) from what enters block `first`, (B, N, D).
+
+        With `forward_until` before it, this is the model.
+        """
+        return self._head_of(OpenSum(x), first, self._rows_read())
+
+    def _head_of(self, total: OpenSum, first: int, count: int | None) -> Tensor:
+        """Logits from what enters block `first`; of the last block `count` rows, None for all."""
+        blocks: Any = self.blocks
+        depth = len(blocks)
+        if count is None or first == depth:
+            x = self._through(list(blocks[first:]), total).closed()
+        else:
+            total = self._through(list(blocks[first:-1]), total)
+            x = blocks[-1].forward_first(total, count, self._memory())
+        return self.forward_head(self.norm(x))
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -85,15 +110,18 @@ class _PromptedModel(VisionTransformer):
         """As timm's: the final norm of the last block's rows (B, N, D)."""
         if attn_mask is not None or is_causal or has_hooks(self.blocks):
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self.norm(self._through(list(self.blocks), x).closed())
+        return self.norm(self._through(list(self.blocks), OpenSum(self._embedded(x))).closed())
 
     def _memory(self) -> str:
         return "minimal" if self.grad_checkpointing else self.tune_record.memory
 
-    def _through(self, blocks: list[Any], images: Tensor) -> OpenSum:
-        """Images (B, 3, height, width) embedded, and through the given blocks."""
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
-        total, memory = OpenSum(x), self._memory()
+    def _embedded(self, images: Tensor) -> Tensor:
+        """What enters the first block (B, N, D), from images (B, 3, height, width)."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+
+    def _through(self, blocks: list[Any], total: OpenSum) -> OpenSum:
+        """Tokens through the given blocks."""
+        memory = self._memory()
         for block in blocks:
             total = through_block(block, total, memory)
         return total
@@ -118,8 +146,8 @@ class _PromptedModel(VisionTransformer):
         last = self.blocks[-1]
         if type(last) is not PromptedBlock:
             return None
-        after = [getattr(self, n) for n in ("norm", "fc_norm", "head_drop", "head", "head_dist")
-                 if hasattr(self, n)]  # fmt: skip
+        names = ("norm", "fc_norm", "head_drop", "head_hidden", "head", "head_dist")
+        after = [getattr(self, name) for name in names if hasattr(self, name)]
         watched = [self.blocks, *(m for module in (last, *after) for m in module.modules())]
         if nn_module._has_any_global_hook():
             return None
@@ -178,12 +206,30 @@ class _PromptedModel(VisionTransformer):
             patches = list(zip(patches, result["image_intermediates_prefix"], strict=True))
         return patches if intermediates_only else (result["image_features"], patches)
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """As timm's; hidden layers of an MLP head come between the pooled features and `head`."""
+        hidden = self._modules.get("head_hidden")
+        if hidden is None or isinstance(self.head, nn.Identity):
+            return super().forward_head(x, pre_logits=pre_logits)
+        pooled = super().forward_head(x, pre_logits=True)
+        return pooled if pre_logits else self.head(hidden(pooled))
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As timm's; refused if the new pooling cannot read the prompts that it has to."""
+        """As timm's; refused if the new pooling cannot read the prompts that it has to.
+
+        Of an MLP head its last layer is replaced.
+        """
         pool = self.global_pool if global_pool is None else global_pool
         if num_classes:
             check_pooling(self.tune_record.method, pool)
         super().reset_classifier(num_classes, global_pool)
+        width = getattr(self.tune_record.method, "hidden_dim", None)
+        if (
+            width is not None
+            and isinstance(self.head, nn.Linear)
+            and "head_hidden" in self._modules
+        ):
+            self.head = new_classifier(width, self.head).train(self.training)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's; the block that is now the last one strips the prompt rows."""
@@ -219,7 +265,7 @@ class _PromptedModel(VisionTransformer):
         # As PromptTokens does: a plain checkpoint loads with strict=True.
         if "prompt_tokens" in self._parameters:
             state_dict.setdefault(f"{prefix}prompt_tokens", self.prompt_tokens)
-        for module in ("prompt_projection", "prompt_projector"):
+        for module in _ADDED:
             if module in self._modules:
                 for name, value in self.get_submodule(module).named_parameters():
                     state_dict.setdefault(f"{prefix}{module}.{name}", value)
@@ -257,7 +303,7 @@ def is_tuned(model: Any) -> bool:
 
 
 def place_prompts(model: _PromptedModel) -> None:
-    """Give every block that meets prompts its class, and where prompt rows stand in it.
+    """Give every block that meets prompts or has an adapter its class, and its prompt rows.
 
     The last block is always given its class, so that it can compute the rows the head reads.
     """
@@ -273,7 +319,8 @@ def place_prompts(model: _PromptedModel) -> None:
             leaving = 0 if prompted[index + 1] else count
         else:
             leaving = count if pool else 0
-        if prompted[index] or entering or index + 1 == depth:
+        adapted = "adapter" in block._modules
+        if prompted[index] or entering or adapted or index + 1 == depth:
             block.__class__ = PromptedBlock
             block.attn.__class__ = PromptedAttention
             block.prompt = getattr(block, "prompt", None)
@@ -283,7 +330,10 @@ def place_prompts(model: _PromptedModel) -> None:
 
 
 def unplace_prompts(model: _PromptedModel) -> None:
-    """Give every block timm's class back."""
+    """Give every block timm's class back, and take out what the method has added."""
+    for name in _ADDED:
+        model._modules.pop(name, None)
+    model._parameters.pop("prompt_tokens", None)
     blocks: Any = model.blocks
     for block in blocks:
         if isinstance(block, PromptedBlock):
@@ -292,4 +342,5 @@ def unplace_prompts(model: _PromptedModel) -> None:
             if "prompt" in block._modules:
                 del block.prompt
             block.__dict__.pop("prompt", None)
+            block._modules.pop("adapter", None)
             del block.rows, block.memory

@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vpt_fast.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
+from vpt_fast.baselines import AdapterTuning, Baseline, MLPHead
 from vpt_fast.checks import check_model
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fold import unfold_backbone
-from vpt_fast.methods import VAPT, LinearProbe, Method, VPTDeep, check_method
+from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.models import (
     PLAIN_CLASS,
     TUNED_CLASS,
@@ -42,6 +44,17 @@ def _head_tensors(model: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named if id(tensor) in heads}
 
 
+def _in_place(model: Any, method: Method) -> dict[str, Tensor]:
+    """What `method` trains in place, by name: the classifier (its buffers too), and of the
+    backbone what a baseline names."""
+    tensors = _head_tensors(model)
+    if isinstance(method, Baseline):
+        depth = len(model.blocks)
+        parameters = model.named_parameters()
+        tensors |= {name: p for name, p in parameters if method.trains(name, depth)}
+    return tensors
+
+
 def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
     """Freeze a timm vision transformer and give it the prompts of `method`, in place.
 
@@ -50,14 +63,24 @@ def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
     published formulation (Visual Prompt Tuning, arXiv 2203.12119, section 3.2; for VAPT, arXiv
     2501.18936, section 4), without its dead rows.
 
+    Baselines train parameters of the backbone or modules of their own instead of prompts. The
+    backbone stays in eval mode there too: its dropout and stochastic depth, which the papers set
+    to 0, stay off even where its weights are trained.
+
+    Weights that are trained in place are copied to host memory first, for `remove_prompts`: the
+    classifier's, and with `FullTuning()` those of the whole model.
+
     Args:
         model: a timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
             MAE, CLIP, DINOv2, SigLIP and their like.
-        method: `VPTShallow(...)`, `VPTDeep(...)`, `VAPT(...)` or `LinearProbe()`.
+        method: `VPTShallow(...)`, `VPTDeep(...)`, `VAPT(...)`, or a baseline: `LinearProbe()`,
+            `MLPHead(...)`, `PartialTuning(...)`, `BiasTuning()`, `AdapterTuning(...)` or
+            `FullTuning()`.
         memory: what is kept for backward and what is computed again there: "speed", "balanced",
             "lean" or "minimal" keep 10, 6, 3 or 1 rows of D channels per token and block (see
             `vpt_fast.ops.memory_modes`). Blocks that cannot be fused (qk-norm, SwiGLU, hooks
-            inside ...) keep 1 in every mode but "speed".
+            inside, weights that are trained ...) keep 1 in every mode but "speed". What a
+            bottleneck adapter keeps comes on top.
 
     Returns:
         `model` itself.
@@ -71,28 +94,52 @@ def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
     check_memory_mode(memory)
     check_model(model, method)
     tuned: Any = model
-    head = _head_tensors(tuned)
+    in_place = _in_place(tuned, method)
     record = TuneRecord(
         method=method,
         memory=memory,
         requires_grad={name: p.requires_grad for name, p in tuned.named_parameters()},
         training={name: module.training for name, module in tuned.named_modules()},
-        originals={name: tensor.detach().clone() for name, tensor in head.items()},
+        originals={name: host_copy(tensor) for name, tensor in in_place.items()},
     )
     for name, parameter in tuned.named_parameters():
-        parameter.requires_grad_(name in head)
+        parameter.requires_grad_(name in in_place)
     training = tuned.training
     tuned.__class__ = TUNED_CLASS[type(tuned)]
     tuned.tune_record = record
-    _add_prompts(tuned, method)
+    if isinstance(method, Baseline):
+        _add_layers(tuned, method)
+    else:
+        _add_prompts(tuned, method)
     place_prompts(tuned)
     tuned.train(training)
     return tuned
 
 
-def _add_prompts(model: Any, method: Method) -> None:
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory; of a tensor on the meta device, which has no values, one there."""
+    found = tensor.detach()
+    return found.clone() if found.is_meta else found.to("cpu", copy=True)
+
+
+def _add_layers(model: Any, method: Baseline) -> None:
+    if isinstance(method, AdapterTuning):
+        width = model.embed_dim
+        for block in model.blocks:
+            like = block.attn.qkv.weight
+            block.adapter = BottleneckAdapter(width, width // method.reduction, like)
+    if isinstance(method, MLPHead):
+        width = model.embed_dim if method.hidden_dim is None else method.hidden_dim
+        model.head_hidden = new_hidden_layers(
+            model.embed_dim, width, method.num_layers - 1, model.head.weight
+        )
+        if width != model.embed_dim:
+            model.head = new_classifier(width, model.head)
+
+
+def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT) -> None:
     blocks = method.prompted_blocks(len(model.blocks))
-    if isinstance(method, LinearProbe) or not blocks:
+    if not blocks:
         return
     like = model.blocks[0].attn.qkv.weight
     width = model.embed_dim if method.project_dim is None else method.project_dim
@@ -124,7 +171,8 @@ def _add_experts(model: Any, method: VAPT, blocks: Sequence[int], like: Tensor) 
 def remove_prompts(model: Model) -> Model:
     """Undo `prompt_tune`: the classes, weights, flags and modes from before, bit for bit.
 
-    The classifier's weights are put back too, unless it has been replaced by one of another shape.
+    What was trained in place is put back too, the classifier unless it has been replaced by one of
+    another shape.
     Parameters that were added to the model since keep their flags.
 
     Returns:
@@ -138,10 +186,10 @@ def remove_prompts(model: Model) -> Model:
     tuned: Any = model
     record = tuned.tune_record
     unfold_backbone(tuned)
+    wide = "head_hidden" in tuned._modules and isinstance(tuned.head, nn.Linear)
+    if wide and tuned.head.in_features != tuned.embed_dim:
+        tuned.head = new_classifier(tuned.embed_dim, tuned.head)
     unplace_prompts(tuned)
-    tuned._modules.pop("prompt_projection", None)
-    tuned._modules.pop("prompt_projector", None)
-    tuned._parameters.pop("prompt_tokens", None)
     del tuned.tune_record
     tuned.__class__ = PLAIN_CLASS[type(tuned)]
     with torch.no_grad():

@@ -100,12 +100,14 @@ class _Run:
         output: Path | None,
         save: SaveAdapter | None,
         bar: tqdm,
+        net: nn.Module,
     ) -> None:
+        self.net = net
         self.model, self.batches, self.recipe, self.bar = model, batches, recipe, bar
         self.output, self.save = output, save
         self.device = device_of(model)
         self.parameters = [parameter for _, parameter in trainable_parameters(model)]
-        self.step = TrainStep(model, recipe, len(batches))
+        self.step = TrainStep(model, recipe, len(batches), net)
         self.result = FitResult()
         self.good = self.best = self.snapshot()
         self.best_score = (-math.inf, -math.inf)
@@ -172,7 +174,7 @@ class _Run:
         row = Epoch(epoch, lr, train_loss, train_top1, rate)
         if val_batches is not None:
             validation = evaluate(
-                self.model,
+                self.net,
                 val_batches,
                 amp_dtype=self.recipe.autocast_dtype,
                 progress=not self.bar.disable,
@@ -262,6 +264,7 @@ def fit(
     description: str = "training",
     log: Callable[[str], None] | None = None,
     resume: bool = False,
+    net: nn.Module | None = None,
 ) -> FitResult:
     """Trains what `prompt_tune` left trainable in `model`.
 
@@ -282,6 +285,7 @@ def fit(
         description: The bar's label.
         log: Called with one line per epoch, and with the files that could not be decoded.
         resume: Whether to go on from the checkpoint in `output`, if there is one.
+        net: What maps the batches' images to logits and holds `model`; `model` itself by default.
 
     Raises:
         ValueError: If the checkpoint is damaged or of another run.
@@ -293,7 +297,7 @@ def fit(
     state = load_checkpoint(folder) if resume and folder is not None else None
     total = recipe.epochs * len(batches)
     with progress_bar(None, description, progress and not rank(), leave=True, total=total) as bar:
-        run = _Run(model, batches, recipe, folder, save, bar)
+        run = _Run(model, batches, recipe, folder, save, bar, model if net is None else net)
         done = 0 if state is None else run.resume(state)
         bar.update(done * len(batches))
         metrics = MetricsWriter(None if rank() else folder, run.result.epochs)

@@ -23,11 +23,14 @@ class TrainStep:
         model: A tuned timm model, on its device.
         recipe: Optimizer, schedule, precision and number of parts.
         steps: Batches of an epoch.
+        net: From what batches hold to logits; the model by default.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, steps: int, net: nn.Module | None = None
+    ) -> None:
         self.model, self.recipe = model, recipe
-        self.net = distributed(model)
+        self.net = distributed(model if net is None else net)
         self.device = device_of(model)
         self.optimizer = make_optimizer(model, recipe)
         self.scheduler = make_scheduler(self.optimizer, recipe, steps)

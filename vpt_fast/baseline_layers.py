@@ -1,0 +1,70 @@
+"""The modules that baselines add to a model: bottleneck adapters, hidden layers of an MLP head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BottleneckAdapter(nn.Module):
+    """h + up(gelu(down(h))) for the output h (B, N, D) of a block's MLP.
+
+    `down.weight` starts as nn.Linear has it, all else at zero: the identity at first, yet `up` has
+    a gradient from the first step on.
+
+    Args:
+        width: channels D of h.
+        hidden_dim: channels of the bottleneck.
+        like: tensor whose device and dtype the parameters get.
+    """
+
+    def __init__(self, width: int, hidden_dim: int, like: Tensor) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, hidden_dim, device=like.device, dtype=like.dtype)
+        self.up = nn.Linear(hidden_dim, width, device=like.device, dtype=like.dtype)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return h + self.up(F.gelu(self.down(h)))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A checkpoint of the plain backbone has no adapters and still loads with strict=True.
+        for name, value in self.named_parameters():
+            state_dict.setdefault(f"{prefix}{name}", value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def new_hidden_layers(width: int, hidden_dim: int, count: int, like: Tensor) -> nn.Sequential:
+    """`count` Linears, each followed by a ReLU: (..., width) -> (..., hidden_dim).
+
+    Weights kaiming-normal over fan-in, which keeps the variance through ReLU; biases 0.
+    """
+    layers: list[nn.Module] = []
+    for index in range(count):
+        inputs = hidden_dim if index else width
+        linear = nn.Linear(inputs, hidden_dim, device=like.device, dtype=like.dtype)
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def new_classifier(inputs: int, like: nn.Linear) -> nn.Linear:
+    """A Linear (inputs -> `like`'s outputs) with `like`'s bias, weight kaiming-normal (fan-out)."""
+    head = nn.Linear(
+        inputs,
+        like.out_features,
+        bias=like.bias is not None,
+        device=like.weight.device,
+        dtype=like.weight.dtype,
+    )
+    nn.init.kaiming_normal_(head.weight, a=0, mode="fan_out")
+    if like.bias is not None:
+        head.bias.data.copy_(like.bias.detach())
+    return head
