@@ -1,8 +1,8 @@
 """Attention with prompts, forward and backward, in the ways that are compared.
 
 The names are those of `bench.providers`. Tokens give packed queries, keys and values
-(B, N, 3, H, d), prompts (1, p, 3, H, d) for the whole batch; only where prompt rows are concatenated
-is the prompts' query used, and its result thrown away.
+(B, N, 3, H, d), prompts (1, p, 3, H, d) for the whole batch; only where prompt rows are
+concatenated is the prompts' query used, and its result thrown away.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ class AttentionCase:
     def __str__(self) -> str:
         return f"attention-p{self.prompts}-b{self.batch}-n{self.tokens}"
 
-    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Seeded tokens, prompts and the gradient of the result."""
         generator = torch.Generator().manual_seed(1)
         heads = (3, self.heads, self.head_dim)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
+            return torch.randn(shape, generator=generator).to(device, dtype)
 
         width = self.heads * self.head_dim
         return (
@@ -114,22 +116,28 @@ def run(function: Attend, tokens: Tensor, prompts: Tensor, gradient: Tensor) -> 
     return {name: value for name, value in found.items() if value is not None}
 
 
-def functions(case: AttentionCase, dtype: torch.dtype) -> dict[str, Callable[[], Results]]:
+def functions(
+    case: AttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Callable[[], Results]]:
     """What is timed, by provider."""
-    return {name: partial(run, attend(name), *case.inputs(dtype)) for name in case.providers}
+    return {
+        name: partial(run, attend(name), *case.inputs(dtype, device)) for name in case.providers
+    }
 
 
-def checks(case: AttentionCase, dtype: torch.dtype) -> dict[str, Check]:
+def checks(
+    case: AttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Check]:
     """Every provider against fp64, as `bench.correctness` does it."""
     kind = str(dtype).removeprefix("torch.")
-    given = case.inputs(dtype)
+    given = case.inputs(dtype, device)
     tokens, prompts = (tensor.detach().double().requires_grad_() for tensor in given[:2])
     wanted = {
         name: run(WAYS[name], tokens, prompts, given[2].double()) for name in (PUBLISHED, WITHOUT)
     }
 
     def error(name: str) -> tuple[float, str]:
-        have = run(attend(name), *case.inputs(dtype))
+        have = run(attend(name), *case.inputs(dtype, device))
         want = wanted[WITHOUT if name == WITHOUT else PUBLISHED]
         return largest_error({key: value.double() for key, value in have.items()}, want)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,10 +72,9 @@ class Case:
 
     def build(self) -> Any:
         """A timm model with seeded random weights; speed does not depend on what they are."""
-        torch.manual_seed(0)
-        return timm.create_model(
-            self.model, num_classes=self.classes, img_size=self.image_size
-        ).eval()
+        model, state = _plain(self.model, self.classes, self.image_size)
+        torch.set_rng_state(state)  # for the weights that a method adds
+        return copy.deepcopy(model)
 
     def inputs(self, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Seeded images (count or batch, 3, height, width), fp32, and labels."""
@@ -82,6 +83,17 @@ class Case:
         size = self.image_size
         images = torch.randn(count, 3, size, size, generator=generator)
         return images, torch.randint(self.classes, (count,), generator=generator)
+
+
+@functools.lru_cache(maxsize=1)
+def _plain(model: str, classes: int, image_size: int) -> tuple[Any, torch.Tensor]:
+    """What `Case.build` copies, and the state of the generator after it was drawn.
+
+    Drawing the weights of a large model takes seconds.
+    """
+    torch.manual_seed(0)
+    made = timm.create_model(model, num_classes=classes, img_size=image_size).eval()
+    return made, torch.get_rng_state()
 
 
 def cpu_cases() -> list[Case]:

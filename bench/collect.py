@@ -37,10 +37,10 @@ FACTS = (
     "device", "cores", "threads", "system", "python", "torch", "triton", "timm", "numpy", "cuda",
     "commit", "date",
 )  # fmt: skip
-FIELDS = (*WHAT, *TIMES, *MEMORY, *RATES, *FACTS)
+FIELDS = (*WHAT, *TIMES, *MEMORY, *RATES, "note", *FACTS)
 """Columns. Times are milliseconds, memory MiB; `error` is the largest relative one against fp64,
 `blocks` the number of prompted blocks where not all are. Ceilings are the device's own, measured in
-the same run by one large product and one large copy."""
+the same run by one large product and one large copy. `note` says why a row has no times."""
 
 Row = dict[str, Any]
 

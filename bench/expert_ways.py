@@ -45,13 +45,16 @@ class ExpertCase:
         model = timm.create_model(self.model, depth=_BLOCK + 1).eval()
         return provide(name, model, VAPT(self.prompts, projector_dropout=0, channel_dropout=0))
 
-    def inputs(self, model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(
+        self, model: Any, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Seeded tokens, and gradients of both results."""
         generator = torch.Generator().manual_seed(1)
         patches = model.patch_embed.num_patches + model.num_prefix_tokens
 
         def draw(rows: int) -> Tensor:
-            return torch.randn(self.batch, rows, model.embed_dim, generator=generator).to(dtype)
+            drawn = torch.randn(self.batch, rows, model.embed_dim, generator=generator)
+            return drawn.to(device, dtype)
 
         return draw(patches).requires_grad_(), draw(patches), draw(self.prompts)
 
@@ -91,32 +94,44 @@ class Way:
         return [(n, p) for n, p in trained(self.module).items() if n.startswith(kinds)]
 
 
-def way(case: ExpertCase, name: str, dtype: torch.dtype, given: dict[str, Tensor]) -> Way:
+def way(
+    case: ExpertCase,
+    name: str,
+    dtype: torch.dtype,
+    given: dict[str, Tensor],
+    device: torch.device | str = "cpu",
+) -> Way:
     """A provider with given values of what is trained."""
-    module = case.module(OURS if name == OURS else "concat").to(dtype)
+    module = case.module(OURS if name == OURS else "concat").to(device, dtype)
     set_values(module, given)
     make = _ours(module) if name == OURS else _eager(module)
     if name == "concat_compiled":
         make = torch.compile(make)
     model = module if name == OURS else module.model
-    return Way(module, make, case.inputs(model, dtype))
+    return Way(module, make, case.inputs(model, dtype, device))
 
 
-def functions(case: ExpertCase, dtype: torch.dtype) -> dict[str, Callable[[], Results]]:
+def functions(
+    case: ExpertCase, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Callable[[], Results]]:
     """What is timed, by provider."""
     given = values(case.module("concat"))
-    return {name: partial(Way.run, way(case, name, dtype, given)) for name in case.providers}
+    return {
+        name: partial(Way.run, way(case, name, dtype, given, device)) for name in case.providers
+    }
 
 
-def checks(case: ExpertCase, dtype: torch.dtype) -> dict[str, Check]:
+def checks(
+    case: ExpertCase, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Check]:
     """Every provider against the equations in fp64, as `bench.correctness` does it."""
     kind = str(dtype).removeprefix("torch.")
     given = values(case.module("concat"))
     rounded = {name: value.to(dtype) for name, value in given.items()}
-    truth = way(case, "concat", torch.float64, rounded).run()
+    truth = way(case, "concat", torch.float64, rounded, device).run()
 
     def error(name: str) -> tuple[float, str]:
-        have = way(case, name, dtype, given).run()
+        have = way(case, name, dtype, given, device).run()
         return largest_error({key: value.double() for key, value in have.items()}, truth)
 
     eager = error("concat")[0]

@@ -15,9 +15,13 @@ import torch
 PACKAGES = ("torch", "triton", "timm", "numpy")
 
 
-def facts() -> dict[str, str]:
-    """Device, cores and threads, operating system, versions, commit."""
-    gpu = torch.cuda.is_available()
+def facts(gpu: bool | None = None) -> dict[str, str]:
+    """Device, cores and threads, operating system, versions, commit.
+
+    Args:
+        gpu: whether the device is the GPU; by default it is if there is one.
+    """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
     return {
         "device": torch.cuda.get_device_name() if gpu else processor(),
         "cores": str(len(_affinity())),

@@ -27,8 +27,19 @@ class Times:
         return float(p20), float(p50), float(p80)
 
 
+def wall_seconds(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 def interleave(
-    functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, seed: int = 0
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    seed: int = 0,
+    seconds_of: Callable[[Callable[[], object]], float] = wall_seconds,
 ) -> dict[str, Times]:
     """Run every function once in each round, in a new random order each time.
 
@@ -37,6 +48,7 @@ def interleave(
         rounds: rounds that count.
         warmup: rounds before, that do not.
         seed: of the order.
+        seconds_of: runs a function and tells its seconds.
     """
     order = random.Random(seed)
     names = list(functions)
@@ -44,8 +56,7 @@ def interleave(
     for turn in range(warmup + rounds):
         order.shuffle(names)
         for name in names:
-            start = time.perf_counter()
-            functions[name]()
+            taken = seconds_of(functions[name])
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return {name: Times(np.array(values)) for name, values in seconds.items()}

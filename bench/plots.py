@@ -20,7 +20,7 @@ from bench.collect import read
 from bench.providers import OURS, PROVIDERS, WITHOUT
 from vpt_fast.train.report import COLOURS, GRID, INK, MUTED
 
-_COLOUR = dict(zip(PROVIDERS, [INK, *COLOURS[:5], MUTED], strict=False))
+COLOUR = dict(zip(PROVIDERS, [INK, *COLOURS[:5], MUTED], strict=False))
 _LABEL = {
     "published": "published: concatenation, explicit softmax, fp32",
     "concat": "concatenation, fused attention",
@@ -109,7 +109,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: there is nothing to draw.
     """
-    found = panels(rows)
+    found = panels([row for row in rows if row["p50_ms"] or row["bench"] == "memory"])
     if not found:
         raise ValueError("no rows of training steps with several numbers of prompts or batch sizes")
     figure = Figure(figsize=(5.6 * len(found), 5.2), dpi=120, layout="constrained")
@@ -138,18 +138,18 @@ def _draw_panel(ax: Axes, panel: Panel) -> dict[str, Any]:
             continue
         x = [int(row[panel.x]) for row in rows]
         y = [float(row[panel.y]) for row in rows]
-        style: dict[str, Any] = {"color": _COLOUR[provider], "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {"color": COLOUR[provider], "marker": "o", "markersize": 4}
         if len(rows) == 1 and x == [0]:
-            drawn[provider] = ax.axhline(y[0], color=_COLOUR[provider], linestyle="--")
+            drawn[provider] = ax.axhline(y[0], color=COLOUR[provider], linestyle="--")
             continue
         (drawn[provider],) = ax.plot(x, y, linewidth=2 if provider == OURS else 1.4, **style)
         if panel.y.endswith("p50"):
             low, high = (
                 [float(row[panel.y.replace("p50", p)]) for row in rows] for p in ("p20", "p80")
             )
-            ax.fill_between(x, low, high, color=_COLOUR[provider], alpha=0.15, linewidth=0)
+            ax.fill_between(x, low, high, color=COLOUR[provider], alpha=0.15, linewidth=0)
     if panel.level is not None:
-        ax.axhline(panel.level[0], color=_COLOUR[OURS], linewidth=2)
+        ax.axhline(panel.level[0], color=COLOUR[OURS], linewidth=2)
     if panel.x != "blocks":
         ax.set_xscale("log")
         ax.xaxis.set_minor_locator(NullLocator())

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.providers import provide
 from bench.trace import Op, traced
 from vpt_fast.checks import check_model
-from vpt_fast.methods import VPTDeep
+from vpt_fast.methods import VAPT, VPTDeep
 
 CLASSES = 100
 
@@ -22,12 +22,13 @@ CLASSES = 100
 def step_ops(
     model: str,
     provider: str,
-    method: VPTDeep,
+    method: VPTDeep | VAPT,
     batch: int,
     dtype: torch.dtype,
     *,
     depth: int | None = None,
     backward: bool = True,
+    image_size: int | None = None,
 ) -> list[Op]:
     """Launches of forward, cross-entropy and backward of one training step, in order.
 
@@ -39,15 +40,18 @@ def step_ops(
         dtype: of parameters and images.
         depth: blocks of the model, in place of its own number.
         backward: whether the backward pass is in it.
+        image_size: height and width, in pixels, in place of the model's own.
 
     Raises:
         TypeError, ValueError: the model cannot have these prompts, or the provider is unknown.
     """
     options: dict[str, Any] = {} if depth is None else {"depth": depth}
+    options |= {} if image_size is None else {"img_size": image_size}
     with torch.device("meta"):
         plain: Any = timm.create_model(model, num_classes=CLASSES, **options)
     check_model(plain, method)
-    channels, height, width = plain.pretrained_cfg["input_size"]
+    channels = plain.pretrained_cfg["input_size"][0]
+    height, width = plain.patch_embed.img_size
     mode = FakeTensorMode()
     plain = _without_values(plain, dtype, mode)
     with mode:

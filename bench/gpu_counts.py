@@ -1,0 +1,78 @@
+"""Counted FLOP and bytes of what was timed, and the time that a model gives it.
+
+The one place that asks `bench.trace` and `bench.roofline` for the GPU benchmark.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench import attention_ways, fusion, roofline
+from bench.attention_ways import AttentionCase
+from bench.cases import DTYPES, STEP, Case
+from bench.collect import Row
+from bench.gpus import Assumptions, gpu_of
+from bench.providers import COMPILED, PUBLISHED
+from bench.step_trace import CLASSES, step_ops
+from bench.trace import Op, traced
+
+
+class Counted(NamedTuple):
+    """FLOP and bytes, counted; milliseconds in eager mode and as a CUDA graph, modelled."""
+
+    flop: int
+    nbytes: int
+    eager_ms: float | None = None
+    graph_ms: float | None = None
+
+
+def count(subject: object, provider: str, dtype: str, device: str) -> Counted | None:
+    """Count a provider's step, or attention alone.
+
+    Args:
+        subject: what was timed.
+        provider: of `bench.providers`; compiled ones after ideal fusion.
+        dtype: of attention; a `Case` says its own.
+        device: its name; a time is modelled where its peaks are known.
+
+    Returns:
+        None where the trace does not reach: inference, and experts alone.
+    """
+    ops = _ops(subject, provider, dtype)
+    if ops is None:
+        return None
+    done = roofline.work(ops)
+    flop, nbytes = sum(done.flop.values()), sum(done.nbytes.values())
+    gpu = gpu_of(device)
+    if gpu is None or not isinstance(subject, Case):
+        return Counted(flop, nbytes)
+    return Counted(flop, nbytes, *roofline.modelled(ops, gpu, Assumptions()))
+
+
+def _ops(subject: object, provider: str, dtype: str) -> list[Op] | None:
+    eager = COMPILED.get(provider, provider)
+    if isinstance(subject, AttentionCase):
+        with FakeTensorMode():
+            inputs = subject.inputs(DTYPES[dtype])
+            with traced() as ops:
+                attention_ways.run(attention_ways.WAYS[eager], *inputs)
+    elif isinstance(subject, Case) and subject.work == STEP and subject.classes == CLASSES:
+        kind = "float32" if provider == PUBLISHED else subject.dtype
+        ops = step_ops(
+            subject.model, eager, subject.settings(), subject.batch, DTYPES[kind],
+            image_size=subject.image_size,
+        )  # fmt: skip
+    else:
+        return None
+    return fusion.fused(ops) if provider in COMPILED else ops
+
+
+def rates(row: Row, counted: Counted) -> Row:
+    """Achieved rates of a row that has a time: counted work over measured time."""
+    seconds = float(row["p50_ms"]) / 1e3
+    return {
+        "tflops": f"{counted.flop / seconds / 1e12:.4g}",
+        "gb_per_s": f"{counted.nbytes / seconds / 1e9:.4g}",
+    }
