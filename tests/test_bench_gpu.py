@@ -165,7 +165,7 @@ def test_every_operator_is_checked_in_other_dtypes() -> None:
         if isinstance(case, AttentionCase):
             case = dataclasses.replace(case, providers=("concat", OURS))
         check = check_kernel(case, torch.float32, "cpu")
-        assert check.holds and 0 < check.error < check.limit < 1e-5
+        assert check.holds and 0 < check.error < check.limit < 1e-4
 
 
 # --- arguments ----------------------------------------------------------------------------------
