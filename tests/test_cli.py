@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from vpt_fast import prompt_tune
 from vpt_fast.cli import app
+from vpt_fast.cli_common import block_indices
 from vpt_fast.train import run as run_module
 
 MODEL = ["--model", "test_vit", "--img-size", "32"]
@@ -315,3 +317,40 @@ def test_ctrl_c_ends_training_and_leaves_a_usable_adapter(folder, checkpoint, tm
     assert "Traceback" not in stderr
     result = call("eval", output / "last", folder, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
+
+
+def test_frozen_blocks_are_computed_once(folder, checkpoint, tmp_path):
+    arguments = ("--no-aug", "--blocks", "4-5", "--epochs", "2")
+    cached = train(folder, checkpoint, tmp_path / "cached", *arguments)
+    plain = train(folder, checkpoint, tmp_path / "plain", *arguments, "--no-prefix-cache")
+    assert cached.exit_code == plain.exit_code == 0, cached.output + plain.output
+    assert "the first 4 of 6 blocks are frozen" in cached.output
+    assert "are frozen" not in plain.output
+    rows = []
+    for name in ("cached", "plain"):
+        with (tmp_path / name / "metrics.csv").open() as file:
+            rows.append([float(row["train_loss"]) for row in csv.DictReader(file)])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+
+
+def test_blocks_are_given_as_ranges(folder, checkpoint, tmp_path):
+    assert block_indices("9-11") == [9, 10, 11] and block_indices("0, 6,8-9") == [0, 6, 8, 9]
+    for text in ("", "a", "3-", "-3"):
+        line = error_of(train(folder, checkpoint, tmp_path / "run", f"--blocks={text}"))
+        assert "such as 9-11 or 0,6" in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "partial", "--num-blocks", 2),
+        ("--method", "adapter", "--reduction", 4),
+        ("--method", "mlp-head", "--num-layers", 2, "--hidden-dim", 16),
+        ("--method", "full", "--opt", "adamw", "--lr", 0.01),
+    ],
+)
+def test_baselines_train_and_evaluate(folder, checkpoint, tmp_path, options):
+    result = train(folder, checkpoint, tmp_path / "run", *options)
+    assert result.exit_code == 0, result.output
+    found = call("eval", tmp_path / "run" / "best", folder, "--checkpoint", checkpoint)
+    assert found.exit_code == 0 and "12 images" in found.output, found.output

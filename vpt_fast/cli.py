@@ -16,6 +16,7 @@ from vpt_fast.cli_common import (
     Device,
     Workers,
     accuracy,
+    block_indices,
     make_method,
     one_line_errors,
     report_skipped,
@@ -24,9 +25,11 @@ from vpt_fast.cli_memory import memory_profile
 from vpt_fast.methods import METHODS
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.train.evaluate import resolve_device
+from vpt_fast.train.image_options import INTERPOLATIONS, NORMALISATIONS, ImageOptions
 from vpt_fast.train.parallel import process_group, rank
 from vpt_fast.train.recipe import DEFAULT_LR, OPTIMIZERS, Recipe
 from vpt_fast.train.run import Augmentation, tune_on_folder
+from vpt_fast.train.sources import FORMATS
 
 
 def train(
@@ -34,7 +37,8 @@ def train(
         Path,
         typer.Argument(
             metavar="DIR",
-            help="Folder with train/<class>/<image>, and if you have them val/ and test/. With "
+            help="Folder with train/<class>/<image>, and if you have them val/ and test/; or a "
+            "VTAB-1k set, FGVC json files, or a saved Hugging Face dataset. With "
             "val/ the epoch that is best on it is kept, without it the last one; test/ is "
             "evaluated once, with the kept epoch.",
         ),
@@ -59,6 +63,25 @@ def train(
     ] = None,
     dropout: Annotated[
         float | None, typer.Option(help="Prompt dropout, in [0, 1); by default 0.")
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks that get prompts (vpt-deep), such as 9-11 or 0,6; by default all."
+        ),
+    ] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option(help="Last blocks that are trained (partial); by default 1.")
+    ] = None,
+    reduction: Annotated[
+        int | None, typer.Option(help="Model width over the adapters' (adapter); by default 8.")
+    ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(help="Layers of the classifier (mlp-head); by default 3.")
+    ] = None,
+    hidden_dim: Annotated[
+        int | None,
+        typer.Option(help="Hidden width: of the feature projector (vapt), or of mlp-head."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images per step.")] = 64,
@@ -86,6 +109,23 @@ def train(
     no_aug: Annotated[
         bool, typer.Option("--no-aug", help="No augmentation: resize and crop the centre.")
     ] = False,
+    data_format: Annotated[
+        str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")
+    ] = "auto",
+    interpolation: Annotated[
+        str, typer.Option(help=f"Of resizing: {', '.join(INTERPOLATIONS)}.")
+    ] = "model",
+    no_antialias: Annotated[
+        bool, typer.Option("--no-antialias", help="Resize without antialiasing.")
+    ] = False,
+    normalisation: Annotated[str, typer.Option(help=f"{', '.join(NORMALISATIONS)}.")] = "model",
+    cache: Annotated[
+        str,
+        typer.Option(
+            help="Training and validation images are decoded once and kept (memory) or again in "
+            "every epoch (stream); auto keeps up to 1 GiB of each."
+        ),
+    ] = "auto",
     schedule: Annotated[
         str,
         typer.Option(help="The learning rate changes after each epoch, as published, or step."),
@@ -112,6 +152,13 @@ def train(
             f"{', '.join(MEMORY_MODES)}; `vpt-fast memory` shows how much."
         ),
     ] = "speed",
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            help="With --no-aug: compute what enters the first block that is trained or has "
+            "prompts once per image."
+        ),
+    ] = True,
     resume: Annotated[
         bool,
         typer.Option(
@@ -131,7 +178,18 @@ def train(
             directory,
             output or Path("output") / f"{directory.resolve().name}-{method}",
             model,
-            make_method(method, {"num_prompts": num_prompts, "dropout": dropout}),
+            make_method(
+                method,
+                {
+                    "num_prompts": num_prompts,
+                    "dropout": dropout,
+                    "blocks": block_indices(blocks),
+                    "num_blocks": num_blocks,
+                    "reduction": reduction,
+                    "num_layers": num_layers,
+                    "hidden_dim": hidden_dim,
+                },
+            ),
             Recipe(
                 epochs=epochs,
                 batch_size=batch_size,
@@ -152,7 +210,11 @@ def train(
             workers=workers,
             device=where,
             resume=resume,
+            prefix_cache=prefix_cache,
             log=tqdm.write,
+            data_format=data_format,
+            image_options=ImageOptions(interpolation, not no_antialias, normalisation),
+            cache=cache,
         )
         if rank():
             return

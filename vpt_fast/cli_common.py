@@ -62,6 +62,23 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     return METHODS[name](**given)
 
 
+def block_indices(text: str | None) -> list[int] | None:
+    """Indices from "9-11" or "0,6,9-11"; None from None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--blocks is {text!r}; give indices such as 9-11 or 0,6")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
 def accuracy(split: str, result: Any) -> str:
     """A line with what an evaluation found on a split."""
     return (

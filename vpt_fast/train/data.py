@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from vpt_fast.train.image_options import without_antialias
 from vpt_fast.train.parallel import PartOfBatches
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -23,7 +24,7 @@ Transform = Callable[[Image.Image], torch.Tensor]
 # The folder names that are looked for, in this order, for each part of a data set.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 # What Pillow's decoders raise on damaged files (struct and SyntaxError: broken TIFF and PNG).
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -61,7 +62,7 @@ def load_image(path: str | Path, channels: int = 3) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("L" if channels == 1 else "RGB")
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         reason = "not an image that Pillow knows, or damaged"
         if not isinstance(error, Image.UnidentifiedImageError):
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -208,7 +209,8 @@ def train_transform(
     crops `scale` of the area at random, resizes and flips; colours stay.
 
     Args:
-        data_config: Of timm.data.resolve_model_data_config.
+        data_config: Of timm.data.resolve_model_data_config. With "antialias": False, tensors are
+            resized; see `ImageOptions`.
         scale: Smallest and largest part of the image's area that is cropped.
         hflip: Probability of a horizontal flip; 0 for images whose sides matter, such as text.
         no_aug: Only resize and crop the centre.
@@ -216,13 +218,21 @@ def train_transform(
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     config = {key: data_config[key] for key in keys if key in data_config}
     config |= {"scale": scale, "hflip": hflip, "color_jitter": None}
-    return create_transform(**config, is_training=True, no_aug=no_aug)
+    return _resizing(create_transform(**config, is_training=True, no_aug=no_aug), data_config)
 
 
 def eval_transform(data_config: dict[str, Any]) -> Transform:
-    """timm's evaluation transform for `data_config` (resize, centre crop, normalise)."""
+    """timm's evaluation transform for `data_config` (resize, centre crop, normalise).
+
+    With "antialias": False in `data_config`, tensors are resized; see `ImageOptions`.
+    """
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return create_transform(**{key: data_config[key] for key in keys if key in data_config})
+    config = {key: data_config[key] for key in keys if key in data_config}
+    return _resizing(create_transform(**config), data_config)
+
+
+def _resizing(pipeline: Any, data_config: dict[str, Any]) -> Transform:
+    return pipeline if data_config.get("antialias", True) else without_antialias(pipeline)
 
 
 def _collate(items: Sequence[Any]) -> Batch:
@@ -236,6 +246,15 @@ def _collate(items: Sequence[Any]) -> Batch:
 def _ignore_interrupt(_worker: int) -> None:
     # Ctrl-C reaches every process of the terminal; only the main one should act on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batch_sampler(
+    dataset: Dataset, batch_size: int, shuffle: bool, generator: torch.Generator
+) -> PartOfBatches:
+    """This process's part of every batch, as indices, in a new order each epoch if `shuffle`."""
+    images: Any = dataset
+    order = RandomSampler(images, generator=generator) if shuffle else SequentialSampler(images)
+    return PartOfBatches(BatchSampler(order, batch_size, drop_last=False))
 
 
 def make_loader(
@@ -264,11 +283,9 @@ def make_loader(
     if workers < 0:
         raise ValueError(f"workers is {workers}; it must be at least 0")
     generator = torch.Generator().manual_seed(seed)
-    images: Any = dataset
-    order = RandomSampler(images, generator=generator) if shuffle else SequentialSampler(images)
     return DataLoader(
         dataset,
-        batch_sampler=PartOfBatches(BatchSampler(order, batch_size, drop_last=False)),
+        batch_sampler=batch_sampler(dataset, batch_size, shuffle, generator),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from timm.utils import random_seed
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vpt_fast import count_parameters, prompt_tune, save_adapter
 from vpt_fast.methods import Method
@@ -21,9 +21,18 @@ from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.train import backbone as backbones
 from vpt_fast.train import data
 from vpt_fast.train.evaluate import Evaluation, TrainingError, evaluate
+from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.loop import BEST, LAST, FitResult, fit
-from vpt_fast.train.parallel import rank
+from vpt_fast.train.memory_set import LIMIT, MemoryLoader, bytes_in_memory, can_crop
+from vpt_fast.train.parallel import rank, world_size
+from vpt_fast.train.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
+from vpt_fast.train.random_crops import RandomCrops
 from vpt_fast.train.recipe import Recipe, init_head
+from vpt_fast.train.sources import open_source
+from vpt_fast.train.split import ImageSource, SplitImages, some
+
+CACHES = ("auto", "memory", "stream")
+"""Where training and validation images come from: auto keeps up to 1 GiB of each in memory."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class RunResult:
 
 
 def folder_loader(
-    dataset: data.ImageFolders,
+    dataset: Dataset,
     batch_size: int,
     device: torch.device,
     workers: int | None = None,
@@ -99,14 +108,19 @@ def tune_on_folder(
     resume: bool = False,
     progress: bool = True,
     log: Callable[[str], None] = print,
+    data_format: str = "auto",
+    image_options: ImageOptions | None = None,
+    cache: str = "auto",
+    prefix_cache: bool = True,
 ) -> RunResult:
-    """Tunes a pretrained timm model on `directory/train/<class>/<image>`.
+    """Tunes a pretrained timm model on a data set on disk.
 
-    With `directory/val` the epoch that is best on it is kept, without it the last one;
-    `directory/test` is evaluated once, with the kept epoch, unless Ctrl-C ended training.
+    With validation images the epoch that is best on them is kept, without them the last one; test
+    images are evaluated once, with the kept epoch, unless Ctrl-C ended training.
 
     Args:
-        directory: Holds train/ and, where there are any, val/ and test/.
+        directory: Of class folders train/<class>/<image> and, where there are any, val/ and test/;
+            or of another of `sources.FORMATS`.
         output: A new folder for the adapters best/ and last/, metrics.csv, tensorboard/ and
             checkpoint.pt.
         model: Of timm, with or without a tag, or "vpt_fast_demo".
@@ -122,6 +136,11 @@ def tune_on_folder(
         resume: Whether to go on in `output`, from the last epoch that ended there.
         progress: Whether to show bars on a terminal.
         log: Called with lines of text.
+        data_format: One of `sources.FORMATS`; "auto" goes by the files in `directory`.
+        image_options: How images are resized and normalised; None takes the model's own way.
+        cache: One of `CACHES`. Test images are read once, and are never kept.
+        prefix_cache: Whether what enters the first block that is trained or has prompts is computed
+            once for each image, where that is not block 0 and images are not augmented.
 
     Raises:
         FileExistsError: If `output` is there and not empty, and `resume` is off.
@@ -131,19 +150,24 @@ def tune_on_folder(
     """
     device = device or torch.device("cpu")
     augmentation = augmentation or Augmentation()
+    options = image_options or ImageOptions()
     check_memory_mode(memory)
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers is {workers}; it must be at least 0")
+    if cache not in CACHES:
+        raise ValueError(f"cache is {cache!r}; choose one of {', '.join(CACHES)}")
     if rank():
         log = _nothing
     elif not resume:
         _check_output(output)
     name, weights, model_args = backbones.resolve_name(model, checkpoint, img_size)
-    folder = data.require_split(directory, "train")
-    class_names = data.ImageFolders(folder, lambda image: torch.empty(0)).classes
+    source = open_source(directory, data_format)
+    class_names = source.class_names
     if ":" not in name:
         # A model on the hub or in a folder is only known once it is there.
         backbones.tunable_on_meta(name, len(class_names), method, model_args)
     random_seed(recipe.seed)
-    net = backbones.create_backbone(
+    net: Any = backbones.create_backbone(
         name,
         len(class_names),
         pretrained=pretrained,
@@ -152,8 +176,15 @@ def tune_on_folder(
     )
     init_head(net)
     prompt_tune(net, method, memory).to(device)
-    loaders = _loaders(directory, net, class_names, recipe, augmentation, workers, device)
+    config = _data_config(net, options)
+    first = frozen_blocks(net) if prefix_cache and augmentation.no_aug and world_size() == 1 else 0
+    loaders = _loaders(
+        source, config, recipe, augmentation, workers, device, "stream" if first else cache
+    )
     _describe(net, f"{method.name} on {model}, {device}", recipe, loaders, log)
+    _describe_source(source, loaders, log)
+    if not options.antialias:
+        log("resized without antialiasing, which the adapter does not record: eval --no-antialias")
     save = partial(
         save_adapter,
         class_names=class_names,
@@ -162,12 +193,25 @@ def tune_on_folder(
         overwrite=True,
     )
     output.mkdir(parents=True, exist_ok=True)
+    batches = {name: loaders[name] for name in ("train", "val") if name in loaders}
+    if first:
+        log(f"the first {first} of {len(net.blocks)} blocks are frozen: computed once per image")
+        kept = PrefixCache(
+            net, first, amp_dtype=recipe.autocast_dtype, folder=output, progress=progress
+        )
+        for name, loader in batches.items():
+            images = loader.dataset
+            ordered = folder_loader(images, recipe.batch_size, device, workers)
+            batches[name] = kept.loader(ordered, len(images), loader)
+        for item in kept.skipped:
+            log(f"skipped an image that cannot be decoded: {item.reason}")
     try:
         result = fit(
             net,
-            loaders["train"],
+            batches["train"],
             recipe,
-            val_batches=loaders.get("val"),
+            val_batches=batches.get("val"),
+            net=SuffixModel(net, first) if first else None,
             output=output,
             save=save,
             progress=progress,
@@ -180,10 +224,13 @@ def tune_on_folder(
             # Nothing worth keeping: the same command with another learning rate should run.
             shutil.rmtree(output, ignore_errors=True)
         raise
+    if first:
+        result.skipped.update(dict(kept.skipped))
     test = None
     if "test" in loaders and not result.interrupted:
         amp_dtype = recipe.autocast_dtype
         test = evaluate(net, loaders["test"], amp_dtype=amp_dtype, progress=progress)
+        test = replace(test, skipped=(*source.splits["test"].refused, *test.skipped))
     return RunResult(output / (BEST if (output / BEST).is_dir() else LAST), result, test)
 
 
@@ -199,36 +246,73 @@ def _check_output(output: Path) -> None:
         )
 
 
+def _data_config(net: nn.Module, options: ImageOptions) -> dict[str, Any]:
+    """The model's data configuration with the options; the model gets it too, for adapters."""
+    config = backbones.data_config_of(net)
+    changes = options.changes(config)
+    if changes:
+        vit: Any = net
+        vit.pretrained_cfg = {**vit.pretrained_cfg, **changes}
+    return {**config, **changes, "antialias": options.antialias}
+
+
 def _loaders(
-    directory: Path,
-    net: nn.Module,
-    class_names: list[str],
+    source: ImageSource,
+    config: dict[str, Any],
     recipe: Recipe,
     augmentation: Augmentation,
     workers: int | None,
     device: torch.device,
-) -> dict[str, DataLoader]:
-    config = backbones.data_config_of(net)
-    channels = config["input_size"][0]
-    loaders = {}
-    for split in data.SPLITS:
-        folder = data.find_split(directory, split)
-        if folder is None:
-            continue
-        is_train = split == "train"
+    cache: str,
+) -> dict[str, Any]:
+    loaders: dict[str, Any] = {}
+    for name, split in source.splits.items():
+        is_train = name == "train"
         transform = data.eval_transform(config)
+        crops = None
         if is_train:
-            transform = data.train_transform(
-                config,
-                scale=augmentation.scale,
-                hflip=augmentation.hflip,
-                no_aug=augmentation.no_aug,
+            scale, hflip, no_aug = augmentation.scale, augmentation.hflip, augmentation.no_aug
+            transform = data.train_transform(config, scale=scale, hflip=hflip, no_aug=no_aug)
+            crops = None if no_aug else RandomCrops(scale, hflip)
+        images = SplitImages(split, transform, source.class_names, config["input_size"][0])
+        order: dict[str, Any] = {"shuffle": is_train, "seed": recipe.seed}
+        if name != "test" and _keep(images, crops, cache):
+            loaders[name] = MemoryLoader(
+                images,
+                recipe.batch_size,
+                crops=crops,
+                device=device,
+                threads=workers or None,
+                **order,
             )
-        images = data.ImageFolders(folder, transform, class_names, channels)
-        loaders[split] = folder_loader(
-            images, recipe.batch_size, device, workers, shuffle=is_train, seed=recipe.seed
-        )
+        else:
+            loaders[name] = folder_loader(images, recipe.batch_size, device, workers, **order)
     return loaders
+
+
+def _keep(images: SplitImages, crops: RandomCrops | None, cache: str) -> bool:
+    if cache != "auto":
+        return cache == "memory"
+    fits = bytes_in_memory(images, crops) <= LIMIT
+    return fits and (crops is None or can_crop(images))
+
+
+def _describe_source(
+    source: ImageSource, loaders: Mapping[str, Any], log: Callable[[str], None]
+) -> None:
+    """What there is, what is missing, and where images are kept."""
+    if "val" not in source.splits:
+        what = "val/ folder" if source.format == "folders" else "val split"
+        log(f"no {what}: the last epoch is kept, and nothing is selected")
+    for name, loader in loaders.items():
+        if isinstance(loader, MemoryLoader):
+            where = f"{loader.nbytes / 2**20:,.0f} MiB on {loader.device}"
+            log(f"{name}: images decoded once and kept, {where}")
+        refused = source.splits[name].refused
+        if refused:
+            log(f"{name}: {len(refused)} entries left out: {some([r.reason for r in refused])}")
+    for line in source.warnings:
+        log(f"warning: {line}")
 
 
 def _describe(
@@ -247,5 +331,3 @@ def _describe(
         f"{recipe.peak_lr:g}, weight decay {recipe.weight_decay:g}, {recipe.epochs} epochs "
         f"({recipe.warmup} of warm-up), {recipe.amp_dtype}, seed {recipe.seed}"
     )
-    if "val" not in loaders:
-        log("no val/ folder: the last epoch is kept, and nothing is selected")
