@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch_table
+from . import launch_tiles
 from .launch import (
     LOG2_E,
     Launch,
@@ -22,6 +22,7 @@ from .launch import (
     packed_offset,
     stride_arguments,
 )
+from .launch_table import TABLE
 from .tiles import (
     key_value_rows,
     load_tile,
@@ -194,6 +195,7 @@ def forward_launch(
     lse: torch.Tensor,
     scale: float,
     target: Target,
+    table: launch_tiles.Table = TABLE,
 ) -> Launch:
     """The forward launch that fills `out` and `lse`.
 
@@ -204,13 +206,14 @@ def forward_launch(
         lse: (B, H, M) fp32, contiguous: log2 of the sum of 2**(scaled scores * log2(e)).
         scale: what the scores are multiplied by.
         target: what to tune for.
+        table: where to look up the tiles.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys = k.shape[1]
     prompt_k, prompt_v = prompts if prompts is not None else (k, v)
     num_prompts = prompt_k.shape[1] if prompts is not None else 0
-    tiles = launch_table.forward_tiles(
-        head_dim, q.element_size(), target, num_queries, num_keys, num_prompts
+    tiles = launch_tiles.forward_tiles(
+        head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
     )
     views = (q, k, v, prompt_k, prompt_v)
     kv_offset = packed_offset((k, v), (prompt_k, prompt_v))
@@ -239,7 +242,7 @@ def forward_launch(
             "BLOCK_M": tiles.rows,
             "BLOCK_N": tiles.step,
             "BLOCK_MIX": tiles.tail,
-            "SUM_COLUMNS": launch_table.sum_columns(q.dtype, target),
+            "SUM_COLUMNS": launch_tiles.sum_columns(q.dtype, target),
             "HAS_PROMPTS": num_prompts > 0,
             "PROMPT_TILES": num_prompts >= tiles.step,
             "KV_PACKED": kv_offset is not None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from . import launch_table
+from . import launch_tiles
 from .attention_backward import delta_kernel, dq_kernel
 from .attention_backward_keys import dkdv_kernel, shared_prompt_dkdv_kernel
 from .chunks import chunk_size
@@ -25,6 +25,7 @@ from .launch import (
     row_strides,
     stride_arguments,
 )
+from .launch_table import TABLE
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -41,6 +42,7 @@ def backward_launches(
     prompt_grads: Pair | None,
     scale: float,
     target: Target,
+    table: launch_tiles.Table = TABLE,
 ) -> list[Launch]:
     """The launches of one backward pass, in order.
 
@@ -49,14 +51,17 @@ def backward_launches(
         token_grads: where to write their gradients, or None if they are not needed.
         prompt_grads: where to write the prompts' gradients, or None: one entry per image, or, if
             the batch shares the prompts, fp32 sums over `chunk_count(B)` chunks.
+        table: where to look up the tiles.
     """
     q, k, v = tokens
     launches = []
     if token_grads is not None:
         dq, dk, dv = token_grads
         launches += [
-            dq_launch(q, k, v, prompts, out, grad_out, lse, delta, dq, scale, target),
-            dkdv_launch("token_dkdv", q, (k, v), grad_out, lse, delta, (dk, dv), scale, target),
+            dq_launch(q, k, v, prompts, out, grad_out, lse, delta, dq, scale, target, table),
+            dkdv_launch(
+                "token_dkdv", q, (k, v), grad_out, lse, delta, (dk, dv), scale, target, table
+            ),
         ]
     elif prompt_grads is not None:
         launches.append(delta_launch(q, out, grad_out, delta))
@@ -64,13 +69,22 @@ def backward_launches(
         if len(prompts[0]) == len(q):
             launches.append(
                 dkdv_launch(
-                    "prompt_dkdv", q, prompts, grad_out, lse, delta, prompt_grads, scale, target
+                    "prompt_dkdv",
+                    q,
+                    prompts,
+                    grad_out,
+                    lse,
+                    delta,
+                    prompt_grads,
+                    scale,
+                    target,
+                    table,
                 )
             )
         else:
             launches.append(
                 shared_prompt_dkdv_launch(
-                    q, prompts, grad_out, lse, delta, prompt_grads, scale, target
+                    q, prompts, grad_out, lse, delta, prompt_grads, scale, target, table
                 )
             )
     return launches
@@ -88,14 +102,15 @@ def dq_launch(
     dq: torch.Tensor,
     scale: float,
     target: Target,
+    table: launch_tiles.Table = TABLE,
 ) -> Launch:
     """Fills `dq` and `delta`; the other launches of the backward pass read `delta`."""
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys = k.shape[1]
     prompt_k, prompt_v = prompts if prompts is not None else (k, v)
     num_prompts = prompt_k.shape[1] if prompts is not None else 0
-    tiles = launch_table.dq_tiles(
-        head_dim, q.element_size(), target, num_queries, num_keys, num_prompts
+    tiles = launch_tiles.dq_tiles(
+        head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
     )
     kv_offset = packed_offset((k, v), (prompt_k, prompt_v))
     return Launch(
@@ -145,7 +160,7 @@ def delta_launch(
 ) -> Launch:
     """Fills `delta` for a backward pass that needs no dq."""
     batch, num_queries, num_heads, _ = q.shape
-    tiles = launch_table.delta_tiles(num_queries)
+    tiles = launch_tiles.delta_tiles(num_queries)
     return Launch(
         name="delta",
         kernel=delta_kernel,
@@ -176,6 +191,7 @@ def dkdv_launch(
     grads: Pair,
     scale: float,
     target: Target,
+    table: launch_tiles.Table = TABLE,
 ) -> Launch:
     """Fills `grads` of keys that belong to one image each: the tokens', or prompts per image.
 
@@ -184,7 +200,7 @@ def dkdv_launch(
     batch, num_queries, num_heads, head_dim = q.shape
     (k, v), (dk, dv) = keys, grads
     num_keys = k.shape[1]
-    tiles = launch_table.dkdv_tiles(head_dim, q.element_size(), target, num_queries, num_keys)
+    tiles = launch_tiles.dkdv_tiles(head_dim, q.dtype, target, num_queries, num_keys, table)
     return Launch(
         name=name,
         kernel=dkdv_kernel,
@@ -230,6 +246,7 @@ def shared_prompt_dkdv_launch(
     partials: Pair,
     scale: float,
     target: Target,
+    table: launch_tiles.Table = TABLE,
 ) -> Launch:
     """Fills `partials`, (chunks, p, H, d) fp32 each: gradients of prompts that the batch shares.
 
@@ -240,9 +257,7 @@ def shared_prompt_dkdv_launch(
     (k, v), (dk, dv) = prompts, partials
     num_prompts = k.shape[1]
     chunk = chunk_size(batch)
-    tiles = launch_table.shared_prompt_tiles(
-        head_dim, q.element_size(), target, num_queries, num_prompts
-    )
+    tiles = launch_tiles.shared_prompt_tiles(head_dim, q.dtype, target, num_prompts, table)
     strides = stride_arguments(q=q, k=k, v=v, dk=dk)
     del strides["stride_kb"], strides["stride_vb"]
     image_stride, row_stride, _ = row_strides(q)

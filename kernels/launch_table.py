@@ -1,115 +1,184 @@
-"""Tiles, warps and pipeline stages for each kernel: a pure function of shape, dtype and target.
+"""Launch table of the attention kernels, written by `python -m bench.tune --write`.
 
-Nothing is tuned at run time, so the same inputs always run the same program. The batch is no
-argument: an image's result may not depend on how many others there are. The choices are those with
-the fewest issue cycles per useful matrix product in the code compiled for bf16 and 64 channels,
-among those that spill no register and keep two stages. Other dtypes and dimensions have smaller
-tiles, chosen to fit; fp32, whose products take no tensor cores, still spills.
+(kernel, head dimension, dtype, architecture): (rows, rows per loop iteration, warps, stages)
+
+`launch_tiles` says what the rows are, which shapes narrow them, and which entry other head
+dimensions and architectures take. Entries are chosen from static figures, without a GPU (compiled
+code, and issue cycles modelled from it, by the rules of `bench.candidates`); those that `MEASURED`
+names, from times measured on a GPU.
 """
 
-from __future__ import annotations
+Key = tuple[str, int, str, int | str]
 
-from typing import NamedTuple
+TABLE: dict[Key, tuple[int, int, int, int]] = {
+    ("forward", 32, "bf16", 80): (128, 64, 4, 2),
+    ("forward", 32, "bf16", 89): (128, 64, 4, 2),
+    ("forward", 32, "bf16", 90): (128, 64, 4, 2),
+    ("forward", 32, "bf16", 100): (128, 64, 4, 2),
+    ("forward", 32, "bf16", 120): (128, 64, 4, 2),
+    ("forward", 32, "bf16", "gfx942"): (64, 64, 4, 2),
+    ("forward", 32, "fp16", 80): (128, 64, 4, 2),
+    ("forward", 32, "fp16", 89): (128, 64, 4, 2),
+    ("forward", 32, "fp16", 90): (128, 64, 4, 2),
+    ("forward", 32, "fp16", 100): (128, 64, 4, 2),
+    ("forward", 32, "fp16", 120): (128, 64, 4, 2),
+    ("forward", 32, "fp16", "gfx942"): (64, 64, 4, 2),
+    ("forward", 32, "fp32", 80): (32, 32, 4, 2),
+    ("forward", 32, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("forward", 64, "bf16", 80): (128, 64, 4, 2),
+    ("forward", 64, "bf16", 89): (128, 64, 8, 2),
+    ("forward", 64, "bf16", 90): (128, 64, 4, 2),
+    ("forward", 64, "bf16", 100): (128, 64, 4, 2),
+    ("forward", 64, "bf16", 120): (128, 64, 8, 2),
+    ("forward", 64, "bf16", "gfx942"): (64, 64, 2, 2),
+    ("forward", 64, "fp16", 80): (128, 64, 4, 2),
+    ("forward", 64, "fp16", 89): (128, 64, 8, 2),
+    ("forward", 64, "fp16", 90): (128, 64, 4, 2),
+    ("forward", 64, "fp16", 100): (128, 64, 4, 2),
+    ("forward", 64, "fp16", 120): (128, 64, 8, 2),
+    ("forward", 64, "fp16", "gfx942"): (64, 64, 4, 2),
+    ("forward", 64, "fp32", 80): (32, 16, 4, 2),
+    ("forward", 64, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("forward", 128, "bf16", 80): (128, 64, 8, 2),
+    ("forward", 128, "bf16", 89): (128, 64, 8, 2),
+    ("forward", 128, "bf16", 90): (128, 64, 8, 2),
+    ("forward", 128, "bf16", 100): (128, 64, 4, 2),
+    ("forward", 128, "bf16", 120): (64, 32, 4, 2),
+    ("forward", 128, "bf16", "gfx942"): (64, 64, 4, 2),
+    ("forward", 128, "fp16", 80): (128, 64, 8, 2),
+    ("forward", 128, "fp16", 89): (128, 64, 8, 2),
+    ("forward", 128, "fp16", 90): (128, 64, 8, 2),
+    ("forward", 128, "fp16", 100): (128, 64, 4, 2),
+    ("forward", 128, "fp16", 120): (64, 32, 4, 2),
+    ("forward", 128, "fp16", "gfx942"): (64, 64, 4, 2),
+    ("forward", 128, "fp32", 80): (32, 16, 8, 2),
+    ("forward", 128, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("dq", 32, "bf16", 80): (128, 64, 4, 2),
+    ("dq", 32, "bf16", 89): (128, 64, 4, 2),
+    ("dq", 32, "bf16", 90): (128, 64, 4, 2),
+    ("dq", 32, "bf16", 100): (128, 64, 4, 2),
+    ("dq", 32, "bf16", 120): (128, 64, 4, 2),
+    ("dq", 32, "bf16", "gfx942"): (64, 64, 4, 2),
+    ("dq", 32, "fp16", 80): (128, 64, 4, 2),
+    ("dq", 32, "fp16", 89): (128, 64, 4, 2),
+    ("dq", 32, "fp16", 90): (128, 64, 4, 2),
+    ("dq", 32, "fp16", 100): (128, 64, 4, 2),
+    ("dq", 32, "fp16", 120): (128, 32, 4, 2),
+    ("dq", 32, "fp16", "gfx942"): (64, 64, 4, 2),
+    ("dq", 32, "fp32", 80): (32, 32, 4, 2),
+    ("dq", 32, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("dq", 64, "bf16", 80): (128, 32, 4, 2),
+    ("dq", 64, "bf16", 89): (128, 32, 4, 2),
+    ("dq", 64, "bf16", 90): (128, 64, 4, 2),
+    ("dq", 64, "bf16", 100): (128, 64, 4, 2),
+    ("dq", 64, "bf16", 120): (128, 64, 8, 2),
+    ("dq", 64, "bf16", "gfx942"): (64, 64, 4, 2),
+    ("dq", 64, "fp16", 80): (128, 32, 4, 2),
+    ("dq", 64, "fp16", 89): (128, 64, 8, 2),
+    ("dq", 64, "fp16", 90): (128, 64, 8, 2),
+    ("dq", 64, "fp16", 100): (128, 64, 4, 2),
+    ("dq", 64, "fp16", 120): (128, 32, 8, 2),
+    ("dq", 64, "fp16", "gfx942"): (64, 64, 4, 2),
+    ("dq", 64, "fp32", 80): (32, 16, 4, 2),
+    ("dq", 64, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("dq", 128, "bf16", 80): (128, 32, 8, 2),
+    ("dq", 128, "bf16", 89): (128, 32, 8, 2),
+    ("dq", 128, "bf16", 90): (128, 64, 8, 2),
+    ("dq", 128, "bf16", 100): (128, 32, 4, 2),
+    ("dq", 128, "bf16", 120): (64, 32, 4, 2),
+    ("dq", 128, "bf16", "gfx942"): (64, 64, 4, 2),
+    ("dq", 128, "fp16", 80): (128, 32, 8, 2),
+    ("dq", 128, "fp16", 89): (128, 32, 8, 2),
+    ("dq", 128, "fp16", 90): (128, 64, 8, 2),
+    ("dq", 128, "fp16", 100): (128, 32, 4, 2),
+    ("dq", 128, "fp16", 120): (64, 32, 4, 2),
+    ("dq", 128, "fp16", "gfx942"): (64, 64, 4, 2),
+    ("dq", 128, "fp32", 80): (32, 16, 8, 2),
+    ("dq", 128, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("dkdv", 32, "bf16", 80): (128, 64, 4, 2),
+    ("dkdv", 32, "bf16", 89): (128, 32, 4, 2),
+    ("dkdv", 32, "bf16", 90): (128, 64, 4, 2),
+    ("dkdv", 32, "bf16", 100): (128, 64, 4, 2),
+    ("dkdv", 32, "bf16", 120): (128, 64, 4, 2),
+    ("dkdv", 32, "bf16", "gfx942"): (32, 64, 2, 2),
+    ("dkdv", 32, "fp16", 80): (128, 64, 4, 2),
+    ("dkdv", 32, "fp16", 89): (128, 32, 4, 2),
+    ("dkdv", 32, "fp16", 90): (128, 64, 4, 2),
+    ("dkdv", 32, "fp16", 100): (128, 64, 4, 2),
+    ("dkdv", 32, "fp16", 120): (128, 64, 4, 2),
+    ("dkdv", 32, "fp16", "gfx942"): (64, 64, 4, 2),
+    ("dkdv", 32, "fp32", 80): (32, 32, 4, 2),
+    ("dkdv", 32, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("dkdv", 64, "bf16", 80): (128, 32, 4, 2),
+    ("dkdv", 64, "bf16", 89): (128, 64, 8, 2),
+    ("dkdv", 64, "bf16", 90): (64, 64, 4, 2),
+    ("dkdv", 64, "bf16", 100): (128, 64, 4, 2),
+    ("dkdv", 64, "bf16", 120): (128, 64, 8, 2),
+    ("dkdv", 64, "bf16", "gfx942"): (64, 64, 2, 2),
+    ("dkdv", 64, "fp16", 80): (128, 32, 4, 2),
+    ("dkdv", 64, "fp16", 89): (128, 64, 8, 2),
+    ("dkdv", 64, "fp16", 90): (128, 64, 8, 2),
+    ("dkdv", 64, "fp16", 100): (128, 64, 4, 2),
+    ("dkdv", 64, "fp16", 120): (128, 64, 8, 2),
+    ("dkdv", 64, "fp16", "gfx942"): (64, 64, 4, 2),
+    ("dkdv", 64, "fp32", 80): (32, 16, 4, 2),
+    ("dkdv", 64, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("dkdv", 128, "bf16", 80): (128, 32, 8, 2),
+    ("dkdv", 128, "bf16", 89): (128, 32, 8, 2),
+    ("dkdv", 128, "bf16", 90): (128, 64, 8, 2),
+    ("dkdv", 128, "bf16", 100): (128, 64, 8, 2),
+    ("dkdv", 128, "bf16", 120): (64, 32, 4, 2),
+    ("dkdv", 128, "bf16", "gfx942"): (64, 32, 4, 2),
+    ("dkdv", 128, "fp16", 80): (128, 32, 8, 2),
+    ("dkdv", 128, "fp16", 89): (128, 32, 8, 2),
+    ("dkdv", 128, "fp16", 90): (128, 64, 8, 2),
+    ("dkdv", 128, "fp16", 100): (128, 64, 8, 2),
+    ("dkdv", 128, "fp16", 120): (64, 32, 4, 2),
+    ("dkdv", 128, "fp16", "gfx942"): (64, 32, 4, 2),
+    ("dkdv", 128, "fp32", 80): (16, 32, 4, 2),
+    ("dkdv", 128, "fp32", "gfx942"): (32, 16, 4, 2),
+    ("shared_prompt_dkdv", 32, "bf16", 80): (64, 128, 4, 2),
+    ("shared_prompt_dkdv", 32, "bf16", 89): (64, 128, 4, 2),
+    ("shared_prompt_dkdv", 32, "bf16", 90): (64, 128, 4, 2),
+    ("shared_prompt_dkdv", 32, "bf16", 100): (64, 128, 4, 2),
+    ("shared_prompt_dkdv", 32, "bf16", 120): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 32, "bf16", "gfx942"): (64, 16, 4, 2),
+    ("shared_prompt_dkdv", 32, "fp16", 80): (64, 128, 4, 2),
+    ("shared_prompt_dkdv", 32, "fp16", 89): (64, 128, 4, 2),
+    ("shared_prompt_dkdv", 32, "fp16", 90): (64, 128, 4, 2),
+    ("shared_prompt_dkdv", 32, "fp16", 100): (64, 128, 4, 2),
+    ("shared_prompt_dkdv", 32, "fp16", 120): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 32, "fp16", "gfx942"): (64, 16, 4, 2),
+    ("shared_prompt_dkdv", 32, "fp32", 80): (64, 16, 8, 2),
+    ("shared_prompt_dkdv", 32, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("shared_prompt_dkdv", 64, "bf16", 80): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "bf16", 89): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "bf16", 90): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "bf16", 100): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "bf16", 120): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "bf16", "gfx942"): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 64, "fp16", 80): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "fp16", 89): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "fp16", 90): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "fp16", 100): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "fp16", 120): (64, 64, 4, 2),
+    ("shared_prompt_dkdv", 64, "fp16", "gfx942"): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 64, "fp32", 80): (64, 16, 8, 2),
+    ("shared_prompt_dkdv", 64, "fp32", "gfx942"): (32, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "bf16", 80): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "bf16", 89): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "bf16", 90): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "bf16", 100): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "bf16", 120): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "bf16", "gfx942"): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "fp16", 80): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "fp16", 89): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "fp16", 90): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "fp16", 100): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "fp16", 120): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "fp16", "gfx942"): (64, 32, 4, 2),
+    ("shared_prompt_dkdv", 128, "fp32", 80): (64, 16, 8, 2),
+    ("shared_prompt_dkdv", 128, "fp32", "gfx942"): (32, 16, 4, 2),
+}
 
-import torch
-
-from .launch import Target, power_of_2_at_least
-
-
-class Tiles(NamedTuple):
-    """A program's tile: `rows` it owns, `step` rows per loop iteration, `tail` for what is left."""
-
-    rows: int
-    step: int
-    tail: int
-    num_warps: int
-    num_stages: int
-
-
-def forward_tiles(
-    head_dim: int, element_size: int, target: Target, num_queries: int, num_keys: int, prompts: int
-) -> Tiles:
-    """Forward kernel: `rows` queries, `step` keys, `tail` keys of a mixed tile."""
-    if element_size == 4:
-        rows, step, warps = 32, 32, 4
-    elif head_dim > 64 or target.hip:
-        rows, step, warps = 64, 64, 4
-    else:
-        rows, step, warps = 128, 64, 4
-    rows, warps = _no_more_rows_than(num_queries, rows, warps)
-    return Tiles(rows, step, _mixed(num_keys % step + prompts % step, step), warps, 2)
-
-
-def dq_tiles(
-    head_dim: int, element_size: int, target: Target, num_queries: int, num_keys: int, prompts: int
-) -> Tiles:
-    """Kernel of the queries' gradient: `rows` queries, `step` keys, `tail` keys of a mixed tile."""
-    if element_size == 4:
-        rows, step, warps = 32, 32, 4
-    elif head_dim > 64:
-        rows, step, warps = 64, 32, 4
-    elif target.hip:
-        rows, step, warps = 64, 64, 4
-    else:
-        rows, step, warps = 128, 64 if target.capability >= 90 else 32, 4
-    rows, warps = _no_more_rows_than(num_queries, rows, warps)
-    return Tiles(rows, step, _mixed(num_keys % step + prompts % step, step), warps, 2)
-
-
-def dkdv_tiles(
-    head_dim: int, element_size: int, target: Target, num_queries: int, num_keys: int
-) -> Tiles:
-    """Kernel of the keys' and values' gradient: `rows` keys, `step` queries, `tail` queries."""
-    if element_size == 4:
-        rows, step, warps = 32, 32, 4
-    elif head_dim > 64:
-        rows, step, warps = 64, 32, 4
-    elif target.hip or target.capability >= 90:
-        rows, step, warps = 64, 64, 4
-    else:
-        rows, step, warps = 128, 32, 4
-    rows, warps = _no_more_rows_than(num_keys, rows, warps)
-    return Tiles(rows, step, _mixed(num_queries % step, step), warps, 2)
-
-
-def shared_prompt_tiles(
-    head_dim: int, element_size: int, target: Target, num_queries: int, prompts: int
-) -> Tiles:
-    """Gradient of prompts shared by the batch: `rows` prompts, `step` and `tail` queries."""
-    rows, step, warps = 64, 64, 4
-    if element_size == 4:
-        rows, step = 32, 32
-    elif head_dim > 64:
-        step = 32
-    rows, warps = _no_more_rows_than(prompts, rows, warps)
-    return Tiles(rows, step if rows > 32 else 32, 16, warps, 2)
-
-
-def delta_tiles(num_queries: int) -> Tiles:
-    """Kernel of delta = rowsum(grad_out * out): `rows` queries."""
-    return Tiles(min(64, power_of_2_at_least(num_queries)), 0, 0, 4, 1)
-
-
-def sum_columns(dtype: torch.dtype, target: Target) -> int:
-    """Columns of the product that sums the softmax weights; 0 where a reduction does it.
-
-    8 is the narrowest product of NVIDIA's tensor cores. fp32 weights are not rounded and have none.
-    """
-    return 0 if dtype == torch.float32 or target.hip else 8
-
-
-def _no_more_rows_than(count: int, rows: int, warps: int) -> tuple[int, int]:
-    """Halve a tile, and below 64 rows its warps with it, while half of it holds `count` rows.
-
-    A product takes at least 16 rows, and one warp computes 16 of them.
-    """
-    while rows > 16 and rows // 2 >= count:
-        rows //= 2
-        if rows < 64:
-            warps = max(1, warps // 2)
-    return rows, warps
-
-
-def _mixed(left: int, step: int) -> int:
-    """Rows of the tile that takes what is left: `step` at most, for the registers."""
-    return min(step, power_of_2_at_least(left))
+MEASURED: tuple[Key, ...] = ()

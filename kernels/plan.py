@@ -10,6 +10,8 @@ from .attention_forward import forward_launch
 from .attention_gradients import backward_launches
 from .chunks import chunk_count
 from .launch import Launch, Target
+from .launch_table import TABLE
+from .launch_tiles import Table
 from .layouts import split, split_prompts
 
 
@@ -48,6 +50,8 @@ def attention_plan(
     *,
     needs_tokens: bool = True,
     needs_prompts: bool = True,
+    table: Table = TABLE,
+    device: torch.device | str = "meta",
 ) -> dict[str, list[Launch]]:
     """The launches of a forward and of a backward pass, in order, on tensors without memory.
 
@@ -59,6 +63,8 @@ def attention_plan(
         target: what to tune for, such as `Target(90)`.
         needs_tokens: whether the backward pass computes the tokens' gradients.
         needs_prompts: whether it computes the prompts' gradients.
+        table: where to look up the tiles.
+        device: of the tensors; on another one they are real and not initialised.
 
     Returns:
         {"forward": launches, "backward": launches}. `Launch.signature()`, `.compile_constexprs()`,
@@ -68,7 +74,7 @@ def attention_plan(
     batch, heads, dim = problem.batch, problem.num_heads, problem.head_dim
 
     def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device=device)
 
     if problem.num_queries is None:
         tokens = [empty(batch, problem.num_keys, 3, heads, dim)]
@@ -89,7 +95,7 @@ def attention_plan(
         else:
             prompt_grads = split_prompts([empty(batch, *rows)])
     scale = dim**-0.5
-    forward = forward_launch(q, k, v, prompts, out, lse, scale, target)
+    forward = forward_launch(q, k, v, prompts, out, lse, scale, target, table)
     backward = backward_launches(
         (q, k, v),
         prompts,
@@ -101,5 +107,6 @@ def attention_plan(
         prompt_grads if needs_prompts else None,
         scale,
         target,
+        table,
     )
     return {"forward": [forward], "backward": backward}
