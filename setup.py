@@ -26,6 +26,7 @@ setup(
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
         "tensorboard>=2.16",
+        "optuna>=4",
         "tqdm>=4.66",
         "typer>=0.12",
     ],
