@@ -24,9 +24,9 @@ COLOUR = dict(zip(PROVIDERS, [INK, *COLOURS[:5], MUTED], strict=False))
 _LABEL = {
     "published": "published: concatenation, explicit softmax, fp32",
     "concat": "concatenation, fused attention",
-    "concat_compiled": "the same, torch.compile",
+    "concat_compiled": "concatenation, fused attention, torch.compile",
     "keys_concat": "keys and values concatenated",
-    "keys_concat_compiled": "the same, torch.compile",
+    "keys_concat_compiled": "keys and values concatenated, torch.compile",
     OURS: "vpt_fast",
     WITHOUT: "without prompts",
 }
@@ -85,8 +85,8 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
             [{**r, **_per_image(r)} for r in by_batch], "batch", "image_p50",
         ),
         Panel(
-            f"Kept for backward (counted), {_about(memory, 'model', 'batch', 'dtype')}",
-            "last blocks that have prompts (50 each)", "MiB",
+            f"Kept for backward, {_about(memory, 'model', 'batch', 'dtype')}",
+            "last blocks that have 50 prompts each", "MiB, counted",
             memory, "blocks", "kept_mib",
         ),
     ]  # fmt: skip
@@ -95,7 +95,10 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
 
 def _about(rows: Sequence[Row], *names: str) -> str:
     words = {"batch": "batch {}", "prompts": "{} prompts"}
-    return ", ".join(words.get(n, "{}").format(rows[0][n]) for n in names) if rows else ""
+    if not rows:
+        return ""
+    row = {**rows[0], "model": rows[0]["model"].removesuffix("_224")}
+    return ", ".join(words.get(n, "{}").format(row[n]) for n in names)
 
 
 def _per_image(row: Row) -> dict[str, str]:
@@ -112,7 +115,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     found = panels([row for row in rows if row["p50_ms"] or row["bench"] == "memory"])
     if not found:
         raise ValueError("no rows of training steps with several numbers of prompts or batch sizes")
-    figure = Figure(figsize=(5.6 * len(found), 5.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5.8 * len(found), 5.2), dpi=120, layout="constrained")
     figure.suptitle(_facts(rows[0]), color=MUTED, fontsize=10)
     shown: dict[str, Any] = {}
     for index, panel in enumerate(found, 1):
@@ -120,7 +123,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     names = [name for name in PROVIDERS if name in shown]
     figure.legend(
         [shown[name] for name in names], [_LABEL[name] for name in names],
-        loc="outside lower center", ncols=4, frameon=False, fontsize=9,
+        loc="outside lower center", ncols=3, frameon=False, fontsize=9,
     )  # fmt: skip
     figure.savefig(path)
 
