@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.correctness import SLACK, WORST, Check, Results, largest_error
+from bench.correctness import WORST, Check, Results, budget, largest_error
 from bench.providers import COMPILED, OURS, PROVIDERS, PUBLISHED, WITHOUT
+from bench.turns import Turn, timed
 from vpt_fast.ops.attention import prompt_attention
 
 Attend = Callable[[Tensor, Tensor], Tensor]
@@ -141,7 +142,15 @@ def checks(
         want = wanted[WITHOUT if name == WITHOUT else PUBLISHED]
         return largest_error({key: value.double() for key, value in have.items()}, want)
 
-    eager = error("concat")[0]
+    limit = budget(error("concat")[0], kind)
     limits = {"concat": WORST[kind], WITHOUT: WORST[kind]}
-    budget = min(WORST[kind], 2 * eager + SLACK[kind])
-    return {name: Check(name, *error(name), limits.get(name, budget)) for name in case.providers}
+    return {name: Check(name, *error(name), limits.get(name, limit)) for name in case.providers}
+
+
+def take_turns(case: AttentionCase, rounds: int) -> dict[str, Turn]:
+    """Check every provider in fp32 on the CPU, then time those that hold, in turns.
+
+    A call takes milliseconds, so each of the `rounds` is four.
+    """
+    kind = torch.float32
+    return timed(checks(case, kind), functions(case, kind), 4 * rounds)

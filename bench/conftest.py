@@ -7,6 +7,7 @@ By default `bench.cases.cpu_cases`. Any of the options below replaces them by th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -57,8 +58,8 @@ def chosen(config: pytest.Config, work: str) -> list[Case]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test per case and provider, for tests of a whole model."""
-    if "turns" not in metafunc.fixturenames:
-        return
+    if metafunc.definition.get_closest_marker("parametrize"):
+        return  # it brings its own cases
     work = INFERENCE if "inference" in metafunc.module.__name__ else STEP
     pairs = [
         pytest.param(case, name, id=f"{case}-{name}")
@@ -73,19 +74,21 @@ class _Latest:
 
     def __init__(self, rounds: int) -> None:
         self._rounds = rounds
-        self._case: Case | None = None
+        self._case: Any = None
         self._turns: dict[str, Turn] = {}
 
-    def __call__(self, case: Case) -> dict[str, Turn]:
+    def __call__(
+        self, case: Any, take: Callable[[Any, int], dict[str, Turn]] = take_turns
+    ) -> dict[str, Turn]:
         if case != self._case:
-            self._turns = take_turns(case, self._rounds)
+            self._turns = take(case, self._rounds)
             self._case = case
         return self._turns
 
 
 @pytest.fixture(scope="session")
 def turns(request: pytest.FixtureRequest) -> _Latest:
-    """All providers' turns of a case."""
+    """All providers' turns of a case, taken by `take(case, rounds)`: turns(case, take)."""
     return _Latest(request.config.getoption("rounds"))
 
 

@@ -51,6 +51,11 @@ class Check:
         return self.error <= self.limit
 
 
+def budget(eager: float, kind: str) -> float:
+    """The largest error allowed where eager PyTorch has `eager` in dtype `kind`."""
+    return min(WORST[kind], 2 * eager + SLACK[kind])
+
+
 def results(module: nn.Module, images: Tensor, labels: Tensor, train: bool) -> Results:
     """Logits and, of a training step, the trained gradients; in fp64."""
     with torch.set_grad_enabled(train):
@@ -142,7 +147,7 @@ class Truth:
         if name not in ("concat", WITHOUT):
             if self._eager is None:
                 self._eager = self.check("concat").error
-            limit = min(limit, 2 * self._eager + SLACK[self.case.dtype])
+            limit = budget(self._eager, self.case.dtype)
         module = self.module(name, 0.0) if module is None else module
         images, labels = self._inputs
         copies = images.repeat(self._copies, 1, 1, 1), labels.repeat(self._copies)

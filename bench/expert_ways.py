@@ -16,8 +16,9 @@ import timm
 import torch
 from torch import Tensor
 
-from bench.correctness import SLACK, WORST, Check, Results, largest_error
+from bench.correctness import WORST, Check, Results, budget, largest_error
 from bench.providers import OURS, provide, set_values, trained, values
+from bench.turns import Turn, timed
 from vpt_fast import VAPT
 from vpt_fast.ops.block_entry import OpenSum
 
@@ -134,9 +135,14 @@ def checks(
         have = way(case, name, dtype, given, device).run()
         return largest_error({key: value.double() for key, value in have.items()}, truth)
 
-    eager = error("concat")[0]
-    budget = min(WORST[kind], 2 * eager + SLACK[kind])
+    limit = budget(error("concat")[0], kind)
     return {
-        name: Check(name, *error(name), WORST[kind] if name == "concat" else budget)
+        name: Check(name, *error(name), WORST[kind] if name == "concat" else limit)
         for name in case.providers
     }
+
+
+def take_turns(case: ExpertCase, rounds: int) -> dict[str, Turn]:
+    """As `bench.attention_ways.take_turns`."""
+    kind = torch.float32
+    return timed(checks(case, kind), functions(case, kind), 4 * rounds)

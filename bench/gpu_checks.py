@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import attention_ways, expert_ways
 from bench.attention_ways import AttentionCase
-from bench.correctness import SLACK, WORST, Check, Results, largest_error
+from bench.correctness import Check, Results, budget, largest_error
 from bench.expert_ways import ExpertCase
 from bench.providers import OURS
 from vpt_fast.ops.activation import KINDS, activation, activation_backward
@@ -77,7 +77,7 @@ def check_kernel(case: KernelCase, dtype: torch.dtype, device: torch.device | st
     kind = str(dtype).removeprefix("torch.")
     eager = largest_error(_double(plain(*given)), truth)[0]
     error, worst = largest_error(_double(ours(*given)), truth)
-    return Check(OURS, error, worst, min(WORST[kind], 2 * eager + SLACK[kind]))
+    return Check(OURS, error, worst, budget(eager, kind))
 
 
 def _double(found: Results) -> Results:

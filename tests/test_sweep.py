@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from vpt_fast import LinearProbe, VPTDeep
+from vpt_fast.cli_common import make_method
 from vpt_fast.methods import Method
 from vpt_fast.train.evaluate import TrainingError
 from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.sweep import Candidate, Outcome, Sweep, method_named
+from vpt_fast.train.sweep import Candidate, Outcome, Sweep
 
 LRS, DECAYS, PROMPTS = (0.1, 1.0, 10.0), (0.0, 0.01), (1, 5)
 DEEP = Candidate(VPTDeep(), Recipe(epochs=2), LRS, DECAYS, PROMPTS)
@@ -101,7 +102,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="linear is there twice"):
         Sweep(tmp_path, FakeTask()).run([LINEAR, LINEAR])
     with pytest.raises(ValueError, match="choose one of linear"):
-        method_named("vpt")
+        make_method("vpt", {})
 
 
 def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:

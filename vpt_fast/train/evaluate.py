@@ -108,11 +108,11 @@ def evaluate(
             percents = accuracy(logits, target, topk=(1, 5))
             means = [F.cross_entropy(logits, target), *percents]
             sums += len(target) * torch.stack([torch.as_tensor(m, device=device) for m in means])
-            predictions.append(logits.argmax(dim=1).cpu())
+            predictions.append(logits.argmax(dim=1))
             labels.append(batch.labels)
     finally:
         model.train(was_training)
-    found = gathered((sums.cpu(), predictions, labels, skipped))
+    found = gathered((sums.cpu(), [some.cpu() for some in predictions], labels, skipped))
     all_labels = [some for _, _, theirs, _ in found for some in theirs]
     all_skipped = [item for *_, items in found for item in items]
     if not all_labels:

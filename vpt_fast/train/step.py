@@ -52,8 +52,9 @@ class TrainStep:
             Sums over all processes (3,), fp64: of losses, of right answers, of images. None where
             no process has an image, and nothing was done.
         """
-        count = len(batch.labels)
-        everyone = int(summed(torch.tensor(count, device=self.device)))
+        everyone = len(batch.labels)
+        if world_size() > 1:  # a GPU waits for this
+            everyone = int(summed(torch.tensor(everyone, device=self.device)))
         if not everyone:
             return None
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)

@@ -23,7 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from vpt_fast.methods import METHODS, Method
+from vpt_fast.methods import Method
 from vpt_fast.train.evaluate import TrainingError
 from vpt_fast.train.recipe import Recipe
 
@@ -280,14 +280,3 @@ def _first_difference(known: Any, mine: Any, where: str = "") -> str:
             if known.get(key) != mine.get(key):
                 return _first_difference(known.get(key), mine.get(key), f"{where} {key}".strip())
     return f"{where}: {known}, now {mine}"
-
-
-def method_named(name: str) -> Method:
-    """A method with its default fields.
-
-    Raises:
-        ValueError: If there is no such method.
-    """
-    if name not in METHODS:
-        raise ValueError(f"method is {name!r}; choose one of {', '.join(METHODS)}")
-    return METHODS[name]()
