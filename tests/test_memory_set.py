@@ -13,15 +13,16 @@ from test_data import CONFIG, damaged_files
 from test_restart import Stopped, endings
 
 from vpt_fast import VPTDeep, prompt_tune, save_adapter
-from vpt_fast.train import parallel
-from vpt_fast.train import run as vpt_run
+from vpt_fast.train import image_loaders, parallel
+from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.data import eval_transform, make_loader, train_transform
+from vpt_fast.train.image_loaders import Loading
 from vpt_fast.train.image_options import ImageOptions, to_uint8
 from vpt_fast.train.loop import fit
 from vpt_fast.train.memory_set import MemoryLoader, bytes_in_memory
 from vpt_fast.train.random_crops import Crops, RandomCrops, crop_and_resize, rescaled
 from vpt_fast.train.recipe import Recipe, init_head
-from vpt_fast.train.run import Augmentation, tune_on_folder
+from vpt_fast.train.run import tune_on_folder
 from vpt_fast.train.split import SplitImages, split_of_files
 
 CROPS = RandomCrops((0.7, 1.0), 0.5)
@@ -272,11 +273,16 @@ def test_where_images_are_kept_does_not_change_a_run_without_augmentation(tmp_pa
 def test_more_than_the_limit_streams(tmp_path, monkeypatch):
     images = image_set(tmp_path, MIXED, train_transform(CONFIG))
     size = bytes_in_memory(images, CROPS)
-    monkeypatch.setattr(vpt_run, "LIMIT", size)
-    assert vpt_run._keep(images, CROPS, "auto")
-    monkeypatch.setattr(vpt_run, "LIMIT", size - 1)
-    assert not vpt_run._keep(images, CROPS, "auto")
-    assert vpt_run._keep(images, CROPS, "memory")
+
+    def kept(limit, cache="auto"):
+        monkeypatch.setattr(image_loaders, "LIMIT", limit)
+        loading = Loading(CONFIG, Augmentation(), torch.device("cpu"), cache=cache)
+        found = loading.loader(images.split, images.classes, 4, training=True)
+        return isinstance(found, MemoryLoader)
+
+    assert kept(size)
+    assert not kept(size - 1)
+    assert kept(size - 1, "memory")
 
 
 def test_other_resizing_in_memory_is_refused(tmp_path):

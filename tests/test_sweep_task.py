@@ -12,19 +12,20 @@ from PIL import Image
 from test_loop import pictures
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep
+from vpt_fast.train import sweep_data
 from vpt_fast.train.evaluate import TrainingError
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.sweep import Candidate, Outcome, Result, Sweep
+from vpt_fast.train.sweep_data import ArrayData
 from vpt_fast.train.sweep_report import HEADER, mean_and_deviation, table, write
-from vpt_fast.train.sweep_task import DatasetTask
+from vpt_fast.train.sweep_task import SweepTask
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=2.0)
 
 
-def task() -> DatasetTask:
-    return DatasetTask(
-        backbone(), pictures(24), pictures(12, seed=1), pictures(12, seed=2), progress=False
-    )
+def task() -> SweepTask:
+    data = ArrayData(pictures(24), pictures(12, seed=1), pictures(12, seed=2))
+    return SweepTask(backbone(), data, progress=False)
 
 
 def test_a_run_does_not_depend_on_those_before_it() -> None:
@@ -35,27 +36,25 @@ def test_a_run_does_not_depend_on_those_before_it() -> None:
         runs.run(method, RECIPE, final=True)
     again = runs.run(VPTDeep(2), RECIPE, final=False)
     assert (again.top1, again.loss) == (first.top1, first.loss)
-    assert first.trained == 6 * 2 * 64 + 64 * 3 + 3 and first.adapter_bytes > 4 * first.trained
+    assert first.trained == 6 * 2 * 64 + 64 * 3 + 3 and first.adapter_bytes == 0
+    assert runs.run(VPTDeep(2), RECIPE, final=True).adapter_bytes > 4 * first.trained
     for name, value in runs.backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
 def test_final_runs_train_on_both_and_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vpt_fast.train import sweep_task
-
     seen: list[int] = []
-    loader = sweep_task.make_loader
+    loader = sweep_data.make_loader
 
     def counting(dataset, *args, **kwargs):  # type: ignore[no-untyped-def]
         seen.append(len(dataset))
         return loader(dataset, *args, **kwargs)
 
-    monkeypatch.setattr(sweep_task, "make_loader", counting)
-    runs = DatasetTask(
-        backbone(), pictures(24), pictures(9, seed=1), pictures(6, seed=2), progress=False
-    )
-    runs.run(LinearProbe(), RECIPE, final=False)
-    runs.run(LinearProbe(), RECIPE, final=True)
+    monkeypatch.setattr(sweep_data, "make_loader", counting)
+    data = ArrayData(pictures(24), pictures(9, seed=1), pictures(6, seed=2))
+    runs = SweepTask(backbone(), data, progress=False)
+    runs.run(VPTDeep(2), RECIPE, final=False)
+    runs.run(VPTDeep(2), RECIPE, final=True)
     assert seen == [24, 9, 33, 6]
 
 

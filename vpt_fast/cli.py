@@ -24,11 +24,12 @@ from vpt_fast.cli_common import (
 from vpt_fast.cli_memory import memory_profile
 from vpt_fast.methods import METHODS
 from vpt_fast.ops.memory_modes import MEMORY_MODES
+from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.evaluate import resolve_device
 from vpt_fast.train.image_options import INTERPOLATIONS, NORMALISATIONS, ImageOptions
 from vpt_fast.train.parallel import process_group, rank
 from vpt_fast.train.recipe import DEFAULT_LR, OPTIMIZERS, Recipe
-from vpt_fast.train.run import Augmentation, tune_on_folder
+from vpt_fast.train.run import tune_on_folder
 from vpt_fast.train.sources import FORMATS
 
 

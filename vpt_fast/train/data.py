@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -229,6 +230,24 @@ def eval_transform(data_config: dict[str, Any]) -> Transform:
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     config = {key: data_config[key] for key in keys if key in data_config}
     return _resizing(create_transform(**config), data_config)
+
+
+def plain_crops(data_config: dict[str, Any], hflip: float = 0.5) -> Transform:
+    """Random crops of the model's size out of images that are resized as for evaluation, and flips.
+
+    Args:
+        data_config: As `train_transform` takes it.
+        hflip: Probability of a horizontal flip.
+    """
+    pipeline: Any = eval_transform(data_config)
+    steps: list[Any] = []
+    for step in pipeline.transforms:
+        if isinstance(step, transforms.CenterCrop):
+            crop = transforms.RandomCrop(step.size, pad_if_needed=True)
+            steps += [crop, transforms.RandomHorizontalFlip(hflip)]
+        else:
+            steps.append(step)
+    return transforms.Compose(steps)
 
 
 def _resizing(pipeline: Any, data_config: dict[str, Any]) -> Transform:

@@ -28,6 +28,13 @@ NORMALISATIONS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 """Means and standard deviations of the channels, of images in [0, 1]."""
+RESIZES: dict[str, dict[str, Any]] = {
+    "model": {},
+    "squash": {"crop_mode": "squash", "crop_pct": 1.0},
+    "crop": {"crop_mode": "center", "crop_pct": 224 / 256},
+}
+"""squash: both sides to the model's size, as the papers do for VTAB-1k; crop: the shorter side to
+256 / 224 of it, and the centre crop, as they do for FGVC. In terms of timm's data configuration."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class ImageOptions:
             always does. Off resizes tensors, as torchvision does with antialias=False.
         normalisation: imagenet: its mean and standard deviation; inception: from -1 to 1; none:
             from 0 to 1.
+        resize: One of `RESIZES`.
 
     Raises:
         ValueError: If a name is unknown.
@@ -48,11 +56,13 @@ class ImageOptions:
     interpolation: str = "model"
     antialias: bool = True
     normalisation: str = "model"
+    resize: str = "model"
 
     def __post_init__(self) -> None:
         names: list[tuple[str, Any]] = [
             ("interpolation", INTERPOLATIONS),
             ("normalisation", NORMALISATIONS),
+            ("resize", RESIZES),
         ]
         for name, known in names:
             value = getattr(self, name)
@@ -68,7 +78,7 @@ class ImageOptions:
         Raises:
             ValueError: If ImageNet's normalisation is asked for a model without three channels.
         """
-        changed: dict[str, Any] = {}
+        changed: dict[str, Any] = dict(RESIZES[self.resize])
         if self.interpolation != "model":
             changed["interpolation"] = self.interpolation
         values = NORMALISATIONS[self.normalisation]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -87,6 +88,16 @@ class MemoryLoader:
         self.labels = torch.tensor(dataset.targets, dtype=torch.int64)
         self.sizes = torch.ones(len(dataset), 2, dtype=torch.int64)
         self.images = self._decoded(threads or min(8, os.cpu_count() or 1))
+
+    def view(self, count: int, batch_size: int, *, shuffle: bool, seed: int = 0) -> MemoryLoader:
+        """A loader of the first `count` images, which are not decoded or copied again."""
+        if not 0 < count <= len(self.dataset):
+            raise ValueError(f"count is {count}; it must be from 1 to {len(self.dataset)}")
+        view = copy.copy(self)
+        view.generator = torch.Generator().manual_seed(seed)
+        rows: Any = range(count)
+        view.batch_sampler = batch_sampler(rows, batch_size, shuffle, view.generator)
+        return view
 
     def __len__(self) -> int:
         return len(self.batch_sampler)

@@ -80,7 +80,7 @@ def _has_prompts(block: Any) -> bool:
     )
 
 
-class _Kept(Dataset):
+class Activations(Dataset):
     """Activations (n, N, D) and labels (n,), given out as batches by lists of indices."""
 
     def __init__(self, activations: Tensor, labels: Tensor) -> None:
@@ -96,6 +96,21 @@ class _Kept(Dataset):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def activation_loader(
+    kept: Activations, batch_size: int, shuffle: bool, generator: Any = None
+) -> DataLoader:
+    """A loader of `Batch` with activations, in a new order each epoch if `shuffle`."""
+    data: Any = kept
+    order = RandomSampler(data, generator=generator) if shuffle else SequentialSampler(data)
+    return DataLoader(
+        data,
+        batch_size=None,
+        sampler=PartOfBatches(BatchSampler(order, batch_size, drop_last=False)),
+        collate_fn=_as_it_is,
+        generator=generator,
+    )
 
 
 class PrefixCache:
@@ -138,7 +153,6 @@ class PrefixCache:
         self.left = limit
         self.skipped: list[SkippedImage] = []
 
-    @torch.no_grad()
     def loader(self, images: Iterable[Batch], count: int, like: DataLoader) -> DataLoader:
         """A loader of `Batch` with activations (B, N, D) in place of images.
 
@@ -150,6 +164,14 @@ class PrefixCache:
         Raises:
             TrainingError: If no image could be decoded.
         """
+        kept = self.activations(images, count)
+        theirs: Any = like.batch_sampler
+        shuffled = isinstance(theirs.batches.sampler, RandomSampler)
+        return activation_loader(kept, theirs.batches.batch_size, shuffled, like.generator)
+
+    @torch.no_grad()
+    def activations(self, images: Iterable[Batch], count: int) -> Activations:
+        """What enters the block, of all images that can be decoded; as `loader` takes them."""
         model: Any = self.model
         device, was_training = device_of(model), model.training
         kept: Tensor | None = None
@@ -172,20 +194,7 @@ class PrefixCache:
             model.train(was_training)
         if kept is None:
             raise TrainingError(nothing_decoded(self.skipped))
-        data: Any = _Kept(kept[:done], torch.cat(labels))
-        theirs: Any = like.batch_sampler
-        shuffled = isinstance(theirs.batches.sampler, RandomSampler)
-        order = (
-            RandomSampler(data, generator=like.generator) if shuffled else SequentialSampler(data)
-        )
-        batches = BatchSampler(order, theirs.batches.batch_size, drop_last=False)
-        return DataLoader(
-            data,
-            batch_size=None,
-            sampler=PartOfBatches(batches),
-            collate_fn=_as_it_is,
-            generator=like.generator,
-        )
+        return Activations(kept[:done], torch.cat(labels))
 
     def _room(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Room for activations: on the model's device, or mapped from a file."""

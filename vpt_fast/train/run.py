@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,51 +12,28 @@ from typing import Any
 import torch
 from timm.utils import random_seed
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from vpt_fast import count_parameters, prompt_tune, save_adapter
 from vpt_fast.methods import Method
 from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.train import backbone as backbones
-from vpt_fast.train import data
+from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.evaluate import Evaluation, TrainingError, evaluate
+from vpt_fast.train.image_loaders import (
+    Loading,
+    check_loading,
+    folder_loader,
+    set_data_config,
+)
 from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.loop import BEST, LAST, FitResult, fit
-from vpt_fast.train.memory_set import LIMIT, MemoryLoader, bytes_in_memory, can_crop
+from vpt_fast.train.memory_set import MemoryLoader
 from vpt_fast.train.parallel import rank, world_size
 from vpt_fast.train.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
-from vpt_fast.train.random_crops import RandomCrops
 from vpt_fast.train.recipe import Recipe, init_head
+from vpt_fast.train.run_record import new_record, recording, write_record
 from vpt_fast.train.sources import open_source
-from vpt_fast.train.split import ImageSource, SplitImages, some
-
-CACHES = ("auto", "memory", "stream")
-"""Where training and validation images come from: auto keeps up to 1 GiB of each in memory."""
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What happens to training images.
-
-    Attributes:
-        scale: Smallest and largest part of the area that a random crop keeps.
-        hflip: Probability of a horizontal flip.
-        no_aug: Only resize and crop the centre.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    scale: tuple[float, float] = (0.7, 1.0)
-    hflip: float = 0.5
-    no_aug: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            low, high = self.scale
-            raise ValueError(f"scale is {low:g} {high:g}; it must be 0 < low <= high <= 1")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError(f"hflip is {self.hflip:g}; it must be in [0, 1]")
+from vpt_fast.train.split import ImageSource, some
 
 
 @dataclass(frozen=True)
@@ -67,28 +43,6 @@ class RunResult:
     adapter: Path
     fit: FitResult
     test: Evaluation | None
-
-
-def folder_loader(
-    dataset: Dataset,
-    batch_size: int,
-    device: torch.device,
-    workers: int | None = None,
-    *,
-    shuffle: bool = False,
-    seed: int = 0,
-) -> DataLoader:
-    """Returns a loader for images on disk; `workers` None takes 0 on the CPU, up to 4 on a GPU."""
-    if workers is None:
-        workers = 0 if device.type == "cpu" else min(4, os.cpu_count() or 1)
-    return data.make_loader(
-        dataset,
-        batch_size,
-        shuffle=shuffle,
-        seed=seed,
-        workers=workers,
-        pin_memory=device.type == "cuda",
-    )
 
 
 def tune_on_folder(
@@ -121,8 +75,8 @@ def tune_on_folder(
     Args:
         directory: Of class folders train/<class>/<image> and, where there are any, val/ and test/;
             or of another of `sources.FORMATS`.
-        output: A new folder for the adapters best/ and last/, metrics.csv, tensorboard/ and
-            checkpoint.pt.
+        output: A new folder for the adapters best/ and last/, metrics.csv, run.json, tensorboard/
+            and checkpoint.pt.
         model: Of timm, with or without a tag, or "vpt_fast_demo".
         method: What to tune.
         recipe: How to train.
@@ -138,7 +92,7 @@ def tune_on_folder(
         log: Called with lines of text.
         data_format: One of `sources.FORMATS`; "auto" goes by the files in `directory`.
         image_options: How images are resized and normalised; None takes the model's own way.
-        cache: One of `CACHES`. Test images are read once, and are never kept.
+        cache: One of `image_loaders.CACHES`. Test images are read once, and are never kept.
         prefix_cache: Whether what enters the first block that is trained or has prompts is computed
             once for each image, where that is not block 0 and images are not augmented.
 
@@ -152,10 +106,7 @@ def tune_on_folder(
     augmentation = augmentation or Augmentation()
     options = image_options or ImageOptions()
     check_memory_mode(memory)
-    if workers is not None and workers < 0:
-        raise ValueError(f"workers is {workers}; it must be at least 0")
-    if cache not in CACHES:
-        raise ValueError(f"cache is {cache!r}; choose one of {', '.join(CACHES)}")
+    check_loading(workers, cache)
     if rank():
         log = _nothing
     elif not resume:
@@ -176,11 +127,20 @@ def tune_on_folder(
     )
     init_head(net)
     prompt_tune(net, method, memory).to(device)
-    config = _data_config(net, options)
+    config = set_data_config(net, options)
     first = frozen_blocks(net) if prefix_cache and augmentation.no_aug and world_size() == 1 else 0
-    loaders = _loaders(
-        source, config, recipe, augmentation, workers, device, "stream" if first else cache
-    )
+    loading = Loading(config, augmentation, device, workers, "stream" if first else cache)
+    loaders: dict[str, Any] = {
+        name: loading.loader(
+            split,
+            source.class_names,
+            recipe.batch_size,
+            training=name == "train",
+            keep=name != "test",
+            seed=recipe.seed,
+        )
+        for name, split in source.splits.items()
+    }
     _describe(net, f"{method.name} on {model}, {device}", recipe, loaders, log)
     _describe_source(source, loaders, log)
     if not options.antialias:
@@ -205,20 +165,39 @@ def tune_on_folder(
             batches[name] = kept.loader(ordered, len(images), loader)
         for item in kept.skipped:
             log(f"skipped an image that cannot be decoded: {item.reason}")
+    record = new_record(
+        directory,
+        source,
+        net,
+        {"name": model, "checkpoint": weights, "pretrained": pretrained, "img_size": img_size},
+        method,
+        recipe,
+        augmentation,
+        options,
+        {
+            "memory": memory,
+            "cache": cache,
+            "prefix_cache": prefix_cache,
+            "workers": workers,
+            "device": str(device),
+            "processes": world_size(),
+        },
+    )
     try:
-        result = fit(
-            net,
-            batches["train"],
-            recipe,
-            val_batches=batches.get("val"),
-            net=SuffixModel(net, first) if first else None,
-            output=output,
-            save=save,
-            progress=progress,
-            description=method.name,
-            log=log,
-            resume=resume,
-        )
+        with recording(output, record):
+            result = fit(
+                net,
+                batches["train"],
+                recipe,
+                val_batches=batches.get("val"),
+                net=SuffixModel(net, first) if first else None,
+                output=output,
+                save=save,
+                progress=progress,
+                description=method.name,
+                log=log,
+                resume=resume,
+            )
     except TrainingError:
         if not (output / LAST).is_dir() and not rank():
             # Nothing worth keeping: the same command with another learning rate should run.
@@ -226,11 +205,16 @@ def tune_on_folder(
         raise
     if first:
         result.skipped.update(dict(kept.skipped))
+    record = record.ended(result)
+    if not rank():
+        write_record(output, record)
     test = None
     if "test" in loaders and not result.interrupted:
         amp_dtype = recipe.autocast_dtype
         test = evaluate(net, loaders["test"], amp_dtype=amp_dtype, progress=progress)
         test = replace(test, skipped=(*source.splits["test"].refused, *test.skipped))
+        if not rank():
+            write_record(output, record.tested(test))
     return RunResult(output / (BEST if (output / BEST).is_dir() else LAST), result, test)
 
 
@@ -244,57 +228,6 @@ def _check_output(output: Path) -> None:
             f"the output folder {output} exists; choose another with --output, remove it, or go on "
             "in it with --resume"
         )
-
-
-def _data_config(net: nn.Module, options: ImageOptions) -> dict[str, Any]:
-    """The model's data configuration with the options; the model gets it too, for adapters."""
-    config = backbones.data_config_of(net)
-    changes = options.changes(config)
-    if changes:
-        vit: Any = net
-        vit.pretrained_cfg = {**vit.pretrained_cfg, **changes}
-    return {**config, **changes, "antialias": options.antialias}
-
-
-def _loaders(
-    source: ImageSource,
-    config: dict[str, Any],
-    recipe: Recipe,
-    augmentation: Augmentation,
-    workers: int | None,
-    device: torch.device,
-    cache: str,
-) -> dict[str, Any]:
-    loaders: dict[str, Any] = {}
-    for name, split in source.splits.items():
-        is_train = name == "train"
-        transform = data.eval_transform(config)
-        crops = None
-        if is_train:
-            scale, hflip, no_aug = augmentation.scale, augmentation.hflip, augmentation.no_aug
-            transform = data.train_transform(config, scale=scale, hflip=hflip, no_aug=no_aug)
-            crops = None if no_aug else RandomCrops(scale, hflip)
-        images = SplitImages(split, transform, source.class_names, config["input_size"][0])
-        order: dict[str, Any] = {"shuffle": is_train, "seed": recipe.seed}
-        if name != "test" and _keep(images, crops, cache):
-            loaders[name] = MemoryLoader(
-                images,
-                recipe.batch_size,
-                crops=crops,
-                device=device,
-                threads=workers or None,
-                **order,
-            )
-        else:
-            loaders[name] = folder_loader(images, recipe.batch_size, device, workers, **order)
-    return loaders
-
-
-def _keep(images: SplitImages, crops: RandomCrops | None, cache: str) -> bool:
-    if cache != "auto":
-        return cache == "memory"
-    fits = bytes_in_memory(images, crops) <= LIMIT
-    return fits and (crops is None or can_crop(images))
 
 
 def _describe_source(

@@ -11,7 +11,7 @@ and several processes or machines that name the same file share the work.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -44,7 +44,7 @@ class Outcome:
         top1: accuracy in percent: on validation, or on test of a final run.
         loss: the mean loss there.
         trained: number of trained parameters.
-        adapter_bytes: size of the adapter, 0 where none was saved.
+        adapter_bytes: size of a final run's adapter; 0 of others.
         seconds: that the run took.
     """
 
@@ -135,6 +135,8 @@ class Sweep:
         task: What is trained.
         seeds: Of the final runs; the first one is also that of the selection.
         log: Called with a line for every run that this process has done.
+        identity: What of the task must be the same in all processes and when a sweep goes on: the
+            model, the data and so on, as JSON has it.
     """
 
     def __init__(
@@ -143,11 +145,13 @@ class Sweep:
         task: Task,
         seeds: Sequence[int] = SEEDS,
         log: Callable[[str], None] = print,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         if not seeds:
             raise ValueError("seeds is empty; give at least one, such as 42")
         folder.mkdir(parents=True, exist_ok=True)
         self.task, self.seeds, self.log = task, tuple(dict.fromkeys(seeds)), log
+        self._identity = dict(identity or {})
         self._storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
 
     def run(self, candidates: Sequence[Candidate]) -> list[Result]:
@@ -174,7 +178,11 @@ class Sweep:
         def selection(trial: optuna.Trial, values: dict[str, Any]) -> Outcome:
             return self.task.run(*candidate.chosen(values, self.seeds[0]), final=False)
 
-        settings = {"method": asdict(candidate.method), "recipe": asdict(candidate.recipe)}
+        settings = {
+            "method": asdict(candidate.method),
+            "recipe": asdict(candidate.recipe),
+            **self._identity,
+        }
         trials = self._all(f"{name}, selection", candidate.grid(), settings, selection)
         done = [trial for trial in trials if trial.value is not None]
         if not done:

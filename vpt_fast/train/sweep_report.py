@@ -42,7 +42,7 @@ def table(results: Sequence[Result]) -> str:
                 f"{mean:.2f}%",
                 f"{deviation:.2f}",
                 f"{result.validation.trained:,}",
-                format_bytes(result.validation.adapter_bytes),
+                format_bytes(finals[0].adapter_bytes) if finals else "",
                 str(len(finals)),
             ]
         )

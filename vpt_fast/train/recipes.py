@@ -1,0 +1,87 @@
+"""The papers' settings by name, where they depend on the method and on the data set.
+
+What is the same for all of them is the default of `Recipe`. Sources: VPT, arXiv 2203.12119,
+section 4.1 and appendix A; VAPT, arXiv 2501.18936, section 5.1 and appendix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow
+
+RECIPES = ("vpt", "vapt")
+LEARNING_RATES = {
+    "sgd": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
+    "adamw": (0.005, 0.001, 0.0005, 0.0001),
+}
+"""The papers' grids of base learning rates, by optimizer."""
+WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
+PROMPT_COUNTS = (1, 5, 10, 50, 100, 200)
+"""The papers' grids for ViT."""
+
+_ADAMW = ("full", "partial", "bias", "adapter")
+_DEEP_DROPOUT = 0.1
+# With fewer prompts than this, VPT's batches are twice as large.
+_MANY_PROMPTS = 100
+
+
+def default_optimizer(method: Method) -> str:
+    """The optimizer that the papers train a method with, one of `recipe.OPTIMIZERS`."""
+    return "adamw" if method.name in _ADAMW else "sgd"
+
+
+@dataclass(frozen=True)
+class PaperSettings:
+    """What a recipe of the papers says beyond the defaults of `Recipe`.
+
+    Attributes:
+        method: with the prompt dropout of the papers, unless one was chosen.
+        batch_size: images per step.
+        resize: of images, one of `image_options.RESIZES`.
+        augment: whether training images are augmented.
+        crops: how they are cropped, one of `augmentation.CROPS`.
+    """
+
+    method: Method
+    batch_size: int
+    resize: str
+    augment: bool
+    crops: str
+
+
+def paper_settings(
+    name: str, method: Method, data_format: str, chosen: frozenset[str] = frozenset()
+) -> PaperSettings:
+    """The settings of a paper for a method and a data set.
+
+    VTAB-1k: images resized to the model's size in both directions, no augmentation. Other data, as
+    FGVC: the shorter side resized to 256 / 224 of the model's, a random crop and flips in training
+    and the centre crop elsewhere. Deep prompts have a dropout of 0.1. Batches are of 64 images;
+    of 128 for VPT with less than 100 prompts.
+
+    Args:
+        name: one of `RECIPES`.
+        method: what is trained.
+        data_format: of the data set, one of `sources.FORMATS` but "auto".
+        chosen: fields of the method that stay as they are.
+
+    Raises:
+        ValueError: `name` is unknown.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe is {name!r}; choose one of {', '.join(RECIPES)}")
+    tuned: Any = method
+    if isinstance(method, VPTDeep | VAPT) and "dropout" not in chosen:
+        tuned = replace(tuned, dropout=_DEEP_DROPOUT)
+    prompted = isinstance(method, VPTShallow | VPTDeep)
+    double = name == "vpt" and prompted and method.num_prompts < _MANY_PROMPTS
+    is_vtab = data_format.startswith("vtab")
+    return PaperSettings(
+        method=tuned,
+        batch_size=128 if double else 64,
+        resize="squash" if is_vtab else "crop",
+        augment=not is_vtab,
+        crops="plain",
+    )
