@@ -22,6 +22,7 @@ from vpt_fast.cli_common import (
     report_skipped,
 )
 from vpt_fast.cli_memory import memory_profile
+from vpt_fast.cli_report import report
 from vpt_fast.methods import METHODS
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.train.augmentation import Augmentation
@@ -29,8 +30,9 @@ from vpt_fast.train.evaluate import resolve_device
 from vpt_fast.train.image_options import INTERPOLATIONS, NORMALISATIONS, ImageOptions
 from vpt_fast.train.parallel import process_group, rank
 from vpt_fast.train.recipe import DEFAULT_LR, OPTIMIZERS, Recipe
+from vpt_fast.train.recipes import RECIPES, default_optimizer, paper_settings
 from vpt_fast.train.run import tune_on_folder
-from vpt_fast.train.sources import FORMATS
+from vpt_fast.train.sources import FORMATS, check_format
 
 
 def train(
@@ -59,6 +61,13 @@ def train(
         int | None, typer.Option(min=1, help="Image size in pixels; by default the model's.")
     ] = None,
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "vpt-deep",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The settings of a paper: {', '.join(RECIPES)}. Prompt dropout, batch size, "
+            "resizing and augmentation, where they are not given."
+        ),
+    ] = None,
     num_prompts: Annotated[
         int | None, typer.Option(help="Prompts (of each block); by default 10.")
     ] = None,
@@ -85,7 +94,10 @@ def train(
         typer.Option(help="Hidden width: of the feature projector (vapt), or of mlp-head."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images per step.")] = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", "-b", help="Images per step; by default 64, or --recipe's."),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -97,7 +109,13 @@ def train(
     weight_decay: Annotated[
         float, typer.Option(help="For all that is trained but the head's bias.")
     ] = 1e-4,
-    opt: Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}.")] = "sgd",
+    opt: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(OPTIMIZERS)}; by default adamw for full, partial, bias and adapter, "
+            "and sgd for the others, as in the papers."
+        ),
+    ] = None,
     warmup_epochs: Annotated[
         int | None,
         typer.Option(help="Epochs of linear warm-up from 0; by default a tenth of --epochs."),
@@ -110,6 +128,20 @@ def train(
     no_aug: Annotated[
         bool, typer.Option("--no-aug", help="No augmentation: resize and crop the centre.")
     ] = False,
+    crops: Annotated[
+        str | None,
+        typer.Option(
+            help="Random crops: scaled, a part of the area, resized; or plain, the model's size, "
+            "out of the image as it is resized for evaluation. By default scaled."
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            help="model, its own way; squash, both sides to the model's size; or crop, the "
+            "shorter side to 256 / 224 of it. By default model."
+        ),
+    ] = None,
     data_format: Annotated[
         str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")
     ] = "auto",
@@ -175,28 +207,31 @@ def train(
     --nproc-per-node 2 -m vpt_fast.cli train ...; --batch-size is that of all GPUs together.
     """
     with one_line_errors(), process_group(resolve_device(device)) as where:
+        tuned = make_method(
+            method,
+            {
+                "num_prompts": num_prompts,
+                "dropout": dropout,
+                "blocks": block_indices(blocks),
+                "num_blocks": num_blocks,
+                "reduction": reduction,
+                "num_layers": num_layers,
+                "hidden_dim": hidden_dim,
+            },
+        )
+        chosen = frozenset() if dropout is None else frozenset({"dropout"})
+        paper = paper_settings(recipe, tuned, check_format(directory, data_format), chosen)
         result = tune_on_folder(
             directory,
             output or Path("output") / f"{directory.resolve().name}-{method}",
             model,
-            make_method(
-                method,
-                {
-                    "num_prompts": num_prompts,
-                    "dropout": dropout,
-                    "blocks": block_indices(blocks),
-                    "num_blocks": num_blocks,
-                    "reduction": reduction,
-                    "num_layers": num_layers,
-                    "hidden_dim": hidden_dim,
-                },
-            ),
+            paper.method,
             Recipe(
                 epochs=epochs,
-                batch_size=batch_size,
+                batch_size=paper.batch_size if batch_size is None else batch_size,
                 lr=lr,
                 weight_decay=weight_decay,
-                opt=opt,
+                opt=default_optimizer(tuned) if opt is None else opt,
                 warmup_epochs=warmup_epochs,
                 amp_dtype=amp_dtype,
                 seed=seed,
@@ -206,7 +241,9 @@ def train(
             checkpoint=checkpoint,
             pretrained=pretrained,
             img_size=img_size,
-            augmentation=Augmentation(scale, hflip, no_aug),
+            augmentation=Augmentation(
+                scale, hflip, no_aug or not paper.augment, crops or paper.crops
+            ),
             memory=memory,
             workers=workers,
             device=where,
@@ -214,7 +251,9 @@ def train(
             prefix_cache=prefix_cache,
             log=tqdm.write,
             data_format=data_format,
-            image_options=ImageOptions(interpolation, not no_antialias, normalisation),
+            image_options=ImageOptions(
+                interpolation, not no_antialias, normalisation, resize or paper.resize
+            ),
             cache=cache,
         )
         if rank():
@@ -248,6 +287,7 @@ app.command(name="eval")(evaluate_adapter)
 app.command()(predict)
 app.command(name="inspect")(inspect_adapter)
 app.command(name="memory")(memory_profile)
+app.command()(report)
 
 
 def main() -> None:

@@ -52,9 +52,9 @@ class PaperSettings:
 
 
 def paper_settings(
-    name: str, method: Method, data_format: str, chosen: frozenset[str] = frozenset()
+    name: str | None, method: Method, data_format: str, chosen: frozenset[str] = frozenset()
 ) -> PaperSettings:
-    """The settings of a paper for a method and a data set.
+    """The settings of a paper for a method and a data set; of none, those of this program.
 
     VTAB-1k: images resized to the model's size in both directions, no augmentation. Other data, as
     FGVC: the shorter side resized to 256 / 224 of the model's, a random crop and flips in training
@@ -62,7 +62,7 @@ def paper_settings(
     of 128 for VPT with less than 100 prompts.
 
     Args:
-        name: one of `RECIPES`.
+        name: one of `RECIPES`, or None.
         method: what is trained.
         data_format: of the data set, one of `sources.FORMATS` but "auto".
         chosen: fields of the method that stay as they are.
@@ -70,6 +70,8 @@ def paper_settings(
     Raises:
         ValueError: `name` is unknown.
     """
+    if name is None:
+        return PaperSettings(method, 64, "model", augment=True, crops="scaled")
     if name not in RECIPES:
         raise ValueError(f"recipe is {name!r}; choose one of {', '.join(RECIPES)}")
     tuned: Any = method
