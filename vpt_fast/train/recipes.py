@@ -77,13 +77,23 @@ def paper_settings(
     tuned: Any = method
     if isinstance(method, VPTDeep | VAPT) and "dropout" not in chosen:
         tuned = replace(tuned, dropout=_DEEP_DROPOUT)
-    prompted = isinstance(method, VPTShallow | VPTDeep)
-    double = name == "vpt" and prompted and method.num_prompts < _MANY_PROMPTS
     is_vtab = data_format.startswith("vtab")
     return PaperSettings(
         method=tuned,
-        batch_size=128 if double else 64,
+        batch_size=paper_batch_size(name, method),
         resize="squash" if is_vtab else "crop",
         augment=not is_vtab,
         crops="plain",
     )
+
+
+def paper_batch_size(name: str | None, method: Method) -> int:
+    """Images per step of a recipe: 64, or 128 for VPT with less than 100 prompts.
+
+    Args:
+        name: one of `RECIPES`, or None.
+        method: what is trained.
+    """
+    prompted = isinstance(method, VPTShallow | VPTDeep)
+    double = name == "vpt" and prompted and method.num_prompts < _MANY_PROMPTS
+    return 128 if double else 64

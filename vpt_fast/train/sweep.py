@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from vpt_fast.methods import Method
 from vpt_fast.train.evaluate import TrainingError
 from vpt_fast.train.recipe import Recipe
+from vpt_fast.train.recipes import paper_batch_size
 
 SEEDS = (42, 44, 82, 100, 800)
 """The papers' five."""
@@ -79,6 +80,8 @@ class Candidate:
         recipe: with a learning rate and a weight decay that the grid replaces.
         lrs, weight_decays: base learning rates and weight decays to choose from.
         prompts: numbers of prompts to choose from; left out for methods without prompts.
+        paper: the one of `recipes.RECIPES` whose batch size goes by the number of prompts; None
+            leaves that of `recipe`.
     """
 
     method: Method
@@ -86,6 +89,7 @@ class Candidate:
     lrs: tuple[float, ...]
     weight_decays: tuple[float, ...]
     prompts: tuple[int, ...] = ()
+    paper: str | None = None
 
     @property
     def has_prompts(self) -> bool:
@@ -107,6 +111,8 @@ class Candidate:
         method: Any = self.method
         if "num_prompts" in values:
             method = replace(method, num_prompts=values["num_prompts"])
+        if self.paper is not None:
+            recipe = replace(recipe, batch_size=paper_batch_size(self.paper, method))
         return method, recipe
 
 
@@ -181,6 +187,7 @@ class Sweep:
         settings = {
             "method": asdict(candidate.method),
             "recipe": asdict(candidate.recipe),
+            "paper": candidate.paper,
             **self._identity,
         }
         trials = self._all(f"{name}, selection", candidate.grid(), settings, selection)
