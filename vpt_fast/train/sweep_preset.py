@@ -31,7 +31,8 @@ _LRS = {"sgd": (10.0, 2.5, 0.5), "adamw": (0.05, 0.02, 0.005)}
 
 def demo_candidates(epochs: int = EPOCHS) -> tuple[Candidate, ...]:
     """The demo's methods, each with three learning rates."""
-    recipe = Recipe(epochs=epochs)
+    # The first epoch of a warm-up has learning rate 0: of one epoch only nothing would be left.
+    recipe = Recipe(epochs=epochs, warmup_epochs=min(2, epochs - 1))
     return tuple(candidate(method, recipe, _LRS, (0.01,)) for method in _METHODS)
 
 
