@@ -13,6 +13,7 @@ from vpt_fast.train.report import COLOURS, GRID, INK, MUTED, format_bytes, forma
 from vpt_fast.train.sweep import Result
 
 TABLE, PICTURE = "sweep.csv", "sweep.png"
+_COLOURS = (*COLOURS, INK)
 HEADER = (
     "method", "lr", "weight_decay", "num_prompts", "validation_top1", "seed", "test_top1",
     "test_loss", "trained_parameters", "adapter_bytes", "seconds",
@@ -79,7 +80,7 @@ def _draw(path: Path, results: Sequence[Result], title: str) -> None:
     figure.suptitle(title, color=INK, fontsize=11)
     seeds, sizes = figure.subplots(1, 2)
     for index, result in enumerate(results):
-        colour = COLOURS[index % len(COLOURS)]
+        colour = _COLOURS[index % len(_COLOURS)]
         accuracies = [final.top1 for final in result.finals.values()]
         if not accuracies:
             continue
