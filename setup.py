@@ -25,6 +25,7 @@ setup(
         "pillow>=10",
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
+        "jinja2>=3.1",
         "tensorboard>=2.16",
         "optuna>=4",
         "tqdm>=4.66",
@@ -32,7 +33,6 @@ setup(
     ],
     extras_require={
         "dev": [
-            "jinja2>=3.1",
             "mypy>=1.10",
             "pytest>=8",
             "pytest-benchmark>=4",

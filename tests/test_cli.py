@@ -69,7 +69,7 @@ def test_training_says_what_it_does_and_writes_it(run):
     assert len(re.findall(r"^epoch \d/4 ", result.stdout, re.M)) == 4
     assert f"adapter: {output / 'best'}" in result.stdout
     files = {path.name for path in output.iterdir()}
-    assert files == {"best", "last", "metrics.csv", "tensorboard", "checkpoint.pt"}
+    assert files == {"best", "last", "metrics.csv", "tensorboard", "checkpoint.pt", "run.json"}
     config = json.loads((output / "best" / "adapter_config.json").read_text())
     assert config["class_names"] == list(CLASSES)
     assert config["method"]["num_prompts"] == 3

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
 
-from vpt_fast import load_adapter
-from vpt_fast.adapter import read_config
 from vpt_fast.cli_common import (
     AmpDtype,
     Checkpoint,
@@ -22,43 +18,18 @@ from vpt_fast.cli_common import (
     one_line_errors,
     report_skipped,
 )
-from vpt_fast.train import backbone as backbones
 from vpt_fast.train import data
 from vpt_fast.train.evaluate import autocast, evaluate, resolve_device
-from vpt_fast.train.loop import BEST, LAST
-from vpt_fast.train.recipe import Recipe, head_layers
+from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.run import folder_loader
 from vpt_fast.train.sources import FORMATS, check_format, open_source
 from vpt_fast.train.split import ImageSource, SplitImages
+from vpt_fast.train.tuned_model import load_tuned
 
 Adapter = Annotated[
     Path,
     typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or the output folder of a run."),
 ]
-
-
-def _adapter_folder(path: Path) -> Path:
-    candidates = (path, path / BEST, path / LAST)
-    return next((c for c in candidates if (c / "adapter_config.json").is_file()), path)
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A tuned model in eval mode, its input configuration and its class names, if it has any."""
-
-    net: nn.Module
-    inputs: dict[str, Any]
-    num_classes: int
-    class_names: list[str] | None
-
-
-def _load(adapter: Path, checkpoint: Path | None, device: torch.device) -> _Loaded:
-    folder = _adapter_folder(adapter)
-    config = read_config(folder)
-    net = load_adapter(backbones.backbone_of_adapter(config, checkpoint), folder)
-    inputs = {**backbones.data_config_of(net), **config["input"]}
-    num_classes = head_layers(net)[0].out_features
-    return _Loaded(net.to(device).eval(), inputs, num_classes, config["class_names"])
 
 
 def evaluate_adapter(
@@ -94,7 +65,7 @@ def evaluate_adapter(
         name, folder = split or "", directory
         if format == "folders":
             name, folder = _eval_folder(directory, split)
-        loaded = _load(adapter, checkpoint, where)
+        loaded = load_tuned(adapter, checkpoint, where)
         transform = data.eval_transform({**loaded.inputs, "antialias": not no_antialias})
         channels = loaded.inputs["input_size"][0]
         images: Any
@@ -156,7 +127,7 @@ def predict(
     with one_line_errors():
         where = resolve_device(device)
         dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
-        loaded = _load(adapter, checkpoint, where)
+        loaded = load_tuned(adapter, checkpoint, where)
         names = loaded.class_names or [str(i) for i in range(loaded.num_classes)]
         transform = data.eval_transform(loaded.inputs)
         failed = []
@@ -196,7 +167,7 @@ def inspect_adapter(
     with one_line_errors():
         where = resolve_device(device)
         FOLDER.check(output)
-        loaded = _load(adapter, checkpoint, where)
+        loaded = load_tuned(adapter, checkpoint, where)
         failed = inspect_images(loaded.net, loaded.inputs, images, output, typer.echo)
         if failed:
             fail("; ".join(failed), 1)

@@ -23,7 +23,10 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on a set of images; percentages are of the images that could be decoded."""
+    """Results on a set of images; percentages are of the images that could be decoded.
+
+    `logits` (images, classes), fp32 on the CPU, are there if they were asked for.
+    """
 
     loss: float
     top1: float
@@ -32,6 +35,7 @@ class Evaluation:
     predictions: torch.Tensor
     labels: torch.Tensor
     skipped: tuple[SkippedImage, ...] = ()
+    logits: torch.Tensor | None = None
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -74,11 +78,12 @@ def evaluate(
     amp_dtype: torch.dtype = torch.float32,
     progress: bool = True,
     description: str = "evaluating",
+    keep_logits: bool = False,
 ) -> Evaluation:
     """Evaluates `model` in eval mode and puts it back into the mode that it was in.
 
-    Several processes evaluate a part each, and all of them return the whole; predictions and labels
-    are then in the order of the processes.
+    Several processes evaluate a part each, and all of them return the whole; predictions, labels
+    and logits are then in the order of the processes.
 
     Args:
         model: On the device that it should run on.
@@ -86,6 +91,7 @@ def evaluate(
         amp_dtype: What torch.autocast computes in.
         progress: Whether to show a bar on a terminal.
         description: The bar's label.
+        keep_logits: Whether the logits of all images are returned too.
 
     Raises:
         TrainingError: If no image could be decoded.
@@ -95,6 +101,7 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     predictions: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
     skipped: list[SkippedImage] = []
     try:
         for batch in progress_bar(batches, description, progress and not rank(), leave=False):
@@ -110,10 +117,13 @@ def evaluate(
             sums += len(target) * torch.stack([torch.as_tensor(m, device=device) for m in means])
             predictions.append(logits.argmax(dim=1))
             labels.append(batch.labels)
+            if keep_logits:
+                kept.append(logits.cpu())
     finally:
         model.train(was_training)
-    found = gathered((sums.cpu(), [some.cpu() for some in predictions], labels, skipped))
-    all_labels = [some for _, _, theirs, _ in found for some in theirs]
+    found = gathered((sums.cpu(), [some.cpu() for some in predictions], labels, kept, skipped))
+    all_labels = [some for _, _, theirs, *_ in found for some in theirs]
+    all_logits = [some for *_, theirs, _ in found for some in theirs]
     all_skipped = [item for *_, items in found for item in items]
     if not all_labels:
         raise TrainingError(nothing_decoded(all_skipped))
@@ -127,6 +137,7 @@ def evaluate(
         predictions=torch.cat([some for _, theirs, *_ in found for some in theirs]),
         labels=torch.cat(all_labels),
         skipped=tuple(all_skipped),
+        logits=torch.cat(all_logits) if keep_logits else None,
     )
 
 

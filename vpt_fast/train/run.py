@@ -18,6 +18,7 @@ from vpt_fast.methods import Method
 from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.train import backbone as backbones
 from vpt_fast.train.augmentation import Augmentation
+from vpt_fast.train.checkpoint import FILE as CHECKPOINT
 from vpt_fast.train.evaluate import Evaluation, TrainingError, evaluate
 from vpt_fast.train.image_loaders import (
     Loading,
@@ -31,7 +32,13 @@ from vpt_fast.train.memory_set import MemoryLoader
 from vpt_fast.train.parallel import rank, world_size
 from vpt_fast.train.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
 from vpt_fast.train.recipe import Recipe, init_head
-from vpt_fast.train.run_record import new_record, recording, write_record
+from vpt_fast.train.run_record import (
+    check_resumed,
+    new_record,
+    read_record,
+    recording,
+    write_record,
+)
 from vpt_fast.train.sources import open_source
 from vpt_fast.train.split import ImageSource, some
 
@@ -183,6 +190,8 @@ def tune_on_folder(
             "processes": world_size(),
         },
     )
+    if resume and (output / CHECKPOINT).is_file():
+        check_resumed(read_record(output), record)
     try:
         with recording(output, record):
             result = fit(

@@ -1,0 +1,146 @@
+"""Which classes a model takes for which: a confusion matrix that stays legible, and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+MAX_SHOWN = 24
+"""Classes of the confusion matrix on the page."""
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class: accuracy (recall) and precision in [0, 1], None where they are not defined.
+
+    `mistaken_for` is the most frequent wrong answer for its images, with its count.
+    """
+
+    label: int
+    name: str
+    images: int
+    right: int
+    accuracy: float | None
+    precision: float | None
+    mistaken_for: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """`count` of the `images` images of class `label` were taken for class `prediction`."""
+
+    label: str
+    prediction: str
+    count: int
+    images: int
+
+
+@dataclass(frozen=True)
+class ShownMatrix:
+    """A confusion matrix, or the part of it that is shown.
+
+    Attributes:
+        names: Of the rows (labels) and columns (predictions); the last one stands for all other
+            classes if there are more than are shown.
+        counts: (names, names).
+        others: How many classes the last row and column stand for; 0 if all are shown.
+    """
+
+    names: list[str]
+    counts: np.ndarray
+    others: int
+
+
+def count_confusions(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """The confusion matrix (classes, classes): rows are labels, columns are predictions."""
+    counts: np.ndarray = confusion_matrix(labels, predictions, labels=np.arange(classes))
+    return counts
+
+
+def frequent_confusions(
+    counts: np.ndarray, class_names: Sequence[str], limit: int = 20
+) -> list[Confusion]:
+    """The most frequent mistakes; of equals the larger part of a class, then the class order."""
+    return [
+        Confusion(class_names[i], class_names[j], int(counts[i, j]), int(counts[i].sum()))
+        for i, j in _ranked(counts)[:limit]
+    ]
+
+
+def shown_matrix(
+    counts: np.ndarray, class_names: Sequence[str], limit: int = MAX_SHOWN
+) -> ShownMatrix:
+    """The whole matrix, or the most confused classes and one row and column for all others.
+
+    The most frequent confusions are gone through in order and both of their classes are taken,
+    until there are `limit`; what is left of it is filled with the classes that have the most
+    images. So each shown class stands beside what it is confused with, and rows still add up to
+    the images of their class.
+
+    Args:
+        counts: Of `count_confusions`.
+        class_names: In the order of the labels.
+        limit: Of classes; with at most as many, all are shown.
+    """
+    classes = len(class_names)
+    if classes <= limit:
+        return ShownMatrix(list(class_names), counts, 0)
+    chosen: list[int] = []
+    for pair in _ranked(counts):
+        new = [label for label in pair if label not in chosen]
+        if len(chosen) + len(new) > limit:
+            break
+        chosen += new
+    by_images = np.argsort(-counts.sum(axis=1), kind="stable")
+    chosen += [int(label) for label in by_images if label not in chosen][: limit - len(chosen)]
+    order = sorted(chosen)
+    rest = np.setdiff1d(np.arange(classes), order)
+    groups = [[label] for label in order] + [rest.tolist()]
+    members = np.zeros((len(groups), classes), dtype=counts.dtype)
+    for row, group in enumerate(groups):
+        members[row, group] = 1
+    names = [class_names[label] for label in order] + [f"{len(rest)} other classes"]
+    return ShownMatrix(names, members @ counts @ members.T, len(rest))
+
+
+def class_rows(
+    labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray, class_names: Sequence[str]
+) -> list[ClassRow]:
+    """A row per class: the lowest accuracy first, classes without images last.
+
+    Args:
+        labels, predictions: (n,) class indices.
+        counts: Of `count_confusions`.
+        class_names: In the order of the labels.
+    """
+    precision, recall, _, images = precision_recall_fscore_support(
+        labels, predictions, labels=np.arange(len(class_names)), zero_division=np.nan
+    )
+    rows = []
+    for label, name in enumerate(class_names):
+        wrong = counts[label].copy()
+        wrong[label] = 0
+        worst = int(wrong.argmax())
+        rows.append(
+            ClassRow(
+                label,
+                name,
+                int(images[label]),
+                int(counts[label, label]),
+                None if not images[label] else float(recall[label]),
+                None if np.isnan(precision[label]) else float(precision[label]),
+                (class_names[worst], int(wrong[worst])) if wrong[worst] else None,
+            )
+        )
+    return sorted(rows, key=lambda row: (2.0 if row.accuracy is None else row.accuracy, row.label))
+
+
+def _ranked(counts: np.ndarray) -> list[tuple[int, int]]:
+    """(label, prediction) of all mistakes, the most frequent first."""
+    images = counts.sum(axis=1)
+    rows, columns = np.nonzero(counts)
+    pairs = [(int(i), int(j)) for i, j in zip(rows, columns, strict=True) if i != j]
+    return sorted(pairs, key=lambda pair: (-counts[pair], -counts[pair] / images[pair[0]], pair))
