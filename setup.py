@@ -36,6 +36,7 @@ setup(
             "mypy>=1.10",
             "pytest>=8",
             "pytest-benchmark>=4",
+            "pytest-xdist>=3.5",
             "ruff>=0.6",
             "types-tqdm",
         ],
