@@ -23,6 +23,7 @@ from vpt_fast.cli_common import (
 )
 from vpt_fast.cli_memory import memory_profile
 from vpt_fast.cli_report import report
+from vpt_fast.cli_sweep import sweep
 from vpt_fast.methods import METHODS
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.train.augmentation import Augmentation
@@ -288,6 +289,7 @@ app.command()(predict)
 app.command(name="inspect")(inspect_adapter)
 app.command(name="memory")(memory_profile)
 app.command()(report)
+app.command()(sweep)
 
 
 def main() -> None:
