@@ -53,9 +53,12 @@ def frozen_blocks(model: nn.Module) -> int:
     """How many blocks there are before the first thing that is trained; 0 if it is not in a block.
 
     Args:
-        model: A tuned timm vision transformer.
+        model: A tuned timm vision transformer; of models with stages (Swin), whose blocks cannot be
+            run apart, the answer is 0.
     """
     tuned: Any = model
+    if not hasattr(tuned, "forward_from"):
+        return 0
     blocks = list(tuned.blocks)
     after = {id(p) for p in nn.ModuleList(blocks).parameters()}
     behind = [
