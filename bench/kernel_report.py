@@ -1,6 +1,6 @@
 """Static report of every kernel: its machine code, judged without a GPU.
 
-    python -m bench.kernel_report [--family attention plain experts rows] [--target 80 90 gfx942]
+    python -m bench.kernel_report [--family attention plain experts rows windows] [--target 80 90]
         [--kernel forward] [--head-dim 64] [--width 768] [--dtype bf16] [--shape 197,50]
         [--all] [--output report.csv]
 
@@ -8,7 +8,8 @@ Every launch is compiled as the launcher would launch it, with the tiles that th
 it. Registers, spills, shared memory and occupancy are the compiler's; cycles are modelled from the
 instructions and published rates, as `bench.figures` and `bench.entry` define them. Nothing is run
 and nothing is timed. Without options: what `bench.limits` judges, bf16 on sm_80 and sm_90. `--all`:
-every head dimension, width, dtype and target, which takes hours the first time.
+every head dimension, width, dtype and target, which takes hours the first time. Windows have shapes
+and a head dimension of their own (`bench.window_report`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from vpt_fast.kernels.expert_plan import ExpertProblem
 from vpt_fast.kernels.plan import AttentionProblem
 
-from bench import expert_report, plain_report, problems, row_problems
+from bench import expert_report, plain_report, problems, row_problems, window_report
 from bench.attention_report import attention_entry
 from bench.entry import Entry, csv_rows, format_entry, header, write_csv
 from bench.expert_report import expert_entry
@@ -32,12 +33,14 @@ from bench.offline import Architecture
 from bench.plain_report import comparison, plain_entry
 from bench.row_problems import ACTIVATION_KERNELS, RowProblem
 from bench.row_report import row_entry
+from bench.window_report import window_entry
 
 KERNELS = {
     "attention": (*problems.KERNELS, *problems.OTHER_KERNELS),
     "plain": plain_report.KERNELS,
     "experts": expert_report.KERNELS,
     "rows": row_problems.KERNELS,
+    "windows": window_report.KERNELS,
 }
 """Names of the kernels by family; plain is what attention is compared with."""
 
@@ -153,6 +156,10 @@ def entries(options: argparse.Namespace) -> Iterator[Entry]:
                 for kernel in kernels.get("rows", ()):
                     channels = 4 * width if kernel in ACTIVATION_KERNELS else width
                     yield row_entry(kernel, RowProblem(channels, dtype), target)
+            for kernel in kernels.get("windows", ()):
+                for windowed in window_report.problems(kernel):
+                    if kernel in window_report.launched(windowed._replace(dtype=dtype)):
+                        yield window_entry(kernel, windowed._replace(dtype=dtype), target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 
 All figures are static, as `bench.figures` and `bench.entry` define them, and compared as they are
 printed. The limits of whole launches lie 2 to 3% above the figures of the day that they were set,
-so that a kernel that gets slower is named. `bench.attention_report`, `bench.expert_report` and
-`bench.row_report` say which of them apply to a launch.
+so that a kernel that gets slower is named. `bench.attention_report`, `bench.expert_report`,
+`bench.row_report` and `bench.window_report` say which of them apply to a launch.
 """
 
 from __future__ import annotations
@@ -124,6 +124,31 @@ ROW_LIMITS = {
     "activation_backward silu": {80: 0.348, 90: 0.371},
 }
 """The same by kernel and target for bf16 at D = 768 and at 3072 hidden channels."""
+
+
+# Windows: bf16, head dimension 32.
+
+_SMALL_FEW, _SMALL_MANY, _LARGE_FEW = ((7, 7), 10), ((7, 7), 50), ((12, 12), 10)
+"""(window, prompts): Swin-T's first stage at 224 px, Swin-B's at 384 px."""
+
+WINDOW_SPILLED = {("window_backward", 80): {_SMALL_MANY: 192}}
+"""Most bytes of spills, by kernel, target and (window, prompts), where a kernel has any."""
+
+WINDOW_LIMITS = {
+    ("window_forward", 80): {_SMALL_FEW: 0.736, _SMALL_MANY: 1.022},
+    ("window_forward", 90): {_SMALL_FEW: 0.767, _SMALL_MANY: 0.982},
+    ("window_backward", 80): {_SMALL_FEW: 0.585, _SMALL_MANY: 0.711},
+    ("window_backward", 90): {_SMALL_FEW: 0.557, _SMALL_MANY: 0.617},
+    ("window_forward_tiled", 80): {_LARGE_FEW: 2.736},
+    ("window_forward_tiled", 90): {_LARGE_FEW: 2.839},
+    ("window_dq", 80): {_LARGE_FEW: 1.969},
+    ("window_dq", 90): {_LARGE_FEW: 2.047},
+    ("window_dkdv", 80): {_LARGE_FEW: 2.095},
+    ("window_dkdv", 90): {_LARGE_FEW: 2.1},
+    ("window_dbias", 80): {_LARGE_FEW: 2.107},
+    ("window_dbias", 90): {_LARGE_FEW: 2.203},
+}
+"""Most issue cycles of a whole launch per memory cycle: kernel, target and (window, prompts)."""
 
 
 @dataclass(frozen=True)
