@@ -28,6 +28,8 @@ from vpt_fast.eager import (
     require_gradient,
     without_prompts,
 )
+from vpt_fast.swin_eager import ConcatenatedWindows
+from vpt_fast.tuned import blocks_of
 
 OURS = "vpt_fast"
 PUBLISHED = "published"
@@ -46,7 +48,8 @@ def provide(name: str, model: Any, method: VPTDeep | VAPT) -> nn.Module:
 
     Args:
         name: one of `PROVIDERS`.
-        model: changed in place: frozen, its head trained. "published" makes it fp32.
+        model: changed in place: frozen, its head trained. "published" makes it fp32. A
+            SwinTransformer has no "keys_concat".
         method: VPTDeep with prompts in every block, or VAPT. With 0 prompts the gradient still
             flows through all blocks, as it does "without_prompts".
 
@@ -54,21 +57,23 @@ def provide(name: str, model: Any, method: VPTDeep | VAPT) -> nn.Module:
         A module that maps images to logits, in training mode.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or one that the model does not have.
     """
     if name not in PROVIDERS:
         raise ValueError(f"provider is {name!r}; choose one of {', '.join(PROVIDERS)}")
     if name in COMPILED:
         module: Any = torch.compile(provide(COMPILED[name], model, method), dynamic=False)
         return module
-    if name == PUBLISHED:
-        if next(model.parameters()).dtype != torch.float32:
-            model = model.float()
-        for block in model.blocks:
-            block.attn.fused_attn = False
+    if name == PUBLISHED and next(model.parameters()).dtype != torch.float32:
+        model = model.float()
     if name == WITHOUT:
         return without_prompts(model)
+    if name == "keys_concat" and not hasattr(model, "blocks"):
+        raise ValueError(f"keys_concat is for models without stages, not {type(model).__name__}")
     tuned: Any = prompt_tune(model, method) if name == OURS else concatenated(model, method)
+    if name == PUBLISHED:
+        for block in blocks_of(model):
+            block.attn.fused_attn = False
     if not method.num_prompts:
         require_gradient(model, 0)
     elif name == "keys_concat":
@@ -89,6 +94,13 @@ def trained(module: nn.Module) -> dict[str, tuple[Any, int | None]]:
     if isinstance(inner, ConcatenatedPrompts):
         for row, block in enumerate(inner.blocks):
             found[f"blocks.{block}.prompt.tokens"] = inner.prompts, row
+    elif isinstance(inner, ConcatenatedWindows):
+        names = [
+            f"layers.{stage}.blocks.{block}.prompt.tokens"
+            for stage, layer in enumerate(inner.model.layers)
+            for block in range(len(layer.blocks))
+        ]
+        found = {names[i]: (p, None) for i, p in zip(inner.blocks, inner.prompts, strict=True)}
     elif isinstance(inner, ConcatenatedExperts):
         found["blocks.0.prompt.tokens"] = inner.tokens, None
         for kind, modules in (("norm", inner.norms), ("conv", inner.convs), ("mix", inner.mixes)):

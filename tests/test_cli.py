@@ -175,7 +175,7 @@ def test_a_run_repeats_itself(folder, checkpoint, tmp_path):
     [
         (["--model", "vit_base_patch16_244"], "did you mean vit_base_patch16_224"),
         (["--model", "vit_base_patch16_224.imagenet"], "no pretrained tag 'imagenet'; it has"),
-        (["--model", "swin_tiny_patch4_window7_224"], "cannot tune a Swin"),
+        (["--model", "swinv2_tiny_window8_256"], "cannot tune a Swin"),
         (["--checkpoint", "nowhere.pth"], "no checkpoint file nowhere.pth"),
         (["--pretrained"], "both --pretrained and --checkpoint"),
         (["--method", "vpt"], "--method is 'vpt'; choose one of linear, vpt-shallow, vpt-deep"),

@@ -50,7 +50,7 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--model", "vit_base_patch16_244"], "did you mean vit_base_patch16_224"),
-        (["--model", "swin_tiny_patch4_window7_224"], "cannot tune a Swin"),
+        (["--model", "swinv2_tiny_window8_256"], "cannot tune a Swin"),
         (["--method", "vpt"], "--method is 'vpt'; choose one of linear, vpt-shallow, vpt-deep"),
         (["--method", "vapt", "--num-prompts", "5"], "--method vapt does not vary; use --prompts"),
         (["--method", "linear", "--prompts", "5"], "--method linear has no option --prompts"),

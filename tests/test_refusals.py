@@ -62,8 +62,8 @@ class LowRankLinear(nn.Linear):
         return super().forward(x) + x @ self.down.T @ self.up.T
 
 
-def _swin() -> nn.Module:
-    return timm.create_model("swin_tiny_patch4_window7_224", embed_dim=32, depths=(1, 1, 1, 1))
+def _swin_v2() -> nn.Module:
+    return timm.create_model("swinv2_tiny_window8_256", embed_dim=32, depths=(1, 1, 1, 1))
 
 
 def _eva() -> nn.Module:
@@ -145,7 +145,7 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "bound_forward": (_last(_bound_forward), ["forward"]),
     "own_transformer": (lambda: OwnTransformer(**SIZES), ["OwnTransformer"]),
     "eva": (_eva, ["Eva"]),
-    "swin": (_swin, ["SwinTransformer"]),
+    "swin_v2": (_swin_v2, ["SwinTransformerV2", "cosine attention"]),
     "resnet": (_resnet, ["ResNet"]),
     "plain_module": (lambda: nn.Sequential(nn.Linear(2, 2)), ["Sequential"]),
     "data_parallel": (lambda: nn.DataParallel(VisionTransformer(**SIZES)), ["DataParallel"]),

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from vpt_fast.checks import check_model
 from vpt_fast.fingerprint import difference, fingerprint
 from vpt_fast.methods import from_dict, to_dict
-from vpt_fast.models import is_tuned
 from vpt_fast.tune import host_copy, prompt_tune, remove_prompts, trainable_parameters
+from vpt_fast.tuned import blocks_of, is_tuned
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,7 +78,7 @@ def model_config(
         "pretrained_tag": pretrained.get("tag") or None,
         "checkpoint": None if checkpoint is None else os.path.basename(checkpoint),
         "width": vit.embed_dim,
-        "depth": len(vit.blocks),
+        "depth": len(blocks_of(vit)),
     }
 
 
@@ -93,7 +93,7 @@ def _is_json(value: Any) -> bool:
 def _is_added(name: str) -> bool:
     """Whether a tensor is of a module that a method has added: no plain model has it."""
     return name.startswith(("prompt_", "head_hidden.")) or any(
-        part in name for part in (".prompt.", ".adapter.")
+        part in name for part in (".prompt.", ".prompt_projector.", ".adapter.")
     )
 
 
@@ -285,7 +285,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         FileNotFoundError: there is no adapter.
         ValueError: the adapter is damaged, or belongs to a model of another width, depth, class
             count or other weights. `model` is unchanged then.
-        TypeError: `model` is not a timm VisionTransformer.
+        TypeError: `model` is of a class that `prompt_tune` does not know.
     """
     directory = Path(directory)
     config = read_config(directory)

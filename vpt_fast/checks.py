@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from timm import layers
 from timm.layers import Attention, DropPath
 from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
 from vpt_fast.baselines import AdapterTuning, BiasTuning, MLPHead, PartialTuning
+from vpt_fast.check_parts import ROW_NORMS, Parts, check_parts, name_of, refuse
 from vpt_fast.hooks import has_hooks
 from vpt_fast.methods import VAPT, Method
-from vpt_fast.models import TUNED_CLASS, check_pooling, is_tuned
+from vpt_fast.models import TUNED_CLASS
+from vpt_fast.swin_checks import check_swin
+from vpt_fast.swin_models import TUNED_CLASS as TUNED_SWIN
+from vpt_fast.tuned import blocks_of, check_pooling, is_tuned
 
-# Normalisations that treat every row by itself, so that dead rows may be left out.
-_ROW_NORMS = tuple(
-    getattr(layers, name)
-    for name in (
-        "LayerNorm",
-        "LayerNormFp32",
-        "RmsNorm",
-        "RmsNormFp32",
-        "SimpleNorm",
-        "SimpleNormFp32",
-    )
-    if hasattr(layers, name)
-) + (nn.LayerNorm, nn.Identity, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
-
-_BLOCK_PARTS: dict[str, tuple[type, ...] | None] = {
-    "norm1": _ROW_NORMS,
+_BLOCK_PARTS: Parts = {
+    "norm1": ROW_NORMS,
     "attn": (Attention,),
     "ls1": (nn.Identity, LayerScale),
     "drop_path1": (nn.Identity, DropPath),
-    "norm2": _ROW_NORMS,
+    "norm2": ROW_NORMS,
     "mlp": None,  # any module: it is called as it is
     "ls2": (nn.Identity, LayerScale),
     "drop_path2": (nn.Identity, DropPath),
 }
-_ATTENTION_PARTS: dict[str, tuple[type, ...] | None] = {
+_ATTENTION_PARTS: Parts = {
     "qkv": (nn.Linear,),
-    "q_norm": _ROW_NORMS,
-    "k_norm": _ROW_NORMS,
+    "q_norm": ROW_NORMS,
+    "k_norm": ROW_NORMS,
     "attn_drop": (nn.Dropout,),
     "norm": (nn.Identity,),
     "proj": (nn.Linear,),
@@ -52,36 +41,43 @@ _ATTENTION_PARTS: dict[str, tuple[type, ...] | None] = {
 _BYPASSED = ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm")
 
 
-def _refuse(where: str, value: Any, why: str) -> NoReturn:
-    raise ValueError(f"cannot tune this model: {where} is {value}; {why}")
-
-
-def _name(value: Any) -> str:
-    return type(value).__name__
-
-
 def check_model(model: Any, method: Method) -> None:
     """Raise if `model` cannot be tuned with `method`; change nothing.
 
     Raises:
-        TypeError: not a timm VisionTransformer.
+        TypeError: not a timm VisionTransformer or SwinTransformer.
         ValueError: a block, an attribute or the method does not fit, or it is tuned already.
     """
     if is_tuned(model):
         raise ValueError(
-            f"this {_name(model)} is tuned already, with {model.tune_record.method}; call "
+            f"this {name_of(model)} is tuned already, with {model.tune_record.method}; call "
             "remove_prompts(model) first"
         )
-    if type(model) not in TUNED_CLASS:
-        raise TypeError(_not_a_vit(model))
+    if type(model) not in TUNED_CLASS and type(model) not in TUNED_SWIN:
+        raise TypeError(_not_known(model))
     if "forward" in vars(model) or "forward_features" in vars(model):
-        _refuse("forward", "replaced on the instance", "restore the class's own")
+        refuse("forward", "replaced on the instance", "restore the class's own")
+    if type(model) in TUNED_SWIN:
+        check_swin(model, method)
+    else:
+        _check_vit(model, method)
+    check_pooling(method, _pooling(model))
+    _check_baseline(model, method)
+
+
+def _pooling(model: Any) -> str:
+    """The kind of pooling; of a ClassifierHead its own, which timm 1.0.29 lets differ."""
+    pool = getattr(model.head, "global_pool", None)
+    return model.global_pool if pool is None else pool.pool_type
+
+
+def _check_vit(model: Any, method: Method) -> None:
     if type(model.blocks) is not nn.Sequential or not len(model.blocks):
-        _refuse("blocks", _name(model.blocks), "a Sequential of at least one Block is needed")
+        refuse("blocks", name_of(model.blocks), "a Sequential of at least one Block is needed")
     for index, block in enumerate(model.blocks):
         _check_block(block, f"blocks.{index}")
-    if type(model.norm) not in _ROW_NORMS:
-        _refuse("norm", _name(model.norm), "a normalisation of each token by itself is needed")
+    if type(model.norm) not in ROW_NORMS:
+        refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
     method.prompted_blocks(len(model.blocks))
     if isinstance(method, VAPT) and method.num_prompts:
         grid = model.patch_embed.grid_size
@@ -90,12 +86,10 @@ def check_model(model: Any, method: Method) -> None:
                 f"kernel_size={method.kernel_size} does not fit the model's {grid[0]} x {grid[1]} "
                 f"grid of patches; use at most {min(grid)}"
             )
-    check_pooling(method, model.global_pool)
-    _check_baseline(model, method)
 
 
 def _check_baseline(model: Any, method: Method) -> None:
-    depth, width = len(model.blocks), model.embed_dim
+    depth, width = len(blocks_of(model)), model.embed_dim
     if isinstance(method, PartialTuning) and method.num_blocks > depth:
         raise ValueError(
             f"num_blocks={method.num_blocks}, but the model has {depth} blocks; use at most {depth}"
@@ -108,17 +102,26 @@ def _check_baseline(model: Any, method: Method) -> None:
     if isinstance(method, BiasTuning):
         backbone = (n for n, _ in model.named_parameters() if not n.startswith("head"))
         if not any(method.trains(name, depth) for name in backbone):
-            raise ValueError(f"this {_name(model)} has no bias to train; use another method")
+            raise ValueError(f"this {name_of(model)} has no bias to train; use another method")
     if isinstance(method, MLPHead):
         if isinstance(model.get_classifier(), tuple):
-            _refuse("head_dist", _name(model.head_dist), "an MLP head fits models with one head")
-        if type(model.head) is not nn.Linear:
-            _refuse("head", _name(model.head), "a Linear is needed; pass num_classes=...")
+            refuse("head_dist", name_of(model.head_dist), "an MLP head fits models with one head")
+        head = model.get_classifier()
+        if type(head) is not nn.Linear:
+            refuse("head", name_of(head), "a Linear is needed; pass num_classes=...")
 
 
-def _not_a_vit(model: Any) -> str:
-    known = " or ".join(f"timm {cls.__name__}" for cls in TUNED_CLASS)
-    message = f"cannot tune a {_name(model)}: a {known} is needed"
+_NOT_SWIN = {
+    "SwinTransformerV2": "its cosine attention with a position bias from an MLP is not known",
+    "SwinTransformerV2Cr": "its cosine attention with a position bias from an MLP is not known",
+}
+
+
+def _not_known(model: Any) -> str:
+    known = " or ".join(f"timm {cls.__name__}" for cls in (*TUNED_CLASS, *TUNED_SWIN))
+    message = f"cannot tune a {name_of(model)}: a {known} is needed"
+    if name_of(model) in _NOT_SWIN:
+        return f"{message}; {_NOT_SWIN[name_of(model)]}, use a swin_* model of the first version"
     if isinstance(model, torch.jit.ScriptModule):
         return f"{message}; tune the model before scripting it"
     if hasattr(model, "_orig_mod"):
@@ -130,34 +133,18 @@ def _not_a_vit(model: Any) -> str:
     return f"{message}, as timm.create_model('vit_base_patch16_224') makes it"
 
 
-def _check_parts(
-    module: nn.Module, parts: dict[str, tuple[type, ...] | None], where: str, optional: str = ""
-) -> None:
-    if "forward" in vars(module):
-        _refuse(f"{where}.forward", "replaced on the instance", "restore the class's own")
-    for name, types in parts.items():
-        part = getattr(module, name)
-        if types is not None and type(part) not in types:
-            needed = ", ".join(sorted({t.__name__ for t in types}))
-            _refuse(f"{where}.{name}", _name(part), f"known are: {needed}")
-    extra = sorted(set(module._modules) - set(parts) - {optional})
-    if extra or module._parameters:
-        name = (extra or list(module._parameters))[0]
-        _refuse(f"{where}.{name}", _name(getattr(module, name)), "timm's class has no such part")
-
-
 def _check_block(block: nn.Module, where: str) -> None:
     if type(block) is not Block:
-        _refuse(where, _name(block), "only timm's Block is known")
+        refuse(where, name_of(block), "only timm's Block is known")
     if type(block.attn) is not Attention:
-        _refuse(f"{where}.attn", _name(block.attn), "only timm's Attention is known")
-    _check_parts(block, _BLOCK_PARTS, where)
+        refuse(f"{where}.attn", name_of(block.attn), "only timm's Attention is known")
+    check_parts(block, _BLOCK_PARTS, where)
     attn: Any = block.attn
-    _check_parts(attn, _ATTENTION_PARTS, f"{where}.attn", optional="gate")
+    check_parts(attn, _ATTENTION_PARTS, f"{where}.attn", optional="gate")
     if getattr(attn, "gate", None) is not None:
-        _refuse(f"{where}.attn.gate", _name(attn.gate), "gated attention is not known")
+        refuse(f"{where}.attn.gate", name_of(attn.gate), "gated attention is not known")
     if not attn.fused_attn:
-        _refuse(
+        refuse(
             f"{where}.attn.fused_attn",
             attn.fused_attn,
             "explicit softmax was asked for, which fused prompt attention would replace; set "
@@ -165,10 +152,10 @@ def _check_block(block: nn.Module, where: str) -> None:
         )
     width = attn.num_heads * attn.head_dim
     if attn.qkv.out_features != 3 * width:
-        _refuse(f"{where}.attn.qkv.out_features", attn.qkv.out_features, f"{3 * width} are needed")
+        refuse(f"{where}.attn.qkv.out_features", attn.qkv.out_features, f"{3 * width} are needed")
     if (attn.proj.in_features, attn.proj.out_features) != (width, attn.qkv.in_features):
         shape = (attn.proj.in_features, attn.proj.out_features)
-        _refuse(f"{where}.attn.proj", shape, f"{width, attn.qkv.in_features} features are needed")
+        refuse(f"{where}.attn.proj", shape, f"{width, attn.qkv.in_features} features are needed")
     for name in _BYPASSED:
         if has_hooks(block.get_submodule(name)):
-            _refuse(f"{where}.{name}", "hooked", "prompt rows would miss the hook; remove it")
+            refuse(f"{where}.{name}", "hooked", "prompt rows would miss the hook; remove it")

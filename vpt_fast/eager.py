@@ -7,16 +7,21 @@ every block that they stand before, with timm's fused scaled-dot-product attenti
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vpt_fast.baselines import Baseline, LinearProbe
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.prompts import init_bound
+from vpt_fast.swin_eager import ConcatenatedWindows, use_fused_attention
+from vpt_fast.tuned import blocks_of
+
+Model = TypeVar("Model", bound=nn.Module)
 
 Rows = Callable[[int, Tensor], Tensor]
 """From a block's index and its input (B, N, D) without prompts to its prompts (B or 1, p, D)."""
@@ -41,9 +46,7 @@ class ConcatenatedPrompts(nn.Module):
 
     def __init__(self, model: VisionTransformer, method: VPTShallow | VPTDeep) -> None:
         super().__init__()
-        for field in ("project_dim", "shared", "pool_prompts"):
-            if value := getattr(method, field):
-                raise ValueError(f"{field}={value!r} is not in the eager baseline; leave it out")
+        _check_plain(method)
         self.model: Any = freeze(model)
         self.dropout = method.dropout
         self.blocks = method.prompted_blocks(len(self.model.blocks))
@@ -144,7 +147,7 @@ class ConcatenatedExperts(nn.Module):
         return _classified(vit, x, count)
 
 
-def concatenated(model: VisionTransformer, method: Method) -> nn.Module:
+def concatenated(model: VisionTransformer | SwinTransformer, method: Method) -> nn.Module:
     """Eager PyTorch's form of a timm model tuned with `method`; freezes `model` in place.
 
     Returns:
@@ -159,9 +162,28 @@ def concatenated(model: VisionTransformer, method: Method) -> nn.Module:
     check_compared(method)
     if isinstance(method, Baseline) or not method.num_prompts:
         return freeze(model)
+    if isinstance(model, SwinTransformer):
+        return _concatenated_windows(model, method)
     if isinstance(method, VAPT):
         return ConcatenatedExperts(model, method)
     return ConcatenatedPrompts(model, method)
+
+
+def _concatenated_windows(
+    model: SwinTransformer, method: VPTShallow | VPTDeep | VAPT
+) -> ConcatenatedWindows:
+    if isinstance(method, VAPT):
+        raise ValueError(
+            "VAPT has no published form on Swin to compare with; compare vpt-shallow or vpt-deep"
+        )
+    _check_plain(method)
+    return ConcatenatedWindows(freeze(model), method)
+
+
+def _check_plain(method: VPTShallow | VPTDeep) -> None:
+    for field in ("project_dim", "shared", "pool_prompts"):
+        if value := getattr(method, field):
+            raise ValueError(f"{field}={value!r} is not in the eager baseline; leave it out")
 
 
 def check_compared(method: Method) -> None:
@@ -173,28 +195,32 @@ def check_compared(method: Method) -> None:
         )
 
 
-def freeze(model: VisionTransformer) -> VisionTransformer:
+def freeze(model: Model) -> Model:
     """Freeze everything but the classifier, in place, and set eval mode."""
     model.requires_grad_(False)
-    heads: Any = model.get_classifier()
+    classifier: Any = model
+    heads = classifier.get_classifier()
     for head in heads if isinstance(heads, tuple) else (heads,):
         head.requires_grad_(True)
     return model.eval()
 
 
-def without_prompts(model: VisionTransformer, first: int = 0) -> VisionTransformer:
+def without_prompts(model: Model, first: int = 0) -> Model:
     """The frozen model with a gradient through its blocks from `first` on, in place.
 
     The norm1 of that block requires a gradient, so that the gradient flows as it does with prompts.
+    A SwinTransformer's attention is set to PyTorch's fused one, which other models have by default.
     """
     freeze(model)
+    if isinstance(model, SwinTransformer):
+        use_fused_attention(model)
     require_gradient(model, first)
     return model
 
 
 def require_gradient(model: Any, first: int) -> None:
     """Make the norm1 of block `first` require a gradient, in place."""
-    model.blocks[first].norm1.requires_grad_(True)
+    blocks_of(model)[first].norm1.requires_grad_(True)
 
 
 def _weight(model: Any) -> Tensor:

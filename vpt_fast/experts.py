@@ -22,10 +22,10 @@ _EPS = 1e-5
 
 
 class FeatureProjector(nn.Module):
-    """The feature projector that all blocks of a model share: up(dropout(relu(down(g)))).
+    """The feature projector that all blocks of one width share: up(dropout(relu(down(g)))).
 
     Args:
-        width: channels D of the model.
+        width: channels D of the blocks.
         hidden_dim: channels r of the hidden layer.
         dropout: of the hidden layer.
         like: tensor whose device and dtype the weights get.
@@ -50,18 +50,24 @@ class PromptExperts(nn.Module):
 
     Args:
         method: the method's settings.
-        model: the tuned model, for its patch grid and its `prompt_projector`.
+        owner: the module whose `prompt_projector` is used, and before whose patches
+            `num_prefix_tokens` stand (none, if it has no such attribute): the model, or Swin's
+            stage.
+        grid: height and width of the block's patch grid.
+        width: channels D of the block.
         like: tensor whose device and dtype the weights get.
     """
 
-    def __init__(self, method: VAPT, model: Any, like: Tensor) -> None:
+    def __init__(
+        self, method: VAPT, owner: Any, grid: tuple[int, int], width: int, like: Tensor
+    ) -> None:
         super().__init__()
         code = method.variant == "code"
         size = method.kernel_size
         options: Any = {"device": like.device, "dtype": like.dtype}
-        self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
+        self.grid = (int(grid[0]), int(grid[1]))
         rows, columns = (n - size + 1 for n in self.grid)
-        self.norm = nn.LayerNorm(model.embed_dim, eps=_EPS, **options)
+        self.norm = nn.LayerNorm(width, eps=_EPS, **options)
         self.conv = nn.Conv2d(1, 1, size, bias=False, **options)
         nn.init.normal_(self.conv.weight)
         self.mix = nn.Linear(rows * columns, method.num_prompts, bias=code, **options)
@@ -72,8 +78,8 @@ class PromptExperts(nn.Module):
             nn.init.zeros_(self.mix.bias)
         self.residual = code
         self.channel_dropout = method.channel_dropout
-        # In a tuple the model is no submodule of its own prompts.
-        self._owner = (model,)
+        # In a tuple the owner is no submodule of its own prompts.
+        self._owner = (owner,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Prompts (B, p, D) of a block's input x (B, N, D), before the block's norm1."""
@@ -160,7 +166,7 @@ class PromptExperts(nn.Module):
 
     def _patches(self, rows: int) -> int:
         count = self.grid[0] * self.grid[1]
-        prefix = self._owner[0].num_prefix_tokens
+        prefix = getattr(self._owner[0], "num_prefix_tokens", 0)
         if rows != prefix + count:
             raise ValueError(
                 f"the prompt experts mix {count} patches ({self.grid[0]} x {self.grid[1]}) after "

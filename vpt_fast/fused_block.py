@@ -8,10 +8,11 @@ runs module by module, as `blocks` has it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 from timm.layers import GELU, GELUTanh, Mlp, QuickGELU, Swish
-from timm.models.vision_transformer import Block, LayerScale
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -23,6 +24,7 @@ from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block_body import BlockConfig, BlockWeights, run_block
 from vpt_fast.ops.block_entry import OpenSum, enter_block
 from vpt_fast.ops.prompt_source import ExpertPrompts, PromptSource, StaticPrompts
+from vpt_fast.ops.window_attention_rows import Windows
 from vpt_fast.prompts import PromptTokens
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -32,6 +34,8 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     Swish: "silu",
     nn.SiLU: "silu",
 }
+
+_LAYER_SCALES = (nn.Identity, LayerScale, NoneType)  # Swin's blocks have none
 
 # Parts of a block that are called as modules, before and after what is fused.
 _BESIDE = ("prompt", "adapter")
@@ -44,7 +48,7 @@ def activation_kind(module: nn.Module) -> str | None:
     return _ACTIVATIONS.get(type(module))
 
 
-def can_fuse(block: Block) -> bool:
+def can_fuse(block: nn.Module) -> bool:
     """Whether a block is of a kind that is fused, frozen, without dropout and without hooks.
 
     Hooks on the block itself, which see its input and output, are not looked at.
@@ -60,11 +64,11 @@ def can_fuse(block: Block) -> bool:
         and activation_kind(mlp["act"]) is not None
         and all(type(m) is nn.Linear for m in (attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"]))
         and all(
-            type(m) is nn.Identity
-            for m in (attn["q_norm"], attn["k_norm"], attn["norm"], mlp["norm"])
+            type(m) in (nn.Identity, NoneType)
+            for m in (attn.get("q_norm"), attn.get("k_norm"), attn.get("norm"), mlp["norm"])
         )
         and attn.get("gate") is None
-        and all(type(parts[name]) in (nn.Identity, LayerScale) for name in ("ls1", "ls2"))
+        and all(type(parts.get(name)) in _LAYER_SCALES for name in ("ls1", "ls2"))
         and not any(_drops(m) for m in (attn["attn_drop"], attn["proj_drop"]))
         and not any(_drops(m) for m in (mlp["drop1"], mlp["drop2"]))
         and not any(_drops(parts[name]) for name in ("drop_path1", "drop_path2"))
@@ -119,11 +123,13 @@ def _weights(block: Any) -> BlockWeights:
         fc1["bias"],
         fc2["weight"],
         fc2["bias"],
+        parts["attn"]._parameters.get("relative_position_bias_table"),
     )
 
 
 def _layer_scale(block: Any, name: str, passed: frozenset[str]) -> Tensor | None:
-    return None if name in passed else block._modules[name]._parameters.get("gamma")
+    scale = None if name in passed else block._modules.get(name)
+    return None if scale is None else scale._parameters.get("gamma")
 
 
 def _enter(
@@ -141,7 +147,13 @@ def _enter(
     return x, y, None, ()
 
 
-def run(block: Any, total: OpenSum, prompt: nn.Module | None, memory: str) -> OpenSum:
+def run(
+    block: Any,
+    total: OpenSum,
+    prompt: nn.Module | None,
+    memory: str,
+    windows: Windows | None = None,
+) -> OpenSum:
     """A block from the sum that it reads to the sum that is its output.
 
     Args:
@@ -149,6 +161,7 @@ def run(block: Any, total: OpenSum, prompt: nn.Module | None, memory: str) -> Op
         total: its input.
         prompt: makes prompts that are keys and values only; or None.
         memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+        windows: of its attention; None if that is over all rows.
 
     Returns:
         Its output (B, N, D), not yet summed.
@@ -163,6 +176,7 @@ def run(block: Any, total: OpenSum, prompt: nn.Module | None, memory: str) -> Op
         activation=activation_kind(block.mlp.act) or "",
         memory=memory,
         source=source,
+        windows=windows,
     )
     middle, result = run_block(config, x, y, _weights(block), tensors)
     return OpenSum(middle, result, _layer_scale(block, "ls2", folded_parts(block)))

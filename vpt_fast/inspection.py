@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vpt_fast.baselines import Baseline, LinearProbe
 from vpt_fast.blocks import PromptedBlock, insert_rows, strip_rows
 from vpt_fast.experts import PromptExperts
-from vpt_fast.models import is_tuned
+from vpt_fast.tuned import is_tuned
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from timm.layers import Attention
 from timm.models._features import feature_take_indices
@@ -12,7 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.baseline_layers import BottleneckAdapter, new_classifier
+from vpt_fast.baseline_layers import new_classifier
 from vpt_fast.blocks import (
     PromptedAttention,
     PromptedBlock,
@@ -20,59 +19,15 @@ from vpt_fast.blocks import (
     strip_rows,
     through_block,
 )
-from vpt_fast.experts import PromptExperts
-from vpt_fast.fold import FoldRecord, unfold_before_loading
+from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.hooks import has_hooks, has_own_forward
-from vpt_fast.methods import Method
+from vpt_fast.methods import VAPT
 from vpt_fast.ops.block_entry import OpenSum
-from vpt_fast.prompts import PromptTokens
-
-# What methods add to the model itself, beside the parameter `prompt_tokens`.
-_ADDED = ("prompt_projection", "prompt_projector", "head_hidden")
+from vpt_fast.tuned import ADDED, Tuned, check_pooling
 
 
-@dataclass
-class TuneRecord:
-    """What `prompt_tune` did to a model, and what `remove_prompts` needs to undo it.
-
-    Attributes:
-        method: the method it was tuned with.
-        memory: what blocks keep for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
-        requires_grad: the parameters' flags before, by name.
-        training: the modules' modes before, by name.
-        originals: copies of the weights that are trained in place, from before, by name, in host
-            memory; the classifier's at least.
-        fold: what `fold_backbone` did, or None.
-    """
-
-    method: Method
-    memory: str
-    requires_grad: dict[str, bool]
-    training: dict[str, bool]
-    originals: dict[str, Tensor]
-    fold: FoldRecord | None = None
-
-
-class _PromptedModel(VisionTransformer):
+class _PromptedModel(Tuned, VisionTransformer):
     """What both tuned classes override. Blocks make and strip prompt rows; the rest is timm's."""
-
-    tune_record: TuneRecord
-
-    def trained_modules(self) -> list[nn.Module]:
-        """The modules that follow `train()`: what the method has added, head and its dropout."""
-        names = (*_ADDED, "head_drop", "head", "head_dist")
-        modules = [getattr(self, name) for name in names if hasattr(self, name)]
-        added = (PromptTokens, PromptExperts, BottleneckAdapter)
-        return modules + [m for m in self.modules() if isinstance(m, added)]
-
-    def train(self, mode: bool = True) -> _PromptedModel:
-        """Set the mode of prompts, adapters and head; the backbone stays in eval mode, trained or
-        frozen."""
-        super().train(False)
-        self.training = mode
-        for module in self.trained_modules():
-            module.train(mode)
-        return self
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Logits, as timm's; the last block computes only the rows that the head reads."""
@@ -193,7 +148,7 @@ class _PromptedModel(VisionTransformer):
         result["image_intermediates"] = patches
         if not intermediates_only:
             stop = last if stop_early else len(self.blocks) - 1
-            pooled = stop == len(self.blocks) - 1 and self._pools_prompts()
+            pooled = stop == len(self.blocks) - 1 and self.pools_prompts()
             count = 0 if pooled else self._rows_leaving(stop)
             result["image_features"] = strip_rows(
                 result["image_features"], count, self.num_prefix_tokens
@@ -241,36 +196,6 @@ class _PromptedModel(VisionTransformer):
         block = self.blocks[index]
         return block.rows.leaving if isinstance(block, PromptedBlock) else 0
 
-    def _pools_prompts(self) -> bool:
-        return bool(getattr(self.tune_record.method, "pool_prompts", False))
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script calls first."""
-        raise ValueError("a tuned model cannot be scripted; call remove_prompts(model) first")
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As timm's; of folded weights the originals."""
-        state = super().state_dict(*args, **kwargs)
-        if self.tune_record.fold is not None:
-            prefix = kwargs.get("prefix", "")
-            for name, original in self.tune_record.fold.originals.items():
-                key = f"{prefix}{name}"
-                state[key] = original.to(state[key])
-        return state
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        unfold_before_loading(self)
-        # As PromptTokens does: a plain checkpoint loads with strict=True.
-        if "prompt_tokens" in self._parameters:
-            state_dict.setdefault(f"{prefix}prompt_tokens", self.prompt_tokens)
-        for module in _ADDED:
-            if module in self._modules:
-                for name, value in self.get_submodule(module).named_parameters():
-                    state_dict.setdefault(f"{prefix}{module}.{name}", value)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
 
 class PromptedVisionTransformer(_PromptedModel):
     """timm's VisionTransformer, tuned."""
@@ -285,21 +210,24 @@ TUNED_CLASS: dict[type[VisionTransformer], type[_PromptedModel]] = {
     VisionTransformer: PromptedVisionTransformer,
     VisionTransformerDistilled: PromptedVisionTransformerDistilled,
 }
-PLAIN_CLASS = {tuned: plain for plain, tuned in TUNED_CLASS.items()}
 
 
-def check_pooling(method: Method, global_pool: str) -> None:
-    """Raise ValueError if `method` pools prompts and a head with `global_pool` reads no prompts."""
-    if getattr(method, "pool_prompts", False) and global_pool in ("", "token", "prr"):
-        raise ValueError(
-            f"pool_prompts=True needs a head that pools tokens, but global_pool is "
-            f"{global_pool!r}; use global_pool='avg' or pool_prompts=False"
-        )
+def name_as_block(model: Any, name: str) -> str:
+    """A parameter's name with its block's number, `blocks.{i}.`: the name itself."""
+    return name
 
 
-def is_tuned(model: Any) -> bool:
-    """True if `prompt_tune` has been applied to `model`."""
-    return isinstance(model, _PromptedModel)
+def add_experts(model: Any, method: VAPT, blocks: tuple[int, ...]) -> None:
+    """Prompt experts for the given blocks, and the feature projector that they share."""
+    if not blocks:
+        return
+    like, width = model.blocks[0].attn.qkv.weight, model.embed_dim
+    model.prompt_projector = FeatureProjector(
+        width, method.hidden_dim, method.projector_dropout, like
+    )
+    for index in blocks:
+        grid = model.patch_embed.grid_size
+        model.blocks[index].prompt = PromptExperts(method, model, grid, width, like)
 
 
 def place_prompts(model: _PromptedModel) -> None:
@@ -331,7 +259,7 @@ def place_prompts(model: _PromptedModel) -> None:
 
 def unplace_prompts(model: _PromptedModel) -> None:
     """Give every block timm's class back, and take out what the method has added."""
-    for name in _ADDED:
+    for name in ADDED:
         model._modules.pop(name, None)
     model._parameters.pop("prompt_tokens", None)
     blocks: Any = model.blocks

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from vpt_fast import models, swin_models
 from vpt_fast.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
 from vpt_fast.baselines import AdapterTuning, Baseline, MLPHead
 from vpt_fast.checks import check_model
-from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fold import unfold_backbone
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
-from vpt_fast.models import (
-    PLAIN_CLASS,
-    TUNED_CLASS,
-    TuneRecord,
-    is_tuned,
-    place_prompts,
-    unplace_prompts,
-)
 from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.prompts import PromptTokens, init_bound, new_projection, new_tokens
+from vpt_fast.tuned import Tuned, TuneRecord, blocks_of, is_tuned
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_TUNED_CLASS: dict[Any, type[Tuned]] = {**models.TUNED_CLASS, **swin_models.TUNED_CLASS}
+_PLAIN_CLASS = {tuned: plain for plain, tuned in _TUNED_CLASS.items()}
+
+
+def _family(model: Any) -> Any:
+    """The module that knows where prompts stand in a model of this class."""
+    return swin_models if isinstance(model, SwinTransformer) else models
 
 
 def _classifiers(model: Any) -> list[nn.Module]:
@@ -49,9 +50,11 @@ def _in_place(model: Any, method: Method) -> dict[str, Tensor]:
     backbone what a baseline names."""
     tensors = _head_tensors(model)
     if isinstance(method, Baseline):
-        depth = len(model.blocks)
+        depth, name_as_block = len(blocks_of(model)), _family(model).name_as_block
         parameters = model.named_parameters()
-        tensors |= {name: p for name, p in parameters if method.trains(name, depth)}
+        tensors |= {
+            name: p for name, p in parameters if method.trains(name_as_block(model, name), depth)
+        }
     return tensors
 
 
@@ -67,12 +70,22 @@ def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
     backbone stays in eval mode there too: its dropout and stochastic depth, which the papers set
     to 0, stay off even where its weights are trained.
 
+    In a SwinTransformer blocks are counted on through all stages. Prompts have the width of their
+    stage, neither position bias nor mask, and rows that live on (VPT-Shallow, an unprompted block
+    after a prompted one) are averaged over the windows and pass through patch merging as four equal
+    neighbours. Images never depend on their batch mates, and prompt rows are pooled with
+    `pool_prompts=True` only; the published program differs in both. VAPT is published for ViT only:
+    here block 0 of the first stage has static prompts, every later block experts of its own grid,
+    and every stage a feature projector. Attention is fused whatever `attn.fused_attn` says, which
+    timm leaves off for Swin, and its module is called with whole images in place of windows.
+
     Weights that are trained in place are copied to host memory first, for `remove_prompts`: the
     classifier's, and with `FullTuning()` those of the whole model.
 
     Args:
         model: a timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
-            MAE, CLIP, DINOv2, SigLIP and their like.
+            MAE, CLIP, DINOv2, SigLIP and their like; or a `SwinTransformer` (swin_*), where every
+            window of an image reads the prompts.
         method: `VPTShallow(...)`, `VPTDeep(...)`, `VAPT(...)`, or a baseline: `LinearProbe()`,
             `MLPHead(...)`, `PartialTuning(...)`, `BiasTuning()`, `AdapterTuning(...)` or
             `FullTuning()`.
@@ -105,13 +118,13 @@ def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(name in in_place)
     training = tuned.training
-    tuned.__class__ = TUNED_CLASS[type(tuned)]
+    tuned.__class__ = _TUNED_CLASS[type(tuned)]
     tuned.tune_record = record
     if isinstance(method, Baseline):
         _add_layers(tuned, method)
     else:
         _add_prompts(tuned, method)
-    place_prompts(tuned)
+    _family(tuned).place_prompts(tuned)
     tuned.train(training)
     return tuned
 
@@ -124,48 +137,52 @@ def host_copy(tensor: Tensor) -> Tensor:
 
 def _add_layers(model: Any, method: Baseline) -> None:
     if isinstance(method, AdapterTuning):
-        width = model.embed_dim
-        for block in model.blocks:
+        for block in blocks_of(model):
             like = block.attn.qkv.weight
+            width = block.attn.qkv.in_features
             block.adapter = BottleneckAdapter(width, width // method.reduction, like)
     if isinstance(method, MLPHead):
-        width = model.embed_dim if method.hidden_dim is None else method.hidden_dim
+        head = model.get_classifier()
+        width = head.in_features if method.hidden_dim is None else method.hidden_dim
         model.head_hidden = new_hidden_layers(
-            model.embed_dim, width, method.num_layers - 1, model.head.weight
+            head.in_features, width, method.num_layers - 1, head.weight
         )
-        if width != model.embed_dim:
-            model.head = new_classifier(width, model.head)
+        if width != head.in_features:
+            _replace_head(model, new_classifier(width, head))
+
+
+def _replace_head(model: Any, head: nn.Linear) -> None:
+    if isinstance(model.head, nn.Linear):
+        model.head = head
+    else:
+        model.head.fc = head
 
 
 def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT) -> None:
-    blocks = method.prompted_blocks(len(model.blocks))
-    if not blocks:
+    blocks = blocks_of(model)
+    prompted = method.prompted_blocks(len(blocks))
+    if not prompted:
         return
-    like = model.blocks[0].attn.qkv.weight
-    width = model.embed_dim if method.project_dim is None else method.project_dim
-    bound = init_bound(model.patch_embed.patch_size, width)
-    if method.project_dim is not None:
-        model.prompt_projection = new_projection(method.project_dim, model.embed_dim, like)
+    like = blocks[0].attn.qkv.weight
+    patch_size, project_dim = model.patch_embed.patch_size, method.project_dim
     shared = isinstance(method, VPTDeep) and method.shared
+    first = blocks[prompted[0]].attn.qkv.in_features
+    if project_dim is not None:
+        model.prompt_projection = new_projection(project_dim, first, like)
     if shared:
+        width = first if project_dim is None else project_dim
+        bound = init_bound(patch_size, width)
         model.prompt_tokens = new_tokens(method.num_prompts, width, bound, like)
-    owner = model if shared or method.project_dim is not None else None
+    owner = model if shared or project_dim is not None else None
     if isinstance(method, VAPT):
-        _add_experts(model, method, blocks[1:], like)
-        blocks = blocks[:1]
-    for index in blocks:
+        _family(model).add_experts(model, method, prompted[1:])
+        prompted = prompted[:1]
+    for index in prompted:
+        block = blocks[index]
+        width = block.attn.qkv.in_features if project_dim is None else project_dim
+        bound = init_bound(patch_size, width)
         tokens = None if shared else new_tokens(method.num_prompts, width, bound, like)
-        model.blocks[index].prompt = PromptTokens(tokens, method.dropout, owner)
-
-
-def _add_experts(model: Any, method: VAPT, blocks: Sequence[int], like: Tensor) -> None:
-    if not blocks:
-        return
-    model.prompt_projector = FeatureProjector(
-        model.embed_dim, method.hidden_dim, method.projector_dropout, like
-    )
-    for index in blocks:
-        model.blocks[index].prompt = PromptExperts(method, model, like)
+        block.prompt = PromptTokens(tokens, method.dropout, owner)
 
 
 def remove_prompts(model: Model) -> Model:
@@ -186,12 +203,14 @@ def remove_prompts(model: Model) -> Model:
     tuned: Any = model
     record = tuned.tune_record
     unfold_backbone(tuned)
-    wide = "head_hidden" in tuned._modules and isinstance(tuned.head, nn.Linear)
-    if wide and tuned.head.in_features != tuned.embed_dim:
-        tuned.head = new_classifier(tuned.embed_dim, tuned.head)
-    unplace_prompts(tuned)
+    hidden, head = tuned._modules.get("head_hidden"), tuned.get_classifier()
+    if hidden is not None and isinstance(head, nn.Linear):
+        width = hidden[0].in_features
+        if head.in_features != width:
+            _replace_head(tuned, new_classifier(width, head))
+    _family(tuned).unplace_prompts(tuned)
     del tuned.tune_record
-    tuned.__class__ = PLAIN_CLASS[type(tuned)]
+    tuned.__class__ = _PLAIN_CLASS[type(tuned)]
     with torch.no_grad():
         for name, tensor in tuned.state_dict().items():
             before = record.originals.get(name)

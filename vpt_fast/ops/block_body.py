@@ -24,6 +24,7 @@ from vpt_fast.ops.backend import in_full_precision, uses_kernels
 from vpt_fast.ops.block_entry import Norm
 from vpt_fast.ops.prompt_source import PromptSource
 from vpt_fast.ops.residual_norm import residual_norm, residual_norm_backward
+from vpt_fast.ops.window_attention_rows import Windows, attend_in_windows, windows_gradients
 
 
 class BlockWeights(NamedTuple):
@@ -45,6 +46,7 @@ class BlockWeights(NamedTuple):
     fc1_bias: Tensor | None
     fc2_weight: Tensor  # (D, C)
     fc2_bias: Tensor | None
+    position_bias: Tensor | None = None  # (positions, H), of attention in windows
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class BlockConfig:
         activation: one of `vpt_fast.ops.activation.KINDS`.
         memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
         source: of the block's prompts, or None.
+        windows: where attention is in windows of an image's rows, or None.
     """
 
     heads: int
@@ -67,6 +70,7 @@ class BlockConfig:
     activation: str
     memory: str
     source: PromptSource | None
+    windows: Windows | None = None
 
     def keeps(self, keys: Tensor) -> bool:
         """Whether the prompts' keys (B or 1, p, 2, H, d) are kept for backward.
@@ -140,7 +144,28 @@ class _Block:
         return qkv.unflatten(-1, (3, self.config.heads, -1))
 
     def attend(self, qkv: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        return attention_operator([qkv], [] if keys is None else [keys], self.config.scale)
+        scale, windows = self.config.scale, self.config.windows
+        if windows is None:
+            return attention_operator([qkv], [] if keys is None else [keys], scale)
+        bias = _there(self.weights.position_bias)
+        return attend_in_windows(windows, qkv, self.weights.qkv_bias, bias, keys, scale)
+
+    def attention_gradients(
+        self, full: _Kept, grad_out: Tensor, needs_tokens: bool, needs_prompts: bool
+    ) -> list[Tensor]:
+        """Gradients of qkv and of the prompts' keys, those that are asked for."""
+        qkv, out, lse = _there(full.qkv), _there(full.out), _there(full.lse)
+        scale, windows = self.config.scale, self.config.windows
+        if windows is None:
+            return attention_operator_backward(
+                [qkv], [] if full.keys is None else [full.keys], out, lse, grad_out, scale,
+                needs_tokens, needs_prompts,
+            )  # fmt: skip
+        bias = _there(self.weights.position_bias)
+        return windows_gradients(
+            windows, qkv, self.weights.qkv_bias, bias, full.keys, out, lse, grad_out, scale,
+            needs_tokens, needs_prompts,
+        )  # fmt: skip
 
     def add_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x', norm2(x') and the row statistics of x'."""
@@ -225,16 +250,11 @@ class _Block:
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
         """Gradients of x, of norm1(x) and of the prompts' tensors."""
         full = self.made_again(kept, sources)
-        middle, out = _there(full.middle), _there(full.out)
-        qkv, lse = _there(full.qkv), _there(full.lse)
         branch = self._middle_gradient(full, grad_middle, grad_result)
         grad_x, grad_branch = branch[0], branch[-1]
         grad_out = _linear_backward(grad_branch, self.weights.proj_weight)
-        del middle, grad_branch
-        grads = attention_operator_backward(
-            [qkv], [] if full.keys is None else [full.keys], out, lse, grad_out,
-            self.config.scale, needs_tokens, needs_prompts,
-        )  # fmt: skip
+        del grad_branch
+        grads = self.attention_gradients(full, grad_out, needs_tokens, needs_prompts)
         grad_y = None
         if needs_tokens:
             grad_y = _linear_backward(grads[0].flatten(2), self.weights.qkv_weight)

@@ -1,0 +1,66 @@
+"""Looking at a module part by part: what is known is accepted, anything else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from timm import layers
+from torch import nn
+
+# Normalisations that treat every row by itself, so that dead rows may be left out.
+ROW_NORMS = tuple(
+    getattr(layers, name)
+    for name in (
+        "LayerNorm",
+        "LayerNormFp32",
+        "RmsNorm",
+        "RmsNormFp32",
+        "SimpleNorm",
+        "SimpleNormFp32",
+    )
+    if hasattr(layers, name)
+) + (nn.LayerNorm, nn.Identity, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
+
+Parts = dict[str, tuple[type, ...] | None]
+"""Names of a module's parts, and their types; None for any."""
+
+
+def refuse(where: str, value: Any, why: str) -> NoReturn:
+    """Raise the ValueError that names what cannot be tuned."""
+    raise ValueError(f"cannot tune this model: {where} is {value}; {why}")
+
+
+def name_of(value: Any) -> str:
+    """Name of a value's type."""
+    return type(value).__name__
+
+
+def check_parts(
+    module: nn.Module,
+    parts: Parts,
+    where: str,
+    optional: str = "",
+    parameters: Iterable[str] = (),
+) -> None:
+    """Raise ValueError if a part is missing a known type, or is one too many.
+
+    Args:
+        module: what is looked at.
+        parts: what it must have.
+        where: its name, for the message.
+        optional: a part that it may have.
+        parameters: names of its own parameters.
+    """
+    if "forward" in vars(module):
+        refuse(f"{where}.forward", "replaced on the instance", "restore the class's own")
+    for name, types in parts.items():
+        part = getattr(module, name)
+        if types is not None and type(part) not in types:
+            needed = ", ".join(sorted({t.__name__ for t in types}))
+            refuse(f"{where}.{name}", name_of(part), f"known are: {needed}")
+    extra = sorted(set(module._modules) - set(parts) - {optional})
+    extra += sorted(set(module._parameters) - set(parameters))
+    if extra:
+        name = extra[0]
+        refuse(f"{where}.{name}", name_of(getattr(module, name)), "timm's class has no such part")

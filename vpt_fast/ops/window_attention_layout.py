@@ -1,0 +1,151 @@
+"""How Swin's shifted windows cut an image: which token stands where, and which may see which.
+
+Swin Transformer (arXiv 2103.14030), section 3.2, as timm computes it: the image is rolled, then
+padded at its lower and right edge to a multiple of the window, then cut. Windows that are masked
+alike are put next to each other, so that one mask serves all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FAR = -100.0
+"""Added to the score of two tokens that only the roll has made neighbours."""
+
+
+class WindowGroup(NamedTuple):
+    """Windows with one mask.
+
+    Attributes:
+        number: of them in every image.
+        mask: (area, area), 0 or `FAR`; None where all of a window's tokens see each other.
+    """
+
+    number: int
+    mask: Tensor | None
+
+
+class WindowOrder(NamedTuple):
+    """The places of all windows of a batch, group by group, image by image.
+
+    Attributes:
+        area: places of a window.
+        groups: in the order of the places.
+        rows: (places,), the token of each place, as an index into (B * H * W); 0 for padding.
+        padding: indices of the places that hold padding.
+        places: (B * H * W,), the place of each token.
+        relative: (area, area), row of the position-bias table for query and key.
+        whole: the places are the tokens, in their order.
+    """
+
+    area: int
+    groups: tuple[WindowGroup, ...]
+    rows: Tensor
+    padding: Tensor
+    places: Tensor
+    relative: Tensor
+    whole: bool
+
+
+def is_padded(height: int, width: int, window: tuple[int, int]) -> bool:
+    """Whether an image of `height` x `width` tokens has to be padded."""
+    return bool(height % window[0] or width % window[1])
+
+
+def relative_positions(window: tuple[int, int], device: torch.device) -> Tensor:
+    """Row of the position-bias table for every query and key of a window, (area, area)."""
+    y, x = (torch.arange(n, device=device) for n in window)
+    rows = (y[:, None] - y + window[0] - 1) * (2 * window[1] - 1)  # (wh, wh)
+    columns = x[:, None] - x + window[1] - 1  # (ww, ww)
+    area = window[0] * window[1]
+    return (rows[:, None, :, None] + columns[None, :, None, :]).reshape(area, area)
+
+
+def _regions(size: int, window: int, shift: int) -> Tensor:
+    """(size,) Numbers that differ between rows (or columns) that the roll has put side by side."""
+    at = torch.arange(size)
+    if not shift:
+        return torch.zeros_like(at)
+    return (at >= size - window).long() + (at >= size - shift).long()
+
+
+@lru_cache(maxsize=32)
+def window_order(
+    batch: int,
+    height: int,
+    width: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    device: torch.device,
+) -> WindowOrder:
+    """How a batch of images is cut; the tensors of the result must not be changed."""
+    with torch.inference_mode(False):
+        order = _window_order(batch, (height, width), window, shift)
+        groups = tuple(
+            WindowGroup(number, None if mask is None else mask.to(device))
+            for number, mask in order.groups
+        )
+        return order._replace(
+            groups=groups,
+            rows=order.rows.to(device),
+            padding=order.padding.to(device),
+            places=order.places.to(device),
+            relative=order.relative.to(device),
+        )
+
+
+def _window_order(
+    batch: int, size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> WindowOrder:
+    area, tokens = window[0] * window[1], size[0] * size[1]
+    number = [-(-n // w) for n, w in zip(size, window, strict=True)]
+    lines, regions = [], []
+    for n, w, s, count in zip(size, window, shift, number, strict=True):
+        at = torch.arange(count * w)
+        lines.append(torch.where(at < n, (at + s) % n, -1))
+        regions.append(_regions(count * w, w, s))
+    y, x = lines
+    token = torch.where((y[:, None] < 0) | (x < 0), -1, y[:, None] * size[1] + x)
+    token = _cut(token, window)  # (rows, columns, area)
+    region = _cut(regions[0][:, None] * 3 + regions[1], window)
+
+    groups, parts = [], []
+    for rows, columns in itertools.product(*map(_spans, number, shift)):
+        part = token[rows, columns].reshape(-1, area)  # (count, area)
+        kind = region[rows, columns].reshape(-1, area)[0]
+        apart = kind[:, None] != kind
+        mask = torch.where(apart, FAR, 0.0) if apart.any() else None
+        groups.append(WindowGroup(len(part), mask))
+        images = torch.arange(batch)[:, None, None] * tokens
+        parts.append(torch.where(part < 0, -1, part + images).flatten())
+    tokens_read = torch.cat(parts)
+    real = tokens_read >= 0
+    places = torch.empty(batch * tokens, dtype=torch.long)
+    places[tokens_read[real]] = real.nonzero().flatten()
+    return WindowOrder(
+        area,
+        tuple(groups),
+        tokens_read.clamp(min=0),
+        (~real).nonzero().flatten(),
+        places,
+        relative_positions(window, torch.device("cpu")),
+        whole=torch.equal(tokens_read, torch.arange(batch * tokens)),
+    )
+
+
+def _cut(grid: Tensor, window: tuple[int, int]) -> Tensor:
+    """(Hp, Wp) as windows (rows, columns, area)."""
+    rows, columns = grid.shape[0] // window[0], grid.shape[1] // window[1]
+    return grid.view(rows, window[0], columns, window[1]).transpose(1, 2).flatten(2)
+
+
+def _spans(count: int, shift: int) -> list[slice]:
+    """Rows (or columns) of windows that are masked alike: a roll mixes the last one only."""
+    if not shift or count == 1:
+        return [slice(0, count)]
+    return [slice(0, count - 1), slice(count - 1, count)]

@@ -1,0 +1,299 @@
+"""timm's WindowAttention, Swin block and stage with prompts: the classes that tuned ones are given.
+
+In VPT-Deep a prompt is a key and a value that every window of its image reads, and the block is
+(B, H, W, D) -> (B, H, W, D) like the one it replaces: nothing is rolled, padded or cut. Prompt rows
+that are read later (VPT-Shallow, a prompted block before an unprompted one) have no place in an
+image; they travel beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models._manipulate import checkpoint
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from vpt_fast import fused_block
+from vpt_fast.blocks import PromptRows
+from vpt_fast.experts import PromptExperts
+from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.norms import is_frozen_norm
+from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.window_attention import window_attention
+from vpt_fast.ops.window_attention_rows import Windows, attend_from_prompts, padding_of
+
+
+class LiveRows:
+    """Live prompt rows (B, p, D) on their way beside an image's tokens; None while there are none.
+
+    An object of its own, so that modules and their hooks see images only.
+    """
+
+    def __init__(self, rows: Tensor | None = None) -> None:
+        self.rows = rows
+
+
+class PromptedWindowAttention(WindowAttention):
+    """timm's WindowAttention on an image in one piece, whose queries also read prompts."""
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        windows: Windows | None = None,
+        prompts: Tensor | None = None,
+        live: LiveRows | None = None,
+    ) -> Tensor:
+        """Attend from every token to its window and to the prompts.
+
+        Args:
+            x: normalised tokens (B, H, W, D); (windows, area, D) without `windows`, as timm's.
+            mask: as timm's; without `windows` only.
+            windows: how the image is cut.
+            prompts: normalised prompts (B or 1, p, D).
+            live: normalised prompt rows (B, p, D) in place of `prompts`, which attend too; what
+                they read is put into it.
+
+        Returns:
+            As x.
+        """
+        if windows is None:
+            return super().forward(x, mask)
+        if self.attn_drop.p and self.attn_drop.training:
+            raise ValueError(
+                f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
+                "keep the frozen blocks in eval mode, as model.train() does"
+            )
+        heads = self.num_heads
+        qkv = self.qkv(x).unflatten(-1, (3, heads, -1))  # (B, H, W, 3, h, d)
+        pad = padding_of(windows, self.qkv.bias, qkv)
+        keys = rows = None
+        if live is not None and live.rows is not None:
+            # The modules' hooks are for tokens: prompts pass beside them.
+            rows = self.qkv.forward(live.rows).unflatten(-1, (3, heads, -1))
+            keys = rows[:, :, 1:]
+        elif prompts is not None:
+            keys = self._keys(prompts)
+        table = self.relative_position_bias_table
+        out = window_attention(qkv, pad, table, keys, windows.window, windows.shift, self.scale)
+        if live is not None and rows is not None:
+            # The windows' copies of keys and values are made again in backward.
+            read = checkpoint(attend_from_prompts, windows, rows, qkv, pad, self.scale)
+            live.rows = self.proj_drop.forward(self.proj.forward(read))
+        return self.proj_drop(self.proj(out))
+
+    def _keys(self, prompts: Tensor) -> Tensor:
+        """Keys and values (B or 1, p, 2, h, d)."""
+        width = self.qkv.out_features // 3
+        bias = None if self.qkv.bias is None else self.qkv.bias[width:]
+        kv = F.linear(prompts, self.qkv.weight[width:], bias)
+        return kv.unflatten(-1, (2, self.num_heads, -1))
+
+
+class PromptedSwinBlock(SwinTransformerBlock):
+    """timm's SwinTransformerBlock with prompts of its own, live rows beside it, or both.
+
+    A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum.
+
+    Attributes:
+        prompt: module that makes this block's prompts from its tokens, or None.
+        rows: how many prompt rows enter and leave.
+        memory: what it keeps for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+    """
+
+    attn: PromptedWindowAttention
+    prompt: nn.Module | None
+    rows: PromptRows
+    memory: str
+
+    def forward(self, x: Tensor, live: LiveRows | None = None) -> Tensor:
+        """(B, H, W, D) -> (B, H, W, D).
+
+        Args:
+            x: tokens.
+            live: the prompt rows that enter; those that leave are put into it.
+
+        Raises:
+            ValueError: prompt rows should enter, but `live` has none.
+        """
+        grid = _grid(x)
+        total = self.forward_open(OpenSum(x.flatten(1, 2)), grid, self.memory, live or LiveRows())
+        return total.closed().unflatten(1, grid)
+
+    def forward_open(
+        self, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
+    ) -> OpenSum:
+        """As `forward`, from and to a sum of rows (B, H * W, D) that is left to its reader.
+
+        Hooks on the block itself are not called.
+
+        Args:
+            total: tokens, row by row of the image.
+            grid: (H, W).
+            memory: what is kept for backward.
+            live: as for `forward`.
+        """
+        prompt, rows = self.prompt, self.rows
+        if prompt is None and rows.entering and live.rows is None:
+            raise ValueError(
+                f"this block reads {rows.entering} prompt rows of an earlier block, but none "
+                "were passed on; call the model, or pass live=LiveRows(rows)"
+            )
+        if isinstance(prompt, PromptExperts) and prompt.grid != grid:
+            raise ValueError(
+                f"the prompt experts mix a {prompt.grid[0]} x {prompt.grid[1]} grid of tokens, "
+                f"but this block's input has {grid[0]} x {grid[1]}; resize the image to the size "
+                "that the model was tuned with"
+            )
+        windows = Windows(grid, _pair(self.window_size), _pair(self.shift_size))
+        apart = rows.leaving or (prompt is None and rows.entering)
+        if not apart and _can_fuse(self):
+            live.rows = None
+            return self._adapted(fused_block.run(self, total, prompt, memory, windows))
+        if memory == "speed":
+            x, live.rows = self._forward(total, windows, live.rows)
+        else:
+            x, live.rows = checkpoint(
+                lambda x, entering: self._forward(OpenSum(x), windows, entering),
+                total.closed(),
+                live.rows,
+            )
+        return OpenSum(x)
+
+    def _adapted(self, total: OpenSum) -> OpenSum:
+        """The output of the fused block with the adapter on its branch, if there is one."""
+        adapter, branch = self._modules.get("adapter"), total.branch
+        if adapter is None or branch is None:
+            return total
+        return OpenSum(total.residual, adapter(branch))
+
+    def _normalise(
+        self, total: OpenSum, entering: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Tokens and norm1 of them (B, N, D), prompts and norm1 of them (B or 1, p, D)."""
+        prompt = self.prompt
+        if isinstance(prompt, PromptExperts) and is_frozen_norm(self.norm1):
+            tokens, y, made = prompt.with_norm(total, self.norm1)
+            return tokens, y, None, made
+        x = total.closed()
+        prompts = entering if prompt is None else prompt(x).to(x.dtype)
+        normed = None if prompts is None else self.norm1.forward(prompts)
+        return x, self.norm1(x), prompts, normed
+
+    def _forward(
+        self, total: OpenSum, windows: Windows, entering: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Module by module; tokens (B, N, D), and the prompt rows that leave."""
+        x, y, prompts, normed = self._normalise(total, entering)
+        live: LiveRows | None = None
+        if self.rows.leaving and prompts is not None and normed is not None:
+            prompts = prompts.expand(len(x), -1, -1)
+            live, normed = LiveRows(normed.expand(len(x), -1, -1)), None
+        y = y.unflatten(1, windows.grid)
+        branch = self.attn(y, windows=windows, prompts=normed, live=live)
+        x = x + self.drop_path1(branch.flatten(1, 2))
+        x = x + self.drop_path2(self._after_mlp(self.mlp(self.norm2(x))))
+        if live is None or live.rows is None or prompts is None:
+            return x, None
+        rows = prompts + self.drop_path1.forward(live.rows)
+        branch = self._after_mlp(self.mlp.forward(self.norm2.forward(rows)))
+        return x, rows + self.drop_path2.forward(branch)
+
+    def _after_mlp(self, branch: Tensor) -> Tensor:
+        adapter = self._modules.get("adapter")
+        return branch if adapter is None else adapter(branch)
+
+
+class PromptedSwinStage(SwinTransformerStage):
+    """timm's SwinTransformerStage, whose blocks leave sums open and pass prompt rows on."""
+
+    def forward(self, x: Tensor, live: LiveRows | None = None) -> Tensor:
+        """As timm's; `live` holds the prompt rows that enter, then those that leave.
+
+        Raises:
+            ValueError: a hook on `blocks` would miss prompt rows.
+        """
+        x = self.downsample(x)
+        live = LiveRows() if live is None else live
+        if live.rows is not None:
+            live.rows = merge_rows(self.downsample, live.rows)
+        blocks: Any = list(self.blocks)
+        if (has_hooks(self.blocks) or has_own_forward(self.blocks)) and not self.grad_checkpointing:
+            if any(block.rows.entering or block.rows.leaving for block in blocks):
+                raise ValueError(
+                    "the stage's `blocks` are hooked, but prompt rows pass beside what the hook "
+                    "sees; hook the stage or its blocks instead"
+                )
+            return self.blocks(x)
+        grid = _grid(x)
+        total = OpenSum(x.flatten(1, 2))
+        for block in blocks:
+            memory = "minimal" if self.grad_checkpointing else block.memory
+            total = _through_block(block, total, grid, memory, live)
+        return total.closed().unflatten(1, grid)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A checkpoint of the plain backbone has no prompts and still loads with strict=True.
+        projector = self._modules.get("prompt_projector")
+        if projector is not None:
+            for name, value in projector.named_parameters():
+                state_dict.setdefault(f"{prefix}prompt_projector.{name}", value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
+    """Prompt rows (B, p, D) through a patch merging, as four equal neighbours: (B, p, 2 D)."""
+    if not isinstance(downsample, PatchMerging):
+        return rows
+    # The module's own hooks are for images.
+    return downsample.reduction.forward(downsample.norm.forward(rows.repeat(1, 1, 4)))
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = values
+    return int(first), int(second)
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    return x.shape[1], x.shape[2]
+
+
+def _can_fuse(block: Any) -> bool:
+    """`fused_block.can_fuse`; no subclass or wrapper, whose `forward` would be passed by."""
+    return (
+        type(block) is PromptedSwinBlock
+        and type(block.attn) is PromptedWindowAttention
+        and not block.attn.relative_position_bias_table.requires_grad
+        and fused_block.can_fuse(block)
+    )
+
+
+def _through_block(
+    block: Any, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
+) -> OpenSum:
+    """A block, called so that its own hooks are."""
+    watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
+    if not watched:
+        return block.forward_open(total, grid, memory, live)
+
+    def call(x: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        passing = LiveRows(entering)
+        x = block(x, live=passing) if block.rows.entering or block.rows.leaving else block(x)
+        return x, passing.rows
+
+    x = total.closed().unflatten(1, grid)
+    if memory == block.memory:
+        x, live.rows = call(x, live.rows)
+    else:
+        x, live.rows = checkpoint(call, x, live.rows)
+    return OpenSum(x.flatten(1, 2))

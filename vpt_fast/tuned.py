@@ -1,0 +1,115 @@
+"""What all tuned models have in common, of whatever timm class: modes, records, state dicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from torch import Tensor, nn
+
+from vpt_fast.baseline_layers import BottleneckAdapter
+from vpt_fast.experts import FeatureProjector, PromptExperts
+from vpt_fast.fold import FoldRecord, unfold_before_loading
+from vpt_fast.methods import Method
+from vpt_fast.prompts import PromptTokens
+
+ADDED = ("prompt_projection", "prompt_projector", "head_hidden")
+"""What methods add to the model itself, beside the parameter `prompt_tokens`."""
+
+AnyTuned = TypeVar("AnyTuned", bound="Tuned")
+
+
+@dataclass
+class TuneRecord:
+    """What `prompt_tune` did to a model, and what `remove_prompts` needs to undo it.
+
+    Attributes:
+        method: the method it was tuned with.
+        memory: what blocks keep for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+        requires_grad: the parameters' flags before, by name.
+        training: the modules' modes before, by name.
+        originals: copies of the weights that are trained in place, from before, by name, in host
+            memory; the classifier's at least.
+        fold: what `fold_backbone` did, or None.
+    """
+
+    method: Method
+    memory: str
+    requires_grad: dict[str, bool]
+    training: dict[str, bool]
+    originals: dict[str, Tensor]
+    fold: FoldRecord | None = None
+
+
+class Tuned(nn.Module):
+    """A timm model that `prompt_tune` has been applied to; mixed into its class."""
+
+    tune_record: TuneRecord
+
+    def trained_modules(self) -> list[nn.Module]:
+        """The modules that follow `train()`: what the method has added, head and its dropout."""
+        names = (*ADDED, "head_drop", "head", "head_dist")
+        modules = [getattr(self, name) for name in names if hasattr(self, name)]
+        added = (PromptTokens, PromptExperts, FeatureProjector, BottleneckAdapter)
+        return modules + [m for m in self.modules() if isinstance(m, added)]
+
+    def train(self: AnyTuned, mode: bool = True) -> AnyTuned:
+        """Set the mode of prompts, adapters and head; the backbone stays in eval mode, trained or
+        frozen."""
+        super().train(False)
+        self.training = mode
+        for module in self.trained_modules():
+            module.train(mode)
+        return self
+
+    def pools_prompts(self) -> bool:
+        """Whether the pooling reads the prompt rows that leave the last block."""
+        return bool(getattr(self.tune_record.method, "pool_prompts", False))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first."""
+        raise ValueError("a tuned model cannot be scripted; call remove_prompts(model) first")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As timm's; of folded weights the originals."""
+        state = super().state_dict(*args, **kwargs)
+        if self.tune_record.fold is not None:
+            prefix = kwargs.get("prefix", "")
+            for name, original in self.tune_record.fold.originals.items():
+                key = f"{prefix}{name}"
+                state[key] = original.to(state[key])
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        unfold_before_loading(self)
+        # As PromptTokens does: a plain checkpoint loads with strict=True.
+        if "prompt_tokens" in self._parameters:
+            state_dict.setdefault(f"{prefix}prompt_tokens", self.prompt_tokens)
+        for module in ADDED:
+            if module in self._modules:
+                for name, value in self.get_submodule(module).named_parameters():
+                    state_dict.setdefault(f"{prefix}{module}.{name}", value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def is_tuned(model: Any) -> bool:
+    """True if `prompt_tune` has been applied to `model`."""
+    return isinstance(model, Tuned)
+
+
+def blocks_of(model: Any) -> list[Any]:
+    """The blocks of a timm model in their order, those of all stages where there are stages."""
+    if hasattr(model, "blocks"):
+        return list(model.blocks)
+    return [block for stage in model.layers for block in stage.blocks]
+
+
+def check_pooling(method: Method, global_pool: str) -> None:
+    """Raise ValueError if `method` pools prompts and a head with `global_pool` reads no prompts."""
+    if getattr(method, "pool_prompts", False) and global_pool in ("", "token", "prr"):
+        raise ValueError(
+            f"pool_prompts=True needs a head that pools tokens, but global_pool is "
+            f"{global_pool!r}; use global_pool='avg' or pool_prompts=False"
+        )
