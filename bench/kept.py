@@ -11,6 +11,7 @@ import torch
 from bench.providers import OURS, WITHOUT
 from vpt_fast import VPTDeep
 from vpt_fast.memory import EAGER, PLAIN, KeptBytes
+from vpt_fast.tuned import blocks_of
 
 MODEL, BATCH, PROMPTS = "vit_base_patch16_224", 64, 50
 _NAMES = {EAGER: "concat", "speed": OURS}
@@ -23,7 +24,7 @@ def kept_rows() -> Iterator[dict[str, Any]]:
     """
     with torch.device("meta"):
         model: Any = timm.create_model(MODEL, num_classes=100)
-    meter, depth = KeptBytes(model, (3, 224, 224), torch.bfloat16), len(model.blocks)
+    meter, depth = KeptBytes(model, (3, 224, 224), torch.bfloat16), len(blocks_of(model))
     common = {
         "kind": "counted", "bench": "memory", "model": MODEL, "method": "vpt-deep",
         "batch": BATCH, "dtype": "bfloat16", "image_size": 224,

@@ -95,6 +95,11 @@ def fold_backbone(
     tuned: Any = model
     if record.fold is not None:
         raise ValueError(f"this model is folded already, with {record.fold.folds}")
+    if not hasattr(tuned, "blocks"):
+        raise ValueError(
+            f"a {type(tuned).__name__} cannot be folded: what its windows are padded with is the "
+            "projection's bias, which folding norm1 would change; leave it as it is"
+        )
     _check(tuned)
     record.fold = FoldRecord(Folds(norm, layer_scale, attention_scale, bias))
     _fold(tuned)

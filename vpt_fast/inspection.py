@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vpt_fast.baselines import Baseline, LinearProbe
 from vpt_fast.blocks import PromptedBlock, insert_rows, strip_rows
 from vpt_fast.experts import PromptExperts
-from vpt_fast.tuned import is_tuned
+from vpt_fast.swin_inspection import window_shares
+from vpt_fast.tuned import blocks_of, is_tuned
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
     The keys are those of the block: its prompts, or live prompt rows that pass through it as
     tokens, and all tokens. The query is the [CLS] row if the head reads it (the mean over [CLS]
     and the distillation row for distilled DeiT); for heads that pool, shares are averaged over the
-    queries of all patches. The model computes as in eval mode, without gradients, and is left in
+    queries of all patches; so they are for Swin, where the tokens are those of the query's window.
+    The model computes as in eval mode, without gradients, and is left in
     the mode it was in. Scores and softmax are fp32 at least, fp64 for a model in fp64.
 
     Args:
@@ -65,6 +68,9 @@ def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
         raise ValueError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
     found = []
     with torch.no_grad(), _eval_mode(tuned):
+        if isinstance(tuned, SwinTransformer):
+            windows = window_shares(tuned, images)
+            return [PromptAttention(index, p, 1 - p.sum(dim=-1)) for index, p in windows]
         x = tuned.norm_pre(tuned.patch_drop(tuned._pos_embed(tuned.patch_embed(images))))
         for index, block in enumerate(tuned.blocks):
             rows, count = _with_prompts(block, x)
@@ -93,7 +99,7 @@ def mixing_maps(model: nn.Module) -> dict[int, Tensor]:
     with torch.no_grad():
         return {
             index: block.prompt.token_mixing()
-            for index, block in enumerate(tuned.blocks)
+            for index, block in enumerate(blocks_of(tuned))
             if isinstance(getattr(block, "prompt", None), PromptExperts)
         }
 
@@ -107,10 +113,13 @@ def query_name(model: Any) -> str:
 
 def uniform_share(model: Any) -> float:
     """Share that a block's prompts would get together, at the model's image size, if attention
-    were uniform."""
+    were uniform; of Swin's first block, and of all whose windows are as large."""
     tuned = _check_prompts(model)
     prompts = tuned.tune_record.method.num_prompts
-    tokens = tuned.num_prefix_tokens + tuned.patch_embed.num_patches
+    if isinstance(tuned, SwinTransformer):
+        tokens = blocks_of(tuned)[0].window_area
+    else:
+        tokens = tuned.num_prefix_tokens + tuned.patch_embed.num_patches
     return prompts / (prompts + tokens)
 
 

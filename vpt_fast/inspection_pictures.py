@@ -34,7 +34,7 @@ class Shares:
     Attributes:
         title: whose they are.
         blocks: index of each block whose keys include prompts.
-        shares: (blocks, H, p).
+        shares: (blocks, H, p); NaN for heads that a block lacks.
     """
 
     title: str
@@ -96,7 +96,7 @@ def save_attention(
     )
     for left, wide, even, what, label, reduce in panels:
         maps = [reduce(group.shares) for group in groups]
-        highest = max(float(values.max()) for values in maps)
+        highest = max(float(np.nanmax(values)) for values in maps)
         norm = Normalize(0, highest or 1.0)
         for row, (group, values) in enumerate(zip(groups, maps, strict=True)):
             y = height - top - (row + 1) * (panel + caption) + 0.3
@@ -111,7 +111,7 @@ def save_attention(
 
 
 def _per_prompt(shares: np.ndarray) -> np.ndarray:
-    return shares.mean(axis=1)
+    return np.asarray(np.nanmean(shares, axis=1))
 
 
 def _heat_map(
@@ -146,7 +146,7 @@ def _row_means(axes: Axes, values: np.ndarray) -> None:
         axes.text(
             values.shape[1] - 0.5,
             row,
-            f" {_percent(float(values[row].mean()))}",
+            f" {_percent(float(np.nanmean(values[row])))}",
             fontsize=8.5,
             color=INK,
             va="center",

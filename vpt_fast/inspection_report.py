@@ -35,7 +35,10 @@ _NAME_LENGTH = 56
 
 @dataclass(frozen=True)
 class _Inspected:
-    """One image: its path and name in file names, its pixels (H, W, 3), shares (blocks, H, p)."""
+    """One image: its path and name in file names, its pixels (H, W, 3), shares (blocks, H, p).
+
+    Where blocks have fewer heads than others, those that they lack are NaN.
+    """
 
     path: Path
     name: str
@@ -84,7 +87,7 @@ def inspect_images(
         tensor = transform(image)
         records = attention_shares(model, _like(model, tensor[None]))
         blocks = [record.block for record in records]
-        shares = np.stack([record.prompts[0].cpu().numpy() for record in records])
+        shares = _stacked([record.prompts[0].cpu().numpy() for record in records])
         found.append(_Inspected(path, name, _pixels(tensor, inputs), shares))
     if found:
         FOLDER.claim(output)
@@ -125,6 +128,14 @@ def _pixels(tensor: Tensor, inputs: dict[str, Any]) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
+def _stacked(shares: Sequence[np.ndarray]) -> np.ndarray:
+    """(blocks, H, p) of blocks' shares (heads, p), NaN where a block has fewer heads than H."""
+    heads = max(len(values) for values in shares)
+    return np.stack(
+        [np.pad(v, ((0, heads - len(v)), (0, 0)), constant_values=np.nan) for v in shares]
+    )
+
+
 def _write_tables(
     output: Path, found: Sequence[_Inspected], blocks: Sequence[int], maps: dict[int, np.ndarray]
 ) -> None:
@@ -132,6 +143,7 @@ def _write_tables(
         (image.path, blocks[block], head, prompt, f"{share:.9g}")
         for image in found
         for (block, head, prompt), share in np.ndenumerate(image.shares)
+        if not np.isnan(share)
     )
     write_csv(output / ATTENTION_FILE, ATTENTION_HEADER, attention)
     if maps:
@@ -171,10 +183,12 @@ def _draw(
         )
     for image in tqdm(found, desc="pictures", unit="image", leave=False, disable=None):
         for block, weights in maps.items():
-            shares = image.shares[blocks.index(block)].mean(axis=0)
-            mixing = Mixing(
-                block, weights, model.patch_embed.patch_size, shares, image.pixels, image.name
-            )
+            shares = np.nanmean(image.shares[blocks.index(block)], axis=0)
+            side = [
+                pixels // n
+                for pixels, n in zip(image.pixels.shape, weights.shape[1:], strict=False)
+            ]
+            mixing = Mixing(block, weights, (side[0], side[1]), shares, image.pixels, image.name)
             save_mixing(output / f"mixing_{image.name}_block{block:02}.png", mixing)
     return 1 + (count if count > 1 else 0) + count * len(maps)
 
@@ -186,7 +200,8 @@ def _summary(
     mean = np.mean([image.shares for image in found], axis=0)  # (blocks, H, p)
     rows = []
     for block, shares in zip(blocks, mean, strict=True):
-        heads, prompts = shares.sum(axis=1), shares.mean(axis=0)
+        heads, prompts = shares.sum(axis=1), np.nanmean(shares, axis=0)
+        heads = heads[~np.isnan(heads)]
         best = int(prompts.argmax())
         rows.append(
             [

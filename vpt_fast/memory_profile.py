@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -112,6 +112,7 @@ def profile(
     meters: Mapping[str, Meter],
     progress: bool = True,
     log: Callable[[str], None] = print,
+    providers: Sequence[str] = PROVIDERS,
 ) -> list[Row]:
     """Rows of every meter: first the model without prompts, then every point and provider.
 
@@ -121,12 +122,13 @@ def profile(
         meters: kind of row to what makes it.
         progress: whether to show a bar on a terminal.
         log: called with a line for every step that runs out of memory; it has no row.
+        providers: who is compared, of `vpt_fast.memory.PROVIDERS`.
 
     Raises:
         TypeError, ValueError: a meter refuses the batch size, the method or the model.
     """
     wanted = [(Point(0, 0, ALL), setting.method, PLAIN)]
-    wanted += [(point, method, name) for point, method in points.items() for name in PROVIDERS]
+    wanted += [(point, method, name) for point, method in points.items() for name in providers]
     rows = []
     disable = None if progress else True
     for kind, meter in meters.items():

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 
-from vpt_fast.memory import DTYPES, PLAIN, PROVIDERS, KeptBytes, MeasuredPeaks
+from vpt_fast.memory import DTYPES, EAGER, PLAIN, PROVIDERS, KeptBytes, MeasuredPeaks
 from vpt_fast.memory_picture import Panel, format_size, save_panels
 from vpt_fast.memory_profile import (
     ALL,
@@ -27,10 +27,11 @@ from vpt_fast.memory_profile import (
     prompts_in_words,
     words,
 )
-from vpt_fast.methods import Method, VPTDeep
+from vpt_fast.methods import VAPT, Method, VPTDeep
 from vpt_fast.report_folder import ReportFolder, write_csv
 from vpt_fast.train import backbone as backbones
 from vpt_fast.train.report import format_table
+from vpt_fast.tuned import blocks_of
 
 TABLE_FILE, PICTURE_FILE = "memory.csv", "memory.png"
 HEADER = (
@@ -87,13 +88,17 @@ def report_memory(
     plain: Any = backbones.tunable_on_meta(name, _CLASSES, method, model_args)
     channels, height, width = backbones.data_config_of(plain)["input_size"]
     size = (channels, height, width)
-    setting = Setting(model, method, len(plain.blocks), batch_size, dtype, (height, width))
+    setting = Setting(model, method, len(blocks_of(plain)), batch_size, dtype, (height, width))
     points = points_of(method, setting.depth, num_prompts, prompts)
     meters: dict[str, Meter] = {COUNTED: KeptBytes(plain, size, DTYPES[dtype])}
     gpu = gpu_meter(name, model_args, size, DTYPES[dtype])
     if gpu is not None:
         meters[MEASURED] = gpu
-    rows = profile(setting, points, meters, progress, log)
+    providers: tuple[str, ...] = PROVIDERS
+    if isinstance(method, VAPT) and not hasattr(plain, "blocks"):
+        log(f"{setting.model}: VAPT has no published form here, so {EAGER} is left out")
+        providers = tuple(name for name in PROVIDERS if name != EAGER)
+    rows = profile(setting, points, meters, progress, log, providers)
     FOLDER.claim(output)
     write_csv(output / TABLE_FILE, HEADER, (_record(setting, row) for row in rows))
     kinds = {kind: [row for row in rows if row.kind == kind] for kind in meters}
@@ -188,6 +193,7 @@ def _panels(setting: Setting, rows: Sequence[Row], kind: str) -> list[Panel]:
             x = x_of(row.point)
             if row.provider != PLAIN and x is not None:
                 lines[row.provider][x] = row.bytes
+        lines = {name: line for name, line in lines.items() if line}
         return Panel(title, across, f"{what}, {kind}", lines, plain)
 
     def number(point: Point) -> int | None:

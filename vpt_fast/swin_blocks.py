@@ -153,7 +153,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
                 f"but this block's input has {grid[0]} x {grid[1]}; resize the image to the size "
                 "that the model was tuned with"
             )
-        windows = Windows(grid, _pair(self.window_size), _pair(self.shift_size))
+        windows = windows_of(self, grid)
         apart = rows.leaving or (prompt is None and rows.entering)
         if not apart and _can_fuse(self):
             live.rows = None
@@ -249,6 +249,11 @@ class PromptedSwinStage(SwinTransformerStage):
             for name, value in projector.named_parameters():
                 state_dict.setdefault(f"{prefix}prompt_projector.{name}", value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def windows_of(block: Any, grid: tuple[int, int]) -> Windows:
+    """How a block cuts an image of `grid` tokens."""
+    return Windows(grid, _pair(block.window_size), _pair(block.shift_size))
 
 
 def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
