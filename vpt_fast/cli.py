@@ -22,18 +22,36 @@ from vpt_fast.cli_common import (
     report_skipped,
 )
 from vpt_fast.cli_memory import memory_profile
+from vpt_fast.cli_options import (
+    MODEL,
+    BatchSize,
+    Cache,
+    CropKind,
+    DataFormat,
+    HFlip,
+    ImgSize,
+    Interpolation,
+    Memory,
+    Model,
+    NoAug,
+    Normalisation,
+    Opt,
+    PaperRecipe,
+    Pretrained,
+    Resize,
+    Scale,
+)
 from vpt_fast.cli_report import report
 from vpt_fast.cli_sweep import sweep
 from vpt_fast.methods import METHODS
-from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.evaluate import resolve_device
-from vpt_fast.train.image_options import INTERPOLATIONS, NORMALISATIONS, ImageOptions
+from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.parallel import process_group, rank
-from vpt_fast.train.recipe import DEFAULT_LR, OPTIMIZERS, Recipe
-from vpt_fast.train.recipes import RECIPES, default_optimizer, paper_settings
+from vpt_fast.train.recipe import DEFAULT_LR, Recipe
+from vpt_fast.train.recipes import default_optimizer, paper_settings
 from vpt_fast.train.run import tune_on_folder
-from vpt_fast.train.sources import FORMATS, check_format
+from vpt_fast.train.sources import check_format
 
 
 def train(
@@ -47,28 +65,12 @@ def train(
             "evaluated once, with the kept epoch.",
         ),
     ],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="timm's name of a vision transformer, with or without a tag; or vpt_fast_demo, "
-            "the small one for 32 x 32 pixels that comes with this package."
-        ),
-    ] = "vit_base_patch16_224.orig_in21k",
+    model: Model = MODEL,
     checkpoint: Checkpoint = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Download timm's weights of the model.")
-    ] = False,
-    img_size: Annotated[
-        int | None, typer.Option(min=1, help="Image size in pixels; by default the model's.")
-    ] = None,
+    pretrained: Pretrained = False,
+    img_size: ImgSize = None,
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "vpt-deep",
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help=f"The settings of a paper: {', '.join(RECIPES)}. Prompt dropout, batch size, "
-            "resizing and augmentation, where they are not given."
-        ),
-    ] = None,
+    recipe: PaperRecipe = None,
     num_prompts: Annotated[
         int | None, typer.Option(help="Prompts (of each block); by default 10.")
     ] = None,
@@ -95,10 +97,7 @@ def train(
         typer.Option(help="Hidden width: of the feature projector (vapt), or of mlp-head."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 100,
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", help="Images per step; by default 64, or --recipe's."),
-    ] = None,
+    batch_size: BatchSize = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -110,56 +109,23 @@ def train(
     weight_decay: Annotated[
         float, typer.Option(help="For all that is trained but the head's bias.")
     ] = 1e-4,
-    opt: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(OPTIMIZERS)}; by default adamw for full, partial, bias and adapter, "
-            "and sgd for the others, as in the papers."
-        ),
-    ] = None,
+    opt: Opt = None,
     warmup_epochs: Annotated[
         int | None,
         typer.Option(help="Epochs of linear warm-up from 0; by default a tenth of --epochs."),
     ] = None,
-    scale: Annotated[
-        tuple[float, float],
-        typer.Option(metavar="LOW HIGH", help="Part of the area that random crops keep."),
-    ] = (0.7, 1.0),
-    hflip: Annotated[float, typer.Option(help="Probability of a horizontal flip.")] = 0.5,
-    no_aug: Annotated[
-        bool, typer.Option("--no-aug", help="No augmentation: resize and crop the centre.")
-    ] = False,
-    crops: Annotated[
-        str | None,
-        typer.Option(
-            help="Random crops: scaled, a part of the area, resized; or plain, the model's size, "
-            "out of the image as it is resized for evaluation. By default scaled."
-        ),
-    ] = None,
-    resize: Annotated[
-        str | None,
-        typer.Option(
-            help="model, its own way; squash, both sides to the model's size; or crop, the "
-            "shorter side to 256 / 224 of it. By default model."
-        ),
-    ] = None,
-    data_format: Annotated[
-        str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")
-    ] = "auto",
-    interpolation: Annotated[
-        str, typer.Option(help=f"Of resizing: {', '.join(INTERPOLATIONS)}.")
-    ] = "model",
+    scale: Scale = (0.7, 1.0),
+    hflip: HFlip = 0.5,
+    no_aug: NoAug = False,
+    crops: CropKind = None,
+    resize: Resize = None,
+    data_format: DataFormat = "auto",
+    interpolation: Interpolation = "model",
     no_antialias: Annotated[
         bool, typer.Option("--no-antialias", help="Resize without antialiasing.")
     ] = False,
-    normalisation: Annotated[str, typer.Option(help=f"{', '.join(NORMALISATIONS)}.")] = "model",
-    cache: Annotated[
-        str,
-        typer.Option(
-            help="Training and validation images are decoded once and kept (memory) or again in "
-            "every epoch (stream); auto keeps up to 1 GiB of each."
-        ),
-    ] = "auto",
+    normalisation: Normalisation = "model",
+    cache: Cache = "auto",
     schedule: Annotated[
         str,
         typer.Option(help="The learning rate changes after each epoch, as published, or step."),
@@ -179,13 +145,7 @@ def train(
             "default output/<DIR's name>-<method>.",
         ),
     ] = None,
-    memory: Annotated[
-        str,
-        typer.Option(
-            help=f"What blocks keep for backward, from fastest to smallest: "
-            f"{', '.join(MEMORY_MODES)}; `vpt-fast memory` shows how much."
-        ),
-    ] = "speed",
+    memory: Memory = "speed",
     prefix_cache: Annotated[
         bool,
         typer.Option(

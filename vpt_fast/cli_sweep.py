@@ -10,14 +10,32 @@ import typer
 from tqdm import tqdm
 
 from vpt_fast.cli_common import AmpDtype, Checkpoint, Device, Workers, make_method, one_line_errors
+from vpt_fast.cli_options import (
+    MODEL,
+    BatchSize,
+    Cache,
+    CropKind,
+    DataFormat,
+    HFlip,
+    ImgSize,
+    Interpolation,
+    Memory,
+    Model,
+    NoAug,
+    Normalisation,
+    Opt,
+    PaperRecipe,
+    Pretrained,
+    Resize,
+    Scale,
+)
 from vpt_fast.methods import METHODS
-from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.evaluate import resolve_device
-from vpt_fast.train.image_options import INTERPOLATIONS, NORMALISATIONS, ImageOptions
-from vpt_fast.train.recipe import OPTIMIZERS, Recipe
-from vpt_fast.train.recipes import RECIPES, default_optimizer, paper_settings
-from vpt_fast.train.sources import FORMATS, check_format
+from vpt_fast.train.image_options import ImageOptions
+from vpt_fast.train.recipe import Recipe
+from vpt_fast.train.recipes import default_optimizer, paper_settings
+from vpt_fast.train.sources import check_format
 
 Value = TypeVar("Value", int, float, str)
 
@@ -38,7 +56,7 @@ def sweep(
     directory: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DIR]",
+            metavar="DIR",
             help="Data with train, val and test images, as train takes it. Left out with --preset.",
         ),
     ] = None,
@@ -50,14 +68,10 @@ def sweep(
         ),
     ] = None,
     methods: Annotated[str, typer.Option(help=f"With commas, of {', '.join(METHODS)}.")] = _METHODS,
-    model: Annotated[str, typer.Option(help="As for train.")] = "vit_base_patch16_224.orig_in21k",
+    model: Model = MODEL,
     checkpoint: Checkpoint = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Download timm's weights of the model.")
-    ] = False,
-    img_size: Annotated[
-        int | None, typer.Option(min=1, help="Image size in pixels; by default the model's.")
-    ] = None,
+    pretrained: Pretrained = False,
+    img_size: ImgSize = None,
     lrs: Annotated[
         str | None,
         typer.Option(
@@ -84,45 +98,23 @@ def sweep(
             help="Of the final runs, with commas; the first is that of the selection too."
         ),
     ] = _SEEDS,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help=f"The settings of a paper, as for train: {', '.join(RECIPES)}."),
-    ] = None,
+    recipe: PaperRecipe = None,
     epochs: Annotated[
         int | None, typer.Option(help="Of every run; by default 100, or the preset's 10.")
     ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", "-b", help="Images per step; by default 64, or --recipe's."),
-    ] = None,
-    opt: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(OPTIMIZERS)}, for all methods; by default the papers' choice."
-        ),
-    ] = None,
-    scale: Annotated[
-        tuple[float, float],
-        typer.Option(metavar="LOW HIGH", help="Part of the area that random crops keep."),
-    ] = (0.7, 1.0),
-    hflip: Annotated[float, typer.Option(help="Probability of a horizontal flip.")] = 0.5,
-    no_aug: Annotated[
-        bool,
-        typer.Option(
-            "--no-aug", help="No augmentation; frozen first blocks are then computed only once."
-        ),
-    ] = False,
-    resize: Annotated[str | None, typer.Option(help="model, squash or crop, as for train.")] = None,
-    data_format: Annotated[
-        str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")
-    ] = "auto",
-    interpolation: Annotated[
-        str, typer.Option(help=f"Of resizing: {', '.join(INTERPOLATIONS)}.")
-    ] = "model",
-    normalisation: Annotated[str, typer.Option(help=f"{', '.join(NORMALISATIONS)}.")] = "model",
-    cache: Annotated[str, typer.Option(help="auto, memory or stream, as for train.")] = "auto",
+    batch_size: BatchSize = None,
+    opt: Opt = None,
+    scale: Scale = (0.7, 1.0),
+    hflip: HFlip = 0.5,
+    no_aug: NoAug = False,
+    crops: CropKind = None,
+    resize: Resize = None,
+    data_format: DataFormat = "auto",
+    interpolation: Interpolation = "model",
+    normalisation: Normalisation = "model",
+    cache: Cache = "auto",
     amp_dtype: AmpDtype = "float32",
-    memory: Annotated[str, typer.Option(help=f"{', '.join(MEMORY_MODES)}.")] = "speed",
+    memory: Memory = "speed",
     processes: Annotated[
         int,
         typer.Option(
@@ -203,7 +195,7 @@ def sweep(
                 pretrained,
                 img_size,
                 final_seeds,
-                Augmentation(scale, hflip, no_aug or not paper.augment, paper.crops),
+                Augmentation(scale, hflip, no_aug or not paper.augment, crops or paper.crops),
                 ImageOptions(interpolation, True, normalisation, resize or paper.resize),
                 memory,
                 cache,

@@ -73,8 +73,9 @@ class VPTDeep:
         dropout: probability of prompt dropout, an independent mask per image and block; in [0, 1).
         project_dim: width of the stored prompts, mapped to the model's width by one Linear that
             all blocks share; None stores prompts of the model's width.
-        blocks: indices of the prompted blocks, a range or a list; None means all. Prompt rows
-            of a prompted block that is followed by an unprompted one live on as tokens.
+        blocks: indices of the prompted blocks, a range or a list, counted on through all stages
+            where there are stages; None means all. Prompt rows of a prompted block that is followed
+            by an unprompted one live on as tokens.
         shared: one set of prompts for all prompted blocks.
         pool_prompts: keep the prompt rows of the last block's output for the pooling.
 
