@@ -33,10 +33,10 @@ demo: $(INSTALLED)
 	$(BIN)/python -m vpt_fast.train.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not full' --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m 'not full' --numprocesses auto --dist loadgroup --no-loadscope-reorder
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ setup(
             "mypy>=1.10",
             "pytest>=8",
             "pytest-benchmark>=4",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.7",
             "ruff>=0.6",
             "types-tqdm",
         ],

@@ -81,15 +81,6 @@ def sanitized_kernels(
         _fakedriver.unstub_torch_cuda()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Kernels are executed before any is compiled to machine code.
-
-    Compiling resets the printer that ttsem reads the IR from, for the rest of the process.
-    """
-    fixtures = {"kernel_device", "kernel_device_large", "kernel_device_sm80"}
-    items.sort(key=lambda item: not fixtures & set(getattr(item, "fixturenames", ())))
-
-
 @pytest.fixture
 def kernel_device_sm80() -> Iterator[torch.device]:
     """As `kernel_device`, with the kernels that an A100 would run; only without a GPU."""

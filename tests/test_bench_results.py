@@ -32,7 +32,9 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--models", "test_vit", "--batches", "2", "3", "--prompts", "2", "4", "--image-sizes", "32",
         "-k", "not (p4 and b3)",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    # Inside a process of pytest-xdist the benchmarks would be switched off.
+    env = {key: value for key, value in os.environ.items() if "XDIST" not in key}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return path
 
