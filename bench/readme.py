@@ -107,6 +107,8 @@ def _short(model: str) -> str:
     parts = model.split("_")
     if len(parts) == 4 and parts[0] == "vit" and parts[1] in sizes:
         return f"{sizes[parts[1]]}/{parts[2].removeprefix('patch')}"
+    if len(parts) == 5 and parts[0] == "swin" and parts[3].startswith("window"):
+        return f"Swin-{parts[1][0].upper()}"
     return model
 
 

@@ -103,7 +103,9 @@ def test_the_default_cases_cover_what_they_should() -> None:
     assert {0, 10, 50, 100, 200} <= {
         case.prompts for case in steps if set(EAGER) <= set(case.providers)
     }
-    assert {case.model.split("_")[1] for case in steps} == {"tiny", "small", "base", "large"}
+    kinds = {tuple(case.model.split("_")[:2]) for case in steps}
+    vits = {("vit", size) for size in ("tiny", "small", "base", "large")}
+    assert kinds == vits | {("swin", "tiny")}
     assert any(case.providers == PROVIDERS for case in steps)
     assert {case.dtype for case in steps} >= {"float32", "bfloat16"}
     assert {case.method for case in cases if case.work == "inference"} == {"vpt-deep", "vapt"}

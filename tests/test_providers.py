@@ -23,6 +23,7 @@ from bench.providers import (
     values,
 )  # fmt: skip
 from vpt_fast import VAPT, VPTDeep
+from vpt_fast.tuned import blocks_of
 
 METHODS = {
     "vpt-deep": VPTDeep(3),
@@ -99,6 +100,30 @@ def test_prompt_dropout_draws_a_mask_per_image() -> None:
     rows = module.source.rows()(0, torch.empty(2, 1, 64))
     assert rows.shape == (2, 3, 64) and not torch.equal(rows[0], rows[1])
     assert module.eval().source.rows()(0, torch.empty(2, 1, 64)).shape == (1, 3, 64)
+
+
+@pytest.mark.parametrize("name", [PUBLISHED, OURS])
+def test_swin_in_fp64(name: str) -> None:
+    def swin() -> Any:
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "swin_tiny_patch4_window7_224", img_size=32, num_classes=5, embed_dim=32,
+            depths=(1, 2), num_heads=(2, 4), window_size=3,
+        )  # fmt: skip
+        return model.double()
+
+    truth, module = (provide(n, swin(), VPTDeep(3)) for n in ("concat", name))
+    assert {block.attn.fused_attn for block in blocks_of(truth.model)} == {True}
+    module = module.double()
+    set_values(module, values(truth))
+    logits, found = step(module, torch.float64)
+    wanted_logits, wanted = step(truth, torch.float64)
+    assert set(found) == set(wanted) and "layers.1.blocks.1.prompt.tokens" in found
+    assert torch.allclose(logits, wanted_logits, rtol=1e-10)
+    for key, gradient in wanted.items():
+        assert (found[key] - gradient).norm() < 1e-10 * gradient.norm(), key
+    with pytest.raises(ValueError, match="keys_concat is for models without stages"):
+        provide("keys_concat", swin(), VPTDeep(3))
 
 
 def test_refusals() -> None:

@@ -114,5 +114,8 @@ def _attend(attn: Any, x: Tensor, count: int, mask: Tensor | None, batch: int) -
     bias = F.pad(bias, (count, 0, count, 0))
     if mask is not None:
         bias = bias.repeat(batch, 1, 1, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if attn.fused_attn:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        out = (attn.scale * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
     return attn.proj(out.transpose(1, 2).flatten(2))
