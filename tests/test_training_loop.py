@@ -1,0 +1,23 @@
+"""The benchmark of what training costs beyond its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.training_loop import main
+
+
+def test_both_parts_are_measured(capsys: Any) -> None:
+    arguments = ["--model", "test_vit", "--images", "12", "--batch-size", "4", "--rounds", "1"]
+    assert main([*arguments, "--no-aug"]) == 0
+    said = capsys.readouterr().out
+    assert "test_vit, 12 images, no augmentation, batch 4" in said
+    assert 0 < float(said.split("s: ")[-1].split()[0]) < 1
+
+
+def test_wrong_arguments(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["--images", "0"])
+    assert "must be at least 1" in capsys.readouterr().err
