@@ -1,7 +1,7 @@
 """The papers' settings by name, where they depend on the method and on the data set.
 
-What is the same for all of them is the default of `Recipe`. Sources: VPT, arXiv 2203.12119,
-section 4.1 and appendix A; VAPT, arXiv 2501.18936, section 5.1 and appendix.
+What is the same for all of them is the default of `Recipe`. VPT: arXiv 2203.12119, section 4.1 and
+appendix A. VAPT (arXiv 2501.18936) is compared under the same protocol, with batches of 64.
 """
 
 from __future__ import annotations
