@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -34,12 +34,24 @@ from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.evaluate import resolve_device
 from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.recipes import default_optimizer, paper_settings
+from vpt_fast.train.recipes import (
+    LEARNING_RATES,
+    PROMPT_COUNTS,
+    SEEDS,
+    WEIGHT_DECAYS,
+    default_optimizer,
+    paper_settings,
+)
 from vpt_fast.train.sources import check_format
 
 Value = TypeVar("Value", int, float, str)
 
-_SEEDS = "42,44,82,100,800"
+
+def _listed(values: Iterable[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+_SEEDS = _listed(SEEDS)
 _METHODS = "linear,bias,adapter,full,vpt-shallow,vpt-deep,vapt"
 _PRESETS = ("demo",)
 
@@ -76,20 +88,23 @@ def sweep(
         str | None,
         typer.Option(
             help="Base learning rates of methods that are trained with SGD, with commas; by "
-            "default the papers' 50,25,10,5,2.5,1,0.5,0.25,0.1,0.05."
+            f"default the papers' {_listed(LEARNING_RATES['sgd'])}."
         ),
     ] = None,
     adamw_lrs: Annotated[
         str | None,
-        typer.Option(help="The same for AdamW; by default the papers' 0.005,0.001,0.0005,0.0001."),
+        typer.Option(
+            help=f"The same for AdamW; by default the papers' {_listed(LEARNING_RATES['adamw'])}."
+        ),
     ] = None,
     weight_decays: Annotated[
-        str | None, typer.Option(help="With commas; by default the papers' 0.01,0.001,0.0001,0.")
+        str | None,
+        typer.Option(help=f"With commas; by default the papers' {_listed(WEIGHT_DECAYS)}."),
     ] = None,
     num_prompts: Annotated[
         str,
         typer.Option(
-            help="With commas; the papers have 1,5,10,50,100,200. Each is a factor of time."
+            help=f"With commas; the papers have {_listed(PROMPT_COUNTS)}. Each is a factor of time."
         ),
     ] = "10",
     seeds: Annotated[

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+
+from vpt_fast.train.whole_file import whole_file
 
 FILE = "checkpoint.pt"
 VERSION = 1
@@ -25,16 +26,10 @@ def save_checkpoint(directory: Path, state: State) -> None:
         directory: An existing folder.
         state: Tensors, numbers, strings, and lists and dictionaries of them.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{FILE}-", dir=directory)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"version": VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, directory / FILE)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(directory / FILE, "wb", permissions=None) as file:
+        torch.save({"version": VERSION, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(directory: Path) -> State | None:

@@ -19,11 +19,12 @@ from vpt_fast.train.demo_task import (
     train_once,
 )
 from vpt_fast.train.evaluate import TrainingError, evaluate, resolve_device
+from vpt_fast.train.recipes import LEARNING_RATES as PAPER_RATES
+from vpt_fast.train.recipes import WEIGHT_DECAYS
 from vpt_fast.train.report import format_table
 
-# The papers' grid (VPT, ECCV 2022, appendix A).
-LEARNING_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
-WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
+# The papers' grid.
+LEARNING_RATES = PAPER_RATES["sgd"]
 
 
 def run_seeds(names: Sequence[str], epochs: int, seeds: Sequence[int], device: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -41,6 +39,7 @@ from vpt_fast.train.page_text import (
     test_accuracy,
 )
 from vpt_fast.train.report import format_bytes
+from vpt_fast.train.whole_file import whole_file
 
 GENERATOR = "vpt-fast report"
 _MARK = f'<meta name="generator" content="{GENERATOR}'
@@ -237,12 +236,5 @@ def _asset(name: str) -> str:
 def _write(output: Path, html: str) -> None:
     """Whole or not at all; what is no UTF-8 in a file's name becomes a question mark."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(html)
-        Path(name).chmod(0o644)
-        os.replace(name, output)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(output, "w", encoding="utf-8", errors="replace") as file:
+        file.write(html)

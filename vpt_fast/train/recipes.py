@@ -20,6 +20,8 @@ LEARNING_RATES = {
 WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
 PROMPT_COUNTS = (1, 5, 10, 50, 100, 200)
 """The papers' grids for ViT."""
+SEEDS = (42, 44, 82, 100, 800)
+"""The papers' five."""
 
 _ADAMW = ("full", "partial", "bias", "adapter")
 _DEEP_DROPOUT = 0.1

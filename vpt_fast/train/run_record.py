@@ -7,9 +7,7 @@ that was interrupted or killed can be understood as well.
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,6 +25,7 @@ from vpt_fast.train.loop import FitResult
 from vpt_fast.train.parallel import rank
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.split import ImageSource
+from vpt_fast.train.whole_file import whole_file
 
 FILE = "run.json"
 FORMAT_VERSION = 1
@@ -150,15 +149,8 @@ def write_record(folder: Path, record: RunRecord) -> None:
     """
     # File names that are no UTF-8 are in the names of classes as escapes, which ASCII keeps.
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(record)}, indent=2) + "\n"
-    handle, name = tempfile.mkstemp(prefix=f".{FILE}-", dir=folder)
-    try:
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        os.replace(name, folder / FILE)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(folder / FILE, "w", encoding="ascii") as file:
+        file.write(text)
 
 
 @contextmanager

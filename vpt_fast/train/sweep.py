@@ -26,10 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from vpt_fast.methods import Method
 from vpt_fast.train.evaluate import TrainingError
 from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.recipes import paper_batch_size
-
-SEEDS = (42, 44, 82, 100, 800)
-"""The papers' five."""
+from vpt_fast.train.recipes import SEEDS, paper_batch_size
 
 JOURNAL = "sweep.journal"
 

@@ -80,12 +80,15 @@ class SourceData:
         self.augmented = not loading.augmentation.no_aug
         splits = source.splits
         self._splits = {**splits, "both": joined(splits["train"], splits["val"])}
-        self._kept = {name: self._loader(name) for name in ("both", "val", "test")}
+        self._kept: dict[str, Any] = {}
 
     def _loader(self, part: str) -> Any:
-        training = part == "both"
-        names = self.source.class_names
-        return self.loading.loader(self._splits[part], names, 1, training=training)
+        """Of a part's images; made when they are first asked for."""
+        if part not in self._kept:
+            self._kept[part] = self.loading.loader(
+                self._splits[part], self.source.class_names, 1, training=part == "both"
+            )
+        return self._kept[part]
 
     def count(self, part: str) -> int:
         """As `SweepData.count`."""
@@ -94,7 +97,7 @@ class SourceData:
     def batches(self, part: str, batch_size: int, seed: int | None = None) -> Any:
         """As `SweepData.batches`."""
         shuffle, count = seed is not None, self.count(part)
-        loader = self._kept["both" if part == "train" else part]
+        loader = self._loader("both" if part == "train" else part)
         if isinstance(loader, MemoryLoader):
             return loader.view(count, batch_size, shuffle=shuffle, seed=seed or 0)
         images = Subset(loader.dataset, range(count))

@@ -20,9 +20,9 @@ from vpt_fast.train.demo_task import CLASS_NAMES, load_splits
 from vpt_fast.train.image_loaders import Loading, set_data_config
 from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.recipes import LEARNING_RATES, WEIGHT_DECAYS, default_optimizer
+from vpt_fast.train.recipes import LEARNING_RATES, SEEDS, WEIGHT_DECAYS, default_optimizer
 from vpt_fast.train.sources import open_source
-from vpt_fast.train.sweep import SEEDS, Candidate, Result, Sweep
+from vpt_fast.train.sweep import Candidate, Result, Sweep
 from vpt_fast.train.sweep_data import ArrayData, SourceData, SweepData
 from vpt_fast.train.sweep_task import SweepTask
 

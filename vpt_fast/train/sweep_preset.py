@@ -10,10 +10,10 @@ from vpt_fast import VAPT, AdapterTuning, BiasTuning, FullTuning, LinearProbe, V
 from vpt_fast.methods import Method
 from vpt_fast.train.demo_task import NUM_PROMPTS
 from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.sweep import SEEDS, Candidate
+from vpt_fast.train.recipes import SEEDS
+from vpt_fast.train.sweep import Candidate
 from vpt_fast.train.sweep_plan import SweepPlan, candidate
 
-PRESETS = ("demo",)
 EPOCHS = 10
 
 _METHODS: tuple[Method, ...] = (
