@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .tiles import load_tile_where, store_tile
 from .window_forward_tiled import key_tile
-from .window_geometry import LOG2_E, alike, token_rows, tokens_at, window_at
+from .window_geometry import LOG2_E, alike, key_coordinates, token_rows, tokens_at, window_at
 
 
 @triton.jit
@@ -180,10 +180,7 @@ def window_dkdv_kernel(
     first_token = num_prompts if HAS_PROMPTS else 0
     is_token = (keys >= first_token) & (keys < first_token + area)
     dims = tl.arange(0, BLOCK_D)
-    k_y, k_x = keys, keys
-    if HAS_PROMPTS:
-        k_y = tl.maximum(keys - num_prompts, 0)
-    k_y, k_x = k_y // WINDOW_W, k_y % WINDOW_W
+    k_y, k_x = key_coordinates(keys, num_prompts, HAS_PROMPTS, WINDOW_W)
     if NEEDS_PROMPTS:
         sum_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         sum_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

@@ -77,11 +77,7 @@ def evaluate_adapter(
             name = _eval_split(source, directory, split)
             refused = source.splits[name].refused
             images = SplitImages(source.splits[name], transform, source.class_names, channels)
-        if len(images.classes) != loaded.num_classes:
-            raise ValueError(
-                f"{folder} has {len(images.classes)} classes, but the adapter has "
-                f"{loaded.num_classes} classes and no names of them"
-            )
+        loaded.check_classes(folder, len(images.classes))
         result = evaluate(
             loaded.net, folder_loader(images, batch_size, where, workers), amp_dtype=dtype
         )

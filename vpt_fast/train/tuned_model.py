@@ -25,6 +25,14 @@ class TunedModel:
     num_classes: int
     class_names: list[str] | None
 
+    def check_classes(self, directory: Path, count: int) -> None:
+        """Raises ValueError unless a data set of `count` classes has as many as the adapter."""
+        if count != self.num_classes:
+            raise ValueError(
+                f"{directory} has {count} classes, but the adapter has {self.num_classes} classes "
+                "and no names of them"
+            )
+
 
 def adapter_folder(path: Path) -> Path:
     """The folder of the adapter that a run kept; `path` itself if it is one, or holds none."""
