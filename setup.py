@@ -4,6 +4,13 @@ from pathlib import Path
 
 from setuptools import setup
 
+SERVE = [
+    "fastapi>=0.165",
+    "prometheus-client>=0.21",
+    "python-multipart>=0.0.20",
+    "uvicorn>=0.54",
+]
+
 setup(
     name="vpt-fast",
     version="0.1.0",
@@ -32,13 +39,18 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
+        # Of examples/serve; they need Python 3.11.
+        "serve": SERVE,
         "dev": [
+            *SERVE,
+            "httpx2>=2.16",
             "mypy>=1.10",
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-xdist>=3.7",
             "ruff>=0.6",
             "types-tqdm",
+            "websockets>=14",
         ],
     },
     entry_points={"console_scripts": ["vpt-fast = vpt_fast.cli:main"]},

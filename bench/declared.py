@@ -18,6 +18,7 @@ from torch import Tensor
 from vpt_fast.kernels.launch import Launch
 from vpt_fast.kernels.plan import AttentionProblem
 
+from bench import bank_traffic, window_traffic
 from bench.problems import useful_flop
 
 Part = Callable[[Launch, Tensor], Tensor]
@@ -104,15 +105,76 @@ def _mix_backward_statistics(launch: Launch, statistics: Tensor) -> Tensor:
 
 _PROMPTS = tuple(Parameter(name, ("HAS_PROMPTS",)) for name in ("prompt_k", "prompt_v"))
 _KEY_GRADIENTS = Declaration(_some("q k v grad_out lse delta"), _some("dk dv"))
+_WINDOW_PROMPTS = Parameter("prompts", ("HAS_PROMPTS",))
+_WINDOW_PADDING = Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.keys_and_values)
+_WINDOWS_FORWARD = Declaration(
+    (*_some("qkv table"), _WINDOW_PADDING, _WINDOW_PROMPTS), _some("out lse")
+)
+_WINDOWS_KEYS = (
+    Parameter("qkv", part=window_traffic.queries),
+    Parameter("qkv", part=window_traffic.keys_of_tiles),
+    Parameter("table", part=window_traffic.table_of_tiles),
+    Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_of_tiles),
+    Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_of_tiles),
+    *_some("grad_out lse delta"),
+)
 _FEATURES = "mixed mix_sum weight shift bias? channels? down up"
 
 DECLARATIONS = {
     "forward": Declaration((*_some("q k v"), *_PROMPTS), _some("out lse")),
+    "ragged_forward": Declaration(
+        (
+            *_some("q k v starts counts"),
+            *(Parameter(f"prompt_{part}", part=bank_traffic.prompts_at_rest) for part in "kv"),
+            *(Parameter(f"made_{part}", part=bank_traffic.prompts_made) for part in "kv"),
+        ),
+        _some("out lse"),
+    ),
+    "grouped_heads": Declaration(
+        (
+            *_some("starts counts offsets"),
+            Parameter("features", part=bank_traffic.features_of_heads),
+            Parameter("weight", part=bank_traffic.rows_of_heads),
+            Parameter("bias", part=bank_traffic.rows_of_heads),
+        ),
+        _some("out"),
+    ),
     "dq": Declaration((*_some("q k v out grad_out lse"), *_PROMPTS), _some("delta dq")),
     "delta": Declaration(_some("out grad_out"), _some("delta")),
     "token_dkdv": _KEY_GRADIENTS,
     "prompt_dkdv": _KEY_GRADIENTS,
     "shared_prompt_dkdv": _KEY_GRADIENTS,
+    "window_forward": _WINDOWS_FORWARD,
+    "window_forward_tiled": _WINDOWS_FORWARD,
+    "window_backward": Declaration(
+        (
+            Parameter("qkv", part=window_traffic.queries),
+            Parameter("qkv", part=window_traffic.keys_beside_queries),
+            Parameter("table", part=window_traffic.table_beside_queries),
+            Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_beside_queries),
+            Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_beside_tokens),
+            Parameter("out", ("BLOCK_P",)),
+            *_some("grad_out lse"),
+        ),
+        (
+            Parameter("grad_qkv", ("NEEDS_TOKENS",)),
+            Parameter("grad_prompts", ("NEEDS_PROMPTS",)),
+            Parameter("grad_scores", ("NEEDS_TABLE",)),
+        ),
+    ),
+    "window_dq": Declaration(
+        (*_some("qkv table out grad_out lse"), _WINDOW_PADDING, _WINDOW_PROMPTS),
+        (*_some("delta"), Parameter("grad_qkv", part=window_traffic.queries)),
+    ),
+    "window_delta": Declaration(_some("out grad_out"), _some("delta")),
+    "window_dkdv": Declaration(
+        _WINDOWS_KEYS,
+        (
+            Parameter("grad_qkv", ("NEEDS_TOKENS",), window_traffic.keys_and_values),
+            Parameter("grad_prompts", ("NEEDS_PROMPTS",)),
+        ),
+    ),
+    "window_dbias": Declaration(_WINDOWS_KEYS, _some("grad_scores")),
     "fold": Declaration(_some("weight kernel"), _some("mix sum")),
     "fold_backward": Declaration(
         (*_some("weight kernel grad_sum"), Parameter("grad_mix", part=_grid)),
@@ -195,8 +257,9 @@ def product_flop(launch: Launch) -> int:
     """FLOP of the matrix products that a launch is for, without padding and repeated parts.
 
     Attention's are `bench.problems.useful_flop`, what it computes again in the backward pass
-    included: seven products where a backward pass in one kernel takes five. Passes over rows have
-    none.
+    included: seven products where a backward pass in one kernel takes five; that in windows
+    `bench.window_traffic.window_flop`, and those for many tasks `bench.bank_traffic.bank_flop`.
+    Passes over rows have none.
     """
     given: Any = launch.arguments
     if launch.name in ("forward", "dq", "token_dkdv", "prompt_dkdv", "shared_prompt_dkdv"):
@@ -209,6 +272,10 @@ def product_flop(launch: Launch) -> int:
             keys, prompts, dim, num_queries=queries, batch=batch, num_heads=heads
         )
         return useful_flop(launch.name, problem)
+    if launch.name.startswith("window_"):
+        return window_traffic.window_flop(launch)
+    if launch.name in ("ragged_forward", "grouped_heads"):
+        return bank_traffic.bank_flop(launch)
     if launch.name in ("mix", "mix_backward"):
         products = 1 if launch.name == "mix" else 1 + bool(launch.constexprs["NEEDS_X"])
         batch, _, width = given["x_ptr"].shape

@@ -1,8 +1,8 @@
 """Static report of every kernel: its machine code, judged without a GPU.
 
-    python -m bench.kernel_report [--family attention plain experts rows windows] [--target 80 90]
-        [--kernel forward] [--head-dim 64] [--width 768] [--dtype bf16] [--shape 197,50]
-        [--all] [--output report.csv]
+    python -m bench.kernel_report [--family attention plain experts rows heads windows]
+        [--target 80 90] [--kernel forward] [--head-dim 64] [--width 768] [--dtype bf16]
+        [--shape 197,50] [--all] [--output report.csv]
 
 Every launch is compiled as the launcher would launch it, with the tiles that the launch table gives
 it. Registers, spills, shared memory and occupancy are the compiler's; cycles are modelled from the
@@ -23,10 +23,11 @@ import torch
 from vpt_fast.kernels.expert_plan import ExpertProblem
 from vpt_fast.kernels.plan import AttentionProblem
 
-from bench import expert_report, plain_report, problems, row_problems, window_report
+from bench import expert_report, heads_report, plain_report, problems, row_problems, window_report
 from bench.attention_report import attention_entry
 from bench.entry import Entry, csv_rows, format_entry, header, write_csv
 from bench.expert_report import expert_entry
+from bench.heads_report import HeadsProblem, heads_entry
 from bench.limits import JUDGED_TARGETS, PROBLEMS, WIDTHS
 from bench.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
 from bench.offline import Architecture
@@ -40,6 +41,7 @@ KERNELS = {
     "plain": plain_report.KERNELS,
     "experts": expert_report.KERNELS,
     "rows": row_problems.KERNELS,
+    "heads": heads_report.KERNELS,
     "windows": window_report.KERNELS,
 }
 """Names of the kernels by family; plain is what attention is compared with."""
@@ -105,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kernel", nargs="+", choices=kernels, default=kernels, metavar="NAME")
     add("--shape", nargs="+", type=_shape, help="N,p of attention and experts; rows: 64 x 197")
     add("--head-dim", nargs="+", type=_positive, help="of attention: 64 unless given")
-    add("--width", nargs="+", type=_positive, help="D of experts and rows: 768 unless given")
+    add("--width", nargs="+", type=_positive, help="D of experts, rows, heads: 768 unless given")
     add("--dtype", nargs="+", choices=DTYPES, help="bf16 unless given")
     add("--all", action="store_true", help="every head dimension, width, dtype and target")
     add("--output", type=Path, help="CSV file to write; must not exist")
@@ -156,6 +158,8 @@ def entries(options: argparse.Namespace) -> Iterator[Entry]:
                 for kernel in kernels.get("rows", ()):
                     channels = 4 * width if kernel in ACTIVATION_KERNELS else width
                     yield row_entry(kernel, RowProblem(channels, dtype), target)
+                if kernels.get("heads"):
+                    yield heads_entry(HeadsProblem(width, dtype), target)
             for kernel in kernels.get("windows", ()):
                 for windowed in window_report.problems(kernel):
                     if kernel in window_report.launched(windowed._replace(dtype=dtype)):

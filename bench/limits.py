@@ -3,7 +3,8 @@
 All figures are static, as `bench.figures` and `bench.entry` define them, and compared as they are
 printed. The limits of whole launches lie 2 to 3% above the figures of the day that they were set,
 so that a kernel that gets slower is named. `bench.attention_report`, `bench.expert_report`,
-`bench.row_report` and `bench.window_report` say which of them apply to a launch.
+`bench.heads_report`, `bench.row_report` and `bench.window_report` say which of them apply to a
+launch.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class LoopLimit(NamedTuple):
 LAUNCH_LIMITS = {
     ("forward", 80): {SMALL: 569, MANY: 560, LARGE: 382},
     ("forward", 90): {SMALL: 503, MANY: 482, LARGE: 316},
+    ("ragged_forward", 80): {SMALL: 572, MANY: 562, LARGE: 383},
+    ("ragged_forward", 90): {SMALL: 506, MANY: 484, LARGE: 316},
     ("dq", 80): {SMALL: 438, MANY: 432, LARGE: 291},
     ("dq", 90): {SMALL: 382, MANY: 351, LARGE: 219},
     ("token_dkdv", 80): {SMALL: 393, MANY: 393, LARGE: 268},
@@ -125,6 +128,11 @@ ROW_LIMITS = {
 }
 """The same by kernel and target for bf16 at D = 768 and at 3072 hidden channels."""
 
+# Classifiers of many tasks: bf16.
+
+HEADS_LIMITS = {80: 0.412, 90: 0.437}
+"""Most issue cycles of the launch per memory cycle, by target: 64 images, each of a task of its own
+with 100 classes; F = 768."""
 
 # Windows: bf16, head dimension 32.
 

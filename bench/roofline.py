@@ -3,8 +3,9 @@
     python -m bench.roofline [--model M] [--batch B] [--prompts P ...] [--dtype bfloat16]
         [--gpu NAME ...] [--measured CSV] [--output CSV]
 
-Per provider of `bench.providers`. Nothing is timed. What is counted comes from a trace on tensors
-without values (`bench.trace`), what is modelled from the peaks and assumptions of `bench.gpus`:
+Per provider of `bench.providers` that the model has. Nothing is timed. What is counted comes from a
+trace on tensors without values (`bench.trace`), what is modelled from the peaks and assumptions of
+`bench.gpus`:
 
     time of a launch  max(FLOP / (peak * efficiency), bytes / (bandwidth * efficiency)) + gap
     eager step        max(sum of those, host time of all launches)
@@ -25,6 +26,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import timm
+import torch
+
 from bench import fusion
 from bench.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
 from bench.providers import COMPILED, OURS, PROVIDERS, PUBLISHED
@@ -34,9 +38,18 @@ from vpt_fast import VPTDeep
 from vpt_fast.memory import DTYPES
 
 AGAINST = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
-"""What ours is set against in the table of what shrinks."""
+"""What ours is set against in the table of what shrinks, as far as the model has it."""
 
 MEASURED_FIELDS = ("model", "batch", "prompts", "dtype", "provider", "device", "p50_ms")
+
+
+@functools.cache
+def providers_of(model: str) -> tuple[str, ...]:
+    """Providers of a model of timm's: one with stages has no prompts' keys in plain PyTorch."""
+    with torch.device("meta"):
+        if hasattr(timm.create_model(model), "blocks"):
+            return PROVIDERS
+    return tuple(n for n in PROVIDERS if COMPILED.get(n, n) != "keys_concat")
 
 
 class Case(NamedTuple):
@@ -157,7 +170,7 @@ def shrinks(ours: Case, gpu: Gpu, assumed: Assumptions) -> dict[str, dict[str, f
     FLOP in 10^9, bytes in 10^6, times (modelled) in milliseconds.
     """
     found: dict[str, dict[str, float]] = {}
-    for provider in (OURS, *AGAINST):
+    for provider in (OURS, *(n for n in AGAINST if n in providers_of(ours.model))):
         ops = case_ops(ours._replace(provider=provider))
         done, times = work(ops), modelled(ops, gpu, assumed)
         figures = {
@@ -246,10 +259,11 @@ def _print_shrinks(ours: Case, gpu: Gpu, assumed: Assumptions) -> None:
         f"\n{ours.model}, batch {ours.batch}, {ours.prompts} prompts, {ours.dtype}: {OURS}, and "
         "the change from each of the others to it"
     )
-    print(f"{'':26}{OURS:>10}" + "".join(f"{name:>22}" for name in AGAINST))
+    names = [name for name in AGAINST if name in providers_of(ours.model)]
+    print(f"{'':26}{OURS:>10}" + "".join(f"{name:>22}" for name in names))
     for quantity, values in shrinks(ours, gpu, assumed).items():
         mine = values[OURS]
-        others = (f"{values[n]:,.1f} ({mine / values[n] - 1:+.0%})" for n in AGAINST)
+        others = (f"{values[n]:,.1f} ({mine / values[n] - 1:+.0%})" for n in names)
         print(f"{quantity:26}{mine:10,.1f}" + "".join(f"{text:>22}" for text in others))
 
 
@@ -307,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
         for prompts in options.prompts
     ]
     try:
-        cases = [case._replace(provider=name) for case in ours for name in PROVIDERS]
+        cases = [case._replace(provider=name) for case in ours for name in providers_of(case.model)]
         rows = table(cases, gpus, assumed)
         _print_table(rows, gpus)
         for case in ours:

@@ -47,8 +47,13 @@ _NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "alias", "lift_fre
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "_scaled_dot_product_"
 _OVERWRITES = ("copy_", "fill_", "zero_", "uniform_", "normal_", "bernoulli_")
-_OUR_ATTENTION = ("forward", "dq", "delta", "token_dkdv", "shared_prompt_dkdv", "prompt_dkdv")
-_OUR_PRODUCTS = ("mix", "mix_backward", "weight_gradient")
+_OUR_ATTENTION = (
+    "forward", "dq", "delta", "token_dkdv", "shared_prompt_dkdv", "prompt_dkdv",
+    "window_forward", "window_forward_tiled", "window_backward",
+    "window_dq", "window_delta", "window_dkdv", "window_dbias",
+    "ragged_forward",
+)  # fmt: skip
+_OUR_PRODUCTS = ("mix", "mix_backward", "weight_gradient", "grouped_heads")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,6 @@
 """The window-attention kernels: figures, limits, and how the report shows them.
 
-Useful MMA FLOP of a launch, for w windows of n tokens in all, p prompts and h heads of d channels,
-of the products that the formulas need, without padding:
-
-- window_forward, window_forward_tiled: 2 products with n + p keys, 4 w n (n + p) d h
-- window_backward: 5 products, S, dP, dS K, dS^T Q and P^T dO, 10 w n (n + p) d h
-- window_dq: 3 products, 6 w n (n + p) d h
-- window_dkdv: 4 products, 8 w n (n + p) d h
-- window_dbias: 2 products with the tokens, 4 w n n d h
+Useful MMA FLOP of a launch are `bench.window_traffic.window_flop`.
 """
 
 from __future__ import annotations
@@ -36,16 +29,12 @@ from bench.limits import (
 from bench.memory import memory_rate
 from bench.offline import Architecture, compile_kernel
 from bench.problems import launch_target
+from bench.window_traffic import window_flop
 
 KERNELS = (
     "window_forward", "window_backward",
     "window_forward_tiled", "window_dq", "window_dkdv", "window_dbias",
 )  # fmt: skip
-
-_PRODUCTS = {
-    "window_forward": 2, "window_forward_tiled": 2, "window_backward": 5,
-    "window_dq": 3, "window_dkdv": 4, "window_dbias": 2,
-}  # fmt: skip
 
 _ROWS = {
     "window_forward": (4, 1), "window_forward_tiled": (4, 1), "window_backward": (7, 1),
@@ -100,14 +89,8 @@ class WindowReport:
 
     @property
     def useful_flop(self) -> int:
-        """Multiplications and additions of the products that the launch is for (see the module)."""
-        problem = self.problem
-        rows, columns = problem.window
-        windows = -(-problem.size[0] // rows) * -(-problem.size[1] // columns)
-        area = rows * columns
-        keys = area + (0 if self.launch.name == "window_dbias" else problem.num_prompts)
-        products = 2 * _PRODUCTS[self.launch.name] * area * keys * problem.head_dim
-        return products * windows * problem.batch * problem.num_heads
+        """Multiplications and additions of the products that the launch is for."""
+        return window_flop(self.launch)
 
     @cached_property
     def loops(self) -> dict[str, tuple[LoopFigures, int]]:

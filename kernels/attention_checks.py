@@ -7,8 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_HEAD_DIM = 128
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of tokens and prompts."""
+
+MAX_HEAD_DIM = 128
+"""Most channels of a head."""
+
 # CUDA's limit on the second and third axes of a grid, which count heads and images.
 _MAX_GRID = 65535
 
@@ -30,7 +34,7 @@ def check_inputs(
     prompt_names = ([], ["prompt kv"], ["prompt k", "prompt v"])[len(prompts)]
     named = dict(zip(token_names + prompt_names, (*tokens, *prompts), strict=True))
     first = tokens[0]
-    if first.dtype not in _DTYPES:
+    if first.dtype not in DTYPES:
         raise TypeError(f"{token_names[0]} is {first.dtype}; cast it to fp32, fp16 or bf16")
     for name, tensor in named.items():
         _check_tensor(name, tensor, token_names[0], first)
@@ -71,8 +75,8 @@ def _check_tensor(name: str, tensor: torch.Tensor, first_name: str, first: torch
             f"{name} has a leading dimension of {tensor.shape[0]} where {first_name} has {batch}"
             + (" (1 is also allowed)" if is_prompt else "")
         )
-    if not 1 <= dim <= _MAX_HEAD_DIM:
-        raise ValueError(f"{name} has {dim} channels a head; 1 to {_MAX_HEAD_DIM} are supported")
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} has {dim} channels a head; 1 to {MAX_HEAD_DIM} are supported")
     if heads < 1 or heads > _MAX_GRID or batch > _MAX_GRID:
         raise ValueError(f"{name} has {batch} images of {heads} heads; at most {_MAX_GRID} each")
     if tensor.shape[1] < 1 and not is_prompt:

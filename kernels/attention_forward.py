@@ -4,9 +4,14 @@ A program owns one tile of queries of one head of one image and walks over the k
 softmax. The keys are the prompts' followed by the tokens', read where they lie: first the full
 tiles of prompts, then the full tiles of tokens, and last what is left of both, together, in *mixed*
 tiles. Only those need masks; their rows choose between two addresses.
+
+In a *ragged* launch every image says where its own prompts start and how many they are
+(`bank_attention.py`).
 """
 
 # mypy: disallow-untyped-defs=False
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +22,7 @@ from .launch import (
     LOG2_E,
     Launch,
     Target,
+    alignment,
     common_meta,
     key_trips,
     packed_offset,
@@ -72,8 +78,12 @@ def attention_forward_kernel(
     q_ptr,  # (B, M, H, HEAD_DIM)
     k_ptr,  # (B, N, H, HEAD_DIM)
     v_ptr,  # (B, N, H, HEAD_DIM)
-    prompt_k_ptr,  # (B or 1, P, H, HEAD_DIM)
-    prompt_v_ptr,  # (B or 1, P, H, HEAD_DIM)
+    prompt_k_ptr,  # (B or 1, P, H, HEAD_DIM); RAGGED: (rows, H, HEAD_DIM)
+    prompt_v_ptr,  # as prompt_k
+    made_k_ptr,  # RAGGED: the rows that a negative start counts in, strides as of prompt_k
+    made_v_ptr,  # as made_k
+    starts_ptr,  # RAGGED: (B,) int64
+    counts_ptr,  # RAGGED: (B,) int64
     out_ptr,  # (B, M, H, HEAD_DIM), contiguous
     lse_ptr,  # (B, H, M) fp32, contiguous
     # dimensions and scale
@@ -112,14 +122,25 @@ def attention_forward_kernel(
     ALIGNMENT: tl.constexpr,
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     head = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
     q_ptr += image * stride_qb + head.to(tl.int64) * stride_qh
     k_ptr += image * stride_kb + head.to(tl.int64) * stride_kh
     v_ptr += image * stride_vb + head.to(tl.int64) * stride_vh
-    prompt_k_ptr += image * stride_pkb + head.to(tl.int64) * stride_pkh
-    prompt_v_ptr += image * stride_pvb + head.to(tl.int64) * stride_pvh
+    if RAGGED:
+        num_prompts = tl.load(counts_ptr + image).to(tl.int32)
+        place = tl.load(starts_ptr + image)
+        is_made = place < 0
+        place = tl.where(is_made, -1 - place, place)
+        prompt_k_ptr = tl.where(is_made, made_k_ptr, prompt_k_ptr) + place * stride_pkn
+        prompt_v_ptr = tl.where(is_made, made_v_ptr, prompt_v_ptr) + place * stride_pvn
+        prompt_k_ptr += head.to(tl.int64) * stride_pkh
+        prompt_v_ptr += head.to(tl.int64) * stride_pvh
+    else:
+        prompt_k_ptr += image * stride_pkb + head.to(tl.int64) * stride_pkh
+        prompt_v_ptr += image * stride_pvb + head.to(tl.int64) * stride_pvh
 
     first_row = tl.program_id(0) * BLOCK_M
     tile_m = tl.arange(0, BLOCK_M)
@@ -186,6 +207,21 @@ def attention_forward_kernel(
     tl.store(lse_ptr + first_row + tile_m, row_max + tl.log2(row_sum), mask=row_exists)
 
 
+class Ragged(NamedTuple):
+    """Prompts of which every image has its own rows; the others of `forward_launch` are at rest.
+
+    Attributes:
+        made: keys and values (1, rows, H, d) that negative starts count in; strides as at rest.
+        starts, counts: (B,) int64; row `starts[b]` at rest, or row `~starts[b]` of `made`.
+        most: the largest of the counts, greater than 0.
+    """
+
+    made: tuple[torch.Tensor, torch.Tensor]
+    starts: torch.Tensor
+    counts: torch.Tensor
+    most: int
+
+
 def forward_launch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -196,29 +232,46 @@ def forward_launch(
     scale: float,
     target: Target,
     table: launch_tiles.Table = TABLE,
+    ragged: Ragged | None = None,
 ) -> Launch:
     """The forward launch that fills `out` and `lse`.
 
     Args:
         q: (B, M, H, d); k, v: (B, N, H, d); any strides, the last one 1.
-        prompts: keys and values, (B or 1, p, H, d) each with p > 0, or None.
+        prompts: keys and values, (B or 1, p, H, d) each with p > 0, or None. Of a ragged launch
+            (1, rows, H, d), neighbouring rows 2 * H * d apart.
         out: (B, M, H * d), contiguous.
         lse: (B, H, M) fp32, contiguous: log2 of the sum of 2**(scaled scores * log2(e)).
         scale: what the scores are multiplied by.
         target: what to tune for.
         table: where to look up the tiles.
+        ragged: where each image's prompts are, if they are not the batch's or one after the other.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys = k.shape[1]
     prompt_k, prompt_v = prompts if prompts is not None else (k, v)
     num_prompts = prompt_k.shape[1] if prompts is not None else 0
+    pools = [(prompt_k, prompt_v)]
+    views = (q, k, v, prompt_k, prompt_v, out.view(q.shape))
+    strides = stride_arguments(q=q, k=k, v=v, pk=prompt_k, pv=prompt_v)
+    if ragged is None:
+        made_k = made_v = starts = counts = None
+        meta = common_meta(*views)
+    else:
+        (made_k, made_v), starts, counts, num_prompts = ragged
+        pools.append(ragged.made)
+        # Not the pools' own strides: that of a single row says nothing.
+        row = 2 * num_heads * head_dim
+        strides |= dict.fromkeys(("stride_pkn", "stride_pvn"), row)
+        strides |= dict.fromkeys(("stride_pkh", "stride_pvh"), head_dim)
+        meta = common_meta(q, k, v, out.view(q.shape), rows=num_prompts)
+        meta["ALIGNMENT"] = alignment(*views, made_k, made_v)
     tiles = launch_tiles.forward_tiles(
         head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
     )
-    views = (q, k, v, prompt_k, prompt_v)
-    kv_offset = packed_offset((k, v), (prompt_k, prompt_v))
+    kv_offset = packed_offset((k, v), *pools)
     return Launch(
-        name="forward",
+        name="forward" if ragged is None else "ragged_forward",
         kernel=attention_forward_kernel,
         grid=(triton.cdiv(num_queries, tiles.rows), num_heads, batch),
         arguments={
@@ -227,6 +280,10 @@ def forward_launch(
             "v_ptr": v,
             "prompt_k_ptr": prompt_k,
             "prompt_v_ptr": prompt_v,
+            "made_k_ptr": made_k,
+            "made_v_ptr": made_v,
+            "starts_ptr": starts,
+            "counts_ptr": counts,
             "out_ptr": out,
             "lse_ptr": lse,
             "num_queries": num_queries,
@@ -235,10 +292,10 @@ def forward_launch(
             "num_heads": num_heads,
             "scale_log2": scale * LOG2_E,
             "v_offset": kv_offset or 0,
-            **stride_arguments(q=q, k=k, v=v, pk=prompt_k, pv=prompt_v),
+            **strides,
         },
         constexprs={
-            **common_meta(*views, out.view(q.shape)),
+            **meta,
             "BLOCK_M": tiles.rows,
             "BLOCK_N": tiles.step,
             "BLOCK_MIX": tiles.tail,
@@ -247,6 +304,7 @@ def forward_launch(
             "PROMPT_TILES": num_prompts >= tiles.step,
             "KV_PACKED": kv_offset is not None,
             "PRECISION": "ieee",
+            "RAGGED": ragged is not None,
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

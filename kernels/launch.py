@@ -15,7 +15,12 @@ _LARGEST_TILE = 256
 
 LOG2_E = 1.4426950408889634
 
-_TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+}
 
 
 class Target(NamedTuple):
@@ -48,7 +53,8 @@ class Launch:
         name: what it computes, for reports.
         kernel: the `triton.jit` function.
         grid: programs along the three axes.
-        arguments: tensors and numbers by parameter name, all of them but the constexprs.
+        arguments: tensors and numbers by parameter name, all of them but the constexprs; None for a
+            pointer that the constexprs leave no use of.
         constexprs: compile-time values by parameter name.
         num_warps: warps of a program.
         num_stages: stages of the software pipeline of its loops.
@@ -75,9 +81,13 @@ class Launch:
         )
 
     def compile_constexprs(self) -> dict[str, Any]:
-        """Compile-time values by name: the constexprs, and integers equal to 1 as Triton folds."""
-        ones = {n: 1 for n, v in self.arguments.items() if isinstance(v, int) and v == 1}
-        return {**self.constexprs, **ones}
+        """Compile-time values by name: the constexprs, and None and 1 as Triton folds them."""
+        folded = {
+            name: value
+            for name, value in self.arguments.items()
+            if value is None or (isinstance(value, int) and value == 1)
+        }
+        return {**self.constexprs, **folded}
 
     def signature(self) -> dict[str, str]:
         """Triton's type of each parameter, in order: "*bf16", "i32", "i64", "fp32", "constexpr"."""
@@ -151,17 +161,19 @@ def stride_arguments(**views: torch.Tensor) -> dict[str, int]:
     }
 
 
-def common_meta(*views: torch.Tensor, images: int = 1) -> dict[str, Any]:
+def common_meta(*views: torch.Tensor, images: int = 1, rows: int = 0) -> dict[str, Any]:
     """The constexprs that every kernel takes, from all the (B, rows, H, d) views that it reads.
 
     Args:
         images: how many images' rows a program numbers through.
+        rows: how many packed keys and values of no view it numbers through.
     """
     head_dim = views[0].shape[-1]
     largest = max(
         (images * view.shape[1] + _LARGEST_TILE) * view.stride(1 if view.shape[1] > 1 else 0)
         for view in views
     )
+    largest = max(largest, (rows + _LARGEST_TILE) * 2 * views[0].shape[2] * head_dim)
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": power_of_2_at_least(head_dim),

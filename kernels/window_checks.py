@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from .attention_checks import _DTYPES, _MAX_HEAD_DIM
+from .attention_checks import DTYPES, MAX_HEAD_DIM
 from .window_grid import Pair
 
 _MAX_PROGRAMS = 2**31 - 1
@@ -27,15 +27,15 @@ def check_inputs(
         TypeError: a dtype that is not supported, or dtypes that differ.
         ValueError: shapes, devices, a window, a shift or a scale that do not fit.
     """
-    if qkv.dtype not in _DTYPES:
+    if qkv.dtype not in DTYPES:
         raise TypeError(f"qkv is {qkv.dtype}; cast it to fp32, fp16 or bf16")
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be (B, H, W, 3, h, d), not {tuple(qkv.shape)}")
     batch, height, width, _, heads, dim = qkv.shape
     if min(height, width, heads) < 1:
         raise ValueError(f"qkv has no tokens or no heads: {tuple(qkv.shape)}")
-    if not 1 <= dim <= _MAX_HEAD_DIM:
-        raise ValueError(f"qkv has {dim} channels a head; 1 to {_MAX_HEAD_DIM} are supported")
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"qkv has {dim} channels a head; 1 to {MAX_HEAD_DIM} are supported")
     if len(window) != 2 or min(window) < 1:
         raise ValueError(f"window is {window}; give its rows and columns, at least 1 each")
     if len(shift) != 2 or not all(0 <= s < w for s, w in zip(shift, window, strict=True)):
@@ -48,7 +48,7 @@ def check_inputs(
             f"table is {tuple(table.shape)} where a window of {window} and {heads} heads take "
             f"{(rows, heads)}"
         )
-    if table.dtype not in _DTYPES:
+    if table.dtype not in DTYPES:
         raise TypeError(f"table is {table.dtype}; cast it to fp32, fp16 or bf16")
     if pad is not None and tuple(pad.shape) != (3, heads, dim):
         raise ValueError(f"pad is {tuple(pad.shape)} where {(3, heads, dim)} is expected")

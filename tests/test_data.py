@@ -197,3 +197,14 @@ def test_array_images_are_transformed_as_pictures_are():
     assert label == 2
     assert len(images) == 4
     assert torch.equal(image, eval_transform(CONFIG)(Image.fromarray(pixels[2]).convert("RGB")))
+
+
+def test_an_open_file_is_decoded_as_one_on_disk_and_formats_can_be_limited(tmp_path):
+    path = tmp_path / "image.png"
+    write_image(path, 0, 0)
+    file = io.BytesIO(path.read_bytes())
+    assert load_image(file).tobytes() == load_image(path).tobytes()
+    file.seek(0)
+    with pytest.raises(ValueError, match=r"^The upload cannot be decoded \("):
+        load_image(file, name="The upload", formats=("JPEG",))
+    assert not file.closed

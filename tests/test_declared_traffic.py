@@ -15,9 +15,17 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from vpt_fast.kernels import activation, attention, prompt_expert, residual_norm
+from vpt_fast.kernels import (
+    activation,
+    attention,
+    bank_attention,
+    grouped_heads,
+    prompt_expert,
+    residual_norm,
+    window_attention,
+)
 from vpt_fast.kernels.expert_inputs import FeatureInputs
-from vpt_fast.kernels.launch import Launch
+from vpt_fast.kernels.launch import Launch, Target
 
 from bench import declared
 from bench.declared import DECLARATIONS, Declaration, Parameter, product_flop
@@ -189,6 +197,112 @@ def test_features(options: bool, kernel_device: torch.device) -> None:
         )
     assert set(done) == {"features", "features_backward", "weight_gradient"}
     assert said == done
+
+
+TOKENS, PROMPTS, TABLE = (True, False, False), (False, True, False), (False, False, True)
+ALL = (True, True, True)
+WHOLE = {"window_backward"}
+TILED = {"window_dq", "window_dkdv"}
+APART = {"window_delta", "window_dkdv"}
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "shift", "prompts", "shared", "pad", "dim", "needs", "launches"),
+    [
+        ((9, 10), (7, 7), (3, 3), 5, True, True, 24, (True, True, False), WHOLE),
+        ((4, 6), (4, 3), (0, 1), 0, True, False, 32, ALL, WHOLE),
+        ((5, 7), (7, 7), (3, 3), 20, False, False, 32, ALL, WHOLE),
+        ((5, 7), (7, 7), (3, 3), 20, True, True, 32, TOKENS, WHOLE),
+        ((5, 7), (7, 7), (3, 3), 20, True, True, 32, PROMPTS, WHOLE),
+        ((5, 7), (7, 7), (3, 3), 20, True, True, 32, TABLE, WHOLE),
+        ((10, 13), (9, 9), (4, 4), 50, True, True, 16, ALL, TILED | {"window_dbias"}),
+        ((10, 9), (9, 9), (4, 0), 70, True, True, 16, TOKENS, TILED),
+        # the keys of the last tile of prompts are of the first 3, 31 and no tokens of a window
+        ((10, 9), (9, 9), (4, 0), 61, False, True, 16, PROMPTS, APART),
+        ((8, 9), (9, 9), (4, 0), 33, True, True, 16, PROMPTS, APART),
+        ((6, 9), (9, 9), (0, 0), 64, True, True, 16, PROMPTS, APART),
+        ((10, 9), (9, 9), (4, 0), 5, True, False, 16, TABLE, {"window_delta", "window_dbias"}),
+    ],
+)  # fmt: skip
+def test_window_attention(
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    prompts: int,
+    shared: bool,
+    pad: bool,
+    dim: int,
+    needs: tuple[bool, bool, bool],
+    launches: set[str],
+    kernel_device: torch.device,
+) -> None:
+    draw, batch, heads = Draw(kernel_device), 2, 2
+    qkv = draw(batch, *size, 3, heads, dim)
+    padding = draw(3, heads, dim) if pad else None
+    table = draw((2 * window[0] - 1) * (2 * window[1] - 1), heads)
+    keys = draw(1 if shared else batch, prompts, 2, heads, dim) if prompts else None
+    given = qkv, padding, table, keys
+    geometry = window, shift, dim**-0.5
+    with both() as (said, done):
+        out, lse = window_attention.window_attention_forward(*given, *geometry)
+        window_attention.window_attention_backward(
+            *given, out, lse, draw(*out.shape), *geometry, *needs
+        )
+    forward = "window_forward" if launches == WHOLE else "window_forward_tiled"
+    assert set(done) == {forward, *launches}
+    assert said == done
+
+
+@pytest.mark.parametrize(
+    ("tasks", "layout"),
+    [
+        # both pools, one task twice, rows that two tasks share, no prompts, more than a whole tile
+        (((3, 5), (~2, 9), (3, 5), (6, 4), (0, 0), (20, 70)), "packed"),
+        (((3, 5), (9, 1)), "kv"),
+        (((~0, 4), (~4, 6)), "apart"),
+    ],
+)
+def test_bank_attention(
+    tasks: tuple[tuple[int, int], ...], layout: str, kernel_device: torch.device
+) -> None:
+    draw, batch, rows, heads, dim = Draw(kernel_device), len(tasks), 37, 2, 24
+    tokens = {
+        "packed": [draw(batch, rows, 3, heads, dim)],
+        "kv": [draw(batch, 1, heads, dim), draw(batch, rows, 2, heads, dim)],
+        "apart": [draw(batch, rows, heads, dim) for _ in range(3)],
+    }[layout]
+    starts, counts = (torch.tensor(n).to(kernel_device) for n in zip(*tasks, strict=True))
+    pools = draw(90, 2, heads, dim), draw(12, 2, heads, dim)
+    most = max(count for _, count in tasks)
+    with both() as (said, done):
+        bank_attention.bank_attention_forward(tokens, *pools, starts, counts, most, 0.2)
+    assert set(done) == {"ragged_forward"}
+    assert said == done
+
+
+def test_grouped_heads(kernel_device: torch.device) -> None:
+    draw, heads = Draw(kernel_device), ((3, 5), (30, 0), (3, 5), (6, 21), (39, 1))
+    starts, counts = (torch.tensor(n).to(kernel_device) for n in zip(*heads, strict=True))
+    offsets, total = counts.cumsum(0) - counts, int(counts.sum())
+    with both() as (said, done):
+        grouped_heads.grouped_heads_forward(
+            draw(5, 72), draw(40, 72), draw(40), starts, counts, offsets, total, 30
+        )
+    assert set(done) == {"grouped_heads"}
+    assert said == done
+
+
+def test_flop_of_a_bank() -> None:
+    """Of what each image has where that is known, else of the most that one may have."""
+    pool = torch.zeros(20, 2, 2, 8)
+    for device, prompts in (("cpu", 3 + 5), ("meta", 2 * 6)):
+        starts, counts = (torch.tensor(n, device=device) for n in ((0, 4), (3, 5)))
+        launch = bank_attention.bank_attention_launch(
+            [torch.zeros(2, 7, 3, 2, 8)], pool, pool, starts, counts, 6, torch.zeros(2, 7, 16),
+            torch.zeros(2, 2, 7), 0.3, Target(80),
+        )  # fmt: skip
+        assert product_flop(launch) == 4 * 7 * (2 * 7 + prompts) * 8 * 2
+        assert len(declared.declared(launch).loads) == 9
 
 
 @pytest.mark.parametrize(

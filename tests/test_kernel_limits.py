@@ -275,7 +275,7 @@ def test_all_asks_for_every_head_dimension_dtype_and_target(monkeypatch):
     assert kernels == {*KERNELS, *OTHER_KERNELS} and targets == set(TARGETS)
     assert {problem.head_dim for problem in problems} == set(HEAD_DIMS)
     assert {problem.dtype for problem in problems} == set(DTYPES)
-    assert len(asked) == 6 * 3 * len(HEAD_DIMS) * len(DTYPES) * len(TARGETS)
+    assert len(asked) == 7 * 3 * len(HEAD_DIMS) * len(DTYPES) * len(TARGETS)
 
 
 def test_shapes_of_experts_are_squares_of_patches_and_what_is_left():

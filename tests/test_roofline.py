@@ -87,6 +87,26 @@ def test_the_published_form_is_counted_in_fp32() -> None:
     assert case_ops(case) == case_ops(case._replace(dtype="float32"))
 
 
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+def test_swin_has_a_row_for_each_of_its_providers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "swin.csv"
+    assert main(["--model", SWIN, "--prompts", "50", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "ms, modelled" in printed and "keys_concat" not in printed
+    rows = {row["provider"]: row for row in csv.DictReader(output.open())}
+    assert list(rows) == ["published", "concat", "concat_compiled", "vpt_fast", "without_prompts"]
+    # prompts cost ours their keys and values, once for the batch, and keys of each window
+    gemm = {name: float(row["gemm_gflop_counted"]) for name, row in rows.items()}
+    assert gemm["vpt_fast"] < gemm["without_prompts"] < gemm["concat"]
+    attention = {name: float(row["attention_gflop_counted"]) for name, row in rows.items()}
+    assert attention["without_prompts"] < attention["vpt_fast"] < attention["concat"]
+    assert float(rows["vpt_fast"]["H100_graph_ms_modelled"]) > 0
+
+
 def test_what_shrinks_on_vit_b() -> None:
     found = shrinks(
         Case("vit_base_patch16_224", 64, 50, "bfloat16", "vpt_fast"), H100, Assumptions()

@@ -213,10 +213,17 @@ def test_frozen_dropout_is_off_and_gradients_reach_the_image() -> None:
 
 
 FULL = [
-    ("swin_tiny_patch4_window7_224", {}, (224, 224)),
-    ("swin_tiny_patch4_window7_224", {"img_size": 256, "window_size": 7}, (256, 256)),
-    ("swin_tiny_patch4_window7_224", {"img_size": 256, "window_size": 12}, (256, 256)),
-    ("swin_tiny_patch4_window7_224", {"dynamic_img_size": True}, (200, 312)),
+    *(
+        (f"swin_{size}_patch4_window7_224", {"window_size": window, **image}, pixels)
+        for size in ("tiny", "small", "base")
+        for window in (7, 12)
+        for image, pixels in (
+            ({"img_size": 224}, (224, 224)),
+            ({"img_size": 256}, (256, 256)),
+            ({"dynamic_img_size": True}, (200, 312)),
+        )
+    ),
+    ("swin_base_patch4_window12_384", {}, (384, 384)),
     ("swin_s3_tiny_224", {}, (224, 224)),
 ]
 

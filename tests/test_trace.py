@@ -158,6 +158,68 @@ def test_multiply_adds_of_vit_b_are_those_of_the_formulas(
     assert 12 * block_flop(provider, prompts) == pytest.approx(expected, abs=0.051)
 
 
+SWIN_T = "swin_tiny_patch4_window7_224"
+
+
+def swin_products(prompts: int, batch: int, concatenated: bool) -> int:
+    """Multiply-adds of Swin-T at 224 pixels per image, forward, with 100 classes, by formula."""
+    found, area = 56 * 56 * 48 * 96 + 768 * 100, 49
+    for stage, depth in enumerate((2, 2, 6, 2)):
+        tokens, width = (56 >> stage) ** 2, 96 << stage
+        windows = tokens // area
+        if stage:
+            found += tokens * 2 * width * width  # four neighbours of width / 2
+        rows, keys = tokens, area + prompts
+        block = 12 * rows * width**2 + 2 * rows * keys * width
+        if concatenated:
+            # a row per window in attention, one per image in the MLP
+            block += windows * prompts * (4 * width**2 + 2 * keys * width) + prompts * 8 * width**2
+        else:
+            block += 2 * prompts * width**2 // batch
+        found += depth * block
+    return found
+
+
+@pytest.mark.parametrize("prompts", [10, 50])
+def test_multiply_adds_of_swin_are_those_of_the_formulas(prompts: int) -> None:
+    assert swin_products(0, 1, False) == pytest.approx(4.5e9, rel=0.01)  # as published
+    for provider, concatenated, count in (
+        ("without_prompts", False, 0), ("vpt_fast", False, prompts), ("concat", True, prompts),
+    ):  # fmt: skip
+        ops = step_ops(SWIN_T, provider, VPTDeep(prompts), 64, BF16, backward=False)
+        expected = 64 * swin_products(count, 64, concatenated)
+        assert sum(op.flop for op in ops) == 2 * expected, provider
+
+
+@pytest.mark.parametrize(
+    ("model", "side", "launches", "second", "first"),
+    [
+        # one kernel takes five products backward, two take seven, the first block's prompts four
+        (SWIN_T, 56, {"window_forward": 12, "window_backward": 12}, [5 * 59], [4 * 10]),
+        (
+            "swin_base_patch4_window12_384",
+            96,
+            {"window_forward_tiled": 24, "window_dq": 23, "window_delta": 1, "window_dkdv": 24},
+            [3 * 154, 4 * 154],
+            [0, 4 * 10],
+        ),
+    ],
+)
+def test_the_products_of_window_attention_are_those_that_are_needed(
+    model: str, side: int, launches: dict[str, int], second: list[int], first: list[int]
+) -> None:
+    ops = step_ops(model, "vpt_fast", VPTDeep(10), 2, BF16)
+    ours = [op for op in ops if op.name.startswith("window_")]
+    assert counts(ours) == launches
+    assert {(op.kind, op.ours, op.fp32) for op in ours} == {("attention", True, False)}
+    width = 96 if model == SWIN_T else 128
+    unit = 2 * 2 * side**2 * width
+    keys = 59 if model == SWIN_T else 154
+    assert ours[0].flop == ours[1].flop == unit * 2 * keys
+    backward = [op.flop for op in ours if "forward" not in op.name]
+    assert backward[-len(second) - len(first) :] == [unit * n for n in (*second, *first)]
+
+
 def test_the_explicit_softmax_has_the_products_of_the_fused_one() -> None:
     published = step_ops(VIT_B, "published", VPTDeep(5), 2, torch.float32)
     concat = step_ops(VIT_B, "concat", VPTDeep(5), 2, BF16)

@@ -1,6 +1,8 @@
 """Fast visual prompt tuning for timm vision transformers."""
 
 from vpt_fast.adapter import load_adapter, save_adapter
+from vpt_fast.bake import bake
+from vpt_fast.bank import PromptBank
 from vpt_fast.baselines import (
     AdapterTuning,
     BiasTuning,
@@ -29,8 +31,10 @@ __all__ = [
     "LinearProbe",
     "MLPHead",
     "PartialTuning",
+    "PromptBank",
     "VPTDeep",
     "VPTShallow",
+    "bake",
     "count_parameters",
     "fold_backbone",
     "load_adapter",

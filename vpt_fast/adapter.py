@@ -8,7 +8,6 @@ of `FullTuning()`, which holds every weight, it is empty, and any values fit und
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,32 +18,27 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from vpt_fast.adapter_checks import check_dimensions, check_weights
+from vpt_fast.adapter_files import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    TENSORS_FILE,
+    check_finite,
+    read_config,
+    read_tensors,
+    sha256,
+)
 from vpt_fast.checks import check_model
-from vpt_fast.fingerprint import difference, fingerprint
+from vpt_fast.fingerprint import fingerprint
 from vpt_fast.methods import from_dict, to_dict
 from vpt_fast.tune import host_copy, prompt_tune, remove_prompts, trainable_parameters
 from vpt_fast.tuned import blocks_of, is_tuned
 
 Model = TypeVar("Model", bound=nn.Module)
-
-TENSORS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-FORMAT_VERSION = 1
-_CONFIG_TYPES: dict[str, tuple[type, ...]] = {
-    "format_version": (int,),
-    "method": (dict,),
-    "model": (dict,),
-    "input": (dict,),
-    "class_names": (list, type(None)),
-    "versions": (dict,),
-    "fingerprint": (dict,),
-    "tensors_sha256": (str,),
-}
 
 
 def model_config(
@@ -147,7 +141,7 @@ def save_adapter(
     trained = _trained(model)
     if not trained:
         raise ValueError("nothing in this model requires a gradient; there is nothing to save")
-    _check_finite(trained, "the model")
+    check_finite(trained, "the model")
     data = resolve_model_data_config(model)
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -169,7 +163,7 @@ def save_adapter(
             "class_names": None if class_names is None else [str(name) for name in class_names],
             "versions": {"vpt_fast": _version(), "torch": torch.__version__, "timm": _timm()},
             "fingerprint": fingerprint(_frozen(model, list(trained))),
-            "tensors_sha256": _sha256(scratch / TENSORS_FILE),
+            "tensors_sha256": sha256(scratch / TENSORS_FILE),
         }
         (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         scratch.chmod(0o755)
@@ -187,10 +181,6 @@ def _version() -> str:
 
 def _timm() -> str:
     return str(timm.__version__)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_target(directory: Path, overwrite: bool) -> None:
@@ -221,55 +211,6 @@ def _move_into_place(scratch: Path, directory: Path) -> None:
     shutil.rmtree(old)
 
 
-def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} of {where} has values that are not finite")
-
-
-def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The adapter's configuration, checked for completeness.
-
-    Raises:
-        FileNotFoundError: the directory or one of its two files is not there.
-        ValueError: the configuration is damaged or of a newer format.
-    """
-    directory = Path(directory)
-    for name in (CONFIG_FILE, TENSORS_FILE):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} is not an adapter: it has no {name}")
-    path = directory / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(config).__name__}, not an object")
-    version = config.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {version}, this vpt_fast reads up to {FORMAT_VERSION}; upgrade it"
-        )
-    for key, types in _CONFIG_TYPES.items():
-        if key not in config:
-            raise ValueError(f"{path} is damaged: it has no {key!r}")
-        if not isinstance(config[key], types):
-            raise ValueError(f"{path} is damaged: {key} is {config[key]!r}")
-    return config
-
-
-def _read_tensors(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    path = directory / TENSORS_FILE
-    if _sha256(path) != config["tensors_sha256"]:
-        raise ValueError(f"{path} is damaged or not the file that {CONFIG_FILE} belongs to")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    _check_finite(tensors, str(path))
-    return tensors
-
-
 def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     """Tune a plain timm model with a saved adapter, in place.
 
@@ -289,7 +230,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     """
     directory = Path(directory)
     config = read_config(directory)
-    tensors = _read_tensors(directory, config)
+    tensors = read_tensors(directory, config)
     method = from_dict(config["method"])
     check_model(model, method)
     _check_backbone(model, config, list(tensors), directory)
@@ -306,29 +247,14 @@ def _check_backbone(
     model: Any, config: dict[str, Any], trained: list[str], directory: Path
 ) -> None:
     have, want = model_config(model), config["model"]
-    for key, what in (("width", "width"), ("depth", "number of blocks")):
-        if have[key] != want.get(key):
-            raise ValueError(
-                f"the adapter in {directory} is for another model: its {what} is {want.get(key)}, "
-                f"this model's is {have[key]}; the adapter's model is {want.get('name')}"
-            )
+    check_dimensions(have["width"], have["depth"], want, directory)
     classes = want.get("args", {}).get("num_classes")
     if have["args"]["num_classes"] != classes:
         raise ValueError(
             f"the adapter in {directory} is for {classes} classes, this model has "
             f"{have['args']['num_classes']}; create it with num_classes={classes}"
         )
-    different = difference(_frozen(model, trained), config["fingerprint"])
-    if different:
-        raise ValueError(
-            f"the adapter in {directory} is for another backbone: {different}; load the weights "
-            f"it was trained on ({_source(want)})"
-        )
-
-
-def _source(model: dict[str, Any]) -> str:
-    source = model.get("checkpoint") or model.get("pretrained_tag") or "weights of its own"
-    return f"{model.get('name')}, {source}"
+    check_weights(fingerprint(_frozen(model, trained)), config, directory)
 
 
 def _fill(model: Any, tensors: dict[str, Tensor], frozen: dict[str, Any], directory: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
+from vpt_fast.attention_inputs import attention_tokens, is_normed, prompt_keys_values
 from vpt_fast.experts import PromptExperts
 from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.norms import is_frozen_norm
@@ -106,11 +107,11 @@ class PromptedAttention(Attention):
                 f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
                 "keep the frozen blocks in eval mode, as model.train() does"
             )
-        if queries is not None and queries.shape[1] <= _FEW_QUERIES and not self._normed():
+        if queries is not None and queries.shape[1] <= _FEW_QUERIES and not is_normed(self):
             out = self._absorbed(x, prompts, queries)
         else:
-            prompt_kv = [] if prompts is None else self._prompts(prompts)
-            out = prompt_attention(self._tokens(x, queries), prompt_kv, self.scale)
+            prompt_kv = [] if prompts is None else prompt_keys_values(self, prompts)
+            out = prompt_attention(attention_tokens(self, x, queries), prompt_kv, self.scale)
         return self.proj_drop(self.proj(out))
 
     def _masked(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -121,41 +122,11 @@ class PromptedAttention(Attention):
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
-    def _normed(self) -> bool:
-        return not all(isinstance(norm, nn.Identity) for norm in (self.q_norm, self.k_norm))
-
     def _absorbed(self, x: Tensor, prompts: Tensor | None, queries: Tensor) -> Tensor:
         q_weight, k_weight, v_weight = self.qkv.weight.chunk(3)
         q_bias, _, v_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
         q = F.linear(queries, q_weight, q_bias).unflatten(-1, (self.num_heads, self.head_dim))
         return absorbed_attention(q, x, prompts, k_weight, v_weight, v_bias, self.scale)
-
-    def _tokens(self, x: Tensor, queries: Tensor | None) -> list[Tensor]:
-        heads, dim = self.num_heads, self.head_dim
-        if queries is None:
-            qkv = self.qkv(x).unflatten(-1, (3, heads, dim))  # (B, N, 3, H, d)
-            tokens = [qkv]
-        else:
-            width = heads * dim
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-            q = F.linear(queries, weight[:width], q_bias).unflatten(-1, (heads, dim))
-            kv = F.linear(x, weight[width:], kv_bias).unflatten(-1, (2, heads, dim))
-            tokens = [q, kv]
-        if not self._normed():
-            return tokens
-        q, k, v = tokens[0].unbind(2) if queries is None else (tokens[0], *tokens[1].unbind(2))
-        return [self.q_norm(q), self.k_norm(k), v]
-
-    def _prompts(self, prompts: Tensor) -> list[Tensor]:
-        width = self.num_heads * self.head_dim
-        bias = None if self.qkv.bias is None else self.qkv.bias[width:]
-        kv = F.linear(prompts, self.qkv.weight[width:], bias)
-        kv = kv.unflatten(-1, (2, self.num_heads, self.head_dim))  # (B or 1, p, 2, H, d)
-        if isinstance(self.k_norm, nn.Identity):
-            return [kv]
-        k, v = kv.unbind(2)
-        return [self.k_norm.forward(k), v]
 
 
 class PromptedBlock(Block):

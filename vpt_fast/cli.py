@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from vpt_fast.cli_adapters import evaluate_adapter, inspect_adapter, predict
+from vpt_fast.cli_adapters import evaluate_adapter, inspect_adapter
 from vpt_fast.cli_common import (
     AmpDtype,
     Checkpoint,
@@ -21,6 +21,7 @@ from vpt_fast.cli_common import (
     one_line_errors,
     report_skipped,
 )
+from vpt_fast.cli_export import export
 from vpt_fast.cli_memory import memory_profile
 from vpt_fast.cli_options import (
     MODEL,
@@ -41,6 +42,7 @@ from vpt_fast.cli_options import (
     Resize,
     Scale,
 )
+from vpt_fast.cli_predict import predict
 from vpt_fast.cli_report import report
 from vpt_fast.cli_sweep import sweep
 from vpt_fast.methods import METHODS
@@ -247,6 +249,7 @@ app.command()(train)
 app.command(name="eval")(evaluate_adapter)
 app.command()(predict)
 app.command(name="inspect")(inspect_adapter)
+app.command()(export)
 app.command(name="memory")(memory_profile)
 app.command()(report)
 app.command()(sweep)

@@ -1,11 +1,10 @@
-"""The commands of `vpt-fast` that read an adapter: eval, predict and inspect."""
+"""The commands of `vpt-fast` that look at an adapter: eval and inspect."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from vpt_fast.cli_common import (
@@ -19,7 +18,7 @@ from vpt_fast.cli_common import (
     report_skipped,
 )
 from vpt_fast.train import data
-from vpt_fast.train.evaluate import autocast, evaluate, resolve_device
+from vpt_fast.train.evaluate import evaluate, resolve_device
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.run import folder_loader
 from vpt_fast.train.sources import FORMATS, check_format, open_source
@@ -109,37 +108,6 @@ def _eval_folder(directory: Path, split: str | None) -> tuple[str, Path]:
     if data.find_split(directory, "train") is not None:
         raise FileNotFoundError(f"{directory} has no test/ or val/; --split train takes train/")
     return directory.name, directory
-
-
-def predict(
-    adapter: Adapter,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
-    checkpoint: Checkpoint = None,
-    topk: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 5,
-    amp_dtype: AmpDtype = "float32",
-    device: Device = "auto",
-) -> None:
-    """Prints the most probable classes of images, one line per image."""
-    with one_line_errors():
-        where = resolve_device(device)
-        dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
-        loaded = load_tuned(adapter, checkpoint, where)
-        names = loaded.class_names or [str(i) for i in range(loaded.num_classes)]
-        transform = data.eval_transform(loaded.inputs)
-        failed = []
-        for path in images:
-            try:
-                image = data.load_image(path, loaded.inputs["input_size"][0])
-            except ValueError as error:
-                failed.append(str(error))
-                continue
-            with torch.no_grad(), autocast(where, dtype):
-                logits = loaded.net(transform(image)[None].to(where))
-            probabilities, classes = logits[0].float().softmax(dim=0).topk(min(topk, len(names)))
-            found = zip(classes.tolist(), probabilities.tolist(), strict=True)
-            typer.echo(f"{path}: " + ", ".join(f"{names[i]} {100 * p:.2f}%" for i, p in found))
-        if failed:
-            fail("; ".join(failed), 1)
 
 
 def inspect_adapter(

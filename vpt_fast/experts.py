@@ -18,7 +18,8 @@ from vpt_fast.norms import norm_of
 from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
 from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
 
-_EPS = 1e-5
+EPS = 1e-5
+"""Epsilon of the experts' LayerNorms."""
 
 
 class FeatureProjector(nn.Module):
@@ -67,7 +68,7 @@ class PromptExperts(nn.Module):
         options: Any = {"device": like.device, "dtype": like.dtype}
         self.grid = (int(grid[0]), int(grid[1]))
         rows, columns = (n - size + 1 for n in self.grid)
-        self.norm = nn.LayerNorm(width, eps=_EPS, **options)
+        self.norm = nn.LayerNorm(width, eps=EPS, **options)
         self.conv = nn.Conv2d(1, 1, size, bias=False, **options)
         nn.init.normal_(self.conv.weight)
         self.mix = nn.Linear(rows * columns, method.num_prompts, bias=code, **options)

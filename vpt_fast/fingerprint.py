@@ -12,6 +12,9 @@ from torch import Tensor
 TOLERANCE = 1e-2  # relative to the weight's norm; rounding to bf16 stays below it
 _COLUMNS = 4096
 
+Summary = Mapping[str, Any]
+"""Shape, norm and projection of one tensor, as JSON values."""
+
 
 def _signs(count: int) -> Tensor:
     """Fixed random signs (count,), the same on every machine and in every version."""
@@ -20,7 +23,7 @@ def _signs(count: int) -> Tensor:
     return torch.from_numpy(signs.astype(np.float64))
 
 
-def _summary(weight: Tensor) -> dict[str, Any]:
+def _summary(weight: Tensor) -> Summary:
     flat = weight.detach().to("cpu", torch.float64).flatten()
     rows = -(-flat.numel() // _COLUMNS)
     padded = torch.zeros(rows * _COLUMNS, dtype=torch.float64)
@@ -34,29 +37,29 @@ def _summary(weight: Tensor) -> dict[str, Any]:
     }
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, Summary]:
     """Shape, norm and one fixed random projection of every floating-point tensor, by name."""
     return {name: _summary(w) for name, w in weights.items() if w.is_floating_point()}
 
 
-def difference(weights: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say how `weights` differ from the weights that `expected` was taken of; "" if they do not.
+def difference(have: Mapping[str, Summary], expected: Mapping[str, Summary]) -> str:
+    """Say how weights differ from those that are expected; "" if they do not.
 
     Args:
-        weights: tensors by name.
-        expected: what `fingerprint` returned.
+        have: fingerprint of the weights.
+        expected: fingerprint that they should have.
     """
-    for name, weight in weights.items():
-        if weight.is_floating_point() and name not in expected:
+    for name in have:
+        if name not in expected:
             return f"the backbone has {name}, the adapter's has none"
     for name, want in expected.items():
-        if name not in weights:
+        if name not in have:
             return f"the backbone has no {name}"
-        have = _summary(weights[name])
-        if have["shape"] != list(want["shape"]):
-            return f"{name} has shape {tuple(have['shape'])}, not {tuple(want['shape'])}"
+        found = have[name]
+        if found["shape"] != list(want["shape"]):
+            return f"{name} has shape {tuple(found['shape'])}, not {tuple(want['shape'])}"
         for key in ("norm", "projection"):
             # The projection of a weight is of the order of its norm.
-            if not abs(have[key] - want[key]) <= TOLERANCE * max(want["norm"], 1e-12):
-                return f"{name} has other values ({key} {have[key]:.6g}, not {want[key]:.6g})"
+            if not abs(found[key] - want[key]) <= TOLERANCE * max(want["norm"], 1e-12):
+                return f"{name} has other values ({key} {found[key]:.6g}, not {want[key]:.6g})"
     return ""

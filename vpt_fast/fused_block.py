@@ -103,7 +103,8 @@ def _drops(module: Any) -> bool:
     return module.training and bool(getattr(module, "p", 0) or getattr(module, "drop_prob", 0))
 
 
-def _weights(block: Any) -> BlockWeights:
+def block_weights(block: Any) -> BlockWeights:
+    """The weights of a block that `can_fuse`; None for those that are folded into others."""
     parts, passed = block._modules, folded_parts(block)
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
     norm1, norm2 = (norm_of(parts[name], name in passed) for name in ("norm1", "norm2"))
@@ -116,7 +117,7 @@ def _weights(block: Any) -> BlockWeights:
         qkv["bias"],
         proj["weight"],
         proj["bias"],
-        _layer_scale(block, "ls1", passed),
+        layer_scale(block, "ls1"),
         norm2.weight,
         norm2.bias,
         fc1["weight"],
@@ -127,9 +128,29 @@ def _weights(block: Any) -> BlockWeights:
     )
 
 
-def _layer_scale(block: Any, name: str, passed: frozenset[str]) -> Tensor | None:
-    scale = None if name in passed else block._modules.get(name)
+def layer_scale(block: Any, name: str) -> Tensor | None:
+    """Factors (D,) of a block's `ls1` or `ls2`; None for 1, and where they are folded."""
+    scale = None if name in folded_parts(block) else block._modules.get(name)
     return None if scale is None else scale._parameters.get("gamma")
+
+
+def block_config(
+    block: Any,
+    memory: str = "speed",
+    source: PromptSource | None = None,
+    windows: Windows | None = None,
+) -> BlockConfig:
+    """What of a block that `can_fuse` is no tensor; for the other arguments see `run`."""
+    return BlockConfig(
+        heads=block.attn.num_heads,
+        scale=block.attn.scale,
+        eps1=block.norm1.eps,
+        eps2=block.norm2.eps,
+        activation=activation_kind(block.mlp.act) or "",
+        memory=memory,
+        source=source,
+        windows=windows,
+    )
 
 
 def _enter(
@@ -167,16 +188,6 @@ def run(
         Its output (B, N, D), not yet summed.
     """
     x, y, source, tensors = _enter(block, total, prompt)
-    attn = block.attn
-    config = BlockConfig(
-        heads=attn.num_heads,
-        scale=attn.scale,
-        eps1=block.norm1.eps,
-        eps2=block.norm2.eps,
-        activation=activation_kind(block.mlp.act) or "",
-        memory=memory,
-        source=source,
-        windows=windows,
-    )
-    middle, result = run_block(config, x, y, _weights(block), tensors)
-    return OpenSum(middle, result, _layer_scale(block, "ls2", folded_parts(block)))
+    config = block_config(block, memory, source, windows)
+    middle, result = run_block(config, x, y, block_weights(block), tensors)
+    return OpenSum(middle, result, layer_scale(block, "ls2"))

@@ -39,7 +39,11 @@ def attention_forward(
     tokens: list[Tensor], prompts: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (B, M, H * d) and the base-2 log-sum-exp (B, H, M) of the scaled scores."""
-    q, k, v = _keys_values(tokens, prompts)
+    return attend(*_keys_values(tokens, prompts), scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `attention_forward`, of q (B, H, M, d) and of k and v (B, H, rows, d), any strides."""
     batch, heads, rows, dim = q.shape
     if _has_flash(q):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -109,7 +109,7 @@ def _linear_backward(grad: Tensor, weight: Tensor) -> Tensor:
     return rows.view(*grad.shape[:-1], weight.shape[1])
 
 
-class _Block:
+class BlockSteps:
     """The steps of a block, forward and backward; plain functions of tensors."""
 
     def __init__(self, config: BlockConfig, weights: BlockWeights, dtype: torch.dtype) -> None:
@@ -291,7 +291,7 @@ class _Body(torch.autograd.Function):
     def forward(ctx, config, x, y, *tensors):  # type: ignore[no-untyped-def]
         count = len(BlockWeights._fields)
         weights, sources = BlockWeights(*tensors[:count]), tensors[count:]
-        middle, result, kept = _Block(config, weights, y.dtype).forward(x, y, sources)
+        middle, result, kept = BlockSteps(config, weights, y.dtype).forward(x, y, sources)
         ctx.config, ctx.dtype = config, y.dtype
         ctx.set_materialize_grads(False)
         flat = [t for t in kept if not isinstance(t, tuple)]
@@ -310,7 +310,7 @@ class _Body(torch.autograd.Function):
         if grad_middle is None and grad_result is None:
             return (None,) * len(ctx.needs_input_grad)
         with in_full_precision(tensors[2]):
-            block = _Block(ctx.config, BlockWeights(*tensors[:count]), ctx.dtype)
+            block = BlockSteps(ctx.config, BlockWeights(*tensors[:count]), ctx.dtype)
             grad_x, grad_y, grads = block.backward(
                 kept, tensors[count:], grad_middle, grad_result,
                 ctx.needs_input_grad[2], any(ctx.needs_input_grad[3 + count :]),

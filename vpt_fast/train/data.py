@@ -6,7 +6,7 @@ import signal
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,24 +50,32 @@ class Batch(NamedTuple):
     skipped: list[SkippedImage]
 
 
-def load_image(path: str | Path, channels: int = 3) -> Image.Image:
+def load_image(
+    path: str | Path | IO[bytes],
+    channels: int = 3,
+    *,
+    name: str | None = None,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
     """Decodes a whole image file.
 
     Args:
-        path: Of the file.
+        path: Of the file, or an open binary file, read from where it stands.
         channels: 3 for RGB, 1 for grey.
+        name: What errors call the file; None takes `path`.
+        formats: Pillow's names of those that are decoded; None takes all that it knows.
 
     Raises:
         ValueError: If the file cannot be decoded, naming it and the reason.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats) as image:
             return image.convert("L" if channels == 1 else "RGB")
     except DECODE_ERRORS as error:
         reason = "not an image that Pillow knows, or damaged"
         if not isinstance(error, Image.UnidentifiedImageError):
             reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be decoded ({reason})") from error
+        raise ValueError(f"{name or path} cannot be decoded ({reason})") from error
 
 
 class ImageFolders(ImageFolder):

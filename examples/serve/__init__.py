@@ -1,0 +1,1 @@
+"""Serves a `vpt_fast.PromptBank` over HTTP; README.md beside this file says how."""

@@ -1,0 +1,60 @@
+"""What timm's Attention makes of its input: queries, keys and values of tokens and of prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def is_normed(attn: Any) -> bool:
+    """Whether an attention normalises its queries or keys."""
+    return not all(isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm))
+
+
+def attention_tokens(attn: Any, x: Tensor, queries: Tensor | None = None) -> list[Tensor]:
+    """Queries, keys and values of normalised tokens, packed as `ops.attention` takes them.
+
+    Args:
+        attn: timm's Attention.
+        x: (B, N, D).
+        queries: normalised query rows (B, M, D), if not those of x.
+
+    Returns:
+        [qkv (B, N, 3, H, d)], [q (B, M, H, d), kv (B, N, 2, H, d)], or q, k and v apart.
+    """
+    heads, dim = attn.num_heads, attn.head_dim
+    if queries is None:
+        tokens = [attn.qkv(x).unflatten(-1, (3, heads, dim))]
+    else:
+        width = heads * dim
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+        q = F.linear(queries, weight[:width], q_bias).unflatten(-1, (heads, dim))
+        kv = F.linear(x, weight[width:], kv_bias).unflatten(-1, (2, heads, dim))
+        tokens = [q, kv]
+    if not is_normed(attn):
+        return tokens
+    q, k, v = tokens[0].unbind(2) if queries is None else (tokens[0], *tokens[1].unbind(2))
+    return [attn.q_norm(q), attn.k_norm(k), v]
+
+
+def prompt_keys_values(attn: Any, prompts: Tensor) -> list[Tensor]:
+    """Keys and values of normalised prompts, packed as `ops.attention` takes them.
+
+    Args:
+        attn: timm's Attention.
+        prompts: (B or 1, p, D).
+
+    Returns:
+        [kv (B or 1, p, 2, H, d)], or k and v apart.
+    """
+    width = attn.num_heads * attn.head_dim
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[width:]
+    kv = F.linear(prompts, attn.qkv.weight[width:], bias)
+    kv = kv.unflatten(-1, (2, attn.num_heads, attn.head_dim))
+    if isinstance(attn.k_norm, nn.Identity):
+        return [kv]
+    k, v = kv.unbind(2)
+    return [attn.k_norm.forward(k), v]

@@ -1,0 +1,281 @@
+"""From an adapter's files to what a bank keeps of a task, everything checked on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from torch import Tensor
+from torch.nn.functional import linear
+
+from vpt_fast.adapter_checks import check_dimensions, check_weights
+from vpt_fast.adapter_files import TENSORS_FILE, read_config, read_tensors
+from vpt_fast.attention_inputs import prompt_keys_values
+from vpt_fast.bank.task_experts import BlockExperts, TaskExperts
+from vpt_fast.baselines import LinearProbe
+from vpt_fast.fingerprint import fingerprint
+from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, from_dict
+from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.prompt_expert import fold_convolution
+
+
+@dataclass(frozen=True)
+class BankTask:
+    """A task of a bank.
+
+    Attributes:
+        name: that it was added under.
+        directory: of its adapter.
+        method: that it was tuned with.
+        num_classes: of its head.
+        class_names: names of the classes, or None.
+        inputs: how images are prepared for it: input_size (channels, height, width), mean, std,
+            interpolation, crop_pct, crop_mode.
+        nbytes: what it takes of the device's memory while it is there, in bytes; its head too.
+        digest: SHA-256 of the adapter's tensors.
+    """
+
+    name: str
+    directory: Path
+    method: Method
+    num_classes: int
+    class_names: list[str] | None
+    inputs: dict[str, Any]
+    nbytes: int
+    digest: str
+
+
+class TaskTensors(NamedTuple):
+    """What a bank keeps of a task; in the dtype of the model, but for the experts."""
+
+    blocks: tuple[int, ...]  # those whose prompts are at rest
+    keys: Tensor  # (len(blocks) * p, 2, H, d), their keys and values, block by block
+    head_weight: Tensor  # (classes, F)
+    head_bias: Tensor  # (classes,)
+    experts: TaskExperts | None
+
+
+class Backbone:
+    """A plain timm vision transformer, as adapters are checked against it.
+
+    Args:
+        model: a VisionTransformer or VisionTransformerDistilled, in eval mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.depth, self.width = len(model.blocks), int(model.embed_dim)
+        self.like: Tensor = model.blocks[0].attn.qkv.weight
+        self.heads = ("head", "head_dist") if _is_distilled(model) else ("head",)
+        self.weights = fingerprint(model.state_dict())
+
+    @property
+    def head_width(self) -> int:
+        """Features F that a task's head reads; those of a distilled model side by side."""
+        return self.width * len(self.heads)
+
+
+def _is_distilled(model: Any) -> bool:
+    return isinstance(model, VisionTransformerDistilled)
+
+
+def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask, TaskTensors]:
+    """Read and check an adapter, and compute what does not depend on the image.
+
+    Args:
+        backbone: what it has to fit.
+        name: of the task.
+        directory: of the adapter.
+
+    Returns:
+        The task, and its tensors on the model's device.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: it is damaged, of another backbone, or of a method that no bank holds.
+    """
+    config = read_config(directory)
+    tensors = read_tensors(directory, config)
+    method = from_dict(config["method"])
+    _check_method(method, backbone.depth, directory)
+    check_dimensions(backbone.width, backbone.depth, config["model"], directory)
+    have = {key: value for key, value in backbone.weights.items() if key not in tensors}
+    check_weights(have, config, directory)
+    classes = _classes(tensors, directory)
+    _check_shapes(tensors, _shapes(backbone, method, classes, tensors), directory)
+    tensors = {key: t.to(backbone.like.device) for key, t in tensors.items()}
+    with torch.no_grad(), torch.autocast(backbone.like.device.type, enabled=False):
+        blocks, keys = _keys_at_rest(backbone, method, tensors)
+        weight, bias = _head(backbone, tensors)
+        found = TaskTensors(blocks, keys, weight, bias, _experts(backbone, method, tensors))
+    names = config["class_names"]
+    if names is not None and len(names) != classes:
+        raise ValueError(
+            f"the adapter in {directory} is damaged: it names {len(names)} of {classes} classes"
+        )
+    nbytes = sum(t.nbytes for t in (keys, weight, bias))
+    nbytes += 0 if found.experts is None else found.experts.nbytes
+    task = BankTask(
+        name, directory, method, classes, names, dict(config["input"]), nbytes,
+        config["tensors_sha256"],
+    )  # fmt: skip
+    return task, found
+
+
+def _refuse(directory: Path, why: str) -> NoReturn:
+    raise ValueError(f"a bank cannot hold the adapter in {directory}: {why}")
+
+
+def _check_method(method: Method, depth: int, directory: Path) -> None:
+    if isinstance(method, VPTShallow) and method.num_prompts:
+        _refuse(
+            directory,
+            "it was tuned with VPTShallow, whose prompt rows pass through the blocks as tokens, so "
+            "that no keys and values of them can be computed once; tune with VPTDeep or VAPT",
+        )
+    if not isinstance(method, (VPTShallow, VPTDeep, VAPT, LinearProbe)):
+        _refuse(
+            directory,
+            f"it was tuned with {type(method).__name__}, which changes the backbone or adds layers "
+            "to it; all tasks of a bank share one backbone, use VPTDeep, VAPT or LinearProbe",
+        )
+    blocks = method.prompted_blocks(depth)
+    if blocks and blocks != tuple(range(blocks[0], depth)):
+        _refuse(
+            directory,
+            f"its prompts are in blocks {list(blocks)} of {depth}, and their rows live on as "
+            "tokens in the blocks between or after them; tune the last blocks, or all",
+        )
+    if blocks and getattr(method, "pool_prompts", False):
+        _refuse(
+            directory,
+            "pool_prompts=True, so that its prompt rows live on as tokens; tune with "
+            "pool_prompts=False",
+        )
+
+
+def _classes(tensors: Mapping[str, Tensor], directory: Path) -> int:
+    weight = tensors.get("head.weight")
+    if weight is None or weight.ndim != 2:
+        _refuse(directory, f"{TENSORS_FILE} has no matrix head.weight")
+    return len(weight)
+
+
+def _shapes(
+    backbone: Backbone, method: Method, classes: int, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that an adapter of this method has, by name; a head's bias may lack."""
+    width, count = backbone.width, method.num_prompts
+    shapes: dict[str, tuple[int, ...]] = {}
+    for head in backbone.heads:
+        shapes[f"{head}.weight"] = classes, width
+        if f"{head}.bias" in tensors:
+            shapes[f"{head}.bias"] = (classes,)
+    blocks = method.prompted_blocks(backbone.depth)
+    if isinstance(method, VPTDeep) and blocks:
+        stored = width if method.project_dim is None else method.project_dim
+        if method.project_dim is not None:
+            shapes["prompt_projection.weight"] = width, method.project_dim
+            shapes["prompt_projection.bias"] = (width,)
+        names = ["prompt_tokens"] if method.shared else [_tokens(i) for i in blocks]
+        shapes |= dict.fromkeys(names, (count, stored))
+    if isinstance(method, VAPT) and blocks:
+        shapes[_tokens(0)] = count, width
+        size = method.kernel_size
+        columns = math.prod(n - size + 1 for n in backbone.model.patch_embed.grid_size)
+        for index in blocks[1:]:
+            part = f"blocks.{index}.prompt"
+            shapes |= {f"{part}.norm.{kind}": (width,) for kind in ("weight", "bias")}
+            shapes[f"{part}.conv.weight"] = 1, 1, size, size
+            shapes[f"{part}.mix.weight"] = count, columns
+            if method.variant == "code":
+                shapes[f"{part}.mix.bias"] = (count,)
+        if blocks[1:]:
+            shapes["prompt_projector.down.weight"] = method.hidden_dim, width
+            shapes["prompt_projector.up.weight"] = width, method.hidden_dim
+    return shapes
+
+
+def _tokens(block: int) -> str:
+    return f"blocks.{block}.prompt.tokens"
+
+
+def _check_shapes(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], directory: Path
+) -> None:
+    for name, shape in shapes.items():
+        if name not in tensors:
+            _refuse(directory, f"{TENSORS_FILE} has no {name}")
+        if tuple(tensors[name].shape) != shape:
+            have = tuple(tensors[name].shape)
+            _refuse(directory, f"{name} has shape {have}, this backbone and method need {shape}")
+    for name in tensors:
+        if name not in shapes:
+            _refuse(directory, f"it holds {name}, which this method has not trained")
+
+
+def _keys_at_rest(
+    backbone: Backbone, method: Method, tensors: Mapping[str, Tensor]
+) -> tuple[tuple[int, ...], Tensor]:
+    """Blocks with prompts that do not depend on the image, and those prompts' keys and values."""
+    blocks = method.prompted_blocks(backbone.depth)
+    if isinstance(method, VAPT):
+        blocks = blocks[:1]
+    first = backbone.model.blocks[0].attn
+    if not blocks:
+        return (), backbone.like.new_empty(0, 2, first.num_heads, first.head_dim)
+    found = []
+    for index in blocks:
+        block = backbone.model.blocks[index]
+        tokens = tensors.get("prompt_tokens", tensors.get(_tokens(index)))
+        if tokens is None:
+            raise RuntimeError(f"block {index} has no prompts; shapes were checked before")
+        tokens = tokens.to(backbone.like.dtype)
+        if "prompt_projection.weight" in tensors:
+            weight, bias = (tensors[f"prompt_projection.{k}"] for k in ("weight", "bias"))
+            tokens = linear(tokens, weight.to(tokens), bias.to(tokens))
+        # norm1's hooks are for tokens: prompts pass beside them.
+        keys = prompt_keys_values(block.attn, block.norm1.forward(tokens[None]))
+        found.append(torch.stack(keys, 2)[0] if len(keys) == 2 else keys[0][0])
+    return blocks, torch.cat(found)
+
+
+def _head(backbone: Backbone, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The classifier; two that are averaged are one of both features side by side."""
+    number = len(backbone.heads)
+    weight = torch.cat([tensors[f"{head}.weight"] for head in backbone.heads], 1) / number
+    biases = [tensors[f"{h}.bias"] for h in backbone.heads if f"{h}.bias" in tensors]
+    bias = sum(biases, weight.new_zeros(len(weight))) / number
+    return weight.to(backbone.like.dtype), bias.to(backbone.like.dtype)
+
+
+def _experts(
+    backbone: Backbone, method: Method, tensors: Mapping[str, Tensor]
+) -> TaskExperts | None:
+    blocks = method.prompted_blocks(backbone.depth)[1:]
+    if not isinstance(method, VAPT) or not blocks:
+        return None
+    wide = statistics_dtype(backbone.like.dtype)
+    height, width = backbone.model.patch_embed.grid_size
+    found = []
+    for index in blocks:
+        part = f"blocks.{index}.prompt"
+        # Rounded as the tuned model holds them, then computed with in fp32 at least, as there.
+        mix, conv = (tensors[f"{part}.{n}.weight"].to(backbone.like.dtype) for n in ("mix", "conv"))
+        matrix, mix_sum = fold_convolution(mix, conv, (height, width))
+        bias = tensors.get(f"{part}.mix.bias", mix_sum.new_zeros(len(mix_sum)))
+        affine = (tensors[f"{part}.norm.{k}"] for k in ("weight", "bias"))
+        weight, shift, bias = (t.to(backbone.like.dtype).to(wide) for t in (*affine, bias))
+        matrix = matrix[:, : height * width].contiguous()
+        found.append(BlockExperts(matrix, mix_sum, weight, shift, bias))
+    down, up = (
+        tensors[f"prompt_projector.{n}.weight"].to(backbone.like.dtype).to(wide)
+        for n in ("down", "up")
+    )
+    residual = method.variant == "code"
+    return TaskExperts(tuple(found), down, up, (height, width), residual)

@@ -1,0 +1,120 @@
+"""Rows of many owners in a few tensors: where a bank keeps its tasks' keys, values and heads.
+
+A pool has a fixed number of rows. It never moves or overwrites rows that somebody may still read:
+an `Extent` owns its rows for as long as any reference to it lives, and a pool that is too small or
+too scattered is replaced by a new one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Extent:
+    """Rows next to each other in a pool; they are free again when it is garbage.
+
+    Attributes:
+        start: the first row.
+        count: number of rows.
+    """
+
+    def __init__(self, start: int, count: int) -> None:
+        self.start, self.count = start, count
+
+
+class RowPool:
+    """Tensors with the same number of rows, and who owns which of them.
+
+    Not for several threads at once, but for the release of extents, which may happen anywhere.
+
+    Args:
+        shapes: of a row in each of the tensors.
+        rows: number of rows.
+        dtype, device: of the tensors.
+
+    Attributes:
+        tensors: (rows, *shape) each.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shapes = tuple(shapes)
+        self.tensors = tuple(torch.empty(rows, *s, dtype=dtype, device=device) for s in shapes)
+        self._holes = [(0, rows)] if rows else []  # (start, count), ascending, never adjacent
+        # A finalizer may run in the middle of anything: it only appends, which is atomic.
+        self._released: deque[tuple[int, int]] = deque()
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, owned and free."""
+        return len(self.tensors[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def free(self) -> int:
+        """Number of rows that nobody owns."""
+        self._take_back()
+        return sum(count for _, count in self._holes)
+
+    def place(self, values: Sequence[Tensor]) -> Extent | None:
+        """Write rows where they fit.
+
+        Args:
+            values: (count, *shape) for each tensor.
+
+        Returns:
+            Their owner, or None where no hole is large enough.
+        """
+        count = len(values[0])
+        if not count:
+            return Extent(0, 0)
+        self._take_back()
+        # The smallest hole that fits keeps the large ones whole.
+        fitting = [hole for hole in self._holes if hole[1] >= count]
+        if not fitting:
+            return None
+        hole = min(fitting, key=lambda h: (h[1], h[0]))
+        start, size = hole
+        at = self._holes.index(hole)
+        self._holes[at : at + 1] = [(start + count, size - count)] if size > count else []
+        if self.tensors[0].is_cuda:
+            # Kernels of other streams may still read what these rows held before.
+            torch.cuda.synchronize(self.tensors[0].device)
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor[start : start + count].copy_(value)
+        extent = Extent(start, count)
+        weakref.finalize(extent, self._released.append, (start, count)).atexit = False
+        return extent
+
+    def read(self, extent: Extent) -> tuple[Tensor, ...]:
+        """Views of an extent's rows."""
+        return tuple(t[extent.start : extent.start + extent.count] for t in self.tensors)
+
+    def _take_back(self) -> None:
+        """Join the rows that have been released to the holes."""
+        if not self._released:
+            return
+        holes = [*self._holes]
+        while self._released:
+            holes.append(self._released.popleft())
+        joined: list[tuple[int, int]] = []
+        for start, count in sorted(holes):
+            if joined and sum(joined[-1]) == start:
+                joined[-1] = joined[-1][0], joined[-1][1] + count
+            else:
+                joined.append((start, count))
+        self._holes = joined
