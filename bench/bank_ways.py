@@ -204,15 +204,15 @@ def check_heads(case: HeadsCase, dtype: torch.dtype, device: torch.device | str)
     sizes = torch.tensor(counts, device=device)
     offsets = sizes.cumsum(0) - sizes
 
-    def plain(kind: torch.dtype) -> Results:
-        x, w, b = (t.to(kind) for t in (features, weight, bias))
-        parts = zip(x, w.split(counts), b.split(counts), strict=True)
-        return {"logits": torch.cat([F.linear(one, *head) for one, *head in parts]).double()}
+    starts = rows - offsets - sizes  # the last image's head comes first
 
-    # Heads lie as their logits do: the images' places are those of both.
-    ours = grouped_heads(
-        features, weight, bias, offsets, sizes, offsets, rows, max(counts)
-    ).double()
+    def plain(kind: torch.dtype) -> Results:
+        x, *head = (t.to(kind) for t in (features, weight, bias))
+        w, b = (t.split(counts[::-1])[::-1] for t in head)
+        logits = [F.linear(*one) for one in zip(x, w, b, strict=True)]
+        return {"logits": torch.cat(logits).double()}
+
+    ours = grouped_heads(features, weight, bias, starts, sizes, offsets, rows, max(counts)).double()
     truth = plain(torch.float64)
     limit = budget(largest_error(plain(dtype), truth)[0], str(dtype).removeprefix("torch."))
     error, worst = largest_error({"logits": ours}, truth)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from bench.attention_ways import AttentionCase
+from bench.bank_model_ways import BankModelCase
+from bench.bank_ways import OWN_NAMES, BankAttentionCase
 from bench.cases import INFERENCE, Case
 from bench.expert_ways import PROVIDERS as EXPERT_PROVIDERS
 from bench.expert_ways import ExpertCase
@@ -17,7 +19,10 @@ from bench.providers import COMPILED, EAGER, OURS, PROVIDERS, WITHOUT
 COMPILED_PROMPTS = 50
 """The number of prompts at which compiled providers join: compiling takes longest of all."""
 
-_SECONDS = {KernelCheck: 10.0, CeilingsWanted: 20.0, AttentionCase: 12.0, ExpertCase: 15.0}
+_SECONDS = {
+    KernelCheck: 10.0, CeilingsWanted: 20.0, AttentionCase: 12.0, ExpertCase: 15.0,
+    BankAttentionCase: 12.0, BankModelCase: 40.0,
+}  # fmt: skip
 _STEP_SECONDS, _COMPILE_SECONDS, _LARGE_SECONDS = 20.0, 50.0, 40.0
 C = TypeVar("C", bound=Comparison)
 
@@ -50,6 +55,7 @@ def gpu_subjects(plan: Plan) -> list[Subject]:
     heads = AttentionCase(batch=plan.batch, heads=12, providers=EAGER)
     experts = ExpertCase(batch=plan.batch, model=plan.model)
     vapt = replace(step, method="vapt")
+    many = plan.prompts[0] or COMPILED_PROMPTS
     found: list[Comparison] = [
         *(
             replace(step, prompts=p, providers=PROVIDERS if p == COMPILED_PROMPTS else EAGER)
@@ -64,6 +70,8 @@ def gpu_subjects(plan: Plan) -> list[Subject]:
         found += [
             inference,
             experts,
+            BankAttentionCase(many, plan.batch),
+            BankModelCase(plan.model, plan.batch, many),
             replace(step, dropout=0.1, providers=three),
             *(replace(step, batch=b) for b in (1, 16)),
             replace(step, model="vit_small_patch16_224"),
@@ -95,12 +103,16 @@ def trial_subjects(plan: Plan) -> list[Subject]:
             replace(step, work=INFERENCE),
             replace(step, dropout=0.1),
             ExpertCase(plan.prompts[0], plan.batch, plan.model, EXPERT_PROVIDERS),
+            BankAttentionCase(plan.prompts[0], plan.batch, 17, 2, 32),
+            BankModelCase(plan.model, plan.batch, plan.prompts[0], 32),
         ]
     checks = [KernelCheck(case) for case in kernel_cases(["test_vit"])]
     return [CeilingsWanted(), *checks, *_chosen(found, plan.providers)]
 
 
 def _chosen(cases: Sequence[Comparison], providers: Sequence[str]) -> list[Comparison]:
+    if OURS in providers:  # names that only some cases have are there to be set beside ours
+        providers = (*providers, *OWN_NAMES)
     kept = [only(case, providers) for case in cases]
     return [case for case in kept if case.providers]
 

@@ -1,8 +1,8 @@
 """The public operators on a device, each against its equations in fp64, at odd shapes.
 
-Attention and the experts are checked as they are before they are timed; the operators that work
-row by row against PyTorch's autograd of the plain formulas. A result may be twice as far from fp64
-as eager PyTorch is in the same dtype, plus a slack of the dtype.
+Attention, the experts and batches of many tasks are checked as they are before they are timed; the
+operators that work row by row against PyTorch's autograd of the plain formulas. A result may be
+twice as far from fp64 as eager PyTorch is in the same dtype, plus a slack of the dtype.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import attention_ways, expert_ways
+from bench import attention_ways, bank_ways, expert_ways
 from bench.attention_ways import AttentionCase
+from bench.bank_ways import BankAttentionCase, HeadsCase, check_heads
 from bench.correctness import Check, Results, budget, largest_error
 from bench.expert_ways import ExpertCase
 from bench.providers import OURS
@@ -49,19 +50,24 @@ class ActivationCase:
         return f"activation-{self.kind}-c{self.width}"
 
 
-KernelCase = AttentionCase | ExpertCase | NormCase | ActivationCase
+KernelCase = AttentionCase | ExpertCase | NormCase | ActivationCase | BankAttentionCase | HeadsCase
 
 _BOTH = ("concat", OURS)
 _SHAPES = ((50, 3, 197, 3, 64), (1, 2, 50, 2, 32), (13, 2, 65, 2, 80), (200, 1, 130, 2, 128))
 
 
 def kernel_cases(expert_models: Sequence[str] = ("vit_tiny_patch16_224",)) -> list[KernelCase]:
-    """What is checked: attention with heads of 64, 32, 80 and 128 channels, experts, rows."""
+    """What is checked: attention with heads of 64, 32, 80 and 128 channels, experts, rows, and
+    batches of many tasks.
+    """
     return [
         *(AttentionCase(*shape, providers=_BOTH) for shape in _SHAPES),
         *(ExpertCase(7, 3, model, providers=_BOTH) for model in expert_models),
         NormCase(192), NormCase(776, layer_scale=False), NormCase(1024),
         *(ActivationCase(kind) for kind in KINDS),
+        BankAttentionCase(70, 7, 197, 3, mixed=True, providers=(OURS,)),
+        BankAttentionCase(5, 7, 50, 2, 80, mixed=True, providers=(OURS,)),
+        HeadsCase(), HeadsCase(33),
     ]  # fmt: skip
 
 
@@ -71,6 +77,10 @@ def check_kernel(case: KernelCase, dtype: torch.dtype, device: torch.device | st
         return attention_ways.checks(case, dtype, device)[OURS]
     if isinstance(case, ExpertCase):
         return expert_ways.checks(case, dtype, device)[OURS]
+    if isinstance(case, BankAttentionCase):
+        return bank_ways.checks(case, dtype, device)[OURS]
+    if isinstance(case, HeadsCase):
+        return check_heads(case, dtype, device)
     given = [t.to(device, dtype) for t in _inputs(case)]
     ours, plain = (_norm, _plain_norm) if isinstance(case, NormCase) else _activations(case)
     truth = plain(*(t.double() for t in given))

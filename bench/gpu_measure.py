@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-from bench import attention_ways, expert_ways
+from bench import attention_ways, bank_model_ways, bank_ways, expert_ways
 from bench.attention_ways import AttentionCase
+from bench.bank_model_ways import BankModelCase
+from bench.bank_ways import BankAttentionCase
 from bench.cases import DTYPES, INFERENCE, Case
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.collect import FIELDS, Row, percentiles, ratios
 from bench.correctness import SLACK, Check, Truth
 from bench.device_timer import Run, repeats, times_of
 from bench.expert_ways import ExpertCase
-from bench.gpu_checks import ActivationCase, NormCase, check_kernel
+from bench.gpu_checks import KernelCase, check_kernel
 from bench.gpu_device import Device, replay_error
 from bench.providers import COMPILED, OURS
 from bench.turns import work
@@ -35,11 +37,12 @@ GRAPH_ROUNDS = {"cuda": 10, "cpu": 0}
 class KernelCheck:
     """An operator that is checked, and not timed."""
 
-    case: AttentionCase | ExpertCase | NormCase | ActivationCase
+    case: KernelCase
 
     def __str__(self) -> str:
-        case = self.case
-        heads = f"-heads {case.heads}x{case.head_dim}" if isinstance(case, AttentionCase) else ""
+        case, heads = self.case, ""
+        if isinstance(case, AttentionCase | BankAttentionCase):
+            heads = f"-heads {case.heads}x{case.head_dim}"
         return f"check {case}{heads}"
 
 
@@ -51,8 +54,15 @@ class CeilingsWanted:
         return "ceilings: one large product, one large copy"
 
 
-Comparison = Case | AttentionCase | ExpertCase
+Comparison = Case | AttentionCase | ExpertCase | BankAttentionCase | BankModelCase
 Subject = Comparison | KernelCheck | CeilingsWanted
+
+
+_WAYS = {
+    AttentionCase: attention_ways,
+    ExpertCase: expert_ways,
+    BankAttentionCase: bank_ways,
+}
 
 
 @dataclass
@@ -117,6 +127,10 @@ def facts_of(subject: Subject, dtype: str) -> Row:
         row |= {"bench": "attention"}
     elif isinstance(subject, ExpertCase):
         row |= {"bench": "experts", "method": "vapt"}
+    elif isinstance(subject, BankAttentionCase):
+        row |= {"bench": "attention of many tasks"}
+    elif isinstance(subject, BankModelCase):
+        row |= {"bench": "inference of many tasks"}
     row |= {name: value for name, value in vars(subject).items() if name in FIELDS}
     return row
 
@@ -208,6 +222,8 @@ class _Measuring:
         self.device.release()
         # Ours last: a capture that fails may leave its process without a device.
         timed = sorted(self._time(entrants), key=lambda name: name == OURS)
+        if isinstance(subject, BankModelCase):
+            return  # a bank looks its tasks up on the host, which a graph would not do again
         for place, name in enumerate(timed):
             replay = partial(self._replay, name, entrants.pop(name))
             try:
@@ -234,7 +250,9 @@ class _Measuring:
                 module = self._truth.module(name, subject.dropout)
             trained = () if subject.work == INFERENCE else tuple(_trained(module))
             return _Entrant(check, work(subject, module, device), trained)
-        ways: Any = attention_ways if isinstance(subject, AttentionCase) else expert_ways
+        if isinstance(subject, BankModelCase):
+            return _Entrant(*bank_model_ways.entrant(subject, name, dtype, device))
+        ways: Any = _WAYS[type(subject)]
         one = replace(subject, providers=(name,))
         check = ways.checks(one, dtype, device)[name]
         return _Entrant(check, ways.functions(one, dtype, device)[name])

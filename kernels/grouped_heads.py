@@ -21,7 +21,8 @@ _BLOCK_C = 8
 _NUM_WARPS = 4
 
 
-@triton.jit
+# Places are read one at a time: wherever they lie, the code is the same.
+@triton.jit(do_not_specialize_on_alignment=("starts_ptr", "counts_ptr", "offsets_ptr"))
 def grouped_heads_kernel(
     features_ptr,  # (B, WIDTH), contiguous
     weight_ptr,  # (rows, WIDTH), contiguous

@@ -17,12 +17,12 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 import httpx2
 
-from examples.serve.adapters import open_bank
 from examples.serve.app import create_app
 from examples.serve.connections import make_server
 from examples.serve.settings import Settings
 from examples.serve.trial import picture, write_adapters
 from vpt_fast import PromptBank
+from vpt_fast.train.bank_folder import open_bank
 
 
 def make_bank(folder: Path, tasks: int = 3) -> PromptBank:

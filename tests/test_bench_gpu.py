@@ -15,6 +15,7 @@ import torch
 
 from bench import correctness, gpu, gpu_measure, gpu_page
 from bench.attention_ways import AttentionCase
+from bench.bank_ways import ONE_BY_ONE, OWN_NAMES
 from bench.cases import Case
 from bench.ceilings import Ceilings
 from bench.collect import read, write
@@ -62,6 +63,10 @@ def test_a_run_ends_in_a_csv_and_a_page(tmp_path: Path, capsys: Any) -> None:
     assert {row["prompts"] for row in steps} == {"3", "5"}
     for bench in ("step", "inference", "attention"):
         assert {row["provider"] for row in of(rows, bench=bench)} == set(EAGER)
+    for bench, names in (("attention", OWN_NAMES), ("inference", [ONE_BY_ONE])):
+        many = of(rows, bench=f"{bench} of many tasks")
+        assert {row["provider"] for row in many} == {*names, OURS}
+        assert all(float(row["ratio_p50"]) > 0 and row["batch"] == "2" for row in many)
     assert {row["method"] for row in of(rows, bench="step")} == {"vpt-deep", "vapt"}
     assert of(rows, bench="step", dropout="0.1") and of(rows, bench="experts")
     assert len(of(rows, bench="check")) == len(kernel_cases())

@@ -15,12 +15,12 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from examples.serve.__main__ import serve
-from examples.serve.adapters import open_bank
 from examples.serve.batcher import BatchDone, Batcher
 from examples.serve.refusals import Refusal
 from examples.serve.settings import Settings
 from examples.serve.trial import write_adapters
 from vpt_fast import PromptBank, VPTShallow, prompt_tune, save_adapter
+from vpt_fast.train.bank_folder import open_bank
 from vpt_fast.train.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 
 
@@ -139,7 +139,7 @@ def test_a_folder_becomes_a_bank(tmp_path: Path) -> None:
     save_adapter(shallow, place, model_args=DEMO_ARGS, checkpoint=DEMO_CHECKPOINT.name)
     bank, refused = open_bank(tmp_path)
     assert bank.tasks == ("task-0", "task-1")
-    assert len(refused) == 1 and refused[0].startswith("shallow is not served: ")
+    assert len(refused) == 1 and refused[0].startswith("shallow is left out: ")
 
 
 @pytest.mark.parametrize(

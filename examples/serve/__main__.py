@@ -8,11 +8,11 @@ from typing import Annotated
 import torch
 import typer
 
-from examples.serve.adapters import open_bank
 from examples.serve.app import create_app
 from examples.serve.connections import make_server
 from examples.serve.settings import Settings
 from vpt_fast.cli_common import CHECKPOINT_HELP, Device
+from vpt_fast.train.bank_folder import open_bank
 from vpt_fast.train.evaluate import resolve_device
 
 LIMITS = "Limits"
@@ -89,7 +89,7 @@ def serve(
         if threads is not None:
             torch.set_num_threads(threads)
         where, limit = resolve_device(device), None if memory_limit is None else memory_limit << 20
-        opened, refused = open_bank(bank, checkpoint, where, DTYPES[dtype], limit)
+        opened, refused = open_bank(bank, None, checkpoint, where, DTYPES[dtype], limit)
     except (ValueError, TypeError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None

@@ -223,8 +223,10 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        # uvicorn logs the traceback; the client gets none.
-        return _respond(Refusal(500, "internal_error", "The server failed."), metrics)
+        # uvicorn logs the traceback, of which the client gets nothing, and closes the connection.
+        response = _respond(Refusal(500, "internal_error", "The server failed."), metrics)
+        response.headers["Connection"] = "close"
+        return response
 
 
 def _respond(error: HTTPException, metrics: Metrics) -> Response:

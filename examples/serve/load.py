@@ -18,9 +18,9 @@ from typing import Annotated
 import httpx2
 import typer
 
-from examples.serve.adapters import open_bank
 from examples.serve.load_clients import Tally, bad_cases, good_cases, memory_of, press
 from examples.serve.trial import server_process, write_adapters
+from vpt_fast.train.bank_folder import open_bank
 
 UPLOAD_BYTES = 200_000
 

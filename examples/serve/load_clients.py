@@ -100,7 +100,7 @@ async def press(
     clients: int,
     seconds: float,
 ) -> Tally:
-    """Lets clients ask without pause, one request of each at a time.
+    """Lets clients ask without pause, one request of each at a time, and at least one.
 
     Args:
         address: Of the server.
@@ -109,9 +109,10 @@ async def press(
         clients: How many ask at once.
         seconds: How long.
     """
-    tally, end = Tally(), time.monotonic() + seconds
+    tally = Tally()
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx2.AsyncClient(base_url=address, timeout=60, limits=limits) as client:
+        end = time.monotonic() + seconds
         watch = asyncio.create_task(_watch_memory(client, tally))
         asking = [_ask_until(end, client, good, bad, seed, tally) for seed in range(clients)]
         await asyncio.gather(*asking)
@@ -139,8 +140,9 @@ async def _ask_until(
     seed: int,
     tally: Tally,
 ) -> None:
-    chance = random.Random(seed)
-    while time.monotonic() < end:
+    chance, asked = random.Random(seed), False
+    while not asked or time.monotonic() < end:
+        asked = True
         case = chance.choice(bad if chance.random() < 0.1 else good)
         began = time.monotonic()
         try:
