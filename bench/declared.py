@@ -110,6 +110,22 @@ _WINDOW_PADDING = Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.keys_an
 _WINDOWS_FORWARD = Declaration(
     (*_some("qkv table"), _WINDOW_PADDING, _WINDOW_PROMPTS), _some("out lse")
 )
+_WINDOWS_BACKWARD = Declaration(
+    (
+        Parameter("qkv", part=window_traffic.queries),
+        Parameter("qkv", part=window_traffic.keys_beside_queries),
+        Parameter("table", part=window_traffic.table_beside_queries),
+        Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_beside_queries),
+        Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_beside_tokens),
+        Parameter("out", ("BLOCK_P",)),
+        *_some("grad_out lse"),
+    ),
+    (
+        Parameter("grad_qkv", ("NEEDS_TOKENS",)),
+        Parameter("grad_prompts", ("NEEDS_PROMPTS",)),
+        Parameter("grad_scores", ("NEEDS_TABLE",)),
+    ),
+)
 _WINDOWS_KEYS = (
     Parameter("qkv", part=window_traffic.queries),
     Parameter("qkv", part=window_traffic.keys_of_tiles),
@@ -146,22 +162,8 @@ DECLARATIONS = {
     "shared_prompt_dkdv": _KEY_GRADIENTS,
     "window_forward": _WINDOWS_FORWARD,
     "window_forward_tiled": _WINDOWS_FORWARD,
-    "window_backward": Declaration(
-        (
-            Parameter("qkv", part=window_traffic.queries),
-            Parameter("qkv", part=window_traffic.keys_beside_queries),
-            Parameter("table", part=window_traffic.table_beside_queries),
-            Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_beside_queries),
-            Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_beside_tokens),
-            Parameter("out", ("BLOCK_P",)),
-            *_some("grad_out lse"),
-        ),
-        (
-            Parameter("grad_qkv", ("NEEDS_TOKENS",)),
-            Parameter("grad_prompts", ("NEEDS_PROMPTS",)),
-            Parameter("grad_scores", ("NEEDS_TABLE",)),
-        ),
-    ),
+    "window_backward": _WINDOWS_BACKWARD,
+    "window_backward_dbias": _WINDOWS_BACKWARD,
     "window_dq": Declaration(
         (*_some("qkv table out grad_out lse"), _WINDOW_PADDING, _WINDOW_PROMPTS),
         (*_some("delta"), Parameter("grad_qkv", part=window_traffic.queries)),

@@ -139,9 +139,6 @@ with 100 classes; F = 768."""
 _SMALL_FEW, _SMALL_MANY, _LARGE_FEW = ((7, 7), 10), ((7, 7), 50), ((12, 12), 10)
 """(window, prompts): Swin-T's first stage at 224 px, Swin-B's at 384 px."""
 
-WINDOW_SPILLED = {("window_backward", 80): {_SMALL_MANY: 192}}
-"""Most bytes of spills, by kernel, target and (window, prompts), where a kernel has any."""
-
 WINDOW_LIMITS = {
     ("window_forward", 80): {_SMALL_FEW: 0.736, _SMALL_MANY: 1.022},
     ("window_forward", 90): {_SMALL_FEW: 0.767, _SMALL_MANY: 0.982},

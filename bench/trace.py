@@ -49,7 +49,7 @@ _ATTENTION = "_scaled_dot_product_"
 _OVERWRITES = ("copy_", "fill_", "zero_", "uniform_", "normal_", "bernoulli_")
 _OUR_ATTENTION = (
     "forward", "dq", "delta", "token_dkdv", "shared_prompt_dkdv", "prompt_dkdv",
-    "window_forward", "window_forward_tiled", "window_backward",
+    "window_forward", "window_forward_tiled", "window_backward", "window_backward_dbias",
     "window_dq", "window_delta", "window_dkdv", "window_dbias",
     "ragged_forward",
 )  # fmt: skip

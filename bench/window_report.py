@@ -20,7 +20,6 @@ from bench.limits import (
     MIN_STAGES,
     MIN_WARPS,
     WINDOW_LIMITS,
-    WINDOW_SPILLED,
     Verdict,
     at_most,
     few_spills,
@@ -32,12 +31,13 @@ from bench.problems import launch_target
 from bench.window_traffic import window_flop
 
 KERNELS = (
-    "window_forward", "window_backward",
+    "window_forward", "window_backward", "window_backward_dbias",
     "window_forward_tiled", "window_dq", "window_dkdv", "window_dbias",
 )  # fmt: skip
 
 _ROWS = {
-    "window_forward": (4, 1), "window_forward_tiled": (4, 1), "window_backward": (7, 1),
+    "window_forward": (4, 1), "window_forward_tiled": (4, 1),
+    "window_backward": (7, 1), "window_backward_dbias": (4, 1),
     "window_dq": (6, 2), "window_dkdv": (6, 2), "window_dbias": (4, 2),
 }  # fmt: skip
 """Rows of d channels of a token, and fp32 statistics, that a launch reads and writes."""
@@ -51,7 +51,7 @@ WIDE = WindowProblem((96, 96), (12, 12), (6, 6), num_heads=4, batch=32)
 
 def problems(kernel: str) -> tuple[WindowProblem, ...]:
     """The problems that a kernel is judged at."""
-    return (FEW, MANY) if kernel in KERNELS[:2] else (WIDE,)
+    return (FEW, MANY) if kernel in KERNELS[:3] else (WIDE,)
 
 
 def launched(problem: WindowProblem) -> tuple[str, ...]:
@@ -125,7 +125,8 @@ def window_report(kernel: str, problem: WindowProblem, architecture: Architectur
     Raises:
         ValueError: if the problem launches no such kernel.
     """
-    plan = window_plan(problem, launch_target(architecture), needs_table=kernel == "window_dbias")
+    table = kernel in ("window_backward_dbias", "window_dbias")
+    plan = window_plan(problem, launch_target(architecture), needs_table=table)
     if kernel not in plan:
         raise ValueError(f"no launch {kernel!r} for {problem}: use one of {', '.join(plan)}")
     figures = kernel_figures(kernel, compile_kernel(plan[kernel], architecture))
@@ -174,7 +175,7 @@ def verdicts(report: WindowReport) -> list[Verdict]:
     stages, asked = launch.num_stages, f"at least {MIN_STAGES}"
     return [
         *result,
-        few_spills(figures.binary.spill_bytes, WINDOW_SPILLED.get(key, {}).get(shape, 0)),
+        few_spills(figures.binary.spill_bytes),
         resident,
         Verdict("pipeline stages", str(stages), asked, stages >= MIN_STAGES),
         *_loads(report),

@@ -9,10 +9,10 @@ the gradient that it takes part in is asked for. A token reads all a places of i
 included. In units of 2 B n d h:
 
 - window_forward, window_forward_tiled: 2 products with a + p keys
-- window_backward: S and dP, and dS^T Q and P^T dO, 4 with a + p; dS K, 1 with a + p
+- window_backward: S, dP, dS K, dS^T Q and P^T dO, 5 with a + p
 - window_dq: S, dP and dS K, 3 with a + p; window_delta has none
 - window_dkdv: S, dP, dS^T Q and P^T dO, 4 with a + p
-- window_dbias: S and dP, 2 with a
+- window_backward_dbias, window_dbias: S and dP, 2 with a
 """
 
 from __future__ import annotations
@@ -127,20 +127,17 @@ def window_flop(launch: Launch) -> int:
     given, sizes = launch.arguments, launch.constexprs
     prompts = given["num_prompts"]
     area = sizes["WINDOW_H"] * sizes["WINDOW_W"]
-    tokens_need, prompts_need, table_needs = (
-        bool(sizes.get(f"NEEDS_{name}")) for name in ("TOKENS", "PROMPTS", "TABLE")
-    )
+    tokens_need, prompts_need = (bool(sizes.get(f"NEEDS_{name}")) for name in ("TOKENS", "PROMPTS"))
     asked = area * tokens_need + prompts * prompts_need
     if launch.name in ("window_forward", "window_forward_tiled"):
         pairs = 2 * (area + prompts)
     elif launch.name == "window_backward":
-        scores = area + prompts if tokens_need else asked + area * table_needs
-        pairs = 2 * scores + 2 * asked + (area + prompts) * tokens_need
+        pairs = 3 * (area + prompts) + 2 * asked if tokens_need else 4 * asked
     elif launch.name in ("window_dq", "window_delta"):
         pairs = 3 * (area + prompts) * tokens_need
     elif launch.name == "window_dkdv":
         pairs = 4 * asked
-    elif launch.name == "window_dbias":
+    elif launch.name in ("window_backward_dbias", "window_dbias"):
         pairs = 2 * area
     else:
         raise ValueError(f"{launch.name!r} is no launch of window attention")

@@ -1,11 +1,11 @@
 """Attention inside windows, backward pass where a window's queries and keys fit in one tile each.
 
-One kernel makes every gradient: no product is taken twice but Q K^T. With P = softmax(scores),
-dP = dO V^T, dS = P * (dP - delta) and delta = rowsum(P * dP) = rowsum(dO * O): dQ = scale * dS K,
-dK = scale * dS^T Q, dV = P^T dO. Where all keys are in one tile delta is the first of those sums,
-so that the output is not read. Prompts that do not fit beside the window's tokens have a tile for
-themselves, loaded once for a program's windows. The gradients of the prompts' rows and dS itself
-are summed in registers over those windows, in their order.
+One kernel makes every gradient; that of the position bias in a launch of its own. With
+P = softmax(scores), dP = dO V^T, dS = P * (dP - delta) and delta = rowsum(P * dP) =
+rowsum(dO * O): dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO. Where all keys are in one tile
+delta is the first of those sums, so that the output is not read. Prompts that do not fit beside the
+window's tokens have a tile for themselves, loaded once for a program's windows. The gradients of
+the prompts' rows, or dS itself, are summed in registers over those windows, in their order.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -20,6 +20,7 @@ from .window_geometry import (
     bias_tile,
     key_coordinates,
     key_rows,
+    load_tile_again,
     mask_seams,
     token_rows,
     tokens_at,
@@ -155,23 +156,35 @@ def window_backward_kernel(
         v_rows = tl.multiple_of(k_rows + channels, [ALIGNMENT, ALIGNMENT])
         v = load_tile_where(v_rows, dims, loaded, HEAD_DIM)
 
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
-        probs = tl.exp2(scores * LOG2_E - lse[:, None])
-        dprobs = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        # In either branch the products come in the order for which the registers suffice.
         if BLOCK_P > 0:
             rows_of_out = token_rows(out_ptr + out_base, tokens, channels, ALIGNMENT, INDEX)
             out = load_tile_where(rows_of_out, dims, alive, HEAD_DIM)
             delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
+            probs = tl.exp2(scores * LOG2_E - lse[:, None])
+            dprobs = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+            dscores = probs * (dprobs - delta[:, None])
+            rounded = dscores.to(q.dtype)
+            if NEEDS_TOKENS:
+                dq = tl.dot(rounded, k, input_precision=PRECISION)
+            dv = tl.dot(tl.trans(probs.to(q.dtype)), grad_out, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(rounded), q, input_precision=PRECISION)
         else:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
+            probs = tl.exp2(scores * LOG2_E - lse[:, None])
+            dv = tl.dot(tl.trans(probs.to(q.dtype)), grad_out, input_precision=PRECISION)
+            dprobs = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             delta = tl.sum(probs * dprobs, 1)
-        dscores = probs * (dprobs - delta[:, None])
-        rounded = dscores.to(q.dtype)
-        dv = tl.dot(tl.trans(probs.to(q.dtype)), grad_out, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(rounded), q, input_precision=PRECISION)
+            dscores = probs * (dprobs - delta[:, None])
+            rounded = dscores.to(q.dtype)
+            dk = tl.dot(tl.trans(rounded), q, input_precision=PRECISION)
+            if NEEDS_TOKENS:
+                k = load_tile_again(k_rows, dims, loaded, HEAD_DIM)
+                dq = tl.dot(rounded, k, input_precision=PRECISION)
         if NEEDS_TABLE:
             sum_dscores += dscores
         if NEEDS_TOKENS:
-            dq = tl.dot(rounded, k, input_precision=PRECISION)
             grad_base = grad_qkv_ptr + image * size * 3 * channels + head * HEAD_DIM
             stored = is_token & key_there if PADDED else is_token
             dk_rows = token_rows(grad_base + channels, key_tokens, 3 * channels, ALIGNMENT, INDEX)
@@ -179,19 +192,20 @@ def window_backward_kernel(
             dv_rows = tl.multiple_of(dk_rows + channels, [ALIGNMENT, ALIGNMENT])
             store_tile(dv_rows, dims, stored, dv, HEAD_DIM)
         if BLOCK_P > 0:
-            # The cap makes the probabilities of prompts that do not exist 0. Those of others are
-            # at most 1, to rounding.
+            # Prompts that do not exist have keys of zeros: what they get only has to be finite.
+            # The probabilities of others are at most 1, to rounding.
             scores = tl.dot(q, tl.trans(prompt_k), input_precision=PRECISION) * scale
-            cap = tl.where(prompts < num_prompts, 0.0, -float("inf"))
-            probs = tl.exp2(tl.minimum(scores * LOG2_E - lse[:, None], cap[None, :]))
+            probs = tl.exp2(tl.minimum(scores * LOG2_E - lse[:, None], 0.0))
             dprobs = tl.dot(grad_out, tl.trans(prompt_v), input_precision=PRECISION)
             rounded = (probs * (dprobs - delta[:, None])).to(q.dtype)
-            if NEEDS_TOKENS:
-                dq = tl.dot(rounded, prompt_k, dq, input_precision=PRECISION)
             if NEEDS_PROMPTS:
+                q = load_tile_again(q_rows, dims, alive, HEAD_DIM)
+                sum_dk = tl.dot(tl.trans(rounded), q, sum_dk, input_precision=PRECISION)
+                grad_out = load_tile_again(out_rows, dims, alive, HEAD_DIM)
                 probs_t = tl.trans(probs.to(q.dtype))
                 sum_dv = tl.dot(probs_t, grad_out, sum_dv, input_precision=PRECISION)
-                sum_dk = tl.dot(tl.trans(rounded), q, sum_dk, input_precision=PRECISION)
+            if NEEDS_TOKENS:
+                dq = tl.dot(rounded, prompt_k, dq, input_precision=PRECISION)
         elif NEEDS_PROMPTS:
             sum_dk += dk
             sum_dv += dv

@@ -92,6 +92,19 @@ def token_rows(base, tokens, stride, ALIGNMENT: tl.constexpr, INDEX: tl.constexp
 
 
 @triton.jit
+def load_tile_again(rows, dims, exists, HEAD_DIM: tl.constexpr):
+    """As `load_tile_where`, for rows that were loaded before, from cache, and are not needed again.
+
+    The same tile as a second operand would stay in registers from the first load on. The cache's
+    hint keeps the compiler from taking the two loads for one.
+    """
+    mask = exists[:, None]
+    if dims.shape[0] != HEAD_DIM:
+        mask = mask & (dims < HEAD_DIM)[None, :]
+    return tl.load(rows + dims[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def key_rows(
     k_base, pad_base, prompt_base, keys, num_prompts, tokens, there, num_heads,
     HEAD_DIM: tl.constexpr, HAS_PROMPTS: tl.constexpr, PADDED: tl.constexpr, HAS_PAD: tl.constexpr,

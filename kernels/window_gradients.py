@@ -134,23 +134,10 @@ def backward_launches(
     }
     whole = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
     if whole is not None:
+        arguments = {**common, **written, "out_ptr": out if whole.tail else grad_out}
         return [
-            Launch(
-                name="window_backward",
-                kernel=window_backward_kernel,
-                grid=(grid.num_heads * sums.total, 1, 1),
-                arguments={**common, **written, "out_ptr": out if whole.tail else grad_out},
-                constexprs={
-                    **constexprs,
-                    **needs,
-                    "BLOCK_M": whole.queries,
-                    "BLOCK_N": whole.keys,
-                    "BLOCK_P": whole.tail,
-                },
-                num_warps=whole.num_warps,
-                num_stages=whole.num_stages,
-                trips={"windows": sums.chunk},
-            )
+            _whole_launch(name, grid, sums, arguments, {**constexprs, **asked}, whole)
+            for name, asked in _whole_parts(needs).items()
         ]
     delta = torch.empty_like(lse)
     launches = [_dq_launch(grid, common, constexprs, written, out, delta, needs["NEEDS_TOKENS"])]
@@ -189,6 +176,46 @@ def backward_launches(
             )  # fmt: skip
         )
     return launches
+
+
+def _whole_parts(needs: dict[str, bool]) -> dict[str, dict[str, bool]]:
+    """The launches over whole windows by name, and what each computes.
+
+    The sums of dS have one to themselves: beside the others they do not fit in registers.
+    """
+    only = dict.fromkeys(needs, False)
+    parts = {}
+    if needs["NEEDS_TOKENS"] or needs["NEEDS_PROMPTS"]:
+        parts["window_backward"] = {**needs, "NEEDS_TABLE": False}
+    if needs["NEEDS_TABLE"]:
+        parts["window_backward_dbias"] = {**only, "NEEDS_TABLE": True}
+    return parts
+
+
+def _whole_launch(
+    name: str,
+    grid: WindowGrid,
+    sums: Sums,
+    arguments: dict[str, Any],
+    constexprs: dict[str, Any],
+    tiles: WindowTiles,
+) -> Launch:
+    """Fills the gradients that its constexprs ask for, of windows that fit in one tile."""
+    return Launch(
+        name=name,
+        kernel=window_backward_kernel,
+        grid=(grid.num_heads * sums.total, 1, 1),
+        arguments=arguments,
+        constexprs={
+            **constexprs,
+            "BLOCK_M": tiles.queries,
+            "BLOCK_N": tiles.keys,
+            "BLOCK_P": tiles.tail,
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        trips={"windows": sums.chunk},
+    )
 
 
 def _dq_launch(

@@ -124,6 +124,17 @@ def test_small_and_odd_sizes(layout: int, sizes: dict[str, int]) -> None:
     assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
 
 
+@pytest.mark.parametrize("most", [1, 20])
+def test_long_runs_of_prompts_are_copied_in_pieces(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one row, and of two rows of eight numbers, the last piece shorter."""
+    monkeypatch.setattr(reference, "_ONE_REGION", most)
+    for places in ("mixed", "overlapping"):
+        call = make(places)
+        assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
+
+
 def test_no_images() -> None:
     call = make(batch=0)
     out, lse = bank_attention(*call.arguments(), SCALE)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from vpt_fast.adapter_checks import check_dimensions, check_weights
+from vpt_fast.adapter_checks import check_architecture, check_weights
 from vpt_fast.adapter_files import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -247,7 +247,7 @@ def _check_backbone(
     model: Any, config: dict[str, Any], trained: list[str], directory: Path
 ) -> None:
     have, want = model_config(model), config["model"]
-    check_dimensions(have["width"], have["depth"], want, directory)
+    check_architecture(have, want, directory)
     classes = want.get("args", {}).get("num_classes")
     if have["args"]["num_classes"] != classes:
         raise ValueError(

@@ -9,21 +9,26 @@ from typing import Any
 from vpt_fast.fingerprint import Summary, difference
 
 
-def check_dimensions(width: int, depth: int, want: Mapping[str, Any], directory: Path) -> None:
-    """Raise ValueError unless an adapter is for a model of this width and depth.
+def check_architecture(have: Mapping[str, Any], want: Mapping[str, Any], directory: Path) -> None:
+    """Raise ValueError unless an adapter is for a model of this width, depth and pooling.
 
     Args:
-        width: channels of the model.
-        depth: number of its blocks.
-        want: `model` of the adapter's configuration.
+        have: `model_config` of the model, or its `width`, `depth` and `args` alone.
+        want: the same of the adapter's configuration.
         directory: of the adapter.
     """
-    for key, have, what in (("width", width, "width"), ("depth", depth, "number of blocks")):
-        if have != want.get(key):
+    for key, what in (("width", "width"), ("depth", "number of blocks")):
+        if have[key] != want.get(key):
             raise ValueError(
                 f"the adapter in {directory} is for another model: its {what} is {want.get(key)}, "
-                f"this model's is {have}; the adapter's model is {want.get('name')}"
+                f"this model's is {have[key]}; the adapter's model is {want.get('name')}"
             )
+    pool, wanted = have["args"]["global_pool"], want.get("args", {}).get("global_pool")
+    if wanted is not None and pool != wanted:
+        raise ValueError(
+            f"the adapter in {directory} was trained with global_pool={wanted!r}, this model has "
+            f"{pool!r}; create it with global_pool={wanted!r}"
+        )
 
 
 def check_weights(have: Mapping[str, Summary], config: Mapping[str, Any], directory: Path) -> None:

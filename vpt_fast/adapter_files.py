@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CONFIG_TYPES: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
     "method": (dict,),
@@ -54,7 +55,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: it holds {type(config).__name__}, not an object")
@@ -83,11 +84,16 @@ def read_tensors(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
             finite.
     """
     path = directory / TENSORS_FILE
-    if sha256(path) != config["tensors_sha256"]:
+    # Read once: a mapped file would change what is in memory when it is written to.
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != config["tensors_sha256"]:
         raise ValueError(f"{path} is damaged or not the file that {CONFIG_FILE} belongs to")
     try:
-        tensors = load_file(path)
+        tensors = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} of {path} is {tensor.dtype}, not a type that is trained")
     check_finite(tensors, str(path))
     return tensors

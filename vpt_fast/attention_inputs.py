@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -58,3 +59,9 @@ def prompt_keys_values(attn: Any, prompts: Tensor) -> list[Tensor]:
         return [kv]
     k, v = kv.unbind(2)
     return [attn.k_norm.forward(k), v]
+
+
+def packed_prompts(attn: Any, prompts: Tensor) -> Tensor:
+    """`prompt_keys_values` as one tensor (B or 1, p, 2, H, d)."""
+    keys = prompt_keys_values(attn, prompts)
+    return keys[0] if len(keys) == 1 else torch.stack(keys, 2)

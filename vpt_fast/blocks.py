@@ -204,7 +204,7 @@ class PromptedBlock(Block):
         rows, prompt = self.rows, self.prompt
         if prompt is None and rows.entering and not rows.leaving:
             return OpenSum(self._by_modules(total, memory))
-        if not _can_fuse(self):
+        if not is_fusable(self):
             return OpenSum(self._by_modules(total, memory))
         if prompt is not None and (rows.entering or rows.leaving):
             x = strip_rows(total.closed(), rows.entering, rows.prefix)
@@ -297,7 +297,7 @@ class _LiveRows:
         self.rows = rows
 
 
-def _can_fuse(block: Any) -> bool:
+def is_fusable(block: Any) -> bool:
     """`fused_block.can_fuse`; no subclass or wrapper, whose `forward` would be passed by."""
     return (
         type(block) in (Block, PromptedBlock)
@@ -318,7 +318,7 @@ def through_block(block: Any, total: OpenSum, memory: str) -> OpenSum:
     if not (nn_module._has_any_global_hook() or watched):
         if isinstance(block, PromptedBlock):
             return block.forward_open(total, memory)
-        if _can_fuse(block):
+        if is_fusable(block):
             return fused_block.run(block, total, None, memory)
     if memory == getattr(block, "memory", "speed"):
         return OpenSum(block(total.closed()))

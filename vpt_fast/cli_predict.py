@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -85,10 +85,10 @@ class _Answer:
     """Logits (classes,) of an image, and the classes' names, if they have any."""
 
     logits: Tensor
-    class_names: list[str] | None
+    class_names: Sequence[str] | None
 
 
-def _prepared(path: Path, inputs: dict[str, Any]) -> Tensor | str:
+def _prepared(path: Path, inputs: Mapping[str, Any]) -> Tensor | str:
     """An image as a model takes it, or why there is none."""
     try:
         image = data.load_image(path, inputs["input_size"][0])

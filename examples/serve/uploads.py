@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import IO, Any
 
 from PIL import Image
@@ -18,7 +19,7 @@ MAX_ASPECT = 64
 file says little about would become an image that fills the memory."""
 
 
-def prepare(file: IO[bytes], inputs: dict[str, Any], max_pixels: int) -> Tensor:
+def prepare(file: IO[bytes], inputs: Mapping[str, Any], max_pixels: int) -> Tensor:
     """Decodes an image and transforms it.
 
     Args:

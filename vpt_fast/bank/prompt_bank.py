@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from vpt_fast.bank.memory import BankMemory, Resident, State
+from vpt_fast.bank.places import find_places
 from vpt_fast.bank.read_task import Backbone, BankTask, TaskTensors, read_task
-from vpt_fast.bank.row_pool import Extent, RowPool
-from vpt_fast.bank.shared_pass import Held, features, find_places
-from vpt_fast.bank.task_experts import TaskExperts
+from vpt_fast.bank.shared_pass import features
 from vpt_fast.baselines import LinearProbe
 from vpt_fast.checks import check_model
+from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.models import TUNED_CLASS
+from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.grouped_heads import grouped_heads
-
-_SPARE = 16
-"""A pool that grows gets 1 / `_SPARE` more rows than it needs."""
-
-_POOLS = ("keys", "heads")
-"""Names of a state's pools, and of a resident task's extents in them."""
-
-
-@dataclass(frozen=True)
-class _Resident:
-    """A task that is in memory: its rows are its own while anybody holds this."""
-
-    task: BankTask
-    blocks: tuple[int, ...]
-    keys: Extent  # of the pool of keys and values
-    heads: Extent  # of the pool of heads
-    experts: TaskExperts | None
-
-    @property
-    def held(self) -> Held:
-        count = self.task.method.num_prompts
-        return Held(self.keys.start, self.blocks, count, self.experts)
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a call works on, unchanged to its end, whatever is added or removed meanwhile."""
-
-    keys: RowPool
-    heads: RowPool
-    tasks: Mapping[str, BankTask]
-    residents: Mapping[str, _Resident]
-
-    @property
-    def nbytes(self) -> int:
-        experts = [r.experts for r in self.residents.values() if r.experts is not None]
-        return self.keys.nbytes + self.heads.nbytes + sum(e.nbytes for e in experts)
 
 
 class PromptBank:
@@ -68,16 +31,20 @@ class PromptBank:
     computed once, when it is added; for VAPT (arXiv 2501.18936) that is block 0, and the experts of
     the later blocks are computed in the call, each image with the weights of its own task. All
     keys and values lie in one buffer, where an image finds its own by their place, and all heads in
-    another. An image's logits do not depend on the other images and tasks of the batch.
+    another. An image's logits do not depend on the other images and tasks of the batch, but for
+    rounding.
 
-    A bank may be called, and added to, from several threads at once.
+    A bank may be called, and added to, from several threads at once. Its model must stay as it is:
+    keys and values at rest belong to the weights from when they were added. The parts of the model
+    are called as modules or passed by; hooks on the model, its blocks and attentions are refused.
 
     Args:
         model: a plain timm VisionTransformer (or the distilled one); frozen and put into eval mode.
-            Its own head is not used. Move it to its device and dtype before.
+            Its own head is not used. Move it to its device and dtype before; under autocast to
+            another dtype the tasks of each batch are rounded in each call.
         memory_limit: bytes of the device's memory that the tasks may take, heads included, the
-            backbone and a call's activations not; None for no limit. Buffers are replaced when they
-            grow, and take twice their size while their rows are copied.
+            backbone and a call's activations not; None for no limit. Buffers that are full or too
+            scattered for the next task are replaced, and take up to twice their size meanwhile.
         spill: where a task does not fit any more, leave the least recently used ones in their
             files, and read them again when they are asked for. Their adapters must stay where they
             are and as they are.
@@ -92,33 +59,33 @@ class PromptBank:
     ) -> None:
         _check_arguments(model, memory_limit, spill)
         self._model: Any = model.eval().requires_grad_(False)
+        self._check_model()
         self._backbone = Backbone(self._model)
-        self._limit, self._spill = memory_limit, spill
-        self._lock = threading.RLock()  # of changes; calls take it for a moment
-        self._clock = itertools.count()
-        self._used: dict[str, int] = {}
-        attn: Any = self._backbone.model.blocks[0].attn
-        self._key_shapes = [(2, attn.num_heads, attn.head_dim)]
-        self._head_shapes: list[tuple[int, ...]] = [(self._backbone.head_width,), ()]
-        self._state = _State(
-            self._pool(self._key_shapes, 0), self._pool(self._head_shapes, 0), {}, {}
-        )
+        self._lock = threading.Lock()  # of changes; calls take it for a moment
+        with _plain_tensors():
+            self._memory = BankMemory(self._backbone, memory_limit, spill)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a bank cannot be copied; make a new one and add its tasks' adapters")
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order in which they were added."""
-        return tuple(self._state.tasks)
+        return tuple(self._memory.state.tasks)
 
     @property
     def resident_tasks(self) -> tuple[str, ...]:
         """Names of the tasks that are in memory: all of them without `spill`."""
-        state = self._state
+        state = self._memory.state
         return tuple(name for name in state.tasks if name in state.residents)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the device's memory that the tasks take, heads included."""
-        return self._state.nbytes
+        """Bytes of the device's memory that the bank takes for its tasks, heads included.
+
+        Rows that removed tasks had, and that are kept for the next ones, count too.
+        """
+        return self._memory.state.nbytes
 
     def task(self, name: str) -> BankTask:
         """What is known of a task.
@@ -126,7 +93,7 @@ class PromptBank:
         Raises:
             ValueError: there is no such task.
         """
-        return _find(self._state, name)
+        return self._memory.state.find(name)
 
     def add(self, name: str, directory: str | os.PathLike[str]) -> BankTask:
         """Add the task of an adapter; calls under way go on without it.
@@ -151,35 +118,32 @@ class PromptBank:
         if not name:
             raise ValueError("a task's name must not be empty")
         self._check_new(name)
-        task, tensors = read_task(self._backbone, name, Path(directory))
-        with self._lock:
+        task, tensors = self._read(name, Path(directory).absolute())
+        with self._lock, _plain_tensors():
             self._check_new(name)
-            self._put(task, tensors, frozenset())
-            self._used[name] = next(self._clock)
+            self._memory.put(task, tensors, frozenset())
         return task
 
     def _check_new(self, name: str) -> None:
-        if name in self._state.tasks:
+        if name in self._memory.state.tasks:
             raise ValueError(f"the bank has a task {name!r} already; remove it first")
 
+    def _read(self, name: str, directory: Path) -> tuple[BankTask, TaskTensors]:
+        with _plain_tensors():
+            return read_task(self._backbone, name, directory)
+
     def remove(self, name: str) -> None:
-        """Forget a task; its memory is free as soon as the calls under way have ended.
+        """Forget a task; other tasks get its memory when the calls under way have ended.
 
         Raises:
             ValueError: there is no such task.
         """
         with self._lock:
-            _find(self._state, name)
-            state = self._state
-            self._state = replace(
-                state,
-                tasks=_without(state.tasks, {name}),
-                residents=_without(state.residents, {name}),
-            )
-            del self._used[name]
+            self._memory.state.find(name)
+            self._memory.forget(name)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, tasks: Sequence[str]) -> list[Tensor]:
+    def __call__(self, images: Tensor, tasks: Iterable[str]) -> list[Tensor]:
         """Logits of images, each for a task of its own.
 
         Args:
@@ -191,50 +155,84 @@ class PromptBank:
             For every image its task's logits (num_classes,); views of one tensor.
 
         Raises:
-            TypeError: `tasks` is one string.
+            TypeError: `tasks` is one string, or `images` no tensor.
             ValueError: an unknown task, another number of names than images, an image size that a
-                task's experts were not made for, or tasks that do not fit into memory together.
+                task's experts were not made for, tasks that do not fit into memory together, an
+                adapter that has changed since it was spilled, a model that is hooked or in training.
+            FileNotFoundError: the adapter of a spilled task is not there any more.
         """
         if isinstance(tasks, str):
             raise TypeError(f"tasks must name one task per image, got the string {tasks!r}")
-        if images.ndim != 4 or len(images) != len(tasks):
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        names = list(tasks)
+        if images.ndim != 4 or len(images) != len(names):
             raise ValueError(
-                f"images {tuple(images.shape)} and {len(tasks)} tasks do not fit: images must be "
+                f"images {tuple(images.shape)} and {len(names)} tasks do not fit: images must be "
                 "(B, channels, height, width), with B names"
             )
-        if self._model.training:
-            raise ValueError("the bank's model is in training mode; call model.eval()")
-        if not len(images):
+        self._check_model()
+        if not names:
             return []
-        state = self._holding(tasks)
-        residents = [state.residents[name] for name in tasks]
+        state = self._holding(names)
+        residents = [state.residents[name] for name in names]
         self._check_grid(images, residents)
-        (rest,) = state.keys.tensors
-        places = find_places([r.held for r in residents], self._backbone.depth, rest)
+        rounded = computing_dtype(self._backbone.like)
+        places = find_places(state, residents, self._backbone.depth, rounded)
         pooled = features(self._model, images, places)
-        return _logits(pooled, state.heads, [r.heads for r in residents])
+        flat = grouped_heads(
+            pooled.to(places.head_weight.dtype), places.head_weight, places.head_bias,
+            places.heads[0], places.heads[1], places.heads[2],
+            sum(places.classes), max(places.classes),
+        )  # fmt: skip
+        return list(flat.split(places.classes))
 
-    def _holding(self, names: Sequence[str]) -> _State:
+    def _holding(self, names: Sequence[str]) -> State:
         """A state in which all these tasks are in memory."""
-        with self._lock:
-            wanted = dict.fromkeys(names)
-            for name in wanted:
-                _find(self._state, name)
-                self._used[name] = next(self._clock)
-            for name in wanted:
-                if name in self._state.residents:
-                    continue
-                known = self._state.tasks[name]
-                task, tensors = read_task(self._backbone, name, known.directory)
-                if task.digest != known.digest:
-                    raise ValueError(
-                        f"the adapter of task {name!r} in {known.directory} has changed since it "
-                        "was added; remove the task and add it again"
-                    )
-                self._put(task, tensors, frozenset(wanted))
-            return self._state
+        wanted = dict.fromkeys(names)
+        read: list[BankTask] = []  # keeps their ids from being given to others
+        loaded: dict[int, TaskTensors] = {}
+        while True:
+            with self._lock, _plain_tensors():
+                state = self._memory.state
+                tasks = [state.find(name) for name in wanted]
+                missing = [task for task in tasks if task.name not in state.residents]
+                if all(id(task) in loaded for task in missing):
+                    for task in missing:
+                        self._memory.put(task, loaded[id(task)], frozenset(wanted))
+                    self._memory.use(wanted)
+                    return self._memory.state
+            # Others go on while files are read; what they change meanwhile is looked at again.
+            for task in missing:
+                if id(task) not in loaded:
+                    loaded[id(task)] = self._read_again(task)
+                    read.append(task)
 
-    def _check_grid(self, images: Tensor, residents: Sequence[_Resident]) -> None:
+    def _read_again(self, known: BankTask) -> TaskTensors:
+        task, tensors = self._read(known.name, known.directory)
+        if task != known:
+            raise ValueError(
+                f"the adapter of task {known.name!r} in {known.directory} has changed since it "
+                "was added; remove the task and add it again"
+            )
+        return tensors
+
+    def _check_model(self) -> None:
+        """Raise ValueError if somebody trains the model, or watches what is not called."""
+        model = self._model
+        if any(module.training for module in model.modules()):
+            raise ValueError("the bank's model is in training mode; call model.eval()")
+        watched = {"": model, "blocks": model.blocks}
+        for index, block in enumerate(model.blocks):
+            watched |= {f"blocks.{index}": block, f"blocks.{index}.attn": block.attn}
+        for name, module in watched.items():
+            if has_hooks(module) or has_own_forward(module):
+                raise ValueError(
+                    f"{name or 'the model'} has a hook or a forward of its own, which a bank would "
+                    "pass by; remove it, or put it on a part such as mlp, norm1 or qkv"
+                )
+
+    def _check_grid(self, images: Tensor, residents: Sequence[Resident]) -> None:
         grids = {r.experts.grid: r.task.name for r in residents if r.experts is not None}
         if not grids:
             return
@@ -248,76 +246,12 @@ class PromptBank:
                     "resize them to the size that the task was tuned with"
                 )
 
-    # --- memory ------------------------------------------------------------------------------
 
-    def _pool(self, shapes: Sequence[tuple[int, ...]], rows: int) -> RowPool:
-        like = self._backbone.like
-        return RowPool(shapes, rows, like.dtype, like.device)
-
-    def _make_room(self, task: BankTask, needed: frozenset[str]) -> None:
-        """Spill what has to go for one more task; nothing goes if it does not fit anyway."""
-        if self._limit is None:
-            return
-        keep = dict(self._state.residents)
-        taken = sum(r.task.nbytes for r in keep.values())
-        idle = sorted(keep.keys() - needed, key=self._used.__getitem__) if self._spill else []
-        for name in idle:
-            if taken + task.nbytes <= self._limit:
-                break
-            taken -= keep.pop(name).task.nbytes
-        if taken + task.nbytes > self._limit:
-            raise ValueError(_does_not_fit(task, taken, self._limit, self._spill))
-        self._state = replace(self._state, residents=MappingProxyType(keep))
-
-    def _put(self, task: BankTask, tensors: TaskTensors, needed: frozenset[str]) -> None:
-        """Take one more task into memory; `needed` ones are not spilled for it."""
-        self._make_room(task, needed)
-        extents: dict[str, Any] = {}
-        for kind, rows in zip(_POOLS, (tensors[1:2], tensors[2:4]), strict=True):
-            pool: RowPool = getattr(self._state, kind)
-            extent = pool.place(rows)
-            if extent is None:
-                self._repack(kind, len(rows[0]))
-                extent = getattr(self._state, kind).place(rows)
-            if extent is None:
-                raise RuntimeError("a pool that was made large enough is not")
-            extents[kind] = extent
-        state = self._state
-        resident = _Resident(task, tensors.blocks, experts=tensors.experts, **extents)
-        self._state = replace(
-            state,
-            tasks=MappingProxyType({**state.tasks, task.name: task}),
-            residents=MappingProxyType({**state.residents, task.name: resident}),
-        )
-        for kind in _POOLS:
-            # Rows that were removed still count: a pool with holes may be over the limit.
-            if self._limit is not None and self._state.nbytes > self._limit:
-                self._repack(kind, 0)
-
-    def _repack(self, kind: str, more: int) -> None:
-        """Replace a pool by one without holes that has room for `more` rows."""
-        state = self._state
-        old: RowPool = getattr(state, kind)
-        need = more + sum(getattr(r, kind).count for r in state.residents.values())
-        pool = self._pool(old.shapes, need + self._spare_rows(old, need))
-        moved = {}
-        for name, resident in state.residents.items():
-            extent = pool.place(old.read(getattr(resident, kind)))
-            if extent is None:
-                raise RuntimeError("a pool that was made large enough is not")
-            change: dict[str, Any] = {kind: extent}
-            moved[name] = replace(resident, **change)
-        changes: dict[str, Any] = {kind: pool, "residents": MappingProxyType(moved)}
-        self._state = replace(state, **changes)
-
-    def _spare_rows(self, pool: RowPool, need: int) -> int:
-        """Rows that a pool of `need` rows gets beyond them, as far as the limit allows."""
-        spare = need // _SPARE
-        if self._limit is None:
-            return spare
-        row = sum(t[:1].nbytes for t in self._pool(pool.shapes, 1).tensors)
-        others = self._state.nbytes - pool.nbytes
-        return max(0, min(spare, (self._limit - others) // row - need))
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Inside, tensors are made that can be written to later, in inference mode or not."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _check_arguments(model: Any, memory_limit: int | None, spill: bool) -> None:
@@ -339,39 +273,3 @@ def _check_arguments(model: Any, memory_limit: int | None, spill: bool) -> None:
         raise TypeError(f"spill must be True or False, got {spill!r}")
     if spill and memory_limit is None:
         raise ValueError("spill=True needs a memory_limit, beyond which tasks are spilled")
-
-
-def _find(state: _State, name: str) -> BankTask:
-    if name not in state.tasks:
-        known = ", ".join(itertools.islice(state.tasks, 10)) or "none"
-        more = "" if len(state.tasks) <= 10 else f" and {len(state.tasks) - 10} more"
-        raise ValueError(f"the bank has no task {name!r}; it has {known}{more}")
-    return state.tasks[name]
-
-
-def _without(every: Mapping[str, Any], names: set[str]) -> Mapping[str, Any]:
-    return MappingProxyType({k: v for k, v in every.items() if k not in names})
-
-
-def _does_not_fit(task: BankTask, taken: int, limit: int, spill: bool) -> str:
-    cure = (
-        "raise memory_limit, or ask for fewer tasks in one batch"
-        if spill
-        else ("remove a task, raise memory_limit, or use spill=True")
-    )
-    return (
-        f"task {task.name!r} takes {task.nbytes:,} bytes, and {taken:,} of the bank's "
-        f"{limit:,} are taken; {cure}"
-    )
-
-
-def _logits(pooled: Tensor, heads: RowPool, extents: Sequence[Extent]) -> list[Tensor]:
-    """Every image's logits from its features, one grouped product with its task's head."""
-    weight, bias = heads.tensors
-    counts = [extent.count for extent in extents]
-    ends = list(itertools.accumulate(counts))
-    at = [[extent.start for extent in extents], counts, [0, *ends[:-1]]]
-    starts, sizes, offsets = torch.tensor(at, device=pooled.device)
-    weight, bias = weight.to(pooled.dtype), bias.to(pooled.dtype)
-    flat = grouped_heads(pooled, weight, bias, starts, sizes, offsets, ends[-1], max(counts))
-    return list(flat.split(counts))

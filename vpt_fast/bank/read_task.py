@@ -6,16 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from timm.data import resolve_model_data_config
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.nn.functional import linear
 
-from vpt_fast.adapter_checks import check_dimensions, check_weights
+from vpt_fast.adapter_checks import check_architecture, check_weights
 from vpt_fast.adapter_files import TENSORS_FILE, read_config, read_tensors
-from vpt_fast.attention_inputs import prompt_keys_values
+from vpt_fast.attention_inputs import packed_prompts
 from vpt_fast.bank.task_experts import BlockExperts, TaskExperts
 from vpt_fast.baselines import LinearProbe
 from vpt_fast.fingerprint import fingerprint
@@ -44,8 +46,8 @@ class BankTask:
     directory: Path
     method: Method
     num_classes: int
-    class_names: list[str] | None
-    inputs: dict[str, Any]
+    class_names: tuple[str, ...] | None
+    inputs: Mapping[str, Any]
     nbytes: int
     digest: str
 
@@ -72,7 +74,12 @@ class Backbone:
         self.depth, self.width = len(model.blocks), int(model.embed_dim)
         self.like: Tensor = model.blocks[0].attn.qkv.weight
         self.heads = ("head", "head_dist") if _is_distilled(model) else ("head",)
-        self.weights = fingerprint(model.state_dict())
+        own = tuple(f"{head}." for head in self.heads)  # never used: every task has its own
+        weights = {k: w for k, w in model.state_dict().items() if not k.startswith(own)}
+        self.weights = fingerprint(weights)
+        pool = {"global_pool": model.global_pool}
+        self.architecture = {"width": self.width, "depth": self.depth, "args": pool}
+        self.inputs: dict[str, Any] = resolve_model_data_config(model)
 
     @property
     def head_width(self) -> int:
@@ -101,37 +108,60 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
     """
     config = read_config(directory)
     tensors = read_tensors(directory, config)
-    method = from_dict(config["method"])
-    _check_method(method, backbone.depth, directory)
-    check_dimensions(backbone.width, backbone.depth, config["model"], directory)
-    have = {key: value for key, value in backbone.weights.items() if key not in tensors}
-    check_weights(have, config, directory)
-    classes = _classes(tensors, directory)
-    _check_shapes(tensors, _shapes(backbone, method, classes, tensors), directory)
+    try:
+        method = from_dict(config["method"])
+        _check_method(method, backbone, directory)
+        check_architecture(backbone.architecture, config["model"], directory)
+        have = {key: value for key, value in backbone.weights.items() if key not in tensors}
+        check_weights(have, config, directory)
+        classes = _classes(tensors, directory)
+        _check_shapes(tensors, _shapes(backbone, method, classes, tensors), directory)
+        inputs = _inputs(backbone, config["input"], directory)
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        # What JSON can hold in the place of what belongs there has no end.
+        raise ValueError(
+            f"the adapter in {directory} is damaged: {type(error).__name__} {error}"
+        ) from error
     tensors = {key: t.to(backbone.like.device) for key, t in tensors.items()}
-    with torch.no_grad(), torch.autocast(backbone.like.device.type, enabled=False):
+    with torch.autocast(backbone.like.device.type, enabled=False):
         blocks, keys = _keys_at_rest(backbone, method, tensors)
         weight, bias = _head(backbone, tensors)
         found = TaskTensors(blocks, keys, weight, bias, _experts(backbone, method, tensors))
+    every = [keys, weight, bias, *(() if found.experts is None else found.experts.tensors)]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in every):
+        _refuse(directory, f"in {backbone.like.dtype} not all of its values are finite")
     names = config["class_names"]
     if names is not None and len(names) != classes:
         raise ValueError(
             f"the adapter in {directory} is damaged: it names {len(names)} of {classes} classes"
         )
-    nbytes = sum(t.nbytes for t in (keys, weight, bias))
-    nbytes += 0 if found.experts is None else found.experts.nbytes
     task = BankTask(
-        name, directory, method, classes, names, dict(config["input"]), nbytes,
-        config["tensors_sha256"],
+        name, directory, method, classes, None if names is None else tuple(map(str, names)),
+        inputs, sum(tensor.nbytes for tensor in every), config["tensors_sha256"],
     )  # fmt: skip
     return task, found
+
+
+def _inputs(backbone: Backbone, given: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+    """How images are prepared: as the adapter says, and where it says nothing as the model does."""
+    inputs = {**backbone.inputs, **given}
+    size = inputs["input_size"]
+    if not isinstance(size, (list, tuple)) or len(size) != 3:
+        _refuse(directory, f"its input_size is {size!r}, not (channels, height, width)")
+    return MappingProxyType(inputs)
 
 
 def _refuse(directory: Path, why: str) -> NoReturn:
     raise ValueError(f"a bank cannot hold the adapter in {directory}: {why}")
 
 
-def _check_method(method: Method, depth: int, directory: Path) -> None:
+def _check_method(method: Method, backbone: Backbone, directory: Path) -> None:
+    depth, grid = backbone.depth, backbone.model.patch_embed.grid_size
+    if isinstance(method, VAPT) and method.num_prompts and method.kernel_size > min(grid):
+        _refuse(
+            directory,
+            f"kernel_size={method.kernel_size} does not fit the model's {grid[0]} x {grid[1]} grid",
+        )
     if isinstance(method, VPTShallow) and method.num_prompts:
         _refuse(
             directory,
@@ -161,8 +191,8 @@ def _check_method(method: Method, depth: int, directory: Path) -> None:
 
 def _classes(tensors: Mapping[str, Tensor], directory: Path) -> int:
     weight = tensors.get("head.weight")
-    if weight is None or weight.ndim != 2:
-        _refuse(directory, f"{TENSORS_FILE} has no matrix head.weight")
+    if weight is None or weight.ndim != 2 or not len(weight):
+        _refuse(directory, f"{TENSORS_FILE} has no matrix head.weight with a row for each class")
     return len(weight)
 
 
@@ -240,8 +270,7 @@ def _keys_at_rest(
             weight, bias = (tensors[f"prompt_projection.{k}"] for k in ("weight", "bias"))
             tokens = linear(tokens, weight.to(tokens), bias.to(tokens))
         # norm1's hooks are for tokens: prompts pass beside them.
-        keys = prompt_keys_values(block.attn, block.norm1.forward(tokens[None]))
-        found.append(torch.stack(keys, 2)[0] if len(keys) == 2 else keys[0][0])
+        found.append(packed_prompts(block.attn, block.norm1.forward(tokens[None]))[0])
     return blocks, torch.cat(found)
 
 

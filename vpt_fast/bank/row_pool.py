@@ -7,6 +7,7 @@ too scattered is replaced by a new one.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -53,11 +54,7 @@ class RowPool:
         self._holes = [(0, rows)] if rows else []  # (start, count), ascending, never adjacent
         # A finalizer may run in the middle of anything: it only appends, which is atomic.
         self._released: deque[tuple[int, int]] = deque()
-
-    @property
-    def rows(self) -> int:
-        """Number of rows, owned and free."""
-        return len(self.tensors[0])
+        self._reused = False
 
     @property
     def nbytes(self) -> int:
@@ -65,13 +62,13 @@ class RowPool:
         return sum(t.nbytes for t in self.tensors)
 
     @property
-    def free(self) -> int:
-        """Number of rows that nobody owns."""
-        self._take_back()
-        return sum(count for _, count in self._holes)
+    def row_nbytes(self) -> int:
+        """Bytes of one row."""
+        size = self.tensors[0].element_size()
+        return sum(math.prod(shape) for shape in self.shapes) * size
 
     def place(self, values: Sequence[Tensor]) -> Extent | None:
-        """Write rows where they fit.
+        """Write rows where they fit, to be read from any stream.
 
         Args:
             values: (count, *shape) for each tensor.
@@ -84,21 +81,26 @@ class RowPool:
             return Extent(0, 0)
         self._take_back()
         # The smallest hole that fits keeps the large ones whole.
-        fitting = [hole for hole in self._holes if hole[1] >= count]
+        fitting = [(size, start) for start, size in self._holes if size >= count]
         if not fitting:
             return None
-        hole = min(fitting, key=lambda h: (h[1], h[0]))
-        start, size = hole
-        at = self._holes.index(hole)
+        size, start = min(fitting)
+        self._write(start, values)
+        at = self._holes.index((start, size))
         self._holes[at : at + 1] = [(start + count, size - count)] if size > count else []
-        if self.tensors[0].is_cuda:
-            # Kernels of other streams may still read what these rows held before.
-            torch.cuda.synchronize(self.tensors[0].device)
-        for tensor, value in zip(self.tensors, values, strict=True):
-            tensor[start : start + count].copy_(value)
         extent = Extent(start, count)
         weakref.finalize(extent, self._released.append, (start, count)).atexit = False
         return extent
+
+    def _write(self, start: int, values: Sequence[Tensor]) -> None:
+        device = self.tensors[0].device
+        if self._reused and device.type == "cuda":
+            # Kernels of any stream may still read what these rows held before.
+            torch.cuda.synchronize(device)
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor[start : start + len(value)].copy_(value)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     def read(self, extent: Extent) -> tuple[Tensor, ...]:
         """Views of an extent's rows."""
@@ -108,6 +110,7 @@ class RowPool:
         """Join the rows that have been released to the holes."""
         if not self._released:
             return
+        self._reused = True
         holes = [*self._holes]
         while self._released:
             holes.append(self._released.popleft())

@@ -8,106 +8,27 @@ prompts' dead rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block
 from torch import Tensor
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.attention_inputs import attention_tokens, prompt_keys_values
-from vpt_fast.bank.task_experts import ExpertGroup, TaskExperts, expert_groups
+from vpt_fast.attention_inputs import attention_tokens, packed_prompts
+from vpt_fast.bank.places import Places
+from vpt_fast.bank.task_experts import ExpertGroup
+from vpt_fast.blocks import is_fusable
 from vpt_fast.experts import EPS
-from vpt_fast.fused_block import block_config, block_weights, can_fuse, layer_scale
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.fused_block import block_config, block_weights, layer_scale
+from vpt_fast.hooks import has_hooks
 from vpt_fast.norms import is_layer_norm, norm_of
 from vpt_fast.ops.backend import computing_dtype, in_full_precision, statistics_dtype
 from vpt_fast.ops.bank_attention import bank_attention
 from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.residual_norm import residual_norm
-
-
-@dataclass(frozen=True)
-class Held:
-    """Where a task's keys and values are.
-
-    Attributes:
-        start: row of the first of them in the bank's pool.
-        blocks: those whose prompts are there, `count` rows each, one block after another.
-        count: prompts of a block.
-        experts: what makes the other blocks' prompts, or None.
-    """
-
-    start: int
-    blocks: tuple[int, ...]
-    count: int
-    experts: TaskExperts | None
-
-
-@dataclass(frozen=True)
-class Places:
-    """Whose prompts are where, for one batch.
-
-    Attributes:
-        rest: the pool's keys and values (rows, 2, H, d).
-        starts: (blocks, B), row of an image's first prompt in `rest`; -1 - row in what the
-            block's experts make.
-        counts: (blocks, B), number of an image's prompts.
-        most: of each block, the largest of its counts.
-        groups: images whose prompts are made in the call, in the order in which they are made.
-    """
-
-    rest: Tensor
-    starts: Tensor
-    counts: Tensor
-    most: tuple[int, ...]
-    groups: tuple[ExpertGroup, ...]
-
-
-def find_places(held: Sequence[Held], depth: int, rest: Tensor) -> Places:
-    """The places of a batch's prompts.
-
-    Args:
-        held: of every image's task.
-        depth: number of blocks.
-        rest: the pool's keys and values (rows, 2, H, d).
-    """
-    device = rest.device
-    groups = expert_groups([h.experts for h in held], device)
-    made: dict[int, int] = {}
-    at = 0
-    for group in groups:
-        for image in group.members:
-            made[image] = -1 - at
-            at += group.tasks[0].num_prompts
-    starts, counts = [], []
-    for block in range(depth):
-        row, number = [], []
-        for image, task in enumerate(held):
-            if block in task.blocks:
-                row.append(task.start + task.blocks.index(block) * task.count)
-                number.append(task.count)
-            elif image in made and block:
-                row.append(made[image])
-                number.append(task.count)
-            else:
-                row.append(0)
-                number.append(0)
-        starts.append(row)
-        counts.append(number)
-    return Places(
-        rest,
-        torch.tensor(starts, device=device),
-        torch.tensor(counts, device=device),
-        tuple(max(number, default=0) for number in counts),
-        groups,
-    )
 
 
 def features(model: Any, images: Tensor, places: Places) -> Tensor:
@@ -125,7 +46,7 @@ def features(model: Any, images: Tensor, places: Places) -> Tensor:
         prompts = _BlockPrompts(places, index)
         if index == last and count is not None:
             total = OpenSum(_by_modules(block, total.closed(), prompts, count))
-        elif _fuses(block):
+        elif is_fusable(block):
             total = _fused(block, total, prompts)
         else:
             total = OpenSum(_by_modules(block, total.closed(), prompts, None))
@@ -146,15 +67,6 @@ def _rows_read(model: Any) -> int | None:
     return 2 if isinstance(model, VisionTransformerDistilled) else 1
 
 
-def _fuses(block: Any) -> bool:
-    return (
-        type(block) is Block
-        and type(block.attn) is Attention
-        and not (has_hooks(block) or has_own_forward(block))
-        and can_fuse(block)
-    )
-
-
 class _BlockPrompts:
     """The prompts of one block."""
 
@@ -166,7 +78,14 @@ class _BlockPrompts:
         """Those whose prompts this block makes: none in the first block."""
         return self.places.groups if self.index else ()
 
-    def make(self, block: Any, x: Tensor, mean: Tensor | None, rstd: Tensor | None) -> Tensor:
+    def make(
+        self,
+        block: Any,
+        x: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """Keys and values (rows, 2, H, d) of the prompts that experts make of x (B, N, D)."""
         rest = self.places.rest
         if mean is None or rstd is None:
@@ -175,16 +94,14 @@ class _BlockPrompts:
         for group in self.groups:
             with in_full_precision(x):
                 prompts = group.prompts(x, mean, rstd, self.index)
-                rows.append(_normalised(block.norm1, prompts, x.dtype).flatten(0, 1))
-        keys = prompt_keys_values(block.attn, torch.cat(rows)[None])
-        return torch.stack(keys, 2)[0] if len(keys) == 2 else keys[0][0]
+                rows.append(_normalised(block.norm1, prompts, dtype).flatten(0, 1))
+        return packed_prompts(block.attn, torch.cat(rows)[None])[0]
 
     def attend(self, tokens: list[Tensor], made: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of every image's tokens, which read its own prompts too."""
         places, index = self.places, self.index
-        dtype = tokens[0].dtype
         return bank_attention(
-            tokens, places.rest.to(dtype), made.to(dtype), places.starts[index],
+            tokens, places.rest, made.to(places.rest.dtype), places.starts[index],
             places.counts[index], places.most[index], scale,
         )  # fmt: skip
 
@@ -225,7 +142,7 @@ def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts) -> OpenSum:
         )
         x = total.residual if total.branch is None else summed
     mean, rstd = (None, None) if eps is None else (statistics[0], statistics[2])
-    made = prompts.make(block, x, mean, rstd)
+    made = prompts.make(block, x, mean, rstd, dtype)
     steps = _Steps(block_config(block), block_weights(block), dtype, prompts, made)
     with in_full_precision(x):
         middle, result, _ = steps.forward(x, y, ())
@@ -239,7 +156,7 @@ def _by_modules(block: Any, x: Tensor, prompts: _BlockPrompts, first: int | None
         wide = x.to(statistics_dtype(x.dtype))
         variance, mean = torch.var_mean(wide, -1, correction=0)
         rstd = (variance + EPS).rsqrt()
-    made = prompts.make(block, x, mean, rstd)
+    made = prompts.make(block, x, mean, rstd, x.dtype)
     queries = None if first is None else y[:, :first]
     tokens = attention_tokens(block.attn, y, queries)
     out, _ = prompts.attend(tokens, made, block.attn.scale)

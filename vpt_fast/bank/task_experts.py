@@ -36,14 +36,18 @@ class TaskExperts(NamedTuple):
 
     @property
     def num_prompts(self) -> int:
-        """p, or 0 where there is one block only."""
-        return len(self.blocks[0].matrix) if self.blocks else 0
+        """p."""
+        return len(self.blocks[0].matrix)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.down, self.up, *(t for block in self.blocks for t in block)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        every = [self.down, self.up, *(t for block in self.blocks for t in block)]
-        return sum(t.nbytes for t in every)
+        return sum(t.nbytes for t in self.tensors)
 
     @property
     def kind(self) -> tuple[int, int, bool]:
@@ -117,7 +121,7 @@ def expert_groups(
     """
     groups: dict[tuple[int, int, bool], list[int]] = {}
     for image, task in enumerate(experts):
-        if task is not None and task.num_prompts:
+        if task is not None:
             groups.setdefault(task.kind, []).append(image)
     found = []
     for images in groups.values():

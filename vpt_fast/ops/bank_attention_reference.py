@@ -50,7 +50,7 @@ def bank_attention_forward(
         index = torch.tensor(images, device=q.device)
         theirs = [places[image] for image in images]
         keys, values = _keys_values(tokens, (rest, made), theirs, count, index)
-        found = attend(q[index].transpose(1, 2), keys, values, scale)
+        found = attend(q.index_select(0, index).transpose(1, 2), keys, values, scale)
         out.index_copy_(0, index, found[0])
         lse.index_copy_(0, index, found[1])
     return out, lse
@@ -81,40 +81,51 @@ def _keys_values(
     """
     _, k, v = split(tokens)
     if count == 0:
-        k, v = (t if images is None else t[images] for t in (k, v))
+        k, v = (t if images is None else t.index_select(0, images) for t in (k, v))
         return k.transpose(1, 2), v.transpose(1, 2)
-    rows, heads, dim = k.shape[1:]
-    joined = k.new_empty(len(places), count + rows, 2, heads, dim)
-    own = joined[:, count:]
-    parts = [(k, own[:, :, 0]), (v, own[:, :, 1])]
-    if len(tokens) < 3:  # packed: both in one copy
-        parts = [(tokens[-1][:, :, -2:], own)]
-    for part, slot in parts:
-        if images is None:
-            slot.copy_(part)
-        else:
-            torch.index_select(part, 0, images, out=slot)
-    _gather(pools, places, joined[:, :count])
-    keys, values = joined.transpose(1, 3).unbind(2)
+    keys, values = (
+        _join(t, [pool[:, part] for pool in pools], places, count, images)
+        for part, t in enumerate((k, v))
+    )
     return keys, values
 
 
-def _gather(pools: tuple[Tensor, Tensor], places: Sequence[int], out: Tensor) -> None:
-    """Copy the prompts of each image to `out` (images, p, 2, H, d)."""
+def _join(
+    tokens: Tensor,
+    pools: Sequence[Tensor],
+    places: Sequence[int],
+    count: int,
+    images: Tensor | None,
+) -> Tensor:
+    """(images, H, p + N, d) view of the keys, or the values, of images, prompts first."""
+    rows, *channels = tokens.shape[1:]
+    joined = tokens.new_empty(len(places), count + rows, *channels)
+    if images is None:
+        joined[:, count:].copy_(tokens)
+    else:
+        torch.index_select(tokens, 0, images, out=joined[:, count:])
+    _gather(pools, places, joined[:, :count])
+    return joined.transpose(1, 2)
+
+
+def _gather(pools: Sequence[Tensor], places: Sequence[int], out: Tensor) -> None:
+    """Copy the prompts of each image from two pools (rows, H, d) to `out` (images, p, H, d)."""
     device = out.device
     for pool, is_made in zip(pools, (False, True), strict=True):
         theirs = [image for image, start in enumerate(places) if (start < 0) == is_made]
+        if not theirs:
+            continue
         first = torch.tensor([~places[i] if is_made else places[i] for i in theirs], device=device)
         if len(theirs) == len(places):
             _copy_runs(pool, first, out)
-        elif theirs:
+        else:
             found = out.new_empty(len(theirs), *out.shape[1:])
             _copy_runs(pool, first, found)
             out.index_copy_(0, torch.tensor(theirs, device=device), found)
 
 
 def _copy_runs(pool: Tensor, first: Tensor, out: Tensor) -> None:
-    """Copy rows `first[i]` on of a pool (rows, 2, H, d) to `out[i]`, of (images, p, 2, H, d)."""
+    """Copy rows `first[i]` on of a pool (rows, H, d) to `out[i]`, of (images, p, H, d)."""
     count, row = out.shape[1], out.shape[2:]
     step = max(1, _ONE_REGION // row.numel())
     for at in range(0, count, step):

@@ -21,7 +21,7 @@ def open_bank(
     dtype: torch.dtype = torch.float32,
     memory_limit: int | None = None,
 ) -> tuple[PromptBank, list[str]]:
-    """Builds the backbone of the first adapter and adds those that are wanted.
+    """Builds the backbone of the first adapter that can be held, and adds those that are wanted.
 
     Args:
         directory: Its folders, adapters or outputs of runs, are the tasks of their names.
@@ -51,16 +51,18 @@ def open_bank(
         if name not in folders:
             raise ValueError(f"{directory} has no task {name!r}; it has {', '.join(folders)}")
     wanted = folders if names is None else {name: folders[name] for name in names}
-    model = backbone_of_adapter(read_config(next(iter(wanted.values()))), checkpoint)
-    bank = PromptBank(model.to(device, dtype), memory_limit, spill=memory_limit is not None)
+    bank: PromptBank | None = None
     refused = []
     for name, path in wanted.items():
         try:
+            if bank is None or not bank.tasks:  # of an adapter that is refused its model is no use
+                model = backbone_of_adapter(read_config(path), checkpoint).to(device, dtype)
+                bank = PromptBank(model, memory_limit, spill=memory_limit is not None)
             bank.add(name, path)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             if names is not None:
                 raise
             refused.append(f"{name} is left out: {error}")
-    if not bank.tasks:
+    if bank is None or not bank.tasks:
         raise ValueError("; ".join(refused))
     return bank, refused

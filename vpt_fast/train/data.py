@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -230,7 +230,7 @@ def train_transform(
     return _resizing(create_transform(**config, is_training=True, no_aug=no_aug), data_config)
 
 
-def eval_transform(data_config: dict[str, Any]) -> Transform:
+def eval_transform(data_config: Mapping[str, Any]) -> Transform:
     """timm's evaluation transform for `data_config` (resize, centre crop, normalise).
 
     With "antialias": False in `data_config`, tensors are resized; see `ImageOptions`.
@@ -258,7 +258,7 @@ def plain_crops(data_config: dict[str, Any], hflip: float = 0.5) -> Transform:
     return transforms.Compose(steps)
 
 
-def _resizing(pipeline: Any, data_config: dict[str, Any]) -> Transform:
+def _resizing(pipeline: Any, data_config: Mapping[str, Any]) -> Transform:
     return pipeline if data_config.get("antialias", True) else without_antialias(pipeline)
 
 
