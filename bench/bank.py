@@ -119,14 +119,16 @@ class Ways:
             for name, tensor in self._tensors[task].items():
                 self._own[name].copy_(tensor)
 
+    def after_switch(self, task: int) -> Tensor:
+        """Logits of a task's images alone, after the switch to it."""
+        self.switch(task)
+        with torch.no_grad():
+            logits: Tensor = self.tuned(self.images[task :: self.case.tasks])
+        return logits
+
     def by_switching(self) -> list[Tensor]:
         """Logits of each task's images, one task after another."""
-        found = []
-        for task in range(self.case.tasks):
-            self.switch(task)
-            with torch.no_grad():
-                found.append(self.tuned(self.images[task :: self.case.tasks]))
-        return found
+        return [self.after_switch(task) for task in range(self.case.tasks)]
 
     def error(self) -> float:
         """Largest error of the bank's logits, relative to the largest logit of the task alone."""
@@ -200,7 +202,7 @@ def _print_counts(case: BankCase, folder: Path) -> None:
     )
     launches, nbytes = counted(ways.by_bank)
     print(f"on a GPU, bf16, counted: bank {launches} launches, {nbytes / 2**20:,.0f} MiB moved")
-    launches, nbytes = counted(ways.by_switching)
+    launches, nbytes = (case.tasks * n for n in counted(lambda: ways.after_switch(0)))
     print(f"  switching {launches} launches, {nbytes / 2**20:,.0f} MiB")
 
 

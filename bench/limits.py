@@ -142,8 +142,10 @@ _SMALL_FEW, _SMALL_MANY, _LARGE_FEW = ((7, 7), 10), ((7, 7), 50), ((12, 12), 10)
 WINDOW_LIMITS = {
     ("window_forward", 80): {_SMALL_FEW: 0.736, _SMALL_MANY: 1.022},
     ("window_forward", 90): {_SMALL_FEW: 0.767, _SMALL_MANY: 0.982},
-    ("window_backward", 80): {_SMALL_FEW: 0.585, _SMALL_MANY: 0.711},
-    ("window_backward", 90): {_SMALL_FEW: 0.557, _SMALL_MANY: 0.617},
+    ("window_backward", 80): {_SMALL_FEW: 0.585, _SMALL_MANY: 0.667},
+    ("window_backward", 90): {_SMALL_FEW: 0.557, _SMALL_MANY: 0.602},
+    ("window_backward_dbias", 80): {_SMALL_FEW: 0.659, _SMALL_MANY: 0.534},
+    ("window_backward_dbias", 90): {_SMALL_FEW: 0.682, _SMALL_MANY: 0.541},
     ("window_forward_tiled", 80): {_LARGE_FEW: 2.736},
     ("window_forward_tiled", 90): {_LARGE_FEW: 2.839},
     ("window_dq", 80): {_LARGE_FEW: 1.969},

@@ -160,7 +160,7 @@ def backward_launches(
             )  # fmt: skip
         )
     if needs["NEEDS_TABLE"]:
-        tiles = bias_tiles(grid.area, qkv.dtype)
+        tiles = bias_tiles(grid.area, grid.head_dim, qkv.dtype)
         only = {"NEEDS_TOKENS": False, "NEEDS_PROMPTS": False, "NEEDS_TABLE": True}
         used_tiles = range(grid.num_prompts // tiles.keys, triton.cdiv(grid.keys, tiles.keys))
         launches.append(
@@ -228,7 +228,7 @@ def _dq_launch(
     needs_tokens: bool,
 ) -> Launch:
     """Fills dq, if tokens need a gradient, and delta."""
-    tiles = dq_tiles(grid.area, out.dtype)
+    tiles = dq_tiles(grid.area, grid.head_dim, out.dtype)
     return Launch(
         name="window_dq" if needs_tokens else "window_delta",
         kernel=window_dq_kernel,

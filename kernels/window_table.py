@@ -73,16 +73,20 @@ def query_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> 
     return WindowTiles(queries, 64, _tail(num_keys, 64), warps, 2)
 
 
-def dq_tiles(area: int, dtype: torch.dtype) -> WindowTiles:
+def dq_tiles(area: int, head_dim: int, dtype: torch.dtype) -> WindowTiles:
     """Kernel of the queries' gradient: `queries` by `keys`."""
     queries = min(32, power_of_2_at_least(area))
-    return WindowTiles(queries, 32, 0, 4 if dtype == torch.float32 else _warps_of(queries), 2)
+    if dtype == torch.float32:
+        return WindowTiles(queries, 32, 0, 4, 2)
+    return WindowTiles(queries, 32 if head_dim <= 64 else 16, 0, _warps_of(queries), 2)
 
 
 def key_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> WindowTiles:
     """Kernel that goes over the queries of one tile of keys: their gradients."""
-    if dtype == torch.float32 or head_dim > 64:
+    if dtype == torch.float32:
         queries, keys, warps = 16, 32, 4
+    elif head_dim > 64:
+        queries, keys, warps = 32, 32, 8
     elif head_dim > 32:
         queries, keys, warps = 16, 32, 2
     else:
@@ -94,10 +98,11 @@ def key_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> Wi
     return WindowTiles(queries, keys, 0, warps, 2)
 
 
-def bias_tiles(area: int, dtype: torch.dtype) -> WindowTiles:
+def bias_tiles(area: int, head_dim: int, dtype: torch.dtype) -> WindowTiles:
     """Kernel of the position bias's gradient: `queries` by `keys` of one pair of tiles."""
     rows = min(32, power_of_2_at_least(area))
-    return WindowTiles(rows, rows, 0, 4 if dtype == torch.float32 else _warps_of(rows), 2)
+    few = dtype != torch.float32 and head_dim <= 32
+    return WindowTiles(rows, rows, 0, _warps_of(rows) if few else 4, 2)
 
 
 def windows_of_a_program(windows: int, programs: int) -> int:

@@ -168,9 +168,10 @@ def swin_products(prompts: int, batch: int, concatenated: bool) -> int:
         tokens, width = (56 >> stage) ** 2, 96 << stage
         windows = tokens // area
         if stage:
-            found += tokens * 2 * width * width  # four neighbours of width / 2
-        rows, keys = tokens, area + prompts
-        block = 12 * rows * width**2 + 2 * rows * keys * width
+            merged = tokens + (prompts if concatenated else 0)
+            found += merged * 2 * width * width  # four neighbours of width / 2
+        keys = area + prompts
+        block = 12 * tokens * width**2 + 2 * tokens * keys * width
         if concatenated:
             # a row per window in attention, one per image in the MLP
             block += windows * prompts * (4 * width**2 + 2 * keys * width) + prompts * 8 * width**2

@@ -158,7 +158,7 @@ class PromptBank:
             TypeError: `tasks` is one string, or `images` no tensor.
             ValueError: an unknown task, another number of names than images, an image size that a
                 task's experts were not made for, tasks that do not fit into memory together, an
-                adapter that has changed since it was spilled, a model that is hooked or in training.
+                adapter that has changed since it was spilled, a hooked model or one in training.
             FileNotFoundError: the adapter of a spilled task is not there any more.
         """
         if isinstance(tasks, str):
