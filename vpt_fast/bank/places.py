@@ -65,7 +65,7 @@ def find_places(
     for group in groups:
         for image in group.members:
             made[image] = ~at
-            at += group.tasks[0].num_prompts
+            at += group.num_prompts
     starts, counts = [], []
     for block in range(depth):
         row, number = [], []

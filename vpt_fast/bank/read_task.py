@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from vpt_fast.adapter_checks import check_architecture, check_weights
 from vpt_fast.adapter_files import TENSORS_FILE, read_config, read_tensors
 from vpt_fast.attention_inputs import packed_prompts
-from vpt_fast.bank.task_experts import BlockExperts, TaskExperts
+from vpt_fast.bank.task_experts import ExpertTensors, TaskExperts
 from vpt_fast.baselines import LinearProbe
 from vpt_fast.fingerprint import fingerprint
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, from_dict
@@ -289,22 +289,22 @@ def _experts(
     blocks = method.prompted_blocks(backbone.depth)[1:]
     if not isinstance(method, VAPT) or not blocks:
         return None
-    wide = statistics_dtype(backbone.like.dtype)
+    dtype = backbone.like.dtype
+    wide = statistics_dtype(dtype)
     height, width = backbone.model.patch_embed.grid_size
     found = []
     for index in blocks:
         part = f"blocks.{index}.prompt"
         # Rounded as the tuned model holds them, then computed with in fp32 at least, as there.
-        mix, conv = (tensors[f"{part}.{n}.weight"].to(backbone.like.dtype) for n in ("mix", "conv"))
+        mix, conv = (tensors[f"{part}.{n}.weight"].to(dtype) for n in ("mix", "conv"))
         matrix, mix_sum = fold_convolution(mix, conv, (height, width))
         bias = tensors.get(f"{part}.mix.bias", mix_sum.new_zeros(len(mix_sum)))
         affine = (tensors[f"{part}.norm.{k}"] for k in ("weight", "bias"))
-        weight, shift, bias = (t.to(backbone.like.dtype).to(wide) for t in (*affine, bias))
-        matrix = matrix[:, : height * width].contiguous()
-        found.append(BlockExperts(matrix, mix_sum, weight, shift, bias))
-    down, up = (
-        tensors[f"prompt_projector.{n}.weight"].to(backbone.like.dtype).to(wide)
-        for n in ("down", "up")
+        weight, shift, bias = (t.to(dtype).to(wide) for t in (*affine, bias))
+        found.append((matrix[:, : height * width], mix_sum, weight, shift, bias))
+    blocks_tensors = (torch.stack(parts) for parts in zip(*found, strict=True))
+    projector = (
+        tensors[f"prompt_projector.{n}.weight"].to(dtype).to(wide)[None] for n in ("down", "up")
     )
-    residual = method.variant == "code"
-    return TaskExperts(tuple(found), down, up, (height, width), residual)
+    every = ExpertTensors(*blocks_tensors, *projector)
+    return TaskExperts(every, (height, width), method.variant == "code")

@@ -15,34 +15,39 @@ import torch
 from torch import Tensor
 
 
-class BlockExperts(NamedTuple):
-    """A task's experts in one block; fp32 at least."""
+class ExpertTensors(NamedTuple):
+    """Prompt experts of all blocks but the first; fp32 at least.
 
-    matrix: Tensor  # (p, patches), convolution and token-wise projector folded
-    mix_sum: Tensor  # (p,), its row sums
-    weight: Tensor  # (D,), affine of the experts' LayerNorm
-    shift: Tensor  # (D,)
-    bias: Tensor  # (p,)
+    L blocks, in the second dimension tasks or images where there are several.
+    """
+
+    matrix: Tensor  # (L, p, patches), convolution and token-wise projector folded
+    mix_sum: Tensor  # (L, p), its row sums
+    weight: Tensor  # (L, D), affine of the experts' LayerNorms
+    shift: Tensor  # (L, D)
+    bias: Tensor  # (L, p)
+    down: Tensor  # (1, r, D), the feature projector, the same for all blocks
+    up: Tensor  # (1, D, r)
 
 
-class TaskExperts(NamedTuple):
-    """A task's experts in all blocks but the first; fp32 at least."""
+@dataclass(frozen=True)
+class TaskExperts:
+    """A task's prompt experts.
 
-    blocks: tuple[BlockExperts, ...]
-    down: Tensor  # (r, D), the feature projector
-    up: Tensor  # (D, r)
-    grid: tuple[int, int]  # height and width of the patch grid
-    residual: bool  # whether the mix is added to what the projector makes of it
+    Attributes:
+        tensors: of all blocks but the first.
+        grid: height and width of the patch grid.
+        residual: whether the mix is added to what the projector makes of it.
+    """
+
+    tensors: ExpertTensors
+    grid: tuple[int, int]
+    residual: bool
 
     @property
     def num_prompts(self) -> int:
         """p."""
-        return len(self.blocks[0].matrix)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them."""
-        return self.down, self.up, *(t for block in self.blocks for t in block)
+        return self.tensors.matrix.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +57,7 @@ class TaskExperts(NamedTuple):
     @property
     def kind(self) -> tuple[int, int, bool]:
         """What tasks that are computed together have in common."""
-        return self.num_prompts, len(self.down), self.residual
+        return self.num_prompts, self.tensors.down.shape[1], self.residual
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,17 @@ class ExpertGroup:
     Attributes:
         members: which of the batch's images, on the host.
         images: the same (n,).
-        tasks: their tasks' experts, each task once.
-        owner: (n,), which of `tasks` each image has; None if image i has task i.
+        tensors: their tasks' experts, (L, n, ...); 1 in place of n where they have one task.
+        num_prompts: p.
+        residual: as of their tasks.
         whole: the group is the whole batch, in its order.
     """
 
     members: tuple[int, ...]
     images: Tensor
-    tasks: tuple[TaskExperts, ...]
-    owner: Tensor | None
+    tensors: ExpertTensors
+    num_prompts: int
+    residual: bool
     whole: bool
 
     def prompts(self, x: Tensor, mean: Tensor, rstd: Tensor, block: int) -> Tensor:
@@ -82,11 +89,8 @@ class ExpertGroup:
             rstd: reciprocal standard deviation of every row, with the experts' epsilon, (B, N).
             block: which block, at least 1.
         """
-        experts = [task.blocks[block - 1] for task in self.tasks]
-        matrix, mix_sum, weight, shift, bias = (
-            self._of_images(parts) for parts in zip(*experts, strict=True)
-        )
-        down, up = (self._of_images([getattr(t, n) for t in self.tasks]) for n in ("down", "up"))
+        matrix, mix_sum, weight, shift, bias = (t[block - 1] for t in self.tensors[:5])
+        down, up = (t[0].expand(len(self.images), -1, -1) for t in self.tensors[5:])
         patches = matrix.shape[2]
         rows, mean, rstd = (
             t if self.whole else t.index_select(0, self.images)
@@ -98,16 +102,9 @@ class ExpertGroup:
         mixed = mixed.mul_(weight[:, None]).add_(bias[..., None])
         mixed = mixed.addcmul_(mix_sum[..., None], shift[:, None])  # g, (n, p, D)
         hidden = torch.bmm(mixed, down.mT).relu_()
-        if self.tasks[0].residual:
+        if self.residual:
             return torch.baddbmm(mixed, hidden, up.mT)
         return torch.bmm(hidden, up.mT)
-
-    def _of_images(self, parts: Sequence[Tensor]) -> Tensor:
-        """A tensor of each task as one of each image, (n, ...)."""
-        if len(parts) == 1:
-            return parts[0].expand(len(self.images), *parts[0].shape)
-        every = torch.stack(list(parts))
-        return every if self.owner is None else every.index_select(0, self.owner)
 
 
 def expert_groups(
@@ -123,26 +120,29 @@ def expert_groups(
     for image, task in enumerate(experts):
         if task is not None:
             groups.setdefault(task.kind, []).append(image)
-    found = []
-    for images in groups.values():
-        tasks: list[TaskExperts] = []
-        at: dict[int, int] = {}
-        owner = []
-        for image in images:
-            task = experts[image]
-            if task is not None:
-                if id(task) not in at:
-                    at[id(task)] = len(tasks)
-                    tasks.append(task)
-                owner.append(at[id(task)])
-        apart = len(tasks) == len(images) or len(tasks) == 1
-        found.append(
-            ExpertGroup(
-                tuple(images),
-                torch.tensor(images, device=device),
-                tuple(tasks),
-                None if apart else torch.tensor(owner, device=device),
-                whole=len(images) == len(experts),
-            )
-        )
-    return tuple(found)
+    return tuple(_group(images, experts, device) for images in groups.values())
+
+
+def _group(
+    images: Sequence[int], experts: Sequence[TaskExperts | None], device: torch.device
+) -> ExpertGroup:
+    tasks: dict[int, TaskExperts] = {}
+    owner = []
+    for image in images:
+        task = experts[image]
+        if task is not None:
+            tasks.setdefault(id(task), task)
+            owner.append(id(task))
+    at = {key: index for index, key in enumerate(tasks)}
+    first = next(iter(tasks.values()))
+    tensors = ExpertTensors(*(t.unsqueeze(1) for t in first.tensors))
+    if len(tasks) > 1:
+        every = zip(*(task.tensors for task in tasks.values()), strict=True)
+        tensors = ExpertTensors(*(torch.stack(parts, 1) for parts in every))
+    if 1 < len(tasks) < len(images):
+        rows = torch.tensor([at[key] for key in owner], device=device)
+        tensors = ExpertTensors(*(t.index_select(1, rows) for t in tensors))
+    return ExpertGroup(
+        tuple(images), torch.tensor(images, device=device), tensors, first.num_prompts,
+        first.residual, whole=len(images) == len(experts),
+    )  # fmt: skip
