@@ -64,13 +64,15 @@ def query_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> 
     """Forward pass in tiles: `queries`, `keys`, and `tail` keys of what is left.
 
     Windows of 12 x 12 fill tiles of 32 rows better than wider ones, which costs less than the
-    wider matrix instructions of sm_90 save: they are not what the kernel waits for.
+    wider matrix instructions of sm_90 save: they are not what the kernel waits for. Several narrow
+    tiles of what is left issue less than one of 64 keys, and take fewer registers.
     """
     if dtype == torch.float32:
         return WindowTiles(32, 32, _tail(num_keys, 32), 4, 2)
     queries = min(32, power_of_2_at_least(area))
     warps = _warps_of(queries) if head_dim <= 64 else 4
-    return WindowTiles(queries, 64, _tail(num_keys, 64), warps, 2)
+    tail = _tail(num_keys, 64 if num_keys < 64 else 32)
+    return WindowTiles(queries, 64, tail, warps, 2)
 
 
 def dq_tiles(area: int, head_dim: int, dtype: torch.dtype) -> WindowTiles:

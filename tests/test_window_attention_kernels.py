@@ -212,8 +212,8 @@ GRID = [
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", GRID, ids=ids)
-def test_as_exact_as_eager_grid(case: Case, kernel_device: torch.device) -> None:
-    assert_as_exact_as_eager(case, kernel_device)
+def test_as_exact_as_eager_grid(case: Case, kernel_device_large: torch.device) -> None:
+    assert_as_exact_as_eager(case, kernel_device_large)
 
 
 @pytest.mark.parametrize(
