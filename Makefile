@@ -13,7 +13,7 @@ help:
 	@echo "make test           the test suite; the kernels run in it, on the CPU where there is no GPU"
 	@echo "make test-full      every shape of every kernel (long)"
 	@echo "make lint           ruff and mypy"
-	@echo "make bench          this machine against eager PyTorch, side by side (14 minutes)"
+	@echo "make bench          this machine against eager PyTorch, side by side (9 to 14 minutes)"
 	@echo "make bench-gpu      the same on a CUDA GPU, with memory, rates and CUDA graphs"
 	@echo "make roofline       a training step's work, counted, and its time on named GPUs, modelled"
 	@echo "make kernel-report  the kernels' machine code against its limits (needs no GPU)"
