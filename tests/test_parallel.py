@@ -80,7 +80,7 @@ def test_two_processes_equal_one(items: str, accumulation: int, tmp_path: Path) 
     assert first["epochs"] == second["epochs"]
     for mine, theirs in zip(first["epochs"], alone["epochs"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
-    assert first["found"] == second["found"] == pytest.approx(alone["found"], rel=1e-5)
+    assert first["found"] == second["found"] == pytest.approx(alone["found"], rel=1e-4)
     assert first["counts"] == alone["counts"] and first["skipped"] == alone["skipped"]
     with (tmp_path / "run" / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
