@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import timm
 import torch
 from banks import VIT, backbone, images_of, write
 from families import FAMILIES
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vpt_fast import (
@@ -55,10 +57,6 @@ def test_pooled_prompts_are_refused(tmp_path: Path) -> None:
 
 
 def _edit(directory: Path, change: Callable[[dict[str, Tensor]], None], digest: bool) -> None:
-    import hashlib
-
-    from safetensors.torch import load_file, save_file
-
     path = directory / "adapter_model.safetensors"
     tensors = load_file(path)
     change(tensors)

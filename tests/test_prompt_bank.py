@@ -25,8 +25,6 @@ _WHOLE = sorted(set(FAMILIES) - {"all_tokens"})
 @pytest.mark.parametrize("family", _WHOLE)
 def test_a_mixed_batch_is_every_task_alone(family: str, tmp_path: Path) -> None:
     model = backbone(family)
-    if FAMILIES[family].arguments.get("num_classes") == 0:
-        pytest.skip("an adapter has a head")
     methods = [n for n in METHODS if not n.startswith("vapt")]
     if not family.startswith(("dynamic", "one_patch")):
         methods = list(METHODS)

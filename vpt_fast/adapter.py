@@ -163,7 +163,7 @@ def save_adapter(
             "class_names": None if class_names is None else [str(name) for name in class_names],
             "versions": {"vpt_fast": _version(), "torch": torch.__version__, "timm": _timm()},
             "fingerprint": fingerprint(_frozen(model, list(trained))),
-            "tensors_sha256": sha256(scratch / TENSORS_FILE),
+            "tensors_sha256": sha256((scratch / TENSORS_FILE).read_bytes()),
         }
         (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         scratch.chmod(0o755)

@@ -29,9 +29,9 @@ _CONFIG_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(content: bytes) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_finite(tensors: dict[str, Tensor], where: str) -> None:
@@ -86,7 +86,7 @@ def read_tensors(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     path = directory / TENSORS_FILE
     # Read once: a mapped file would change what is in memory when it is written to.
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != config["tensors_sha256"]:
+    if sha256(content) != config["tensors_sha256"]:
         raise ValueError(f"{path} is damaged or not the file that {CONFIG_FILE} belongs to")
     try:
         tensors = load(content)

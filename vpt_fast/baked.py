@@ -14,10 +14,11 @@ from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
+from vpt_fast.attention_inputs import attention_tokens, packed_prompts
 from vpt_fast.blocks import insert_rows, strip_rows
-from vpt_fast.hooks import has_hooks
+from vpt_fast.head_rows import rows_read
+from vpt_fast.kernels.layouts import split
 from vpt_fast.ops.backend import statistics_dtype
 
 
@@ -56,14 +57,7 @@ class BakedAttention(Attention):
             ValueError: an `attn_mask`, or `is_causal` is True.
         """
         refuse_mask(attn_mask, is_causal)
-        if queries is None:
-            q, k, v = self._heads(self.qkv(x), 3)
-        else:
-            width = self.num_heads * self.head_dim
-            weight, bias = self.qkv.weight[:width], self.qkv.bias
-            (q,) = self._heads(F.linear(queries, weight, None if bias is None else bias[:width]), 1)
-            k, v = self.keys_and_values(x, normed=False)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in split(attention_tokens(self, x, queries)))
         keys, values = self.prompt_keys, self.prompt_values
         if prompts is not None:
             keys, values = self.keys_and_values(prompts)
@@ -73,22 +67,10 @@ class BakedAttention(Attention):
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
-    def keys_and_values(self, rows: Tensor, normed: bool = True) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, p, d) of normalised rows (B, p, D).
-
-        Args:
-            rows: tokens or prompts.
-            normed: apply k_norm to the keys.
-        """
-        width = self.num_heads * self.head_dim
-        bias = None if self.qkv.bias is None else self.qkv.bias[width:]
-        k, v = self._heads(F.linear(rows, self.qkv.weight[width:], bias), 2)
-        return self.k_norm(k) if normed else k, v
-
-    def _heads(self, packed: Tensor, count: int) -> tuple[Tensor, ...]:
-        """`count` tensors (B, H, N, d) from (B, N, count * H * d)."""
-        heads = packed.unflatten(-1, (count, self.num_heads, self.head_dim))
-        return heads.permute(2, 0, 3, 1, 4).unbind(0)
+    def keys_and_values(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, p, d) of normalised prompts (B, p, D)."""
+        keys, values = packed_prompts(self, prompts).unbind(2)
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 class BakedExperts(nn.Module):
@@ -222,7 +204,7 @@ class _BakedModel(VisionTransformer):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Logits, as timm's; the last block computes only the rows that the head reads."""
-        count = self._rows_read()
+        count = rows_read(self, BakedBlock)
         if count is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
@@ -230,18 +212,6 @@ class _BakedModel(VisionTransformer):
         for block in earlier:
             x = block(x)
         return self.forward_head(self.norm(last(x, first=count)))
-
-    def _rows_read(self) -> int | None:
-        """Rows of the last block that the head reads, if they are its first and nobody looks."""
-        if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
-            return None
-        if type(self.blocks[-1]) is not BakedBlock or nn_module._has_any_global_hook():
-            return None
-        names = ("norm", "fc_norm", "head_drop", "head", "head_dist")
-        parts = [self.blocks[-1], *(getattr(self, name) for name in names if hasattr(self, name))]
-        if has_hooks(self.blocks) or any(has_hooks(m) for part in parts for m in part.modules()):
-            return None
-        return 2 if isinstance(self, VisionTransformerDistilled) else 1
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """As timm's; refuses a patch grid that VAPT's prompts were not made for."""

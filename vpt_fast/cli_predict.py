@@ -16,6 +16,7 @@ from vpt_fast.cli_common import AmpDtype, Checkpoint, Device, fail, one_line_err
 from vpt_fast.train import data
 from vpt_fast.train.bank_folder import open_bank
 from vpt_fast.train.evaluate import autocast, resolve_device
+from vpt_fast.train.ranking import most_probable
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.tuned_model import load_tuned
 
@@ -71,10 +72,8 @@ def predict(
             if isinstance(answer, str):
                 failed.append(answer)
                 continue
-            names = answer.class_names or [str(i) for i in range(len(answer.logits))]
-            probabilities, classes = answer.logits.float().softmax(0).topk(min(topk, len(names)))
-            found = zip(classes.tolist(), probabilities.tolist(), strict=True)
-            text = ", ".join(f"{names[i]} {100 * p:.2f}%" for i, p in found)
+            found = most_probable(answer.logits, answer.class_names, topk)
+            text = ", ".join(f"{name} {100 * p:.2f}%" for name, p in found)
             typer.echo(f"{image}: {text}")
         if failed:
             fail("; ".join(failed), 1)

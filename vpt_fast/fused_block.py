@@ -117,7 +117,7 @@ def block_weights(block: Any) -> BlockWeights:
         qkv["bias"],
         proj["weight"],
         proj["bias"],
-        layer_scale(block, "ls1"),
+        layer_scale(block, "ls1", passed),
         norm2.weight,
         norm2.bias,
         fc1["weight"],
@@ -128,9 +128,9 @@ def block_weights(block: Any) -> BlockWeights:
     )
 
 
-def layer_scale(block: Any, name: str) -> Tensor | None:
-    """Factors (D,) of a block's `ls1` or `ls2`; None for 1, and where they are folded."""
-    scale = None if name in folded_parts(block) else block._modules.get(name)
+def layer_scale(block: Any, name: str, folded: frozenset[str]) -> Tensor | None:
+    """Factors (D,) of a block's `ls1` or `ls2`; None for 1, and where they are `folded_parts`."""
+    scale = None if name in folded else block._modules.get(name)
     return None if scale is None else scale._parameters.get("gamma")
 
 
@@ -190,4 +190,4 @@ def run(
     x, y, source, tensors = _enter(block, total, prompt)
     config = block_config(block, memory, source, windows)
     middle, result = run_block(config, x, y, block_weights(block), tensors)
-    return OpenSum(middle, result, layer_scale(block, "ls2"))
+    return OpenSum(middle, result, layer_scale(block, "ls2", folded_parts(block)))

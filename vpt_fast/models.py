@@ -9,7 +9,6 @@ from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from vpt_fast.baseline_layers import new_classifier
 from vpt_fast.blocks import (
@@ -20,6 +19,7 @@ from vpt_fast.blocks import (
     through_block,
 )
 from vpt_fast.experts import FeatureProjector, PromptExperts
+from vpt_fast.head_rows import rows_read
 from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.methods import VAPT
 from vpt_fast.ops.block_entry import OpenSum
@@ -96,19 +96,7 @@ class _PromptedModel(Tuned, VisionTransformer):
 
     def _rows_read(self) -> int | None:
         """Rows of the last block that the head reads, if they are its first and nobody looks."""
-        if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
-            return None
-        last = self.blocks[-1]
-        if type(last) is not PromptedBlock:
-            return None
-        names = ("norm", "fc_norm", "head_drop", "head_hidden", "head", "head_dist")
-        after = [getattr(self, name) for name in names if hasattr(self, name)]
-        watched = [self.blocks, *(m for module in (last, *after) for m in module.modules())]
-        if nn_module._has_any_global_hook():
-            return None
-        if any(has_hooks(m) or has_own_forward(m) for m in watched):
-            return None
-        return 2 if isinstance(self, VisionTransformerDistilled) else 1
+        return rows_read(self, PromptedBlock, lambda m: has_hooks(m) or has_own_forward(m))
 
     def forward_intermediates(
         self,

@@ -14,10 +14,10 @@ from examples.serve.settings import Settings
 from vpt_fast.cli_common import CHECKPOINT_HELP, Device
 from vpt_fast.train.bank_folder import open_bank
 from vpt_fast.train.evaluate import resolve_device
+from vpt_fast.train.recipe import AMP_DTYPES
 
 LIMITS = "Limits"
 DEFAULTS = Settings()
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def serve(
@@ -28,7 +28,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help=f"Of the weights: {', '.join(AMP_DTYPES)}.")
+    ] = "float32",
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of the model; PyTorch's choice if none.")
     ] = None,
@@ -72,8 +74,8 @@ def serve(
 ) -> None:
     """Serves predictions of many tasks of one backbone, batched together."""
     try:
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+        if dtype not in AMP_DTYPES:
+            raise ValueError(f"--dtype is {dtype!r}; choose one of {', '.join(AMP_DTYPES)}")
         settings = Settings(
             max_upload_bytes=max_upload_bytes,
             max_pixels=max_pixels,
@@ -89,14 +91,14 @@ def serve(
         if threads is not None:
             torch.set_num_threads(threads)
         where, limit = resolve_device(device), None if memory_limit is None else memory_limit << 20
-        opened, refused = open_bank(bank, None, checkpoint, where, DTYPES[dtype], limit)
+        opened, refused = open_bank(bank, None, checkpoint, where, AMP_DTYPES[dtype], limit)
     except (ValueError, TypeError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
     for line in refused:
         typer.echo(f"warning: {line}", err=True)
     typer.echo(f"{len(opened.tasks)} tasks on {where}: {', '.join(opened.tasks)}", err=True)
-    app = create_app(opened, settings, where, DTYPES[dtype])
+    app = create_app(opened, settings, where, AMP_DTYPES[dtype])
     make_server(app, settings, host, port, access_log).run()
 
 

@@ -28,6 +28,7 @@ from examples.serve.refusals import Refusal, refuse
 from examples.serve.settings import Settings
 from examples.serve.uploads import FORMATS, prepare
 from vpt_fast.bank import BankTask, PromptBank
+from vpt_fast.train.ranking import most_probable
 
 T = TypeVar("T")
 
@@ -162,11 +163,12 @@ def _add_predict(app: FastAPI, parts: _Parts) -> None:
             prediction = await _first(parts.batcher.submit(pixels, entry), gone, deadline)
         finally:
             gone.cancel()
+        found = most_probable(prediction.logits, entry.class_names, topk)
         seconds = time.perf_counter() - began
         parts.metrics.answered(task, seconds)
         return Answer(
             task=task,
-            classes=_classes(prediction.logits, entry, topk),
+            classes=[ClassProbability(name=name, probability=p) for name, p in found],
             batch_size=prediction.batch_size,
             ms=round(1000 * seconds, 3),
         )
@@ -264,13 +266,6 @@ async def _first(
     if gone.done():
         raise Refusal(499, "client_gone", "The client went away.")
     raise Refusal(504, "timeout", "The server did not get to this image in time. Try again later.")
-
-
-def _classes(logits: torch.Tensor, entry: BankTask, topk: int) -> list[ClassProbability]:
-    names = entry.class_names or [str(i) for i in range(entry.num_classes)]
-    probabilities, classes = logits.softmax(dim=0).topk(min(topk, len(names)))
-    found = zip(classes.tolist(), probabilities.tolist(), strict=True)
-    return [ClassProbability(name=names[i], probability=p) for i, p in found]
 
 
 def _entries(bank: PromptBank) -> list[BankTask]:

@@ -18,6 +18,7 @@ import torch
 from examples.serve.trial import picture
 from examples.serve.uploads import prepare
 from vpt_fast.bank import PromptBank
+from vpt_fast.train.ranking import names_of
 
 TOLERANCE = 1e-4
 """Of a probability; results of different batch sizes differ by rounding."""
@@ -71,7 +72,7 @@ def good_cases(bank: PromptBank) -> list[Case]:
             image = prepare(io.BytesIO(file), entry.inputs, 10**7)
             with torch.inference_mode():
                 shares = bank(image[None], [task])[0].softmax(dim=0).tolist()
-            names = entry.class_names or [str(i) for i in range(len(shares))]
+            names = names_of(entry.class_names, len(shares))
             content = {"files": {"image": file}, "data": {"task": task, "topk": len(names)}}
             probabilities = dict(zip(names, shares, strict=True))
             cases.append(Case("prediction", content, 200, probabilities))

@@ -190,8 +190,8 @@ class PromptBank:
     def _holding(self, names: Sequence[str]) -> State:
         """A state in which all these tasks are in memory."""
         wanted = dict.fromkeys(names)
-        read: list[BankTask] = []  # keeps their ids from being given to others
-        loaded: dict[int, TaskTensors] = {}
+        # By object, which each entry keeps alive: a name may come to mean another task meanwhile.
+        loaded: dict[int, tuple[BankTask, TaskTensors]] = {}
         while True:
             with self._lock, _plain_tensors():
                 state = self._memory.state
@@ -199,14 +199,13 @@ class PromptBank:
                 missing = [task for task in tasks if task.name not in state.residents]
                 if all(id(task) in loaded for task in missing):
                     for task in missing:
-                        self._memory.put(task, loaded[id(task)], frozenset(wanted))
+                        self._memory.put(*loaded[id(task)], frozenset(wanted))
                     self._memory.use(wanted)
                     return self._memory.state
             # Others go on while files are read; what they change meanwhile is looked at again.
             for task in missing:
                 if id(task) not in loaded:
-                    loaded[id(task)] = self._read_again(task)
-                    read.append(task)
+                    loaded[id(task)] = task, self._read_again(task)
 
     def _read_again(self, known: BankTask) -> TaskTensors:
         task, tensors = self._read(known.name, known.directory)

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block
 from torch import Tensor
-from torch.nn.modules import module as nn_module
 
 from vpt_fast.attention_inputs import attention_tokens, packed_prompts
 from vpt_fast.bank.places import Places
 from vpt_fast.bank.task_experts import ExpertGroup
 from vpt_fast.blocks import is_fusable
 from vpt_fast.experts import EPS
+from vpt_fast.fold import folded_parts
 from vpt_fast.fused_block import block_config, block_weights, layer_scale
-from vpt_fast.hooks import has_hooks
+from vpt_fast.head_rows import rows_read
 from vpt_fast.norms import is_layer_norm, norm_of
 from vpt_fast.ops.backend import computing_dtype, in_full_precision, statistics_dtype
 from vpt_fast.ops.bank_attention import bank_attention
@@ -40,7 +41,7 @@ def features(model: Any, images: Tensor, places: Places) -> Tensor:
         places: of the images' prompts.
     """
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-    total, count = OpenSum(x), _rows_read(model)
+    total, count = OpenSum(x), rows_read(model, Block)
     last = len(model.blocks) - 1
     for index, block in enumerate(model.blocks):
         prompts = _BlockPrompts(places, index)
@@ -55,16 +56,6 @@ def features(model: Any, images: Tensor, places: Places) -> Tensor:
         return x[:, :2].flatten(1)
     pooled: Tensor = model.forward_head(x, pre_logits=True)
     return pooled
-
-
-def _rows_read(model: Any) -> int | None:
-    """Rows of the last block's output that the head reads, if they are its first."""
-    if model.global_pool != "token" or model.attn_pool is not None:
-        return None
-    watched = [m for part in (model.blocks[-1], model.norm) for m in part.modules()]
-    if nn_module._has_any_global_hook() or any(has_hooks(m) for m in watched):
-        return None
-    return 2 if isinstance(model, VisionTransformerDistilled) else 1
 
 
 class _BlockPrompts:
@@ -146,7 +137,7 @@ def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts) -> OpenSum:
     steps = _Steps(block_config(block), block_weights(block), dtype, prompts, made)
     with in_full_precision(x):
         middle, result, _ = steps.forward(x, y, ())
-    return OpenSum(middle, result, layer_scale(block, "ls2"))
+    return OpenSum(middle, result, layer_scale(block, "ls2", folded_parts(block)))
 
 
 def _by_modules(block: Any, x: Tensor, prompts: _BlockPrompts, first: int | None) -> Tensor:
