@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .channels import load_channels
-from .launch import Launch, run
+from .launch import Launch
+from .launch_plan import Launcher, contiguous, launcher, layout_of
 from .row_table import element_tiles
 
 _LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
@@ -178,15 +179,28 @@ def activation_launch(
     )
 
 
-def activation(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """f(h + bias), (..., C); see `vpt_fast.ops.activation`."""
-    h, bias = h.contiguous(), None if bias is None else bias.contiguous()
-    out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    run([activation_launch(h, bias, out, kind, backward=False)], h.device)
+def activation(h: Tensor, bias: Tensor | None, kind: str, launch: Launcher | None = None) -> Tensor:
+    """f(h + bias), (..., C); see `vpt_fast.ops.activation`.
+
+    With `launch`, a launcher of this layout, tensors must be contiguous.
+    """
+    if launch is None:
+        h, bias = contiguous(h, bias)
+        launch = launcher("activation", kind, layout_of(h), layout_of(bias))
+    out = torch.empty_like(h)
+    launch((h, bias, out), activation_launch, kind, False)
     return out
 
 
-def activation_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> None:
-    """Multiply `grad` (..., C), contiguous, by f'(h + bias) in place."""
-    h, bias = h.contiguous(), None if bias is None else bias.contiguous()
-    run([activation_launch(h, bias, grad, kind, backward=True)], h.device)
+def activation_backward(
+    h: Tensor, bias: Tensor | None, grad: Tensor, kind: str, launch: Launcher | None = None
+) -> None:
+    """Multiply `grad` (..., C), contiguous, by f'(h + bias) in place.
+
+    With `launch`, a launcher of this layout, all tensors must be contiguous.
+    """
+    if launch is None:
+        h, bias = contiguous(h, bias)
+        layouts = map(layout_of, (h, bias, grad))
+        launch = launcher("activation_backward", kind, *layouts)
+    launch((h, bias, grad), activation_launch, kind, True)

@@ -17,7 +17,8 @@ and prompts as 0, 1 or 2 tensors, with leading dimension 1 where the batch share
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 
@@ -25,12 +26,13 @@ from .attention_checks import check_inputs, check_saved
 from .attention_forward import forward_launch
 from .attention_gradients import backward_launches
 from .chunks import chunk_count
-from .launch import run, target_of
+from .launch import Launch, packed_offset, target_of
+from .launch_plan import Launcher, contiguous, launcher, layout_of
 from .layouts import Tensors, existing_prompts, split
 
 
 def attention_forward(
-    tokens: Tensors, prompts: Tensors, scale: float
+    tokens: Tensors, prompts: Tensors, scale: float, launch: Launcher | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query to the prompts' and the tokens' keys.
 
@@ -38,6 +40,7 @@ def attention_forward(
         tokens: queries, keys and values (see the module); fp32, fp16 or bf16, d up to 128.
         prompts: the prompts' keys and values; p may be 0.
         scale: what the scores are multiplied by; positive.
+        launch: a launcher of this layout, whose holder has checked the tensors.
 
     Returns:
         out (B, M, H * d), contiguous, in the tokens' dtype; and lse (B, H, M), fp32: log2 of the
@@ -47,13 +50,21 @@ def attention_forward(
         TypeError: a dtype that is not supported, or dtypes that differ.
         ValueError: shapes, strides, devices or a scale that do not fit.
     """
-    check_inputs(tokens, prompts, scale)
-    q, k, v = split(tokens)
-    batch, num_queries, num_heads, head_dim = q.shape
-    out = torch.empty((batch, num_queries, num_heads * head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, num_heads, num_queries), dtype=torch.float32, device=q.device)
-    launch = forward_launch(q, k, v, existing_prompts(prompts), out, lse, scale, target_of(q))
-    run([launch], q.device)
+    if launch is None:
+        launch = _launcher("attention", tokens, prompts, scale)
+        if launch.is_new:
+            check_inputs(tokens, prompts, scale)
+    q = tokens[0]
+    batch, rows, num_heads, head_dim = *q.shape[:2], *q.shape[-2:]
+    out = torch.empty((batch, rows, num_heads * head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, num_heads, rows), dtype=torch.float32, device=q.device)
+
+    def build(*_: Any) -> list[Launch]:
+        q, k, v = split(tokens)
+        pair = existing_prompts(prompts)
+        return [forward_launch(q, k, v, pair, out, lse, scale, target_of(q))]
+
+    launch((*tokens, *prompts, out, lse), build)
     return out, lse
 
 
@@ -66,6 +77,7 @@ def attention_backward(
     scale: float,
     needs_tokens: bool,
     needs_prompts: bool,
+    launch: Launcher | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of `attention_forward`; what is not needed is not computed.
 
@@ -78,6 +90,8 @@ def attention_backward(
         grad_out: gradient of `out`, (B, M, H * d), in the tokens' dtype.
         needs_tokens: whether to compute the gradients of `tokens`.
         needs_prompts: whether to compute the gradients of `prompts`.
+        launch: a launcher of this layout, whose holder has checked the tensors; all that are not
+            tokens or prompts must be contiguous then.
 
     Returns:
         Gradients shaped as `tokens` and as `prompts`, contiguous, in their dtype; an empty list in
@@ -87,43 +101,66 @@ def attention_backward(
         TypeError, ValueError: as `attention_forward`; also `out`, `lse` or `grad_out` that do not
             belong to these tokens.
     """
-    check_inputs(tokens, prompts, scale)
-    q, k, v = split(tokens)
-    check_saved(q, out, lse, grad_out)
-    out, lse, grad_out = out.contiguous(), lse.contiguous(), grad_out.contiguous()
-    token_grads = [_empty(t.shape, t) for t in tokens] if needs_tokens else []
-    prompt_grads = [_empty_prompt_gradient(t, len(q)) for t in prompts] if needs_prompts else []
-    launches = backward_launches(
-        (q, k, v),
-        existing_prompts(prompts),
-        out,
-        grad_out,
-        lse,
-        torch.empty_like(lse),
-        split(token_grads) if needs_tokens else None,
-        existing_prompts(prompt_grads),
-        scale,
-        target_of(q),
-    )
-    run(launches, q.device)
+    if launch is None:
+        out, lse, grad_out = contiguous(out, lse, grad_out)
+        launch = _launcher(
+            "attention_backward", tokens, prompts, scale, needs_tokens, needs_prompts,
+            *map(layout_of, (out, lse, grad_out)),
+        )  # fmt: skip
+        if launch.is_new:
+            check_inputs(tokens, prompts, scale)
+            check_saved(split(tokens)[0], out, lse, grad_out)
+    batch = tokens[0].shape[0]
+    delta = torch.empty_like(lse)
+    token_grads = []
+    if needs_tokens:
+        form = torch.contiguous_format
+        token_grads = [torch.empty_like(t, memory_format=form) for t in tokens]
+    prompt_grads = [_empty_prompt_gradient(t, batch) for t in prompts] if needs_prompts else []
+
+    def build(*_: Any) -> list[Launch]:
+        q, k, v = split(tokens)
+        return backward_launches(
+            (q, k, v),
+            existing_prompts(prompts),
+            out,
+            grad_out,
+            lse,
+            delta,
+            split(token_grads) if needs_tokens else None,
+            existing_prompts(prompt_grads),
+            scale,
+            target_of(q),
+        )
+
+    launch((*tokens, *prompts, out, lse, grad_out, delta, *token_grads, *prompt_grads), build)
     return token_grads, [_sum_chunks(g, t) for g, t in zip(prompt_grads, prompts, strict=False)]
 
 
-def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+def _launcher(name: str, tokens: Tensors, prompts: Tensors, *others: Hashable) -> Launcher:
+    """The launcher for tensors of these layouts.
+
+    Where keys and values are tensors of their own, whether and how they lie in one allocation
+    counts too: the kernels step from one to the other.
+    """
+    layouts = (*map(layout_of, tokens), *map(layout_of, prompts))
+    pairs = (tokens[1:] if len(tokens) == 3 else (), prompts if len(prompts) == 2 else ())
+    offsets = [packed_offset((pair[0], pair[1])) if len(pair) == 2 else None for pair in pairs]
+    return launcher(name, len(tokens), layouts, *offsets, *others)
 
 
 def _empty_prompt_gradient(prompts: torch.Tensor, batch: int) -> torch.Tensor:
     """Where the kernels write: the gradient per image, or fp32 sums over chunks of images."""
-    if len(prompts) == batch:
-        return _empty(prompts.shape, prompts)
-    chunks = chunk_count(batch)
-    shape = (chunks, *prompts.shape[1:])
+    if prompts.shape[0] == batch:
+        return torch.empty_like(prompts, memory_format=torch.contiguous_format)
+    shape = (chunk_count(batch), *prompts.shape[1:])
     return torch.empty(shape, dtype=torch.float32, device=prompts.device)
 
 
 def _sum_chunks(gradient: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
     """The gradient of prompts from what the kernels wrote."""
-    if len(gradient) == len(prompts) and gradient.dtype == prompts.dtype:
+    dtype = prompts.dtype
+    if gradient.shape[0] == prompts.shape[0] and gradient.dtype == dtype:
         return gradient
-    return gradient.sum(0, keepdim=True).to(prompts.dtype)
+    total = gradient.sum(0, keepdim=True)
+    return total if total.dtype == dtype else total.to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 MOST_CHUNKS = 32
 
 
@@ -10,6 +12,7 @@ def chunk_size(count: int) -> int:
     return max(1, -(-count // MOST_CHUNKS))
 
 
+@functools.lru_cache(maxsize=64)
 def chunk_count(count: int) -> int:
     """How many partial sums that makes, at most `MOST_CHUNKS`."""
     return -(-count // chunk_size(count))

@@ -71,9 +71,9 @@ class Launch:
     num_stages: int
     trips: Mapping[str, int] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Launch on the current stream of the device that is current."""
-        self.kernel[self.grid](
+    def run(self) -> Any:
+        """Launch on the current stream of the device that is current; the compiled kernel."""
+        return self.kernel[self.grid](
             **self.arguments,
             **self.constexprs,
             num_warps=self.num_warps,
@@ -120,13 +120,15 @@ class Launch:
         ]
 
 
-def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Run launches in order on `device`; those of an empty batch have nothing to do."""
+def run(launches: Iterable[Launch], device: torch.device) -> list[tuple[Launch, Any]]:
+    """Run launches in order on `device`; those of an empty batch have nothing to do.
+
+    Returns:
+        What was launched, with the compiled kernels.
+    """
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        for launch in launches:
-            if min(launch.grid) > 0:
-                launch.run()
+        return [(launch, launch.run()) for launch in launches if min(launch.grid) > 0]
 
 
 def row_strides(view: torch.Tensor) -> tuple[int, int, int]:

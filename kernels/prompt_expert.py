@@ -10,6 +10,8 @@ The same inputs give the same bits: there are no atomics.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ from .expert_fold import fold_backward_launch, fold_launch
 from .expert_inputs import FeatureInputs
 from .expert_mix import mix_launch
 from .expert_mix_backward import mix_backward_launch
-from .launch import run, target_of
+from .launch import Launch, target_of
+from .launch_plan import Launcher, contiguous, launcher, layout_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,40 +34,67 @@ def _check_dtype(tensor: Tensor) -> None:
         )
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def fold_forward(
-    weight: Tensor, kernel: Tensor, grid: tuple[int, int], padded: int
+    weight: Tensor,
+    kernel: Tensor,
+    grid: tuple[int, int],
+    padded: int,
+    launch: Launcher | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The folded matrix (p, padded) fp32, zeros past gh * gw, and its row sums (p,)."""
-    _check_dtype(weight)
-    weight, kernel = weight.contiguous(), kernel.contiguous()
-    mix = torch.empty((len(weight), padded), dtype=torch.float32, device=weight.device)
-    mix_sum = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    run([fold_launch(weight, kernel, grid, mix, mix_sum)], weight.device)
+    """The folded matrix (p, padded) fp32, zeros past gh * gw, and its row sums (p,).
+
+    Here and below tensors must be contiguous where `launch`, a launcher of their layout, is given.
+    """
+    if launch is None:
+        _check_dtype(weight)
+        weight, kernel = contiguous(weight, kernel)
+        launch = launcher("fold", grid, padded, layout_of(weight), layout_of(kernel))
+    mix = torch.empty((weight.shape[0], padded), dtype=torch.float32, device=weight.device)
+    mix_sum = torch.empty((weight.shape[0],), dtype=torch.float32, device=weight.device)
+    launch(
+        (weight, kernel, mix, mix_sum), lambda *_: [fold_launch(weight, kernel, grid, mix, mix_sum)]
+    )
     return mix, mix_sum
 
 
 def fold_backward(
-    weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, grid: tuple[int, int]
+    weight: Tensor,
+    kernel: Tensor,
+    grad_mix: Tensor,
+    grad_sum: Tensor,
+    grid: tuple[int, int],
+    launch: Launcher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the projector and of the convolution, as they are."""
-    weight, kernel = weight.contiguous(), kernel.contiguous()
+    if launch is None:
+        weight, kernel, grad_mix, grad_sum = contiguous(weight, kernel, grad_mix, grad_sum)
+        layouts = map(layout_of, (weight, kernel, grad_mix, grad_sum))
+        launch = launcher("fold_backward", grid, *layouts)
     grad_weight = torch.empty_like(weight)
-    taps = torch.empty((len(weight), kernel.numel()), dtype=torch.float32, device=weight.device)
-    launch = fold_backward_launch(weight, kernel, grid, grad_mix, grad_sum, grad_weight, taps)
-    run([launch], weight.device)
+    taps = torch.empty((weight.shape[0], kernel.numel()), dtype=torch.float32, device=weight.device)
+    launch(
+        (weight, kernel, grad_mix, grad_sum, grad_weight, taps),
+        lambda *_: fold_backward_launch(
+            weight, kernel, grid, grad_mix, grad_sum, grad_weight, taps
+        ),
+    )
     return grad_weight, taps.sum(0).to(kernel.dtype).view(kernel.shape)
 
 
-def mix_forward(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Tensor:
+def mix_forward(
+    x: Tensor, mix: Tensor, patches: int, statistics: Tensor, launch: Launcher | None = None
+) -> Tensor:
     """The mix (B, p, D) fp32 of x (B, N, D), whose row statistics (3, B, N) are fp32."""
-    _check_dtype(x)
+    if launch is None:
+        _check_dtype(x)
+        x, mix, statistics = contiguous(x, mix, statistics)
+        launch = launcher("mix", patches, *map(layout_of, (x, mix, statistics)))
     batch, _, width = x.shape
-    mixed = torch.empty((batch, len(mix), width), dtype=torch.float32, device=x.device)
-    run([mix_launch(x.contiguous(), mix, statistics, mixed, patches, target_of(x))], x.device)
+    mixed = torch.empty((batch, mix.shape[0], width), dtype=torch.float32, device=x.device)
+    launch(
+        (x, mix, statistics, mixed),
+        lambda *_: [mix_launch(x, mix, statistics, mixed, patches, target_of(x))],
+    )
     return mixed
 
 
@@ -79,39 +109,37 @@ def mix_backward(
     grad_sum: Tensor | None,
     needs_x: bool,
     needs_mix: bool,
+    launch: Launcher | None = None,
 ) -> list[Tensor]:
     """Gradients of x, norm1's and its own included, and of the matrix: those asked for."""
-    x, grad_y, grad_mixed = x.contiguous(), grad_y.contiguous(), grad_mixed.contiguous()
+    if launch is None:
+        x, mix, weight, statistics = contiguous(x, mix, weight, statistics)
+        grad_y, grad_mixed, grad_sum = contiguous(grad_y, grad_mixed, grad_sum)
+        layouts = map(layout_of, (x, mix, weight, statistics, grad_y, grad_mixed, grad_sum))
+        launch = launcher("mix_backward", patches, needs_x, needs_mix, *layouts)
     partial = grad_mix = None
     if needs_mix:
-        shape = (chunk_count(len(x)), len(mix), patches)
+        shape = (chunk_count(x.shape[0]), mix.shape[0], patches)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-        grad_mix = torch.zeros_like(mix)
     grad_x = torch.empty_like(x) if needs_x else None
-    weight, grad_sum = _contiguous(weight, grad_sum)
-    launch = mix_backward_launch(
-        x,
-        mix,
-        patches,
-        weight,
-        statistics,
-        grad_y,
-        grad_mixed,
-        grad_sum,
-        grad_x,
-        partial,
-        target_of(x),
-    )
-    run([launch], x.device)
-    if grad_mix is not None and partial is not None:
-        grad_mix[:, :patches] = partial.sum(0)
+    launch(
+        (x, mix, weight, statistics, grad_y, grad_mixed, grad_sum, grad_x, partial),
+        lambda *_: [
+            mix_backward_launch(
+                x, mix, patches, weight, statistics, grad_y, grad_mixed, grad_sum, grad_x,
+                partial, target_of(x),
+            )
+        ],
+    )  # fmt: skip
+    if partial is not None:
+        grad_mix = torch.zeros_like(mix)
+        torch.sum(partial, 0, out=grad_mix[:, :patches])
     return [g for g in (grad_x, grad_mix) if g is not None]
 
 
-def _tensors(inputs: FeatureInputs, **more: Tensor | None) -> dict[str, Tensor | None]:
-    """All but the mix by name, contiguous."""
-    named = {**inputs._asdict(), **more}
-    return {n: t if t is None else t.contiguous() for n, t in named.items() if n != "mixed"}
+def _named(inputs: FeatureInputs, **more: Tensor | None) -> dict[str, Tensor | None]:
+    """All but the mix by name."""
+    return {name: t for name, t in {**inputs._asdict(), **more}.items() if name != "mixed"}
 
 
 def features_forward(
@@ -121,16 +149,24 @@ def features_forward(
     norm_bias: Tensor | None,
     norm_eps: float,
     dtype: torch.dtype,
+    launch: Launcher | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """norm1 of the prompts (B, p, D) in `dtype`, and each row's mean and rstd (B, p) fp32."""
+    if launch is None:
+        inputs = FeatureInputs(*contiguous(*inputs))
+        norm_weight, norm_bias = contiguous(norm_weight, norm_bias)
+        layouts = map(layout_of, (*inputs, norm_weight, norm_bias))
+        launch = launcher("features", residual, norm_eps, dtype, *layouts)
     mixed = inputs.mixed
-    tensors = _tensors(inputs, norm_weight=norm_weight, norm_bias=norm_bias)
-    out = torch.empty(mixed.shape, dtype=dtype, device=mixed.device)
-    mean, rstd = (
-        torch.empty(mixed.shape[:2], dtype=torch.float32, device=mixed.device) for _ in range(2)
-    )
-    launch = features_launch(mixed, tensors, residual, out, mean, rstd, norm_eps)
-    run([launch], mixed.device)
+    out = torch.empty_like(mixed, dtype=dtype)
+    mean = torch.empty(mixed.shape[:2], dtype=torch.float32, device=mixed.device)
+    rstd = torch.empty_like(mean)
+
+    def build(*_: Any) -> list[Launch]:
+        tensors = _named(inputs, norm_weight=norm_weight, norm_bias=norm_bias)
+        return [features_launch(mixed, tensors, residual, out, mean, rstd, norm_eps)]
+
+    launch((*inputs, norm_weight, norm_bias, out, mean, rstd), build)
     return out, mean, rstd
 
 
@@ -141,35 +177,42 @@ def features_backward(
     mean: Tensor,
     rstd: Tensor,
     grad: Tensor,
+    launch: Launcher | None = None,
 ) -> list[Tensor]:
-    """Gradients of mixed, mix_sum, weight, shift, bias if there is one, down and up."""
-    mixed, weight, shift, bias = inputs.mixed, inputs.weight, inputs.shift, inputs.bias
-    down, up = inputs.down, inputs.up
-    tensors = _tensors(inputs, norm_weight=norm_weight, mean=mean, rstd=rstd)
+    """Gradients of mixed, mix_sum, weight, shift, bias if there is one, down and up.
+
+    All but the first are parts of two tensors.
+    """
+    if launch is None:
+        inputs = FeatureInputs(*contiguous(*inputs))
+        norm_weight, mean, rstd, grad = contiguous(norm_weight, mean, rstd, grad)
+        layouts = map(layout_of, (*inputs, norm_weight, mean, rstd, grad))
+        launch = launcher("features_backward", residual, *layouts)
+    mixed, hidden_dim = inputs.mixed, inputs.down.shape[0]
     batch, prompts, width = mixed.shape
-    rows, hidden_dim = batch * prompts, len(down)
+    rows = batch * prompts
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=mixed.device)
 
-    grad_mixed = empty(*mixed.shape)
-    sums = empty(4, rows)
+    grad_mixed, units, sums = torch.empty_like(mixed), empty(2, rows, hidden_dim), empty(4, rows)
     weights = empty(chunk_count(rows), 2 * hidden_dim + 2, width)
-    launches = features_backward_launches(
-        mixed, tensors, residual, grad, grad_mixed,
-        empty(2, rows, hidden_dim), sums, weights, target_of(mixed),
-    )  # fmt: skip
-    run(launches, mixed.device)
-    grad_down, grad_up, grad_weight, grad_shift = weights.sum(0).split(
-        [hidden_dim, hidden_dim, 1, 1]
-    )
+
+    def build(*_: Any) -> list[Launch]:
+        tensors = _named(inputs, norm_weight=norm_weight, mean=mean, rstd=rstd)
+        return features_backward_launches(
+            mixed, tensors, residual, grad, grad_mixed, units, sums, weights, target_of(mixed)
+        )
+
+    launch((*inputs, norm_weight, mean, rstd, grad, grad_mixed, units, sums, weights), build)
+    down, up, weight, shift = weights.sum(0).split([hidden_dim, hidden_dim, 1, 1])
     grad_sum, grad_bias = sums[:2].view(2, batch, prompts).sum(1)
     return [
         grad_mixed,
-        grad_sum.clone(),
-        grad_weight[0].to(weight.dtype, copy=True),
-        grad_shift[0].to(shift.dtype, copy=True),
-        *([] if bias is None else [grad_bias.to(bias.dtype, copy=True)]),
-        grad_down.to(down.dtype, copy=True),
-        grad_up.T.to(up.dtype, copy=True, memory_format=torch.contiguous_format),
+        grad_sum,
+        weight[0].to(inputs.weight.dtype),
+        shift[0].to(inputs.shift.dtype),
+        *([] if inputs.bias is None else [grad_bias.to(inputs.bias.dtype)]),
+        down.to(inputs.down.dtype),
+        up.T.to(inputs.up.dtype),
     ]

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .channels import load_channels
-from .launch import Launch, run
+from .launch import Launch
+from .launch_plan import Launcher, contiguous, launcher, layout_of
 from .row_table import row_gradient_tiles, row_tiles
 
 
@@ -219,26 +220,31 @@ def residual_norm(
     norm_eps: float,
     expert_eps: float | None,
     dtype: torch.dtype,
+    launch: Launcher | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, its LayerNorm in `dtype` and row statistics; see `vpt_fast.ops.residual_norm`."""
-    residual = residual.contiguous()
-    branch, scale, weight, bias = (
-        None if t is None else t.contiguous() for t in (branch, scale, weight, bias)
-    )
-    device, shape = residual.device, residual.shape
+    """The sum (the residual itself without a branch), its LayerNorm in `dtype`, row statistics.
+
+    With `launch`, a launcher of this layout, tensors must be contiguous.
+    """
+    if launch is None:
+        residual, branch, scale, weight, bias = contiguous(residual, branch, scale, weight, bias)
+        layouts = map(layout_of, (residual, branch, scale, weight, bias))
+        launch = launcher("residual_norm", norm_eps, expert_eps, dtype, *layouts)
     total = None
     if branch is not None:
-        total = torch.empty(
-            shape, dtype=torch.promote_types(residual.dtype, branch.dtype), device=device
-        )
-    y = torch.empty(shape, dtype=dtype, device=device)
-    count = 2 if expert_eps is None else 3
-    statistics = torch.empty((count, *shape[:-1]), dtype=torch.float32, device=device)
-    launch = residual_norm_launch(
-        residual, branch, scale, weight, bias, total, y, statistics, norm_eps, expert_eps
+        wide = residual.dtype
+        if branch.dtype != wide:
+            wide = torch.promote_types(wide, branch.dtype)
+        total = torch.empty_like(residual, dtype=wide)
+    y = torch.empty_like(residual, dtype=dtype)
+    statistics = torch.empty(
+        (2 if expert_eps is None else 3, *residual.shape[:-1]),
+        dtype=torch.float32,
+        device=residual.device,
     )
-    run([launch], device)
-    return residual.new_empty(0) if total is None else total, y, statistics
+    tensors = (residual, branch, scale, weight, bias, total, y, statistics)
+    launch(tensors, residual_norm_launch, norm_eps, expert_eps)
+    return residual if total is None else total, y, statistics
 
 
 def residual_norm_backward(
@@ -249,18 +255,18 @@ def residual_norm_backward(
     grad_y: Tensor,
     grad_sum: Tensor | None,
     branch_dtype: torch.dtype | None,
+    launch: Launcher | None = None,
 ) -> list[Tensor]:
-    """Gradient of the sum x and, if a dtype is given for it, of the branch that was added."""
-    x, grad_y = x.contiguous(), grad_y.contiguous()
-    weight, scale, grad_sum = (
-        None if t is None else t.contiguous() for t in (weight, scale, grad_sum)
-    )
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grad_branch = None
-    if branch_dtype is not None:
-        grad_branch = torch.empty(x.shape, dtype=branch_dtype, device=x.device)
-    launch = residual_norm_backward_launch(
-        x, statistics, weight, scale, grad_y, grad_sum, grad_x, grad_branch
-    )
-    run([launch], x.device)
+    """Gradient of the sum x and, if a dtype is given for it, of the branch that was added.
+
+    With `launch`, a launcher of this layout, tensors must be contiguous.
+    """
+    if launch is None:
+        x, weight, scale, grad_y, grad_sum = contiguous(x, weight, scale, grad_y, grad_sum)
+        layouts = map(layout_of, (x, statistics, weight, scale, grad_y, grad_sum))
+        launch = launcher("residual_norm_backward", branch_dtype, *layouts)
+    grad_x = torch.empty_like(x)
+    grad_branch = None if branch_dtype is None else torch.empty_like(x, dtype=branch_dtype)
+    tensors = (x, statistics, weight, scale, grad_y, grad_sum, grad_x, grad_branch)
+    launch(tensors, residual_norm_backward_launch)
     return [grad_x] if grad_branch is None else [grad_x, grad_branch]

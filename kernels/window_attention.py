@@ -15,11 +15,14 @@ places, minus 100 where only the roll has made them neighbours; that of a prompt
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .attention_checks import check_saved
-from .launch import run, target_of
+from .launch import Launch, target_of
+from .launch_plan import Launcher, contiguous, launcher, layout_of
 from .window_checks import check_inputs
 from .window_forward import forward_launch
 from .window_gradients import (
@@ -39,6 +42,7 @@ def window_attention_forward(
     window: Pair,
     shift: Pair,
     scale: float,
+    launch: Launcher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every token to its window's tokens and its image's prompts.
 
@@ -47,6 +51,8 @@ def window_attention_forward(
         window: rows and columns of a window.
         shift: rows and columns that the image is rolled by, less than the window's.
         scale: what the products of queries and keys are multiplied by; positive.
+        launch: a launcher of this layout, whose holder has checked the tensors; they must be
+            contiguous then.
 
     Returns:
         out (B, H, W, h * d), contiguous, in qkv's dtype; and lse (B, h, H, W), fp32: log2 of the
@@ -56,15 +62,21 @@ def window_attention_forward(
         TypeError: a dtype that is not supported, or dtypes that differ.
         ValueError: shapes, devices, a window, a shift or a scale that do not fit.
     """
-    check_inputs(qkv, pad, table, prompts, window, shift, scale)
-    qkv, pad, table, prompts = _contiguous(qkv, pad, table, prompts)
+    if launch is None:
+        qkv, pad, table, prompts = contiguous(qkv, pad, table, prompts)
+        layouts = map(layout_of, (qkv, pad, table, prompts))
+        launch = launcher("window_attention", window, shift, scale, *layouts)
+        if launch.is_new:
+            check_inputs(qkv, pad, table, prompts, window, shift, scale)
     batch, height, width, _, heads, dim = qkv.shape
     out = torch.empty((batch, height, width, heads * dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((batch, heads, height, width), dtype=torch.float32, device=qkv.device)
-    launch = forward_launch(
-        qkv, pad, table, prompts, out, lse, window, shift, scale, target_of(qkv)
-    )
-    run([launch], qkv.device)
+
+    def build(*_: Any) -> list[Launch]:
+        target = target_of(qkv)
+        return [forward_launch(qkv, pad, table, prompts, out, lse, window, shift, scale, target)]
+
+    launch((qkv, pad, table, prompts, out, lse), build)
     return out, lse
 
 
@@ -82,6 +94,7 @@ def window_attention_backward(
     needs_tokens: bool,
     needs_prompts: bool,
     needs_table: bool,
+    launch: Launcher | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     """Gradients of `window_attention_forward`; what is not needed is not computed.
 
@@ -93,6 +106,7 @@ def window_attention_backward(
         out, lse: what it returned.
         grad_out: gradient of `out`, (B, H, W, h * d), in its dtype.
         needs_tokens, needs_prompts, needs_table: whether to compute those gradients.
+        launch: as for the forward.
 
     Returns:
         Gradients of qkv and of the prompts, shaped and typed as they are; of the table, fp32; None
@@ -103,18 +117,25 @@ def window_attention_backward(
         TypeError, ValueError: as `window_attention_forward`; also `out`, `lse` or `grad_out` that
             do not belong to these tokens.
     """
-    check_inputs(qkv, pad, table, prompts, window, shift, scale)
-    _check_saved(qkv, out, lse, grad_out)
-    qkv, pad, table, prompts = _contiguous(qkv, pad, table, prompts)
+    if launch is None:
+        qkv, pad, table, prompts = contiguous(qkv, pad, table, prompts)
+        out, lse, grad_out = contiguous(out, lse, grad_out)
+        layouts = map(layout_of, (qkv, pad, table, prompts, out, lse, grad_out))
+        asked = needs_tokens, needs_prompts, needs_table
+        launch = launcher("window_attention_backward", window, shift, scale, *asked, *layouts)
+        if launch.is_new:
+            check_inputs(qkv, pad, table, prompts, window, shift, scale)
+            _check_saved(qkv, out, lse, grad_out)
     grid = window_grid(qkv, prompts, window, shift)
     gradients = empty_gradients(
         qkv, grid, needs_tokens, needs_prompts and prompts is not None, needs_table
     )
-    launches = backward_launches(
-        qkv, pad, table, prompts, out.contiguous(), lse.contiguous(), grad_out.contiguous(),
-        gradients, window, shift, scale,
-    )  # fmt: skip
-    run(launches, qkv.device)
+    launch(
+        (qkv, pad, table, prompts, out, lse, grad_out, *gradients),
+        lambda *_: backward_launches(
+            qkv, pad, table, prompts, out, lse, grad_out, gradients, window, shift, scale
+        ),
+    )
     grad_prompts = None
     if needs_prompts and prompts is not None:
         partial = gradients.prompts
@@ -123,17 +144,6 @@ def window_attention_backward(
         )
     grad_table = None if gradients.scores is None else table_gradient(gradients.scores, window)
     return gradients.qkv, grad_prompts, grad_table, None
-
-
-def _contiguous(
-    qkv: Tensor, pad: Tensor | None, table: Tensor, prompts: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    return (
-        qkv.contiguous(),
-        None if pad is None else pad.contiguous(),
-        table.contiguous(),
-        None if prompts is None else prompts.contiguous(),
-    )
 
 
 def _check_saved(qkv: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor) -> None:

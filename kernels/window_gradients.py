@@ -60,11 +60,13 @@ class Gradients(NamedTuple):
         qkv: as qkv.
         prompts: (sums, p, 2, h, d) fp32, over the windows of each sum.
         scores: (sums, h, area, area) fp32: dS of the tokens, likewise.
+        delta: (B, h, H, W) fp32, row sums of dO * O, which launches pass on to later ones.
     """
 
     qkv: Tensor | None
     prompts: Tensor | None
     scores: Tensor | None
+    delta: Tensor | None = None
 
 
 def empty_gradients(
@@ -76,12 +78,15 @@ def empty_gradients(
     def fp32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=qkv.device)
 
+    asked = needs_tokens or (needs_prompts and grid.num_prompts) or needs_table
+    whole = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
     return Gradients(
         torch.empty_like(qkv) if needs_tokens else None,
         fp32(sums, grid.num_prompts, 2, heads, grid.head_dim)
         if needs_prompts and grid.num_prompts
         else None,
         fp32(sums, heads, grid.area, grid.area) if needs_table else None,
+        fp32(grid.batch, heads, grid.height, grid.width) if asked and whole is None else None,
     )
 
 
@@ -104,7 +109,7 @@ def backward_launches(
         qkv, pad, table, prompts, out, lse: what the forward pass took and returned.
         gradients: what to write.
     """
-    if all(gradient is None for gradient in gradients):
+    if gradients.qkv is gradients.prompts is gradients.scores is None:
         return []
     grid = window_grid(qkv, prompts, window, shift)
     sums = sums_of(grid)
@@ -139,7 +144,9 @@ def backward_launches(
             _whole_launch(name, grid, sums, arguments, {**constexprs, **asked}, whole)
             for name, asked in _whole_parts(needs).items()
         ]
-    delta = torch.empty_like(lse)
+    delta = gradients.delta
+    if delta is None:
+        raise ValueError("gradients.delta is None; windows in tiles need it (see empty_gradients)")
     launches = [_dq_launch(grid, common, constexprs, written, out, delta, needs["NEEDS_TOKENS"])]
     common = {**common, **written, "delta_ptr": delta}
     shape = (grid.area, grid.keys, grid.head_dim, qkv.dtype)

@@ -22,10 +22,13 @@ from torch.nn.modules import module as nn_module
 from vpt_fast import fused_block
 from vpt_fast.attention_inputs import attention_tokens, is_normed, prompt_keys_values
 from vpt_fast.experts import PromptExperts
+from vpt_fast.fused_block import NO_PROMPTS, Fused
 from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.look_ahead import Ahead, prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.absorbed_attention import absorbed_attention
 from vpt_fast.ops.attention import prompt_attention
+from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
 
 # Query rows up to which keys and values are not worth making. A model's head reads one or two.
@@ -201,17 +204,19 @@ class PromptedBlock(Block):
             total: tokens, with the live prompt rows that enter.
             memory: what is kept for backward.
         """
-        rows, prompt = self.rows, self.prompt
-        if prompt is None and rows.entering and not rows.leaving:
-            return OpenSum(self._by_modules(total, memory))
-        if not is_fusable(self):
+        rows, prompt = self.rows, self._modules.get("prompt")
+        now = None
+        if prompt is not None or rows.leaving or not rows.entering:
+            now = fused(self, total.residual)
+        if now is None:
             return OpenSum(self._by_modules(total, memory))
         if prompt is not None and (rows.entering or rows.leaving):
             x = strip_rows(total.closed(), rows.entering, rows.prefix)
             if rows.leaving:
                 x, prompt = insert_rows(x, prompt(x), rows.prefix), None
             total = OpenSum(x)
-        return self._adapted(fused_block.run(self, total, prompt, memory))
+        prompts = prompts_of(prompt, total.residual)
+        return self._adapted(fused_block.run(self, now, prompts, total, memory))
 
     def _adapted(self, total: OpenSum) -> OpenSum:
         """The output of the fused block with the adapter on its branch, if there is one."""
@@ -222,9 +227,29 @@ class PromptedBlock(Block):
             total.residual, adapter(branch if total.scale is None else branch * total.scale)
         )
 
-    def forward_first(self, total: OpenSum, count: int, memory: str) -> Tensor:
-        """The `count` first rows of the output, (B, count, D), from all rows of the input."""
-        return self._by_modules(total, memory, count)
+    def forward_first(
+        self, total: OpenSum, count: int, memory: str, ahead: Ahead | None = None
+    ) -> Tensor:
+        """The `count` first rows of the output, (B, count, D), from all rows of the input.
+
+        On a GPU all keys and values are made, which its matrix units do faster than the smaller
+        products that `absorbed_attention` has in their place.
+
+        Args:
+            total, memory: as for `forward_open`.
+            count: of the rows.
+            ahead: what `look_ahead` has found for this block and this call.
+        """
+        rows = self.rows
+        if not uses_kernels(total.residual) or rows.entering or rows.leaving:
+            return self._by_modules(total, memory, count)
+        if ahead is None:
+            now = fused(self, total.residual)
+            if now is None:
+                return self._by_modules(total, memory, count)
+            ahead = now, prompts_of(self._modules.get("prompt"), total.residual)
+        result = fused_block.run(self, *ahead, total, memory, None, count)
+        return self._adapted(result).closed()
 
     def _by_modules(self, total: OpenSum, memory: str, first: int | None = None) -> Tensor:
         """Module by module; anything but "speed" keeps the block's input only."""
@@ -299,27 +324,40 @@ class _LiveRows:
 
 def is_fusable(block: Any) -> bool:
     """`fused_block.can_fuse`; no subclass or wrapper, whose `forward` would be passed by."""
-    return (
-        type(block) in (Block, PromptedBlock)
-        and type(block.attn) in (Attention, PromptedAttention)
-        and fused_block.can_fuse(block)
+    return _is_known(block) and fused_block.can_fuse(block)
+
+
+def fused(block: Any, x: Tensor) -> Fused | None:
+    """`fused_block.fused`; no subclass or wrapper, whose `forward` would be passed by."""
+    return fused_block.fused(block, x) if _is_known(block) else None
+
+
+def _is_known(block: Any) -> bool:
+    return type(block) in (Block, PromptedBlock) and type(block._modules.get("attn")) in (
+        Attention,
+        PromptedAttention,
     )
 
 
-def through_block(block: Any, total: OpenSum, memory: str) -> OpenSum:
+def through_block(block: Any, total: OpenSum, memory: str, ahead: Ahead | None = None) -> OpenSum:
     """A frozen or prompted block, called so that its own hooks are.
 
     Args:
         block: timm's `Block` or a `PromptedBlock`.
         total: its input, a sum that is left to it.
         memory: what is kept for backward.
+        ahead: what `look_ahead` has found for it in this call.
     """
+    if ahead is not None:
+        found = fused_block.run(block, *ahead, total, memory)
+        return found if "adapter" not in block._modules else block._adapted(found)
     watched = has_hooks(block) or has_own_forward(block)
     if not (nn_module._has_any_global_hook() or watched):
         if isinstance(block, PromptedBlock):
             return block.forward_open(total, memory)
-        if is_fusable(block):
-            return fused_block.run(block, total, None, memory)
+        now = fused(block, total.residual)
+        if now is not None:
+            return fused_block.run(block, now, NO_PROMPTS, total, memory)
     if memory == getattr(block, "memory", "speed"):
         return OpenSum(block(total.closed()))
     return OpenSum(checkpoint(block, total.closed()))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from vpt_fast.methods import VAPT
 from vpt_fast.norms import norm_of
+from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
 from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
+from vpt_fast.ops.prompt_source import ExpertPrompts
 
 EPS = 1e-5
 """Epsilon of the experts' LayerNorms."""
@@ -139,26 +141,43 @@ class PromptExperts(nn.Module):
 
     def features(self, mixed: Tensor, mix_sum: Tensor) -> FeatureInputs:
         """The mix (B, p, D) with everything that makes prompts of it; draws the dropout masks."""
-        projector: Any = self._owner[0].prompt_projector
-        batch, prompts, width = mixed.shape
+        return FeatureInputs(mixed, mix_sum, *self._applied(mixed.shape[0], mixed))
+
+    def sources(self, x: Tensor) -> tuple[ExpertPrompts, tuple[Tensor | None, ...]]:
+        """The source of a fused block's prompts, and its tensors; draws the dropout masks.
+
+        Args:
+            x: the block's input (B, N, D), of which only the shape and the device matter.
+
+        Raises:
+            ValueError: the input does not have the rows of the model's patch grid.
+        """
+        self._patches(x.shape[1])
+        mix, conv = self._modules["mix"]._parameters, self._modules["conv"]._parameters
+        tensors = (mix["weight"], conv["weight"], *self._applied(x.shape[0], mix["weight"]))
+        return ExpertPrompts(self.residual, self.grid, self._modules["norm"].eps), tensors
+
+    def _applied(self, batch: int, like: Tensor) -> tuple[Tensor | None, ...]:
+        """What is applied to the mix: the fields of `FeatureInputs` but the first two.
+
+        Args:
+            batch: images B, for the dropout masks.
+            like: tensor whose device the masks get; they are fp32 at least.
+        """
+        # Modules and parameters are looked up in their dictionaries: this runs for every block of
+        # every step, and nn.Module's attribute access is slow.
+        modules: Any = self._modules
+        norm, mix = modules["norm"]._parameters, modules["mix"]._parameters
+        projector: Any = self._owner[0]._modules["prompt_projector"]
+        down = projector._modules["down"]._parameters["weight"]
+        up = projector._modules["up"]._parameters["weight"]
         channels = hidden = None
         if self.training and self.channel_dropout:
-            channels = F.dropout(mixed.new_ones(batch, width), self.channel_dropout)
+            channels = _mask((batch, down.shape[1]), self.channel_dropout, like)
         if projector.training and projector.dropout:
-            hidden = F.dropout(
-                mixed.new_ones(batch, prompts, projector.down.out_features), projector.dropout
-            )
-        return FeatureInputs(
-            mixed,
-            mix_sum,
-            self.norm.weight,
-            self.norm.bias,
-            self.mix.bias,
-            channels,
-            projector.down.weight,
-            projector.up.weight,
-            hidden,
-        )
+            shape = (batch, mix["weight"].shape[0], down.shape[0])
+            hidden = _mask(shape, projector.dropout, like)
+        return norm["weight"], norm["bias"], mix["bias"], channels, down, up, hidden
 
     def token_mixing(self) -> Tensor:
         """The weight of every patch in every prompt before the feature projector, (p, gh, gw)."""
@@ -188,3 +207,9 @@ class PromptExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
+
+
+def _mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
+    """Dropout's factors: 0, or 1 / (1 - dropout); fp32 at least, on the device of `like`."""
+    dtype = statistics_dtype(like.dtype)
+    return F.dropout(torch.ones(shape, dtype=dtype, device=like.device), dropout)

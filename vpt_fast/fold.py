@@ -120,7 +120,8 @@ def unfold_backbone(model: Any) -> None:
 
 def folded_parts(block: Any) -> frozenset[str]:
     """Names of a block's parts that folding has made ones and zeros."""
-    return getattr(block, "folded", frozenset())
+    found: frozenset[str] = block.__dict__.get("folded", frozenset())
+    return found
 
 
 def _check(model: Any) -> None:

@@ -1,32 +1,38 @@
 """Which of timm's blocks run as one function with a hand-written backward pass, and how.
 
-`ops.block_entry` and `ops.block_body` compute; here a block's modules are read: what they are, and
-whether somebody trains, hooks or drops out something that the fused functions pass by. Such a block
-runs module by module, as `blocks` has it.
+`ops.block_function` computes; here a block's modules are read: what they are, and whether somebody
+trains, hooks or drops out something that the fused functions pass by. Such a block runs module by
+module, as `blocks` has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from timm.layers import GELU, GELUTanh, Mlp, QuickGELU, Swish
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.experts import PromptExperts
-from vpt_fast.fold import folded_parts
+from vpt_fast.block_reading import BlockReading, weight_slots
 from vpt_fast.hooks import has_hooks, has_own_forward
-from vpt_fast.norms import is_layer_norm, norm_of
+from vpt_fast.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.block_body import BlockConfig, BlockWeights, run_block
-from vpt_fast.ops.block_entry import OpenSum, enter_block
-from vpt_fast.ops.prompt_source import ExpertPrompts, PromptSource, StaticPrompts
+from vpt_fast.ops.block_body import BlockConfig, BlockWeights, contiguous
+from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.block_function import run_block
+from vpt_fast.ops.operators import OPERATOR_SITES, Sites, sites_for
+from vpt_fast.ops.prompt_source import PromptSource
+from vpt_fast.ops.tracing import PLAIN, is_traced
 from vpt_fast.ops.window_attention_rows import Windows
-from vpt_fast.prompts import PromptTokens
 
+Prompts = tuple[PromptSource | None, tuple[Tensor | None, ...]]
+"""Where a block's prompts come from, and the tensors that they are made of."""
+
+NO_PROMPTS: Prompts = (None, ())
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     GELU: "gelu",
     GELUTanh: "gelu_tanh",
@@ -105,33 +111,7 @@ def _drops(module: Any) -> bool:
 
 def block_weights(block: Any) -> BlockWeights:
     """The weights of a block that `can_fuse`; None for those that are folded into others."""
-    parts, passed = block._modules, folded_parts(block)
-    attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
-    norm1, norm2 = (norm_of(parts[name], name in passed) for name in ("norm1", "norm2"))
-    linears = (attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"])
-    qkv, proj, fc1, fc2 = (linear._parameters for linear in linears)
-    return BlockWeights(
-        norm1.weight,
-        norm1.bias,
-        qkv["weight"],
-        qkv["bias"],
-        proj["weight"],
-        proj["bias"],
-        layer_scale(block, "ls1", passed),
-        norm2.weight,
-        norm2.bias,
-        fc1["weight"],
-        fc1["bias"],
-        fc2["weight"],
-        fc2["bias"],
-        parts["attn"]._parameters.get("relative_position_bias_table"),
-    )
-
-
-def layer_scale(block: Any, name: str, folded: frozenset[str]) -> Tensor | None:
-    """Factors (D,) of a block's `ls1` or `ls2`; None for 1, and where they are `folded_parts`."""
-    scale = None if name in folded else block._modules.get(name)
-    return None if scale is None else scale._parameters.get("gamma")
+    return BlockWeights._make([place.get(name) for place, name in weight_slots(block)])
 
 
 def block_config(
@@ -139,6 +119,7 @@ def block_config(
     memory: str = "speed",
     source: PromptSource | None = None,
     windows: Windows | None = None,
+    queries: int | None = None,
 ) -> BlockConfig:
     """What of a block that `can_fuse` is no tensor; for the other arguments see `run`."""
     return BlockConfig(
@@ -150,44 +131,100 @@ def block_config(
         memory=memory,
         source=source,
         windows=windows,
+        queries=queries,
     )
 
 
-def _enter(
-    block: Any, total: OpenSum, prompt: nn.Module | None
-) -> tuple[Tensor, Tensor, PromptSource | None, tuple[Tensor | None, ...]]:
-    """A block's input, norm1 of it, and how its prompts are made from which tensors."""
-    dtype = computing_dtype(total.residual)
-    norm = norm_of(block.norm1, "norm1" in folded_parts(block))
-    if isinstance(prompt, PromptExperts):
-        x, y, inputs = prompt.enter(total, norm, dtype)
-        return x, y, ExpertPrompts(prompt.residual), tuple(inputs)
-    x, y, _ = enter_block(total, norm, None, dtype)
-    if isinstance(prompt, PromptTokens):
-        return x, y, StaticPrompts(1.0 - prompt.dropout), prompt.draw(x.shape[0])
-    return x, y, None, ()
+class Fused(NamedTuple):
+    """A block that is fused in this call.
+
+    Attributes:
+        weights: its weights as they are.
+        reading: of the block; None where somebody traces, who reads the modules with us.
+    """
+
+    weights: BlockWeights
+    reading: BlockReading | None
+
+    def in_dtype(self, dtype: torch.dtype) -> BlockWeights:
+        """The weights with the matrices in `dtype`, where nobody traces."""
+        return self.weights if self.reading is None else self.reading.in_dtype(self.weights, dtype)
+
+
+def fused(block: Any, x: Tensor) -> Fused | None:
+    """A block as it is fused in a call with input x; None if it cannot be."""
+    if is_traced(x):
+        return Fused(block_weights(block), None) if can_fuse(block) else None
+    reading = block.__dict__.get("_reading")
+    weights = None if reading is None else reading.weights()
+    if weights is None:
+        if not can_fuse(block):
+            return None
+        kind = activation_kind(block._modules["mlp"]._modules["act"])
+        reading = BlockReading(block, kind or "")
+        weights = reading.weights()
+        if weights is None or any(type(w) not in PLAIN for w in weights if w is not None):
+            return None
+        block.__dict__["_reading"] = reading
+    return Fused(weights, reading)
 
 
 def run(
     block: Any,
+    now: Fused,
+    prompts: Prompts,
     total: OpenSum,
-    prompt: nn.Module | None,
     memory: str,
     windows: Windows | None = None,
+    queries: int | None = None,
 ) -> OpenSum:
     """A block from the sum that it reads to the sum that is its output.
 
     Args:
-        block: one that `can_fuse`.
+        block: the block.
+        now: it, as `fused` has found it for this input.
+        prompts: its prompts: where they come from, and the tensors that they are made of.
         total: its input.
-        prompt: makes prompts that are keys and values only; or None.
         memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
         windows: of its attention; None if that is over all rows.
+        queries: how many of its first rows are computed; None for all.
 
     Returns:
-        Its output (B, N, D), not yet summed.
+        Its output (B, N, D), or of the first rows (B, queries, D), not yet summed.
     """
-    x, y, source, tensors = _enter(block, total, prompt)
-    config = block_config(block, memory, source, windows)
-    middle, result = run_block(config, x, y, block_weights(block), tensors)
-    return OpenSum(middle, result, layer_scale(block, "ls2", folded_parts(block)))
+    residual, branch, scale = total
+    source, sources = prompts
+    dtype = computing_dtype(residual)
+    given, reading = now
+    if reading is None:
+        weights, sites = given, OPERATOR_SITES
+        config = block_config(block, memory, source, windows, queries)
+    else:
+        weights = reading.in_dtype(given, dtype)
+        scale, sources = contiguous(scale), tuple([contiguous(t) for t in sources])
+        layout = (
+            memory, source, windows, queries, dtype,
+            residual.shape, residual.dtype, residual.device,
+            None if branch is None else branch.dtype,
+            None if scale is None else scale.dtype,
+            *[None if t is None else (t.shape, t.dtype) for t in sources],
+        )  # fmt: skip
+        known = reading.layouts.get(layout)
+        if known is None:
+            known = _laid_out(reading, given, residual, layout)
+        config, sites = known
+    if scale is not None:
+        weights = weights._replace(branch_scale=scale)
+    middle, result = run_block(config, weights, dtype, sites, residual, branch, sources)
+    return OpenSum(middle, result, given.scale2)
+
+
+def _laid_out(
+    reading: BlockReading, weights: BlockWeights, x: Tensor, layout: tuple[Any, ...]
+) -> tuple[BlockConfig, Sites]:
+    """Configuration and sites of a block for inputs of one layout, which is remembered."""
+    config = BlockConfig(*reading.scalars, *layout[:4])
+    head_dim = weights.qkv_weight.shape[0] // (3 * config.heads)
+    sites = sites_for(x, head_dim, config, reading.weights_layout, *layout[4:])
+    reading.remember(layout, (config, sites))
+    return config, sites

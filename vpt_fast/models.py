@@ -15,13 +15,16 @@ from vpt_fast.blocks import (
     PromptedAttention,
     PromptedBlock,
     PromptRows,
+    fused,
     strip_rows,
     through_block,
 )
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.head_rows import rows_read
 from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.look_ahead import Ahead, look_ahead
 from vpt_fast.methods import VAPT
+from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.tuned import ADDED, Tuned, check_pooling
 
@@ -50,13 +53,16 @@ class _PromptedModel(Tuned, VisionTransformer):
 
     def _head_of(self, total: OpenSum, first: int, count: int | None) -> Tensor:
         """Logits from what enters block `first`; of the last block `count` rows, None for all."""
-        blocks: Any = self.blocks
-        depth = len(blocks)
-        if count is None or first == depth:
-            x = self._through(list(blocks[first:]), total).closed()
+        blocks: Any = list(self.blocks)[first:]
+        if count is None or not blocks:
+            x = self._through(blocks, total).closed()
         else:
-            total = self._through(list(blocks[first:-1]), total)
-            x = blocks[-1].forward_first(total, count, self._memory())
+            # Where the last block is not fused it has no part in what is made for all.
+            apart = 0 if uses_kernels(total.residual) else 1
+            ahead = look_ahead(blocks[: len(blocks) - apart], total.residual, fused)
+            total = self._through(blocks[:-1], total, ahead)
+            last = None if apart else ahead[-1]
+            x = blocks[-1].forward_first(total, count, self._memory(), last)
         return self.forward_head(self.norm(x))
 
     def forward_features(
@@ -74,11 +80,15 @@ class _PromptedModel(Tuned, VisionTransformer):
         """What enters the first block (B, N, D), from images (B, 3, height, width)."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
-    def _through(self, blocks: list[Any], total: OpenSum) -> OpenSum:
-        """Tokens through the given blocks."""
+    def _through(
+        self, blocks: list[Any], total: OpenSum, ahead: list[Ahead | None] | None = None
+    ) -> OpenSum:
+        """Tokens through the given blocks; `ahead` is what `look_ahead` has found for them."""
         memory = self._memory()
-        for block in blocks:
-            total = through_block(block, total, memory)
+        if ahead is None:
+            ahead = look_ahead(blocks, total.residual, fused)
+        for block, found in zip(blocks, ahead, strict=False):
+            total = through_block(block, total, memory, found)
         return total
 
     def _pos_embed(self, x: Tensor) -> Tensor:
@@ -252,6 +262,7 @@ def unplace_prompts(model: _PromptedModel) -> None:
     model._parameters.pop("prompt_tokens", None)
     blocks: Any = model.blocks
     for block in blocks:
+        block.__dict__.pop("_reading", None)
         if isinstance(block, PromptedBlock):
             block.__class__ = Block  # type: ignore[assignment]
             block.attn.__class__ = Attention  # type: ignore[assignment]

@@ -64,15 +64,26 @@ class PromptTokens(nn.Module):
         tokens, mask = self.draw(x.shape[0])
         return tokens if mask is None else drop(tokens, mask, 1.0 - self.dropout)
 
+    @property
+    def drops(self) -> bool:
+        """Whether prompt dropout is at work."""
+        return bool(self.dropout and self.training)
+
+    def undropped(self) -> Tensor:
+        """Prompts (p, D) before dropout."""
+        owner: Any = self._owner[0]
+        tokens: Any = self._parameters["tokens"]
+        if owner is None:
+            return tokens
+        if tokens is None:
+            tokens = owner.prompt_tokens
+        projection = owner._modules.get("prompt_projection")
+        return tokens if projection is None else projection(tokens)
+
     def draw(self, batch: int) -> tuple[Tensor, Tensor | None]:
         """Prompts (1, p, D) before dropout, and its mask (batch, p, D) of booleans or None."""
-        owner: Any = self._owner[0]
-        tokens: Any = owner.prompt_tokens if self.tokens is None else self.tokens
-        projection: Any = getattr(owner, "prompt_projection", None)
-        if projection is not None:
-            tokens = projection(tokens)
-        tokens = tokens.unsqueeze(0)
-        if not (self.dropout and self.training):
+        tokens = self.undropped().unsqueeze(0)
+        if not self.drops:
             return tokens, None
         ones = tokens.new_ones(batch, *tokens.shape[1:])
         mask = F.dropout(ones, self.dropout).bool()

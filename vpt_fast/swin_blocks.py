@@ -24,7 +24,9 @@ from torch.nn.modules import module as nn_module
 from vpt_fast import fused_block
 from vpt_fast.blocks import PromptRows
 from vpt_fast.experts import PromptExperts
+from vpt_fast.fused_block import Fused
 from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.look_ahead import Ahead, look_ahead, prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.window_attention import window_attention
@@ -129,7 +131,12 @@ class PromptedSwinBlock(SwinTransformerBlock):
         return total.closed().unflatten(1, grid)
 
     def forward_open(
-        self, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
+        self,
+        total: OpenSum,
+        grid: tuple[int, int],
+        memory: str,
+        live: LiveRows,
+        ahead: Ahead | None = None,
     ) -> OpenSum:
         """As `forward`, from and to a sum of rows (B, H * W, D) that is left to its reader.
 
@@ -140,8 +147,9 @@ class PromptedSwinBlock(SwinTransformerBlock):
             grid: (H, W).
             memory: what is kept for backward.
             live: as for `forward`.
+            ahead: what `look_ahead` has found for this block and this call.
         """
-        prompt, rows = self.prompt, self.rows
+        prompt, rows = self._modules.get("prompt"), self.rows
         if prompt is None and rows.entering and live.rows is None:
             raise ValueError(
                 f"this block reads {rows.entering} prompt rows of an earlier block, but none "
@@ -155,9 +163,13 @@ class PromptedSwinBlock(SwinTransformerBlock):
             )
         windows = windows_of(self, grid)
         apart = rows.leaving or (prompt is None and rows.entering)
-        if not apart and _can_fuse(self):
+        if ahead is None and not apart:
+            now = fused(self, total.residual)
+            ahead = None if now is None else (now, prompts_of(prompt, total.residual))
+        if ahead is not None:
             live.rows = None
-            return self._adapted(fused_block.run(self, total, prompt, memory, windows))
+            now, prompts = ahead
+            return self._adapted(fused_block.run(self, now, prompts, total, memory, windows))
         if memory == "speed":
             x, live.rows = self._forward(total, windows, live.rows)
         else:
@@ -235,9 +247,9 @@ class PromptedSwinStage(SwinTransformerStage):
             return self.blocks(x)
         grid = _grid(x)
         total = OpenSum(x.flatten(1, 2))
-        for block in blocks:
+        for block, ahead in zip(blocks, look_ahead(blocks, x, fused), strict=True):
             memory = "minimal" if self.grad_checkpointing else block.memory
-            total = _through_block(block, total, grid, memory, live)
+            total = _through_block(block, total, grid, memory, live, ahead)
         return total.closed().unflatten(1, grid)
 
     def _load_from_state_dict(
@@ -273,23 +285,27 @@ def _grid(x: Tensor) -> tuple[int, int]:
     return x.shape[1], x.shape[2]
 
 
-def _can_fuse(block: Any) -> bool:
-    """`fused_block.can_fuse`; no subclass or wrapper, whose `forward` would be passed by."""
-    return (
-        type(block) is PromptedSwinBlock
-        and type(block.attn) is PromptedWindowAttention
-        and not block.attn.relative_position_bias_table.requires_grad
-        and fused_block.can_fuse(block)
-    )
+def fused(block: Any, x: Tensor) -> Fused | None:
+    """`fused_block.fused`; no subclass or wrapper, whose `forward` would be passed by."""
+    attn = block._modules.get("attn")
+    known = type(block) is PromptedSwinBlock and type(attn) is PromptedWindowAttention
+    if not known or attn._parameters["relative_position_bias_table"].requires_grad:
+        return None
+    return fused_block.fused(block, x)
 
 
 def _through_block(
-    block: Any, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
+    block: Any,
+    total: OpenSum,
+    grid: tuple[int, int],
+    memory: str,
+    live: LiveRows,
+    ahead: Ahead | None,
 ) -> OpenSum:
     """A block, called so that its own hooks are."""
     watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
     if not watched:
-        return block.forward_open(total, grid, memory, live)
+        return block.forward_open(total, grid, memory, live, ahead)
 
     def call(x: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor | None]:
         passing = LiveRows(entering)

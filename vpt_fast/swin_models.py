@@ -184,6 +184,7 @@ def unplace_prompts(model: Any) -> None:
         if "prompt" in block._modules:
             del block.prompt
         block.__dict__.pop("prompt", None)
+        block.__dict__.pop("_reading", None)
         block._modules.pop("adapter", None)
         del block.rows, block.memory
     for stage in model.layers:

@@ -21,14 +21,13 @@ from vpt_fast.bank.places import Places
 from vpt_fast.bank.task_experts import ExpertGroup
 from vpt_fast.blocks import is_fusable
 from vpt_fast.experts import EPS
-from vpt_fast.fold import folded_parts
-from vpt_fast.fused_block import block_config, block_weights, layer_scale
+from vpt_fast.fused_block import block_config, block_weights
 from vpt_fast.head_rows import rows_read
 from vpt_fast.norms import is_layer_norm, norm_of
 from vpt_fast.ops.backend import computing_dtype, in_full_precision, statistics_dtype
 from vpt_fast.ops.bank_attention import bank_attention
-from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights
-from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights, Kept
+from vpt_fast.ops.block_entry import OpenSum, Saved
 from vpt_fast.ops.residual_norm import residual_norm
 
 
@@ -120,8 +119,8 @@ class _Steps(BlockSteps):
         super().__init__(config, weights, dtype)
         self.prompts, self.made = prompts, made
 
-    def attend(self, qkv: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.prompts.attend([qkv], self.made, self.config.scale)
+    def attend(self, tokens: tuple[Tensor, ...], keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.prompts.attend(list(tokens), self.made, self.config.scale)
 
 
 def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts) -> OpenSum:
@@ -134,10 +133,11 @@ def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts) -> OpenSum:
         x = total.residual if total.branch is None else summed
     mean, rstd = (None, None) if eps is None else (statistics[0], statistics[2])
     made = prompts.make(block, x, mean, rstd, dtype)
-    steps = _Steps(block_config(block), block_weights(block), dtype, prompts, made)
+    weights = block_weights(block)
+    steps = _Steps(block_config(block), weights.to(dtype), dtype, prompts, made)
     with in_full_precision(x):
-        middle, result, _ = steps.forward(x, y, ())
-    return OpenSum(middle, result, layer_scale(block, "ls2", folded_parts(block)))
+        middle, result, _ = steps.forward_from(y, Kept(Saved(x, statistics)))
+    return OpenSum(middle, result, weights.scale2)
 
 
 def _by_modules(block: Any, x: Tensor, prompts: _BlockPrompts, first: int | None) -> Tensor:

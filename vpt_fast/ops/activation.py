@@ -40,7 +40,7 @@ def activation(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         from vpt_fast.kernels import activation as kernels  # triton is not everywhere
 
         return kernels.activation(h, bias, kind)
-    return reference(_with_bias(h, bias), kind)
+    return activate(h, bias, kind)
 
 
 @activation.register_fake
@@ -65,7 +65,7 @@ def activation_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str)
 
         kernels.activation_backward(h, bias, grad, kind)
     else:
-        reference_backward(_with_bias(h, bias), grad, kind)
+        activate_backward(h, bias, grad, kind)
 
 
 @activation_backward.register_fake
@@ -80,6 +80,16 @@ def _check(kind: str) -> None:
 
 def _with_bias(h: Tensor, bias: Tensor | None) -> Tensor:
     return h if bias is None else h + bias.to(h.dtype)
+
+
+def activate(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """f(h + bias) in plain PyTorch."""
+    return reference(_with_bias(h, bias), kind)
+
+
+def activate_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> None:
+    """Multiply `grad` by f'(h + bias) in plain PyTorch."""
+    reference_backward(_with_bias(h, bias), grad, kind)
 
 
 def reference(h: Tensor, kind: str) -> Tensor:

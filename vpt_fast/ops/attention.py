@@ -16,11 +16,12 @@ from vpt_fast.kernels.layouts import split, split_prompts
 from vpt_fast.ops import attention_reference as reference
 from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
 
-_MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 128
+"""Most channels of a head that the kernels take."""
 
 
 def _implementation(q: Tensor) -> ModuleType:
-    if uses_kernels(q) and q.shape[-1] <= _MAX_HEAD_DIM:
+    if uses_kernels(q) and q.shape[-1] <= MAX_HEAD_DIM:
         from vpt_fast.kernels import attention as kernels  # triton is not everywhere
 
         return kernels

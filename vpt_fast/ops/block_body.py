@@ -1,10 +1,11 @@
-"""A frozen block after its norm1, as one autograd function.
+"""A frozen block, step by step: plain functions of tensors, forward and backward.
 
-    x, norm1(x) -> x' = x + ls1 * proj(attention(norm1(x), prompts)), MLP(norm2(x'))
+    x  = residual + scale * branch          the sum that the block before has left open
+    x' = x + ls1 * proj(attention(norm1(x), prompts))
+    result = MLP(norm2(x'))                 x' + ls2 * result is left to whoever reads it
 
-The last sum is left to whoever reads it: the next block adds it in the pass that normalises it.
 Backward is written out, so that nothing is computed for weights that are frozen, gradients are
-added where they are made, and the mode of `memory_modes` decides what is kept and what is made
+added where they are made, and the mode of `memory_modes` decides what is kept and what is computed
 again. Visual Prompt Tuning (arXiv 2203.12119), section 3.2, without the prompts' dead rows.
 """
 
@@ -16,14 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from vpt_fast.ops.activation import activation, activation_backward
-from vpt_fast.ops.attention import attention_operator, attention_operator_backward
-from vpt_fast.ops.backend import in_full_precision, uses_kernels
-from vpt_fast.ops.block_entry import Norm
+from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.block_entry import Norm, Saved, enter, entry_gradients
+from vpt_fast.ops.operators import OPERATOR_SITES, Sites
 from vpt_fast.ops.prompt_source import PromptSource
-from vpt_fast.ops.residual_norm import residual_norm, residual_norm_backward
 from vpt_fast.ops.window_attention_rows import Windows, attend_in_windows, windows_gradients
 
 
@@ -47,6 +45,15 @@ class BlockWeights(NamedTuple):
     fc2_weight: Tensor  # (D, C)
     fc2_bias: Tensor | None
     position_bias: Tensor | None = None  # (positions, H), of attention in windows
+    scale2: Tensor | None = None  # (D,), LayerScale of the MLP's output, left to its reader
+    branch_scale: Tensor | None = None  # (D,), LayerScale of the branch that enters
+
+    def to(self, dtype: torch.dtype) -> BlockWeights:
+        """With what matrix products read in `dtype`; norms read any."""
+        matrices = ("qkv", "proj", "fc1", "fc2")
+        names = [f"{matrix}_{part}" for matrix in matrices for part in ("weight", "bias")]
+        changed = {n: t.to(dtype) for n in names if (t := getattr(self, n)) is not None}
+        return self._replace(**changed)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class BlockConfig:
         memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
         source: of the block's prompts, or None.
         windows: where attention is in windows of an image's rows, or None.
+        queries: how many of the first rows are computed, where no other is read; None for all.
     """
 
     heads: int
@@ -71,6 +79,7 @@ class BlockConfig:
     memory: str
     source: PromptSource | None
     windows: Windows | None = None
+    queries: int | None = None
 
     def keeps(self, keys: Tensor) -> bool:
         """Whether the prompts' keys (B or 1, p, 2, H, d) are kept for backward.
@@ -82,262 +91,292 @@ class BlockConfig:
         return self.memory == "speed" or keys.shape[0] == 1
 
 
-class _Kept(NamedTuple):
-    """What backward needs of forward; None for what it makes again."""
+class Kept(NamedTuple):
+    """What backward needs of forward; None for what it computes again."""
 
-    x: Tensor | None = None  # (B, N, D), the block's input
+    entry: Saved  # of the block's input, and of what its experts mix
     keys: Tensor | None = None  # (B or 1, p, 2, H, d), the prompts'
     prompt_statistics: tuple[Tensor, ...] = ()
-    qkv: Tensor | None = None  # (B, N, 3, H, d)
-    out: Tensor | None = None  # (B, N, A)
-    lse: Tensor | None = None  # (B, H, N)
-    middle: Tensor | None = None  # (B, N, D), x'
-    statistics: Tensor | None = None  # (2, B, N), of x'
-    hidden: Tensor | None = None  # (B, N, C), fc1's output
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., in) through a Linear in x's dtype, as one matrix product."""
-    bias = None if bias is None else bias.to(x.dtype)
-    rows = F.linear(x.flatten(0, -2), weight.to(x.dtype), bias)
-    return rows.view(*x.shape[:-1], weight.shape[0])
-
-
-def _linear_backward(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient (..., in) of a Linear's input from that of its output (..., out)."""
-    rows = torch.mm(grad.flatten(0, -2), weight.to(grad.dtype))
-    return rows.view(*grad.shape[:-1], weight.shape[1])
+    tokens: tuple[Tensor, ...] = ()  # qkv (B, N, 3, H, d); or q (B, M, H, d), kv (B, N, 2, H, d)
+    out: Tensor | None = None  # (B, M, A)
+    lse: Tensor | None = None  # (B, H, M)
+    middle: Tensor | None = None  # (B, M, D), x'
+    statistics: Tensor | None = None  # (2, B, M), of x'
+    hidden: Tensor | None = None  # (B, M, C), fc1's output
 
 
 class BlockSteps:
-    """The steps of a block, forward and backward; plain functions of tensors."""
+    """The steps of a block.
 
-    def __init__(self, config: BlockConfig, weights: BlockWeights, dtype: torch.dtype) -> None:
-        self.config, self.weights, self.dtype = config, weights, dtype
+    Args:
+        config: what is no tensor.
+        weights: in `dtype` where matrix products read them.
+        dtype: of the matrix products.
+        sites: what computes the steps' operations.
+    """
+
+    __slots__ = ("config", "dtype", "norm1", "sites", "weights")
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        weights: BlockWeights,
+        dtype: torch.dtype,
+        sites: Sites = OPERATOR_SITES,
+    ) -> None:
+        self.config, self.weights, self.dtype, self.sites = config, weights, dtype, sites
         self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1)
 
-    def normalise(self, x: Tensor) -> Tensor:
-        return residual_norm(x, None, None, *self.norm1, None, self.dtype)[1]
+    # --- prompts -----------------------------------------------------------------------------
 
-    def prompt_keys(self, sources: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    def prompt_keys(
+        self, sources: tuple[Any, ...], mixed: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Keys and values (B or 1, p, 2, H, d) of the prompts, and their norm1's statistics."""
-        if self.config.source is None:
+        source, w = self.config.source, self.weights
+        if source is None:
             return None, ()
-        prompts, statistics = self.config.source.make(sources, self.norm1, self.dtype)
-        width = self.weights.qkv_weight.shape[0] // 3
-        bias = None if self.weights.qkv_bias is None else self.weights.qkv_bias[width:]
-        keys = _linear(prompts, self.weights.qkv_weight[width:], bias)
-        return keys.unflatten(-1, (2, self.config.heads, -1)), statistics
+        if source.gives_keys:
+            return sources[0], ()
+        prompts, statistics = source.make(self.sites, sources, mixed, self.norm1, self.dtype)
+        width = w.qkv_weight.shape[0] // 3
+        bias = None if w.qkv_bias is None else w.qkv_bias[width:]
+        keys = F.linear(prompts, w.qkv_weight[width:], bias)
+        heads = self.config.heads
+        return keys.view(*prompts.shape[:2], 2, heads, width // heads), statistics
 
     def prompt_gradients(
-        self, sources: tuple[Any, ...], statistics: tuple[Tensor, ...], grad_keys: Tensor
-    ) -> list[Tensor | None]:
+        self,
+        sources: tuple[Any, ...],
+        mixed: tuple[Tensor, ...],
+        statistics: tuple[Tensor, ...],
+        grad_keys: Tensor,
+    ) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
+        """Gradients of the sources and of what the experts have mixed."""
         source = self.config.source
-        if source is None:
-            return []
+        if source is None or source.gives_keys:
+            return [grad_keys], ()
         width = self.weights.qkv_weight.shape[0] // 3
-        grad = _linear_backward(grad_keys.flatten(2), self.weights.qkv_weight[width:])
-        return source.gradients(sources, self.norm1, statistics, grad)
+        grad = torch.matmul(grad_keys.flatten(2), self.weights.qkv_weight[width:])
+        return source.gradients(self.sites, sources, mixed, self.norm1, statistics, grad)
 
-    def project(self, y: Tensor) -> Tensor:
-        qkv = _linear(y, self.weights.qkv_weight, self.weights.qkv_bias)
-        return qkv.unflatten(-1, (3, self.config.heads, -1))
+    # --- attention ---------------------------------------------------------------------------
 
-    def attend(self, qkv: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        scale, windows = self.config.scale, self.config.windows
+    def project(self, y: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of norm1(x) (B, N, D)."""
+        w, count, heads = self.weights, self.config.queries, self.config.heads
+        batch, rows, _ = y.shape
+        width = w.qkv_weight.shape[0] // 3
+        dim = width // heads
+        if count is None:
+            return (F.linear(y, w.qkv_weight, w.qkv_bias).view(batch, rows, 3, heads, dim),)
+        q_bias, kv_bias = None, None
+        if w.qkv_bias is not None:
+            q_bias, kv_bias = w.qkv_bias[:width], w.qkv_bias[width:]
+        q = F.linear(y[:, :count], w.qkv_weight[:width], q_bias)
+        kv = F.linear(y, w.qkv_weight[width:], kv_bias)
+        return q.view(batch, count, heads, dim), kv.view(batch, rows, 2, heads, dim)
+
+    def project_backward(self, grads: list[Tensor]) -> Tensor:
+        """Gradient (B, N, D) of norm1(x)."""
+        weight, count = self.weights.qkv_weight, self.config.queries
+        if count is None:
+            return torch.matmul(grads[0].flatten(2), weight)
+        width = weight.shape[0] // 3
+        grad = torch.matmul(grads[1].flatten(2), weight[width:])
+        grad[:, :count] += torch.matmul(grads[0].flatten(2), weight[:width])
+        return grad
+
+    def attend(self, tokens: tuple[Tensor, ...], keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output (B, M, A) and base-2 log-sum-exp (B, H, M) of attention."""
+        scale, windows, w = self.config.scale, self.config.windows, self.weights
         if windows is None:
-            return attention_operator([qkv], [] if keys is None else [keys], scale)
-        bias = _there(self.weights.position_bias)
-        return attend_in_windows(windows, qkv, self.weights.qkv_bias, bias, keys, scale)
+            attention = self.sites["attention", ""]
+            return attention(list(tokens), [] if keys is None else [keys], scale)
+        attention = self.sites["window_attention", ""]
+        bias = _there(w.position_bias)
+        return attend_in_windows(attention, windows, tokens[0], w.qkv_bias, bias, keys, scale)
 
     def attention_gradients(
-        self, full: _Kept, grad_out: Tensor, needs_tokens: bool, needs_prompts: bool
-    ) -> list[Tensor]:
-        """Gradients of qkv and of the prompts' keys, those that are asked for."""
-        qkv, out, lse = _there(full.qkv), _there(full.out), _there(full.lse)
-        scale, windows = self.config.scale, self.config.windows
+        self, full: Kept, grad_out: Tensor, needs_tokens: bool, needs_prompts: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Gradients of the tokens and of the prompts' keys, those that are asked for."""
+        keys, out, lse = full.keys, _there(full.out), _there(full.lse)
+        scale, windows, w = self.config.scale, self.config.windows, self.weights
+        place = f"{needs_tokens} {needs_prompts}"
         if windows is None:
-            return attention_operator_backward(
-                [qkv], [] if full.keys is None else [full.keys], out, lse, grad_out, scale,
+            backward = self.sites["attention_backward", place]
+            tokens, prompts = backward(
+                list(full.tokens), [] if keys is None else [keys], out, lse, grad_out, scale,
                 needs_tokens, needs_prompts,
             )  # fmt: skip
-        bias = _there(self.weights.position_bias)
+            return tokens, prompts[0] if prompts else None
+        backward = self.sites["window_attention_backward", place]
         return windows_gradients(
-            windows, qkv, self.weights.qkv_bias, bias, full.keys, out, lse, grad_out, scale,
-            needs_tokens, needs_prompts,
+            backward, windows, full.tokens[0], w.qkv_bias, _there(w.position_bias), keys, out, lse,
+            grad_out, scale, needs_tokens, needs_prompts,
         )  # fmt: skip
+
+    # --- the rest ----------------------------------------------------------------------------
+
+    def first_rows(self, x: Tensor) -> Tensor:
+        """Those rows of x (B, N, D) that are computed."""
+        count = self.config.queries
+        return x if count is None else x[:, :count].contiguous()
 
     def add_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x', norm2(x') and the row statistics of x'."""
         w = self.weights
-        branch = _linear(out, w.proj_weight, w.proj_bias)
-        return residual_norm(
-            x, branch, w.scale1, w.norm2_weight, w.norm2_bias, self.config.eps2, None, self.dtype
-        )
+        branch = F.linear(out, w.proj_weight, w.proj_bias)
+        return self.sites["residual_norm", "norm2"](
+            self.first_rows(x), branch, w.scale1, w.norm2_weight, w.norm2_bias, self.config.eps2,
+            None, self.dtype,
+        )  # fmt: skip
 
-    def normalise_middle(self, middle: Tensor) -> tuple[Tensor, Tensor]:
-        """norm2(x') and the row statistics of x'."""
+    def normalise_middle(self, middle: Tensor) -> Tensor:
+        """norm2(x')."""
         w = self.weights
-        return residual_norm(
+        return self.sites["residual_norm", "norm2 again"](
             middle, None, None, w.norm2_weight, w.norm2_bias, self.config.eps2, None, self.dtype
-        )[1:]
+        )[1]
 
-    def _bias_apart(self, rows: Tensor) -> Tensor | None:
-        """fc1's bias, where the kernel of the activation adds it."""
-        return self.weights.fc1_bias if uses_kernels(rows) else None
+    def expand(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """fc1's output, and the bias that is not in it: the activation's kernel adds it."""
+        w = self.weights
+        if uses_kernels(y):
+            return F.linear(y, w.fc1_weight), w.fc1_bias
+        return F.linear(y, w.fc1_weight, w.fc1_bias), None
 
-    def expand(self, y: Tensor) -> Tensor:
-        bias = None if uses_kernels(y) else self.weights.fc1_bias
-        return _linear(y, self.weights.fc1_weight, bias)
-
-    def contract(self, hidden: Tensor) -> Tensor:
-        active = activation(hidden, self._bias_apart(hidden), self.config.activation)
-        return _linear(active, self.weights.fc2_weight, self.weights.fc2_bias)
+    def contract(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        """The MLP's output from its hidden layer."""
+        active = self.sites["activation", ""](hidden, bias, self.config.activation)
+        return F.linear(active, self.weights.fc2_weight, self.weights.fc2_bias)
 
     def mlp_gradient(self, grad: Tensor, hidden: Tensor) -> Tensor:
         """Gradient of norm2(x') from that of the MLP's output."""
-        grad = _linear_backward(grad.contiguous(), self.weights.fc2_weight)
-        activation_backward(hidden, self._bias_apart(hidden), grad, self.config.activation)
-        return _linear_backward(grad, self.weights.fc1_weight)
+        w = self.weights
+        grad = torch.matmul(grad, w.fc2_weight)
+        bias = w.fc1_bias if uses_kernels(hidden) else None
+        self.sites["activation_backward", ""](hidden, bias, grad, self.config.activation)
+        return torch.matmul(grad, w.fc1_weight)
+
+    # --- whole -------------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor, y: Tensor, sources: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor, _Kept]:
-        memory = self.config.memory
-        keys, prompt_statistics = self.prompt_keys(sources)
-        qkv = self.project(y)
-        out, lse = self.attend(qkv, keys)
-        middle, y, statistics = self.add_attention(x, out)
-        hidden = self.expand(y)
-        result = self.contract(hidden)
-        kept = _Kept(x=x)
-        if memory in ("speed", "balanced"):
-            kept = _Kept(qkv=qkv, out=out, lse=lse, middle=middle, statistics=statistics)
-        elif memory == "lean":
-            kept = _Kept(x=x, out=out, lse=lse, middle=middle, statistics=statistics)
-        if memory == "speed":
-            kept = kept._replace(hidden=hidden)
-        if keys is not None and self.config.keeps(keys):
-            kept = kept._replace(keys=keys, prompt_statistics=prompt_statistics)
+        self, residual: Tensor, branch: Tensor | None, sources: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """x' and the MLP's output (B, M, D), and what backward may need."""
+        y, entry = enter(self, residual, branch, sources)
+        keys, prompt_statistics = self.prompt_keys(sources, entry.mixed)
+        return self.forward_from(y, Kept(entry, keys, prompt_statistics))
+
+    def forward_from(self, y: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Kept]:
+        """As `forward`, from norm1 of the input and from the prompts' keys."""
+        entry, keys, prompt_statistics = kept[:3]
+        tokens = self.project(y)
+        out, lse = self.attend(tokens, keys)
+        middle, y, statistics = self.add_attention(_there(entry.x), out)
+        hidden, bias = self.expand(y)
+        result = self.contract(hidden, bias)
+        kept = Kept(entry, keys, prompt_statistics, tokens, out, lse, middle, statistics, hidden)
         return middle, result, kept
 
-    def made_again(self, kept: _Kept, sources: tuple[Any, ...]) -> _Kept:
+    def keep(self, kept: Kept, needs_tokens: bool) -> Kept:
+        """What is kept of all that forward has made.
+
+        Args:
+            kept: from `forward`.
+            needs_tokens: whether backward computes the gradient of the block's input.
+        """
+        memory = self.config.memory
+        if memory in ("lean", "minimal"):
+            kept = kept._replace(tokens=())
+        elif not needs_tokens and not kept.entry.mixed:
+            kept = kept._replace(entry=kept.entry._replace(x=None, statistics=None))
+        if memory == "minimal":
+            kept = kept._replace(out=None, lse=None, middle=None, statistics=None)
+        if memory != "speed":
+            kept = kept._replace(hidden=None)
+        if kept.keys is not None and not self.config.keeps(kept.keys):
+            kept = kept._replace(keys=None, prompt_statistics=())
+        return kept
+
+    def computed_again(self, kept: Kept, sources: tuple[Any, ...]) -> Kept:
         """What was not kept, from what was."""
-        keys, prompt_statistics = kept.keys, kept.prompt_statistics
+        entry, keys, prompt_statistics, tokens, out, lse, middle, statistics, hidden = kept
         if keys is None:
-            keys, prompt_statistics = self.prompt_keys(sources)
-        qkv, out, lse, middle, statistics = kept[3:8]
-        y = None
-        if qkv is None:
-            qkv = self.project(self.normalise(_there(kept.x)))
+            keys, prompt_statistics = self.prompt_keys(sources, entry.mixed)
+        if not tokens:
+            tokens = self.project(
+                self.sites["residual_norm", "norm1 again"](
+                    entry.x, None, None, *self.norm1, None, self.dtype
+                )[1]
+            )
         if out is None or lse is None:
-            out, lse = self.attend(qkv, keys)
+            out, lse = self.attend(tokens, keys)
+        y = None
         if middle is None:
-            middle, y, statistics = self.add_attention(_there(kept.x), out)
-        hidden = kept.hidden
+            middle, y, statistics = self.add_attention(_there(entry.x), out)
         if hidden is None:
-            hidden = self.expand(self.normalise_middle(middle)[0] if y is None else y)
-        return _Kept(kept.x, keys, prompt_statistics, qkv, out, lse, middle, statistics, hidden)
+            hidden = self.expand(self.normalise_middle(middle) if y is None else y)[0]
+        return Kept(entry, keys, prompt_statistics, tokens, out, lse, middle, statistics, hidden)
 
     def backward(
         self,
-        kept: _Kept,
+        kept: Kept,
         sources: tuple[Any, ...],
         grad_middle: Tensor | None,
         grad_result: Tensor | None,
+        branch_dtype: torch.dtype | None,
         needs_tokens: bool,
         needs_prompts: bool,
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-        """Gradients of x, of norm1(x) and of the prompts' tensors."""
-        full = self.made_again(kept, sources)
-        branch = self._middle_gradient(full, grad_middle, grad_result)
-        grad_x, grad_branch = branch[0], branch[-1]
-        grad_out = _linear_backward(grad_branch, self.weights.proj_weight)
-        del grad_branch
-        grads = self.attention_gradients(full, grad_out, needs_tokens, needs_prompts)
-        grad_y = None
-        if needs_tokens:
-            grad_y = _linear_backward(grads[0].flatten(2), self.weights.qkv_weight)
+        """Gradients of the residual, of the branch and of the prompts' tensors."""
+        full = self.computed_again(kept, sources)
+        middle = self._middle_gradients(full, grad_middle, grad_result)
+        grad_out = torch.matmul(middle[-1], self.weights.proj_weight)
+        grad_x = middle[0]
+        del middle
+        tokens, keys = self.attention_gradients(full, grad_out, needs_tokens, needs_prompts)
+        del grad_out
         prompt_grads: list[Tensor | None] = [None for _ in sources]
-        if needs_prompts:
-            prompt_grads = self.prompt_gradients(sources, full.prompt_statistics, grads[-1])
-        return grad_x, grad_y, prompt_grads
+        mixed: tuple[Tensor, ...] = ()
+        if keys is not None:
+            prompt_grads, mixed = self.prompt_gradients(
+                sources, full.entry.mixed, full.prompt_statistics, keys
+            )
+        if not (needs_tokens or mixed):
+            return None, None, prompt_grads
+        grad_y = self.project_backward(tokens) if needs_tokens else None
+        residual, branch, mixing = entry_gradients(
+            self, full.entry, sources, grad_x, grad_y, mixed, branch_dtype, needs_tokens
+        )
+        return residual, branch, [*mixing, *prompt_grads]
 
-    def _middle_gradient(
-        self, full: _Kept, grad_middle: Tensor | None, grad_result: Tensor | None
+    def _middle_gradients(
+        self, full: Kept, grad_middle: Tensor | None, grad_result: Tensor | None
     ) -> list[Tensor]:
         """[gradient of x'], and what of it attention's branch gets where that is not the same."""
         w, middle = self.weights, _there(full.middle)
         apart = w.scale1 is not None or middle.dtype != self.dtype
         if grad_result is not None:
-            grad = self.mlp_gradient(grad_result, _there(full.hidden))
-            return residual_norm_backward(
-                middle, _there(full.statistics), w.norm2_weight, w.scale1, grad, grad_middle,
+            grad = self.mlp_gradient(contiguous(grad_result), _there(full.hidden))
+            place = f"norm2 {apart} {grad_middle is None}"
+            return self.sites["residual_norm_backward", place](
+                middle, full.statistics, w.norm2_weight, w.scale1, grad, contiguous(grad_middle),
                 self.dtype if apart else None,
             )  # fmt: skip
-        grad = _there(grad_middle).to(middle.dtype)
+        grad = contiguous(_there(grad_middle)).to(middle.dtype)
         branch = grad if w.scale1 is None else grad * w.scale1
         return [grad, branch.to(self.dtype)]
 
 
+def contiguous(tensor: Any) -> Any:
+    """The tensor, copied if it is not contiguous; None stays None."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
 def _there(tensor: Tensor | None) -> Tensor:
     if tensor is None:
-        raise RuntimeError("a tensor that backward needs was neither kept nor made again")
+        raise RuntimeError("a tensor that backward needs was neither kept nor computed again")
     return tensor
-
-
-class _Body(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, config, x, y, *tensors):  # type: ignore[no-untyped-def]
-        count = len(BlockWeights._fields)
-        weights, sources = BlockWeights(*tensors[:count]), tensors[count:]
-        middle, result, kept = BlockSteps(config, weights, y.dtype).forward(x, y, sources)
-        ctx.config, ctx.dtype = config, y.dtype
-        ctx.set_materialize_grads(False)
-        flat = [t for t in kept if not isinstance(t, tuple)]
-        ctx.save_for_backward(*tensors, *flat, *kept.prompt_statistics)
-        return middle, result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_middle, grad_result):  # type: ignore[no-untyped-def]
-        count = len(BlockWeights._fields)
-        number = len(ctx.needs_input_grad) - 3
-        every = ctx.saved_tensors  # once: under activation checkpointing it may be read only once
-        tensors, saved = every[:number], every[number:]
-        flat, statistics = saved[: len(_Kept._fields) - 1], saved[len(_Kept._fields) - 1 :]
-        kept = _Kept(flat[0], flat[1], tuple(statistics), *flat[2:])
-        if grad_middle is None and grad_result is None:
-            return (None,) * len(ctx.needs_input_grad)
-        with in_full_precision(tensors[2]):
-            block = BlockSteps(ctx.config, BlockWeights(*tensors[:count]), ctx.dtype)
-            grad_x, grad_y, grads = block.backward(
-                kept, tensors[count:], grad_middle, grad_result,
-                ctx.needs_input_grad[2], any(ctx.needs_input_grad[3 + count :]),
-            )  # fmt: skip
-        grad_x = grad_x if ctx.needs_input_grad[1] else None
-        return None, grad_x, grad_y, *[None] * count, *grads
-
-
-def run_block(
-    config: BlockConfig,
-    x: Tensor,
-    y: Tensor,
-    weights: BlockWeights,
-    sources: tuple[Tensor | None, ...] = (),
-) -> tuple[Tensor, Tensor]:
-    """A frozen block from its normalised input on, but for its last sum.
-
-    Args:
-        config: what is no tensor.
-        x: the block's input (B, N, D).
-        y: norm1(x), (B, N, D), in the dtype that the block computes in.
-        weights: frozen; they get no gradients.
-        sources: the tensors of `config.source`.
-
-    Returns:
-        x' (B, N, D), the sum after attention, in x's dtype or a wider one, and MLP(norm2(x'))
-        (B, N, D) in y's, without LayerScale. The block's output is x' + ls2 * MLP(norm2(x')).
-    """
-    with in_full_precision(x):
-        return _Body.apply(config, x, y, *weights, *sources)

@@ -36,13 +36,14 @@ def _implementation(tensor: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op("vpt_fast::fold_convolution", mutates_args=())
-def _fold(
+def fold_operator(
     weight: Tensor, kernel: Tensor, rows: int, columns: int, padded: int
 ) -> tuple[Tensor, Tensor]:
+    """The matrix and its row sums of `fold_convolution`; `padded` columns."""
     return _implementation(weight).fold_forward(weight, kernel, (rows, columns), padded)
 
 
-@_fold.register_fake
+@fold_operator.register_fake
 def _(
     weight: Tensor, kernel: Tensor, rows: int, columns: int, padded: int
 ) -> tuple[Tensor, Tensor]:
@@ -54,15 +55,16 @@ def _(
 
 
 @torch.library.custom_op("vpt_fast::fold_convolution_backward", mutates_args=())
-def _fold_backward(
+def fold_operator_backward(
     weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of the projector and of the convolution."""
     return _implementation(weight).fold_backward(
         weight, kernel, grad_mix, grad_sum, (rows, columns)
     )
 
 
-@_fold_backward.register_fake
+@fold_operator_backward.register_fake
 def _(
     weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, Tensor]:
@@ -77,13 +79,13 @@ def _fold_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _fold_gradients(ctx, grad_mix, grad_sum):  # type: ignore[no-untyped-def]
     weight, kernel = ctx.saved_tensors
     with in_full_precision(weight):
-        grads = _fold_backward(
+        grads = fold_operator_backward(
             weight, kernel, grad_mix.contiguous(), grad_sum.contiguous(), ctx.rows, ctx.columns
         )
     return *grads, None, None, None
 
 
-_fold.register_autograd(_fold_gradients, setup_context=_fold_setup)
+fold_operator.register_autograd(_fold_gradients, setup_context=_fold_setup)
 
 
 def fold_convolution(
@@ -100,10 +102,15 @@ def fold_convolution(
         The matrix (p, at least gh * gw), fp32 at least, whose further columns are 0, and its row
         sums (p,).
     """
+    with in_full_precision(weight):
+        return fold_operator(weight, kernel, *grid, folded_columns(weight, grid))
+
+
+def folded_columns(weight: Tensor, grid: tuple[int, int]) -> int:
+    """Columns of the folded matrix: one a patch, and on a GPU zeros up to a full tile."""
     count = grid[0] * grid[1]
     step = _KERNEL_COLUMNS if uses_kernels(weight) else 1
-    with in_full_precision(weight):
-        return _fold(weight, kernel, grid[0], grid[1], -(-count // step) * step)
+    return -(-count // step) * step
 
 
 # --- features --------------------------------------------------------------------------------
@@ -159,7 +166,11 @@ def features_operator_backward(
 ) -> list[Tensor]:
     """Gradients of `mixed`, `mix_sum` and the parameters that there are, in that order."""
     inputs = FeatureInputs(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden)
-    return _implementation(mixed).features_backward(inputs, residual, norm_weight, mean, rstd, grad)
+    grads = _implementation(mixed).features_backward(
+        inputs, residual, norm_weight, mean, rstd, grad
+    )
+    # An operator's results may not share memory.
+    return [grads[0], *(g.clone(memory_format=torch.contiguous_format) for g in grads[1:])]
 
 
 @features_operator_backward.register_fake

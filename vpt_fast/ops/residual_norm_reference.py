@@ -30,7 +30,7 @@ def residual_norm(
     expert_eps: float | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, its LayerNorm in `dtype`, and row statistics."""
+    """The sum (the residual itself without a branch), its LayerNorm in `dtype`, row statistics."""
     total = residual
     if branch is not None and scale is not None:
         total = torch.addcmul(residual, branch, scale)
@@ -43,8 +43,7 @@ def residual_norm(
     rows = [mean.squeeze(-1), rstd.squeeze(-1)]
     if expert_eps is not None:
         rows.append(other_rstd(rows[1], norm_eps, expert_eps))
-    sum_out = residual.new_empty(0) if branch is None else total
-    return sum_out, y.to(dtype), torch.stack(rows)
+    return total, y.to(dtype), torch.stack(rows)
 
 
 def residual_norm_backward(

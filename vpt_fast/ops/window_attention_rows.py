@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.ops.window_attention import (
-    window_attention_operator,
-    window_attention_operator_backward,
-)
 from vpt_fast.ops.window_attention_layout import is_padded
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """How a block cuts its image.
 
     Attributes:
@@ -44,6 +40,7 @@ def padding_of(windows: Windows, bias: Tensor | None, qkv: Tensor) -> Tensor | N
 
 
 def attend_in_windows(
+    attention: Callable[..., Any],
     windows: Windows,
     qkv: Tensor,
     bias: Tensor | None,
@@ -54,21 +51,24 @@ def attend_in_windows(
     """Output (B, N, h * d) and base-2 log-sum-exp (B, h, N) of qkv (B, N, 3, h, d).
 
     Args:
+        attention: an implementation of `window_attention_operator`.
         windows: of the block.
-        qkv: packed projection of the tokens, row by row of the image.
+        qkv: packed projection of the tokens, row by row of the image; contiguous.
         bias: of the qkv projection, (3 h d,), or None.
         table: relative-position bias.
         keys: keys and values of the prompts (B or 1, p, 2, h, d), or None.
         scale: factor of the scores.
     """
-    out, lse = window_attention_operator(
-        qkv.unflatten(1, windows.grid), padding_of(windows, bias, qkv), table, keys,
-        list(windows.window), list(windows.shift), scale,
+    batch, rows, _, heads, dim = qkv.shape
+    out, lse = attention(
+        qkv.view(batch, *windows.grid, *qkv.shape[2:]), padding_of(windows, bias, qkv), table,
+        keys, windows.window, windows.shift, scale,
     )  # fmt: skip
-    return out.flatten(1, 2), lse.flatten(2)
+    return out.view(batch, rows, heads * dim), lse.view(batch, heads, rows)
 
 
 def windows_gradients(
+    backward: Callable[..., Any],
     windows: Windows,
     qkv: Tensor,
     bias: Tensor | None,
@@ -80,22 +80,23 @@ def windows_gradients(
     scale: float,
     needs_tokens: bool,
     needs_prompts: bool,
-) -> list[Tensor]:
-    """Gradients of qkv and of the prompts' keys, those that are asked for; see the function above.
+) -> tuple[list[Tensor], Tensor | None]:
+    """[gradient of qkv] and that of the prompts' keys, if asked for; see the function above.
 
     Args:
-        out, lse: what it returned.
+        backward: an implementation of `window_attention_operator_backward`.
+        out, lse: what the function above returned.
         grad_out: gradient of `out`, (B, N, h * d).
     """
-    grid = windows.grid
-    grads = window_attention_operator_backward(
-        qkv.unflatten(1, grid), padding_of(windows, bias, qkv), table, keys,
-        out.unflatten(1, grid), lse.unflatten(2, grid), grad_out.unflatten(1, grid),
-        list(windows.window), list(windows.shift), scale, needs_tokens, needs_prompts, False, False,
+    (batch, _, _, heads, dim), grid = qkv.shape, windows.grid
+    shape = (batch, *grid, heads * dim)
+    grad_qkv, grad_keys, *_ = backward(
+        qkv.view(batch, *grid, *qkv.shape[2:]), padding_of(windows, bias, qkv), table, keys,
+        out.view(shape), lse.view(batch, heads, *grid), grad_out.view(shape),
+        windows.window, windows.shift, scale, needs_tokens, needs_prompts, False,
     )  # fmt: skip
-    if not needs_tokens:
-        return grads
-    return [grads[0].flatten(1, 2), *grads[1:]]
+    tokens = [] if grad_qkv is None else [grad_qkv.view(qkv.shape)]
+    return tokens, grad_keys
 
 
 def attend_from_prompts(

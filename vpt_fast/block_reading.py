@@ -1,0 +1,189 @@
+"""A block that can be fused, as it was read from its modules, and whether that still holds.
+
+Modules are read once. Every call then looks whether anything has changed that the fused function
+depends on or would pass by: modules and their types, hooks, forwards put on instances, dropout,
+flags, scalars, and the weights themselves. That look takes a few microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from itertools import repeat
+from operator import attrgetter, contains
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from vpt_fast.ops.block_body import BlockConfig, BlockWeights, contiguous
+from vpt_fast.ops.operators import Sites
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_GLOBAL_HOOKS: tuple[Any, ...] = tuple(getattr(nn_module, f"_global{name}") for name in _HOOKS)
+
+_MOST_LAYOUTS = 32
+"""Layouts of inputs that a reading remembers."""
+
+_NOTHING: dict[str, Any] = {}
+
+# Where each field of BlockWeights is: container, module, parameter.
+_PLACES = {
+    "norm1": ("", "norm1"), "qkv": ("attn", "qkv"), "proj": ("attn", "proj"),
+    "scale1": ("", "ls1"), "norm2": ("", "norm2"), "fc1": ("mlp", "fc1"), "fc2": ("mlp", "fc2"),
+    "scale2": ("", "ls2"),
+}  # fmt: skip
+
+Slot = tuple[dict[str, Any], str]
+
+_address, _dtype = Tensor.data_ptr, attrgetter("dtype")
+_requires_grad = attrgetter("requires_grad")
+
+
+def weight_slots(block: Any) -> list[Slot]:
+    """Dictionary and key of every field of `BlockWeights`, in order; folded ones have none."""
+    passed = block.__dict__.get("folded", ())
+    slots: list[Slot] = []
+    for field in BlockWeights._fields:
+        if field == "position_bias":
+            slots.append((block._modules["attn"]._parameters, "relative_position_bias_table"))
+            continue
+        module, _, leaf = field.partition("_")
+        if module not in _PLACES:  # the branch's scale belongs to another block
+            slots.append((_NOTHING, field))
+            continue
+        container, name = _PLACES[module]
+        parts = block._modules if not container else block._modules[container]._modules
+        part = None if name in passed else parts.get(name)
+        slots.append((_NOTHING if part is None else part._parameters, leaf or "gamma"))
+    return slots
+
+
+class BlockReading:
+    """What the fused function reads of one block.
+
+    Args:
+        block: one that `fused_block.can_fuse`.
+        activation: of its MLP, one of `vpt_fast.ops.activation.KINDS`.
+
+    Attributes:
+        scalars: heads, scale, eps1, eps2 and the activation.
+        layouts: what is worked out for inputs of one layout, for whoever uses the reading.
+    """
+
+    def __init__(self, block: Any, activation: str) -> None:
+        parts = block._modules
+        attn, mlp = parts["attn"], parts["mlp"]
+        self._containers = (parts, attn._modules, mlp._modules)
+        self._modules = [*parts.values(), *attn._modules.values(), *mlp._modules.values()]
+        self._types = list(map(type, self._modules))
+        inside = [m for part in parts.values() for m in _with_descendants(part)]
+        self._hooks = (*_GLOBAL_HOOKS, *(getattr(m, name) for m in inside for name in _HOOKS))
+        self._attributes = [m.__dict__ for m in inside]
+        self._droppers = [d for d in self._attributes if "p" in d or "drop_prob" in d]
+        self._block = block.__dict__
+        self._folded = self._block.get("folded")
+        names = {"num_heads": attn, "scale": attn}
+        self._scalars = [(module.__dict__, name) for name, module in names.items()]
+        self._scalars += [(parts[name].__dict__, "eps") for name in ("norm1", "norm2")]
+        act = mlp._modules["act"].__dict__
+        self._approximate = (act, act.get("approximate"))
+        self._known_scalars = [place[name] for place, name in self._scalars]
+        self.scalars = (*self._known_scalars, activation)
+        self._slots = weight_slots(block)
+        self._addresses: list[int] = []
+        self._dtypes: list[torch.dtype] = []
+        self._contiguous = True
+        self._cast: tuple[Any, BlockWeights] | None = None
+        self._views: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None]] | None = None
+        self.weights_layout: Hashable = None
+        self.layouts: dict[Hashable, tuple[BlockConfig, Sites]] = {}
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Copies of a block are read anew."""
+        return
+
+    def __reduce__(self) -> Any:
+        """Pickled blocks are read anew."""
+        return type(None), ()
+
+    def weights(self) -> BlockWeights | None:
+        """The block's weights; None if it has to be read anew, or one of them is trained."""
+        block, attn, mlp = self._containers
+        modules = [*block.values(), *attn.values(), *mlp.values()]
+        act, approximate = self._approximate
+        if (
+            modules != self._modules
+            or [*map(type, modules)] != self._types
+            or any(self._hooks)
+            or True in map(contains, self._attributes, repeat("forward"))
+            or [place[name] for place, name in self._scalars] != self._known_scalars
+            or self._block.get("folded") is not self._folded
+            or act.get("approximate") != approximate
+        ):
+            return None
+        for d in self._droppers:
+            if d["training"] and (d.get("p") or d.get("drop_prob")):
+                return None
+        found = [place.get(name) for place, name in self._slots]
+        there = [w for w in found if w is not None]
+        if True in map(_requires_grad, there):
+            return None
+        addresses, dtypes = [*map(_address, there)], [*map(_dtype, there)]
+        if addresses != self._addresses or dtypes != self._dtypes:
+            self._look_at(there)
+            self._addresses, self._dtypes = addresses, dtypes
+        if not self._contiguous:
+            found = [contiguous(w) for w in found]
+        return BlockWeights._make(found)
+
+    def _look_at(self, weights: list[Tensor]) -> None:
+        """Layouts of weights that are not those of the last time."""
+        self._views = None  # the parameters may have got other memory
+        self._contiguous = all(w.is_contiguous() for w in weights)
+        layout = tuple((w.shape, w.dtype) for w in weights)
+        if layout != self.weights_layout:
+            self.weights_layout = layout
+            self.layouts.clear()
+
+    def in_dtype(self, weights: BlockWeights, dtype: torch.dtype) -> BlockWeights:
+        """With the matrices in `dtype`: the weights themselves, or one copy that is kept.
+
+        The copy is of these weights as they are: it is made again when one has been replaced or
+        changed in place.
+        """
+        matrices = weights[2:6] + weights[9:13]
+        if False not in [w is None or w.dtype == dtype for w in matrices]:
+            self._cast = None
+            return weights
+        versions = [w._version for w in matrices if w is not None and not w.is_inference()]
+        made_of = (dtype, self._addresses, versions)
+        if self._cast is None or self._cast[0] != made_of:
+            # Whatever mode is on now, the copy serves training later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cast = made_of, weights.to(dtype)
+        return self._cast[1]
+
+    def keys_and_values(self, weights: BlockWeights) -> tuple[Tensor, Tensor | None]:
+        """Of the qkv projection, weight (2 A, D) and bias (2 A,): views of `in_dtype`'s result."""
+        weight, bias = weights.qkv_weight, weights.qkv_bias
+        if self._views is None or self._views[0] is not weight or self._views[1] is not bias:
+            width = weight.shape[0] // 3
+            with torch.inference_mode(False), torch.no_grad():
+                views = weight[width:], None if bias is None else bias[width:]
+            self._views = weight, bias, views
+        return self._views[2]
+
+    def remember(self, key: Hashable, value: tuple[BlockConfig, Sites]) -> None:
+        """Put something into `layouts`, of which there are not more than a few."""
+        if len(self.layouts) >= _MOST_LAYOUTS:
+            self.layouts.clear()
+        self.layouts[key] = value
+
+
+def _with_descendants(module: nn.Module | None) -> Iterator[nn.Module]:
+    if module is not None:
+        yield module
+        for child in module._modules.values():
+            yield from _with_descendants(child)

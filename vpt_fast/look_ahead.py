@@ -1,0 +1,97 @@
+"""What can be found out about several blocks before the first of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vpt_fast.block_reading import BlockReading
+from vpt_fast.experts import PromptExperts
+from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
+from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.ops.backend import computing_dtype
+from vpt_fast.ops.block_body import BlockWeights
+from vpt_fast.ops.prompt_keys import KeyWeights, prompt_keys
+from vpt_fast.ops.prompt_source import GIVEN_KEYS, StaticPrompts
+from vpt_fast.ops.tracing import is_traced
+from vpt_fast.prompts import PromptTokens
+
+Ahead = tuple[Fused, Prompts]
+"""A block as it is fused in this call, and its prompts."""
+
+
+def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
+    """Where the prompts of a block with input x (B, N, D) come from; draws dropout masks."""
+    if prompt is None:
+        return NO_PROMPTS
+    if isinstance(prompt, PromptExperts):
+        return prompt.sources(x)
+    if isinstance(prompt, PromptTokens):
+        return StaticPrompts(1.0 - prompt.dropout), prompt.draw(x.shape[0])
+    raise TypeError(f"a {type(prompt).__name__} makes no prompts of a fused block")
+
+
+def look_ahead(
+    blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor], Fused | None]
+) -> list[Ahead | None]:
+    """Blocks as they will be fused, those with static prompts with keys that are made together.
+
+    Args:
+        blocks: of one width, in the order in which x passes through them.
+        x: tokens (B, N, D).
+        fused: a block as it is fused in a call with that input, or None.
+
+    Returns:
+        What is there for each block; None for those that look for themselves. Those are all of
+        them where somebody traces, or where a block is hooked or runs module by module: what runs
+        there may change the blocks after it.
+    """
+    nothing: list[Ahead | None] = [None for _ in blocks]
+    if is_traced(x):
+        return nothing
+    now = []
+    for block in blocks:
+        rows = block.__dict__.get("rows")
+        if has_hooks(block) or has_own_forward(block):
+            return nothing
+        found = None if rows is not None and (rows.entering or rows.leaving) else fused(block, x)
+        if found is None:
+            return nothing
+        now.append(found)
+    prompts = [block._modules.get("prompt") for block in blocks]
+    together = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
+    made = _keys_of([now[i] for i in together], [prompts[i] for i in together], x)
+    keys = dict(zip(together, made, strict=True)) if made else {}
+    return [
+        (found, (GIVEN_KEYS, (keys[i],)) if i in keys else prompts_of(prompts[i], x))
+        for i, found in enumerate(now)
+    ]
+
+
+def _keys_of(now: list[Fused], prompts: list[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values of the blocks' static prompts; none where making them together has no use.
+
+    That is for one block, and for blocks that differ in heads or in norm1's epsilon.
+    """
+    read: list[tuple[BlockReading, BlockWeights]] = [
+        (found.reading, found.weights) for found in now if found.reading is not None
+    ]
+    if len(read) < 2:
+        return ()
+    heads, _, eps, *_ = read[0][0].scalars
+    if {(reading.scalars[0], reading.scalars[2]) for reading, _ in read} != {(heads, eps)}:
+        return ()
+    dtype = computing_dtype(x)
+    weights = [reading.in_dtype(given, dtype) for reading, given in read]
+    views = [r.keys_and_values(w) for (r, _), w in zip(read, weights, strict=True)]
+    constants = KeyWeights(
+        [w.norm1_weight for w in weights],
+        [w.norm1_bias for w in weights],
+        [weight for weight, _ in views],
+        [bias for _, bias in views],
+        eps,
+        heads,
+    )
+    return prompt_keys(constants, dtype, [prompt.undropped() for prompt in prompts])

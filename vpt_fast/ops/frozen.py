@@ -1,0 +1,52 @@
+"""What autograd functions with frozen weights need: autograd does not watch those for them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable as torch_once_differentiable
+
+from vpt_fast.ops.backend import in_full_precision
+
+_NOTHING = contextlib.nullcontext()
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's decorator of the same name, which is passed by where it has nothing to do.
+
+    Where no graph is made of the backward pass, gradients are off already.
+    """
+    recorded = torch_once_differentiable(backward)
+
+    def either(ctx: Any, *grads: Any) -> Any:
+        return (recorded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return either
+
+
+def exactly(x: Tensor) -> Any:
+    """Inside, autocast rounds nothing; a context that does nothing where there is no autocast."""
+    return in_full_precision(x) if torch.is_autocast_enabled(x.device.type) else _NOTHING
+
+
+def versions_of(weights: Sequence[Tensor | None]) -> list[int]:
+    """Version of each weight that there is: it grows when one is changed in place."""
+    return [w._version for w in weights if w is not None]
+
+
+def check_versions(weights: Sequence[Tensor | None], before: list[int]) -> None:
+    """Raise RuntimeError if a weight has changed in place since `versions_of` gave `before`."""
+    now = versions_of(weights)
+    if now == before:
+        return
+    there = [w for w in weights if w is not None]
+    shapes = [tuple(w.shape) for w, a, b in zip(there, before, now, strict=True) if a != b]
+    raise RuntimeError(
+        f"frozen weights of a block, of shapes {shapes}, were modified by an inplace operation "
+        "between its forward and its backward pass, whose gradients would be those of neither; "
+        "change them before the forward pass or after the backward pass"
+    )

@@ -1,0 +1,121 @@
+"""Keys and values of the static prompts of several blocks, made together.
+
+    K_i, V_i = norm1_i(P_i) W_i + b_i       for every block i
+
+They do not depend on the tokens, so that one normalisation serves all blocks, and a block is left
+with one small product. Visual Prompt Tuning (arXiv 2203.12119), section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.frozen import check_versions, exactly, once_differentiable, versions_of
+
+
+class KeyWeights(NamedTuple):
+    """What makes keys and values of the normalised prompts of each block; constants.
+
+    Attributes:
+        norm_weights, norm_biases: of norm1, (D,) each or None.
+        weights: (2 A, D), of keys and values.
+        biases: (2 A,) each, or None.
+        eps: of all norms.
+        heads: H.
+    """
+
+    norm_weights: list[Tensor | None]
+    norm_biases: list[Tensor | None]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    eps: float
+    heads: int
+
+    def tensors(self) -> list[Tensor]:
+        """All that there are."""
+        found = (*self.norm_weights, *self.norm_biases, *self.weights, *self.biases)
+        return [t for t in found if t is not None]
+
+
+def _stacked(vectors: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+    """(blocks, 1, D), or None where the vectors are folded into others."""
+    there = [v for v in vectors if v is not None]
+    return torch.stack(there).unsqueeze(1).to(dtype) if there else None
+
+
+def _made(
+    w: KeyWeights, dtype: torch.dtype, tokens: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Keys and values, and the mean and rstd (blocks, p, 1) of the prompts."""
+    wide = statistics_dtype(tokens[0].dtype)
+    prompts = torch.stack(list(tokens)).to(wide)
+    y, mean, rstd = torch.native_layer_norm(prompts, prompts.shape[-1:], None, None, w.eps)
+    gamma, beta = _stacked(w.norm_weights, wide), _stacked(w.norm_biases, wide)
+    if gamma is not None:
+        y = y * gamma if beta is None else torch.addcmul(beta, y, gamma)
+    shape = (1, y.shape[1], 2, w.heads, w.weights[0].shape[0] // (2 * w.heads))
+    found = [
+        F.linear(rows, weight, bias).view(shape)
+        for rows, weight, bias in zip(y.to(dtype).unbind(), w.weights, w.biases, strict=True)
+    ]
+    return tuple(found), mean, rstd
+
+
+class _PromptKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, dtype, *tokens):  # type: ignore[no-untyped-def]
+        keys, mean, rstd = _made(w, dtype, tokens)
+        ctx.w, ctx.dtype, ctx.versions = w, dtype, versions_of(w.tensors())
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mean, rstd, *tokens)
+        return keys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        w, (mean, rstd, *tokens) = ctx.w, ctx.saved_tensors
+        check_versions(w.tensors(), ctx.versions)
+        wide, count = mean.dtype, tokens[0].shape[0]
+        grad_y = torch.empty(
+            (len(tokens), *tokens[0].shape), dtype=ctx.dtype, device=tokens[0].device
+        )
+        with exactly(grad_y):
+            for grad, weight, out in zip(grads, w.weights, grad_y.unbind(), strict=True):
+                if grad is None:
+                    out.zero_()
+                else:
+                    torch.mm(grad.view(count, -1), weight, out=out)
+            grad_y, gamma = grad_y.to(wide), _stacked(w.norm_weights, wide)
+            if gamma is not None:
+                grad_y = grad_y * gamma
+            prompts = torch.stack(tokens).to(wide)
+            found = torch.ops.aten.native_layer_norm_backward(
+                grad_y, prompts, prompts.shape[-1:], mean, rstd, None, None, [True, False, False]
+            )[0]
+        return None, None, *found.to(tokens[0].dtype).unbind()
+
+
+def prompt_keys(
+    weights: KeyWeights, dtype: torch.dtype, tokens: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Keys and values (1, p, 2, H, d) in `dtype` for each block.
+
+    Args:
+        weights: frozen; they get no gradients. In `dtype` where products read them.
+        dtype: of the products; statistics are fp32 at least.
+        tokens: the blocks' prompts, (p, D) each.
+
+    Raises:
+        RuntimeError: in backward, where a weight was changed in place since.
+    """
+    with exactly(tokens[0]):
+        if not (torch.is_grad_enabled() and True in [t.requires_grad for t in tokens]):
+            return _made(weights, dtype, tokens)[0]
+        found: Any = _PromptKeys.apply(weights, dtype, *tokens)
+    return found
