@@ -2,6 +2,7 @@
 
     python -m bench.host [--rounds 40] [--only NAME ...] [--output bench/results]
     python -m bench.host --profile NAME
+    python -m bench.host --calls
 
 CPU time of one thread on tensors so small that PyTorch's own kernels, which run on the CPU here,
 hardly count; all subjects in one process, in turns. Ours launch into nothing (`bench.null_driver`):
@@ -13,7 +14,6 @@ the last line gives host time over that of the same model without prompts, least
 from __future__ import annotations
 
 import argparse
-import contextlib
 import cProfile
 import csv
 import datetime
@@ -21,25 +21,19 @@ import gc
 import pstats
 import random
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from bench import host_calls
 from bench.collect import FACTS, RESULTS
 from bench.facts import facts, file_stem
+from bench.host_subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.null_driver import NullLauncher, null_driver
-from bench.providers import OURS, WITHOUT, provide
-from vpt_fast import VAPT, VPTDeep, prompt_tune
+from bench.providers import OURS, WITHOUT
 
-STEP, INFERENCE = "step", "inference"
 PARTS = ("forward", "backward", "whole")
 FIELDS = (
     "kind", "bench", "subject", "work", "model", "method", "provider", "memory", "part",
@@ -48,65 +42,10 @@ FIELDS = (
 """Columns. Times are milliseconds of CPU time; a ratio is over the same model and work without
 prompts, `ratio_p50` the median of the rounds' ratios. `launches` counts our own kernels."""
 
-BATCH, PROMPTS, CLASSES, DEPTH = 2, 10, 10, 12
-ROUNDS, WARMUP = 40, 4
+ROUNDS = 40
 
 Row = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Subject:
-    """What is timed: a provider's step, or its inference.
-
-    Attributes:
-        model: a key of `MODELS`.
-        provider: of `bench.providers`.
-        method: "vpt-deep" or "vapt".
-        work: `STEP` or `INFERENCE`.
-        memory: of ours.
-    """
-
-    model: str
-    provider: str
-    method: str = "vpt-deep"
-    work: str = STEP
-    memory: str = "speed"
-
-    def __str__(self) -> str:
-        parts = [self.model, self.provider]
-        parts += [self.method] if self.provider != WITHOUT else []
-        parts += [self.work] if self.work != STEP else []
-        parts += [self.memory] if self.memory != "speed" else []
-        return "-".join(parts)
-
-    @property
-    def base(self) -> Subject:
-        """The same model and work without prompts."""
-        return Subject(self.model, WITHOUT, work=self.work)
-
-
-def _vit(**changes: Any) -> Any:
-    settings: dict[str, Any] = {
-        "img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": DEPTH, "num_heads": 1,
-        "num_classes": CLASSES,
-    }  # fmt: skip
-    return timm.models.VisionTransformer(**settings | changes)
-
-
-def _swin() -> Any:
-    """Depths of Swin-T; windows of 2 x 2, so that the last stage alone has one, as with 7 x 7."""
-    return timm.models.swin_transformer.SwinTransformer(
-        img_size=64, patch_size=4, embed_dim=16, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8),
-        window_size=2, num_classes=CLASSES,
-    )  # fmt: skip
-
-
-MODELS: Mapping[str, tuple[Callable[..., Any], int]] = {
-    "vit": (_vit, 32),
-    "vit_layerscale": (lambda: _vit(init_values=1e-5), 32),
-    "swin": (_swin, 64),
-}
-"""What makes a model, and the size of its images in pixels."""
 
 SUBJECTS = (
     Subject("vit", WITHOUT),
@@ -132,63 +71,6 @@ RATIOS = {
     "inference": Subject("vit", OURS, work=INFERENCE),
 }
 """What the last line is about."""
-
-
-class Work:
-    """One subject, ready to run: a call is one step, or one inference."""
-
-    def __init__(self, subject: Subject, depth: int | None = None) -> None:
-        make, size = MODELS[subject.model]
-        torch.manual_seed(0)
-        model = make() if depth is None else make(depth=depth)
-        kind = VAPT if subject.method == "vapt" else VPTDeep
-        method = kind(num_prompts=PROMPTS)
-        if subject.provider == OURS:
-            self.module = prompt_tune(model, method, memory=subject.memory).train()
-        else:
-            self.module = provide(subject.provider, model, method)
-        self.infers = subject.work == INFERENCE
-        if self.infers:
-            self.module.eval()
-        self.images = torch.randn(BATCH, 3, size, size)
-        self.labels = torch.arange(BATCH)
-        self.trained = [p for p in self.module.parameters() if p.requires_grad]
-
-    def forward(self) -> Tensor:
-        """Logits in inference; the loss of a step, whose old gradients are dropped first."""
-        if self.infers:
-            with torch.inference_mode():
-                return self.module(self.images)
-        for parameter in self.trained:
-            parameter.grad = None
-        return F.cross_entropy(self.module(self.images), self.labels)
-
-    def __call__(self) -> None:
-        loss = self.forward()
-        if not self.infers:
-            loss.backward()
-
-    def parts(self) -> dict[str, float]:
-        """Seconds of this thread's CPU time by part, of one call."""
-        start = time.thread_time()
-        loss = self.forward()
-        middle = time.thread_time()
-        if self.infers:
-            return {"whole": middle - start}
-        loss.backward()
-        end = time.thread_time()
-        return {"forward": middle - start, "backward": end - middle, "whole": end - start}
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, PyTorch's operators use the calling thread only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def launches(work: Work) -> int:
@@ -322,12 +204,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="default %(default)s")
     parser.add_argument("--only", nargs="+", choices=tuple(names), help="writes no file")
     parser.add_argument("--profile", choices=tuple(names), help="of one subject, no times")
+    parser.add_argument(
+        "--calls", action="store_true", help="count Python calls per block, no times"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; give 1 or more")
     if options.profile:
         profile(names[options.profile])
+        return 0
+    if options.calls:
+        host_calls.show(host_calls.count_methods())
         return 0
     rows = measure([names[name] for name in options.only or names], options.rounds)
     if not options.only:
