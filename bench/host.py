@@ -37,7 +37,8 @@ from bench.providers import OURS, WITHOUT
 PARTS = ("forward", "backward", "whole")
 FIELDS = (
     "kind", "bench", "subject", "work", "model", "method", "provider", "memory", "part",
-    "least_ms", "p50_ms", "ratio_least", "ratio_p50", "rounds", "launches", *FACTS,
+    "least_ms", "p50_ms", "ratio_least", "ratio_p50", "rounds", "launches",
+    *(name for name in FACTS if name != "cuda"),
 )  # fmt: skip
 """Columns. Times are milliseconds of CPU time; a ratio is over the same model and work without
 prompts, `ratio_p50` the median of the rounds' ratios. `launches` counts our own kernels."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from bench.host_subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.null_driver import null_driver
-from bench.providers import OURS
+from bench.providers import OURS, WITHOUT
 
 DEPTHS = {"swin": (8, 10)}
 """Blocks of the two models; Swin's blocks come in pairs, whole and shifted windows."""
@@ -29,8 +29,10 @@ METHODS = {
     "vapt": Subject("vit", OURS, "vapt"),
     "swin vpt-deep": Subject("swin", OURS),
     "inference": Subject("vit", OURS, work=INFERENCE),
+    "no prompts": Subject("vit", WITHOUT),
+    "concatenation": Subject("vit", "concat"),
 }
-"""What is counted, by name."""
+"""What is counted, by name; the last two are timm's blocks, to compare with."""
 
 
 class Calls(NamedTuple):
