@@ -55,12 +55,14 @@ SUBJECTS = (
     Subject("vit", OURS),
     Subject("vit", OURS, memory="balanced"),
     Subject("vit", "concat", "vapt"),
+    Subject("vit", "keys_concat", "vapt"),
     Subject("vit", OURS, "vapt"),
     Subject("vit_layerscale", WITHOUT),
     Subject("vit_layerscale", OURS),
     Subject("swin", WITHOUT),
     Subject("swin", "concat"),
     Subject("swin", OURS),
+    Subject("swin", OURS, "vapt"),
     Subject("vit", WITHOUT, work=INFERENCE),
     Subject("vit", OURS, work=INFERENCE),
     Subject("vit", OURS, "vapt", INFERENCE),
@@ -186,12 +188,13 @@ def show(rows: Sequence[Row]) -> None:
             + f"   {float(whole['ratio_least']):5.2f} ({float(whole['ratio_p50']):.2f}) of no "
             f"prompts, {whole['launches']} launches of ours"
         )  # fmt: skip
-    ratios = (
+    ratios = [
         f"{name}={float(by[str(subject), 'whole']['ratio_least']):.2f}"
         for name, subject in RATIOS.items()
         if (str(subject), "whole") in by
-    )
-    print("ratio", *ratios)
+    ]
+    if ratios:
+        print("ratio", *ratios)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
