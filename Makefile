@@ -54,6 +54,7 @@ bench-gpu: $(INSTALLED)
 bench-host: $(INSTALLED)
 	$(BIN)/python -m bench.host
 	$(BIN)/python -m bench.host_page
+	$(BIN)/python -m bench.roofline_page
 
 roofline: $(INSTALLED)
 	$(BIN)/python -m bench.roofline

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import host, host_page, roofline
+from bench import host, host_page, roofline, roofline_page
 from bench.gpus import DEFAULT, GPUS, Assumptions, gpu_of
 from bench.providers import COMPILED, PROVIDERS
 from bench.roofline import beside, main, shrinks
@@ -312,3 +312,19 @@ def test_what_cannot_be_modelled_ends_with_a_message(
     with pytest.raises(SystemExit):
         roofline.main([*arguments, "--prompts", "10"])
     assert "error" in capsys.readouterr().err
+
+
+def test_the_page_says_what_bounds_a_step(
+    tmp_path: Path, host_file: Path, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert roofline_page.main(["--check"]) == 0
+    monkeypatch.setattr(roofline_page, "CASES", ((TINY, 16),))
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(roofline_page.MARKS), encoding="utf-8")
+    arguments = ["--page", str(page), "--host", str(host_file)]
+    assert roofline_page.main([*arguments, "--check"]) == 1
+    assert roofline_page.main(arguments) == roofline_page.main([*arguments, "--check"]) == 0
+    case = Case(TINY, 16, 50, "bfloat16", "vpt_fast")
+    times = modelled_case(case, H100, Assumptions(), hosts)
+    (line,) = (text for text in page.read_text().splitlines() if "vpt_fast" in text)
+    assert f"| {times.eager:.1f} | **host** | {times.graph:.1f} | device |" in line
