@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN := .benchmark.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint bench bench-gpu roofline kernel-report clean
+.PHONY: help install demo test test-full lint bench bench-gpu bench-host roofline kernel-report clean
 
 help:
 	@echo "make demo           tune a small pretrained ViT to handwritten digits (about 2 minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          this machine against eager PyTorch, side by side (9 to 14 minutes)"
 	@echo "make bench-gpu      the same on a CUDA GPU, with memory, rates and CUDA graphs"
+	@echo "make bench-host     the host's time of a step, kernels launched into nothing (needs no GPU)"
 	@echo "make roofline       a training step's work, counted, and its time on named GPUs, modelled"
 	@echo "make kernel-report  the kernels' machine code against its limits (needs no GPU)"
 	@echo "make clean          remove .venv and caches"
@@ -49,6 +50,11 @@ bench: $(INSTALLED)
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m bench.gpu
+
+bench-host: $(INSTALLED)
+	$(BIN)/python -m bench.host
+	$(BIN)/python -m bench.host_page
+	$(BIN)/python -m bench.roofline_page
 
 roofline: $(INSTALLED)
 	$(BIN)/python -m bench.roofline

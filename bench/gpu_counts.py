@@ -1,6 +1,6 @@
 """Counted FLOP and bytes of what was timed, and the time that a model gives it.
 
-The one place that asks `bench.trace` and `bench.roofline` for the GPU benchmark.
+The one place that asks `bench.trace` and `bench.step_model` for the GPU benchmark.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import attention_ways, fusion, roofline
+from bench import attention_ways, fusion, host_page, step_model
 from bench.attention_ways import AttentionCase
 from bench.cases import DTYPES, STEP, Case
 from bench.collect import Row
@@ -43,12 +43,15 @@ def count(subject: object, provider: str, dtype: str, device: str) -> Counted | 
     ops = _ops(subject, provider, dtype)
     if ops is None:
         return None
-    done = roofline.work(ops)
+    done = step_model.work(ops)
     flop, nbytes = sum(done.flop.values()), sum(done.nbytes.values())
     gpu = gpu_of(device)
     if gpu is None or not isinstance(subject, Case):
         return Counted(flop, nbytes)
-    return Counted(flop, nbytes, *roofline.modelled(ops, gpu, Assumptions()))
+    hosts = step_model.Hosts(host_page.latest())
+    host = step_model.host_ms(hosts, subject.model, provider, subject.method)
+    times = step_model.modelled(ops, gpu, Assumptions(), host)
+    return Counted(flop, nbytes, times.eager, times.graph)
 
 
 def _ops(subject: object, provider: str, dtype: str) -> list[Op] | None:

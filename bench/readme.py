@@ -131,17 +131,18 @@ def render(rows: Sequence[Row]) -> str:
     return _TABLE.render(facts=measured[0], tables=tables, rounds=text).strip()
 
 
-def replaced(text: str, tables: str) -> str:
+def replaced(text: str, tables: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """A page with new tables between its marks.
 
     Raises:
         ValueError: a mark is missing.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = marks
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the page has no lines {BEGIN!r} and {END!r} to put tables between")
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+        raise ValueError(f"the page has no lines {first!r} and {last!r} to put tables between")
+    return f"{before}{first}\n\n{tables}\n\n{last}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,15 +1,11 @@
 """FLOP, bytes and launches of a training step, counted; and a time for named GPUs, modelled.
 
     python -m bench.roofline [--model M] [--batch B] [--prompts P ...] [--dtype bfloat16]
-        [--gpu NAME ...] [--measured CSV] [--output CSV]
+        [--gpu NAME ...] [--host CSV] [--measured CSV] [--output CSV]
 
-Per provider of `bench.providers` that the model has. Nothing is timed. What is counted comes from a
-trace on tensors without values (`bench.trace`), what is modelled from the peaks and assumptions of
-`bench.gpus`:
-
-    time of a launch  max(FLOP / (peak * efficiency), bytes / (bandwidth * efficiency)) + gap
-    eager step        max(sum of those, host time of all launches)
-    step in a graph   sum of those
+Per provider of `bench.providers` that the model has, and by the formula of `bench.step_model`.
+Nothing is timed here: the host's time is that of a results file of `bench.host`, by default of the
+newest in bench/results. Each row says which of host and device bounds it.
 
 A step is forward, cross-entropy and backward, without the optimizer's, which is the same for all
 prompted providers. Every launch reads and writes device memory: hits in L2 are not modelled.
@@ -20,21 +16,16 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import functools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
-import torch
-
-from bench import fusion
+from bench import fusion, host_page
 from bench.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
-from bench.providers import COMPILED, OURS, PROVIDERS, PUBLISHED
-from bench.step_trace import step_ops
-from bench.trace import KINDS, Op
-from vpt_fast import VPTDeep
+from bench.providers import OURS, PUBLISHED
+from bench.step_model import Case, Hosts, Modelled, case_ops, modelled_case, providers_of, work
+from bench.trace import KINDS
 from vpt_fast.memory import DTYPES
 
 AGAINST = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
@@ -43,84 +34,10 @@ AGAINST = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
 MEASURED_FIELDS = ("model", "batch", "prompts", "dtype", "provider", "device", "p50_ms")
 
 
-@functools.cache
-def providers_of(model: str) -> tuple[str, ...]:
-    """Providers of a model of timm's: one with stages has no prompts' keys in plain PyTorch."""
-    with torch.device("meta"):
-        if hasattr(timm.create_model(model), "blocks"):
-            return PROVIDERS
-    return tuple(n for n in PROVIDERS if COMPILED.get(n, n) != "keys_concat")
-
-
-class Case(NamedTuple):
-    """One training step."""
-
-    model: str
-    batch: int
-    prompts: int
-    dtype: str
-    provider: str
-
-
-class Work(NamedTuple):
-    """Counted work of a step, by kind: FLOP, bytes read and written, launches."""
-
-    flop: dict[str, int]
-    nbytes: dict[str, int]
-    launches: int
-
-
-class Modelled(NamedTuple):
-    """Modelled milliseconds of a step: eager, and as a CUDA graph."""
-
-    eager: float
-    graph: float
-
-
-@functools.cache
-def case_ops(case: Case) -> tuple[Op, ...]:
-    """The launches of a step; those of compiled providers after ideal fusion.
-
-    "published" is traced in fp32, whatever the dtype of the case.
-
-    Raises:
-        ValueError: an unknown provider or dtype, or a model that has no prompts here.
-    """
-    if case.provider not in PROVIDERS:
-        raise ValueError(f"provider is {case.provider!r}; choose one of {', '.join(PROVIDERS)}")
-    if case.dtype not in DTYPES:
-        raise ValueError(f"dtype is {case.dtype!r}; choose one of {', '.join(DTYPES)}")
-    dtype = "float32" if case.provider == PUBLISHED else case.dtype
-    eager = COMPILED.get(case.provider, case.provider)
-    ops = step_ops(case.model, eager, VPTDeep(case.prompts), case.batch, DTYPES[dtype])
-    return tuple(fusion.fused(ops) if case.provider in COMPILED else ops)
-
-
-def work(ops: Iterable[Op]) -> Work:
-    """Counted work of launches."""
-    flop, nbytes, launches = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0), 0
-    for op in ops:
-        flop[op.kind] += op.flop
-        nbytes[op.kind] += op.nbytes
-        launches += op.launches
-    return Work(flop, nbytes, launches)
-
-
-def modelled(ops: Iterable[Op], gpu: Gpu, assumed: Assumptions) -> Modelled:
-    """Modelled time of a step (see the module)."""
-    device = host = 0.0  # seconds
-    for op in ops:
-        part = assumed.attention if op.kind == "attention" else assumed.gemm
-        peak = gpu.fp32 if op.fp32 else gpu.tensor
-        compute = op.flop / (peak * 1e12 * part)
-        memory = op.nbytes / (gpu.bandwidth * 1e9 * assumed.memory)
-        device += max(compute, memory) + op.launches * assumed.gap_us * 1e-6
-        host += op.launches * (assumed.triton_us if op.ours else assumed.eager_us) * 1e-6
-    return Modelled(1e3 * max(device, host), 1e3 * device)
-
-
-def stated(gpus: Sequence[Gpu], assumed: Assumptions) -> list[str]:
+def stated(gpus: Sequence[Gpu], assumed: Assumptions, hosts: Hosts) -> list[str]:
     """The assumptions, a line each."""
+    known = hosts.known
+    shares = {gpu.name: assumed.attention or gpu.attention for gpu in gpus}
     return [
         "Counted: FLOP, bytes, launches. Modelled: every time. Nothing was run on a GPU.",
         "A step is forward, cross-entropy and backward; the optimizer's is left out.",
@@ -129,20 +46,24 @@ def stated(gpus: Sequence[Gpu], assumed: Assumptions) -> list[str]:
             f"(fp32 without TF32), {gpu.bandwidth:,.0f} GB/s"
             for gpu in gpus
         ),
-        f"Assumed efficiencies: products {assumed.gemm:.0%} of the peak, attention "
-        f"{assumed.attention:.0%}, memory {assumed.memory:.0%} of the bandwidth",
-        f"Assumed host time of an eager launch: PyTorch's, compiled ones too, {assumed.eager_us:g} "
-        f"us, ours {assumed.triton_us:g} us; gap between kernels, in a graph too: "
-        f"{assumed.gap_us:g} us",
+        f"Assumed efficiencies: products {assumed.gemm:.0%} of the peak, memory "
+        f"{assumed.memory:.0%} of the bandwidth, attention "
+        + ", ".join(f"{share:.0%} of the peak on {name}" for name, share in shares.items()),
+        f"Host time of an eager step: measured by bench.host on {known['device']} with torch "
+        f"{known['torch']}, kernels launched into nothing, by blocks; and assumed for the driver "
+        f"{assumed.driver_us:g} us per launch. One replay of a CUDA graph, assumed: "
+        f"{assumed.replay_us:g} us. Gap between kernels, in a graph too: {assumed.gap_us:g} us",
         "Each launch moves each byte once through device memory; hits in L2 are not modelled.",
         "Only products of matrices have FLOP; passes over memory are bound by their bytes.",
-        f"Compiled providers: {fusion.NAME}.",
+        f"Compiled providers: {fusion.NAME}; of the host only the driver's launches.",
         "Fused attention of PyTorch's: arguments and results only, without its fp32 sums of dQ.",
         f"{PUBLISHED}: fp32 without TF32, attention as products and passes of its own.",
     ]
 
 
-def table(cases: Sequence[Case], gpus: Sequence[Gpu], assumed: Assumptions) -> list[dict[str, str]]:
+def table(
+    cases: Sequence[Case], gpus: Sequence[Gpu], assumed: Assumptions, hosts: Hosts
+) -> list[dict[str, str]]:
     """Rows of counted work and modelled times, one per case."""
     rows = []
     for case in cases:
@@ -157,22 +78,26 @@ def table(cases: Sequence[Case], gpus: Sequence[Gpu], assumed: Assumptions) -> l
         for kind in KINDS:
             row[f"{kind}_mb_counted"] = f"{done.nbytes[kind] / 1e6:.1f}"
         for gpu in gpus:
-            times = modelled(case_ops(case), gpu, assumed)
+            times = modelled_case(case, gpu, assumed, hosts)
             row[f"{gpu.name}_eager_ms_modelled"] = f"{times.eager:.2f}"
+            row[f"{gpu.name}_eager_bound_by_modelled"] = times.eager_bound
             row[f"{gpu.name}_graph_ms_modelled"] = f"{times.graph:.2f}"
+            row[f"{gpu.name}_graph_bound_by_modelled"] = times.graph_bound
         rows.append(row)
     return rows
 
 
-def shrinks(ours: Case, gpu: Gpu, assumed: Assumptions) -> dict[str, dict[str, float]]:
+def shrinks(
+    ours: Case, gpu: Gpu, assumed: Assumptions, hosts: Hosts
+) -> dict[str, dict[str, float]]:
     """Figures of ours and of what it is set against, by quantity and provider.
 
     FLOP in 10^9, bytes in 10^6, times (modelled) in milliseconds.
     """
     found: dict[str, dict[str, float]] = {}
     for provider in (OURS, *(n for n in AGAINST if n in providers_of(ours.model))):
-        ops = case_ops(ours._replace(provider=provider))
-        done, times = work(ops), modelled(ops, gpu, assumed)
+        case = ours._replace(provider=provider)
+        done, times = work(case_ops(case)), modelled_case(case, gpu, assumed, hosts)
         figures = {
             "GEMM GFLOP, counted": done.flop["gemm"] / 1e9,
             "attention GFLOP, counted": done.flop["attention"] / 1e9,
@@ -197,7 +122,7 @@ class Beside(NamedTuple):
     modelled: Modelled
 
 
-def beside(path: Path, assumed: Assumptions) -> tuple[list[Beside], list[str]]:
+def beside(path: Path, assumed: Assumptions, hosts: Hosts) -> tuple[list[Beside], list[str]]:
     """Measured rows with their modelled times, and devices of rows that no GPU here stands for.
 
     Raises:
@@ -217,7 +142,7 @@ def beside(path: Path, assumed: Assumptions) -> tuple[list[Beside], list[str]]:
             case = Case(
                 row["model"], int(row["batch"]), int(row["prompts"]), row["dtype"], row["provider"]
             )
-            times = modelled(case_ops(case), gpu, assumed)
+            times = modelled_case(case, gpu, assumed, hosts)
             found.append(Beside(case, gpu, float(row["p50_ms"]), times))
     return found, list(dict.fromkeys(unknown))
 
@@ -230,16 +155,19 @@ def _positive(text: str) -> int:
 
 
 def _times(row: dict[str, str], gpu: Gpu) -> str:
-    eager, graph = (row[f"{gpu.name}_{way}_ms_modelled"] for way in ("eager", "graph"))
-    return eager if eager == graph else f"{eager} / {graph}"
+    times = (
+        f"{row[f'{gpu.name}_{way}_ms_modelled']} {row[f'{gpu.name}_{way}_bound_by_modelled']}"
+        for way in ("eager", "graph")
+    )
+    return " / ".join(dict.fromkeys(times))
 
 
 def _print_table(rows: Sequence[dict[str, str]], gpus: Sequence[Gpu]) -> None:
     print(
         f"\n{'':26}{'GFLOP, counted':>18}{'MB, counted':>29}{'launches,':>10}"
-        "  ms, modelled: eager / graph, once where they are equal"
+        "  ms, modelled, and what bounds them: eager / graph, once where they are equal"
     )
-    heads = "".join(f"{gpu.name:>17}" for gpu in gpus)
+    heads = "".join(f"{gpu.name:>28}" for gpu in gpus)
     print(
         f"{'p':>4} {'provider':21}{'GEMM':>8}{'attention':>10}{'GEMM':>8}{'attention':>10}"
         f"{'elementw.':>11}{'counted':>10}{heads}"
@@ -247,35 +175,36 @@ def _print_table(rows: Sequence[dict[str, str]], gpus: Sequence[Gpu]) -> None:
     for row in rows:
         figures = [float(row[f"{kind}_gflop_counted"]) for kind in KINDS[:2]]
         moved = [float(row[f"{kind}_mb_counted"]) for kind in KINDS]
-        times = "".join(f"{_times(row, gpu):>17}" for gpu in gpus)
+        times = "".join(f"{_times(row, gpu):>28}" for gpu in gpus)
         print(
             f"{row['prompts']:>4} {row['provider']:21}{figures[0]:8,.0f}{figures[1]:10,.0f}"
             f"{moved[0]:8,.0f}{moved[1]:10,.0f}{moved[2]:11,.0f}{row['launches_counted']:>10}{times}"
         )
 
 
-def _print_shrinks(ours: Case, gpu: Gpu, assumed: Assumptions) -> None:
+def _print_shrinks(ours: Case, gpu: Gpu, assumed: Assumptions, hosts: Hosts) -> None:
     print(
         f"\n{ours.model}, batch {ours.batch}, {ours.prompts} prompts, {ours.dtype}: {OURS}, and "
         "the change from each of the others to it"
     )
     names = [name for name in AGAINST if name in providers_of(ours.model)]
     print(f"{'':26}{OURS:>10}" + "".join(f"{name:>22}" for name in names))
-    for quantity, values in shrinks(ours, gpu, assumed).items():
+    for quantity, values in shrinks(ours, gpu, assumed, hosts).items():
         mine = values[OURS]
         others = (f"{values[n]:,.1f} ({mine / values[n] - 1:+.0%})" for n in names)
         print(f"{quantity:26}{mine:10,.1f}" + "".join(f"{text:>22}" for text in others))
 
 
-def _print_beside(path: Path, assumed: Assumptions) -> None:
-    found, unknown = beside(path, assumed)
+def _print_beside(path: Path, assumed: Assumptions, hosts: Hosts) -> None:
+    found, unknown = beside(path, assumed, hosts)
     print(f"\nMeasured ({path.name}) beside modelled, milliseconds:")
     for row in found:
         case = row.case
         print(
             f"  {row.gpu.name:9} {case.model} batch {case.batch} prompts {case.prompts:3} "
             f"{case.dtype} {case.provider:21} measured {row.measured:9.2f}  modelled eager "
-            f"{row.modelled.eager:9.2f} graph {row.modelled.graph:9.2f}  measured / modelled "
+            f"{row.modelled.eager:9.2f} ({row.modelled.eager_bound}) graph "
+            f"{row.modelled.graph:9.2f}  measured / modelled "
             f"{row.measured / row.modelled.eager:.2f}, {row.measured / row.modelled.graph:.2f}"
         )
     for device in unknown:
@@ -293,12 +222,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=_positive, nargs="+", default=[10, 50, 100, 200])
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--gpu", nargs="+", choices=tuple(GPUS), default=list(DEFAULT))
+    parser.add_argument("--host", type=Path, help="results of bench.host; default: the newest")
     parser.add_argument("--measured", type=Path, help=f"CSV with {', '.join(MEASURED_FIELDS)}")
     parser.add_argument("--output", type=Path, help="CSV of the table; must not exist")
     for field in dataclasses.fields(Assumptions):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=float, default=field.default,
-            help="assumption; default %(default)s",
+            help="assumption; default %(default)s" + (" (the GPU's)" * (field.default is None)),
         )  # fmt: skip
     return parser
 
@@ -312,9 +242,10 @@ def main(arguments: list[str] | None = None) -> int:
     gpus = [GPUS[name] for name in options.gpu]
     try:
         assumed = Assumptions(**{name: getattr(options, name) for name in ASSUMPTION_FIELDS})
-    except ValueError as error:
+        hosts = Hosts(options.host or host_page.latest())
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(*stated(gpus, assumed), sep="\n")
+    print(*stated(gpus, assumed, hosts), sep="\n")
     print(f"\n{options.model}, batch {options.batch}, {options.dtype}")
     ours = [
         Case(options.model, options.batch, prompts, options.dtype, OURS)
@@ -322,12 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     try:
         cases = [case._replace(provider=name) for case in ours for name in providers_of(case.model)]
-        rows = table(cases, gpus, assumed)
+        rows = table(cases, gpus, assumed, hosts)
         _print_table(rows, gpus)
         for case in ours:
-            _print_shrinks(case, GPUS["H100"] if "H100" in options.gpu else gpus[0], assumed)
+            _print_shrinks(case, GPUS["H100"] if "H100" in options.gpu else gpus[0], assumed, hosts)
         if options.measured is not None:
-            _print_beside(options.measured, assumed)
+            _print_beside(options.measured, assumed, hosts)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         parser.error(str(error))
     if options.output is not None:

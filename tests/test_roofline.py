@@ -8,15 +8,51 @@ from pathlib import Path
 
 import pytest
 
-from bench import roofline
+from bench import host, host_page, roofline, roofline_page
 from bench.gpus import DEFAULT, GPUS, Assumptions, gpu_of
-from bench.providers import PROVIDERS
-from bench.roofline import Case, Modelled, beside, case_ops, main, modelled, shrinks, work
+from bench.providers import COMPILED, PROVIDERS
+from bench.roofline import beside, main, shrinks
+from bench.step_model import (
+    DEVICE,
+    HOST,
+    Case,
+    Hosts,
+    Modelled,
+    case_ops,
+    host_ms,
+    modelled,
+    modelled_case,
+    work,
+)
 from bench.trace import Op, Region
 
 TINY = "vit_tiny_patch16_224"
 H100 = GPUS["H100"]
-EXACT = Assumptions(gemm=0.5, attention=0.25, memory=1.0, eager_us=10, triton_us=100, gap_us=0)
+EXACT = Assumptions(gemm=0.5, attention=0.25, memory=1.0, driver_us=10, replay_us=0, gap_us=0)
+
+# Milliseconds of the host that nobody measured, 12 blocks.
+MADE_UP = {
+    "vit-without_prompts": 6.0, "vit-concat-vpt-deep": 9.0, "vit-keys_concat-vpt-deep": 8.0,
+    "vit-vpt_fast-vpt-deep": 4.0, "swin-without_prompts": 10.0, "swin-concat-vpt-deep": 20.0,
+    "swin-vpt_fast-vpt-deep": 9.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def host_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("host") / "host_made_up.csv"
+    of_all = {"bench": "host", "part": "whole", "device": "Some CPU", "torch": "2.99"}
+    rows = [
+        {**dict.fromkeys(host.FIELDS, ""), **of_all, "subject": name, "least_ms": str(value)}
+        for name, value in MADE_UP.items()
+    ]
+    host.write(rows, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hosts(host_file: Path) -> Hosts:
+    return Hosts(host_file)
 
 
 def op(kind: str, flop: float, megabytes: float, **more: object) -> Op:
@@ -27,34 +63,67 @@ def op(kind: str, flop: float, megabytes: float, **more: object) -> Op:
 
 def test_a_launch_takes_as_long_as_the_slower_of_compute_and_memory() -> None:
     product = op("gemm", 989.4e9, 1)  # 1 ms at the peak, 2 at half of it
-    assert modelled([product], H100, EXACT).graph == pytest.approx(2.0)
+    assert modelled([product], H100, EXACT, 0).graph == pytest.approx(2.0)
     attention = op("attention", 989.4e9, 1)
-    assert modelled([attention], H100, EXACT).graph == pytest.approx(4.0)
+    assert modelled([attention], H100, EXACT, 0).graph == pytest.approx(4.0)
     traffic = op("elementwise", 0, 3350)
-    assert modelled([traffic], H100, EXACT).graph == pytest.approx(1.0)
-    assert modelled([product, attention, traffic], H100, EXACT).graph == pytest.approx(7.0)
+    assert modelled([traffic], H100, EXACT, 0).graph == pytest.approx(1.0)
+    assert modelled([product, attention, traffic], H100, EXACT, 0).graph == pytest.approx(7.0)
     in_fp32 = op("gemm", 66.9e9, 1, fp32=True)
-    assert modelled([in_fp32], H100, EXACT).graph == pytest.approx(2.0)
+    assert modelled([in_fp32], H100, EXACT, 0).graph == pytest.approx(2.0)
 
 
-def test_an_eager_step_is_no_faster_than_its_launches() -> None:
+def test_a_step_is_bound_by_the_longer_of_host_and_device() -> None:
     small = [op("elementwise", 0, 0.001)] * 100
-    assert modelled(small, H100, EXACT).eager == pytest.approx(1.0)
-    assert modelled(small, H100, EXACT).graph < 0.01
-    ours = [op("elementwise", 0, 0.001, ours=True)] * 100
-    assert modelled(ours, H100, EXACT).eager == pytest.approx(10.0)
+    times = modelled(small, H100, EXACT, 2.0)  # and 10 us of the driver for each launch
+    assert times.eager == pytest.approx(3.0) and times.graph < 0.01
+    assert (times.eager_bound, times.graph_bound) == (HOST, DEVICE)
+    replayed = modelled(small, H100, dataclasses.replace(EXACT, replay_us=500), 2.0)
+    assert replayed.graph == pytest.approx(0.5) and replayed.graph_bound == HOST
+    long = [op("elementwise", 0, 33500)]
+    assert modelled(long, H100, EXACT, 2.0) == pytest.approx((10.0, 10.0, DEVICE, DEVICE))
     gap = dataclasses.replace(EXACT, gap_us=2.0)
     three = [op("elementwise", 0, 0, launches=3)]
-    assert modelled(three, H100, gap).graph == pytest.approx(0.006)
+    times = modelled(three, H100, gap, 0)
+    assert times.graph == pytest.approx(0.006) and times.eager == pytest.approx(0.03)
+
+
+def test_attention_reaches_the_gpus_own_part_of_the_peak() -> None:
+    attention, device_only = op("attention", 1e12, 0), Assumptions(driver_us=0, gap_us=0)
+    for name, part in (("H100", 0.29), ("A100", 0.42)):
+        times = modelled([attention], GPUS[name], device_only, 0)
+        assert times.eager == pytest.approx(1e3 / (GPUS[name].tensor * part))
+    half = dataclasses.replace(device_only, attention=0.5)
+    assert modelled([attention], H100, half, 0).eager == pytest.approx(1e3 / (H100.tensor * 0.5))
+
+
+def test_the_hosts_time_is_what_was_measured_for_as_many_blocks(hosts: Hosts) -> None:
+    assert host_ms(hosts, "vit_base_patch16_224", "vpt_fast") == 4.0
+    assert host_ms(hosts, "vit_large_patch16_224", "vpt_fast") == 8.0
+    assert host_ms(hosts, "swin_base_patch4_window12_384", "without_prompts") == 20.0
+    assert host_ms(hosts, TINY, "without_prompts", "vapt") == 6.0
+    assert host_ms(hosts, TINY, "published") == host_ms(hosts, TINY, "concat") == 9.0
+    assert {host_ms(hosts, TINY, name) for name in COMPILED} == {0.0}
+    with pytest.raises(ValueError, match="have no vit-vpt_fast-vapt; make them again"):
+        host_ms(hosts, TINY, "vpt_fast", "vapt")
+
+
+def test_results_that_are_not_the_hosts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("bench,device\nstep,x\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no results file of bench.host"):
+        Hosts(path)
+    with pytest.raises(ValueError, match="`python -m bench.host` makes one"):
+        host_page.latest(tmp_path)
 
 
 @pytest.mark.parametrize("provider", ["published", "keys_concat_compiled", "vpt_fast"])
-def test_more_work_or_a_slower_gpu_takes_no_less(provider: str) -> None:
+def test_more_work_or_a_slower_gpu_takes_no_less(provider: str, hosts: Hosts) -> None:
     case = Case(TINY, 16, 10, "bfloat16", provider)
     assumed = Assumptions()
 
     def times(case: Case, gpu: str = "H100", assumed: Assumptions = assumed) -> Modelled:
-        return modelled(case_ops(case), GPUS[gpu], assumed)
+        return modelled_case(case, GPUS[gpu], assumed, hosts)
 
     base = times(case)
     assert 0 < base.graph <= base.eager
@@ -66,8 +135,8 @@ def test_more_work_or_a_slower_gpu_takes_no_less(provider: str) -> None:
         times(case, assumed=Assumptions(gap_us=5)),
     ]
     assert all(s.graph > base.graph and s.eager >= base.eager for s in slower)
-    host = times(case, assumed=Assumptions(eager_us=60, triton_us=250))
-    assert host.eager > base.eager and host.graph == base.graph
+    slow = times(case, assumed=Assumptions(driver_us=60))
+    assert slow.eager > base.eager and slow.graph == base.graph and slow.eager_bound == HOST
     assert times(case._replace(prompts=100)).graph > base.graph
 
 
@@ -107,10 +176,9 @@ def test_swin_has_a_row_for_each_of_its_providers(
     assert float(rows["vpt_fast"]["H100_graph_ms_modelled"]) > 0
 
 
-def test_what_shrinks_on_vit_b() -> None:
-    found = shrinks(
-        Case("vit_base_patch16_224", 64, 50, "bfloat16", "vpt_fast"), H100, Assumptions()
-    )
+def test_what_shrinks_on_vit_b(hosts: Hosts) -> None:
+    case = Case("vit_base_patch16_224", 64, 50, "bfloat16", "vpt_fast")
+    found = shrinks(case, H100, Assumptions(), hosts)
     gemm = found["GEMM GFLOP, counted"]
     assert gemm["vpt_fast"] < 0.75 * gemm["concat"] == 0.75 * gemm["concat_compiled"]
     # the tokens' products alone, over 11 blocks of 12 and without the first one's gradient
@@ -167,7 +235,7 @@ def made_up(path: Path, *changes: dict[str, str]) -> Path:
     return path
 
 
-def test_measured_rows_stand_beside_what_is_modelled_for_them(tmp_path: Path) -> None:
+def test_measured_rows_stand_beside_what_is_modelled_for_them(tmp_path: Path, hosts: Hosts) -> None:
     path = made_up(
         tmp_path / "made_up.csv",
         {},
@@ -175,27 +243,28 @@ def test_measured_rows_stand_beside_what_is_modelled_for_them(tmp_path: Path) ->
         {"device": "Some GPU"},
         {"device": "Some GPU", "prompts": "50"},
     )
-    found, unknown = beside(path, Assumptions())
+    found, unknown = beside(path, Assumptions(), hosts)
     assert [(b.case.provider, b.gpu.name, b.measured) for b in found] == [
         ("vpt_fast", "H100", 2.5),
         ("concat_compiled", "L4", 9.0),
     ]
     case = Case(TINY, 16, 10, "bfloat16", "vpt_fast")
-    assert found[0].modelled == modelled(case_ops(case), H100, Assumptions())
+    assert found[0].modelled == modelled_case(case, H100, Assumptions(), hosts)
     assert unknown == ["Some GPU"]
 
 
 def test_the_report_states_its_assumptions_and_says_modelled(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, host_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured = made_up(tmp_path / "made_up.csv", {}, {"device": "Some GPU"})
     output = tmp_path / "roofline.csv"
     arguments = ["--model", TINY, "--batch", "16", "--prompts", "10", "--gemm", "0.5"]
-    arguments += ["--measured", str(measured), "--output", str(output)]
+    arguments += ["--measured", str(measured), "--output", str(output), "--host", str(host_file)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     for text in (
         "Nothing was run on a GPU", "products 50% of the peak", "L2 are not modelled", "989.4",
+        "29% of the peak on H100", "42% of the peak on A100", "on Some CPU with torch 2.99",
         "ideal fusion, a lower bound for torch.compile", "ms, modelled", "measured      2.50",
         "no published peaks here for 'Some GPU'",
     ):  # fmt: skip
@@ -205,6 +274,12 @@ def test_the_report_states_its_assumptions_and_says_modelled(
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert all(name.endswith(("_counted", "_modelled")) for name in list(rows[0])[5:])
     assert all(float(rows[0][f"{gpu}_eager_ms_modelled"]) > 0 for gpu in DEFAULT)
+    ours = next(r for r in rows if r["provider"] == "vpt_fast")
+    # Small products: 4 ms measured for the host and 6 us for each launch are the longer.
+    assert ours["H100_eager_bound_by_modelled"] == HOST and " host / " in printed
+    assert ours["H100_graph_bound_by_modelled"] == DEVICE
+    longer = 4.0 + 0.006 * int(ours["launches_counted"])
+    assert float(ours["H100_eager_ms_modelled"]) == pytest.approx(longer, abs=0.01)
     with pytest.raises(SystemExit):
         main(arguments)
     assert "exists" in capsys.readouterr().err
@@ -215,17 +290,17 @@ def test_the_report_states_its_assumptions_and_says_modelled(
     [({"provider": "magic"}, "provider is 'magic'"), ({"dtype": "int8"}, "dtype is 'int8'")],
 )
 def test_a_measured_row_that_cannot_be_modelled_is_refused(
-    change: dict[str, str], message: str, tmp_path: Path
+    change: dict[str, str], message: str, tmp_path: Path, hosts: Hosts
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        beside(made_up(tmp_path / "made_up.csv", change), Assumptions())
+        beside(made_up(tmp_path / "made_up.csv", change), Assumptions(), hosts)
 
 
-def test_a_table_without_a_column_is_refused(tmp_path: Path) -> None:
+def test_a_table_without_a_column_is_refused(tmp_path: Path, hosts: Hosts) -> None:
     path = tmp_path / "short.csv"
     path.write_text("model,batch\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no column prompts, dtype, provider, device, p50_ms"):
-        beside(path, Assumptions())
+        beside(path, Assumptions(), hosts)
 
 
 @pytest.mark.parametrize(
@@ -237,3 +312,19 @@ def test_what_cannot_be_modelled_ends_with_a_message(
     with pytest.raises(SystemExit):
         roofline.main([*arguments, "--prompts", "10"])
     assert "error" in capsys.readouterr().err
+
+
+def test_the_page_says_what_bounds_a_step(
+    tmp_path: Path, host_file: Path, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert roofline_page.main(["--check"]) == 0
+    monkeypatch.setattr(roofline_page, "CASES", ((TINY, 16),))
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(roofline_page.MARKS), encoding="utf-8")
+    arguments = ["--page", str(page), "--host", str(host_file)]
+    assert roofline_page.main([*arguments, "--check"]) == 1
+    assert roofline_page.main(arguments) == roofline_page.main([*arguments, "--check"]) == 0
+    case = Case(TINY, 16, 50, "bfloat16", "vpt_fast")
+    times = modelled_case(case, H100, Assumptions(), hosts)
+    (line,) = (text for text in page.read_text().splitlines() if "vpt_fast" in text)
+    assert f"| {times.eager:.1f} | **host** | {times.graph:.1f} | device |" in line

@@ -1,0 +1,138 @@
+"""What the host's time and calls are taken of: providers' steps and inference on tiny tensors.
+
+So small that PyTorch's own kernels, which run on the CPU here, hardly count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.providers import OURS, WITHOUT, provide
+from vpt_fast import VAPT, VPTDeep, prompt_tune
+
+STEP, INFERENCE = "step", "inference"
+
+BATCH, PROMPTS, CLASSES, DEPTH = 2, 10, 10, 12
+WARMUP = 4
+"""Calls after which caches are full."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed: a provider's step, or its inference.
+
+    Attributes:
+        model: a key of `MODELS`.
+        provider: of `bench.providers`.
+        method: "vpt-deep" or "vapt".
+        work: `STEP` or `INFERENCE`.
+        memory: of ours.
+    """
+
+    model: str
+    provider: str
+    method: str = "vpt-deep"
+    work: str = STEP
+    memory: str = "speed"
+
+    def __str__(self) -> str:
+        parts = [self.model, self.provider]
+        parts += [self.method] if self.provider != WITHOUT else []
+        parts += [self.work] if self.work != STEP else []
+        parts += [self.memory] if self.memory != "speed" else []
+        return "-".join(parts)
+
+    @property
+    def base(self) -> Subject:
+        """The same model and work without prompts."""
+        return Subject(self.model, WITHOUT, work=self.work)
+
+
+def _vit(depth: int, init_values: float | None = None) -> Any:
+    return timm.models.VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=64, depth=depth, num_heads=1,
+        init_values=init_values, num_classes=CLASSES,
+    )  # fmt: skip
+
+
+def _swin(depth: int) -> Any:
+    """Swin-T's 12 blocks; windows of 2 x 2, so that the last stage alone has one, as with 7 x 7."""
+    return timm.models.swin_transformer.SwinTransformer(
+        img_size=64, patch_size=4, embed_dim=16, depths=(2, 2, depth - 6, 2),
+        num_heads=(1, 2, 4, 8), window_size=2, num_classes=CLASSES,
+    )  # fmt: skip
+
+
+MODELS: Mapping[str, tuple[Callable[[int], Any], int]] = {
+    "vit": (_vit, 32),
+    "vit_layerscale": (functools.partial(_vit, init_values=1e-5), 32),
+    "swin": (_swin, 64),
+}
+"""What makes a model of so many blocks, and the size of its images in pixels."""
+
+
+class Work:
+    """One subject, ready to run: a call is one step, or one inference."""
+
+    def __init__(self, subject: Subject, depth: int = DEPTH) -> None:
+        make, size = MODELS[subject.model]
+        torch.manual_seed(0)
+        model = make(depth)
+        kind = VAPT if subject.method == "vapt" else VPTDeep
+        method = kind(num_prompts=PROMPTS)
+        if subject.provider == OURS:
+            self.module = prompt_tune(model, method, memory=subject.memory).train()
+        else:
+            self.module = provide(subject.provider, model, method)
+        self.infers = subject.work == INFERENCE
+        if self.infers:
+            self.module.eval()
+        self.images = torch.randn(BATCH, 3, size, size)
+        self.labels = torch.arange(BATCH)
+        self.trained = [p for p in self.module.parameters() if p.requires_grad]
+
+    def forward(self) -> Tensor:
+        """Logits in inference; the loss of a step, whose old gradients are dropped first."""
+        if self.infers:
+            with torch.inference_mode():
+                return self.module(self.images)
+        for parameter in self.trained:
+            parameter.grad = None
+        return F.cross_entropy(self.module(self.images), self.labels)
+
+    def __call__(self) -> None:
+        loss = self.forward()
+        if not self.infers:
+            loss.backward()
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of this thread's CPU time by part, of one call."""
+        start = time.thread_time()
+        loss = self.forward()
+        middle = time.thread_time()
+        if self.infers:
+            return {"whole": middle - start}
+        loss.backward()
+        end = time.thread_time()
+        return {"forward": middle - start, "backward": end - middle, "whole": end - start}
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch's operators use the calling thread only."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
