@@ -111,13 +111,13 @@ def mix_backward(
     needs_mix: bool,
     launch: Launcher | None = None,
 ) -> list[Tensor]:
-    """Gradients of x, norm1's and its own included, and of the matrix: those asked for."""
+    """Gradients of x, norm1's and its own included, and of the matrix's columns (p, patches)."""
     if launch is None:
         x, mix, weight, statistics = contiguous(x, mix, weight, statistics)
         grad_y, grad_mixed, grad_sum = contiguous(grad_y, grad_mixed, grad_sum)
         layouts = map(layout_of, (x, mix, weight, statistics, grad_y, grad_mixed, grad_sum))
         launch = launcher("mix_backward", patches, needs_x, needs_mix, *layouts)
-    partial = grad_mix = None
+    partial = None
     if needs_mix:
         shape = (chunk_count(x.shape[0]), mix.shape[0], patches)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -131,10 +131,8 @@ def mix_backward(
             )
         ],
     )  # fmt: skip
-    if partial is not None:
-        grad_mix = torch.zeros_like(mix)
-        torch.sum(partial, 0, out=grad_mix[:, :patches])
-    return [g for g in (grad_x, grad_mix) if g is not None]
+    found = [] if grad_x is None else [grad_x]
+    return found if partial is None else [*found, partial.sum(0)]
 
 
 def _named(inputs: FeatureInputs, **more: Tensor | None) -> dict[str, Tensor | None]:
@@ -205,14 +203,18 @@ def features_backward(
         )
 
     launch((*inputs, norm_weight, mean, rstd, grad, grad_mixed, units, sums, weights), build)
-    down, up, weight, shift = weights.sum(0).split([hidden_dim, hidden_dim, 1, 1])
-    grad_sum, grad_bias = sums[:2].view(2, batch, prompts).sum(1)
-    return [
-        grad_mixed,
-        grad_sum,
-        weight[0].to(inputs.weight.dtype),
-        shift[0].to(inputs.shift.dtype),
-        *([] if inputs.bias is None else [grad_bias.to(inputs.bias.dtype)]),
-        down.to(inputs.down.dtype),
-        up.T.to(inputs.up.dtype),
-    ]
+    summed = weights.sum(0)
+    grad_sum, grad_bias = sums[:2].view(2, batch, prompts).sum(1).unbind()
+    grads = {
+        "weight": summed[2 * hidden_dim],
+        "shift": summed[2 * hidden_dim + 1],
+        "bias": grad_bias,
+        "down": summed[:hidden_dim],
+        "up": summed[hidden_dim : 2 * hidden_dim].t(),
+    }
+    found = [grad_mixed, grad_sum]
+    for name, grad in grads.items():
+        parameter = getattr(inputs, name)
+        if parameter is not None:
+            found.append(grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype))
+    return found

@@ -211,5 +211,5 @@ class PromptExperts(nn.Module):
 
 def _mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
     """Dropout's factors: 0, or 1 / (1 - dropout); fp32 at least, on the device of `like`."""
-    dtype = statistics_dtype(like.dtype)
-    return F.dropout(torch.ones(shape, dtype=dtype, device=like.device), dropout)
+    kept = torch.empty(shape, dtype=statistics_dtype(like.dtype), device=like.device)
+    return kept.bernoulli_(1.0 - dropout).div_(1.0 - dropout) if dropout < 1 else kept.zero_()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -197,9 +198,10 @@ def _mix_gradients(  # type: ignore[no-untyped-def]
         x, matrix, ctx.patches, weight, statistics, grad_y, grad_mixed, grad_x, needs_tokens,
         needs_matrix,
     )  # fmt: skip
+    padding = (0, matrix.shape[1] - ctx.patches)
     return (
         grads[0] if needs_tokens else None,
-        grads[-1] if needs_matrix else None,
+        F.pad(grads[-1], padding) if needs_matrix else None,
     )
 
 

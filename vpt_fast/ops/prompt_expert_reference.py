@@ -116,8 +116,7 @@ def mix_backward(
         grad.baddbmm_(factors.mT, torch.cat([grad_mixed, ones], 1))
         result.append(grad.addcmul_(rows_x, slope[..., None], value=-1).to(x.dtype))
     if needs_mix:
-        grad_mix = products.sum(0)[:, rows - patches :]
-        result.append(F.pad(grad_mix, (0, mix.shape[1] - patches)).contiguous())
+        result.append(products.sum(0)[:, rows - patches :].contiguous())
     return result
 
 

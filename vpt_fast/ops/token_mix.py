@@ -72,7 +72,8 @@ def mix_tokens_backward(
         needs_x, needs_mix: which gradients are asked for.
 
     Returns:
-        Those asked for: of x, from the mix, norm1 and `grad_sum` together; of the matrix.
+        Those asked for: of x, from the mix, norm1 and `grad_sum` together; of the matrix's columns
+        that are not 0, (p, patches).
     """
     return _implementation(x).mix_backward(
         x, mix, patches, weight, statistics, grad_y, grad_mixed, grad_sum, needs_x, needs_mix
@@ -92,5 +93,7 @@ def _(
     needs_x: bool,
     needs_mix: bool,
 ) -> list[Tensor]:
-    asked = [*([x] if needs_x else []), *([mix] if needs_mix else [])]
-    return [t.new_empty(t.shape) for t in asked]
+    grads = [x.new_empty(x.shape)] if needs_x else []
+    if needs_mix:
+        grads.append(mix.new_empty(mix.shape[0], patches))
+    return grads
