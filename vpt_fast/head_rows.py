@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.hooks import has_hooks
+from vpt_fast.hooks import has_hooks, with_descendants
 
 _AFTER_BLOCKS = ("norm", "fc_norm", "head_drop", "head_hidden", "head", "head_dist")
 
@@ -32,8 +32,9 @@ def rows_read(
     block = model.blocks[-1]
     if type(block) is not last or nn_module._has_any_global_hook():
         return None
-    after = [getattr(model, name) for name in _AFTER_BLOCKS if hasattr(model, name)]
-    watched = [model.blocks, *(m for module in (block, *after) for m in module.modules())]
-    if any(is_watched(m) for m in watched):
+    modules = model._modules
+    after = [modules[name] for name in _AFTER_BLOCKS if modules.get(name) is not None]
+    watched = [model.blocks, *(m for module in (block, *after) for m in with_descendants(module))]
+    if True in map(is_watched, watched):
         return None
     return 2 if isinstance(model, VisionTransformerDistilled) else 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 
@@ -18,3 +20,14 @@ def has_hooks(module: nn.Module) -> bool:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether somebody has put a `forward` on this instance, in place of its class's."""
     return "forward" in vars(module)
+
+
+def with_descendants(module: nn.Module | None) -> Iterator[nn.Module]:
+    """The module and all below it, of None nothing.
+
+    `module.modules()` takes several times as long, and this runs in every forward pass.
+    """
+    if module is not None:
+        yield module
+        for child in module._modules.values():
+            yield from with_descendants(child)
