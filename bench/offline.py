@@ -4,11 +4,14 @@
 
 Arguments are specialised by Triton's own launcher code (divisibility by 16, integers equal to 1),
 so the machine code is that of the real launch. That code is internal to Triton, and known to be
-there in 3.8: nothing public compiles a launch without a driver.
+there in 3.6 and 3.8: nothing public compiles a launch without a driver.
+
+    variant(launch, 90)                          # what Triton tells compiled kernels apart by
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -55,6 +58,13 @@ def gpu_target(architecture: Architecture) -> GPUTarget:
     return GPUTarget("hip", architecture, 64)
 
 
+@functools.cache
+def _binder(kernel: JITFunction, target: GPUTarget) -> tuple[Any, Any]:
+    """A target's compiler, and the function that specialises a kernel's arguments for it."""
+    backend = make_backend(target)
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
 def _specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
     """Source and options that Triton's launcher would compile for these arguments."""
     kernel = launch.kernel
@@ -63,14 +73,31 @@ def _specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str,
             f"kernel is a {type(kernel).__name__}, not a compiled Triton function: pass the "
             "function under @triton.jit, in a process where TRITON_INTERPRET is not set"
         )
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    backend, bind = _binder(kernel, target)
     values = {**launch.arguments, **launch.constexprs}
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     bound, specialization, extra = bind(**values, **options)
     packed = kernel._pack_args(backend, options, bound, specialization, extra)
     parsed, signature, constexprs, attributes = packed
     return ASTSource(kernel, signature, constexprs, attributes), dict(parsed.__dict__)
+
+
+def variant(launch: Launch, architecture: Architecture) -> tuple[Any, ...]:
+    """What Triton tells compiled kernels apart by: launches of one variant share their code.
+
+    Args:
+        launch: what would run; its tensors may be on the "meta" device.
+        architecture: as of `compile_kernel`.
+
+    Returns:
+        The kernel, types, compile-time values, alignments and options, as strings.
+
+    Raises:
+        TypeError: as `compile_kernel`.
+    """
+    source, options = _specialise(launch, gpu_target(architecture))
+    parts = (source.signature, source.constants, source.attrs, options)
+    return (launch.kernel.__name__, *(repr(sorted(part.items(), key=repr)) for part in parts))
 
 
 def _run(*command: str) -> str:

@@ -90,6 +90,15 @@ def _derivative(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr
 
 
 @triton.jit
+def _exists(rows, channels, num_rows, WIDTH: tl.constexpr):
+    """Where a tile has elements, [BLOCK_M, BLOCK_C]."""
+    mask = tl.broadcast_to((rows < num_rows)[:, None], [rows.shape[0], channels.shape[0]])
+    if WIDTH % channels.shape[0] != 0:
+        mask = mask & (channels < WIDTH)[None, :]
+    return mask
+
+
+@triton.jit(do_not_specialize=("num_rows",))
 def activation_kernel(
     h_ptr,  # (rows, C), contiguous
     bias_ptr,  # (C,)
@@ -105,7 +114,7 @@ def activation_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (rows < num_rows)[:, None] & (channels < WIDTH)[None, :]
+    mask = _exists(rows, channels, num_rows, WIDTH)
     offsets = rows.to(tl.int64)[:, None] * WIDTH + channels[None, :]
     h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
     if HAS_BIAS:
@@ -114,7 +123,7 @@ def activation_kernel(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def activation_backward_kernel(
     h_ptr,  # (rows, C), contiguous
     bias_ptr,  # (C,)
@@ -130,7 +139,7 @@ def activation_backward_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (rows < num_rows)[:, None] & (channels < WIDTH)[None, :]
+    mask = _exists(rows, channels, num_rows, WIDTH)
     offsets = rows.to(tl.int64)[:, None] * WIDTH + channels[None, :]
     h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

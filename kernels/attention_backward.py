@@ -53,7 +53,7 @@ def _dq_step(
     return tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_queries", "num_keys", "num_prompts", "num_heads"))
 def dq_kernel(
     # pointers
     q_ptr,  # (B, M, H, HEAD_DIM)
@@ -176,7 +176,7 @@ def dq_kernel(
     store_tile(dq_rows, dims, exists, dq * scale, HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_queries", "num_heads"))
 def delta_kernel(
     # pointers
     out_ptr,  # (B, M, H, HEAD_DIM), contiguous

@@ -37,6 +37,16 @@ def _dkdv_step(
 
 
 @triton.jit
+def _side_by_side(lse_ptr, delta_ptr):
+    """Pointers to the first entries of both, [1, 2].
+
+    Where one load takes both for a tile of rows it has an element for each thread. Of fewer
+    elements Triton 3.6 makes every thread load all that it multiplies, four bytes at a time.
+    """
+    return tl.where(tl.arange(0, 2) == 0, lse_ptr, delta_ptr)[None, :]
+
+
+@triton.jit(do_not_specialize=("num_queries", "num_keys", "num_heads"))
 def dkdv_kernel(
     # pointers
     q_ptr,  # (B, M, H, HEAD_DIM)
@@ -100,15 +110,21 @@ def dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
+    # Elsewhere it gains nothing and spills.
+    JOINED: tl.constexpr = BLOCK_M >= 64 and BLOCK_N >= 64 and BLOCK_D >= 64
     tile = tl.arange(0, BLOCK_M)
     full = num_queries // BLOCK_M * BLOCK_M
     q_tile = row_pointers(q_ptr, 0, tile, stride_qm, ALIGNMENT, INDEX) + dims[None, :]
     grad_out_tile = row_pointers(grad_out_ptr, 0, tile, stride_om, ALIGNMENT, INDEX) + dims[None, :]
+    both_tile = _side_by_side(lse_ptr, delta_ptr) + tile[:, None]
     for start in range(0, full, BLOCK_M):
         q = load_tile_at(q_tile, start, stride_qm, dims, HEAD_DIM, ALIGNMENT, INDEX)
         grad_out = load_tile_at(grad_out_tile, start, stride_om, dims, HEAD_DIM, ALIGNMENT, INDEX)
-        lse = tl.load(lse_ptr + tile + start)
-        delta = tl.load(delta_ptr + tile + start)
+        if JOINED:
+            lse, delta = tl.split(tl.load(both_tile + start))
+        else:
+            lse = tl.load(lse_ptr + tile + start)
+            delta = tl.load(delta_ptr + tile + start)
         dk, dv = _dkdv_step(k, v, q, grad_out, lse, delta, dk, dv, scale_log2, PRECISION)
     tile = tl.arange(0, BLOCK_TAIL)
     for start in range(full, num_queries, BLOCK_TAIL):
@@ -128,22 +144,21 @@ def dkdv_kernel(
 
 
 @triton.jit
-def chunk_rows(
-    q_ptr, rows, num_queries, num_heads, stride_qb, stride_qm,
-    FLAT: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """Where the queries of a chunk's rows lie, and their entries of lse and delta."""
-    image = rows // num_queries
-    stats = rows + image * ((num_heads - 1) * num_queries)
-    if FLAT:
-        offsets = rows.to(INDEX) * stride_qm
-    else:
-        row = (rows - image * num_queries).to(tl.int64)
-        offsets = image.to(tl.int64) * stride_qb + row * stride_qm
-    return tl.multiple_of((q_ptr + offsets)[:, None], [ALIGNMENT, ALIGNMENT]), stats
+def _rows_of_images(ptr, image, row, stride_b, stride_m, ALIGNMENT: tl.constexpr):
+    """Where rows `row` of images `image` start, [rows, 1]."""
+    offsets = image.to(tl.int64) * stride_b + row.to(tl.int64) * stride_m
+    return tl.multiple_of((ptr + offsets)[:, None], [ALIGNMENT, ALIGNMENT])
 
 
 @triton.jit
+def _further_on(image, row, num_queries, images, rows):
+    """The rows that lie `images` images and `rows` rows, fewer than an image's, after others."""
+    row += rows
+    passed = row >= num_queries
+    return image + images + passed.to(tl.int32), tl.where(passed, row - num_queries, row)
+
+
+@triton.jit(do_not_specialize=("batch", "chunk", "num_queries", "num_prompts", "num_heads"))
 def shared_prompt_dkdv_kernel(
     # pointers
     q_ptr,  # (B, M, H, HEAD_DIM)
@@ -216,44 +231,47 @@ def shared_prompt_dkdv_kernel(
     images = tl.minimum(chunk, batch - tl.program_id(2) * chunk)
     num_rows = images * num_queries
     full = num_rows // BLOCK_M * BLOCK_M
+    image_stats = num_heads * num_queries
+    both_ptrs = _side_by_side(lse_ptr, delta_ptr)
+    # Row `row[i]` of image `image[i]`. They are divided once and carried along: the compiler leaves
+    # divisions in loops.
+    image = tile // num_queries
+    row = tile - image * num_queries
+    step_images = BLOCK_M // num_queries
+    step_rows = BLOCK_M - step_images * num_queries
+    q_tile = row_pointers(q_ptr, 0, tile, stride_qm, ALIGNMENT, INDEX) + dims[None, :]
+    grad_out_tile = row_pointers(grad_out_ptr, 0, tile, stride_om, ALIGNMENT, INDEX) + dims[None, :]
     for start in range(0, full, BLOCK_M):
-        q_rows, stats = chunk_rows(
-            q_ptr,
-            start + tile,
-            num_queries,
-            num_heads,
-            stride_qb,
-            stride_qm,
-            FLAT,
-            ALIGNMENT,
-            INDEX,
-        )
-        grad_out_rows = row_pointers(grad_out_ptr, start, tile, stride_om, ALIGNMENT, INDEX)
-        q = load_tile(q_rows, dims, HEAD_DIM)
-        grad_out = load_tile(grad_out_rows, dims, HEAD_DIM)
-        lse = tl.load(lse_ptr + stats)
-        delta = tl.load(delta_ptr + stats)
+        if FLAT:
+            q = load_tile_at(q_tile, start, stride_qm, dims, HEAD_DIM, ALIGNMENT, INDEX)
+        else:
+            q_rows = _rows_of_images(q_ptr, image, row, stride_qb, stride_qm, ALIGNMENT)
+            q = load_tile(q_rows, dims, HEAD_DIM)
+        grad_out = load_tile_at(grad_out_tile, start, stride_om, dims, HEAD_DIM, ALIGNMENT, INDEX)
+        stats = image * image_stats + row
+        lse, delta = tl.split(tl.load(both_ptrs + stats[:, None]))
         dk, dv = _dkdv_step(k, v, q, grad_out, lse, delta, dk, dv, scale_log2, PRECISION)
+        image, row = _further_on(image, row, num_queries, step_images, step_rows)
     tile = tl.arange(0, BLOCK_TAIL)
+    image = (full + tile) // num_queries
+    row = full + tile - image * num_queries
+    step_images = BLOCK_TAIL // num_queries
+    step_rows = BLOCK_TAIL - step_images * num_queries
+    absent = tl.where(tl.arange(0, 2) == 0, float("inf"), 0.0)[None, :]
     for start in range(full, num_rows, BLOCK_TAIL):
         exists = start + tile < num_rows
-        q_rows, stats = chunk_rows(
-            q_ptr,
-            start + tile,
-            num_queries,
-            num_heads,
-            stride_qb,
-            stride_qm,
-            FLAT,
-            ALIGNMENT,
-            INDEX,
-        )
+        if FLAT:
+            q_rows = row_pointers(q_ptr, start, tile, stride_qm, ALIGNMENT, INDEX)
+        else:
+            q_rows = _rows_of_images(q_ptr, image, row, stride_qb, stride_qm, ALIGNMENT)
         grad_out_rows = row_pointers(grad_out_ptr, start, tile, stride_om, ALIGNMENT, INDEX)
         q = load_tile_where(q_rows, dims, exists, HEAD_DIM)
         grad_out = load_tile_where(grad_out_rows, dims, exists, HEAD_DIM)
-        lse = tl.load(lse_ptr + stats, mask=exists, other=float("inf"))
-        delta = tl.load(delta_ptr + stats, mask=exists, other=0.0)
+        stats = image * image_stats + row
+        both = tl.load(both_ptrs + stats[:, None], mask=exists[:, None], other=absent)
+        lse, delta = tl.split(both)
         dk, dv = _dkdv_step(k, v, q, grad_out, lse, delta, dk, dv, scale_log2, PRECISION)
+        image, row = _further_on(image, row, num_queries, step_images, step_rows)
 
     dk_rows = row_pointers(dk_ptr, first_prompt, prompts, stride_dkn, GRAD_ALIGNMENT, INDEX)
     dv_rows = row_pointers(dv_ptr, first_prompt, prompts, stride_dkn, GRAD_ALIGNMENT, INDEX)

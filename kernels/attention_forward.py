@@ -73,7 +73,10 @@ def _softmax_step(
 
 
 # Places are read one at a time: wherever they lie, the code is the same.
-@triton.jit(do_not_specialize_on_alignment=("starts_ptr", "counts_ptr"))
+@triton.jit(
+    do_not_specialize=("num_queries", "num_keys", "num_prompts", "num_heads"),
+    do_not_specialize_on_alignment=("starts_ptr", "counts_ptr"),
+)
 def attention_forward_kernel(
     # pointers
     q_ptr,  # (B, M, H, HEAD_DIM)

@@ -24,14 +24,14 @@ from .launch import Launch, Target, exact_precision
 @triton.jit
 def _mixed_to_features(
     mixed_ptr, mix_sum_ptr, weight_ptr, shift_ptr, bias_ptr, channels_ptr,
-    rows,  # [BLOCK_M], of B * P
+    rows,  # [BLOCK_M], of B * P, int64
+    image,  # [BLOCK_M], of each row
+    prompt,  # [BLOCK_M], of each row
     dims,  # [BLOCK_D]
     exists,  # [BLOCK_M]
-    num_prompts,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """g [BLOCK_M, BLOCK_D] fp32, and what is needed to differentiate it; 0 outside."""
-    image, prompt = rows // num_prompts, rows % num_prompts
     channel = dims < WIDTH
     mask = exists[:, None] & channel[None, :]
     mixed = tl.load(mixed_ptr + rows[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0)
@@ -40,7 +40,9 @@ def _mixed_to_features(
     mix_sum = tl.load(mix_sum_ptr + prompt, mask=exists, other=0.0)
     kept = tl.full([rows.shape[0], dims.shape[0]], 1.0, tl.float32)
     if HAS_CHANNELS:
-        kept = tl.load(channels_ptr + image[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0)
+        kept = tl.load(
+            channels_ptr + image.to(tl.int64)[:, None] * WIDTH + dims[None, :], mask=mask, other=0.0
+        )
     g = (mixed * weight[None, :] + mix_sum[:, None] * shift[None, :]) * kept
     if HAS_BIAS:
         bias = tl.load(bias_ptr + prompt, mask=exists, other=0.0).to(tl.float32)
@@ -62,7 +64,7 @@ def _hidden_unit(
     return before, factor, down
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows", "num_prompts"))
 def features_kernel(
     mixed_ptr,  # (B, P, D) fp32, contiguous
     mix_sum_ptr,  # (P,) fp32
@@ -92,13 +94,15 @@ def features_kernel(
     HAS_NORM_WEIGHT: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     exists = rows < num_rows
+    image, prompt = rows // num_prompts, rows % num_prompts
+    rows = rows.to(tl.int64)
     channel = dims < WIDTH
     g, mixed, weight, shift, mix_sum, kept = _mixed_to_features(
         mixed_ptr, mix_sum_ptr, weight_ptr, shift_ptr, bias_ptr, channels_ptr,
-        rows, dims, exists, num_prompts, WIDTH, HAS_BIAS, HAS_CHANNELS,
+        rows, image, prompt, dims, exists, WIDTH, HAS_BIAS, HAS_CHANNELS,
     )  # fmt: skip
     prompts = g if RESIDUAL else tl.zeros_like(g)
     for j in range(HIDDEN_DIM):
@@ -122,7 +126,7 @@ def features_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows", "num_prompts"))
 def features_backward_kernel(
     mixed_ptr,
     mix_sum_ptr,
@@ -152,14 +156,16 @@ def features_backward_kernel(
     RESIDUAL: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     exists = rows < num_rows
+    image, prompt = rows // num_prompts, rows % num_prompts
+    rows = rows.to(tl.int64)
     channel = dims < WIDTH
     mask = exists[:, None] & channel[None, :]
     g, mixed, weight, shift, mix_sum, kept = _mixed_to_features(
         mixed_ptr, mix_sum_ptr, weight_ptr, shift_ptr, bias_ptr, channels_ptr,
-        rows, dims, exists, num_prompts, WIDTH, HAS_BIAS, HAS_CHANNELS,
+        rows, image, prompt, dims, exists, WIDTH, HAS_BIAS, HAS_CHANNELS,
     )  # fmt: skip
     prompts = g if RESIDUAL else tl.zeros_like(g)
     units = units_ptr + rows * HIDDEN_DIM
@@ -202,7 +208,7 @@ def features_backward_kernel(
     tl.store(sums_ptr + 3 * num_rows + rows, grad_slope, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows", "num_prompts", "rows_per_chunk"))
 def weight_gradient_kernel(
     mixed_ptr,
     mix_sum_ptr,
@@ -249,12 +255,14 @@ def weight_gradient_kernel(
     first = chunk * rows_per_chunk
     last = min(first + rows_per_chunk, num_rows)
     for start in range(first, last, BLOCK_M):
-        rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        rows = start + tl.arange(0, BLOCK_M)
         exists = rows < last
+        image, prompt = rows // num_prompts, rows % num_prompts
+        rows = rows.to(tl.int64)
         mask = exists[:, None] & channel[None, :]
         g, mixed, weight, shift, mix_sum, kept = _mixed_to_features(
             mixed_ptr, mix_sum_ptr, weight_ptr, shift_ptr, bias_ptr, channels_ptr,
-            rows, dims, exists, num_prompts, WIDTH, HAS_BIAS, HAS_CHANNELS,
+            rows, image, prompt, dims, exists, WIDTH, HAS_BIAS, HAS_CHANNELS,
         )  # fmt: skip
         units = units_ptr + rows[:, None] * HIDDEN_DIM + hidden[None, :]
         units_mask = exists[:, None] & unit[None, :]

@@ -70,7 +70,7 @@ def _mix_step(
     return _add_product(acc, scaled, x, PARTS, EXACT), means
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_images", "num_rows", "num_patches", "num_prompts"))
 def mix_kernel(
     x_ptr,  # (B, N, D), contiguous
     mix_ptr,  # (P, COLUMNS) fp32; columns past the patches are 0

@@ -40,7 +40,9 @@ def _operand(tile, LIKE: tl.constexpr):
         return tile.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("num_images", "num_rows", "num_patches", "num_prompts", "images_per_chunk")
+)
 def mix_backward_kernel(
     x_ptr,  # (B, N, D), contiguous
     mix_ptr,  # (P, COLUMNS) fp32

@@ -82,10 +82,11 @@ class Launch:
 
     def compile_constexprs(self) -> dict[str, Any]:
         """Compile-time values by name: the constexprs, and None and 1 as Triton folds them."""
+        general = {p.name for p in self.kernel.params if p.do_not_specialize}
         folded = {
             name: value
             for name, value in self.arguments.items()
-            if value is None or (isinstance(value, int) and value == 1)
+            if value is None or (isinstance(value, int) and value == 1 and name not in general)
         }
         return {**self.constexprs, **folded}
 
@@ -108,10 +109,16 @@ class Launch:
     def divisible_by_16(self) -> list[str]:
         """Parameters that the launcher specialises as multiples of 16 (pointers: in bytes)."""
         constexprs = self.compile_constexprs()
+        general = {
+            p.name
+            for p in self.kernel.params
+            if p.do_not_specialize or p.do_not_specialize_on_alignment
+        }
         return [
             name
             for name, value in self.arguments.items()
             if name not in constexprs
+            and name not in general
             and (
                 value.data_ptr() % 16 == 0
                 if isinstance(value, torch.Tensor)

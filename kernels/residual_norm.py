@@ -20,7 +20,7 @@ from .launch_plan import Launcher, contiguous, launcher, layout_of
 from .row_table import row_gradient_tiles, row_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def residual_norm_kernel(
     residual_ptr,  # (rows, D), contiguous
     branch_ptr,  # (rows, D), contiguous
@@ -73,7 +73,7 @@ def residual_norm_kernel(
         tl.store(statistics_ptr + 2 * num_rows + rows, expert_rstd, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def residual_norm_backward_kernel(
     x_ptr,  # (rows, D), contiguous: the sum
     statistics_ptr,  # (2 or 3, rows) fp32

@@ -28,7 +28,22 @@ from .window_geometry import (
 )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "num_heads",
+        "num_prompts",
+        "height",
+        "width",
+        "roll_h",
+        "roll_w",
+        "grid_h",
+        "grid_w",
+        "prompt_stride",
+        "chunk",
+        "sums_of_list",
+        "images_of_list",
+    )
+)
 def window_backward_kernel(
     # pointers
     qkv_ptr,  # (B, H, W, 3, heads, HEAD_DIM)

@@ -14,7 +14,19 @@ from .window_forward_tiled import key_tile
 from .window_geometry import LOG2_E, alike, key_coordinates, token_rows, tokens_at, window_at
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "num_heads",
+        "num_prompts",
+        "height",
+        "width",
+        "roll_h",
+        "roll_w",
+        "grid_h",
+        "grid_w",
+        "prompt_stride",
+    )
+)
 def window_dq_kernel(
     # pointers
     qkv_ptr,  # (B, H, W, 3, heads, HEAD_DIM)
@@ -107,7 +119,24 @@ def window_dq_kernel(
         store_tile(dq_rows, dims, alive, dq * scale, HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "num_heads",
+        "num_prompts",
+        "height",
+        "width",
+        "roll_h",
+        "roll_w",
+        "grid_h",
+        "grid_w",
+        "prompt_stride",
+        "chunk",
+        "sums_of_list",
+        "images_of_list",
+        "first_tile",
+        "num_tiles",
+    )
+)
 def window_dkdv_kernel(
     # pointers
     qkv_ptr,  # (B, H, W, 3, heads, HEAD_DIM)

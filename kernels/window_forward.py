@@ -29,7 +29,21 @@ from .window_grid import Pair, shared_arguments, shared_constexprs, window_grid
 from .window_table import query_tiles, whole_tiles, windows_of_a_program
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "num_heads",
+        "num_prompts",
+        "height",
+        "width",
+        "roll_h",
+        "roll_w",
+        "grid_h",
+        "grid_w",
+        "prompt_stride",
+        "batch",
+        "chunk",
+    )
+)
 def window_forward_kernel(
     # pointers
     qkv_ptr,  # (B, H, W, 3, heads, HEAD_DIM)

@@ -94,7 +94,19 @@ def key_tile(
     return k, v, bias
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "num_heads",
+        "num_prompts",
+        "height",
+        "width",
+        "roll_h",
+        "roll_w",
+        "grid_h",
+        "grid_w",
+        "prompt_stride",
+    )
+)
 def window_forward_tiled_kernel(
     # pointers
     qkv_ptr,  # (B, H, W, 3, heads, HEAD_DIM)
