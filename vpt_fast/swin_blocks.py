@@ -207,8 +207,8 @@ class PromptedSwinBlock(SwinTransformerBlock):
         x, y, prompts, normed = self._normalise(total, entering)
         live: LiveRows | None = None
         if self.rows.leaving and prompts is not None and normed is not None:
-            prompts = prompts.expand(len(x), -1, -1)
-            live, normed = LiveRows(normed.expand(len(x), -1, -1)), None
+            prompts = prompts.expand(x.shape[0], -1, -1)
+            live, normed = LiveRows(normed.expand(x.shape[0], -1, -1)), None
         y = y.unflatten(1, windows.grid)
         branch = self.attn(y, windows=windows, prompts=normed, live=live)
         x = x + self.drop_path1(branch.flatten(1, 2))

@@ -168,7 +168,14 @@ class Sites(dict[tuple[str, str], Function]):
         return function
 
 
-OPERATOR_SITES = Sites(OPERATORS)
+class _OneSite(Sites):
+    """Sites that are the same at every place, and remember nothing, so that they can be traced."""
+
+    def __getitem__(self, site: tuple[str, str]) -> Function:
+        return self._functions[site[0]]
+
+
+OPERATOR_SITES = _OneSite(OPERATORS)
 REFERENCE_SITES = Sites(REFERENCES)
 
 

@@ -45,7 +45,7 @@ def mix_tokens(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Tens
 
 @mix_tokens.register_fake
 def _(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(mix), x.shape[-1], dtype=statistics.dtype)
+    return x.new_empty(x.shape[0], mix.shape[0], x.shape[-1], dtype=statistics.dtype)
 
 
 @torch.library.custom_op("vpt_fast::mix_tokens_backward", mutates_args=())
