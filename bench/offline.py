@@ -73,6 +73,13 @@ def _specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str,
     return ASTSource(kernel, signature, constexprs, attributes), dict(parsed.__dict__)
 
 
+def compiled(launch: Launch, architecture: Architecture) -> Any:
+    """Triton's compiled kernel of a launch, from its cache or put there as a launch puts it."""
+    target = gpu_target(architecture)
+    source, options = _specialise(launch, target)
+    return triton.compile(source, target=target, options=options)
+
+
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -94,21 +101,19 @@ def compile_kernel(launch: Launch, architecture: Architecture) -> Binary:
         TypeError: if the kernel is not a compiled Triton function.
         RuntimeError: if a tool of the compiler fails.
     """
-    target = gpu_target(architecture)
-    source, options = _specialise(launch, target)
-    compiled = triton.compile(source, target=target, options=options)
-    shared = compiled.metadata.shared
+    kernel = compiled(launch, architecture)
+    shared = kernel.metadata.shared
     if isinstance(architecture, str):
-        listing = compiled.asm["amdgcn"]
-        threads = compiled.metadata.num_warps * 64
+        listing = kernel.asm["amdgcn"]
+        threads = kernel.metadata.num_warps * 64
         return Binary(architecture, threads, *_amd_resources(listing), shared, listing)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(kernel.asm["cubin"])
         usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
         listing = _run(knobs.nvidia.nvdisasm.path, "-gi", "-c", str(cubin))
     used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    threads = int(re.findall(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])[0])
+    threads = int(re.findall(r"\.reqntid\s+(\d+)", kernel.asm["ptx"])[0])
     spilled = used["STACK"] + used["LOCAL"]
     return Binary(architecture, threads, used["REG"], spilled, shared, listing)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from bench import bank_model_ways, bank_ways
 from bench.bank_model_ways import BankModelCase, entrant
 from bench.bank_ways import GATHERED, ONE_BY_ONE, OWN_NAMES, BankAttentionCase, HeadsCase
-from bench.gpu_cases import Plan, gpu_subjects, only
-from bench.gpu_checks import check_kernel, kernel_cases
-from bench.gpu_device import CpuDevice
-from bench.gpu_measure import KernelCheck, measure
+from bench.gpu.cases import Plan, gpu_subjects, only
+from bench.gpu.checks import check_kernel, kernel_cases
+from bench.gpu.device import CpuDevice
+from bench.gpu.measure import KernelCheck, measure
 from bench.providers import OURS
 from bench.trace import counts, traced
 from vpt_fast import PromptBank

@@ -21,11 +21,11 @@ from bench.ceilings import Ceilings
 from bench.collect import read, write
 from bench.device_timer import CpuTimer, CudaTimer, repeats
 from bench.gpu import Budget, counted, main, run
-from bench.gpu_cases import COMPILED_PROMPTS, Plan, gpu_subjects
-from bench.gpu_checks import ActivationCase, NormCase, check_kernel, kernel_cases
-from bench.gpu_device import WARM_UP, CapturedGraph, CpuDevice, CudaDevice, replay_error
-from bench.gpu_measure import CeilingsWanted, KernelCheck, Outcome, measure
-from bench.gpu_worker import Lost, Worker
+from bench.gpu.cases import COMPILED_PROMPTS, Plan, gpu_subjects
+from bench.gpu.checks import ActivationCase, NormCase, check_kernel, kernel_cases
+from bench.gpu.device import WARM_UP, CapturedGraph, CpuDevice, CudaDevice, replay_error
+from bench.gpu.measure import CeilingsWanted, KernelCheck, Outcome, measure
+from bench.gpu.worker import Lost, Worker
 from bench.providers import COMPILED, EAGER, OURS, PROVIDERS, PUBLISHED, provide
 from vpt_fast.ops import activation
 
