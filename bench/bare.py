@@ -19,13 +19,13 @@ FOLDER = Path(__file__).resolve().parent.parent / "kernels"
 
 
 class _Beside(MetaPathFinder):
-    """Finds one package, after everybody else was asked for it."""
+    """Finds one package, for the `vpt_fast` that stands beside it and for no other."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The package's place, or None for any other name."""
-        if name != NAME:
+        """The package's place, or None for any other name or parent."""
+        if name != NAME or str(FOLDER.parent / "vpt_fast") not in (path or ()):
             return None
         places = [str(FOLDER)]
         return spec_from_file_location(
@@ -34,6 +34,6 @@ class _Beside(MetaPathFinder):
 
 
 def find_kernels() -> None:
-    """Let `vpt_fast.kernels` be found in the source tree where it is not installed."""
+    """Let `vpt_fast.kernels` be found in the source tree that `vpt_fast` itself comes from."""
     if not any(isinstance(finder, _Beside) for finder in sys.meta_path):
-        sys.meta_path.append(_Beside())
+        sys.meta_path.insert(0, _Beside())

@@ -55,7 +55,7 @@ def gpu_target(architecture: Architecture) -> GPUTarget:
     return GPUTarget("hip", architecture, 64)
 
 
-def _specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
     """Source and options that Triton's launcher would compile for these arguments."""
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
@@ -71,13 +71,6 @@ def _specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str,
     packed = kernel._pack_args(backend, options, bound, specialization, extra)
     parsed, signature, constexprs, attributes = packed
     return ASTSource(kernel, signature, constexprs, attributes), dict(parsed.__dict__)
-
-
-def compiled(launch: Launch, architecture: Architecture) -> Any:
-    """Triton's compiled kernel of a launch, from its cache or put there as a launch puts it."""
-    target = gpu_target(architecture)
-    source, options = _specialise(launch, target)
-    return triton.compile(source, target=target, options=options)
 
 
 def _run(*command: str) -> str:
@@ -101,7 +94,9 @@ def compile_kernel(launch: Launch, architecture: Architecture) -> Binary:
         TypeError: if the kernel is not a compiled Triton function.
         RuntimeError: if a tool of the compiler fails.
     """
-    kernel = compiled(launch, architecture)
+    target = gpu_target(architecture)
+    source, options = specialise(launch, target)
+    kernel = triton.compile(source, target=target, options=options)
     shared = kernel.metadata.shared
     if isinstance(architecture, str):
         listing = kernel.asm["amdgcn"]

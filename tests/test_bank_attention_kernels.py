@@ -283,7 +283,7 @@ def test_rows_of_a_pool_are_counted_in_64_bits() -> None:
         *problem.arguments(), out.to("meta"), lse.to("meta"), case.scale, Target(80)
     )
     target = offline.gpu_target(80)
-    source, options = offline._specialise(launch, target)
+    source, options = offline.specialise(launch, target)
     text = triton.compile(source, target=target, options=options).asm["ttir"]
     # ttsem has MLIR printed in its generic form, and Triton's cache keeps either.
     (place,) = re.findall(r'(%place\w*) = "?arith\.select', text)

@@ -35,9 +35,10 @@ def test_a_bare_tree_finds_its_kernels(tmp_path: Path) -> None:
 
 
 def test_no_other_name_is_found() -> None:
-    finder = bare._Beside()
-    assert finder.find_spec("vpt_fast.bench") is None and finder.find_spec("kernels") is None
-    assert finder.find_spec(bare.NAME) is not None
+    finder, package = bare._Beside(), [str(ROOT / "vpt_fast")]
+    assert finder.find_spec("vpt_fast.bench", package) is None
+    assert finder.find_spec(bare.NAME, ["/elsewhere/vpt_fast"]) is None
+    assert finder.find_spec(bare.NAME, package) is not None
 
 
 @pytest.mark.parametrize("make", [torch.empty_like, lambda t: t.new_empty(2), torch.Tensor.mul])

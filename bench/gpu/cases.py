@@ -14,7 +14,7 @@ from bench.expert_ways import PROVIDERS as EXPERT_PROVIDERS
 from bench.expert_ways import ExpertCase
 from bench.gpu.checks import kernel_cases
 from bench.gpu.models import ModelCheck
-from bench.gpu.steps import StepCheck
+from bench.gpu.steps import KINDS, StepCheck
 from bench.gpu.subjects import CeilingsWanted, Comparison, FactsWanted, Job, KernelCheck, Subject
 from bench.providers import COMPILED, GPU_EAGER, GPU_PROVIDERS, OURS, PUBLISHED, WITHOUT
 from vpt_fast.ops.memory_modes import MEMORY_MODES
@@ -81,7 +81,7 @@ def correctness_subjects(plan: Plan) -> list[Subject]:
                 few = min(10, plan.prompts[0])
                 found.append(ModelCheck(replace(case, method="vapt", prompts=few)))
     small = replace(step, model=models[0], batch=4)
-    found += [StepCheck(small, kind) for kind in ("graph", "parallel", "compile")]
+    found += [StepCheck(small, kind) for kind in KINDS if kind != "compile" or not plan.trial]
     names = (TINY,) if plan.trial else ("vit_tiny_patch16_224",)
     found += [
         KernelCheck(case, dtype)

@@ -16,7 +16,7 @@ from torch.profiler import profile as profiler
 from bench.cases import DTYPES, Case
 from bench.gpu.device import Device
 from bench.gpu.outcome import Tell
-from bench.providers import provide
+from bench.providers import OURS, provide
 from bench.turns import work
 
 COLUMNS = (
@@ -35,7 +35,7 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class ProfileWanted:
-    """A provider's step, profiled into `profile.csv` and a trace for Perfetto or chrome://tracing.
+    """A provider's step, profiled into `profile.csv`; ours into `trace.json.gz` for Perfetto too.
 
     Attributes:
         case: the step.
@@ -68,7 +68,8 @@ class ProfileWanted:
                 torch.cuda.synchronize()
         rows = [*kernel_rows(found, cuda), *product_rows(found, cuda)]
         self._write(rows)
-        found.export_chrome_trace(str(Path(self.folder) / f"trace_{self.provider}.json.gz"))
+        if self.provider == OURS:
+            found.export_chrome_trace(str(Path(self.folder) / "trace.json.gz"))
         for line in self._lines(found, rows, cuda):
             tell("said", line)
 
@@ -90,7 +91,7 @@ class ProfileWanted:
                 f"{len(spans) / _STEPS:.0f} launches a step, {whole / _STEPS / 1e3:.2f} ms, device "
                 f"busy {busy / whole:.1%}"
             )
-        for row in [r for r in rows if r["what"] == "kernel"][:_SHOWN]:
+        for row in [r for r in rows if r["what"] != "product"][:_SHOWN]:
             lines.append(f"{row['us']:>9} us {row['share']:>6} {row['calls']:>5} x {row['name']}")
         for row in [r for r in rows if r["what"] == "product"][:4]:
             lines.append(

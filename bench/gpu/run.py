@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     cuda = options.device == "cuda"
     if cuda:
-        faulthandler.dump_traceback_later(60 * options.minutes + _END_SECONDS, exit=True)
+        _watch(60 * options.minutes + _END_SECONDS)
     budget = Budget(60 * options.minutes)
     if cuda and not torch.cuda.is_available():
         faulthandler.cancel_dump_traceback_later()
@@ -130,6 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             faulthandler.cancel_dump_traceback_later()
     _report(session)
     return 1 if session.wrong or not session.outcomes else 0
+
+
+def _watch(seconds: float) -> None:
+    """End this process after so many seconds, whatever the driver does with it by then."""
+    if sys.__stderr__ is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
 def measure(run: Run, stages: Sequence[str], budget: Budget) -> None:

@@ -71,7 +71,7 @@ def warm(run: Run, budget: Budget, tiles: bool = False) -> None:
     elif not run.plan.full:
         command += ["--quick"]
     run.program("warm", command, budget)
-    for line in _last_lines(run.folder / "warm.log", 4):
+    for line in _last_lines(run.folder / "warm.log", 1):
         run.session.record.line(f"    {line}")
 
 

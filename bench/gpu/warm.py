@@ -1,6 +1,6 @@
 """Compiles, by all cores at once, the kernels that a run of the benchmark will launch.
 
-    python -m bench.gpu.warm [--jobs N] [--capability 90] [--quick | --trial | --tiles]
+    python -m bench.gpu.warm [--jobs N] [--capability 90] [--quick] [--tiles] [--trial]
 
 They go to Triton's own cache (TRITON_CACHE_DIR), where every later process finds them. No GPU is
 needed: models run on tensors without values, and launches are noted instead of made. A cache that
@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import timm
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.compiler import ASTSource
 from vpt_fast.kernels.launch import Launch, Target
 
 from bench import attention_ways, bank_ways, expert_ways
@@ -39,31 +42,41 @@ from bench.gpu.keys import stable_keys
 from bench.gpu.models import ModelCheck
 from bench.gpu.steps import StepCheck
 from bench.gpu.subjects import KernelCheck, Subject
-from bench.offline import compiled
+from bench.offline import gpu_target, specialise
 from bench.providers import OURS, provide
 from bench.step_trace import without_values
 from bench.times import STAGES
 from bench.trace import Trace, traced
 from bench.turns import inference, step
 
-Found = dict[tuple[Any, ...], Launch]
+
+class Kernel(NamedTuple):
+    """What Triton compiles, as one process can hand it to another.
+
+    Attributes:
+        module, name: where the function is.
+        signature, constants, attributes: of `triton.compiler.ASTSource`.
+        options: of `triton.compile`.
+        launch: what it computes, for reports.
+    """
+
+    module: str
+    name: str
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, Any]
+    launch: str
 
 
 @contextlib.contextmanager
-def noted(capability: int) -> Iterator[Found]:
-    """Note the launches inside, each kind once, as a GPU of this capability would make them."""
-    found: Found = {}
-
-    def note(trace: Trace, launch: Launch) -> None:
-        key = (
-            launch.kernel.__name__, tuple(launch.signature().items()),
-            tuple(sorted((k, str(v)) for k, v in launch.compile_constexprs().items())),
-            tuple(sorted(launch.divisible_by_16())), launch.num_warps, launch.num_stages,
-        )  # fmt: skip
-        found.setdefault(key, launch)
+def noted(capability: int) -> Iterator[list[Launch]]:
+    """Note the launches inside, as a GPU of this capability would make them."""
+    found: list[Launch] = []
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Trace, "record_launch", note))
+        note = mock.patch.object(Trace, "record_launch", lambda _, launch: found.append(launch))
+        stack.enter_context(note)
         for name, module in list(sys.modules.items()):
             if name.startswith("vpt_fast.") and "target_of" in vars(module):
                 target = mock.patch.object(module, "target_of", lambda _: Target(capability))
@@ -107,21 +120,37 @@ def _run_model(case: Case) -> None:
             step(module, images, torch.empty(case.batch, dtype=torch.int64))()
 
 
-def launches(subjects: Sequence[Subject], capability: int) -> tuple[list[Launch], list[str]]:
-    """Launches of subjects, each kind once; and what could not be run here, in words."""
-    complaints = []
-    with noted(capability) as found:
-        for subject in subjects:
-            try:
-                if isinstance(subject, Case | ModelCheck | StepCheck):
-                    _run(subject)
-                else:
-                    with FakeTensorMode():
-                        _run(subject)
-            # What is not found beforehand is compiled when it is launched.
-            except Exception as error:
-                complaints.append(f"{subject}: {type(error).__name__}: {error}"[:200])
-    return list(found.values()), complaints
+def kernels_of(subject: Subject, capability: int) -> list[Kernel] | str:
+    """Kernels that ours of a subject launches; or why it could not be run here, in words.
+
+    What is not found beforehand is compiled when it is launched.
+    """
+    whole = isinstance(subject, Case | ModelCheck | StepCheck | ExpertCase) or (
+        isinstance(subject, KernelCheck) and isinstance(subject.case, ExpertCase)
+    )
+    try:
+        with noted(capability) as found, contextlib.nullcontext() if whole else FakeTensorMode():
+            _run(subject)
+        return kernels(found, capability)
+    except Exception as error:
+        return f"{subject}: {type(error).__name__}: {error}"[:200]
+
+
+def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
+    """Kernels of launches, each once."""
+    target = gpu_target(capability)
+    by_key: dict[str, Kernel] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # addresses of tensors without values are asked for
+        for launch in found:
+            source, options = specialise(launch, target)
+            function = launch.kernel
+            kernel = Kernel(
+                function.__module__, function.__name__, source.signature, source.constants,
+                source.attrs, options, launch.name,
+            )  # fmt: skip
+            by_key.setdefault(repr(kernel[:-1]), kernel)
+    return list(by_key.values())
 
 
 def tile_launches(capability: int) -> list[Launch]:
@@ -136,19 +165,20 @@ def tile_launches(capability: int) -> list[Launch]:
     return found
 
 
-_LAUNCHES: list[Launch] = []
+_FEW = 1
 
 
-def _build(index: int, capability: int) -> tuple[str, float, str]:
-    """Compile one launch: its name, seconds, and what went wrong."""
-    launch, start, error = _LAUNCHES[index], time.perf_counter(), ""
+def _build(kernel: Kernel, capability: int) -> str:
+    """Compile a kernel; what went wrong, in words."""
     try:
-        kernel = compiled(launch, capability)
-        _build_launcher(kernel)
+        function = getattr(importlib.import_module(kernel.module), kernel.name)
+        source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
+        target = gpu_target(capability)
+        _build_launcher(triton.compile(source, target=target, options=kernel.options))
     # Candidates that want too much of the device are among them.
     except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"[:160]
-    return launch.name, time.perf_counter() - start, error
+        return f"{kernel.launch}: {type(failure).__name__}: {failure}"[:160]
+    return ""
 
 
 def _build_launcher(kernel: Any) -> None:
@@ -161,13 +191,32 @@ def _build_launcher(kernel: Any) -> None:
             driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
-def compile_all(found: Sequence[Launch], capability: int, jobs: int) -> list[tuple[str, str]]:
-    """Compile launches in processes; names and complaints of those that do not compile."""
-    _LAUNCHES[:] = found
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        tasks = [(index, capability) for index in range(len(found))]
-        done = pool.starmap(_build, tasks, chunksize=1)
-    return [(name, error) for name, _, error in done if error]
+def warm(
+    subjects: Sequence[Subject], given: Sequence[Kernel], capability: int, jobs: int
+) -> Iterator[str]:
+    """Find the kernels of subjects and compile them, with others that are given, in processes.
+
+    Yields:
+        What is worth saying, as it becomes known.
+    """
+    start = time.perf_counter()
+    context = multiprocessing.get_context("fork")
+    with context.Pool(jobs, torch.set_num_threads, (1,)) as pool:
+        by_key = {repr(kernel[:-1]): kernel for kernel in given}
+        tasks = [(subject, capability) for subject in subjects]
+        for found in pool.starmap(kernels_of, tasks, chunksize=1):
+            if isinstance(found, str):
+                yield found
+            else:
+                by_key |= {repr(kernel[:-1]): kernel for kernel in found}
+        yield f"{len(by_key)} kernels, {time.perf_counter() - start:.0f} s to find them"
+        builds = [(kernel, capability) for kernel in by_key.values()]
+        failed = [text for text in pool.starmap(_build, builds, chunksize=1) if text]
+    yield from failed
+    yield (
+        f"{len(by_key) - len(failed)} kernels compiled for sm_{capability}, Triton "
+        f"{triton.__version__}, {time.perf_counter() - start:.0f} s in all"
+    )
 
 
 def _capability() -> int:
@@ -189,29 +238,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--capability", type=int, help="of the GPU; its own by default, or 90")
-    kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--quick", action="store_true", help="the kernels of --cases quick")
-    kinds.add_argument("--trial", action="store_true", help="those of one tiny step")
-    kinds.add_argument("--tiles", action="store_true", help="candidate tiles of `bench.tune`")
+    parser.add_argument("--quick", action="store_true", help="the kernels of --cases quick")
+    parser.add_argument("--trial", action="store_true", help="only a few, to show that it works")
+    parser.add_argument("--tiles", action="store_true", help="candidate tiles of `bench.tune`")
     options = parser.parse_args(arguments)
-    start = time.perf_counter()
     capability = options.capability or _capability()
     stable_keys()
-    complaints: list[str] = []
+    given: list[Kernel] = []
+    subjects = _trial() if options.trial else _subjects(Plan(full=not options.quick))
     if options.tiles:
-        found = tile_launches(capability)
-    else:
-        subjects = _trial() if options.trial else _subjects(Plan(full=not options.quick))
-        found, complaints = launches(subjects, capability)
-    gathered = time.perf_counter() - start
-    print(f"{len(found)} kernels, {gathered:.0f} s to find them", flush=True)
-    failed = compile_all(found, capability, options.jobs)
-    for line in [*complaints, *(f"{name}: {error}" for name, error in failed)]:
-        print(line)
-    print(
-        f"{len(found) - len(failed)} kernels compiled for sm_{capability}, Triton "
-        f"{triton.__version__}, {time.perf_counter() - start:.0f} s in all"
-    )
+        subjects = []
+        tiles = tile_launches(capability)
+        given = kernels(tiles[:_FEW] if options.trial else tiles, capability)
+    for line in warm(subjects, given, capability, options.jobs):
+        print(line, flush=True)
     return 0
 
 
