@@ -14,7 +14,7 @@ help:
 	@echo "make test-full      every shape of every kernel (long)"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          this machine against eager PyTorch, side by side (9 to 14 minutes)"
-	@echo "make bench-gpu      the same on a CUDA GPU, with memory, rates and CUDA graphs"
+	@echo "make bench-gpu      the same on a CUDA GPU, in 9 minutes: docs/gpu.md (ARGS='--minutes 5')"
 	@echo "make bench-host     the host's time of a step, kernels launched into nothing (needs no GPU)"
 	@echo "make roofline       a training step's work, counted, and its time on named GPUs, modelled"
 	@echo "make kernel-report  the kernels' machine code against its limits (needs no GPU)"
@@ -48,8 +48,12 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-json=$(RUN) --benchmark-columns=median,iqr,min,max,rounds
 	$(BIN)/python -m bench.plots "$$($(BIN)/python -m bench.collect $(RUN))"
 
-bench-gpu: $(INSTALLED)
-	$(BIN)/python -m bench.gpu
+# A GPU that is lent for minutes comes without a network: there $(PYTHON) itself is taken, if it has
+# what the benchmark needs.
+bench-gpu:
+	@if $(PYTHON) -c 'import torch, timm, triton, matplotlib; assert torch.cuda.is_available()' 2>/dev/null; \
+	then set -x; $(PYTHON) -m bench.gpu $(ARGS); \
+	else $(MAKE) --no-print-directory install && set -x && $(BIN)/python -m bench.gpu $(ARGS); fi
 
 bench-host: $(INSTALLED)
 	$(BIN)/python -m bench.host

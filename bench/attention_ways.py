@@ -15,9 +15,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from bench.correctness import WORST, Check, Results, budget, largest_error
-from bench.providers import COMPILED, OURS, PROVIDERS, PUBLISHED, WITHOUT
+from bench.providers import (
+    COMPILED,
+    CUDNN,
+    CUDNN_FIRST,
+    OURS,
+    PROVIDERS,
+    PUBLISHED,
+    WITHOUT,
+    base,
+)
 from bench.turns import Turn, timed
 from vpt_fast.ops.attention import prompt_attention
 
@@ -103,7 +113,15 @@ WAYS: dict[str, Attend] = {
 
 def attend(name: str) -> Attend:
     """The function of a provider; a compiled one is compiled at its first call."""
-    return torch.compile(WAYS[COMPILED[name]]) if name in COMPILED else WAYS[name]
+    function = WAYS[base(name)]
+    if name in COMPILED:
+        return torch.compile(function)
+    return partial(_cudnn_first, function) if name in CUDNN else function
+
+
+def _cudnn_first(function: Attend, tokens: Tensor, prompts: Tensor) -> Tensor:
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return function(tokens, prompts)
 
 
 def run(function: Attend, tokens: Tensor, prompts: Tensor, gradient: Tensor) -> Results:
@@ -139,7 +157,7 @@ def checks(
 
     def error(name: str) -> tuple[float, str]:
         have = run(attend(name), *case.inputs(dtype, device))
-        want = wanted[WITHOUT if name == WITHOUT else PUBLISHED]
+        want = wanted[WITHOUT if base(name) == WITHOUT else PUBLISHED]
         return largest_error({key: value.double() for key, value in have.items()}, want)
 
     limit = budget(error("concat")[0], kind)

@@ -192,8 +192,10 @@ class HeadsCase:
         return f"grouped_heads-f{self.width}"
 
 
-def check_heads(case: HeadsCase, dtype: torch.dtype, device: torch.device | str) -> Check:
-    """The classifiers' check, against a product for each image."""
+def _heads(
+    case: HeadsCase, dtype: torch.dtype, device: torch.device | str
+) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """Classes of each image's task, features, and the classifiers' weights and biases."""
     generator = torch.Generator().manual_seed(case.width)
     counts = [(13, 0, 1, 30)[b % 4] for b in range(case.batch)]
     rows = sum(counts)
@@ -201,10 +203,22 @@ def check_heads(case: HeadsCase, dtype: torch.dtype, device: torch.device | str)
         torch.randn(shape, generator=generator).to(device, dtype)
         for shape in ((case.batch, case.width), (rows, case.width), (rows,))
     )
+    return counts, features, weight, bias
+
+
+def run_heads(case: HeadsCase, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Logits of all classifiers; the last image's comes first among them."""
+    counts, features, weight, bias = _heads(case, dtype, device)
     sizes = torch.tensor(counts, device=device)
     offsets = sizes.cumsum(0) - sizes
+    rows = sum(counts)
+    starts = rows - offsets - sizes
+    return grouped_heads(features, weight, bias, starts, sizes, offsets, rows, max(counts))
 
-    starts = rows - offsets - sizes  # the last image's head comes first
+
+def check_heads(case: HeadsCase, dtype: torch.dtype, device: torch.device | str) -> Check:
+    """The classifiers' check, against a product for each image."""
+    counts, features, weight, bias = _heads(case, dtype, device)
 
     def plain(kind: torch.dtype) -> Results:
         x, *head = (t.to(kind) for t in (features, weight, bias))
@@ -212,7 +226,7 @@ def check_heads(case: HeadsCase, dtype: torch.dtype, device: torch.device | str)
         logits = [F.linear(*one) for one in zip(x, w, b, strict=True)]
         return {"logits": torch.cat(logits).double()}
 
-    ours = grouped_heads(features, weight, bias, starts, sizes, offsets, rows, max(counts)).double()
+    ours = run_heads(case, dtype, device).double()
     truth = plain(torch.float64)
     limit = budget(largest_error(plain(dtype), truth)[0], str(dtype).removeprefix("torch."))
     error, worst = largest_error({"logits": ours}, truth)

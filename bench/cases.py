@@ -10,8 +10,9 @@ from typing import Any
 import timm
 import torch
 
-from bench.providers import EAGER, OURS, PROVIDERS, WITHOUT
+from bench.providers import EAGER, GPU_PROVIDERS, OURS, PROVIDERS, WITHOUT
 from vpt_fast import VAPT, VPTDeep
+from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 METHODS = ("vpt-deep", "vapt")
@@ -31,9 +32,10 @@ class Case:
         prompts: of each block.
         dropout: of prompts (VPT-Deep), or of channels and projector (VAPT).
         dtype: one of `DTYPES`; "published" is fp32 whatever it says.
-        providers: who is compared, of `bench.providers.PROVIDERS`.
+        providers: who is compared, of `bench.providers.GPU_PROVIDERS`.
         image_size: height and width, in pixels.
         classes: of the head.
+        memory: what ours keeps for backward, one of `MEMORY_MODES`.
     """
 
     work: str = STEP
@@ -46,19 +48,22 @@ class Case:
     providers: tuple[str, ...] = EAGER
     image_size: int = 224
     classes: int = 100
+    memory: str = "speed"
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("work", self.work, (STEP, INFERENCE)),
             ("method", self.method, METHODS),
             ("dtype", self.dtype, tuple(DTYPES)),
-            *(("provider", provider, PROVIDERS) for provider in self.providers),
+            ("memory", self.memory, MEMORY_MODES),
+            *(("provider", provider, GPU_PROVIDERS) for provider in self.providers),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
 
     def __str__(self) -> str:
         dropout = f"-dropout {self.dropout:g}" if self.dropout else ""
+        dropout += f"-{self.memory}" if self.memory != "speed" else ""
         return (
             f"{self.work}-{self.model}-{self.method}-p{self.prompts}-b{self.batch}-{self.dtype}"
             f"{dropout}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.device_timer import repeats
-from bench.gpu_device import Device
+from bench.gpu.device import Device
 
 SIZES = {"cuda": (8192, 2**30), "cpu": (256, 2**20)}
 """Rows of the square matrices, and bytes of the copy; those of a CPU only show that it works."""

@@ -65,7 +65,7 @@ def _binder(kernel: JITFunction, target: GPUTarget) -> tuple[Any, Any]:
     return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
-def _specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
     """Source and options that Triton's launcher would compile for these arguments."""
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
@@ -95,7 +95,7 @@ def variant(launch: Launch, architecture: Architecture) -> tuple[Any, ...]:
     Raises:
         TypeError: as `compile_kernel`.
     """
-    source, options = _specialise(launch, gpu_target(architecture))
+    source, options = specialise(launch, gpu_target(architecture))
     parts = (source.signature, source.constants, source.attrs, options)
     return (launch.kernel.__name__, *(repr(sorted(part.items(), key=repr)) for part in parts))
 
@@ -122,20 +122,20 @@ def compile_kernel(launch: Launch, architecture: Architecture) -> Binary:
         RuntimeError: if a tool of the compiler fails.
     """
     target = gpu_target(architecture)
-    source, options = _specialise(launch, target)
-    compiled = triton.compile(source, target=target, options=options)
-    shared = compiled.metadata.shared
+    source, options = specialise(launch, target)
+    kernel = triton.compile(source, target=target, options=options)
+    shared = kernel.metadata.shared
     if isinstance(architecture, str):
-        listing = compiled.asm["amdgcn"]
-        threads = compiled.metadata.num_warps * 64
+        listing = kernel.asm["amdgcn"]
+        threads = kernel.metadata.num_warps * 64
         return Binary(architecture, threads, *_amd_resources(listing), shared, listing)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(kernel.asm["cubin"])
         usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
         listing = _run(knobs.nvidia.nvdisasm.path, "-gi", "-c", str(cubin))
     used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    threads = int(re.findall(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])[0])
+    threads = int(re.findall(r"\.reqntid\s+(\d+)", kernel.asm["ptx"])[0])
     spilled = used["STACK"] + used["LOCAL"]
     return Binary(architecture, threads, used["REG"], spilled, shared, listing)
 

@@ -17,10 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from bench.collect import read
-from bench.providers import OURS, PROVIDERS, WITHOUT
+from bench.providers import COMPILED, CUDNN, OURS, PROVIDERS, WITHOUT
 from vpt_fast.train.report import COLOURS, GRID, INK, MUTED
 
 COLOUR = dict(zip(PROVIDERS, [INK, *COLOURS[:5], MUTED], strict=False))
+"""Those that only a GPU has are drawn as what they are compared with, but for ours."""
+for _name, _base in {**CUDNN, **COMPILED}.items():
+    COLOUR.setdefault(_name, COLOURS[5] if _base == OURS else COLOUR[_base])
 _LABEL = {
     "published": "published: concatenation, explicit softmax, fp32",
     "concat": "concatenation, fused attention",

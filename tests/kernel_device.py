@@ -3,8 +3,8 @@
 ttsem executes the compiler's own IR of every launch on the CPU. It finds accesses out of bounds,
 races between programs and, because `torch.empty` is filled with NaN, outputs that nobody wrote. A
 test module says `pytest_plugins = ("kernel_device",)`, asks for the fixture `kernel_device` and
-makes its tensors on it. With a GPU the kernels run there, and `torch.empty` is filled with NaN all
-the same.
+makes its tensors on it. With a GPU the kernels run there, and what PyTorch allocates without
+values is filled with NaN all the same, inside of operators too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from on_device import poisoned_empty
 
 # Asked once: while ttsem is at work, torch says that there is a GPU.
 HAS_GPU = torch.cuda.is_available()
@@ -24,20 +24,6 @@ HAS_GPU = torch.cuda.is_available()
 _LARGE_BUDGET = 50_000_000
 # The GPU that kernels are compiled for when there is none.
 CPU_CAPABILITY = 90
-
-
-class _PoisonEmpty(TorchFunctionMode):
-    """Fills what `torch.empty` and its kin return with NaN, so that reading it shows."""
-
-    _NAMES = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in self._NAMES and result.is_floating_point():
-            result.fill_(float("nan"))
-        return result
 
 
 @contextlib.contextmanager
@@ -105,7 +91,7 @@ def kernel_device_large() -> Iterator[torch.device]:
 
 def _device(access_budget: int | None) -> Iterator[torch.device]:
     if HAS_GPU:
-        with _PoisonEmpty():
+        with poisoned_empty():
             yield torch.device("cuda")
         return
     with sanitized_kernels(access_budget=access_budget) as session:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from on_device import differs_by_one_rounding
 from torch import Tensor
 from vpt_fast.kernels import bank_attention as kernels
 from vpt_fast.kernels.attention import attention_forward
@@ -256,7 +257,7 @@ def test_unaligned_pools(offset: int, kernel_device: torch.device) -> None:
     memory = torch.zeros(problem.made.numel() + offset, dtype=case.dtype, device=kernel_device)
     problem.made = memory[offset:].view(problem.made.shape).copy_(problem.made)
     have = kernels.bank_attention_forward(*problem.arguments(), case.scale)
-    assert all(torch.equal(a, b) for a, b in zip(have, expected, strict=True))
+    assert all(differs_by_one_rounding(a, b) for a, b in zip(have, expected, strict=True))
 
 
 def test_the_operator_takes_the_kernel(
@@ -282,7 +283,7 @@ def test_rows_of_a_pool_are_counted_in_64_bits() -> None:
         *problem.arguments(), out.to("meta"), lse.to("meta"), case.scale, Target(80)
     )
     target = offline.gpu_target(80)
-    source, options = offline._specialise(launch, target)
+    source, options = offline.specialise(launch, target)
     text = triton.compile(source, target=target, options=options).asm["ttir"]
     # ttsem has MLIR printed in its generic form, and Triton's cache keeps either.
     (place,) = re.findall(r'(%place\w*) = "?arith\.select', text)

@@ -12,10 +12,10 @@ from torch import Tensor
 from bench import bank_model_ways, bank_ways
 from bench.bank_model_ways import BankModelCase, entrant
 from bench.bank_ways import GATHERED, ONE_BY_ONE, OWN_NAMES, BankAttentionCase, HeadsCase
-from bench.gpu_cases import Plan, gpu_subjects, only
-from bench.gpu_checks import check_kernel, kernel_cases
-from bench.gpu_device import CpuDevice
-from bench.gpu_measure import KernelCheck, measure
+from bench.gpu.cases import Plan, only, timed_subjects
+from bench.gpu.checks import check_kernel, kernel_cases
+from bench.gpu.device import CpuDevice
+from bench.gpu.measure import KernelCheck, measure
 from bench.providers import OURS
 from bench.trace import counts, traced
 from vpt_fast import PromptBank
@@ -126,14 +126,14 @@ def test_rows_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_gpu_measures() -> None:
-    subjects = gpu_subjects(Plan())
+    subjects = timed_subjects(Plan())
     (attention,) = [s for s in subjects if isinstance(s, BankAttentionCase)]
     (model,) = [s for s in subjects if isinstance(s, BankModelCase)]
     assert attention == BankAttentionCase(50, 64, 197, 12, 64) and not attention.mixed
     assert model == BankModelCase("vit_base_patch16_224", 64, 50)
     assert attention.providers == (*OWN_NAMES, OURS) and model.providers == (ONE_BY_ONE, OURS)
     # Only beside ours; and by name, as where one of them is lost.
-    others = gpu_subjects(Plan(providers=("concat",)))
+    others = timed_subjects(Plan(providers=("concat",)))
     assert not any(isinstance(s, BankAttentionCase | BankModelCase) for s in others)
     assert only(attention, [ONE_BY_ONE]).providers == (ONE_BY_ONE,)
     checked = [c for c in kernel_cases() if isinstance(c, BankAttentionCase | HeadsCase)]

@@ -10,7 +10,7 @@ import torch
 from bench import attention_ways, correctness, expert_ways
 from bench.attention_ways import AttentionCase
 from bench.cases import Case, cpu_cases
-from bench.correctness import Check, Truth, largest_error
+from bench.correctness import Check, Truth, largest_error, norm_gradients
 from bench.expert_ways import ExpertCase
 from bench.providers import EAGER, OURS, PROVIDERS
 from bench.turns import take_turns, timed
@@ -118,3 +118,30 @@ def test_the_default_cases_cover_what_they_should() -> None:
 def test_cases_refuse(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match="choose one of"):
         Case(**{field: value})
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_gradients_of_a_norm_that_a_cpu_sums_up_in_16_bits(factor: float) -> None:
+    """The rows are summed again, and rows that are wrong stay wrong."""
+    torch.manual_seed(0)
+    rows, grad = torch.randn(6272, 32).bfloat16(), (0.5 + torch.randn(6272, 32)).bfloat16()
+    module = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Identity()).bfloat16()
+    module[1].register_forward_pre_hook(lambda _, given: _scaled(given[0], factor))
+    with norm_gradients(module) as resummed:
+        module(rows).backward(grad)
+    exact = grad.double().sum(0)
+    if factor == 1.0:
+        assert (module[0].bias.grad - exact).norm() > 0.25 * exact.norm()
+    assert set(resummed) == {"0.weight", "0.bias"}
+    found = float((resummed["0.bias"] - exact).norm() / exact.norm())
+    assert found == pytest.approx(factor - 1, abs=0.01)
+    normed = torch.nn.functional.layer_norm(rows.double(), (32,))
+    assert torch.allclose(resummed["0.weight"] / factor, (normed * grad).sum(0), rtol=1e-2)
+    with norm_gradients(module.float()) as none:
+        module(rows.float()).backward(grad.float())
+    assert not none
+
+
+def _scaled(out: torch.Tensor, factor: float) -> torch.Tensor:
+    """The same values, whose gradient is `factor` times what it should be."""
+    return factor * out + (1 - factor) * out.detach()

@@ -16,7 +16,7 @@ from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 
 from bench.heads_report import HeadsProblem, heads_launch
-from bench.offline import _specialise, gpu_target, variant
+from bench.offline import specialise, gpu_target, variant
 from bench.problems import ragged_launch
 from bench.row_problems import RowProblem, row_launch
 
@@ -116,7 +116,7 @@ def test_what_is_compile_time_makes_another_variant():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_launches_say_what_the_launcher_specialises(family):
     for launch in FAMILIES[family](1) + FAMILIES[family](16):
-        source, _ = _specialise(launch, gpu_target(90))
+        source, _ = specialise(launch, gpu_target(90))
         assert launch.signature() == source.signature, launch.name
         names = launch.kernel.arg_names
         aligned = {names[place] for (place,), found in source.attrs.items() if found}

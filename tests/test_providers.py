@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.providers import (
+    COMPILED,
+    CUDNN,
+    CUDNN_FIRST,
     EAGER,
+    GPU_PROVIDERS,
     OURS,
     PROVIDERS,
     PUBLISHED,
@@ -133,5 +137,43 @@ def test_refusals() -> None:
         provide("keys_concat", vit(), VPTDeep(3, blocks=range(2)))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CUDNN)
+def test_providers_that_prefer_cudnn_are_equal_too(name: str, method: str) -> None:
+    compare(name, METHODS[method], torch.float64, 1e-10)
+
+
+def test_cudnn_is_preferred_inside_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(_order())
+        return attention(*args, **kwargs)
+
+    before = _order()
+    module = provide("concat_cudnn", vit(), METHODS["vpt-deep"])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    module(IMAGES.double())
+    wanted = [_number(kernel) for kernel in CUDNN_FIRST]
+    assert seen and all(order[: len(wanted)] == wanted for order in seen)
+    assert _order() == before and before[0] != wanted[0]
+
+
+def _order() -> list[int]:
+    """PyTorch's own list of kernels for attention, the first choice first."""
+    return [int(kernel) for kernel in torch._C._get_sdp_priority_order()]
+
+
+def _number(kernel: Any) -> int:
+    return int(kernel.value if hasattr(kernel, "value") else kernel)
+
+
+def test_a_memory_mode_is_ours_alone() -> None:
+    module: Any = provide(OURS, vit(), VPTDeep(3), memory="lean")
+    assert {block.memory for block in module.blocks} == {"lean"}
+
+
 def test_every_name_is_provided() -> None:
     assert len(set(PROVIDERS)) == 7 and set(EAGER) < set(PROVIDERS)
+    assert set(GPU_PROVIDERS) == {*PROVIDERS, *CUDNN, *COMPILED} and len(GPU_PROVIDERS) == 11

@@ -108,7 +108,7 @@ def test_a_kernel_that_issues_a_twentieth_more_is_over_its_limit(kernel: str, ta
 )
 def test_offsets_of_elements_are_64_bits_wide(kernel: str) -> None:
     launch = row_launch(kernel, RowProblem(192))
-    source, options = offline._specialise(launch, offline.gpu_target(80))
+    source, options = offline.specialise(launch, offline.gpu_target(80))
     compiled = triton.compile(source, target=offline.gpu_target(80), options=options)
     products = re.findall(r"arith\.muli .*: (tensor<\S+>)", compiled.asm["ttir"])
     assert products and all(kind.endswith("xi64>") for kind in products)

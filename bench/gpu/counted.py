@@ -14,7 +14,7 @@ from bench.attention_ways import AttentionCase
 from bench.cases import DTYPES, STEP, Case
 from bench.collect import Row
 from bench.gpus import Assumptions, gpu_of
-from bench.providers import COMPILED, PUBLISHED
+from bench.providers import COMPILED, PUBLISHED, base
 from bench.step_trace import CLASSES, step_ops
 from bench.trace import Op, traced
 
@@ -55,7 +55,7 @@ def count(subject: object, provider: str, dtype: str, device: str) -> Counted | 
 
 
 def _ops(subject: object, provider: str, dtype: str) -> list[Op] | None:
-    eager = COMPILED.get(provider, provider)
+    eager = base(provider)
     if isinstance(subject, AttentionCase):
         with FakeTensorMode():
             inputs = subject.inputs(DTYPES[dtype])

@@ -8,7 +8,7 @@ twice as far from fp64 as eager PyTorch is in the same dtype, plus a slack of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import attention_ways, bank_ways, expert_ways
 from bench.attention_ways import AttentionCase
-from bench.bank_ways import BankAttentionCase, HeadsCase, check_heads
+from bench.bank_ways import BankAttentionCase, HeadsCase, check_heads, run_heads
 from bench.correctness import Check, Results, budget, largest_error
 from bench.expert_ways import ExpertCase
 from bench.providers import OURS
@@ -88,6 +88,23 @@ def check_kernel(case: KernelCase, dtype: torch.dtype, device: torch.device | st
     eager = largest_error(_double(plain(*given)), truth)[0]
     error, worst = largest_error(_double(ours(*given)), truth)
     return Check(OURS, error, worst, budget(eager, kind))
+
+
+def launches_alone(
+    case: KernelCase, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> None:
+    """An operator of ours, forward and backward, without what it is held against."""
+    if isinstance(case, AttentionCase):
+        attention_ways.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
+    elif isinstance(case, ExpertCase):
+        expert_ways.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
+    elif isinstance(case, BankAttentionCase):
+        bank_ways.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
+    elif isinstance(case, HeadsCase):
+        run_heads(case, dtype, device)
+    else:
+        ours = _norm if isinstance(case, NormCase) else _activations(case)[0]
+        ours(*(t.to(device, dtype) for t in _inputs(case)))
 
 
 def _double(found: Results) -> Results:

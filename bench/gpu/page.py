@@ -1,15 +1,11 @@
 """One page of plots of a GPU benchmark's results.
 
-    python -m bench.gpu_page bench/results/NAME.csv [--output PICTURE.png]
-
 Times, memory and ceilings are measured, FLOP and bytes counted, and the times on the last
 diagram's horizontal axis modelled (`bench.roofline`), for GPUs whose peaks are known.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,11 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bench.cases import STEP, Case
-from bench.collect import read
-from bench.gpu_counts import Counted, count
+from bench.cases import STEP
+from bench.gpu.counted import Counted
 from bench.plots import COLOUR, Row, most_varied, select
-from bench.providers import OURS, PROVIDERS, PUBLISHED
+from bench.providers import GPU_PROVIDERS, OURS, PUBLISHED
 from vpt_fast.train.report import GRID, INK, MUTED
 
 _GRAPH_ALPHA = 0.45
@@ -45,7 +40,7 @@ def draw(rows: Sequence[Row], path: Path, counted: Sequence[Counted | None] = ()
         for row, work in zip(rows, counted, strict=False)
         if work is not None and work.eager_ms and row["bench"] == STEP and row["p50_ms"]
     ]
-    timed = [row for row in rows if row["p50_ms"]]
+    timed = [row for row in rows if row["p50_ms"] and row["memory"] in ("", "speed")]
     by_prompts = most_varied(timed, "prompts")
     one = _fullest(timed)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14)
@@ -66,7 +61,7 @@ def draw(rows: Sequence[Row], path: Path, counted: Sequence[Counted | None] = ()
         _clean(ax)
         function(ax)
     shown = {row["provider"] for row in rows}
-    names = [name for name in PROVIDERS if name in shown]
+    names = [name for name in GPU_PROVIDERS if name in shown]
     handles: list[Artist] = [
         Line2D([], [], color=COLOUR[name], marker="o", linewidth=2) for name in names
     ]
@@ -80,10 +75,10 @@ def draw(rows: Sequence[Row], path: Path, counted: Sequence[Counted | None] = ()
 def _fullest(rows: Sequence[Row]) -> list[Row]:
     """Training steps of the VPT-Deep comparison that has most providers; the first of several."""
     groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in select(rows, bench=STEP, method="vpt-deep", dropout="0.0"):
+    for row in select(rows, bench=STEP, method="vpt-deep", dropout="0.0", memory="speed"):
         groups.setdefault(tuple(row[n] for n in ("model", "batch", "prompts")), []).append(row)
     best = max(groups.values(), key=len, default=[])
-    return sorted(best, key=lambda row: PROVIDERS.index(row["provider"]), reverse=True)
+    return sorted(best, key=lambda row: GPU_PROVIDERS.index(row["provider"]), reverse=True)
 
 
 def _heading(rows: Sequence[Row], one: Sequence[Row]) -> str:
@@ -115,7 +110,7 @@ def _lines(ax: Axes, rows: Sequence[Row], column: str) -> None:
     rows = [row for row in rows if row[column] and row["prompts"] != "0"]
     if not rows:
         return _nothing(ax, "not measured")
-    for provider in PROVIDERS:
+    for provider in GPU_PROVIDERS:
         mine = sorted(select(rows, provider=provider), key=lambda row: int(row["prompts"]))
         width = 2.4 if provider == OURS else 1.4
         ax.plot(
@@ -252,41 +247,3 @@ def _model(ax: Axes, rows: Sequence[tuple[Row, Counted]]) -> None:
     ax.set_xlabel("modelled, milliseconds", color=MUTED)
     ax.set_ylabel("measured, milliseconds", color=MUTED)
     return None
-
-
-def counted_of(row: Row) -> Counted | None:
-    """What is counted and modelled of a row of a training step that has a time."""
-    if row["bench"] != STEP or not row["p50_ms"]:
-        return None
-    case = Case(
-        model=row["model"], method=row["method"], batch=int(row["batch"]),
-        prompts=int(row["prompts"]), dropout=float(row["dropout"]), dtype=row["dtype"],
-        image_size=int(row["image_size"]),
-    )  # fmt: skip
-    return count(case, row["provider"], row["dtype"], row["device"])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw, and print the picture's path."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_page",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--output", type=Path, help="PNG (default: beside the results)")
-    options = parser.parse_args(arguments)
-    path = options.output or options.results.with_suffix(".png")
-    try:
-        rows = read(options.results)
-        if not rows:
-            raise ValueError(f"{options.results} has no rows")
-        draw(rows, path, [counted_of(row) for row in rows])
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

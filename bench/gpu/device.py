@@ -6,7 +6,9 @@ On a CPU there is a timer, and nothing else: it keeps no count of memory and has
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterable
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from bench.correctness import Results, largest_error
 from bench.device_timer import CpuTimer, CudaTimer, Run, Timer
+
+HOST_ROUNDS = 9
+LOAD_SECONDS = 0.15
+"""Work that is waiting for the device while its clock and power are read."""
 
 WARM_UP = 3
 """Steps before a capture: PyTorch's notes on CUDA graphs, "Whole-network capture"."""
@@ -37,6 +43,14 @@ class CpuDevice:
     def capture(self, run: Run, parameters: Iterable[Tensor]) -> CapturedGraph | None:
         """None: there are no graphs."""
         return None
+
+    def host_seconds(self, run: Run) -> float | None:
+        """Seconds until the last launch is made; None: the host is the device."""
+        return None
+
+    def load(self, run: Run, seconds: float) -> dict[str, str]:
+        """Clock and power under load; nothing here."""
+        return {}
 
     def well(self) -> bool:
         """Whether the device still computes."""
@@ -67,6 +81,38 @@ class CudaDevice:
     def capture(self, run: Run, parameters: Iterable[Tensor]) -> CapturedGraph | None:
         """A graph of a function's launches."""
         return CapturedGraph(run, parameters)
+
+    def host_seconds(self, run: Run) -> float | None:
+        """Median seconds until the last launch is made, the device being idle at its start."""
+        taken = []
+        for _ in range(HOST_ROUNDS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        return median(taken)
+
+    def load(self, run: Run, seconds: float) -> dict[str, str]:
+        """Clock (MHz) and power (W) of the device while it works; what it does not tell is absent.
+
+        Args:
+            run: what it does.
+            seconds: that this takes.
+        """
+        for _ in range(max(1, min(int(LOAD_SECONDS / max(seconds, 1e-6)), 500))):
+            run()
+        found = {}
+        for name, ask, unit in (
+            ("sm_mhz", torch.cuda.clock_rate, 1), ("watts", torch.cuda.power_draw, 1000),
+        ):  # fmt: skip
+            # NVML is missing, or not allowed to say.
+            try:
+                found[name] = f"{ask() / unit:.0f}"
+            except Exception:
+                continue
+        torch.cuda.synchronize()
+        return found
 
     def well(self) -> bool:
         """Whether the device still computes: after a fault of a kernel it never does."""
@@ -134,7 +180,8 @@ def replay_error(graph: Any) -> float:
 
     The graph's results are overwritten before, so that a replay that computes nothing shows.
     """
-    with torch.no_grad():
+    # Results of inference may only be written to where they may be made.
+    with torch.inference_mode():
         for tensor in graph.held.values():
             tensor.fill_(float("nan"))
     graph.replay()

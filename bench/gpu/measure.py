@@ -1,13 +1,14 @@
 """One comparison on a device: every provider checked, then timed in turns, then replayed.
 
 What goes wrong for a provider (a wrong result, memory that does not suffice, a failure to compile
-or to capture) is written in its row, and the others go on.
+or to capture) is written in its row, and the others go on. Everything is told as soon as it is
+known, and who is at work before it starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -19,13 +20,25 @@ from bench.attention_ways import AttentionCase
 from bench.bank_model_ways import BankModelCase
 from bench.bank_ways import BankAttentionCase
 from bench.cases import DTYPES, INFERENCE, Case
-from bench.ceilings import Ceilings, measure_ceilings
-from bench.collect import FIELDS, Row, percentiles, ratios
+from bench.ceilings import measure_ceilings
+from bench.collect import Row, percentiles, ratios
 from bench.correctness import SLACK, Check, Truth
-from bench.device_timer import Run, repeats, times_of
+from bench.device_timer import Run, Timer, repeats, times_of
 from bench.expert_ways import ExpertCase
-from bench.gpu_checks import KernelCase, check_kernel
-from bench.gpu_device import Device, replay_error
+from bench.facts import facts
+from bench.gpu.checks import check_kernel
+from bench.gpu.device import Device, replay_error
+from bench.gpu.outcome import Outcome, Tell, nobody
+from bench.gpu.subjects import (
+    CeilingsWanted,
+    Comparison,
+    FactsWanted,
+    Job,
+    KernelCheck,
+    Subject,
+    facts_of,
+)
+from bench.interleave import Times
 from bench.providers import COMPILED, OURS
 from bench.turns import work
 
@@ -33,59 +46,11 @@ ROUNDS = {"cuda": 15, "cpu": 3}
 GRAPH_ROUNDS = {"cuda": 10, "cpu": 0}
 
 
-@dataclass(frozen=True)
-class KernelCheck:
-    """An operator that is checked, and not timed."""
-
-    case: KernelCase
-
-    def __str__(self) -> str:
-        case, heads = self.case, ""
-        if isinstance(case, AttentionCase | BankAttentionCase):
-            heads = f"-heads {case.heads}x{case.head_dim}"
-        return f"check {case}{heads}"
-
-
-@dataclass(frozen=True)
-class CeilingsWanted:
-    """The device's own ceilings."""
-
-    def __str__(self) -> str:
-        return "ceilings: one large product, one large copy"
-
-
-Comparison = Case | AttentionCase | ExpertCase | BankAttentionCase | BankModelCase
-Subject = Comparison | KernelCheck | CeilingsWanted
-
-
 _WAYS = {
     AttentionCase: attention_ways,
     ExpertCase: expert_ways,
     BankAttentionCase: bank_ways,
 }
-
-
-@dataclass
-class Outcome:
-    """What a subject gave.
-
-    Attributes:
-        rows: of the results.
-        wrong: results that are wrong, and steps that failed, in words. Too little memory, and what
-            torch.compile or a capture could not do, are only noted in the row.
-        said: what else there is to print.
-        ceilings: if they were asked for.
-        faulted: providers one of which left the device so that it no longer computes; what came
-            after them has no times.
-        spent: whether the device no longer computes, though all that could be timed was.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    ceilings: Ceilings | None = None
-    faulted: tuple[str, ...] = ()
-    spent: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,65 +68,69 @@ class _Fault(Exception):
         self.names = names
 
 
-def measure(subject: Subject, device: Device, dtype: str = "bfloat16") -> Outcome:
-    """Check and time a subject.
+def measure(
+    subject: Subject, device: Device, dtype: str = "bfloat16", tell: Tell = nobody
+) -> Outcome:
+    """Check and time a subject, or do a job.
 
     Args:
         subject: what.
         device: where.
         dtype: of attention, experts and checks; a `Case` says its own.
+        tell: is told everything as it becomes known.
+
+    Returns:
+        All that was told.
     """
+    outcome = Outcome()
+
+    def both(kind: str, value: Any) -> None:
+        outcome.take(kind, value)
+        tell(kind, value)
+
     if isinstance(subject, CeilingsWanted):
-        return Outcome(ceilings=measure_ceilings(device))
-    return _Measuring(subject, device, dtype).outcome
-
-
-def facts_of(subject: Subject, dtype: str) -> Row:
-    """The columns that say what a row is about."""
-    row = {"kind": "measured", "dtype": dtype}
-    if isinstance(subject, KernelCheck):
-        return {**row, "bench": "check", "model": str(subject)}
-    if isinstance(subject, Case):
-        row |= {"bench": subject.work}
-    elif isinstance(subject, AttentionCase):
-        row |= {"bench": "attention"}
-    elif isinstance(subject, ExpertCase):
-        row |= {"bench": "experts", "method": "vapt"}
-    elif isinstance(subject, BankAttentionCase):
-        row |= {"bench": "attention of many tasks"}
-    elif isinstance(subject, BankModelCase):
-        row |= {"bench": "inference of many tasks"}
-    row |= {name: value for name, value in vars(subject).items() if name in FIELDS}
-    return row
+        both("ceilings", measure_ceilings(device))
+    elif isinstance(subject, FactsWanted):
+        both("facts", facts(gpu=device.name == "cuda"))
+    elif isinstance(subject, Job):
+        subject.run(device, both)
+        device.release()
+    else:
+        _Measuring(subject, device, dtype, both)
+    return outcome
 
 
 class _Measuring:
-    def __init__(self, subject: Comparison | KernelCheck, device: Device, dtype: str) -> None:
-        self.subject, self.device = subject, device
+    def __init__(
+        self, subject: Comparison | KernelCheck, device: Device, dtype: str, tell: Tell
+    ) -> None:
+        self.subject, self.device, self.tell = subject, device, tell
         self.facts = facts_of(subject, dtype)
         self.dtype = self.facts["dtype"]
         self.rows: dict[str, Row] = {}
-        self.outcome = Outcome()
         self._truth: Truth | None = None
+        spent = False
         try:
             if isinstance(subject, KernelCheck):
                 self._check_kernel(subject)
             else:
-                self._compare(subject)
-            if not self.outcome.spent:
+                spent = self._compare(subject)
+            if not spent:
                 device.release()
         except _Fault as fault:
-            self.outcome.faulted = fault.names
-        self.outcome.rows = list(self.rows.values())
+            tell("faulted", fault.names)
 
-    def _row(self, name: str) -> Row:
-        return self.rows.setdefault(name, {**self.facts, "provider": name, "rounds": 0})
+    def _note(self, name: str, **columns: Any) -> None:
+        """Add to a provider's row, and tell it."""
+        row = self.rows.setdefault(name, {**self.facts, "provider": name, "rounds": 0})
+        row |= columns
+        self.tell("row", dict(row))
 
     def _failed(self, name: str, note: str, wrong: bool = True) -> None:
-        row = self._row(name)
-        row["note"] = "; ".join(filter(None, [row.get("note", ""), note]))
+        before = self.rows.get(name, {}).get("note", "")
+        self._note(name, note="; ".join(filter(None, [before, note])))
         if wrong:
-            self.outcome.wrong.append(f"{self.subject}, {name}: {note}")
+            self.tell("wrong", f"{self.subject}, {name}: {note}")
 
     def _try(
         self, names: tuple[str, ...], what: str, function: Callable[[], Any], wrong: bool = True
@@ -171,13 +140,14 @@ class _Measuring:
         Raises:
             _Fault: the device no longer computes.
         """
+        self.tell("doing", names)
         try:
             return function()
         except torch.OutOfMemoryError:
             note, wrong = f"{what}: out of memory", False
         # Compilers raise whatever their authors chose.
         except Exception as error:
-            note = f"{what}: {_one_line(error)}"
+            note = f"{what}: {one_line(error)}"
         for name in names:
             self._failed(name, note, wrong)
         if not self.device.well():
@@ -192,7 +162,7 @@ class _Measuring:
             self._holds(found)
 
     def _holds(self, check: Check) -> bool:
-        self._row(check.provider)["error"] = f"{check.error:.2g}"
+        self._note(check.provider, error=f"{check.error:.2g}")
         if not check.holds:
             self._failed(
                 check.provider,
@@ -200,7 +170,8 @@ class _Measuring:
             )
         return check.holds
 
-    def _compare(self, subject: Comparison) -> None:
+    def _compare(self, subject: Comparison) -> bool:
+        """Check, time, replay; whether the device was lost after the times."""
         entrants: dict[str, _Entrant] = {}
         for name in subject.providers:
             self.device.release()
@@ -212,29 +183,34 @@ class _Measuring:
                 continue
             if name in COMPILED:
                 took = perf_counter() - start
-                self.outcome.said.append(f"{name}: {took:.0f} s to compile and check, not counted")
+                self.tell("said", f"{name}: {took:.0f} s to compile and check, not counted")
             self.device.release()
             peak = self._try((name,), "peak memory", partial(_peak, self.device, entrant.run))
             if peak is not None and isinstance(self.subject, Case):
-                self._row(name)["peak_mib"] = f"{(peak - before) / 2**20:.1f}"
+                self._note(name, peak_mib=f"{(peak - before) / 2**20:.1f}")
             entrants[name] = entrant
         self._truth = None
         self.device.release()
         # Ours last: a capture that fails may leave its process without a device.
         timed = sorted(self._time(entrants), key=lambda name: name == OURS)
         if isinstance(subject, BankModelCase):
-            return  # a bank looks its tasks up on the host, which a graph would not do again
+            return False  # a bank looks its tasks up on the host: a graph would not do it again
+        return self._replay_all(timed, entrants)
+
+    def _replay_all(self, timed: Sequence[str], entrants: dict[str, _Entrant]) -> bool:
+        """Replay those that were timed; whether the device was lost."""
         for place, name in enumerate(timed):
             replay = partial(self._replay, name, entrants.pop(name))
             try:
                 self._try((name,), "graph", replay, wrong=False)
             except _Fault:
-                self.outcome.spent = True
                 for other in timed[place + 1 :]:
                     self._failed(other, "graph: not tried, another's failed", wrong=False)
-                return
+                self.tell("spent", True)
+                return True
             del replay
             self.device.release()
+        return False
 
     def _enter(self, subject: Comparison, name: str) -> _Entrant:
         if name in COMPILED:
@@ -266,13 +242,22 @@ class _Measuring:
             if count is not None:
                 counts[name] = entrant.run, count
         names = tuple(counts)
-        times = self._try(names, "timing", partial(times_of, timer, counts, rounds)) or {}
+        telling = _Telling(timer, self.tell, {run: name for name, (run, _) in counts.items()})
+        times = self._try(names, "timing", partial(times_of, telling, counts, rounds)) or {}
         for name, found in times.items():
-            row = self._row(name)
-            row |= {"rounds": rounds, **percentiles(found.seconds.tolist())}
+            columns = {"rounds": rounds, **percentiles(found.seconds.tolist())}
             if OURS in times:
-                row |= ratios(found.seconds.tolist(), times[OURS].seconds.tolist())
+                columns |= ratios(found.seconds.tolist(), times[OURS].seconds.tolist())
+            self._note(name, **columns)
+        for name, found in times.items():
+            self._try((name,), "host time", partial(self._beside, name, counts[name][0], found))
         return tuple(times)
+
+    def _beside(self, name: str, run: Run, found: Times) -> None:
+        """What stands beside a time: the host's own, and the device's clock and power."""
+        host = self.device.host_seconds(run)
+        columns = {} if host is None else {"host_ms": f"{host * 1e3:.4g}"}
+        self._note(name, **columns, **self.device.load(run, found.median))
 
     def _replay(self, name: str, entrant: _Entrant) -> None:
         graph = self.device.capture(entrant.run, entrant.parameters)
@@ -285,11 +270,26 @@ class _Measuring:
         timer, rounds = self.device.timer, GRAPH_ROUNDS[self.device.name]
         counts = {name: (graph.replay, repeats(timer, graph.replay))}
         found = percentiles(times_of(timer, counts, rounds)[name].seconds.tolist())
-        self._row(name)["graph_p50_ms"] = found["p50_ms"]
+        self._note(name, graph_p50_ms=found["p50_ms"])
 
     def _dropout(self) -> bool:
         """Whether two runs draw different masks."""
         return isinstance(self.subject, Case) and self.subject.dropout > 0
+
+
+@dataclass
+class _Telling:
+    """A timer that tells whose round it is before it starts: a hang has a name."""
+
+    timer: Timer
+    tell: Tell
+    names: Mapping[Run, str]
+
+    round_seconds: float = 0.0  # rounds are counted by then
+
+    def seconds(self, run: Run, repeats: int = 1) -> float:
+        self.tell("doing", (self.names[run],))
+        return self.timer.seconds(run, repeats)
 
 
 def _peak(device: Device, run: Run) -> int | None:
@@ -301,6 +301,7 @@ def _trained(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     return (p for p in module.parameters() if p.requires_grad)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What went wrong, for a column of a table."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]

@@ -1,0 +1,25 @@
+"""Keys of Triton's cache that are the same in every process."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import vpt_fast.kernels
+from triton.runtime.jit import JITFunction
+
+
+def stable_keys() -> None:
+    """Make Triton's cache keys the same in every process that calls this first.
+
+    Up to Triton 3.6 a function takes over the globals of those that it calls only if their keys
+    were asked for before, so that a key hangs on what was launched earlier in the process.
+    """
+    functions: dict[str, JITFunction] = {}
+    root = vpt_fast.kernels
+    for found in pkgutil.walk_packages(root.__path__, root.__name__ + "."):
+        for value in vars(importlib.import_module(found.name)).values():
+            if isinstance(value, JITFunction):
+                functions[f"{value.__module__}.{value.__name__}"] = value
+    for name in sorted(functions):
+        functions[name].cache_key  # noqa: B018  asking is what settles it

@@ -1,0 +1,54 @@
+"""Small launches of every operator and of a step, for a program that watches them.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m bench.gpu.sanitized
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from bench.cases import DTYPES, SWIN, Case
+from bench.gpu.cases import TINY
+from bench.gpu.checks import kernel_cases, launches_alone
+from bench.gpu.keys import stable_keys
+from bench.providers import OURS, provide
+from bench.turns import work
+
+
+def _step(case: Case, device: str) -> None:
+    model = case.build().to(DTYPES[case.dtype]).to(device)
+    work(case, provide(OURS, model, case.settings()), device)()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Launch it all."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.sanitized",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    device = parser.parse_args(arguments).device
+    step = Case(model=TINY, batch=3, prompts=7, image_size=32, dtype="bfloat16")
+    steps = [step, replace(step, method="vapt")]
+    if device == "cuda":
+        stable_keys()
+        steps.append(replace(step, model=SWIN, image_size=224, batch=1))
+    for case in kernel_cases([TINY]):
+        launches_alone(case, torch.bfloat16, device)
+        print(f"launched {case}", flush=True)
+    for whole in steps:
+        _step(whole, device)
+        print(f"launched {whole}", flush=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

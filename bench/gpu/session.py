@@ -1,0 +1,170 @@
+"""Jobs in order, as many as there is time for; one that fails does not cost the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from bench.ceilings import Ceilings
+from bench.collect import Row
+from bench.gpu.cases import guessed_seconds, only
+from bench.gpu.outcome import Outcome
+from bench.gpu.record import Record
+from bench.gpu.subjects import Comparison, Job, KernelCheck, Subject, facts_of
+from bench.gpu.worker import InProcess, Lost, Worker
+from bench.providers import COMPILED, OURS
+
+_PATIENCE = 2.0
+"""A job that takes so many times what it was guessed to is stopped."""
+
+_START_SECONDS = 30.0
+_LEAST_SECONDS = 3.0
+DTYPE = "bfloat16"
+
+Runner = InProcess | Worker
+
+
+class Budget:
+    """Time that runs out.
+
+    Args:
+        seconds: from now on.
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = clock() + seconds
+
+    def left(self) -> float:
+        """Seconds left, 0 at the least."""
+        return max(0.0, self._end - self._clock())
+
+    def part(self, share: float) -> Budget:
+        """A budget of this share of what is left."""
+        return Budget(share * self.left(), self._clock)
+
+
+@dataclass
+class Session:
+    """What a run measured.
+
+    Attributes:
+        runner: of jobs.
+        record: of its files.
+        outcomes: of jobs, in order.
+        wrong: what is wrong, in words.
+        skipped: what there was no time for, in words.
+        ceilings: of the device, or None.
+        pace: seconds that jobs took over those they were guessed to.
+    """
+
+    runner: Runner
+    record: Record
+    outcomes: list[tuple[Subject, Outcome]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    ceilings: Ceilings | None = None
+    pace: float = 1.0
+
+    @property
+    def rows(self) -> list[Row]:
+        """Rows of the results so far, with the ceilings where they are known."""
+        known: Row = {}
+        if self.ceilings is not None:
+            known["tflops_ceiling"] = f"{self.ceilings.tflops:.4g}"
+            known["gb_per_s_ceiling"] = f"{self.ceilings.gb_per_s:.4g}"
+        return [{**row, **known} for _, outcome in self.outcomes for row in outcome.rows]
+
+    def run(self, subjects: Sequence[Subject], budget: Budget) -> None:
+        """Do jobs in order, as many as there is time for."""
+        for subject in subjects:
+            pace = 1.0 if isinstance(subject, Job) else self.pace
+            guess = pace * guessed_seconds(subject)
+            if budget.left() < max(guess, _LEAST_SECONDS):
+                self.skipped.append(str(subject))
+                self.record.line(
+                    f"{subject}: skipped, {budget.left():.0f} s are left and it may take "
+                    f"{guess:.0f}"
+                )
+                continue
+            self._run(subject, budget, guess)
+
+    def _run(self, subject: Subject, budget: Budget, guess: float) -> None:
+        """Do a job; if some of its providers spoil it, do it again without them."""
+        start, outcome = time.monotonic(), Outcome()
+        self.outcomes.append((subject, outcome))
+
+        def take(kind: str, value: object) -> None:
+            outcome.take(kind, value)
+            if kind == "row":
+                self.record.rows(self.rows)
+
+        limit = min(budget.left(), _PATIENCE * guess + _START_SECONDS)
+        try:
+            self.runner.measure(subject, limit, take)
+        except Lost as lost:
+            _blame(subject, outcome, str(lost))
+        else:
+            taken = (time.monotonic() - start) / guessed_seconds(subject)
+            self.pace = 0.7 * self.pace + 0.3 * min(max(taken, 0.2), 3.0)
+        self._close(subject, outcome, time.monotonic() - start)
+        if not outcome.faulted or not isinstance(subject, Comparison):
+            return
+        names = [
+            name
+            for name in subject.providers
+            if name not in outcome.faulted and not outcome.by_provider.get(name, {}).get("p50_ms")
+        ]
+        others = only(subject, names)
+        if others.providers and budget.left() > guess:
+            for name in names:
+                outcome.by_provider.pop(name, None)
+            self._run(others, budget, guess)
+
+    def _close(self, subject: Subject, outcome: Outcome, seconds: float) -> None:
+        """Write and print what a job gave."""
+        self.wrong += outcome.wrong
+        if outcome.ceilings is not None:
+            self.ceilings = outcome.ceilings
+        if outcome.facts:
+            self.record.facts = outcome.facts
+        self.record.line(f"{subject}: {seconds:.1f} s")
+        for line in [*map(_line, outcome.rows), *outcome.said, *outcome.wrong]:
+            self.record.line(f"    {line}")
+        if self.record.facts and (outcome.rows or outcome.ceilings):
+            self.record.rows(self.rows)
+
+
+def _blame(subject: Subject, outcome: Outcome, why: str) -> None:
+    """Note in an outcome that its job was lost with those who were at work.
+
+    Compilers may hang, and memory may not suffice them: that is only noted.
+    """
+    named = isinstance(subject, Comparison | KernelCheck)
+    doing = outcome.doing or (
+        subject.providers if isinstance(subject, Comparison) else (OURS,) if named else ()
+    )
+    if isinstance(subject, Comparison | KernelCheck):
+        for name in doing:
+            row = outcome.by_provider.get(name) or {**facts_of(subject, DTYPE), "rounds": 0}
+            note = "; ".join(filter(None, [row.get("note", ""), why]))
+            outcome.take("row", {**row, "provider": name, "note": note})
+    if not doing or not set(doing) <= set(COMPILED):
+        outcome.take("wrong", f"{subject}{', ' * bool(doing)}{', '.join(doing)}: {why}")
+    outcome.take("faulted", doing)
+
+
+def _line(row: Row) -> str:
+    figures = [f"{row['provider']:21}"]
+    if "error" in row:
+        figures.append(f"error {row['error']:>8}")
+    for name, form in (
+        ("p50_ms", "{:>8} ms"), ("ratio_p50", "{}x ours"), ("graph_p50_ms", "graph {} ms"),
+        ("host_ms", "host {} ms"), ("peak_mib", "peak {} MiB"), ("sm_mhz", "{} MHz"),
+        ("watts", "{} W"), ("note", "{}"),
+    ):  # fmt: skip
+        if row.get(name):
+            figures.append(form.format(row[name]))
+    return "  ".join(figures)

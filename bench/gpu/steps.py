@@ -1,0 +1,106 @@
+"""One training step in the ways that people run it, each against the same step in eager PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bench.cases import Case
+from bench.correctness import SLACK, Results, largest_error
+from bench.gpu.device import Device, replay_error
+from bench.gpu.outcome import Tell
+from bench.providers import OURS, provide
+from bench.turns import step
+
+KINDS = ("graph", "parallel", "compile")
+
+
+@dataclass(frozen=True)
+class StepCheck:
+    """One step of ours, which is not timed.
+
+    Attributes:
+        case: the model and its method.
+        kind: "graph" for the replay of a CUDA graph, "parallel" for DistributedDataParallel in a
+            group of one process, "compile" for torch.compile with the whole graph.
+    """
+
+    case: Case
+    kind: str
+
+    @property
+    def seconds(self) -> float:
+        """That it may take, a guess."""
+        return 40.0 if self.kind == "compile" else 6.0
+
+    def __str__(self) -> str:
+        return f"one step by {self.kind}, {self.case}"
+
+    def run(self, device: Device, tell: Tell) -> None:
+        """Check it."""
+        tell("doing", (OURS,))
+        error = self._error(device)
+        if error is None:
+            tell("said", f"not on a {device.name}")
+            return
+        row = {
+            "kind": "measured", "bench": "check", "model": str(self), "dtype": self.case.dtype,
+            "method": self.case.method, "prompts": self.case.prompts, "provider": OURS,
+            "error": f"{error:.2g}", "rounds": 0,
+        }  # fmt: skip
+        if not error <= SLACK[self.case.dtype]:
+            row["note"] = f"wrong: {error:.1e} from the step in eager PyTorch"
+            tell("wrong", f"{self}: {row['note']}")
+        tell("row", row)
+
+    def _error(self, device: Device) -> float | None:
+        """How far it is from the step in eager PyTorch; None where the device has no such step."""
+        model: Any = self.case.build().to(getattr(torch, self.case.dtype)).to(device.name)
+        module = provide(OURS, model, self.case.settings())
+        images, labels = self.case.inputs()
+        given = images.to(device.name, next(module.parameters()).dtype), labels.to(device.name)
+        wanted = _step(module, step(module, *given))
+        if self.kind == "graph":
+            trained = [p for p in module.parameters() if p.requires_grad]
+            graph = device.capture(step(module, *given), trained)
+            return None if graph is None else replay_error(graph)
+        if self.kind == "compile":
+            torch.compiler.reset()
+            backend = "inductor" if device.name == "cuda" else "aot_eager"
+            compiled: Any = torch.compile(module, fullgraph=True, backend=backend)
+            return largest_error(_step(module, step(compiled, *given)), wanted)[0]
+        with _group(device.name):
+            parallel = DistributedDataParallel(module)
+            return largest_error(_step(module, step(parallel, *given)), wanted)[0]
+
+
+def _step(module: nn.Module, run: Callable[[], torch.Tensor]) -> Results:
+    """Loss and gradients of a step, by the module's own names."""
+    found = {"loss": run()}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            found[name] = parameter.grad
+    return {name: value.detach().double().cpu().clone() for name, value in found.items()}
+
+
+@contextlib.contextmanager
+def _group(device: str) -> Iterator[None]:
+    """A process group of this process alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", init_method=f"tcp://127.0.0.1:{port}",
+        rank=0, world_size=1,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,263 @@
+"""A GPU benchmark ends in its minutes, and keeps what it has, whatever hangs or dies."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.cases import Case
+from bench.ceilings import Ceilings
+from bench.collect import read
+from bench.facts import facts
+from bench.gpu import session as sessions
+from bench.gpu import stages
+from bench.gpu.cases import Plan
+from bench.gpu.checks import NormCase
+from bench.gpu.outcome import Tell
+from bench.gpu.programs import run_program
+from bench.gpu.record import Record
+from bench.gpu.run import measure
+from bench.gpu.session import Budget, Session
+from bench.gpu.stages import STAGES, Run
+from bench.gpu.subjects import CeilingsWanted, FactsWanted, KernelCheck, facts_of
+from bench.gpu.worker import Lost, Worker
+from bench.providers import COMPILED, GPU_PROVIDERS, OURS
+
+SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat16")
+Event = tuple[str, Any]
+
+
+def row(name: str, **more: Any) -> Event:
+    return "row", {**facts_of(SMALL, "bfloat16"), "provider": name, "rounds": 3, **more}
+
+
+class Scripted:
+    """A runner that tells what it is given, and whose jobs take 100 seconds each."""
+
+    def __init__(self, *script: list[Event | Lost]) -> None:
+        self.script, self.asked, self.now = list(script), [], 0.0
+        self.limits: list[float] = []
+
+    def measure(self, subject: Any, seconds: float, tell: Tell) -> None:
+        self.asked.append(subject)
+        self.limits.append(seconds)
+        self.now += 100
+        for event in self.script.pop(0):
+            if isinstance(event, Lost):
+                raise event
+            tell(*event)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[[Any], Session]:
+    """Makes a session of a runner."""
+
+    def make(runner: Any) -> Session:
+        record = Record(tmp_path, lambda _: None)
+        record.facts = facts(gpu=False)
+        return Session(runner, record)
+
+    return make
+
+
+def test_what_does_not_fit_is_skipped_and_said(made: Any) -> None:
+    runner = Scripted([("ceilings", Ceilings(1.0, 2.0))], [row(OURS)], [])
+    session = made(runner)
+    check = KernelCheck(NormCase(8))
+    subjects = [CeilingsWanted(), SMALL, dataclasses.replace(SMALL, prompts=9), check]
+    session.run(subjects, Budget(207, lambda: runner.now))
+    # 7 seconds are left: too little for a step, enough for a check.
+    assert runner.asked == [subjects[0], subjects[1], check] and runner.limits[2] == 7
+    assert session.skipped == ["step-test_vit-vpt-deep-p9-b2-bfloat16"]
+    assert session.ceilings == Ceilings(1.0, 2.0) and len(session.rows) == 1
+    (kept,) = read(session.record.path)
+    assert kept["tflops_ceiling"] == "1" and kept["torch"]
+
+
+def test_rows_are_kept_before_their_job_ends(made: Any) -> None:
+    seen: list[list[str]] = []
+
+    class Watched(Scripted):
+        def measure(self, subject: Any, seconds: float, tell: Tell) -> None:
+            tell(*row("concat", error="0.1"))
+            tell(*row(OURS))
+            seen.append([r["provider"] for r in read(session.record.path)])
+            tell(*row("concat", error="0.1", p50_ms="3"))
+            seen.append([r["p50_ms"] for r in read(session.record.path)])
+
+    session = made(Watched())
+    session.run([SMALL], Budget(900))
+    assert seen == [["concat", OURS], ["3", ""]]
+
+
+def test_a_hang_is_its_providers_alone(made: Any) -> None:
+    """Those who were not at work are measured again without it; what was told is kept."""
+    hung = "concat_compiled"
+    runner = Scripted(
+        [row("concat"), ("doing", (hung,)), Lost("stopped after 9 s")],
+        [row(name, p50_ms="1") for name in GPU_PROVIDERS if name != hung],
+    )
+    session = made(runner)
+    case = dataclasses.replace(SMALL, providers=GPU_PROVIDERS)
+    session.run([case], Budget(900, lambda: runner.now))
+    assert runner.asked[1].providers == tuple(n for n in GPU_PROVIDERS if n != hung)
+    notes = {r["provider"]: r.get("note", "") for r in session.rows}
+    assert notes == {n: "stopped after 9 s" if n == hung else "" for n in GPU_PROVIDERS}
+    assert len(session.rows) == len(GPU_PROVIDERS)
+    assert not session.wrong  # compilers may hang
+    assert hung in COMPILED
+
+
+def test_a_hang_in_a_graph_costs_no_times(made: Any) -> None:
+    timed = [row("concat", p50_ms="2"), row(OURS, p50_ms="1"), ("doing", (OURS,))]
+    runner = Scripted([*timed, Lost("its process ended with exit status -11")])
+    session = made(runner)
+    session.run(
+        [dataclasses.replace(SMALL, providers=("concat", OURS))], Budget(900, lambda: runner.now)
+    )
+    assert len(runner.asked) == 1 and [r["p50_ms"] for r in session.rows] == ["2", "1"]
+    assert session.wrong == [f"{SMALL}, {OURS}: its process ended with exit status -11"]
+
+
+def test_a_fault_does_not_cost_the_others(made: Any) -> None:
+    first = [row("concat"), ("wrong", "ours, wrong"), row(OURS, note="lost"), ("faulted", (OURS,))]
+    runner = Scripted(first, [row("concat", p50_ms="1"), row("keys_concat", p50_ms="1")])
+    session = made(runner)
+    case = dataclasses.replace(SMALL, providers=("concat", "keys_concat", OURS))
+    session.run([case], Budget(900, lambda: runner.now))
+    assert runner.asked[1].providers == ("concat", "keys_concat")
+    assert [r["provider"] for r in session.rows] == [OURS, "concat", "keys_concat"]
+    assert session.wrong == ["ours, wrong"]
+
+
+def hang_or_answer(subject: Any, device: Any, dtype: str, tell: Tell) -> None:
+    """What the workers of the tests below call."""
+    if isinstance(subject, CeilingsWanted):
+        os._exit(3)
+    if isinstance(subject, FactsWanted):
+        return tell("facts", facts(gpu=False))
+    tell("said", f"{subject} on {device.name} in {dtype}")
+    if not isinstance(subject, KernelCheck):
+        time.sleep(600)
+    return None
+
+
+def test_a_worker_that_ends_or_hangs_is_replaced() -> None:
+    worker, told = Worker("cpu", "float32", hang_or_answer), []
+
+    def tell(kind: str, value: Any) -> None:
+        told.append(value)
+
+    check = KernelCheck(NormCase(8))
+    try:
+        worker.measure(check, 60, tell)
+        assert told == ["check residual_norm-d8-layer_scale on cpu in float32"]
+        with pytest.raises(Lost, match="stopped after 1 s"):
+            worker.measure(SMALL, 1.0, tell)
+        assert told[1] == f"{SMALL} on cpu in float32"
+        with pytest.raises(Lost, match="ended with exit status 3"):
+            worker.measure(CeilingsWanted(), 60, tell)
+        # A new process, which is stopped before it has even started.
+        with pytest.raises(Lost, match="stopped after 0 s"):
+            worker.measure(check, 0.1, tell)
+    finally:
+        worker.close()
+
+
+def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every job and every program of it, as a driver that no longer answers would have it."""
+    programs: list[str] = []
+
+    def sleep(command: Any, seconds: float, log: Path, environment: Any) -> int | None:
+        programs.append(log.stem)
+        return run_program(["sleep", "600"], seconds, log, environment)
+
+    monkeypatch.setattr(stages, "run_program", sleep)
+    monkeypatch.setattr(stages.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sessions, "guessed_seconds", lambda subject: 0.1)
+    monkeypatch.setattr(sessions, "_LEAST_SECONDS", 0.1)
+    worker = Worker("cpu", "bfloat16", hang_or_answer)
+    session = made(worker)
+    worker.measure(FactsWanted(), 60, lambda kind, value: None)  # its start is not in the minutes
+    start, seconds = time.monotonic(), 8.0
+    try:
+        measure(Run(session, Plan(), "cuda"), ["all"], Budget(seconds))
+    finally:
+        worker.close()
+    assert time.monotonic() - start < seconds + 3
+    # Each stage had its part of the time, and what it lost is said.
+    assert programs == ["warm", "kernel_tests", "memcheck", "warm"]
+    asked = {type(subject).__name__ for subject, _ in session.outcomes}
+    assert {"CeilingsWanted", "ModelCheck", "Case", "ProfileWanted", "TilesWanted"} <= asked
+    assert any("stopped after" in text for text in session.wrong)
+    assert "memcheck: it did not end" in session.skipped
+    assert [r["note"] for r in read(session.record.path) if r["provider"] == OURS]
+
+
+def test_a_program_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys; print('begun'); child = subprocess.Popen(['sleep', '600']); "
+        "print(child.pid); child.wait()"
+    )
+    log = tmp_path / "log"
+    assert run_program([sys.executable, "-c", code], 5.0, log) is None
+    begun, child = log.read_text().split()
+    command = Path(f"/proc/{child}/cmdline")
+    assert begun == "begun" and not (command.exists() and command.read_bytes())
+    assert run_program(["sh", "-c", "echo $NAME; exit 7"], 5.0, log, {"NAME": "value"}) == 7
+    assert log.read_text().endswith("value\n")
+
+
+def test_what_kernel_tests_say(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "[gw1] [  1%] PASSED tests/test_a_kernels.py::test_x[1] \n"
+        "[gw0] [  2%] FAILED tests/test_a_kernels.py::test_x[2] \n"
+        "tests/test_b_kernels.py::test_y PASSED [ 3%]\n"
+        "FAILED tests/test_a_kernels.py::test_x[2] - AssertionError\n"
+        "ERROR tests/test_c_kernels.py::test_z\n"
+    )
+    passed, failed = stages._verdicts(log)
+    assert passed == 2
+    assert failed == ["tests/test_a_kernels.py::test_x[2]", "tests/test_c_kernels.py::test_z"]
+    assert stages._verdicts(tmp_path / "none") == (0, [])
+
+
+def test_shares_of_the_time() -> None:
+    """What a stage leaves is the others'."""
+    given: list[float] = []
+    now = 0.0
+
+    def stage(seconds: float) -> Any:
+        def function(run: Run, budget: Budget) -> None:
+            nonlocal now
+            given.append(budget.left())
+            now += seconds
+
+        return function, 10.0
+
+    parts = {"a": stage(1.0), "b": stage(60.0), "c": stage(1.0)}
+    before = dict(STAGES)
+    try:
+        STAGES.clear()
+        STAGES.update(parts)
+        silent = Record(Path("/tmp"), lambda _: None)
+        silent.line = lambda text: None  # type: ignore[method-assign]
+        run = Run(Session(Scripted(), silent), Plan(), "cpu")  # type: ignore[arg-type]
+        stages.run_stages(run, ["a", "b", "c"], Budget(90, lambda: now))
+    finally:
+        STAGES.clear()
+        STAGES.update(before)
+    assert given == [30, 44.5, 29]
