@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ from vpt_fast.train.evaluate import (
     nothing_decoded,
     progress_bar,
 )
+from vpt_fast.train.frozen_cast import FrozenCast
 from vpt_fast.train.metrics import Epoch, MetricsWriter
 from vpt_fast.train.parallel import gathered, rank, world_size
 from vpt_fast.train.recipe import Recipe
@@ -83,7 +85,9 @@ class _LossWatch:
 
     def look(self) -> int | None:
         """Looks at the losses since the last look; returns the first bad step (from 1) or None."""
-        finite = [bool(value) for value in map(torch.isfinite, self._losses)]
+        if not self._losses:
+            return None
+        finite = torch.isfinite(torch.stack(self._losses)).tolist()  # one wait for all of them
         first = self._step - len(finite) + 1
         self._losses.clear()
         return None if all(finite) else first + finite.index(False)
@@ -108,6 +112,7 @@ class _Run:
         self.device = device_of(model)
         self.parameters = [parameter for _, parameter in trainable_parameters(model)]
         self.step = TrainStep(model, recipe, len(batches), net)
+        self.cast = FrozenCast(model, recipe.autocast_dtype)
         self.result = FitResult()
         self.good = self.best = self.snapshot()
         self.best_score = (-math.inf, -math.inf)
@@ -122,11 +127,13 @@ class _Run:
             parameter.copy_(value)
 
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters)
+        found = [torch.isfinite(parameter).all() for parameter in self.parameters]
+        return bool(torch.stack(found).all())
 
     def save_as(self, name: str) -> None:
         if self.output is not None and self.save is not None and rank() == 0:
-            self.save(self.model, self.output / name)
+            with self.cast.originals():
+                self.save(self.model, self.output / name)
 
     def fail(self, what: str) -> NoReturn:
         self.restore(self.good)
@@ -271,6 +278,7 @@ def fit(
     With `val_batches` the epoch of the highest validation accuracy (then of the lowest loss) is
     kept, without them the last one; the model has the kept weights afterwards. Ctrl-C ends the
     run early and keeps what there is. The same seed, device and thread count give the same bits.
+    Under autocast frozen weights are cast once (`FrozenCast`); `save` sees the original ones.
 
     Args:
         model: A prompted timm model, on the device to train on.
@@ -301,30 +309,41 @@ def fit(
         done = 0 if state is None else run.resume(state)
         bar.update(done * len(batches))
         metrics = MetricsWriter(None if rank() else folder, run.result.epochs)
-        try:
-            for epoch in range(done + 1, recipe.epochs + 1):
-                known = len(run.result.skipped)
-                row = run.run_epoch(epoch, val_batches)
-                metrics.add(row)
-                bar.set_postfix_str(_summary(row), refresh=False)
-                if log is not None:
-                    log(f"epoch {epoch}/{recipe.epochs}  {_summary(row)}")
-                    new = list(run.result.skipped)[known:]
-                    if new:
-                        log(f"skipped {len(new)} images that cannot be decoded: {', '.join(new)}")
-        except KeyboardInterrupt:
-            run.result.interrupted = True
-            if run.is_finite():
-                run.save_as(LAST)
-            else:
-                run.restore(run.good)
-        finally:
-            metrics.close()
+        with closing(metrics), run.cast:
+            _train(run, done, val_batches, metrics, log)
     run.result.kept = run.result.epochs[-1].epoch if run.result.epochs else None
     if run.best_epoch is not None:
         run.restore(run.best)
         run.result.kept = run.best_epoch
     return run.result
+
+
+def _train(
+    run: _Run,
+    done: int,
+    val_batches: DataLoader | None,
+    metrics: MetricsWriter,
+    log: Callable[[str], None] | None,
+) -> None:
+    """All epochs after `done`, or until Ctrl-C."""
+    epochs = run.recipe.epochs
+    try:
+        for epoch in range(done + 1, epochs + 1):
+            known = len(run.result.skipped)
+            row = run.run_epoch(epoch, val_batches)
+            metrics.add(row)
+            run.bar.set_postfix_str(_summary(row), refresh=False)
+            if log is not None:
+                log(f"epoch {epoch}/{epochs}  {_summary(row)}")
+                new = list(run.result.skipped)[known:]
+                if new:
+                    log(f"skipped {len(new)} images that cannot be decoded: {', '.join(new)}")
+    except KeyboardInterrupt:
+        run.result.interrupted = True
+        if run.is_finite():
+            run.save_as(LAST)
+        else:
+            run.restore(run.good)
 
 
 def _summary(row: Epoch) -> str:

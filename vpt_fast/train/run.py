@@ -20,6 +20,7 @@ from vpt_fast.train import backbone as backbones
 from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.checkpoint import FILE as CHECKPOINT
 from vpt_fast.train.evaluate import Evaluation, TrainingError, evaluate
+from vpt_fast.train.frozen_cast import FrozenCast
 from vpt_fast.train.image_loaders import (
     Loading,
     check_loading,
@@ -166,10 +167,11 @@ def tune_on_folder(
         kept = PrefixCache(
             net, first, amp_dtype=recipe.autocast_dtype, folder=output, progress=progress
         )
-        for name, loader in batches.items():
-            images = loader.dataset
-            ordered = folder_loader(images, recipe.batch_size, device, workers)
-            batches[name] = kept.loader(ordered, len(images), loader)
+        with FrozenCast(net, recipe.autocast_dtype):
+            for name, loader in batches.items():
+                images = loader.dataset
+                ordered = folder_loader(images, recipe.batch_size, device, workers)
+                batches[name] = kept.loader(ordered, len(images), loader)
         for item in kept.skipped:
             log(f"skipped an image that cannot be decoded: {item.reason}")
     record = new_record(
@@ -220,7 +222,8 @@ def tune_on_folder(
     test = None
     if "test" in loaders and not result.interrupted:
         amp_dtype = recipe.autocast_dtype
-        test = evaluate(net, loaders["test"], amp_dtype=amp_dtype, progress=progress)
+        with FrozenCast(net, amp_dtype):
+            test = evaluate(net, loaders["test"], amp_dtype=amp_dtype, progress=progress)
         test = replace(test, skipped=(*source.splits["test"].refused, *test.skipped))
         if not rank():
             write_record(output, record.tested(test))

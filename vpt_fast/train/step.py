@@ -52,10 +52,12 @@ class TrainStep:
             Sums over all processes (3,), fp64: of losses, of right answers, of images. None where
             no process has an image, and nothing was done.
         """
-        everyone = len(batch.labels)
-        if world_size() > 1:  # a GPU waits for this
-            everyone = int(summed(torch.tensor(everyone, device=self.device)))
-        if not everyone:
+        everyone: Any = len(batch.labels)
+        if world_size() > 1:
+            everyone = summed(torch.full((), everyone, dtype=torch.float64, device=self.device))
+            if not len(batch.labels):  # whoever has an image need not wait to know of one
+                everyone = int(everyone)
+        if isinstance(everyone, int) and not everyone:
             return None
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad()
@@ -69,7 +71,7 @@ class TrainStep:
                     loss = F.cross_entropy(logits, labels)
                 # The mean over the whole batch; processes are averaged, not added.
                 share = weight * world_size() / everyone
-                self.scaler.scale(loss if share == 1 else loss * share).backward()
+                self.scaler.scale(_times(loss, share)).backward()
             right = (logits.detach().argmax(1) == labels).double().mean()
             sums += weight * torch.stack([loss.detach().double(), right, torch.ones_like(right)])
         self.scaler.step(self.optimizer)
@@ -110,3 +112,10 @@ class TrainStep:
         self.taken = state["taken"]
         for name in ("optimizer", "scheduler", "scaler"):
             getattr(self, name).load_state_dict(state[name])
+
+
+def _times(loss: Tensor, share: float | Tensor) -> Tensor:
+    """The loss times a number, which may be on its device."""
+    if isinstance(share, Tensor):
+        return loss * share.to(loss.dtype)
+    return loss if share == 1 else loss * share
