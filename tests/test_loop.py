@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from vpt_fast import LinearProbe, VPTDeep, load_adapter, prompt_tune, save_adapter
 from vpt_fast.train.data import SkippedImage, make_loader
 from vpt_fast.train.evaluate import TrainingError, evaluate, resolve_device
-from vpt_fast.train.loop import LOOK_EVERY, _LossWatch, fit
+from vpt_fast.train.loop import fit
+from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
 from vpt_fast.train.recipe import Recipe, init_head
 from vpt_fast.train.step import TrainStep
 
@@ -154,7 +155,7 @@ def test_weights_that_are_ruined_by_the_last_step_are_not_saved(tmp_path):
 
 def test_the_watch_names_the_first_bad_step():
     good, bad = torch.tensor(1.0), torch.tensor(math.nan)
-    watch = _LossWatch(3)
+    watch = LossWatch(3)
     assert [watch.add(loss) for loss in (good, good, good, good, bad, bad)] == [None] * 5 + [5]
     assert watch.look() is None
     assert watch.add(bad) is None
@@ -262,7 +263,7 @@ def test_the_loss_watch_waits_for_the_device_once_a_look(monkeypatch):
         monkeypatch.setattr(
             torch.Tensor, name, lambda t, own=own, name=name: asked.append(name) or own(t)
         )
-    watch = _LossWatch(20)
+    watch = LossWatch(20)
     assert [watch.add(torch.tensor(float(step))) for step in range(20)] == [None] * 20
     assert asked == ["tolist"]
     watch.add(torch.tensor(math.nan))

@@ -153,6 +153,15 @@ def train(
         ),
     ] = None,
     memory: Memory = "speed",
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Replay a step's forward, loss and backward as one CUDA graph. By default on a "
+            "GPU with one process; where it cannot be done steps run as without, and a warning "
+            "says why.",
+        ),
+    ] = None,
     prefix_cache: Annotated[
         bool,
         typer.Option(
@@ -217,6 +226,7 @@ def train(
             device=where,
             resume=resume,
             prefix_cache=prefix_cache,
+            cuda_graphs=cuda_graphs,
             log=tqdm.write,
             data_format=data_format,
             image_options=ImageOptions(

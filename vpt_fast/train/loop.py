@@ -33,6 +33,7 @@ from vpt_fast.train.evaluate import (
     progress_bar,
 )
 from vpt_fast.train.frozen_cast import FrozenCast
+from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
 from vpt_fast.train.metrics import Epoch, MetricsWriter
 from vpt_fast.train.parallel import gathered, rank, world_size
 from vpt_fast.train.recipe import Recipe
@@ -42,8 +43,6 @@ SaveAdapter = Callable[[nn.Module, Path], Any]
 
 # The adapters of a run, in its output folder.
 BEST, LAST = "best", "last"
-# Steps between two looks at the loss on a GPU: each waits for the device.
-LOOK_EVERY = 20
 
 
 @dataclass
@@ -69,30 +68,6 @@ class FitResult:
         return rates[len(rates) // 2] if rates else math.nan
 
 
-class _LossWatch:
-    """Finds the first loss that is not finite; looks every `interval` steps (a GPU waits then)."""
-
-    def __init__(self, interval: int) -> None:
-        self._interval = interval
-        self._step = 0
-        self._losses: list[torch.Tensor] = []
-
-    def add(self, loss: torch.Tensor) -> int | None:
-        """Takes a step's loss; returns the first bad step (from 1) if it is known by now."""
-        self._losses.append(loss.detach())
-        self._step += 1
-        return self.look() if len(self._losses) == self._interval else None
-
-    def look(self) -> int | None:
-        """Looks at the losses since the last look; returns the first bad step (from 1) or None."""
-        if not self._losses:
-            return None
-        finite = torch.isfinite(torch.stack(self._losses)).tolist()  # one wait for all of them
-        first = self._step - len(finite) + 1
-        self._losses.clear()
-        return None if all(finite) else first + finite.index(False)
-
-
 class _Run:
     """The state of one call of `fit`."""
 
@@ -105,13 +80,14 @@ class _Run:
         save: SaveAdapter | None,
         bar: tqdm,
         net: nn.Module,
+        cuda_graphs: bool | None,
     ) -> None:
         self.net = net
         self.model, self.batches, self.recipe, self.bar = model, batches, recipe, bar
         self.output, self.save = output, save
         self.device = device_of(model)
         self.parameters = [parameter for _, parameter in trainable_parameters(model)]
-        self.step = TrainStep(model, recipe, len(batches), net)
+        self.step = TrainStep(model, recipe, len(batches), net, cuda_graphs)
         self.cast = FrozenCast(model, recipe.autocast_dtype)
         self.result = FitResult()
         self.good = self.best = self.snapshot()
@@ -148,7 +124,7 @@ class _Run:
     def train_epoch(self, epoch: int) -> tuple[float, float, float]:
         """Trains for one epoch; returns the mean loss, the accuracy in percent and images/s."""
         self.model.train()
-        watch = _LossWatch(1 if self.device.type == "cpu" else LOOK_EVERY)
+        watch = LossWatch(1 if self.device.type == "cpu" else LOOK_EVERY)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         skipped: list[SkippedImage] = []
         start = time.perf_counter()
@@ -272,6 +248,7 @@ def fit(
     log: Callable[[str], None] | None = None,
     resume: bool = False,
     net: nn.Module | None = None,
+    cuda_graphs: bool | None = None,
 ) -> FitResult:
     """Trains what `prompt_tune` left trainable in `model`.
 
@@ -294,9 +271,11 @@ def fit(
         log: Called with one line per epoch, and with the files that could not be decoded.
         resume: Whether to go on from the checkpoint in `output`, if there is one.
         net: What maps the batches' images to logits and holds `model`; `model` itself by default.
+        cuda_graphs: As `TrainStep` takes it.
 
     Raises:
-        ValueError: If the checkpoint is damaged or of another run.
+        ValueError: If the checkpoint is damaged or of another run, or `cuda_graphs` is True with
+            several processes.
         TrainingError: If a loss is not finite (the model gets the weights of the last finished
             epoch back), or if no image could be decoded.
     """
@@ -305,7 +284,8 @@ def fit(
     state = load_checkpoint(folder) if resume and folder is not None else None
     total = recipe.epochs * len(batches)
     with progress_bar(None, description, progress and not rank(), leave=True, total=total) as bar:
-        run = _Run(model, batches, recipe, folder, save, bar, model if net is None else net)
+        net = model if net is None else net
+        run = _Run(model, batches, recipe, folder, save, bar, net, cuda_graphs)
         done = 0 if state is None else run.resume(state)
         bar.update(done * len(batches))
         metrics = MetricsWriter(None if rank() else folder, run.result.epochs)
