@@ -185,6 +185,20 @@ def test_a_scaled_loss_under_autocast():
     assert capture.recorded == 4  # another precision, another recording
 
 
+def test_a_recording_holds_the_casts_that_it_reads():
+    _, graphed, capture = pair()
+    with torch.autocast("cpu", torch.bfloat16):
+        step(graphed)
+    cast = graphed.blocks[0]._reading._cast[1].qkv_weight
+    step(graphed)  # in fp32 the block has no use for it
+    assert cast.dtype == torch.bfloat16 and graphed.blocks[0]._reading._cast is None
+    held = [e._casts for e in graphed.tune_record.graphs._entries.values()]
+    assert held[0][0][0][1].qkv_weight is cast
+    with torch.autocast("cpu", torch.bfloat16):
+        step(graphed)
+    assert (capture.recorded, capture.replayed) == (4, 6)
+
+
 def test_hooks_on_trained_parameters_run_once_a_step():
     eager, graphed, capture = pair()
     calls = []

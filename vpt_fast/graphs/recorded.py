@@ -84,6 +84,7 @@ class Recorded:
             self._input = x.detach().clone(memory_format=torch.contiguous_format)
             work = self._work(function, trained, x.requires_grad, grad)
             self._forward, *self._backward = capture.record(*work)
+        self._casts = watched.casts()
 
     def _work(
         self,

@@ -106,6 +106,14 @@ class Watched:
             or any("forward" in every for every in self._dicts)
         )
 
+    def casts(self) -> list[Any]:
+        """The copies of frozen weights that blocks read now; a recording has to hold them.
+
+        A block drops its copy when it computes in another type for once.
+        """
+        readings = [every["_reading"] for every in self._dicts if every.get("_reading")]
+        return [(reading._cast, reading._views) for reading in readings]
+
     def trained(self) -> list[Trained]:
         """The parameters that require a gradient."""
         places: dict[int, tuple[nn.Parameter, list[tuple[dict[str, Any], str]]]] = {}

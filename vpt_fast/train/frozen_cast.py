@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from vpt_fast.attention_inputs import is_normed
+from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.tuned import blocks_of, is_tuned
 
 
@@ -103,6 +104,6 @@ def _apart(model: Any) -> set[int]:
     rows_read = getattr(model, "_rows_read", None)
     if rows_read is not None and rows_read() is not None:
         last = blocks_of(model)[-1].attn
-        if not is_normed(last):
+        if not (is_normed(last) or uses_kernels(last.qkv.weight)):
             added.add(id(last.qkv))
     return added

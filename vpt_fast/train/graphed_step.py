@@ -120,6 +120,7 @@ class StepGraphs:
             return f"there is no memory to record a batch of {tuple(images.shape)}"
         except RuntimeError as error:
             return f"recording failed ({' '.join(str(error).split())[:200]})"
+        entry.casts = self._watched.casts()
         self._entries[key] = entry
         return entry
 
@@ -146,6 +147,7 @@ class _Recorded:
         share: float,
         gradients: list[Tensor],
     ) -> None:
+        self.casts: list[Any] = []
         self._images, self._labels = images.clone(), labels.clone()
         mine, theirs = self._images, self._labels
         before = [gradient.clone() for gradient in gradients]
