@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from vpt_fast import LinearProbe, VPTDeep, load_adapter, prompt_tune, save_adapter
 from vpt_fast.train.data import SkippedImage, make_loader
 from vpt_fast.train.evaluate import TrainingError, evaluate, resolve_device
-from vpt_fast.train.loop import LOOK_EVERY, _LossWatch, fit
+from vpt_fast.train.loop import fit
+from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
 from vpt_fast.train.recipe import Recipe, init_head
+from vpt_fast.train.step import TrainStep
 
 BROKEN = SkippedImage("broken.png", "broken.png cannot be decoded (cut)")
 
@@ -153,7 +155,7 @@ def test_weights_that_are_ruined_by_the_last_step_are_not_saved(tmp_path):
 
 def test_the_watch_names_the_first_bad_step():
     good, bad = torch.tensor(1.0), torch.tensor(math.nan)
-    watch = _LossWatch(3)
+    watch = LossWatch(3)
     assert [watch.add(loss) for loss in (good, good, good, good, bad, bad)] == [None] * 5 + [5]
     assert watch.look() is None
     assert watch.add(bad) is None
@@ -252,3 +254,35 @@ def test_devices_are_checked_by_name():
     for name in ("gpu", "mps", "meta", ""):
         with pytest.raises(ValueError, match=f"device is '{name}'; choose auto"):
             resolve_device(name)
+
+
+def test_the_loss_watch_waits_for_the_device_once_a_look(monkeypatch):
+    asked = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda t, own=own, name=name: asked.append(name) or own(t)
+        )
+    watch = LossWatch(20)
+    assert [watch.add(torch.tensor(float(step))) for step in range(20)] == [None] * 20
+    assert asked == ["tolist"]
+    watch.add(torch.tensor(math.nan))
+    assert watch.add(torch.tensor(1.0)) is None and asked == ["tolist"]
+    assert watch.look() == 21
+    assert watch.look() is None and len(asked) == 2
+
+
+def test_a_step_asks_the_device_nothing(monkeypatch):
+    model = tuned()
+    step = TrainStep(model.train(), Recipe(batch_size=8, lr=1.0), 3)
+    batches = list(make_loader(pictures(), 8))
+    step(batches[0])  # the optimizer's state is made
+
+    def waits(tensor, *_):
+        raise AssertionError("a GPU would be waited for")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    found = step(batches[1])
+    monkeypatch.undo()
+    assert found[2] == 8

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
-from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -30,6 +29,7 @@ from vpt_fast.ops.absorbed_attention import absorbed_attention
 from vpt_fast.ops.attention import prompt_attention
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.recompute import recomputed
 
 # Query rows up to which keys and values are not worth making. A model's head reads one or two.
 _FEW_QUERIES = 2
@@ -188,7 +188,7 @@ class PromptedBlock(Block):
         elif self.memory == "speed":
             x = self._forward_masked(x, attn_mask)
         else:
-            x = checkpoint(self._forward_masked, x, attn_mask)
+            x = recomputed(self, self._forward_masked, x, attn_mask)
         if live is not None and self.rows.leaving:
             prefix, leaving = self.rows.prefix, self.rows.leaving
             live.rows = x[:, prefix : prefix + leaving]
@@ -255,7 +255,7 @@ class PromptedBlock(Block):
         """Module by module; anything but "speed" keeps the block's input only."""
         if memory == "speed":
             return self._forward(total, first)
-        return checkpoint(lambda x: self._forward(OpenSum(x), first), total.closed())
+        return recomputed(self, lambda x: self._forward(OpenSum(x), first), total.closed())
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x with this block's live rows in it, and the prompts that are keys and values only."""
@@ -360,4 +360,4 @@ def through_block(block: Any, total: OpenSum, memory: str, ahead: Ahead | None =
             return fused_block.run(block, now, NO_PROMPTS, total, memory)
     if memory == getattr(block, "memory", "speed"):
         return OpenSum(block(total.closed()))
-    return OpenSum(checkpoint(block, total.closed()))
+    return OpenSum(recomputed(block, block, total.closed()))

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from vpt_fast.cli_adapters import evaluate_adapter, inspect_adapter
 from vpt_fast.cli_common import (
-    AmpDtype,
     Checkpoint,
     Device,
     Workers,
@@ -50,7 +49,7 @@ from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.evaluate import resolve_device
 from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.parallel import process_group, rank
-from vpt_fast.train.recipe import DEFAULT_LR, Recipe
+from vpt_fast.train.recipe import AMP_DTYPES, AUTO, DEFAULT_LR, Recipe, resolve_amp_dtype
 from vpt_fast.train.recipes import default_optimizer, paper_settings
 from vpt_fast.train.run import tune_on_folder
 from vpt_fast.train.sources import check_format
@@ -135,7 +134,13 @@ def train(
     accumulation: Annotated[
         int, typer.Option(help="Parts that a batch is computed in, for less memory.")
     ] = 1,
-    amp_dtype: AmpDtype = "float32",
+    amp_dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"Type that torch.autocast computes in: {', '.join(AMP_DTYPES)}; what is trained "
+            "stays float32. By default auto, bfloat16 on a GPU that has it."
+        ),
+    ] = AUTO,
     seed: Annotated[
         int, typer.Option(help="Of initial values, order, augmentation and dropout.")
     ] = 42,
@@ -148,6 +153,15 @@ def train(
         ),
     ] = None,
     memory: Memory = "speed",
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Replay a step's forward, loss and backward as one CUDA graph. By default on a "
+            "GPU with one process; where it cannot be done steps run as without, and a warning "
+            "says why.",
+        ),
+    ] = None,
     prefix_cache: Annotated[
         bool,
         typer.Option(
@@ -196,7 +210,7 @@ def train(
                 weight_decay=weight_decay,
                 opt=default_optimizer(tuned) if opt is None else opt,
                 warmup_epochs=warmup_epochs,
-                amp_dtype=amp_dtype,
+                amp_dtype=resolve_amp_dtype(amp_dtype, where),
                 seed=seed,
                 schedule=schedule,
                 accumulation=accumulation,
@@ -212,6 +226,7 @@ def train(
             device=where,
             resume=resume,
             prefix_cache=prefix_cache,
+            cuda_graphs=cuda_graphs,
             log=tqdm.write,
             data_format=data_format,
             image_options=ImageOptions(

@@ -20,6 +20,7 @@ from vpt_fast.blocks import (
     through_block,
 )
 from vpt_fast.experts import FeatureProjector, PromptExperts
+from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.head_rows import rows_read
 from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.look_ahead import Ahead, look_ahead
@@ -53,17 +54,21 @@ class _PromptedModel(Tuned, VisionTransformer):
 
     def _head_of(self, total: OpenSum, first: int, count: int | None) -> Tensor:
         """Logits from what enters block `first`; of the last block `count` rows, None for all."""
-        blocks: Any = list(self.blocks)[first:]
-        if count is None or not blocks:
-            x = self._through(blocks, total).closed()
-        else:
-            # Where the last block is not fused it has no part in what is made for all.
-            apart = 0 if uses_kernels(total.residual) else 1
-            ahead = look_ahead(blocks[: len(blocks) - apart], total.residual, fused)
-            total = self._through(blocks[:-1], total, ahead)
-            last = None if apart else ahead[-1]
-            x = blocks[-1].forward_first(total, count, self._memory(), last)
+        graphs, static = self.tune_record.graphs, (first, count, self._memory())
+        x = replayed(graphs, self, self._rows_from, total.closed(), *static)
         return self.forward_head(self.norm(x))
+
+    def _rows_from(self, x: Tensor, first: int, count: int | None, memory: str) -> Tensor:
+        """What leaves the last block from what enters block `first`: `count` rows, None for all."""
+        total, blocks = OpenSum(x), list(self.blocks)[first:]
+        if count is None or not blocks:
+            return self._through(blocks, total).closed()
+        # Where the last block is not fused it has no part in what is made for all.
+        apart = 0 if uses_kernels(x) else 1
+        ahead = look_ahead(blocks[: len(blocks) - apart], x, fused)
+        total = self._through(blocks[:-1], total, ahead)
+        last: Any = blocks[-1]
+        return last.forward_first(total, count, memory, None if apart else ahead[-1])
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -71,7 +76,9 @@ class _PromptedModel(Tuned, VisionTransformer):
         """As timm's: the final norm of the last block's rows (B, N, D)."""
         if attn_mask is not None or is_causal or has_hooks(self.blocks):
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self.norm(self._through(list(self.blocks), OpenSum(self._embedded(x))).closed())
+        static = (0, None, self._memory())
+        x = replayed(self.tune_record.graphs, self, self._rows_from, self._embedded(x), *static)
+        return self.norm(x)
 
     def _memory(self) -> str:
         return "minimal" if self.grad_checkpointing else self.tune_record.memory

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models._manipulate import checkpoint
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformerBlock,
@@ -31,6 +30,7 @@ from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.window_attention import window_attention
 from vpt_fast.ops.window_attention_rows import Windows, attend_from_prompts, padding_of
+from vpt_fast.recompute import recomputed
 
 
 class LiveRows:
@@ -88,7 +88,7 @@ class PromptedWindowAttention(WindowAttention):
         out = window_attention(qkv, pad, table, keys, windows.window, windows.shift, self.scale)
         if live is not None and rows is not None:
             # The windows' copies of keys and values are made again in backward.
-            read = checkpoint(attend_from_prompts, windows, rows, qkv, pad, self.scale)
+            read = recomputed(self, attend_from_prompts, windows, rows, qkv, pad, self.scale)
             live.rows = self.proj_drop.forward(self.proj.forward(read))
         return self.proj_drop(self.proj(out))
 
@@ -173,7 +173,8 @@ class PromptedSwinBlock(SwinTransformerBlock):
         if memory == "speed":
             x, live.rows = self._forward(total, windows, live.rows)
         else:
-            x, live.rows = checkpoint(
+            x, live.rows = recomputed(
+                self,
                 lambda x, entering: self._forward(OpenSum(x), windows, entering),
                 total.closed(),
                 live.rows,
@@ -316,5 +317,5 @@ def _through_block(
     if memory == block.memory:
         x, live.rows = call(x, live.rows)
     else:
-        x, live.rows = checkpoint(call, x, live.rows)
+        x, live.rows = recomputed(block, call, x, live.rows)
     return OpenSum(x.flatten(1, 2))

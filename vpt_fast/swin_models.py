@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vpt_fast.baseline_layers import new_classifier
 from vpt_fast.blocks import PromptRows
 from vpt_fast.experts import FeatureProjector, PromptExperts
+from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.methods import VAPT
 from vpt_fast.swin_blocks import (
@@ -35,9 +36,14 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """As timm's: the final norm of the last stage's output."""
+        static = tuple(stage.grad_checkpointing for stage in self.layers)
         x = self.patch_embed(x)
+        return self.norm(replayed(self.tune_record.graphs, self, self._through, x, *static))
+
+    def _through(self, x: Tensor, *static: bool) -> Tensor:
+        """What the head pools, from the first stage's input (B, H, W, D)."""
         if not self._has_live_rows():
-            return self.norm(self.layers(x))
+            return self.layers(x)
         if has_hooks(self.layers) or has_own_forward(self.layers):
             raise ValueError(
                 "`layers` is hooked, but prompt rows pass beside what the hook sees; hook its "
@@ -46,7 +52,7 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         live = LiveRows()
         for stage in self.layers:
             x = stage(x, live=live)
-        return self.norm(self._with_rows(x, live))
+        return self._with_rows(x, live)
 
     def _has_live_rows(self) -> bool:
         return any(block.rows.entering or block.rows.leaving for block in blocks_of(self))

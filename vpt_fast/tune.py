@@ -13,6 +13,7 @@ from vpt_fast.baseline_layers import BottleneckAdapter, new_classifier, new_hidd
 from vpt_fast.baselines import AdapterTuning, Baseline, MLPHead
 from vpt_fast.checks import check_model
 from vpt_fast.fold import unfold_backbone
+from vpt_fast.graphs.block_graphs import BlockGraphs
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.prompts import PromptTokens, init_bound, new_projection, new_tokens
@@ -58,7 +59,9 @@ def _in_place(model: Any, method: Method) -> dict[str, Tensor]:
     return tensors
 
 
-def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
+def prompt_tune(
+    model: Model, method: Method, memory: str = "speed", cuda_graphs: bool = False
+) -> Model:
     """Freeze a timm vision transformer and give it the prompts of `method`, in place.
 
     The backbone's parameters stop requiring gradients and its modules stay in eval mode under
@@ -94,6 +97,9 @@ def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
             `vpt_fast.ops.memory_modes`). Blocks that cannot be fused (qk-norm, SwiGLU, hooks
             inside, weights that are trained ...) keep 1 in every mode but "speed". What a
             bottleneck adapter keeps comes on top.
+        cuda_graphs: whether the blocks, forward and backward, are recorded as CUDA graphs when they
+            first run with a shape and a mode, and replayed afterwards. Where that cannot be done
+            they run as without, and a warning says why, once. On the CPU nothing changes.
 
     Returns:
         `model` itself.
@@ -114,6 +120,7 @@ def prompt_tune(model: Model, method: Method, memory: str = "speed") -> Model:
         requires_grad={name: p.requires_grad for name, p in tuned.named_parameters()},
         training={name: module.training for name, module in tuned.named_modules()},
         originals={name: host_copy(tensor) for name, tensor in in_place.items()},
+        graphs=BlockGraphs() if cuda_graphs else None,
     )
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(name in in_place)

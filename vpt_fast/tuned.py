@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vpt_fast.baseline_layers import BottleneckAdapter
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fold import FoldRecord, unfold_before_loading
+from vpt_fast.graphs.block_graphs import BlockGraphs
 from vpt_fast.methods import Method
 from vpt_fast.prompts import PromptTokens
 
@@ -31,6 +32,7 @@ class TuneRecord:
         originals: copies of the weights that are trained in place, from before, by name, in host
             memory; the classifier's at least.
         fold: what `fold_backbone` did, or None.
+        graphs: CUDA graphs of the blocks; None if they are not asked for. Copies have none yet.
     """
 
     method: Method
@@ -39,6 +41,7 @@ class TuneRecord:
     training: dict[str, bool]
     originals: dict[str, Tensor]
     fold: FoldRecord | None = None
+    graphs: BlockGraphs | None = None
 
 
 class Tuned(nn.Module):

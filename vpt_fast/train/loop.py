@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,8 @@ from vpt_fast.train.evaluate import (
     nothing_decoded,
     progress_bar,
 )
+from vpt_fast.train.frozen_cast import FrozenCast
+from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
 from vpt_fast.train.metrics import Epoch, MetricsWriter
 from vpt_fast.train.parallel import gathered, rank, world_size
 from vpt_fast.train.recipe import Recipe
@@ -40,8 +43,6 @@ SaveAdapter = Callable[[nn.Module, Path], Any]
 
 # The adapters of a run, in its output folder.
 BEST, LAST = "best", "last"
-# Steps between two looks at the loss on a GPU: each waits for the device.
-LOOK_EVERY = 20
 
 
 @dataclass
@@ -67,28 +68,6 @@ class FitResult:
         return rates[len(rates) // 2] if rates else math.nan
 
 
-class _LossWatch:
-    """Finds the first loss that is not finite; looks every `interval` steps (a GPU waits then)."""
-
-    def __init__(self, interval: int) -> None:
-        self._interval = interval
-        self._step = 0
-        self._losses: list[torch.Tensor] = []
-
-    def add(self, loss: torch.Tensor) -> int | None:
-        """Takes a step's loss; returns the first bad step (from 1) if it is known by now."""
-        self._losses.append(loss.detach())
-        self._step += 1
-        return self.look() if len(self._losses) == self._interval else None
-
-    def look(self) -> int | None:
-        """Looks at the losses since the last look; returns the first bad step (from 1) or None."""
-        finite = [bool(value) for value in map(torch.isfinite, self._losses)]
-        first = self._step - len(finite) + 1
-        self._losses.clear()
-        return None if all(finite) else first + finite.index(False)
-
-
 class _Run:
     """The state of one call of `fit`."""
 
@@ -101,13 +80,15 @@ class _Run:
         save: SaveAdapter | None,
         bar: tqdm,
         net: nn.Module,
+        cuda_graphs: bool | None,
     ) -> None:
         self.net = net
         self.model, self.batches, self.recipe, self.bar = model, batches, recipe, bar
         self.output, self.save = output, save
         self.device = device_of(model)
         self.parameters = [parameter for _, parameter in trainable_parameters(model)]
-        self.step = TrainStep(model, recipe, len(batches), net)
+        self.step = TrainStep(model, recipe, len(batches), net, cuda_graphs)
+        self.cast = FrozenCast(model, recipe.autocast_dtype)
         self.result = FitResult()
         self.good = self.best = self.snapshot()
         self.best_score = (-math.inf, -math.inf)
@@ -122,11 +103,13 @@ class _Run:
             parameter.copy_(value)
 
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters)
+        found = [torch.isfinite(parameter).all() for parameter in self.parameters]
+        return bool(torch.stack(found).all())
 
     def save_as(self, name: str) -> None:
         if self.output is not None and self.save is not None and rank() == 0:
-            self.save(self.model, self.output / name)
+            with self.cast.originals():
+                self.save(self.model, self.output / name)
 
     def fail(self, what: str) -> NoReturn:
         self.restore(self.good)
@@ -141,7 +124,7 @@ class _Run:
     def train_epoch(self, epoch: int) -> tuple[float, float, float]:
         """Trains for one epoch; returns the mean loss, the accuracy in percent and images/s."""
         self.model.train()
-        watch = _LossWatch(1 if self.device.type == "cpu" else LOOK_EVERY)
+        watch = LossWatch(1 if self.device.type == "cpu" else LOOK_EVERY)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         skipped: list[SkippedImage] = []
         start = time.perf_counter()
@@ -265,12 +248,14 @@ def fit(
     log: Callable[[str], None] | None = None,
     resume: bool = False,
     net: nn.Module | None = None,
+    cuda_graphs: bool | None = None,
 ) -> FitResult:
     """Trains what `prompt_tune` left trainable in `model`.
 
     With `val_batches` the epoch of the highest validation accuracy (then of the lowest loss) is
     kept, without them the last one; the model has the kept weights afterwards. Ctrl-C ends the
     run early and keeps what there is. The same seed, device and thread count give the same bits.
+    Under autocast frozen weights are cast once (`FrozenCast`); `save` sees the original ones.
 
     Args:
         model: A prompted timm model, on the device to train on.
@@ -286,9 +271,11 @@ def fit(
         log: Called with one line per epoch, and with the files that could not be decoded.
         resume: Whether to go on from the checkpoint in `output`, if there is one.
         net: What maps the batches' images to logits and holds `model`; `model` itself by default.
+        cuda_graphs: As `TrainStep` takes it.
 
     Raises:
-        ValueError: If the checkpoint is damaged or of another run.
+        ValueError: If the checkpoint is damaged or of another run, or `cuda_graphs` is True with
+            several processes.
         TrainingError: If a loss is not finite (the model gets the weights of the last finished
             epoch back), or if no image could be decoded.
     """
@@ -297,34 +284,46 @@ def fit(
     state = load_checkpoint(folder) if resume and folder is not None else None
     total = recipe.epochs * len(batches)
     with progress_bar(None, description, progress and not rank(), leave=True, total=total) as bar:
-        run = _Run(model, batches, recipe, folder, save, bar, model if net is None else net)
+        net = model if net is None else net
+        run = _Run(model, batches, recipe, folder, save, bar, net, cuda_graphs)
         done = 0 if state is None else run.resume(state)
         bar.update(done * len(batches))
         metrics = MetricsWriter(None if rank() else folder, run.result.epochs)
-        try:
-            for epoch in range(done + 1, recipe.epochs + 1):
-                known = len(run.result.skipped)
-                row = run.run_epoch(epoch, val_batches)
-                metrics.add(row)
-                bar.set_postfix_str(_summary(row), refresh=False)
-                if log is not None:
-                    log(f"epoch {epoch}/{recipe.epochs}  {_summary(row)}")
-                    new = list(run.result.skipped)[known:]
-                    if new:
-                        log(f"skipped {len(new)} images that cannot be decoded: {', '.join(new)}")
-        except KeyboardInterrupt:
-            run.result.interrupted = True
-            if run.is_finite():
-                run.save_as(LAST)
-            else:
-                run.restore(run.good)
-        finally:
-            metrics.close()
+        with closing(metrics), run.cast:
+            _train(run, done, val_batches, metrics, log)
     run.result.kept = run.result.epochs[-1].epoch if run.result.epochs else None
     if run.best_epoch is not None:
         run.restore(run.best)
         run.result.kept = run.best_epoch
     return run.result
+
+
+def _train(
+    run: _Run,
+    done: int,
+    val_batches: DataLoader | None,
+    metrics: MetricsWriter,
+    log: Callable[[str], None] | None,
+) -> None:
+    """All epochs after `done`, or until Ctrl-C."""
+    epochs = run.recipe.epochs
+    try:
+        for epoch in range(done + 1, epochs + 1):
+            known = len(run.result.skipped)
+            row = run.run_epoch(epoch, val_batches)
+            metrics.add(row)
+            run.bar.set_postfix_str(_summary(row), refresh=False)
+            if log is not None:
+                log(f"epoch {epoch}/{epochs}  {_summary(row)}")
+                new = list(run.result.skipped)[known:]
+                if new:
+                    log(f"skipped {len(new)} images that cannot be decoded: {', '.join(new)}")
+    except KeyboardInterrupt:
+        run.result.interrupted = True
+        if run.is_finite():
+            run.save_as(LAST)
+        else:
+            run.restore(run.good)
 
 
 def _summary(row: Epoch) -> str:

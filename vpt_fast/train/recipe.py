@@ -21,6 +21,7 @@ AMP_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+AUTO = "auto"
 SCHEDULES = ("epoch", "step")
 # The bias of the papers' head, -log((1 - 0.01) / 0.01) rounded.
 HEAD_BIAS = -4.595
@@ -108,6 +109,20 @@ class Recipe:
     def autocast_dtype(self) -> torch.dtype:
         """The torch dtype that `amp_dtype` names."""
         return AMP_DTYPES[self.amp_dtype]
+
+
+def resolve_amp_dtype(name: str, device: torch.device) -> str:
+    """Returns one of `AMP_DTYPES`; of "auto" bfloat16 on a GPU that has it, else float32.
+
+    Args:
+        name: As `Recipe.amp_dtype`, or "auto".
+        device: Where the model is trained.
+    """
+    if name != AUTO:
+        return name
+    emulated: Any = {"including_emulation": False}
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(**emulated)
+    return "bfloat16" if has_it else "float32"
 
 
 def head_layers(model: nn.Module) -> list[nn.Linear]:

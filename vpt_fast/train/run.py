@@ -20,6 +20,8 @@ from vpt_fast.train import backbone as backbones
 from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.checkpoint import FILE as CHECKPOINT
 from vpt_fast.train.evaluate import Evaluation, TrainingError, evaluate
+from vpt_fast.train.frozen_cast import FrozenCast
+from vpt_fast.train.graphed_step import check_cuda_graphs
 from vpt_fast.train.image_loaders import (
     Loading,
     check_loading,
@@ -73,6 +75,7 @@ def tune_on_folder(
     image_options: ImageOptions | None = None,
     cache: str = "auto",
     prefix_cache: bool = True,
+    cuda_graphs: bool | None = None,
 ) -> RunResult:
     """Tunes a pretrained timm model on a data set on disk.
 
@@ -102,6 +105,8 @@ def tune_on_folder(
         cache: One of `image_loaders.CACHES`. Test images are read once, and are never kept.
         prefix_cache: Whether what enters the first block that is trained or has prompts is computed
             once for each image, where that is not block 0 and images are not augmented.
+        cuda_graphs: Whether forward, loss and backward are replayed as a CUDA graph; None for a
+            GPU and one process. On the CPU they are not.
 
     Raises:
         FileExistsError: If `output` is there and not empty, and `resume` is off.
@@ -113,6 +118,7 @@ def tune_on_folder(
     augmentation = augmentation or Augmentation()
     options = image_options or ImageOptions()
     check_memory_mode(memory)
+    check_cuda_graphs(cuda_graphs)
     check_loading(workers, cache)
     if rank():
         log = _nothing
@@ -166,10 +172,11 @@ def tune_on_folder(
         kept = PrefixCache(
             net, first, amp_dtype=recipe.autocast_dtype, folder=output, progress=progress
         )
-        for name, loader in batches.items():
-            images = loader.dataset
-            ordered = folder_loader(images, recipe.batch_size, device, workers)
-            batches[name] = kept.loader(ordered, len(images), loader)
+        with FrozenCast(net, recipe.autocast_dtype):
+            for name, loader in batches.items():
+                images = loader.dataset
+                ordered = folder_loader(images, recipe.batch_size, device, workers)
+                batches[name] = kept.loader(ordered, len(images), loader)
         for item in kept.skipped:
             log(f"skipped an image that cannot be decoded: {item.reason}")
     record = new_record(
@@ -185,6 +192,7 @@ def tune_on_folder(
             "memory": memory,
             "cache": cache,
             "prefix_cache": prefix_cache,
+            "cuda_graphs": cuda_graphs,
             "workers": workers,
             "device": str(device),
             "processes": world_size(),
@@ -206,6 +214,7 @@ def tune_on_folder(
                 description=method.name,
                 log=log,
                 resume=resume,
+                cuda_graphs=cuda_graphs,
             )
     except TrainingError:
         if not (output / LAST).is_dir() and not rank():
@@ -220,7 +229,8 @@ def tune_on_folder(
     test = None
     if "test" in loaders and not result.interrupted:
         amp_dtype = recipe.autocast_dtype
-        test = evaluate(net, loaders["test"], amp_dtype=amp_dtype, progress=progress)
+        with FrozenCast(net, amp_dtype):
+            test = evaluate(net, loaders["test"], amp_dtype=amp_dtype, progress=progress)
         test = replace(test, skipped=(*source.splits["test"].refused, *test.skipped))
         if not rank():
             write_record(output, record.tested(test))

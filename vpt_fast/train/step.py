@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vpt_fast.train.data import Batch
 from vpt_fast.train.evaluate import autocast, device_of
+from vpt_fast.train.graphed_step import StepGraphs, check_cuda_graphs
 from vpt_fast.train.parallel import distributed, summed, world_size
 from vpt_fast.train.recipe import Recipe, make_optimizer, make_scheduler
 
@@ -24,11 +25,22 @@ class TrainStep:
         recipe: Optimizer, schedule, precision and number of parts.
         steps: Batches of an epoch.
         net: From what batches hold to logits; the model by default.
+        cuda_graphs: Whether forward, loss and backward are replayed as a CUDA graph; None for a
+            GPU and one process. On the CPU they are not.
+
+    Raises:
+        ValueError: If `cuda_graphs` is True with several processes.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, steps: int, net: nn.Module | None = None
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        steps: int,
+        net: nn.Module | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
+        check_cuda_graphs(cuda_graphs)
         self.model, self.recipe = model, recipe
         self.net = distributed(model if net is None else net)
         self.device = device_of(model)
@@ -36,6 +48,8 @@ class TrainStep:
         self.scheduler = make_scheduler(self.optimizer, recipe, steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp_dtype == "float16")
         self.taken = 0
+        graphed = cuda_graphs is not False and world_size() == 1 and self.device.type == "cuda"
+        self.graphs = StepGraphs(self.net) if graphed else None
 
     @property
     def lr(self) -> float:
@@ -52,32 +66,42 @@ class TrainStep:
             Sums over all processes (3,), fp64: of losses, of right answers, of images. None where
             no process has an image, and nothing was done.
         """
-        everyone = len(batch.labels)
-        if world_size() > 1:  # a GPU waits for this
-            everyone = int(summed(torch.tensor(everyone, device=self.device)))
-        if not everyone:
+        everyone: Any = len(batch.labels)
+        if world_size() > 1:
+            everyone = summed(torch.full((), everyone, dtype=torch.float64, device=self.device))
+            if not len(batch.labels):  # whoever has an image need not wait to know of one
+                everyone = int(everyone)
+        if isinstance(everyone, int) and not everyone:
             return None
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.optimizer.zero_grad()
+        # Recorded steps add to gradients that stay where they are.
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
         parts = self._parts(batch)
         for number, (images, labels, weight) in enumerate(parts, 1):
             with ExitStack() as stack:
                 if number < len(parts) and isinstance(self.net, DistributedDataParallel):
                     stack.enter_context(self.net.no_sync())
-                with autocast(self.device, self.recipe.autocast_dtype):
-                    logits = self.net(images)
-                    loss = F.cross_entropy(logits, labels)
                 # The mean over the whole batch; processes are averaged, not added.
                 share = weight * world_size() / everyone
-                self.scaler.scale(loss if share == 1 else loss * share).backward()
-            right = (logits.detach().argmax(1) == labels).double().mean()
-            sums += weight * torch.stack([loss.detach().double(), right, torch.ones_like(right)])
+                if self.graphs is None:
+                    sums += self._part(images, labels, weight, share)
+                else:
+                    sums += self.graphs.run(self._part, images, labels, weight, share)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.taken += 1
         if self.recipe.schedule == "step":
             self.scheduler.step_update(self.taken)
         return summed(sums)
+
+    def _part(self, images: Tensor, labels: Tensor, weight: int, share: float | Tensor) -> Tensor:
+        """Adds the gradients of some images; returns the sums (3,) of `weight` of them."""
+        with autocast(self.device, self.recipe.autocast_dtype):
+            logits = self.net(images)
+            loss = F.cross_entropy(logits, labels)
+        self.scaler.scale(_times(loss, share)).backward()
+        right = (logits.detach().argmax(1) == labels).double().mean()
+        return weight * torch.stack([loss.detach().double(), right, torch.ones_like(right)])
 
     def _parts(self, batch: Batch) -> list[tuple[Tensor, Tensor, int]]:
         """Images, labels and number of images of each part of a batch, on the device."""
@@ -110,3 +134,10 @@ class TrainStep:
         self.taken = state["taken"]
         for name in ("optimizer", "scheduler", "scaler"):
             getattr(self, name).load_state_dict(state[name])
+
+
+def _times(loss: Tensor, share: float | Tensor) -> Tensor:
+    """The loss times a number, which may be on its device."""
+    if isinstance(share, Tensor):
+        return loss * share.to(loss.dtype)
+    return loss if share == 1 else loss * share

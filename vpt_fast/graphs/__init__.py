@@ -1,0 +1,1 @@
+"""Work that is recorded once and replayed: CUDA graphs of a model's blocks, or of a whole step."""

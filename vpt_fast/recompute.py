@@ -1,0 +1,67 @@
+"""Activation checkpointing that leaves the random generator alone where nothing is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.layers import DropPath
+from timm.models._manipulate import checkpoint
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from vpt_fast.baseline_layers import BottleneckAdapter
+from vpt_fast.experts import FeatureProjector, PromptExperts
+from vpt_fast.graphs.capture import CannotRecord, is_recording
+from vpt_fast.prompts import PromptTokens
+
+# Modules that draw nothing in training either; their children are looked at apart.
+_QUIET = (
+    nn.Identity,
+    nn.Linear,
+    nn.LayerNorm,
+    nn.Conv2d,
+    nn.GELU,
+    nn.Sequential,
+    BottleneckAdapter,
+)
+
+
+def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, of which only the arguments are kept for backward.
+
+    The generator's state is kept too where the function draws, and nowhere else: it cannot be read
+    while a CUDA graph is recorded.
+
+    Args:
+        module: All that the function runs is below it.
+        function: What is computed, and computed again in backward.
+        args: What it is given.
+
+    Raises:
+        CannotRecord: A CUDA graph is being recorded, and something draws.
+    """
+    draws = any(_draws(part) for part in module.modules())
+    if draws and is_recording():
+        raise CannotRecord(
+            "dropout is drawn in a block that is computed again in backward, which a recording "
+            "cannot repeat; use memory='speed', or no dropout"
+        )
+    return checkpoint(function, *args, preserve_rng_state=draws)
+
+
+def _draws(module: Any) -> bool:
+    """Whether a module draws random numbers; one that is not known does in training."""
+    if isinstance(module, PromptExperts):
+        projector = module._owner[0].prompt_projector
+        drops = module.training and module.channel_dropout
+        return bool(drops or (projector.training and projector.dropout))
+    if not module.training or isinstance(module, _QUIET):
+        return False
+    if isinstance(module, _DropoutNd):
+        return bool(module.p)
+    if isinstance(module, DropPath):
+        return bool(module.drop_prob)
+    if isinstance(module, PromptTokens | FeatureProjector):
+        return bool(module.dropout)
+    return True
