@@ -16,7 +16,7 @@ from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 
 from bench.heads_report import HeadsProblem, heads_launch
-from bench.offline import specialise, gpu_target, variant
+from bench.offline import gpu_target, specialise, variant
 from bench.problems import ragged_launch
 from bench.row_problems import RowProblem, row_launch
 
