@@ -28,8 +28,8 @@ Tensors = Sequence[Tensor | None]
 
 _runtime = triton.knobs.runtime
 _enter, _exit = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-# The lists that Triton's own chains of hooks add to; a profiler may be in them.
-_hooks = [getattr(hook, "calls", ()) for hook in (_enter, _exit)]
+# The lists that Triton's own chains of hooks add to; a profiler may be in them, or instead of one.
+_hooks = [() if hook is None else getattr(hook, "calls", (hook,)) for hook in (_enter, _exit)]
 
 
 def _is_hooked() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from itertools import repeat
-from operator import attrgetter, contains
+from operator import attrgetter, contains, itemgetter
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.modules import module as nn_module
 
 from vpt_fast.ops.block_body import BlockConfig, BlockWeights, contiguous
 from vpt_fast.ops.operators import Sites
+from vpt_fast.ops.tracing import PLAIN
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -39,6 +40,7 @@ Slot = tuple[dict[str, Any], str]
 
 _address, _dtype = Tensor.data_ptr, attrgetter("dtype")
 _requires_grad = attrgetter("requires_grad")
+_hooks_of = itemgetter(*_HOOKS)
 
 
 def weight_slots(block: Any) -> list[Slot]:
@@ -79,11 +81,10 @@ class BlockReading:
         self._modules = [*parts.values(), *attn._modules.values(), *mlp._modules.values()]
         self._types = list(map(type, self._modules))
         inside = [m for part in parts.values() for m in _with_descendants(part)]
-        self._hooks = (*_GLOBAL_HOOKS, *(getattr(m, name) for m in inside for name in _HOOKS))
         self._attributes = [m.__dict__ for m in inside]
         self._droppers = [d for d in self._attributes if "p" in d or "drop_prob" in d]
-        self._block = block.__dict__
-        self._folded = self._block.get("folded")
+        self._folded = block.__dict__.get("folded")
+        self._passed = [parts[name]._parameters for name in self._folded or ()]
         names = {"num_heads": attn, "scale": attn}
         self._scalars = [(module.__dict__, name) for name, module in names.items()]
         self._scalars += [(parts[name].__dict__, "eps") for name in ("norm1", "norm2")]
@@ -94,7 +95,7 @@ class BlockReading:
         self._slots = weight_slots(block)
         self._addresses: list[int] = []
         self._dtypes: list[torch.dtype] = []
-        self._contiguous = True
+        self._contiguous = self._plain = True
         self._cast: tuple[Any, BlockWeights] | None = None
         self._views: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None]] | None = None
         self.weights_layout: Hashable = None
@@ -108,23 +109,31 @@ class BlockReading:
         """Pickled blocks are read anew."""
         return type(None), ()
 
-    def weights(self) -> BlockWeights | None:
-        """The block's weights; None if it has to be read anew, or one of them is trained."""
-        block, attn, mlp = self._containers
-        modules = [*block.values(), *attn.values(), *mlp.values()]
+    def weights(self, block: Any) -> BlockWeights | None:
+        """The block's weights; None if it has to be read anew, or one of them is trained.
+
+        Args:
+            block: the one that was read, which a reading does not hold: it is held by it.
+        """
+        parts, attn, mlp = self._containers
+        modules = [*parts.values(), *attn.values(), *mlp.values()]
         act, approximate = self._approximate
         if (
             modules != self._modules
             or [*map(type, modules)] != self._types
-            or any(self._hooks)
+            or any(_GLOBAL_HOOKS)
+            or any(map(any, map(_hooks_of, self._attributes)))
             or True in map(contains, self._attributes, repeat("forward"))
             or [place[name] for place, name in self._scalars] != self._known_scalars
-            or self._block.get("folded") is not self._folded
+            or block.__dict__.get("folded") is not self._folded
             or act.get("approximate") != approximate
         ):
             return None
         for d in self._droppers:
             if d["training"] and (d.get("p") or d.get("drop_prob")):
+                return None
+        for passed in self._passed:
+            if any(w is not None and w.requires_grad for w in passed.values()):
                 return None
         found = [place.get(name) for place, name in self._slots]
         there = [w for w in found if w is not None]
@@ -132,17 +141,22 @@ class BlockReading:
             return None
         addresses, dtypes = [*map(_address, there)], [*map(_dtype, there)]
         if addresses != self._addresses or dtypes != self._dtypes:
-            self._look_at(there)
+            self._look_at(found)
             self._addresses, self._dtypes = addresses, dtypes
+        if not self._plain:
+            return None
         if not self._contiguous:
             found = [contiguous(w) for w in found]
         return BlockWeights._make(found)
 
-    def _look_at(self, weights: list[Tensor]) -> None:
-        """Layouts of weights that are not those of the last time."""
+    def _look_at(self, weights: list[Tensor | None]) -> None:
+        """Types and layouts of weights that are not those of the last time."""
         self._views = None  # the parameters may have got other memory
-        self._contiguous = all(w.is_contiguous() for w in weights)
-        layout = tuple((w.shape, w.dtype) for w in weights)
+        there = [w for w in weights if w is not None]
+        self._plain = all(type(w) in PLAIN for w in there)
+        self._contiguous = all(w.is_contiguous() for w in there)
+        # With its gaps: they decide which pointers a launch has.
+        layout = tuple(None if w is None else (w.shape, w.dtype) for w in weights)
         if layout != self.weights_layout:
             self.weights_layout = layout
             self.layouts.clear()
@@ -151,29 +165,32 @@ class BlockReading:
         """With the matrices in `dtype`: the weights themselves, or one copy that is kept.
 
         The copy is of these weights as they are: it is made again when one has been replaced or
-        changed in place.
+        changed in place. Of weights whose changes nothing tells of none is kept.
         """
-        matrices = weights[2:6] + weights[9:13]
-        if False not in [w is None or w.dtype == dtype for w in matrices]:
+        matrices = [w for w in weights[2:6] + weights[9:13] if w is not None]
+        if False not in [w.dtype == dtype for w in matrices]:
             self._cast = None
             return weights
-        versions = [w._version for w in matrices if w is not None and not w.is_inference()]
-        made_of = (dtype, self._addresses, versions)
-        if self._cast is None or self._cast[0] != made_of:
+        if not self._contiguous or True in map(Tensor.is_inference, matrices):
+            return weights.to(dtype)  # versions are those of copies, or there are none
+        made_of = (dtype, self._addresses, [w._version for w in matrices])
+        cast = self._cast  # once: another thread may put another one in its place
+        if cast is None or cast[0] != made_of:
             # Whatever mode is on now, the copy serves training later.
             with torch.inference_mode(False), torch.no_grad():
-                self._cast = made_of, weights.to(dtype)
-        return self._cast[1]
+                cast = made_of, weights.to(dtype)
+            self._cast = cast
+        return cast[1]
 
     def keys_and_values(self, weights: BlockWeights) -> tuple[Tensor, Tensor | None]:
         """Of the qkv projection, weight (2 A, D) and bias (2 A,): views of `in_dtype`'s result."""
-        weight, bias = weights.qkv_weight, weights.qkv_bias
-        if self._views is None or self._views[0] is not weight or self._views[1] is not bias:
+        weight, bias, known = weights.qkv_weight, weights.qkv_bias, self._views
+        if known is None or known[0] is not weight or known[1] is not bias:
             width = weight.shape[0] // 3
             with torch.inference_mode(False), torch.no_grad():
                 views = weight[width:], None if bias is None else bias[width:]
-            self._views = weight, bias, views
-        return self._views[2]
+            self._views = known = weight, bias, views
+        return known[2]
 
     def remember(self, key: Hashable, value: tuple[BlockConfig, Sites]) -> None:
         """Put something into `layouts`, of which there are not more than a few."""

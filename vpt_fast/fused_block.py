@@ -26,7 +26,7 @@ from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.block_function import run_block
 from vpt_fast.ops.operators import OPERATOR_SITES, Sites, sites_for
 from vpt_fast.ops.prompt_source import PromptSource
-from vpt_fast.ops.tracing import PLAIN, is_traced
+from vpt_fast.ops.tracing import is_traced
 from vpt_fast.ops.window_attention_rows import Windows
 
 Prompts = tuple[PromptSource | None, tuple[Tensor | None, ...]]
@@ -156,14 +156,16 @@ def fused(block: Any, x: Tensor) -> Fused | None:
     if is_traced(x):
         return Fused(block_weights(block), None) if can_fuse(block) else None
     reading = block.__dict__.get("_reading")
-    weights = None if reading is None else reading.weights()
+    weights = None if reading is None else reading.weights(block)
     if weights is None:
+        # Copies that the old one holds are of no use, fused or not.
+        block.__dict__.pop("_reading", None)
         if not can_fuse(block):
             return None
         kind = activation_kind(block._modules["mlp"]._modules["act"])
         reading = BlockReading(block, kind or "")
-        weights = reading.weights()
-        if weights is None or any(type(w) not in PLAIN for w in weights if w is not None):
+        weights = reading.weights(block)
+        if weights is None:
             return None
         block.__dict__["_reading"] = reading
     return Fused(weights, reading)

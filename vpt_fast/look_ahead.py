@@ -73,16 +73,24 @@ def look_ahead(
 def _keys_of(now: list[Fused], prompts: list[Any], x: Tensor) -> tuple[Tensor, ...]:
     """Keys and values of the blocks' static prompts; none where making them together has no use.
 
-    That is for one block, and for blocks that differ in heads or in norm1's epsilon.
+    That is for one block, and for blocks whose attention, norm1 or prompts have different forms.
     """
     read: list[tuple[BlockReading, BlockWeights]] = [
         (found.reading, found.weights) for found in now if found.reading is not None
     ]
     if len(read) < 2:
         return ()
-    heads, _, eps, *_ = read[0][0].scalars
-    if {(reading.scalars[0], reading.scalars[2]) for reading, _ in read} != {(heads, eps)}:
+    tokens = [prompt.undropped() for prompt in prompts]
+    forms = {
+        (
+            reading.scalars[0], reading.scalars[2], w.qkv_weight.shape,
+            w.norm1_weight is None, w.norm1_bias is None, rows.shape, rows.dtype, rows.device,
+        )
+        for (reading, w), rows in zip(read, tokens, strict=True)
+    }  # fmt: skip
+    if len(forms) > 1:
         return ()
+    heads, _, eps, *_ = read[0][0].scalars
     dtype = computing_dtype(x)
     weights = [reading.in_dtype(given, dtype) for reading, given in read]
     views = [r.keys_and_values(w) for (r, _), w in zip(read, weights, strict=True)]
@@ -94,4 +102,4 @@ def _keys_of(now: list[Fused], prompts: list[Any], x: Tensor) -> tuple[Tensor, .
         eps,
         heads,
     )
-    return prompt_keys(constants, dtype, [prompt.undropped() for prompt in prompts])
+    return prompt_keys(constants, dtype, tokens)

@@ -73,6 +73,13 @@ class Tuned(nn.Module):
         """What torch.jit.script calls first."""
         raise ValueError("a tuned model cannot be scripted; call remove_prompts(model) first")
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """What nn.DataParallel calls first on several GPUs."""
+        raise ValueError(
+            "a tuned model cannot be replicated by nn.DataParallel; use DistributedDataParallel, "
+            "which is faster"
+        )
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As timm's; of folded weights the originals."""
         state = super().state_dict(*args, **kwargs)

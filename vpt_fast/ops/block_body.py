@@ -289,10 +289,12 @@ class BlockSteps:
             needs_tokens: whether backward computes the gradient of the block's input.
         """
         memory = self.config.memory
+        if not needs_tokens and not kept.entry.mixed:
+            kept = kept._replace(entry=kept.entry._replace(statistics=None))
         if memory in ("lean", "minimal"):
             kept = kept._replace(tokens=())
         elif not needs_tokens and not kept.entry.mixed:
-            kept = kept._replace(entry=kept.entry._replace(x=None, statistics=None))
+            kept = kept._replace(entry=kept.entry._replace(x=None))
         if memory == "minimal":
             kept = kept._replace(out=None, lse=None, middle=None, statistics=None)
         if memory != "speed":

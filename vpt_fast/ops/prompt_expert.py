@@ -169,8 +169,14 @@ def features_operator_backward(
     grads = _implementation(mixed).features_backward(
         inputs, residual, norm_weight, mean, rstd, grad
     )
-    # An operator's results may not share memory.
-    return [grads[0], *(g.clone(memory_format=torch.contiguous_format) for g in grads[1:])]
+    return [_apart(g) for g in grads]
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a part of another: an operator's results may share no memory."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @features_operator_backward.register_fake
