@@ -165,7 +165,7 @@ def mix_backward_launch(
 ) -> Launch:
     """The launch that fills `grad_x` (B, N, D) and `grad_mix` (chunks, p, patches) fp32."""
     batch, rows, width = x.shape
-    prompts, columns = mix.shape
+    prompts, columns = mix.shape[0], mix.stride(0)  # zeros may lie between the rows
     tiles = mix_gradient_tiles(prompts, width, x.dtype)
     return Launch(
         name="mix_backward",

@@ -7,15 +7,16 @@ flags, scalars, and the weights themselves. That look takes a few microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules import module as nn_module
 
+from vpt_fast.hooks import with_descendants
 from vpt_fast.ops.block_body import BlockConfig, BlockWeights, contiguous
 from vpt_fast.ops.operators import Sites
 from vpt_fast.ops.tracing import PLAIN
@@ -62,6 +63,11 @@ def weight_slots(block: Any) -> list[Slot]:
     return slots
 
 
+def _matrices_of(weights: Sequence[Tensor | None]) -> list[Tensor]:
+    """What matrix products read: the Linears' weights and biases."""
+    return [w for w in (*weights[2:6], *weights[9:13]) if w is not None]
+
+
 class BlockReading:
     """What the fused function reads of one block.
 
@@ -80,7 +86,7 @@ class BlockReading:
         self._containers = (parts, attn._modules, mlp._modules)
         self._modules = [*parts.values(), *attn._modules.values(), *mlp._modules.values()]
         self._types = list(map(type, self._modules))
-        inside = [m for part in parts.values() for m in _with_descendants(part)]
+        inside = [m for part in parts.values() for m in with_descendants(part)]
         self._attributes = [m.__dict__ for m in inside]
         self._droppers = [d for d in self._attributes if "p" in d or "drop_prob" in d]
         self._folded = block.__dict__.get("folded")
@@ -96,6 +102,7 @@ class BlockReading:
         self._addresses: list[int] = []
         self._dtypes: list[torch.dtype] = []
         self._contiguous = self._plain = True
+        self._matrices: torch.dtype | None = None  # their dtype, if it is one
         self._cast: tuple[Any, BlockWeights] | None = None
         self._views: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None]] | None = None
         self.weights_layout: Hashable = None
@@ -155,6 +162,8 @@ class BlockReading:
         there = [w for w in weights if w is not None]
         self._plain = all(type(w) in PLAIN for w in there)
         self._contiguous = all(w.is_contiguous() for w in there)
+        dtypes = {w.dtype for w in _matrices_of(weights)}
+        self._matrices = dtypes.pop() if len(dtypes) == 1 else None
         # With its gaps: they decide which pointers a launch has.
         layout = tuple(None if w is None else (w.shape, w.dtype) for w in weights)
         if layout != self.weights_layout:
@@ -167,10 +176,10 @@ class BlockReading:
         The copy is of these weights as they are: it is made again when one has been replaced or
         changed in place. Of weights whose changes nothing tells of none is kept.
         """
-        matrices = [w for w in weights[2:6] + weights[9:13] if w is not None]
-        if False not in [w.dtype == dtype for w in matrices]:
+        if self._matrices == dtype:
             self._cast = None
             return weights
+        matrices = _matrices_of(weights)
         if not self._contiguous or True in map(Tensor.is_inference, matrices):
             return weights.to(dtype)  # versions are those of copies, or there are none
         made_of = (dtype, self._addresses, [w._version for w in matrices])
@@ -197,10 +206,3 @@ class BlockReading:
         if len(self.layouts) >= _MOST_LAYOUTS:
             self.layouts.clear()
         self.layouts[key] = value
-
-
-def _with_descendants(module: nn.Module | None) -> Iterator[nn.Module]:
-    if module is not None:
-        yield module
-        for child in module._modules.values():
-            yield from _with_descendants(child)

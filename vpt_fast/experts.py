@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vpt_fast.methods import VAPT
 from vpt_fast.norms import norm_of
 from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.block_body import contiguous
 from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
 from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
 from vpt_fast.ops.prompt_source import ExpertPrompts
@@ -141,42 +142,69 @@ class PromptExperts(nn.Module):
 
     def features(self, mixed: Tensor, mix_sum: Tensor) -> FeatureInputs:
         """The mix (B, p, D) with everything that makes prompts of it; draws the dropout masks."""
-        return FeatureInputs(mixed, mix_sum, *self._applied(mixed.shape[0], mixed))
+        return FeatureInputs(mixed, mix_sum, *self._applied(mixed.shape[0]))
 
-    def sources(self, x: Tensor) -> tuple[ExpertPrompts, tuple[Tensor | None, ...]]:
-        """The source of a fused block's prompts, and its tensors; draws the dropout masks.
+    def sources(
+        self,
+        x: Tensor,
+        folded: tuple[Tensor, Tensor] | None = None,
+        masks: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> tuple[ExpertPrompts, tuple[Tensor | None, ...]]:
+        """The source of a fused block's prompts, and its tensors.
 
         Args:
             x: the block's input (B, N, D), of which only the shape and the device matter.
+            folded: what `folded_parts` are folded to; None to fold them in the block.
+            masks: as `masks` draws them, which it does here if they are None.
 
         Raises:
             ValueError: the input does not have the rows of the model's patch grid.
         """
         self._patches(x.shape[1])
-        mix, conv = self._modules["mix"]._parameters, self._modules["conv"]._parameters
-        tensors = (mix["weight"], conv["weight"], *self._applied(x.shape[0], mix["weight"]))
-        return ExpertPrompts(self.residual, self.grid, self._modules["norm"].eps), tensors
+        first = map(contiguous, self.folded_parts()) if folded is None else folded
+        norm: Any = self._modules["norm"]
+        source = ExpertPrompts(self.residual, self.grid, norm.eps, folded is not None)
+        return source, (*first, *map(contiguous, self._applied(x.shape[0], masks)))
 
-    def _applied(self, batch: int, like: Tensor) -> tuple[Tensor | None, ...]:
-        """What is applied to the mix: the fields of `FeatureInputs` but the first two.
+    # Below, modules and parameters are looked up in their dictionaries: this runs for every block
+    # of every step, and nn.Module's attribute access is slow.
 
-        Args:
-            batch: images B, for the dropout masks.
-            like: tensor whose device the masks get; they are fp32 at least.
-        """
-        # Modules and parameters are looked up in their dictionaries: this runs for every block of
-        # every step, and nn.Module's attribute access is slow.
+    def folded_parts(self) -> tuple[Tensor, Tensor]:
+        """Weight of the token-wise projector (p, gh' * gw'), and the convolution (1, 1, K, K)."""
+        modules: Any = self._modules
+        return modules["mix"]._parameters["weight"], modules["conv"]._parameters["weight"]
+
+    def dropouts(self) -> tuple[float, float]:
+        """Probabilities at work: of whole channels, and in the projector's hidden layer."""
+        projector: Any = self._owner[0]._modules["prompt_projector"]
+        channels = self.channel_dropout if self.training else 0.0
+        return channels, projector.dropout if projector.training else 0.0
+
+    def mask_shapes(self, batch: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """Of the masks of the channels (B, D) and of the hidden layer (B, p, r)."""
+        projector: Any = self._owner[0]._modules["prompt_projector"]
+        hidden_dim, width = projector._modules["down"]._parameters["weight"].shape
+        return (batch, width), (batch, self.folded_parts()[0].shape[0], hidden_dim)
+
+    def masks(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """Dropout masks of the channels (B, D) and of the hidden layer (B, p, r); None for none."""
+        like = self.folded_parts()[0]
+        channels, hidden = (
+            dropout_mask(shape, dropout, like) if dropout else None
+            for shape, dropout in zip(self.mask_shapes(batch), self.dropouts(), strict=True)
+        )
+        return channels, hidden
+
+    def _applied(
+        self, batch: int, masks: tuple[Tensor | None, Tensor | None] | None = None
+    ) -> tuple[Any, ...]:
+        """What is applied to the mix: the fields of `FeatureInputs` but the first two."""
         modules: Any = self._modules
         norm, mix = modules["norm"]._parameters, modules["mix"]._parameters
         projector: Any = self._owner[0]._modules["prompt_projector"]
         down = projector._modules["down"]._parameters["weight"]
         up = projector._modules["up"]._parameters["weight"]
-        channels = hidden = None
-        if self.training and self.channel_dropout:
-            channels = _mask((batch, down.shape[1]), self.channel_dropout, like)
-        if projector.training and projector.dropout:
-            shape = (batch, mix["weight"].shape[0], down.shape[0])
-            hidden = _mask(shape, projector.dropout, like)
+        channels, hidden = self.masks(batch) if masks is None else masks
         return norm["weight"], norm["bias"], mix["bias"], channels, down, up, hidden
 
     def token_mixing(self) -> Tensor:
@@ -209,7 +237,7 @@ class PromptExperts(nn.Module):
         return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
 
 
-def _mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
+def dropout_mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
     """Dropout's factors: 0, or 1 / (1 - dropout); fp32 at least, on the device of `like`."""
     kept = torch.empty(shape, dtype=statistics_dtype(like.dtype), device=like.device)
     return kept.bernoulli_(1.0 - dropout).div_(1.0 - dropout) if dropout < 1 else kept.zero_()

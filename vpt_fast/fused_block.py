@@ -7,7 +7,7 @@ module, as `blocks` has it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast.block_reading import BlockReading, weight_slots
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block_body import BlockConfig, BlockWeights, contiguous
@@ -86,7 +86,7 @@ def can_fuse(block: nn.Module) -> bool:
 def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:
     """Whether nothing that is fused is trained, and no hook or forward was put on any module."""
     for name, part in parts.items():
-        for module in _modules(part):
+        for module in with_descendants(part):
             if has_hooks(module) or has_own_forward(module):
                 return False
             if name not in _BESIDE and any(
@@ -94,14 +94,6 @@ def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:
             ):
                 return False
     return True
-
-
-def _modules(module: nn.Module | None) -> Iterator[nn.Module]:
-    """The module and all below it."""
-    if module is not None:
-        yield module
-        for child in module._modules.values():
-            yield from _modules(child)
 
 
 def _drops(module: Any) -> bool:
@@ -185,7 +177,8 @@ def run(
     Args:
         block: the block.
         now: it, as `fused` has found it for this input.
-        prompts: its prompts: where they come from, and the tensors that they are made of.
+        prompts: its prompts: where they come from, and the tensors that they are made of, laid out
+            as their source has them.
         total: its input.
         memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
         windows: of its attention; None if that is over all rows.
@@ -203,7 +196,7 @@ def run(
         config = block_config(block, memory, source, windows, queries)
     else:
         weights = reading.in_dtype(given, dtype)
-        scale, sources = contiguous(scale), tuple([contiguous(t) for t in sources])
+        scale = contiguous(scale)
         layout = (
             memory, source, windows, queries, dtype,
             residual.shape, residual.dtype, residual.device,

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from vpt_fast.block_reading import BlockReading
 from vpt_fast.experts import PromptExperts
+from vpt_fast.experts_together import sources_together
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
 from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.block_body import BlockWeights
+from vpt_fast.ops.block_body import BlockWeights, contiguous
 from vpt_fast.ops.prompt_keys import KeyWeights, prompt_keys
 from vpt_fast.ops.prompt_source import GIVEN_KEYS, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
@@ -29,7 +30,8 @@ def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
     if isinstance(prompt, PromptExperts):
         return prompt.sources(x)
     if isinstance(prompt, PromptTokens):
-        return StaticPrompts(1.0 - prompt.dropout), prompt.draw(x.shape[0])
+        tokens, mask = prompt.draw(x.shape[0])
+        return StaticPrompts(1.0 - prompt.dropout), (contiguous(tokens), mask)
     raise TypeError(f"a {type(prompt).__name__} makes no prompts of a fused block")
 
 
@@ -61,13 +63,26 @@ def look_ahead(
             return nothing
         now.append(found)
     prompts = [block._modules.get("prompt") for block in blocks]
-    together = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
-    made = _keys_of([now[i] for i in together], [prompts[i] for i in together], x)
-    keys = dict(zip(together, made, strict=True)) if made else {}
-    return [
-        (found, (GIVEN_KEYS, (keys[i],)) if i in keys else prompts_of(prompts[i], x))
-        for i, found in enumerate(now)
-    ]
+    return list(zip(now, _prompts_together(prompts, now, x), strict=True))
+
+
+def _prompts_together(prompts: list[Any], now: list[Fused], x: Tensor) -> list[Prompts]:
+    """The blocks' prompts; dropout masks are drawn in the blocks' order."""
+    static = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
+    made = _keys_of([now[i] for i in static], [prompts[i] for i in static], x)
+    found: dict[int, Prompts] = {
+        i: (GIVEN_KEYS, (keys,)) for i, keys in zip(static, made, strict=False)
+    }
+    experts = [i for i, p in enumerate(prompts) if type(p) is PromptExperts]
+    for i, prompt in enumerate(prompts):
+        if i in found:
+            continue
+        if i in experts:
+            sources = sources_together([prompts[j] for j in experts], x)
+            found |= zip(experts, sources, strict=True)
+        else:
+            found[i] = prompts_of(prompt, x)
+    return [found[i] for i in range(len(prompts))]
 
 
 def _keys_of(now: list[Fused], prompts: list[Any], x: Tensor) -> tuple[Tensor, ...]:

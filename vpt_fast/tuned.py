@@ -80,6 +80,12 @@ class Tuned(nn.Module):
             "which is faster"
         )
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What `to`, `half`, `cuda` and their like call; what blocks have read of weights goes."""
+        for block in blocks_of(self):
+            block.__dict__.pop("_reading", None)
+        return super()._apply(*args, **kwargs)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As timm's; of folded weights the originals."""
         state = super().state_dict(*args, **kwargs)

@@ -108,7 +108,8 @@ def entry_gradients(
         branch_dtype: of the branch; None where there is none.
         needs_tokens: whether the input's gradient is asked for.
     """
-    scale, x, statistics = steps.weights.branch_scale, entry.x, entry.statistics
+    scale, statistics = steps.weights.branch_scale, entry.statistics
+    x: Any = entry.x
     some = steps.config.queries is not None  # the others have no gradient of their own
     grad_sum = None if some else grad_x
     apart = branch_dtype is not None and (scale is not None or branch_dtype != x.dtype)

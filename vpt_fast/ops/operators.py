@@ -175,7 +175,7 @@ class _OneSite(Sites):
         return self._functions[site[0]]
 
 
-OPERATOR_SITES = _OneSite(OPERATORS)
+OPERATOR_SITES: Sites = _OneSite(OPERATORS)
 REFERENCE_SITES = Sites(REFERENCES)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,40 +29,45 @@ def _taps(kernel: Tensor, grid: tuple[int, int]) -> Iterator[tuple[int, int, sli
 
 
 def _inner(weight: Tensor, kernel: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The projector (p, gh', gw'), fp32 at least."""
+    """The projector (..., p, gh', gw'), fp32 at least."""
     rows, columns = (n - kernel.shape[-1] + 1 for n in grid)
-    return weight.to(statistics_dtype(weight.dtype)).view(-1, rows, columns)
+    wide = weight.to(statistics_dtype(weight.dtype))
+    return wide.view(*weight.shape[:-1], rows, columns)
 
 
 def fold_forward(
     weight: Tensor, kernel: Tensor, grid: tuple[int, int], padded: int
 ) -> tuple[Tensor, Tensor]:
-    """The folded matrix (p, padded) and its row sums (p,)."""
+    """The folded matrix (..., p, padded) and its row sums (..., p).
+
+    Args:
+        weight: (..., p, gh' * gw'); leading dimensions are of blocks that are folded together.
+        kernel: (..., 1, 1, K, K).
+        grid: (gh, gw).
+        padded: columns of the matrix.
+    """
     # A few slices take a fraction of the time of a library's convolution this small.
     inner = _inner(weight, kernel, grid)
-    mix = inner.new_zeros(len(inner), padded)
-    on_grid = mix[:, : grid[0] * grid[1]].unflatten(1, grid)
-    taps = kernel[0, 0].to(inner.dtype)
+    mix = inner.new_zeros(*weight.shape[:-1], padded)
+    on_grid = mix[..., : grid[0] * grid[1]].unflatten(-1, grid)
+    taps = kernel.to(inner.dtype)  # one K x K kernel for all the p rows of a block
     for a, b, rows, columns in _taps(kernel, grid):
-        on_grid[:, rows, columns].addcmul_(inner, taps[a, b])
-    return mix, mix.sum(1)
+        on_grid[..., rows, columns].addcmul_(inner, taps[..., a, b, None])
+    return mix, mix.sum(-1)
 
 
 def fold_backward(
     weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the projector and of the convolution."""
-    inner, taps = _inner(weight, kernel, grid), kernel[0, 0].to(grad_mix.dtype)
-    grad = (grad_mix[:, : grid[0] * grid[1]] + grad_sum[:, None]).unflatten(1, grid)
+    """Gradients of the projector and of the convolution; leading dimensions as above."""
+    inner, taps = _inner(weight, kernel, grid), kernel.to(grad_mix.dtype)
+    grad = (grad_mix[..., : grid[0] * grid[1]] + grad_sum[..., None]).unflatten(-1, grid)
     grad_inner, grad_taps = torch.zeros_like(inner), torch.empty_like(taps)
     for a, b, rows, columns in _taps(kernel, grid):
-        part = grad[:, rows, columns]
-        grad_inner.addcmul_(part, taps[a, b])
-        torch.sum(part * inner, (0, 1, 2), out=grad_taps[a, b])
-    return (
-        grad_inner.view(weight.shape).to(weight.dtype),
-        grad_taps.view(kernel.shape).to(kernel.dtype),
-    )
+        part = grad[..., rows, columns]
+        grad_inner.addcmul_(part, taps[..., a, b, None])
+        torch.sum(part * inner, (-3, -2, -1), out=grad_taps[..., 0, 0, a, b])
+    return grad_inner.view(weight.shape).to(weight.dtype), grad_taps.to(kernel.dtype)
 
 
 def _full(mix: Tensor, rows: int, patches: int) -> Tensor:
@@ -138,7 +144,8 @@ def _prompts(g: Tensor, h: Tensor, up: Tensor, residual: bool) -> Tensor:
 
 
 def _widened(inputs: FeatureInputs) -> FeatureInputs:
-    return FeatureInputs(*(_to(t, inputs.mixed.dtype) for t in inputs))
+    widened: Any = (_to(t, inputs.mixed.dtype) for t in inputs)
+    return FeatureInputs(*widened)
 
 
 def features(inputs: FeatureInputs, residual: bool) -> Tensor:

@@ -164,7 +164,7 @@ class StaticPrompts(_Unmixed):
 
 class ExpertPrompts(NamedTuple):
     """VAPT's prompts; tensors = (projector's weight, convolution, *fields of `FeatureInputs` but
-    the first two).
+    the first two), or the matrix and its row sums in place of weight and convolution.
 
     What is mixed is (matrix (p, columns), mix_sum (p,), mixed (B, p, D)): the weight of every patch
     in every prompt, its sum over the patches, and the patches so mixed, all fp32 at least.
@@ -173,11 +173,13 @@ class ExpertPrompts(NamedTuple):
         residual: whether the mix itself is added to what the feature projector makes of it.
         grid: height and width of the patch grid.
         eps: of the LayerNorm of the patches.
+        folded: whether the first two tensors are the matrix and its row sums.
     """
 
     residual: bool
     grid: tuple[int, int]
     eps: float
+    folded: bool = False
 
     @property
     def keeps_keys(self) -> bool:
@@ -193,9 +195,10 @@ class ExpertPrompts(NamedTuple):
         self, sites: Sites, tensors: Tensors, x: Tensor, statistics: Tensor
     ) -> tuple[Tensor, ...]:
         """See `PromptSource`."""
-        weight, kernel = tensors[:2]
-        columns = folded_columns(weight, self.grid)
-        matrix, mix_sum = sites["fold", ""](weight, kernel, self.grid, columns)
+        matrix, mix_sum = tensors[:2]
+        if not self.folded:
+            columns = folded_columns(matrix, self.grid)
+            matrix, mix_sum = sites["fold", ""](*tensors[:2], self.grid, columns)
         patches = self.grid[0] * self.grid[1]
         return matrix, mix_sum, sites["mix", ""](x, matrix, patches, statistics)
 
@@ -218,8 +221,10 @@ class ExpertPrompts(NamedTuple):
             x, matrix, self.grid[0] * self.grid[1], norm.weight, entry.statistics, grad_y, grad,
             grad_sum, needs_tokens, True,
         )  # fmt: skip
-        folded = sites["fold_backward", ""](*tensors[:2], grad_matrix, grad_mix_sum, self.grid)
-        return total[0] if total else None, list(folded)
+        first = (grad_matrix, grad_mix_sum)
+        if not self.folded:
+            first = sites["fold_backward", ""](*tensors[:2], *first, self.grid)
+        return total[0] if total else None, list(first)
 
     def make(
         self,
