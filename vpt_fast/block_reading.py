@@ -8,9 +8,9 @@ flags, scalars, and the weights themselves. That look takes a few microseconds.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from operator import attrgetter, contains, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,14 @@ def weight_slots(block: Any) -> list[Slot]:
     return slots
 
 
+class KeyValueWeights(NamedTuple):
+    """What makes keys and values: weight (2 A, D), the same transposed, and bias (2 A,) or None."""
+
+    weight: Tensor
+    transposed: Tensor
+    bias: Tensor | None
+
+
 def _matrices_of(weights: Sequence[Tensor | None]) -> list[Tensor]:
     """What matrix products read: the Linears' weights and biases."""
     return [w for w in (*weights[2:6], *weights[9:13]) if w is not None]
@@ -104,7 +112,7 @@ class BlockReading:
         self._contiguous = self._plain = True
         self._matrices: torch.dtype | None = None  # their dtype, if it is one
         self._cast: tuple[Any, BlockWeights] | None = None
-        self._views: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None]] | None = None
+        self._views: tuple[Tensor, Tensor | None, KeyValueWeights] | None = None
         self.weights_layout: Hashable = None
         self.layouts: dict[Hashable, tuple[BlockConfig, Sites]] = {}
 
@@ -129,7 +137,7 @@ class BlockReading:
             modules != self._modules
             or [*map(type, modules)] != self._types
             or any(_GLOBAL_HOOKS)
-            or any(map(any, map(_hooks_of, self._attributes)))
+            or any(chain.from_iterable(map(_hooks_of, self._attributes)))
             or True in map(contains, self._attributes, repeat("forward"))
             or [place[name] for place, name in self._scalars] != self._known_scalars
             or block.__dict__.get("folded") is not self._folded
@@ -191,13 +199,18 @@ class BlockReading:
             self._cast = cast
         return cast[1]
 
-    def keys_and_values(self, weights: BlockWeights) -> tuple[Tensor, Tensor | None]:
-        """Of the qkv projection, weight (2 A, D) and bias (2 A,): views of `in_dtype`'s result."""
+    def keys_and_values(self, weights: BlockWeights) -> KeyValueWeights:
+        """The part of the qkv projection that makes keys and values.
+
+        Args:
+            weights: from `in_dtype`, of which the result is views.
+        """
         weight, bias, known = weights.qkv_weight, weights.qkv_bias, self._views
         if known is None or known[0] is not weight or known[1] is not bias:
             width = weight.shape[0] // 3
             with torch.inference_mode(False), torch.no_grad():
-                views = weight[width:], None if bias is None else bias[width:]
+                part = weight[width:]
+                views = KeyValueWeights(part, part.t(), None if bias is None else bias[width:])
             self._views = known = weight, bias, views
         return known[2]
 

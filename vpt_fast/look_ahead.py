@@ -112,8 +112,9 @@ def _keys_of(now: list[Fused], prompts: list[Any], x: Tensor) -> tuple[Tensor, .
     constants = KeyWeights(
         [w.norm1_weight for w in weights],
         [w.norm1_bias for w in weights],
-        [weight for weight, _ in views],
-        [bias for _, bias in views],
+        [view.weight for view in views],
+        [view.transposed for view in views],
+        [view.bias for view in views],
         eps,
         heads,
     )

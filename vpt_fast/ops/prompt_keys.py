@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.backend import statistics_dtype
@@ -25,6 +24,7 @@ class KeyWeights(NamedTuple):
     Attributes:
         norm_weights, norm_biases: of norm1, (D,) each or None.
         weights: (2 A, D), of keys and values.
+        transposed: (D, 2 A), the same.
         biases: (2 A,) each, or None.
         eps: of all norms.
         heads: H.
@@ -33,6 +33,7 @@ class KeyWeights(NamedTuple):
     norm_weights: list[Tensor | None]
     norm_biases: list[Tensor | None]
     weights: list[Tensor]
+    transposed: list[Tensor]
     biases: list[Tensor | None]
     eps: float
     heads: int
@@ -59,12 +60,16 @@ def _made(
     gamma, beta = _stacked(w.norm_weights, wide), _stacked(w.norm_biases, wide)
     if gamma is not None:
         y = y * gamma if beta is None else torch.addcmul(beta, y, gamma)
-    shape = (1, y.shape[1], 2, w.heads, w.weights[0].shape[0] // (2 * w.heads))
-    found = [
-        F.linear(rows, weight, bias).view(shape)
-        for rows, weight, bias in zip(y.to(dtype).unbind(), w.weights, w.biases, strict=True)
-    ]
-    return tuple(found), mean, rstd
+    count, rows, width = y.shape[0], y.shape[1], w.weights[0].shape[0]
+    keys = torch.empty((count, rows, width), dtype=dtype, device=y.device)
+    parts = zip(y.to(dtype).unbind(), w.transposed, w.biases, keys.unbind(), strict=True)
+    for normed, weight, bias, out in parts:
+        if bias is None:
+            torch.mm(normed, weight, out=out)
+        else:
+            torch.addmm(bias, normed, weight, out=out)
+    heads = keys.view(count, 1, rows, 2, w.heads, width // (2 * w.heads))
+    return heads.unbind(), mean, rstd
 
 
 class _PromptKeys(torch.autograd.Function):
