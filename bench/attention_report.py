@@ -6,18 +6,15 @@ import torch
 from vpt_fast.kernels.plan import AttentionProblem
 
 from bench.entry import Entry, LoopEntry
+from bench.limit_tables import LoopLimit
 from bench.limits import (
-    DELTA_LIMITS,
-    JUDGED_TARGETS,
-    LAUNCH_LIMITS,
-    LOOP_LIMITS,
     MIN_STAGES,
     MIN_WARPS,
-    SPILLED,
-    LoopLimit,
     Verdict,
     at_most,
     few_spills,
+    is_judged,
+    limits,
     resources,
 )
 from bench.multiprocessor import MULTIPROCESSORS
@@ -71,11 +68,11 @@ def tile_sizes(report: LaunchReport) -> str:
     return f"{sizes['BLOCK_M']}x{other}" + (f", {narrow}" if narrow else "")
 
 
-def is_judged(report: LaunchReport) -> bool:
+def _is_judged(report: LaunchReport) -> bool:
     """Whether every limit applies: to whole blocks, not to the last one's single query."""
     problem = report.problem
     return (
-        report.architecture in JUDGED_TARGETS
+        is_judged(report.architecture)
         and problem.dtype == torch.bfloat16
         and problem.head_dim == 64
         and problem.num_queries is None
@@ -93,15 +90,15 @@ def verdicts(report: LaunchReport) -> list[Verdict]:
     """
     binary, figures = report.figures.binary, report.figures
     fits = resources(binary.shared, figures.shared_limit)
-    if not is_judged(report):
+    if not _is_judged(report):
         return [fits]
     warps = (figures.blocks_per_sm or 0) * figures.warps
     resident = Verdict("resident warps", str(warps), f"at least {MIN_WARPS}", warps >= MIN_WARPS)
     target, shape = int(report.architecture), (report.problem.num_keys, report.problem.num_prompts)
-    spilled = SPILLED.get((report.kernel, target), {}).get(shape, 0)
+    spilled = limits().spills.get((report.kernel, target), {}).get(shape, 0)
     everywhere = [fits, few_spills(binary.spill_bytes, spilled), resident]
     if report.kernel == "delta":
-        limit = DELTA_LIMITS[target]
+        limit = limits().delta[target]
         return [*everywhere, at_most("issue over memory, launch", report.over_memory, limit, 3)]
     stages = report.launch.num_stages
     pipeline = Verdict(
@@ -125,6 +122,8 @@ def _matrix_instructions(report: LaunchReport) -> Verdict:
     found = sorted(
         name for name in ("HMMA", "HGMMA") if any(loop.mix[name] for loop in report.figures.loops)
     )
+    if (report.kernel, int(report.architecture)) in limits().narrow_products:
+        others = set()
     holds = mma in found and not others & set(found)
     return Verdict("matrix instructions", "+".join(found) or "none", mma, holds)
 
@@ -162,11 +161,11 @@ def _cycles(report: LaunchReport) -> list[Verdict]:
     """Issue cycles of the launch and of its loops."""
     result = []
     key = (report.kernel, int(report.architecture))
-    by_shape = LAUNCH_LIMITS.get(key, {})
+    by_shape = limits().launch.get(key, {})
     limit = by_shape.get((report.problem.num_keys, report.problem.num_prompts))
     if limit is not None:
         result.append(at_most("issue cycles, launch", report.issue_cycles, limit))
-    loop_limit = LOOP_LIMITS.get(key, LoopLimit(None, None))
+    loop_limit = limits().loops.get(key, LoopLimit(None, None))
     for name in report.loops:
         limit = loop_limit.full if name in FULL_LOOPS else loop_limit.masked
         if limit is not None:

@@ -26,14 +26,14 @@ from vpt_fast.kernels.launch import Launch
 from bench.entry import Entry, LoopEntry
 from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
 from bench.limits import (
-    EXPERT_LIMITS,
-    JUDGED_TARGETS,
     MIN_STAGES,
     MIX_LIMIT,
     MIX_PROMPTS,
     Verdict,
     at_most,
     few_spills,
+    is_judged,
+    limits,
     resources,
 )
 from bench.memory import memory_rate, tensor_bytes
@@ -185,12 +185,12 @@ def verdicts(report: ExpertReport) -> list[Verdict]:
     """The limits that apply to a launch: shared memory always, the others for bf16."""
     binary = report.figures.binary
     result = [resources(binary.shared, report.figures.shared_limit)]
-    if report.problem.dtype != torch.bfloat16 or report.architecture not in JUDGED_TARGETS:
+    if report.problem.dtype != torch.bfloat16 or not is_judged(report.architecture):
         return result
     result.append(few_spills(binary.spill_bytes))
     problem, name = report.problem, report.launch.name
     if problem == ExpertProblem(prompts=problem.prompts):
-        limit = EXPERT_LIMITS[name, int(report.architecture)].get(problem.prompts)
+        limit = limits().experts[name, int(report.architecture)].get(problem.prompts)
         if limit is not None:
             result.append(at_most("issue over memory, launch", report.launch_ratio(), limit, 3))
     loop, ratio = report.mix_loop, report.mix_loop_ratio()

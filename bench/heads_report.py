@@ -15,13 +15,13 @@ from vpt_fast.kernels.launch import Launch
 from bench.entry import Entry, LoopEntry
 from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
 from bench.limits import (
-    HEADS_LIMITS,
-    JUDGED_TARGETS,
     MIN_OCCUPANCY,
     WIDE,
     Verdict,
     at_most,
     few_spills,
+    is_judged,
+    limits,
     resources,
 )
 from bench.memory import memory_rate, tensor_bytes
@@ -149,7 +149,7 @@ def verdicts(report: HeadsReport) -> list[Verdict]:
     """The limits that apply: shared memory always, the others for 16-bit tensors."""
     figures, problem = report.figures, report.problem
     fits = resources(figures.binary.shared, figures.shared_limit)
-    if problem.dtype == torch.float32 or report.architecture not in JUDGED_TARGETS:
+    if problem.dtype == torch.float32 or not is_judged(report.architecture):
         return [fits]
     occupancy, narrow = figures.occupancy or 0.0, ", ".join(report.narrow)
     asked = f"at least {MIN_OCCUPANCY:.0%}"
@@ -160,6 +160,6 @@ def verdicts(report: HeadsReport) -> list[Verdict]:
         Verdict("widths of loads of rows", narrow or f"{WIDE} B", f"{WIDE} B", not narrow),
     ]
     if problem == HeadsProblem():
-        limit = HEADS_LIMITS[int(report.architecture)]
+        limit = limits().heads[int(report.architecture)]
         judged.append(at_most("issue over memory", report.issue_over_memory, limit, 3))
     return judged

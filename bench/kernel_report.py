@@ -7,9 +7,10 @@
 Every launch is compiled as the launcher would launch it, with the tiles that the launch table gives
 it. Registers, spills, shared memory and occupancy are the compiler's; cycles are modelled from the
 instructions and published rates, as `bench.figures` and `bench.entry` define them. Nothing is run
-and nothing is timed. Without options: what `bench.limits` judges, bf16 on sm_80 and sm_90. `--all`:
-every head dimension, width, dtype and target, which takes hours the first time. Windows have shapes
-and a head dimension of their own (`bench.window_report`).
+and nothing is timed. Limits are those of the Triton that is installed (`bench.limit_tables`).
+Without options: what they are for, bf16 on sm_80 and sm_90. `--all`: every head dimension, width,
+dtype and target, which takes hours the first time. Windows have shapes and a head dimension of
+their own (`bench.window_report`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bench.attention_report import attention_entry
 from bench.entry import Entry, csv_rows, format_entry, header, write_csv
 from bench.expert_report import expert_entry
 from bench.heads_report import HeadsProblem, heads_entry
-from bench.limits import JUDGED_TARGETS, PROBLEMS, WIDTHS
+from bench.limits import JUDGED_TARGETS, PROBLEMS, WIDTHS, no_limits
 from bench.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
 from bench.offline import Architecture
 from bench.plain_report import comparison, plain_entry
@@ -197,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("", BESIDE, "", comparison(attention), sep="\n")
     over = sum(not verdict.holds for entry in done for verdict in entry.judged)
     print(f"\n{over} figures over their limits." if over else "\nEvery limit holds.")
+    if no_limits():
+        print(f"Only shared memory was judged: {no_limits()}.")
     if options.output:
         write_csv(options.output, [row for entry in done for row in csv_rows(entry)])
     return 1 if over else 0

@@ -18,13 +18,13 @@ from bench.entry import Entry
 from bench.figures import KernelFigures, issue_cycles, kernel_figures
 from bench.limits import (
     ISSUE_LIMIT,
-    JUDGED_TARGETS,
     MIN_OCCUPANCY,
-    ROW_LIMITS,
     WIDE,
     Verdict,
     at_most,
     few_spills,
+    is_judged,
+    limits,
     resources,
 )
 from bench.memory import memory_rate, tensor_bytes
@@ -143,7 +143,7 @@ def verdicts(report: RowReport) -> list[Verdict]:
     """The limits that apply to a launch: shared memory always, the others for 16-bit tensors."""
     binary = report.figures.binary
     fits = resources(binary.shared, report.figures.shared_limit)
-    if report.problem.dtype == torch.float32 or report.architecture not in JUDGED_TARGETS:
+    if report.problem.dtype == torch.float32 or not is_judged(report.architecture):
         return [fits]
     return [fits, few_spills(binary.spill_bytes), *_rates(report)]
 
@@ -162,4 +162,4 @@ def issue_limit(report: RowReport) -> float:
     """Most issue cycles per memory cycle: the kernel's own at the usual width, else that of all."""
     width = 3072 if report.kernel in ACTIVATION_KERNELS else 768
     is_usual = report.problem == RowProblem(width)
-    return ROW_LIMITS[report.kernel][int(report.architecture)] if is_usual else ISSUE_LIMIT
+    return limits().rows[report.kernel][int(report.architecture)] if is_usual else ISSUE_LIMIT

@@ -16,13 +16,13 @@ from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 from bench.entry import Entry, LoopEntry
 from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
 from bench.limits import (
-    JUDGED_TARGETS,
     MIN_STAGES,
     MIN_WARPS,
-    WINDOW_LIMITS,
     Verdict,
     at_most,
     few_spills,
+    is_judged,
+    limits,
     resources,
 )
 from bench.memory import memory_rate
@@ -163,7 +163,7 @@ def verdicts(report: WindowReport) -> list[Verdict]:
     """The limits that apply to a launch: shared memory always, the others for bf16."""
     figures, launch = report.figures, report.launch
     result = [resources(figures.binary.shared, figures.shared_limit)]
-    if report.problem.dtype != torch.bfloat16 or report.architecture not in JUDGED_TARGETS:
+    if report.problem.dtype != torch.bfloat16 or not is_judged(report.architecture):
         return result
     target, problem = int(report.architecture), report.problem
     key = (launch.name, target)
@@ -175,11 +175,13 @@ def verdicts(report: WindowReport) -> list[Verdict]:
     stages, asked = launch.num_stages, f"at least {MIN_STAGES}"
     return [
         *result,
-        few_spills(figures.binary.spill_bytes),
+        few_spills(figures.binary.spill_bytes, limits().spills.get(key, {}).get(shape, 0)),
         resident,
         Verdict("pipeline stages", str(stages), asked, stages >= MIN_STAGES),
         *_loads(report),
-        at_most("issue over memory, launch", report.launch_ratio(), WINDOW_LIMITS[key][shape], 3),
+        at_most(
+            "issue over memory, launch", report.launch_ratio(), limits().windows[key][shape], 3
+        ),
     ]
 
 

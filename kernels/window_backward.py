@@ -16,6 +16,7 @@ import triton.language as tl
 from .tiles import load_tile_where, store_tile
 from .window_geometry import (
     LOG2_E,
+    SIZES,
     alike,
     bias_tile,
     key_coordinates,
@@ -28,22 +29,7 @@ from .window_geometry import (
 )
 
 
-@triton.jit(
-    do_not_specialize=(
-        "num_heads",
-        "num_prompts",
-        "height",
-        "width",
-        "roll_h",
-        "roll_w",
-        "grid_h",
-        "grid_w",
-        "prompt_stride",
-        "chunk",
-        "sums_of_list",
-        "images_of_list",
-    )
-)
+@triton.jit(do_not_specialize=(*SIZES, "chunk", "sums_of_list", "images_of_list"))
 def window_backward_kernel(
     # pointers
     qkv_ptr,  # (B, H, W, 3, heads, HEAD_DIM)

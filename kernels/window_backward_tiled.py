@@ -11,22 +11,10 @@ import triton.language as tl
 
 from .tiles import load_tile_where, store_tile
 from .window_forward_tiled import key_tile
-from .window_geometry import LOG2_E, alike, key_coordinates, token_rows, tokens_at, window_at
+from .window_geometry import LOG2_E, SIZES, alike, key_coordinates, token_rows, tokens_at, window_at
 
 
-@triton.jit(
-    do_not_specialize=(
-        "num_heads",
-        "num_prompts",
-        "height",
-        "width",
-        "roll_h",
-        "roll_w",
-        "grid_h",
-        "grid_w",
-        "prompt_stride",
-    )
-)
+@triton.jit(do_not_specialize=SIZES)
 def window_dq_kernel(
     # pointers
     qkv_ptr,  # (B, H, W, 3, heads, HEAD_DIM)
@@ -120,22 +108,7 @@ def window_dq_kernel(
 
 
 @triton.jit(
-    do_not_specialize=(
-        "num_heads",
-        "num_prompts",
-        "height",
-        "width",
-        "roll_h",
-        "roll_w",
-        "grid_h",
-        "grid_w",
-        "prompt_stride",
-        "chunk",
-        "sums_of_list",
-        "images_of_list",
-        "first_tile",
-        "num_tiles",
-    )
+    do_not_specialize=(*SIZES, "chunk", "sums_of_list", "images_of_list", "first_tile", "num_tiles")
 )
 def window_dkdv_kernel(
     # pointers

@@ -16,6 +16,7 @@ from .tiles import load_tile_where, store_tile
 from .window_forward_tiled import window_forward_tiled_kernel
 from .window_geometry import (
     LOG2_E,
+    SIZES,
     alike,
     bias_tile,
     key_coordinates,
@@ -29,21 +30,7 @@ from .window_grid import Pair, shared_arguments, shared_constexprs, window_grid
 from .window_table import query_tiles, whole_tiles, windows_of_a_program
 
 
-@triton.jit(
-    do_not_specialize=(
-        "num_heads",
-        "num_prompts",
-        "height",
-        "width",
-        "roll_h",
-        "roll_w",
-        "grid_h",
-        "grid_w",
-        "prompt_stride",
-        "batch",
-        "chunk",
-    )
-)
+@triton.jit(do_not_specialize=(*SIZES, "batch", "chunk"))
 def window_forward_kernel(
     # pointers
     qkv_ptr,  # (B, H, W, 3, heads, HEAD_DIM)

@@ -11,6 +11,7 @@ import triton.language as tl
 from .tiles import load_tile_where, store_tile
 from .window_geometry import (
     LOG2_E,
+    SIZES,
     bias_tile,
     key_coordinates,
     key_rows,
@@ -94,19 +95,7 @@ def key_tile(
     return k, v, bias
 
 
-@triton.jit(
-    do_not_specialize=(
-        "num_heads",
-        "num_prompts",
-        "height",
-        "width",
-        "roll_h",
-        "roll_w",
-        "grid_h",
-        "grid_w",
-        "prompt_stride",
-    )
-)
+@triton.jit(do_not_specialize=SIZES)
 def window_forward_tiled_kernel(
     # pointers
     qkv_ptr,  # (B, H, W, 3, heads, HEAD_DIM)

@@ -18,6 +18,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(-100.0)
 """Added to the score of two tokens that only the roll has made neighbours (timm's mask)."""
 
+SIZES = (
+    "num_heads", "num_prompts", "height", "width", "roll_h", "roll_w", "grid_h", "grid_w",
+    "prompt_stride",
+)  # fmt: skip
+"""Parameters of all kernels that are not specialised: they count and bound, and align nothing."""
+
 
 @triton.jit
 def window_at(number, num_windows, grid_w):

@@ -72,6 +72,7 @@ def kernel_device_sm80() -> Iterator[torch.device]:
     """As `kernel_device`, with the kernels that an A100 would run; only without a GPU."""
     if HAS_GPU:
         pytest.skip("a GPU runs its own kernels")
+    _need_ttsem()
     with sanitized_kernels(80) as session:
         yield torch.device("cuda")
         assert session.races_unchecked == 0, "launches too large to be checked for races"
@@ -94,6 +95,11 @@ def _device(access_budget: int | None) -> Iterator[torch.device]:
         with poisoned_empty():
             yield torch.device("cuda")
         return
+    _need_ttsem()
     with sanitized_kernels(access_budget=access_budget) as session:
         yield torch.device("cuda")  # which is the CPU while the session is open
         assert session.races_unchecked == 0, "launches too large to be checked for races"
+
+
+def _need_ttsem() -> None:
+    pytest.importorskip("ttsem", reason="neither a GPU nor ttsem, which runs kernels on the CPU")

@@ -1,10 +1,16 @@
-"""Machine code's figures made worse, to see that a limit notices."""
+"""Machine code's figures made worse, to see that a limit notices; whether there are limits."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from bench.figures import KernelFigures, LoopFigures
+from bench.limits import no_limits
+
+JUDGED_VERSION = pytest.mark.skipif(bool(no_limits()), reason=no_limits() or "limits are known")
+"""Of test modules that hold figures against the limits of the Triton that is installed."""
 
 
 def slower(figures: KernelFigures, factor: float) -> KernelFigures:

@@ -247,11 +247,16 @@ def test_layouts(case: Case, kernel_device: torch.device) -> None:
         Case(7, 5, 64, batch=33, dtype=torch.float16, layout="apart"),
         Case(17, 5, 32, batch=67, queries=1, layout="kv"),
         Case(17, 20, 32, batch=40, queries=2, layout="kv"),
+        Case(5, 5, 64, batch=200),
+        Case(19, 5, 64, batch=65, heads=2, layout="apart"),
     ],
     ids=ids,
 )
 def test_batches_of_many_chunks(case: Case, kernel_device: torch.device) -> None:
-    """The gradient of shared prompts is summed over chunks of several images, the last shorter."""
+    """The gradient of shared prompts is summed over chunks of several images, the last shorter.
+
+    A step over queries goes from one image to the next, or to the one after several.
+    """
     assert_as_exact_as_eager(case, kernel_device)
 
 

@@ -12,13 +12,15 @@ import itertools
 
 import pytest
 import torch
-from slower import slower
+from slower import JUDGED_VERSION, slower
 from vpt_fast.kernels.plan import AttentionProblem
 
 from bench import kernel_report
 from bench.heads_report import HeadsProblem, heads_launch, heads_report, verdicts
 from bench.offline import compile_kernel
 from bench.problems import attention_launches
+
+pytestmark = JUDGED_VERSION
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TARGETS = (80, 86, 89, 90, 100, 120, "gfx942")

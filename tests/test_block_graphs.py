@@ -9,6 +9,7 @@ import copy
 import io
 import threading
 import warnings
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -355,6 +356,9 @@ def test_a_hook_in_the_blocks_is_called_and_said_once():
     handle.remove()
     step(graphed)
     assert len(seen) == 2 and capture.replayed == 4
+    graphed.blocks[1].mlp._forward_hooks = OrderedDict({0: lambda *_: seen.append(1)})
+    step(graphed)
+    assert len(seen) == 3 and capture.replayed == 4
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

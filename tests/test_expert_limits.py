@@ -13,7 +13,7 @@ import itertools
 
 import pytest
 import torch
-from slower import slower
+from slower import JUDGED_VERSION, slower
 from vpt_fast.kernels import expert_mix, expert_plan
 from vpt_fast.kernels.expert_features import features_launch
 from vpt_fast.kernels.expert_plan import ExpertProblem
@@ -22,6 +22,8 @@ from vpt_fast.kernels.launch import Target
 from bench import expert_report, kernel_report
 from bench.expert_report import KERNELS, verdicts
 from bench.traffic import counted
+
+pytestmark = JUDGED_VERSION
 
 pytest_plugins = ("kernel_device",)
 

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from slower import slower
+from slower import JUDGED_VERSION, slower
 from vpt_fast.kernels.plan import AttentionProblem
 
 from bench import kernel_report
@@ -22,6 +22,8 @@ from bench.limits import PROBLEMS
 from bench.offline import Binary, compile_kernel
 from bench.problems import KERNELS, OTHER_KERNELS, attention_launches, useful_flop
 from bench.report import LaunchReport, launch_report
+
+pytestmark = JUDGED_VERSION
 
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 112, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

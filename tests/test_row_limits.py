@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from slower import slower
+from slower import JUDGED_VERSION, slower
 from vpt_fast.kernels import residual_norm
 from vpt_fast.kernels.row_table import RowTiles, element_tiles, row_gradient_tiles, row_tiles
 
@@ -23,6 +23,8 @@ from bench.limits import HIDDEN, WIDTHS
 from bench.row_problems import ACTIVATION_KERNELS, NORM_KERNELS, RowProblem, row_launch
 from bench.row_report import Access, verdicts
 from bench.sass import Instruction, access_bytes
+
+pytestmark = JUDGED_VERSION
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 TARGETS = (80, 90)

@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from slower import slower
+from slower import JUDGED_VERSION, slower
 from vpt_fast.kernels.window_plan import WindowProblem
 from vpt_fast.kernels.window_table import (
     whole_backward_tiles,
@@ -31,6 +31,8 @@ from bench.window_report import (
     verdicts,
     window_report,
 )
+
+pytestmark = JUDGED_VERSION
 
 report_of = functools.cache(window_report)
 

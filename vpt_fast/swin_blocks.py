@@ -155,12 +155,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
                 f"this block reads {rows.entering} prompt rows of an earlier block, but none "
                 "were passed on; call the model, or pass live=LiveRows(rows)"
             )
-        if isinstance(prompt, PromptExperts) and prompt.grid != grid:
-            raise ValueError(
-                f"the prompt experts mix a {prompt.grid[0]} x {prompt.grid[1]} grid of tokens, "
-                f"but this block's input has {grid[0]} x {grid[1]}; resize the image to the size "
-                "that the model was tuned with"
-            )
+        _check_grid(prompt, grid)
         windows = windows_of(self, grid)
         apart = rows.leaving or (prompt is None and rows.entering)
         if ahead is None and not apart:
@@ -247,8 +242,10 @@ class PromptedSwinStage(SwinTransformerStage):
                 )
             return self.blocks(x)
         grid = _grid(x)
+        for block in blocks:
+            _check_grid(block._modules.get("prompt"), grid)
         total = OpenSum(x.flatten(1, 2))
-        for block, ahead in zip(blocks, look_ahead(blocks, x, fused), strict=True):
+        for block, ahead in zip(blocks, look_ahead(blocks, total.residual, fused), strict=True):
             memory = "minimal" if self.grad_checkpointing else block.memory
             total = _through_block(block, total, grid, memory, live, ahead)
         return total.closed().unflatten(1, grid)
@@ -262,6 +259,16 @@ class PromptedSwinStage(SwinTransformerStage):
             for name, value in projector.named_parameters():
                 state_dict.setdefault(f"{prefix}prompt_projector.{name}", value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _check_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:
+    """Refuse a grid of tokens that a block's prompt experts were not made for."""
+    if isinstance(prompt, PromptExperts) and prompt.grid != grid:
+        raise ValueError(
+            f"the prompt experts mix a {prompt.grid[0]} x {prompt.grid[1]} grid of tokens, "
+            f"but this block's input has {grid[0]} x {grid[1]}; resize the image to the size "
+            "that the model was tuned with"
+        )
 
 
 def windows_of(block: Any, grid: tuple[int, int]) -> Windows:

@@ -7,13 +7,16 @@ model from outside is compared before every replay.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks_of = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
 # Attributes of modules that drop something at random: probabilities.
 _CHANCES = ("p", "drop_prob", "dropout", "channel_dropout")
 
@@ -43,7 +46,6 @@ class Watched:
         modules = {id(m): m for root in roots for m in root.modules()}
         self._modules = list(modules.values())
         self._dicts = [vars(module) for module in self._modules]
-        self._hooks = [every[name] for every in self._dicts for name in _HOOKS]
         self._chances = [
             (every, name)
             for every in self._dicts
@@ -101,7 +103,7 @@ class Watched:
     def is_hooked(self) -> bool:
         """Whether somebody watches a module, which a replay would pass by."""
         return (
-            any(self._hooks)
+            any(map(any, map(_hooks_of, self._dicts)))
             or nn_module._has_any_global_hook()
             or any("forward" in every for every in self._dicts)
         )

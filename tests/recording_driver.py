@@ -1,0 +1,155 @@
+"""A driver that launches nothing and records what it was to launch.
+
+What a remembered launch passes to its kernel can so be compared with a launch that is built anew
+for the same tensors, without a GPU. As with `bench.null_driver`, on which it stands, Triton
+compiles for sm_90, and vpt_fast takes its kernels for tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import triton
+from torch import Tensor
+from vpt_fast.kernels import launch_plan
+from vpt_fast.kernels.launch import Launch, run
+from vpt_fast.kernels.launch_plan import Launcher
+
+from bench.null_driver import NullDriver, null_driver
+from vpt_fast.ops import operators
+
+
+class Recorded(NamedTuple):
+    """One launch.
+
+    Attributes:
+        kernel: its name.
+        launcher: which specialisation of the kernel.
+        grid: programs.
+        stream: where.
+        values: of the arguments that are not compiled in, in order; addresses for tensors.
+    """
+
+    kernel: str
+    launcher: int
+    grid: tuple[int, int, int]
+    stream: int
+    values: tuple[Any, ...]
+
+
+class _Launches(threading.local):
+    """Of each thread its own."""
+
+    def __init__(self) -> None:
+        self.found: list[Recorded] = []
+
+    def take(self) -> list[Recorded]:
+        found, self.found = self.found, []
+        return found
+
+
+LAUNCHES = _Launches()
+
+
+class RecordingLauncher:
+    """Stands for the compiled launcher of one kernel."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self._name = metadata.name
+        self._passed = [kind != "constexpr" for kind in src.signature.values()]
+
+    def __call__(
+        self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, metadata: Any,
+        enter: Any, leave: Any, *arguments: Any,
+    ) -> None:  # fmt: skip
+        for hook in (enter, leave):
+            if hook is not None:
+                hook(metadata)
+        values = tuple(
+            value.data_ptr() if hasattr(value, "data_ptr") else value
+            for value, passed in zip(arguments, self._passed, strict=True)
+            if passed
+        )
+        LAUNCHES.found.append(Recorded(self._name, id(self), (x, y, z), stream, values))
+
+
+class RecordingDriver(NullDriver):
+    """Its device and stream may be set."""
+
+    launcher_cls = RecordingLauncher
+
+    def __init__(self) -> None:
+        # No real device, and not the null driver's: compiled kernels keep their launcher.
+        self.device, self.stream = -2, 0
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return self.stream
+
+
+def _forget() -> None:
+    """Plans of one driver are of no use to another."""
+    launch_plan.launcher.cache_clear()
+    operators._kernel_sites.cache_clear()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[RecordingDriver]:
+    """Inside, launches are recorded in `LAUNCHES`; undone afterwards."""
+    driver = RecordingDriver()
+    with null_driver():
+        triton.runtime.driver.set_active(driver)
+        _forget()
+        LAUNCHES.take()
+        try:
+            yield driver
+        finally:
+            _forget()
+
+
+class Compared:
+    """What was compared.
+
+    Attributes:
+        replayed: calls of launchers that had a plan.
+        built: those that built their launches.
+        kernels: names of all that were launched from plans.
+    """
+
+    def __init__(self) -> None:
+        self.replayed, self.built = 0, 0
+        self.kernels: set[str] = set()
+
+
+@contextlib.contextmanager
+def compared() -> Iterator[Compared]:
+    """Inside, whatever a launcher launches is also built anew for the same tensors, and equal."""
+    planned, result = Launcher.__call__, Compared()
+
+    def both(self: Launcher, tensors: Any, build: Any, *others: Any) -> None:
+        built: list[Any] = []
+
+        def watched(*arguments: Any) -> Any:
+            built.append(build(*arguments))
+            return built[0]
+
+        LAUNCHES.take()
+        planned(self, tensors, watched, *others)
+        found = LAUNCHES.take()
+        again = build(*tensors, *others)
+        device = next(t.device for t in tensors if isinstance(t, Tensor))
+        run([again] if isinstance(again, Launch) else again, device)
+        expected = LAUNCHES.take()
+        assert found == expected
+        result.built += bool(built)
+        result.replayed += not built
+        result.kernels.update(launch.kernel for launch in found if not built)
+
+    with mock.patch.object(Launcher, "__call__", both):
+        yield result
