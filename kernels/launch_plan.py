@@ -163,8 +163,8 @@ def _run_and_plan(built: Launch | Sequence[Launch], tensors: Tensors) -> _Plan |
     device = next(t.device for t in tensors if t is not None)
     steps: list[_Step] | None = []
     for launch, compiled in run(launches, device):
-        places = _places(launch, tensors)
-        if places is None or not isinstance(compiled, CompiledKernel):
+        places = _places(launch, tensors) if isinstance(compiled, CompiledKernel) else None
+        if places is None:
             steps = None
         elif steps is not None:
             values = {**launch.arguments, **launch.constexprs}

@@ -204,6 +204,8 @@ def features_backward(
 
     launch((*inputs, norm_weight, mean, rstd, grad, grad_mixed, units, sums, weights), build)
     summed = weights.sum(0)
+    if inputs.weight.dtype == inputs.shift.dtype == inputs.down.dtype == inputs.up.dtype:
+        summed = summed.to(inputs.weight.dtype)  # at once
     grad_sum, grad_bias = sums[:2].view(2, batch, prompts).sum(1).unbind()
     grads = {
         "weight": summed[2 * hidden_dim],
