@@ -136,7 +136,8 @@ def test_gradients_of_a_norm_that_a_cpu_sums_up_in_16_bits(factor: float) -> Non
     found = float((resummed["0.bias"] - exact).norm() / exact.norm())
     assert found == pytest.approx(factor - 1, abs=0.01)
     normed = torch.nn.functional.layer_norm(rows.double(), (32,))
-    assert torch.allclose(resummed["0.weight"] / factor, (normed * grad).sum(0), rtol=1e-2)
+    weight = (normed * grad).sum(0)
+    assert (resummed["0.weight"] - factor * weight).norm() < 0.01 * weight.norm()
     with norm_gradients(module.float()) as none:
         module(rows.float()).backward(grad.float())
     assert not none
