@@ -22,7 +22,7 @@ from vpt_fast import fused_block
 from vpt_fast.attention_inputs import attention_tokens, is_normed, prompt_keys_values
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import NO_PROMPTS, Fused
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.hooks import call_compiled, has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.look_ahead import Ahead, prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.absorbed_attention import absorbed_attention
@@ -164,18 +164,22 @@ class PromptedBlock(Block):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         live: _LiveRows | None = None,
+        first: int | None = None,
     ) -> Tensor:
-        """(B, entering + N, D) -> (B, leaving + N, D).
+        """(B, entering + N, D) -> (B, leaving + N, D), or the `first` rows of that.
 
         Args:
             x: tokens, with the live prompt rows that enter.
             attn_mask: as timm's, (..., N, N) without prompt rows; prompts are always visible.
             is_causal: refused: prompts have no place in an order of tokens.
             live: prompt rows that travel beside x instead of in it.
+            first: as `count` of `forward_first`, without `attn_mask` and `live` only.
 
         Raises:
             ValueError: `is_causal` is True.
         """
+        if first is not None:
+            return self._first_rows(OpenSum(x), first, self.memory)
         if self.prompt is None and not self.rows.entering:
             if attn_mask is not None or is_causal:
                 return self._plain(x, attn_mask, is_causal)
@@ -240,6 +244,16 @@ class PromptedBlock(Block):
             count: of the rows.
             ahead: what `look_ahead` has found for this block and this call.
         """
+        if not has_compiled_call(self):
+            return self._first_rows(total, count, memory, ahead)
+        x = total.closed()
+        if memory == self.memory:
+            return call_compiled(self, x, first=count)
+        return recomputed(self, lambda x: self(x, first=count), x)
+
+    def _first_rows(
+        self, total: OpenSum, count: int, memory: str, ahead: Ahead | None = None
+    ) -> Tensor:
         rows = self.rows
         if not uses_kernels(total.residual) or rows.entering or rows.leaving:
             return self._by_modules(total, memory, count)
@@ -351,13 +365,15 @@ def through_block(block: Any, total: OpenSum, memory: str, ahead: Ahead | None =
     if ahead is not None:
         found = fused_block.run(block, *ahead, total, memory)
         return found if "adapter" not in block._modules else block._adapted(found)
-    watched = has_hooks(block) or has_own_forward(block)
-    if not (nn_module._has_any_global_hook() or watched):
+    compiled = has_compiled_call(block)
+    watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
+    if not (compiled or watched):
         if isinstance(block, PromptedBlock):
             return block.forward_open(total, memory)
         now = fused(block, total.residual)
         if now is not None:
             return fused_block.run(block, now, NO_PROMPTS, total, memory)
-    if memory == getattr(block, "memory", "speed"):
-        return OpenSum(block(total.closed()))
-    return OpenSum(recomputed(block, block, total.closed()))
+    x = total.closed()
+    if memory != getattr(block, "memory", "speed"):
+        return OpenSum(recomputed(block, block, x))
+    return OpenSum(call_compiled(block, x) if compiled else block(x))

@@ -1,10 +1,12 @@
-"""Whether somebody watches a module: rows that pass beside it would be missed."""
+"""Whether somebody watches a module, or has taken its call over: it must not be passed by."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -31,3 +33,22 @@ def with_descendants(module: nn.Module | None) -> Iterator[nn.Module]:
         yield module
         for child in module._modules.values():
             yield from with_descendants(child)
+
+
+def has_compiled_call(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called, so that its call runs compiled code.
+
+    Where somebody traces what the module is part of, it does not.
+    """
+    return module._compiled_call_impl is not None and not torch.compiler.is_compiling()
+
+
+def call_compiled(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Call a module that `has_compiled_call`.
+
+    Blocks share one compiled function, which has a variant for each kind of block. The batch of x
+    is hinted to be no constant, so that those do not all come twice; all else is one.
+    """
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    torch._dynamo.mark_static(x, list(range(1, x.ndim)))
+    return module(x, *args, **kwargs)

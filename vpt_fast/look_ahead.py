@@ -11,7 +11,7 @@ from vpt_fast.block_reading import BlockReading
 from vpt_fast.experts import PromptExperts
 from vpt_fast.experts_together import sources_together
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.hooks import has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block_body import BlockWeights, contiguous
 from vpt_fast.ops.prompt_keys import KeyWeights, prompt_keys
@@ -47,8 +47,8 @@ def look_ahead(
 
     Returns:
         What is there for each block; None for those that look for themselves. Those are all of
-        them where somebody traces, or where a block is hooked or runs module by module: what runs
-        there may change the blocks after it.
+        them where somebody traces, or where a block is hooked, compiled by itself or runs module by
+        module: what runs there may change the blocks after it.
     """
     nothing: list[Ahead | None] = [None for _ in blocks]
     if is_traced(x):
@@ -56,7 +56,7 @@ def look_ahead(
     now = []
     for block in blocks:
         rows = block.__dict__.get("rows")
-        if has_hooks(block) or has_own_forward(block):
+        if has_hooks(block) or has_own_forward(block) or has_compiled_call(block):
             return nothing
         found = None if rows is not None and (rows.entering or rows.leaving) else fused(block, x)
         if found is None:

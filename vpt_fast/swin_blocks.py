@@ -8,6 +8,7 @@ image; they travel beside it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from vpt_fast import fused_block
 from vpt_fast.blocks import PromptRows
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import Fused
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.hooks import call_compiled, has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.look_ahead import Ahead, look_ahead, prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.block_entry import OpenSum
@@ -311,13 +312,15 @@ def _through_block(
     ahead: Ahead | None,
 ) -> OpenSum:
     """A block, called so that its own hooks are."""
+    compiled = has_compiled_call(block)
     watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
-    if not watched:
+    if not (compiled or watched):
         return block.forward_open(total, grid, memory, live, ahead)
+    calls = functools.partial(call_compiled, block) if compiled else block
 
     def call(x: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor | None]:
         passing = LiveRows(entering)
-        x = block(x, live=passing) if block.rows.entering or block.rows.leaving else block(x)
+        x = calls(x, live=passing) if block.rows.entering or block.rows.leaving else calls(x)
         return x, passing.rows
 
     x = total.closed().unflatten(1, grid)

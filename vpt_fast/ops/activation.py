@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.registration import operator
 
 KINDS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 
 _QUICK = 1.702
 
 
-@torch.library.custom_op("vpt_fast::activation", mutates_args=())
+@operator("vpt_fast::activation")
 def activation(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """The activation of a hidden layer.
 
@@ -48,7 +49,7 @@ def _(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return h.new_empty(h.shape)
 
 
-@torch.library.custom_op("vpt_fast::activation_backward", mutates_args=("grad",))
+@operator("vpt_fast::activation_backward", mutates_args=("grad",))
 def activation_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> None:
     """Multiply the gradient of the activation by its derivative.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from vpt_fast.kernels.layouts import split, split_prompts
 from vpt_fast.ops import attention_reference as reference
 from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.registration import operator
 
 MAX_HEAD_DIM = 128
 """Most channels of a head that the kernels take."""
@@ -28,7 +29,7 @@ def _implementation(q: Tensor) -> ModuleType:
     return reference
 
 
-@torch.library.custom_op("vpt_fast::attention", mutates_args=())
+@operator("vpt_fast::attention")
 def attention_operator(
     tokens: list[Tensor], prompts: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,7 @@ def _(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> tuple[Tensor
     )
 
 
-@torch.library.custom_op("vpt_fast::attention_backward", mutates_args=())
+@operator("vpt_fast::attention_backward")
 def attention_operator_backward(
     tokens: list[Tensor],
     prompts: list[Tensor],

@@ -15,6 +15,7 @@ from torch import Tensor
 from vpt_fast.kernels.layouts import split
 from vpt_fast.ops import bank_attention_reference as reference
 from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.registration import operator
 
 _MAX_HEAD_DIM = 128
 
@@ -27,7 +28,7 @@ def _implementation(q: Tensor) -> Any:
     return reference
 
 
-@torch.library.custom_op("vpt_fast::bank_attention", mutates_args=())
+@operator("vpt_fast::bank_attention")
 def bank_attention_operator(
     tokens: list[Tensor],
     rest: Tensor,

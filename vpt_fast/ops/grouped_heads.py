@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vpt_fast.ops.backend import computing_dtype, uses_kernels
+from vpt_fast.ops.registration import operator
 
 
-@torch.library.custom_op("vpt_fast::grouped_heads", mutates_args=())
+@operator("vpt_fast::grouped_heads")
 def grouped_heads_operator(
     features: Tensor,
     weight: Tensor,

@@ -100,8 +100,8 @@ def _window_attention_backward(*arguments: Any) -> Any:
     grads = window_ops.window_attention_operator_backward(
         *tensors, list(window), list(shift), scale, tokens, prompts, table, False
     )
-    asked = (tokens, prompts and tensors[3] is not None, table)
-    return *(grads.pop(0) if wanted else None for wanted in asked), None
+    found, asked = iter(grads), (tokens, prompts and tensors[3] is not None, table)
+    return *[next(found) if wanted else None for wanted in asked], None
 
 
 def _fold(weight: Tensor, kernel: Tensor, grid: tuple[int, int], padded: int) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from vpt_fast.kernels.expert_inputs import FeatureInputs
 from vpt_fast.ops import prompt_expert_reference as reference
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype, uses_kernels
+from vpt_fast.ops.registration import operator
 
 _KERNEL_COLUMNS = 64
 """The kernels read the folded matrix in tiles without masks: its rows are padded with zeros."""
@@ -35,7 +36,7 @@ def _implementation(tensor: Tensor) -> ModuleType:
 # --- folding ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vpt_fast::fold_convolution", mutates_args=())
+@operator("vpt_fast::fold_convolution")
 def fold_operator(
     weight: Tensor, kernel: Tensor, rows: int, columns: int, padded: int
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,7 @@ def _(
     )
 
 
-@torch.library.custom_op("vpt_fast::fold_convolution_backward", mutates_args=())
+@operator("vpt_fast::fold_convolution_backward")
 def fold_operator_backward(
     weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +117,7 @@ def folded_columns(weight: Tensor, grid: tuple[int, int]) -> int:
 # --- features --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vpt_fast::project_features", mutates_args=())
+@operator("vpt_fast::project_features")
 def features_operator(
     mixed: Tensor,
     mix_sum: Tensor,
@@ -147,7 +148,7 @@ def _(mixed: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return mixed.new_empty(mixed.shape, dtype=dtype), mixed.new_empty(rows), mixed.new_empty(rows)
 
 
-@torch.library.custom_op("vpt_fast::project_features_backward", mutates_args=())
+@operator("vpt_fast::project_features_backward")
 def features_operator_backward(
     mixed: Tensor,
     mix_sum: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vpt_fast.ops import residual_norm_reference as reference
 from vpt_fast.ops.backend import statistics_dtype, uses_kernels
+from vpt_fast.ops.registration import operator
 
 
 def _implementation(tensor: Tensor) -> ModuleType:
@@ -26,7 +27,7 @@ def _implementation(tensor: Tensor) -> ModuleType:
     return reference
 
 
-@torch.library.custom_op("vpt_fast::residual_norm", mutates_args=())
+@operator("vpt_fast::residual_norm")
 def residual_norm(
     residual: Tensor,
     branch: Tensor | None,
@@ -82,7 +83,7 @@ def _(
     )
 
 
-@torch.library.custom_op("vpt_fast::residual_norm_backward", mutates_args=())
+@operator("vpt_fast::residual_norm_backward")
 def residual_norm_backward(
     x: Tensor,
     statistics: Tensor,

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from vpt_fast.ops import prompt_expert_reference as reference
 from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.registration import operator
 
 
 def _implementation(tensor: Tensor) -> ModuleType:
@@ -27,7 +27,7 @@ def _implementation(tensor: Tensor) -> ModuleType:
     return reference
 
 
-@torch.library.custom_op("vpt_fast::mix_tokens", mutates_args=())
+@operator("vpt_fast::mix_tokens")
 def mix_tokens(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Tensor:
     """A matrix times the normalised patches.
 
@@ -48,7 +48,7 @@ def _(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], mix.shape[0], x.shape[-1], dtype=statistics.dtype)
 
 
-@torch.library.custom_op("vpt_fast::mix_tokens_backward", mutates_args=())
+@operator("vpt_fast::mix_tokens_backward")
 def mix_tokens_backward(
     x: Tensor,
     mix: Tensor,

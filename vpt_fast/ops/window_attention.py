@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vpt_fast.ops import window_attention_reference as reference
 from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.registration import operator
 
 _MAX_HEAD_DIM = 128
 
@@ -31,7 +32,7 @@ def _pair(values: list[int]) -> tuple[int, int]:
     return first, second
 
 
-@torch.library.custom_op("vpt_fast::window_attention", mutates_args=())
+@operator("vpt_fast::window_attention")
 def window_attention_operator(
     qkv: Tensor,
     pad: Tensor | None,
@@ -64,7 +65,7 @@ def _(
     )
 
 
-@torch.library.custom_op("vpt_fast::window_attention_backward", mutates_args=())
+@operator("vpt_fast::window_attention_backward")
 def window_attention_operator_backward(
     qkv: Tensor,
     pad: Tensor | None,
