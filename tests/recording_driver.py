@@ -30,13 +30,14 @@ class Recorded(NamedTuple):
         kernel: its name.
         launcher: which specialisation of the kernel.
         grid: programs.
-        stream: where.
+        device, stream: where; the device is the one that was current.
         values: of the arguments that are not compiled in, in order; addresses for tensors.
     """
 
     kernel: str
     launcher: int
     grid: tuple[int, int, int]
+    device: int
     stream: int
     values: tuple[Any, ...]
 
@@ -74,7 +75,8 @@ class RecordingLauncher:
             for value, passed in zip(arguments, self._passed, strict=True)
             if passed
         )
-        LAUNCHES.found.append(Recorded(self._name, id(self), (x, y, z), stream, values))
+        device = triton.runtime.driver.active.get_current_device()
+        LAUNCHES.found.append(Recorded(self._name, id(self), (x, y, z), device, stream, values))
 
 
 class RecordingDriver(NullDriver):

@@ -63,10 +63,14 @@ SUBJECTS: dict[str, Any] = {
 }
 
 
-def step(model: Any, batch: int, dtype: torch.dtype = BF16, seed: int = 0) -> None:
+def images(model: Any, batch: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
     size = 32 if hasattr(model, "layers") else 24
-    image = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    model(image.to(dtype)).sum().backward()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, size, size, generator=generator).to(dtype)
+
+
+def step(model: Any, batch: int, dtype: torch.dtype = BF16, seed: int = 0) -> None:
+    model(images(model, batch, dtype, seed)).sum().backward()
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -230,7 +234,7 @@ def test_the_device_of_the_tensors(driver: RecordingDriver, monkeypatch: Any) ->
         assert driver.device == current
     found = LAUNCHES.take()
     assert not launch.is_new and len(found) == 4 and len(set(found)) == 1
-    assert found[0].stream == 101
+    assert (found[0].device, found[0].stream) == (1, 101)
 
 
 def test_hooks_that_were_added_later_are_called(driver: RecordingDriver, monkeypatch: Any) -> None:
