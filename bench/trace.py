@@ -298,6 +298,7 @@ def traced() -> Iterator[list[Op]]:
         "uses_kernels": lambda _: True,
         "is_traced": lambda _: False,
         "PLAIN": (*PLAIN, FakeTensor),
+        "_address": lambda tensor: tensor.data_ptr(),
     }
     storage_pointer = torch.UntypedStorage.data_ptr
 
