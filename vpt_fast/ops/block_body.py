@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import Norm, Saved, enter, entry_gradients
-from vpt_fast.ops.operators import OPERATOR_SITES, Sites
+from vpt_fast.ops.operators import Sites
 from vpt_fast.ops.prompt_source import PromptSource
 from vpt_fast.ops.window_attention_rows import Windows, attend_in_windows, windows_gradients
 
@@ -122,7 +122,7 @@ class BlockSteps:
         config: BlockConfig,
         weights: BlockWeights,
         dtype: torch.dtype,
-        sites: Sites = OPERATOR_SITES,
+        sites: Sites,
     ) -> None:
         self.config, self.weights, self.dtype, self.sites = config, weights, dtype, sites
         self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -143,11 +143,19 @@ OPERATORS: dict[str, Function] = {
 # --- sites -----------------------------------------------------------------------------------
 
 
-class Sites(dict[tuple[str, str], Function]):
+class Sites(Protocol):
     """The implementation of each operation at each place of a block: `sites[operation, place]`.
 
     For kernels a place is where tensors always have the same layout, so that it has launches of
     its own; then all tensors must be contiguous.
+    """
+
+    def __getitem__(self, site: tuple[str, str], /) -> Function:
+        """An implementation of the operation."""
+
+
+class _Remembered(dict[tuple[str, str], Function]):
+    """Sites that are made when they are first asked for.
 
     Args:
         functions: implementations by operation.
@@ -168,20 +176,20 @@ class Sites(dict[tuple[str, str], Function]):
         return function
 
 
-class _OneSite(Sites):
-    """Sites that are the same at every place, and remember nothing, so that they can be traced."""
+class _Operators:
+    """The operators, at every place: sites without a memory, which can be traced."""
 
     def __getitem__(self, site: tuple[str, str]) -> Function:
-        return self._functions[site[0]]
+        return OPERATORS[site[0]]
 
 
-OPERATOR_SITES: Sites = _OneSite(OPERATORS)
-REFERENCE_SITES = Sites(REFERENCES)
+OPERATOR_SITES: Sites = _Operators()
+REFERENCE_SITES: Sites = _Remembered(REFERENCES)
 
 
 @functools.lru_cache(maxsize=_MOST_LAYOUTS)
 def _kernel_sites(*layout: Hashable) -> Sites:
-    return Sites(kernels(), plans=True)
+    return _Remembered(kernels(), plans=True)
 
 
 def sites_for(x: Tensor, head_dim: int, *layout: Hashable) -> Sites:
