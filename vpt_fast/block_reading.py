@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.hooks import with_descendants
+from vpt_fast.hooks import hooks_version, with_descendants
 from vpt_fast.ops.block_body import BlockConfig, BlockWeights, contiguous
 from vpt_fast.ops.operators import Sites
 from vpt_fast.ops.tracing import PLAIN
@@ -109,6 +109,7 @@ class BlockReading:
         self._slots = weight_slots(block)
         self._addresses: list[int] = []
         self._dtypes: list[torch.dtype] = []
+        self._unhooked = -1  # the version of hooks at which there were none
         self._contiguous = self._plain = True
         self._matrices: torch.dtype | None = None  # their dtype, if it is one
         self._cast: tuple[Any, BlockWeights] | None = None
@@ -136,8 +137,7 @@ class BlockReading:
         if (
             modules != self._modules
             or [*map(type, modules)] != self._types
-            or any(_GLOBAL_HOOKS)
-            or any(chain.from_iterable(map(_hooks_of, self._attributes)))
+            or (hooks_version() != self._unhooked and self._is_hooked())
             or True in map(contains, self._attributes, repeat("forward"))
             or [place[name] for place, name in self._scalars] != self._known_scalars
             or block.__dict__.get("folded") is not self._folded
@@ -163,6 +163,14 @@ class BlockReading:
         if not self._contiguous:
             found = [contiguous(w) for w in found]
         return BlockWeights._make(found)
+
+    def _is_hooked(self) -> bool:
+        """Whether a module inside, or every module, has a hook."""
+        version = hooks_version()
+        if any(_GLOBAL_HOOKS) or any(chain.from_iterable(map(_hooks_of, self._attributes))):
+            return True
+        self._unhooked = version
+        return False
 
     def _look_at(self, weights: list[Tensor | None]) -> None:
         """Types and layouts of weights that are not those of the last time."""

@@ -341,7 +341,7 @@ def is_fusable(block: Any) -> bool:
     return _is_known(block) and fused_block.can_fuse(block)
 
 
-def fused(block: Any, x: Tensor) -> Fused | None:
+def fused(block: Any, x: Tensor | None) -> Fused | None:
     """`fused_block.fused`; no subclass or wrapper, whose `forward` would be passed by."""
     return fused_block.fused(block, x) if _is_known(block) else None
 

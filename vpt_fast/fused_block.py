@@ -143,9 +143,14 @@ class Fused(NamedTuple):
         return self.weights if self.reading is None else self.reading.in_dtype(self.weights, dtype)
 
 
-def fused(block: Any, x: Tensor) -> Fused | None:
-    """A block as it is fused in a call with input x; None if it cannot be."""
-    if is_traced(x):
+def fused(block: Any, x: Tensor | None) -> Fused | None:
+    """A block as it is fused in a call with input x; None if it cannot be.
+
+    Args:
+        block: of a kind that can be fused, as far as its class says.
+        x: its input; None where it is known that nobody traces.
+    """
+    if x is not None and is_traced(x):
         return Fused(block_weights(block), None) if can_fuse(block) else None
     reading = block.__dict__.get("_reading")
     weights = None if reading is None else reading.weights(block)

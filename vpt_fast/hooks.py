@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -17,6 +18,14 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def hooks_version() -> int:
+    """A number that grows whenever somebody registers a hook, of whatever kind, anywhere.
+
+    So a module that had none at a version has none at the same version.
+    """
+    return RemovableHandle.next_id
 
 
 def has_own_forward(module: nn.Module) -> bool:

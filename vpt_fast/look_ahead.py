@@ -36,14 +36,14 @@ def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
 
 
 def look_ahead(
-    blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor], Fused | None]
+    blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor | None], Fused | None]
 ) -> list[Ahead | None]:
     """Blocks as they will be fused, those with static prompts with keys that are made together.
 
     Args:
         blocks: of one width, in the order in which x passes through them.
         x: tokens (B, N, D).
-        fused: a block as it is fused in a call with that input, or None.
+        fused: a block as it is fused in a call in which nobody traces, or None.
 
     Returns:
         What is there for each block; None for those that look for themselves. Those are all of
@@ -58,7 +58,8 @@ def look_ahead(
         rows = block.__dict__.get("rows")
         if has_hooks(block) or has_own_forward(block) or has_compiled_call(block):
             return nothing
-        found = None if rows is not None and (rows.entering or rows.leaving) else fused(block, x)
+        has_rows = rows is not None and (rows.entering or rows.leaving)
+        found = None if has_rows else fused(block, None)
         if found is None:
             return nothing
         now.append(found)

@@ -294,7 +294,7 @@ def _grid(x: Tensor) -> tuple[int, int]:
     return x.shape[1], x.shape[2]
 
 
-def fused(block: Any, x: Tensor) -> Fused | None:
+def fused(block: Any, x: Tensor | None) -> Fused | None:
     """`fused_block.fused`; no subclass or wrapper, whose `forward` would be passed by."""
     attn = block._modules.get("attn")
     known = type(block) is PromptedSwinBlock and type(attn) is PromptedWindowAttention
