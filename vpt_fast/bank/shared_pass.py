@@ -28,6 +28,7 @@ from vpt_fast.ops.backend import computing_dtype, in_full_precision, statistics_
 from vpt_fast.ops.bank_attention import bank_attention
 from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights, Kept
 from vpt_fast.ops.block_entry import OpenSum, Saved
+from vpt_fast.ops.operators import OPERATOR_SITES
 from vpt_fast.ops.residual_norm import residual_norm
 
 
@@ -116,7 +117,7 @@ class _Steps(BlockSteps):
         prompts: _BlockPrompts,
         made: Tensor,
     ) -> None:
-        super().__init__(config, weights, dtype)
+        super().__init__(config, weights, dtype, OPERATOR_SITES)
         self.prompts, self.made = prompts, made
 
     def attend(self, tokens: tuple[Tensor, ...], keys: Tensor | None) -> tuple[Tensor, Tensor]:
