@@ -15,7 +15,6 @@ from vpt_fast.kernels.launch import Launch
 from bench.entry import Entry, LoopEntry
 from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
 from bench.limits import (
-    MIN_OCCUPANCY,
     WIDE,
     Verdict,
     at_most,
@@ -152,11 +151,12 @@ def verdicts(report: HeadsReport) -> list[Verdict]:
     if problem.dtype == torch.float32 or not is_judged(report.architecture):
         return [fits]
     occupancy, narrow = figures.occupancy or 0.0, ", ".join(report.narrow)
-    asked = f"at least {MIN_OCCUPANCY:.0%}"
+    least = limits().heads_occupancy
+    asked = f"at least {least:.0%}"
     judged = [
         fits,
         few_spills(figures.binary.spill_bytes),
-        Verdict("occupancy", f"{occupancy:.0%}", asked, occupancy >= MIN_OCCUPANCY),
+        Verdict("occupancy", f"{occupancy:.0%}", asked, occupancy >= least),
         Verdict("widths of loads of rows", narrow or f"{WIDE} B", f"{WIDE} B", not narrow),
     ]
     if problem == HeadsProblem():

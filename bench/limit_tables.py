@@ -46,9 +46,11 @@ class Limits:
             channels.
         heads: of many tasks' classifiers per memory cycle, by target; 64 images, each of a task of
             its own with 100 classes; F = 768.
+        heads_occupancy: least part of a multiprocessor's warps that are resident for them.
         windows: of a launch per memory cycle, by (window, p); head dimension 32.
         narrow_products: kernels that take the row sums of a softmax with narrower matrix
             instructions than the architecture's own.
+        amd: whether the version compiles every kernel for gfx942.
     """
 
     launch: Mapping[Key, Mapping[Shape, int]]
@@ -59,7 +61,9 @@ class Limits:
     rows: Mapping[str, Mapping[int, float]]
     heads: Mapping[int, float]
     windows: Mapping[Key, Mapping[Shape, float]]
+    heads_occupancy: float = 0.5
     narrow_products: frozenset[Key] = field(default_factory=frozenset)
+    amd: bool = True
 
 
 _TRITON_3_8 = Limits(
@@ -216,6 +220,8 @@ _TRITON_3_6 = Limits(
         ("window_dkdv", 90): {TWELVE_FEW: 2.213},
         ("window_dbias", 90): {TWELVE_FEW: 2.238},
     },
+    heads_occupancy=0.375,
+    amd=False,
     narrow_products=frozenset({("forward", 90), ("ragged_forward", 90)}),
 )
 

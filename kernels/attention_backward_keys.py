@@ -37,13 +37,30 @@ def _dkdv_step(
 
 
 @triton.jit
-def _side_by_side(lse_ptr, delta_ptr):
-    """Pointers to the first entries of both, [1, 2].
+def _statistics(lse_ptr, delta_ptr, places, JOINED: tl.constexpr):
+    """Entries of lse and delta at `places`.
 
-    Where one load takes both for a tile of rows it has an element for each thread. Of fewer
+    JOINED: one load takes both, as two columns, and has an element for each thread. Of fewer
     elements Triton 3.6 makes every thread load all that it multiplies, four bytes at a time.
     """
-    return tl.where(tl.arange(0, 2) == 0, lse_ptr, delta_ptr)[None, :]
+    if JOINED:
+        both = tl.where(tl.arange(0, 2) == 0, lse_ptr, delta_ptr)[None, :]
+        return tl.split(tl.load(both + places[:, None]))
+    else:
+        return tl.load(lse_ptr + places), tl.load(delta_ptr + places)
+
+
+@triton.jit
+def _statistics_where(lse_ptr, delta_ptr, places, exists, JOINED: tl.constexpr):
+    """As `_statistics`; of rows that do not exist lse is infinite, which makes their weights 0."""
+    if JOINED:
+        is_lse = (tl.arange(0, 2) == 0)[None, :]
+        both = tl.where(is_lse, lse_ptr, delta_ptr) + places[:, None]
+        absent = tl.where(is_lse, float("inf"), 0.0)
+        return tl.split(tl.load(both, mask=exists[:, None], other=absent))
+    else:
+        lse = tl.load(lse_ptr + places, mask=exists, other=float("inf"))
+        return lse, tl.load(delta_ptr + places, mask=exists, other=0.0)
 
 
 @triton.jit(do_not_specialize=("num_queries", "num_keys", "num_heads"))
@@ -82,6 +99,7 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
+    JOINED: tl.constexpr,  # lse and delta are loaded together
     ALIGNMENT: tl.constexpr,
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -110,21 +128,14 @@ def dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    # Elsewhere it gains nothing and spills.
-    JOINED: tl.constexpr = BLOCK_M >= 64 and BLOCK_N >= 64 and BLOCK_D >= 64
     tile = tl.arange(0, BLOCK_M)
     full = num_queries // BLOCK_M * BLOCK_M
     q_tile = row_pointers(q_ptr, 0, tile, stride_qm, ALIGNMENT, INDEX) + dims[None, :]
     grad_out_tile = row_pointers(grad_out_ptr, 0, tile, stride_om, ALIGNMENT, INDEX) + dims[None, :]
-    both_tile = _side_by_side(lse_ptr, delta_ptr) + tile[:, None]
     for start in range(0, full, BLOCK_M):
         q = load_tile_at(q_tile, start, stride_qm, dims, HEAD_DIM, ALIGNMENT, INDEX)
         grad_out = load_tile_at(grad_out_tile, start, stride_om, dims, HEAD_DIM, ALIGNMENT, INDEX)
-        if JOINED:
-            lse, delta = tl.split(tl.load(both_tile + start))
-        else:
-            lse = tl.load(lse_ptr + tile + start)
-            delta = tl.load(delta_ptr + tile + start)
+        lse, delta = _statistics(lse_ptr, delta_ptr, tile + start, JOINED)
         dk, dv = _dkdv_step(k, v, q, grad_out, lse, delta, dk, dv, scale_log2, PRECISION)
     tile = tl.arange(0, BLOCK_TAIL)
     for start in range(full, num_queries, BLOCK_TAIL):
@@ -194,6 +205,7 @@ def shared_prompt_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
+    JOINED: tl.constexpr,  # lse and delta are loaded together
     FLAT: tl.constexpr,  # image i's queries follow image i - 1's at the same stride
     ALIGNMENT: tl.constexpr,
     GRAD_ALIGNMENT: tl.constexpr,
@@ -232,7 +244,6 @@ def shared_prompt_dkdv_kernel(
     num_rows = images * num_queries
     full = num_rows // BLOCK_M * BLOCK_M
     image_stats = num_heads * num_queries
-    both_ptrs = _side_by_side(lse_ptr, delta_ptr)
     # Row `row[i]` of image `image[i]`. They are divided once and carried along: the compiler leaves
     # divisions in loops.
     image = tile // num_queries
@@ -249,7 +260,7 @@ def shared_prompt_dkdv_kernel(
             q = load_tile(q_rows, dims, HEAD_DIM)
         grad_out = load_tile_at(grad_out_tile, start, stride_om, dims, HEAD_DIM, ALIGNMENT, INDEX)
         stats = image * image_stats + row
-        lse, delta = tl.split(tl.load(both_ptrs + stats[:, None]))
+        lse, delta = _statistics(lse_ptr, delta_ptr, stats, JOINED)
         dk, dv = _dkdv_step(k, v, q, grad_out, lse, delta, dk, dv, scale_log2, PRECISION)
         image, row = _further_on(image, row, num_queries, step_images, step_rows)
     tile = tl.arange(0, BLOCK_TAIL)
@@ -257,7 +268,6 @@ def shared_prompt_dkdv_kernel(
     row = full + tile - image * num_queries
     step_images = BLOCK_TAIL // num_queries
     step_rows = BLOCK_TAIL - step_images * num_queries
-    absent = tl.where(tl.arange(0, 2) == 0, float("inf"), 0.0)[None, :]
     for start in range(full, num_rows, BLOCK_TAIL):
         exists = start + tile < num_rows
         if FLAT:
@@ -268,8 +278,7 @@ def shared_prompt_dkdv_kernel(
         q = load_tile_where(q_rows, dims, exists, HEAD_DIM)
         grad_out = load_tile_where(grad_out_rows, dims, exists, HEAD_DIM)
         stats = image * image_stats + row
-        both = tl.load(both_ptrs + stats[:, None], mask=exists[:, None], other=absent)
-        lse, delta = tl.split(both)
+        lse, delta = _statistics_where(lse_ptr, delta_ptr, stats, exists, JOINED)
         dk, dv = _dkdv_step(k, v, q, grad_out, lse, delta, dk, dv, scale_log2, PRECISION)
         image, row = _further_on(image, row, num_queries, step_images, step_rows)
 

@@ -226,6 +226,8 @@ def dkdv_launch(
             "BLOCK_N": tiles.rows,
             "BLOCK_M": tiles.step,
             "BLOCK_TAIL": tiles.tail,
+            # In narrower tiles it gains nothing and spills; for AMD Triton 3.6 does not compile it.
+            "JOINED": min(tiles.rows, tiles.step, head_dim) >= 64 and not target.hip,
             "PRECISION": "ieee",
         },
         num_warps=tiles.num_warps,
@@ -291,6 +293,7 @@ def shared_prompt_dkdv_launch(
             "BLOCK_N": tiles.rows,
             "BLOCK_M": tiles.step,
             "BLOCK_TAIL": tiles.tail,
+            "JOINED": not target.hip,
             "FLAT": batch == 1 or image_stride == num_queries * row_stride,
             "GRAD_ALIGNMENT": alignment(dk, dv),
             "PRECISION": "ieee",

@@ -12,7 +12,7 @@ import itertools
 
 import pytest
 import torch
-from slower import JUDGED_VERSION, slower
+from slower import JUDGED_VERSION, need_compiler, slower
 from vpt_fast.kernels.plan import AttentionProblem
 
 from bench import kernel_report
@@ -73,6 +73,7 @@ FEW = {(BF16, 100), (FP32, "gfx942")}
 def test_ragged_forward_fits_shared_memory(
     head_dim: int, dtype: torch.dtype, target: int | str
 ) -> None:
+    need_compiler(target)
     problem = AttentionProblem(197, 50, head_dim, dtype)
     binary = compile_kernel(attention_launches(problem, target)["ragged_forward"], target)
     assert binary.registers > 0

@@ -13,7 +13,7 @@ import itertools
 
 import pytest
 import torch
-from slower import JUDGED_VERSION, slower
+from slower import JUDGED_VERSION, need_compiler, slower
 from vpt_fast.kernels import expert_mix, expert_plan
 from vpt_fast.kernels.expert_features import features_launch
 from vpt_fast.kernels.expert_plan import ExpertProblem
@@ -72,6 +72,7 @@ FULL = [case for case in dict.fromkeys(GRID) if case not in QUICK]
 def test_every_limit_holds(
     kernel: str, prompts: int, width: int, dtype: torch.dtype, target: int | str
 ) -> None:
+    need_compiler(target)
     problem = ExpertProblem(prompts=prompts, width=width, dtype=dtype)
     report = report_of(kernel, problem, target)
     assert [v for v in verdicts(report) if not v.holds] == []

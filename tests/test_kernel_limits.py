@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from slower import JUDGED_VERSION, slower
+from slower import JUDGED_VERSION, need_compiler, slower
 from vpt_fast.kernels.plan import AttentionProblem
 
 from bench import kernel_report
@@ -100,6 +100,7 @@ def test_a_kernel_that_issues_a_twentieth_more_is_over_its_limit(target, kernel)
 
 @pytest.mark.parametrize(("head_dim", "dtype", "target", "kernel"), grid())
 def test_compiles_and_fits_shared_memory(head_dim, dtype, target, kernel):
+    need_compiler(target)
     launch = attention_launches(AttentionProblem(197, 50, head_dim, dtype), target)[kernel]
     binary = compile_kernel(launch, target)
     limits = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}

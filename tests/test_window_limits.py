@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from slower import JUDGED_VERSION, slower
+from slower import JUDGED_VERSION, need_compiler, slower
 from vpt_fast.kernels.window_plan import WindowProblem
 from vpt_fast.kernels.window_table import (
     whole_backward_tiles,
@@ -90,6 +90,7 @@ def grid() -> list:
 
 @pytest.mark.parametrize(("problem", "target"), grid())
 def test_compiles_and_fits_shared_memory(problem: WindowProblem, target: int | str) -> None:
+    need_compiler(target)
     limits = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
     for kernel in launched(problem):
         report = report_of(kernel, problem, target)
