@@ -339,7 +339,9 @@ class BlockSteps:
         grad_out = torch.matmul(middle[-1], self.weights.proj_weight)
         grad_x = middle[0]
         del middle
-        tokens, keys = self.attention_gradients(full, grad_out, needs_tokens, needs_prompts)
+        # Prompts that are mixed of tokens lead to them, trained or not.
+        needs_keys = needs_prompts or (needs_tokens and bool(full.entry.mixed))
+        tokens, keys = self.attention_gradients(full, grad_out, needs_tokens, needs_keys)
         del grad_out
         prompt_grads: list[Tensor | None] = [None for _ in sources]
         mixed: tuple[Tensor, ...] = ()
