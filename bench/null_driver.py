@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from vpt_fast.kernels.launch import Target
 
 import vpt_fast
+from vpt_fast import kernels
 
 CAPABILITY = 90
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -108,13 +109,15 @@ _STAND_INS = {"uses_kernels": _takes_kernels, "target_of": _target_of}
 
 def _modules() -> list[ModuleType]:
     """The modules of vpt_fast that name one of the stand-ins, imported."""
-    root = Path(vpt_fast.__path__[0])
     found = []
-    for path in sorted([*root.rglob("*.py"), *(root / "kernels").rglob("*.py")]):
-        if any(name in path.read_text(encoding="utf-8") for name in _STAND_INS):
-            parts = path.relative_to(root.parent).with_suffix("").parts
-            name = ".".join(parts).removesuffix(".__init__")
-            found.append(importlib.import_module(name))
+    # The kernels need not lie below the package that they belong to.
+    for package in (vpt_fast, kernels):
+        root = Path(package.__path__[0])
+        for path in sorted(root.rglob("*.py")):
+            if any(name in path.read_text(encoding="utf-8") for name in _STAND_INS):
+                parts = path.relative_to(root).with_suffix("").parts
+                name = ".".join((package.__name__, *parts)).removesuffix(".__init__")
+                found.append(importlib.import_module(name))
     return list(dict.fromkeys(found))
 
 
