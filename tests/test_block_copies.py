@@ -22,6 +22,7 @@ from test_block_reading import (
     METHODS,
     MIDDLE,
     assert_as_read_anew,
+    autocast,
     images,
     in_place,
     linear,
@@ -37,10 +38,6 @@ from torch import Tensor, nn
 from vpt_fast import VPTDeep, prompt_tune, remove_prompts
 from vpt_fast.block_reading import BlockReading
 from vpt_fast.ops.block_body import BlockWeights
-
-
-def autocast(dtype: torch.dtype | None) -> Any:
-    return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 @pytest.mark.parametrize("method", METHODS)
