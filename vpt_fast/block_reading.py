@@ -109,7 +109,8 @@ class BlockReading:
         self._slots = weight_slots(block)
         self._addresses: list[int] = []
         self._dtypes: list[torch.dtype] = []
-        self._unhooked = -1  # the version of hooks at which there were none
+        # Versions of hooks: at which there were none, and of the last look for any.
+        self._unhooked = self._looked = -1
         self._contiguous = self._plain = True
         self._matrices: torch.dtype | None = None  # their dtype, if it is one
         self._cast: tuple[Any, BlockWeights] | None = None
@@ -169,7 +170,10 @@ class BlockReading:
         version = hooks_version()
         if any(_GLOBAL_HOOKS) or any(chain.from_iterable(map(_hooks_of, self._attributes))):
             return True
-        self._unhooked = version
+        # Another thread may have made a handle whose hook is not in place yet: only what two calls
+        # have found counts.
+        self._unhooked = version if version == self._looked else -1
+        self._looked = version
         return False
 
     def _look_at(self, weights: list[Tensor | None]) -> None:
