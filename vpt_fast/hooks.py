@@ -53,11 +53,16 @@ def has_compiled_call(module: nn.Module) -> bool:
 
 
 def call_compiled(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Call a module that `has_compiled_call`.
+    """Call a module that `has_compiled_call`."""
+    hint_sizes(x)
+    return module(x, *args, **kwargs)
 
-    Blocks share one compiled function, which has a variant for each kind of block. The batch of x
-    is hinted to be no constant, so that those do not all come twice; all else is one.
+
+def hint_sizes(x: Tensor) -> None:
+    """Tell the compiler that the batch of x is no constant, and that all its other sizes are.
+
+    Blocks share one compiled function, which has a variant for each kind of block. Left to itself
+    the compiler makes all of them again when it meets the second batch size.
     """
     torch._dynamo.maybe_mark_dynamic(x, 0)
     torch._dynamo.mark_static(x, list(range(1, x.ndim)))
-    return module(x, *args, **kwargs)

@@ -25,7 +25,13 @@ from vpt_fast import fused_block
 from vpt_fast.blocks import PromptRows
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import Fused
-from vpt_fast.hooks import call_compiled, has_compiled_call, has_hooks, has_own_forward
+from vpt_fast.hooks import (
+    call_compiled,
+    has_compiled_call,
+    has_hooks,
+    has_own_forward,
+    hint_sizes,
+)
 from vpt_fast.look_ahead import Ahead, look_ahead, prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.block_entry import OpenSum
@@ -320,6 +326,8 @@ def _through_block(
 
     def call(x: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor | None]:
         passing = LiveRows(entering)
+        if compiled and entering is not None:
+            hint_sizes(entering)
         x = calls(x, live=passing) if block.rows.entering or block.rows.leaving else calls(x)
         return x, passing.rows
 
