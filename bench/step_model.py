@@ -23,7 +23,7 @@ import torch
 from bench import fusion, host_page
 from bench.gpus import Assumptions, Gpu
 from bench.host_subjects import DEPTH, Subject
-from bench.providers import COMPILED, PROVIDERS, PUBLISHED, WITHOUT
+from bench.providers import COMPILED, PROVIDERS, PUBLISHED, WITHOUT, base
 from bench.step_trace import step_ops
 from bench.trace import KINDS, Op
 from vpt_fast import VPTDeep
@@ -140,11 +140,12 @@ def host_ms(hosts: Hosts, model: str, provider: str, method: str = "vpt-deep") -
     """The host's milliseconds of a step beside the driver's.
 
     Compiled code is taken to cost none, as its fusion is taken to be ideal. "published" takes its
-    attention apart, which more launches show: it is taken to cost what concatenation does.
+    attention apart, which more launches show: it is taken to cost what concatenation does. Which
+    kernel PyTorch takes costs the host nothing.
     """
     if provider in COMPILED:
         return 0.0
-    eager = "concat" if provider == PUBLISHED else provider
+    eager = "concat" if provider == PUBLISHED else base(provider)
     return hosts.step(model, eager, "vpt-deep" if eager == WITHOUT else method)
 
 

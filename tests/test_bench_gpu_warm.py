@@ -79,7 +79,7 @@ def test_launches_find_what_was_compiled_beforehand(tmp_path: Path) -> None:
     [
         (STEP, {"forward", "dq", "token_dkdv", "shared_prompt_dkdv", "residual_norm"}),
         (replace(STEP, work="inference"), {"forward", "residual_norm", "activation"}),
-        (ModelCheck(replace(STEP, method="vapt", dtype="float32")), {"mix", "fold", "features"}),
+        (ModelCheck(replace(STEP, method="vapt", dtype="float32")), {"mix", "features"}),
         (AttentionCase(3, 2, 17, 2, 32), {"forward", "dq"}),
         (KernelCheck(HeadsCase(33), "float16"), {"grouped_heads"}),
         (KernelCheck(NormCase(72)), {"residual_norm", "residual_norm_backward"}),
