@@ -22,8 +22,8 @@ def test_the_report(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = re.search(r"counted: bank (\d+) launches, [\d,]+ MiB moved\n +switching (\d+)", text)
     assert found is not None
     ours, switching = map(int, found.groups())
-    # Three passes, each with the copies of the task's tensors.
-    assert 2 * ours < switching
+    # Three passes, each with the copies of the task's tensors, against one with the tasks' experts.
+    assert 2 * ours <= switching
 
 
 def test_wrong_answers_are_not_timed(
