@@ -110,6 +110,16 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+def finish(page: Path, old: str, new: str, check: bool) -> int:
+    """Write a page, or only say whether it would change; the exit status."""
+    if check:
+        print(f"{page}: {'up to date' if new == old else 'out of date'}")
+        return int(new != old)
+    page.write_text(new, encoding="utf-8")
+    print(page)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page; with --check only say whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(prog="python -m bench.host_page", description=__doc__)
@@ -125,12 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         new = replaced(old, "\n\n".join(table(read(path)) for path in paths), MARKS)
     except (OSError, ValueError, KeyError) as error:
         parser.error(str(error))
-    if options.check:
-        print(f"{options.page}: {'up to date' if new == old else 'out of date'}")
-        return int(new != old)
-    options.page.write_text(new, encoding="utf-8")
-    print(options.page)
-    return 0
+    return finish(options.page, old, new, options.check)
 
 
 if __name__ == "__main__":

@@ -79,12 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         new = replaced(old, table(hosts), MARKS)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if options.check:
-        print(f"{options.page}: {'up to date' if new == old else 'out of date'}")
-        return int(new != old)
-    options.page.write_text(new, encoding="utf-8")
-    print(options.page)
-    return 0
+    return host_page.finish(options.page, old, new, options.check)
 
 
 if __name__ == "__main__":
