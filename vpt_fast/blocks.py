@@ -21,7 +21,7 @@ from torch.nn.modules import module as nn_module
 from vpt_fast import fused_block
 from vpt_fast.attention_inputs import attention_tokens, is_normed, prompt_keys_values
 from vpt_fast.experts import PromptExperts
-from vpt_fast.fused_block import NO_PROMPTS, Fused
+from vpt_fast.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.hooks import call_compiled, has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.look_ahead import Ahead, prompts_of
 from vpt_fast.norms import is_frozen_norm
@@ -220,7 +220,7 @@ class PromptedBlock(Block):
                 x, prompt = insert_rows(x, prompt(x), rows.prefix), None
             total = OpenSum(x)
         prompts = prompts_of(prompt, total.residual)
-        return self._adapted(fused_block.run(self, now, prompts, total, memory))
+        return self._adapted(fused_block.run(self, now, prompts, total, Use(memory)))
 
     def _adapted(self, total: OpenSum) -> OpenSum:
         """The output of the fused block with the adapter on its branch, if there is one."""
@@ -262,7 +262,7 @@ class PromptedBlock(Block):
             if now is None:
                 return self._by_modules(total, memory, count)
             ahead = now, prompts_of(self._modules.get("prompt"), total.residual)
-        result = fused_block.run(self, *ahead, total, memory, None, count)
+        result = fused_block.run(self, *ahead, total, Use(memory, queries=count))
         return self._adapted(result).closed()
 
     def _by_modules(self, total: OpenSum, memory: str, first: int | None = None) -> Tensor:
@@ -363,7 +363,7 @@ def through_block(block: Any, total: OpenSum, memory: str, ahead: Ahead | None =
         ahead: what `look_ahead` has found for it in this call.
     """
     if ahead is not None:
-        found = fused_block.run(block, *ahead, total, memory)
+        found = fused_block.run(block, *ahead, total, Use(memory))
         return found if "adapter" not in block._modules else block._adapted(found)
     compiled = has_compiled_call(block)
     watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
@@ -372,7 +372,7 @@ def through_block(block: Any, total: OpenSum, memory: str, ahead: Ahead | None =
             return block.forward_open(total, memory)
         now = fused(block, total.residual)
         if now is not None:
-            return fused_block.run(block, now, NO_PROMPTS, total, memory)
+            return fused_block.run(block, now, NO_PROMPTS, total, Use(memory))
     x = total.closed()
     if memory != getattr(block, "memory", "speed"):
         return OpenSum(recomputed(block, block, x))

@@ -7,7 +7,7 @@ module, as `blocks` has it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -17,17 +17,18 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.block_reading import BlockReading, weight_slots
+from vpt_fast.block_reading import BlockReading, forget, weight_slots
 from vpt_fast.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.block_body import BlockConfig, BlockWeights, contiguous
+from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights, contiguous
 from vpt_fast.ops.block_entry import OpenSum
-from vpt_fast.ops.block_function import run_block
-from vpt_fast.ops.operators import OPERATOR_SITES, Sites, sites_for
+from vpt_fast.ops.block_function import run_blocks, run_traced
+from vpt_fast.ops.operators import sites_for
 from vpt_fast.ops.prompt_source import PromptSource
 from vpt_fast.ops.tracing import is_traced
 from vpt_fast.ops.window_attention_rows import Windows
+from vpt_fast.weights_reading import WeightsReading
 
 Prompts = tuple[PromptSource | None, tuple[Tensor | None, ...]]
 """Where a block's prompts come from, and the tensors that they are made of."""
@@ -106,24 +107,32 @@ def block_weights(block: Any) -> BlockWeights:
     return BlockWeights._make([place.get(name) for place, name in weight_slots(block)])
 
 
-def block_config(
-    block: Any,
-    memory: str = "speed",
-    source: PromptSource | None = None,
-    windows: Windows | None = None,
-    queries: int | None = None,
-) -> BlockConfig:
-    """What of a block that `can_fuse` is no tensor; for the other arguments see `run`."""
+class Use(NamedTuple):
+    """How a block is run.
+
+    Attributes:
+        memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+        windows: of its attention; None if that is over all rows.
+        queries: how many of its first rows are computed; None for all.
+    """
+
+    memory: str
+    windows: Windows | None = None
+    queries: int | None = None
+
+
+def block_config(block: Any, source: PromptSource | None, use: Use) -> BlockConfig:
+    """What of a block that `can_fuse` is no tensor; its prompts come from `source`."""
     return BlockConfig(
         heads=block.attn.num_heads,
         scale=block.attn.scale,
         eps1=block.norm1.eps,
         eps2=block.norm2.eps,
         activation=activation_kind(block.mlp.act) or "",
-        memory=memory,
+        memory=use.memory,
         source=source,
-        windows=windows,
-        queries=queries,
+        windows=use.windows,
+        queries=use.queries,
     )
 
 
@@ -132,15 +141,11 @@ class Fused(NamedTuple):
 
     Attributes:
         weights: its weights as they are.
-        reading: of the block; None where somebody traces, who reads the modules with us.
+        reading: of the weights; None where somebody traces, who reads the modules with us.
     """
 
     weights: BlockWeights
-    reading: BlockReading | None
-
-    def in_dtype(self, dtype: torch.dtype) -> BlockWeights:
-        """The weights with the matrices in `dtype`, where nobody traces."""
-        return self.weights if self.reading is None else self.reading.in_dtype(self.weights, dtype)
+    reading: WeightsReading | None
 
 
 def fused(block: Any, x: Tensor | None) -> Fused | None:
@@ -153,30 +158,31 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
     if x is not None and is_traced(x):
         return Fused(block_weights(block), None) if can_fuse(block) else None
     reading = block.__dict__.get("_reading")
-    weights = None if reading is None else reading.weights(block)
-    if weights is None:
+    known = None if reading is None else reading.now(block)
+    if known is None:
         # Copies that the old one holds are of no use, fused or not.
-        block.__dict__.pop("_reading", None)
+        forget(block)
         if not can_fuse(block):
             return None
         kind = activation_kind(block._modules["mlp"]._modules["act"])
         reading = BlockReading(block, kind or "")
-        weights = reading.weights(block)
-        if weights is None:
+        known = reading.now(block)
+        if known is None:
             return None
         block.__dict__["_reading"] = reading
-    return Fused(weights, reading)
+    return Fused(known.weights, known)
 
 
-def run(
-    block: Any,
-    now: Fused,
-    prompts: Prompts,
-    total: OpenSum,
-    memory: str,
-    windows: Windows | None = None,
-    queries: int | None = None,
-) -> OpenSum:
+class _Input(NamedTuple):
+    """What of a block's input decides how it is computed with: the sum that is left to it."""
+
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype  # of the residual
+    branch: torch.dtype | None  # of the branch
+
+
+def run(block: Any, now: Fused, prompts: Prompts, total: OpenSum, use: Use) -> OpenSum:
     """A block from the sum that it reads to the sum that is its output.
 
     Args:
@@ -185,9 +191,7 @@ def run(
         prompts: its prompts: where they come from, and the tensors that they are made of, laid out
             as their source has them.
         total: its input.
-        memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
-        windows: of its attention; None if that is over all rows.
-        queries: how many of its first rows are computed; None for all.
+        use: how it is run.
 
     Returns:
         Its output (B, N, D), or of the first rows (B, queries, D), not yet summed.
@@ -195,36 +199,70 @@ def run(
     residual, branch, scale = total
     source, sources = prompts
     dtype = computing_dtype(residual)
-    given, reading = now
-    if reading is None:
-        weights, sites = given, OPERATOR_SITES
-        config = block_config(block, memory, source, windows, queries)
+    if now.reading is None:
+        config = block_config(block, source, use)
+        middle, result = run_traced(config, now.weights, scale, dtype, residual, branch, sources)
     else:
-        weights = reading.in_dtype(given, dtype)
-        scale = contiguous(scale)
-        layout = (
-            memory, source, windows, queries, dtype,
-            residual.shape, residual.dtype, residual.device,
-            None if branch is None else branch.dtype,
-            None if scale is None else scale.dtype,
-            *[None if t is None else (t.shape, t.dtype) for t in sources],
-        )  # fmt: skip
-        known = reading.layouts.get(layout)
-        if known is None:
-            known = _laid_out(reading, given, residual, layout)
-        config, sites = known
-    if scale is not None:
-        weights = weights._replace(branch_scale=scale)
-    middle, result = run_block(config, weights, dtype, sites, residual, branch, sources)
-    return OpenSum(middle, result, given.scale2)
+        steps = _steps(now.reading, prompts, dtype, _input_of(total), scale, use)
+        middle, result = run_blocks([steps], residual, branch, [sources])
+    return OpenSum(middle, result, now.weights.scale2)
 
 
-def _laid_out(
-    reading: BlockReading, weights: BlockWeights, x: Tensor, layout: tuple[Any, ...]
-) -> tuple[BlockConfig, Sites]:
-    """Configuration and sites of a block for inputs of one layout, which is remembered."""
-    config = BlockConfig(*reading.scalars, *layout[:4])
+def run_together(
+    ahead: Sequence[tuple[Fused, Prompts]], total: OpenSum, uses: Iterable[Use]
+) -> OpenSum:
+    """Blocks one after the other, as one function; see `run`.
+
+    Args:
+        ahead: each block, and its prompts, in a call in which nobody traces.
+        total: the first block's input.
+        uses: how each is run; all compute all rows but the last.
+    """
+    dtype, scale, read = computing_dtype(total.residual), total.scale, _input_of(total)
+    steps, sources = [], []
+    for (now, prompts), use in zip(ahead, uses, strict=True):
+        if now.reading is None:
+            raise RuntimeError("somebody traces: run blocks one by one")
+        steps.append(_steps(now.reading, prompts, dtype, read, scale, use))
+        sources.append(prompts[1])
+        scale = now.weights.scale2
+        if len(steps) == 1:  # the sum that a block leaves is as wide as its widest part
+            wide = torch.promote_types(total.dtype, dtype)
+            read = read._replace(dtype=wide, branch=dtype)
+    middle, result = run_blocks(steps, total.residual, total.branch, sources)
+    return OpenSum(middle, result, scale)
+
+
+def _input_of(total: OpenSum) -> _Input:
+    residual, branch, _ = total
+    kind = None if branch is None else branch.dtype
+    return _Input(residual.shape, residual.device, residual.dtype, kind)
+
+
+def _steps(
+    reading: WeightsReading,
+    prompts: Prompts,
+    dtype: torch.dtype,
+    read: _Input,
+    scale: Tensor | None,
+    use: Use,
+) -> BlockSteps:
+    """The steps of a block for inputs of one layout, which are remembered."""
+    weights, scale = reading.in_dtype(dtype), contiguous(scale)
+    source, sources = prompts
+    layout: tuple[Any, ...] = (
+        source, use, dtype, read, None if scale is None else scale.dtype,
+        *[None if t is None else (t.shape, t.dtype) for t in sources],
+    )  # fmt: skip
+    known = reading.steps.get(layout)
+    if known is not None and known[0] is weights and known[1] is scale:
+        return known[2]
+    heads, factor, eps1, eps2, activation = reading.scalars
+    config = BlockConfig(
+        heads, factor, eps1, eps2, activation, use.memory, source, use.windows, use.queries
+    )
     head_dim = weights.qkv_weight.shape[0] // (3 * config.heads)
-    sites = sites_for(x, head_dim, config, reading.weights_layout, *layout[4:])
-    reading.remember(layout, (config, sites))
-    return config, sites
+    sites = sites_for(weights.qkv_weight, head_dim, config, reading.layout, *layout[2:])
+    steps = BlockSteps(config, weights._replace(branch_scale=scale), dtype, sites)
+    reading.remember(layout, weights, scale, steps)
+    return steps

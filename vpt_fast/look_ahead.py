@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from vpt_fast.block_reading import BlockReading
+from vpt_fast.block_reading import BlocksReading
 from vpt_fast.experts import PromptExperts
 from vpt_fast.experts_together import sources_together
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
@@ -18,6 +19,7 @@ from vpt_fast.ops.prompt_keys import KeyWeights, prompt_keys
 from vpt_fast.ops.prompt_source import GIVEN_KEYS, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
 from vpt_fast.prompts import PromptTokens
+from vpt_fast.weights_reading import WeightsReading
 
 Ahead = tuple[Fused, Prompts]
 """A block as it is fused in this call, and its prompts."""
@@ -35,9 +37,21 @@ def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
     raise TypeError(f"a {type(prompt).__name__} makes no prompts of a fused block")
 
 
+class Together(NamedTuple):
+    """Blocks as they are fused in one call, all of them.
+
+    Attributes:
+        blocks: each block, and its prompts.
+        adapted: whether one has an adapter, which runs between it and the next.
+    """
+
+    blocks: list[Ahead]
+    adapted: bool
+
+
 def look_ahead(
     blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor | None], Fused | None]
-) -> list[Ahead | None]:
+) -> Together | None:
     """Blocks as they will be fused, those with static prompts with keys that are made together.
 
     Args:
@@ -46,31 +60,48 @@ def look_ahead(
         fused: a block as it is fused in a call in which nobody traces, or None.
 
     Returns:
-        What is there for each block; None for those that look for themselves. Those are all of
-        them where somebody traces, or where a block is hooked, compiled by itself or runs module by
-        module: what runs there may change the blocks after it.
+        None where somebody traces, or where a block is hooked, compiled by itself or runs module by
+        module: what runs there may change the blocks after it, so that each looks for itself.
     """
-    nothing: list[Ahead | None] = [None for _ in blocks]
-    if is_traced(x):
-        return nothing
-    now = []
+    if not blocks or is_traced(x):
+        return None
+    reading = _read(blocks, fused)
+    if reading is None:
+        return None
+    now = [Fused(known.weights, known) for known in reading.weights]
+    prompts = _prompts_together(reading, x)
+    return Together(list(zip(now, prompts, strict=True)), reading.adapted)
+
+
+def _read(
+    blocks: Sequence[Any], fused: Callable[[Any, Tensor | None], Fused | None]
+) -> BlocksReading | None:
+    """The blocks as they are; None if one of them runs by itself."""
+    # The first block holds them, by their number: models run all of their blocks, or all but one.
+    own = blocks[0].__dict__
+    reading: BlocksReading | None = own.get("_together", {}).get(len(blocks))
+    if reading is not None:
+        if reading.now(blocks) is not None:
+            return reading
+        own.pop("_together")  # copies that are held there are of no use, fused or not
     for block in blocks:
         rows = block.__dict__.get("rows")
         if has_hooks(block) or has_own_forward(block) or has_compiled_call(block):
-            return nothing
-        has_rows = rows is not None and (rows.entering or rows.leaving)
-        found = None if has_rows else fused(block, None)
-        if found is None:
-            return nothing
-        now.append(found)
-    prompts = [block._modules.get("prompt") for block in blocks]
-    return list(zip(now, _prompts_together(prompts, now, x), strict=True))
+            return None
+        if (rows is not None and (rows.entering or rows.leaving)) or fused(block, None) is None:
+            return None
+    reading = BlocksReading(blocks, [block._reading for block in blocks])
+    own.setdefault("_together", {})[len(blocks)] = reading
+    return reading
 
 
-def _prompts_together(prompts: list[Any], now: list[Fused], x: Tensor) -> list[Prompts]:
+def _prompts_together(reading: BlocksReading, x: Tensor) -> list[Prompts]:
     """The blocks' prompts; dropout masks are drawn in the blocks' order."""
+    prompts = reading.prompts
     static = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
-    made = _keys_of([now[i] for i in static], [prompts[i] for i in static], x)
+    made = _keys_of(reading, static, x)
+    if len(made) == len(prompts):
+        return [(GIVEN_KEYS, (keys,)) for keys in made]
     found: dict[int, Prompts] = {
         i: (GIVEN_KEYS, (keys,)) for i, keys in zip(static, made, strict=False)
     }
@@ -86,31 +117,42 @@ def _prompts_together(prompts: list[Any], now: list[Fused], x: Tensor) -> list[P
     return [found[i] for i in range(len(prompts))]
 
 
-def _keys_of(now: list[Fused], prompts: list[Any], x: Tensor) -> tuple[Tensor, ...]:
+def _keys_of(reading: BlocksReading, static: list[int], x: Tensor) -> tuple[Tensor, ...]:
     """Keys and values of the blocks' static prompts; none where making them together has no use.
 
     That is for one block, and for blocks whose attention, norm1 or prompts have different forms.
     """
-    read: list[tuple[BlockReading, BlockWeights]] = [
-        (found.reading, found.weights) for found in now if found.reading is not None
-    ]
-    if len(read) < 2:
+    if len(static) < 2:
         return ()
-    tokens = [prompt.undropped() for prompt in prompts]
+    read = [reading.weights[i] for i in static]
+    tokens = [reading.prompts[i].undropped() for i in static]
+    dtype = computing_dtype(x)
+    weights = [known.in_dtype(dtype) for known in read]
+    known = reading.made.get("keys")
+    if known is None or known[0] != static or False in map(is_, weights, known[1]):
+        known = reading.made["keys"] = static, weights, _key_weights(read, weights)
+    constants: KeyWeights | None = known[2]
+    if constants is None or len({(t.shape, t.dtype, t.device) for t in tokens}) > 1:
+        return ()
+    return prompt_keys(constants, dtype, tokens)
+
+
+def _key_weights(
+    read: Sequence[WeightsReading], weights: Sequence[BlockWeights]
+) -> KeyWeights | None:
+    """What makes keys of prompts, of several blocks; None if they have different forms."""
     forms = {
         (
-            reading.scalars[0], reading.scalars[2], w.qkv_weight.shape,
-            w.norm1_weight is None, w.norm1_bias is None, rows.shape, rows.dtype, rows.device,
+            r.scalars[0], r.scalars[2], w.qkv_weight.shape, w.norm1_weight is None,
+            w.norm1_bias is None,
         )
-        for (reading, w), rows in zip(read, tokens, strict=True)
+        for r, w in zip(read, weights, strict=True)
     }  # fmt: skip
     if len(forms) > 1:
-        return ()
-    heads, _, eps, *_ = read[0][0].scalars
-    dtype = computing_dtype(x)
-    weights = [reading.in_dtype(given, dtype) for reading, given in read]
-    views = [r.keys_and_values(w) for (r, _), w in zip(read, weights, strict=True)]
-    constants = KeyWeights(
+        return None
+    heads, _, eps, *_ = read[0].scalars
+    views = [r.keys_and_values(w) for r, w in zip(read, weights, strict=True)]
+    return KeyWeights(
         [w.norm1_weight for w in weights],
         [w.norm1_bias for w in weights],
         [view.weight for view in views],
@@ -119,4 +161,3 @@ def _keys_of(now: list[Fused], prompts: list[Any], x: Tensor) -> tuple[Tensor, .
         eps,
         heads,
     )
-    return prompt_keys(constants, dtype, tokens)

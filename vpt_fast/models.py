@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vpt_fast.baseline_layers import new_classifier
+from vpt_fast.block_reading import forget
 from vpt_fast.blocks import (
     PromptedAttention,
     PromptedBlock,
@@ -20,10 +21,11 @@ from vpt_fast.blocks import (
     through_block,
 )
 from vpt_fast.experts import FeatureProjector, PromptExperts
+from vpt_fast.fused_block import Use, run_together
 from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.head_rows import rows_read
 from vpt_fast.hooks import has_hooks, has_own_forward
-from vpt_fast.look_ahead import Ahead, look_ahead
+from vpt_fast.look_ahead import look_ahead
 from vpt_fast.methods import VAPT
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
@@ -63,12 +65,12 @@ class _PromptedModel(Tuned, VisionTransformer):
         total, blocks = OpenSum(x), list(self.blocks)[first:]
         if count is None or not blocks:
             return self._through(blocks, total).closed()
+        if uses_kernels(x):
+            return self._through(blocks, total, count).closed()
         # Where the last block is not fused it has no part in what is made for all.
-        apart = 0 if uses_kernels(x) else 1
-        ahead = look_ahead(blocks[: len(blocks) - apart], x, fused)
-        total = self._through(blocks[:-1], total, ahead)
+        total = self._through(blocks[:-1], total)
         last: Any = blocks[-1]
-        return last.forward_first(total, count, memory, None if apart else ahead[-1])
+        return last.forward_first(total, count, memory)
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -87,14 +89,17 @@ class _PromptedModel(Tuned, VisionTransformer):
         """What enters the first block (B, N, D), from images (B, 3, height, width)."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
-    def _through(
-        self, blocks: list[Any], total: OpenSum, ahead: list[Ahead | None] | None = None
-    ) -> OpenSum:
-        """Tokens through the given blocks; `ahead` is what `look_ahead` has found for them."""
-        memory = self._memory()
-        if ahead is None:
-            ahead = look_ahead(blocks, total.residual, fused)
-        for block, found in zip(blocks, ahead, strict=False):
+    def _through(self, blocks: list[Any], total: OpenSum, count: int | None = None) -> OpenSum:
+        """Tokens through the given blocks; of the last one `count` rows, None for all."""
+        memory, last = self._memory(), len(blocks) - 1
+        ahead = look_ahead(blocks, total.residual, fused)
+        if ahead is not None and not ahead.adapted:
+            uses = [Use(memory, queries=count if i == last else None) for i in range(last + 1)]
+            return run_together(ahead.blocks, total, uses)
+        for index, block in enumerate(blocks):
+            found = None if ahead is None else ahead.blocks[index]
+            if index == last and count is not None:
+                return OpenSum(block.forward_first(total, count, memory, found))
             total = through_block(block, total, memory, found)
         return total
 
@@ -269,7 +274,7 @@ def unplace_prompts(model: _PromptedModel) -> None:
     model._parameters.pop("prompt_tokens", None)
     blocks: Any = model.blocks
     for block in blocks:
-        block.__dict__.pop("_reading", None)
+        forget(block)
         if isinstance(block, PromptedBlock):
             block.__class__ = Block  # type: ignore[assignment]
             block.attn.__class__ = Attention  # type: ignore[assignment]

@@ -24,7 +24,7 @@ from torch.nn.modules import module as nn_module
 from vpt_fast import fused_block
 from vpt_fast.blocks import PromptRows
 from vpt_fast.experts import PromptExperts
-from vpt_fast.fused_block import Fused
+from vpt_fast.fused_block import Fused, Use
 from vpt_fast.hooks import (
     call_compiled,
     has_compiled_call,
@@ -171,7 +171,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
         if ahead is not None:
             live.rows = None
             now, prompts = ahead
-            return self._adapted(fused_block.run(self, now, prompts, total, memory, windows))
+            return self._adapted(fused_block.run(self, now, prompts, total, Use(memory, windows)))
         if memory == "speed":
             x, live.rows = self._forward(total, windows, live.rows)
         else:
@@ -251,11 +251,26 @@ class PromptedSwinStage(SwinTransformerStage):
         grid = _grid(x)
         for block in blocks:
             _check_grid(block._modules.get("prompt"), grid)
-        total = OpenSum(x.flatten(1, 2))
-        for block, ahead in zip(blocks, look_ahead(blocks, total.residual, fused), strict=True):
-            memory = "minimal" if self.grad_checkpointing else block.memory
-            total = _through_block(block, total, grid, memory, live, ahead)
+        total = self._through(blocks, OpenSum(x.flatten(1, 2)), grid, live)
         return total.closed().unflatten(1, grid)
+
+    def _through(
+        self, blocks: list[Any], total: OpenSum, grid: tuple[int, int], live: LiveRows
+    ) -> OpenSum:
+        """Rows (B, H * W, D) of an image of grid = (H, W) through the blocks."""
+        memories = ["minimal" if self.grad_checkpointing else block.memory for block in blocks]
+        ahead = look_ahead(blocks, total.residual, fused)
+        if ahead is not None and not ahead.adapted:
+            live.rows = None
+            uses = [
+                Use(memory, windows_of(block, grid))
+                for block, memory in zip(blocks, memories, strict=True)
+            ]
+            return fused_block.run_together(ahead.blocks, total, uses)
+        for index, block in enumerate(blocks):
+            found = None if ahead is None else ahead.blocks[index]
+            total = _through_block(block, total, grid, memories[index], live, found)
+        return total
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

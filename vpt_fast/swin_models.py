@@ -16,6 +16,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from vpt_fast.baseline_layers import new_classifier
+from vpt_fast.block_reading import forget
 from vpt_fast.blocks import PromptRows
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.block_graphs import replayed
@@ -190,7 +191,7 @@ def unplace_prompts(model: Any) -> None:
         if "prompt" in block._modules:
             del block.prompt
         block.__dict__.pop("prompt", None)
-        block.__dict__.pop("_reading", None)
+        forget(block)
         block._modules.pop("adapter", None)
         del block.rows, block.memory
     for stage in model.layers:

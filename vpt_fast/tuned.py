@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 from torch import Tensor, nn
 
 from vpt_fast.baseline_layers import BottleneckAdapter
+from vpt_fast.block_reading import forget
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fold import FoldRecord, unfold_before_loading
 from vpt_fast.graphs.block_graphs import BlockGraphs
@@ -83,7 +84,7 @@ class Tuned(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """What `to`, `half`, `cuda` and their like call; what blocks have read of weights goes."""
         for block in blocks_of(self):
-            block.__dict__.pop("_reading", None)
+            forget(block)
         return super()._apply(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from vpt_fast.bank.places import Places
 from vpt_fast.bank.task_experts import ExpertGroup
 from vpt_fast.blocks import is_fusable
 from vpt_fast.experts import EPS
-from vpt_fast.fused_block import block_config, block_weights
+from vpt_fast.fused_block import Use, block_config, block_weights
 from vpt_fast.head_rows import rows_read
 from vpt_fast.norms import is_layer_norm, norm_of
 from vpt_fast.ops.backend import computing_dtype, in_full_precision, statistics_dtype
@@ -135,7 +135,7 @@ def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts) -> OpenSum:
     mean, rstd = (None, None) if eps is None else (statistics[0], statistics[2])
     made = prompts.make(block, x, mean, rstd, dtype)
     weights = block_weights(block)
-    steps = _Steps(block_config(block), weights.to(dtype), dtype, prompts, made)
+    steps = _Steps(block_config(block, None, Use("speed")), weights.to(dtype), dtype, prompts, made)
     with in_full_precision(x):
         middle, result, _ = steps.forward_from(y, Kept(Saved(x, statistics)))
     return OpenSum(middle, result, weights.scale2)

@@ -114,7 +114,7 @@ class Watched:
         A block drops its copy when it computes in another type for once.
         """
         readings = [every["_reading"] for every in self._dicts if every.get("_reading")]
-        return [(reading._cast, reading._views) for reading in readings]
+        return [reading.known.held() for reading in readings if reading.known is not None]
 
     def trained(self) -> list[Trained]:
         """The parameters that require a gradient."""

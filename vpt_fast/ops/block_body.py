@@ -127,6 +127,10 @@ class BlockSteps:
         self.config, self.weights, self.dtype, self.sites = config, weights, dtype, sites
         self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1)
 
+    def with_sites(self, sites: Sites) -> BlockSteps:
+        """The same steps, computed by others."""
+        return BlockSteps(self.config, self.weights, self.dtype, sites)
+
     # --- prompts -----------------------------------------------------------------------------
 
     def prompt_keys(

@@ -1,146 +1,271 @@
-"""A frozen block as one autograd function; `block_body` has its steps.
+"""Frozen blocks, one or several in a row, as one autograd function; `block_body` has the steps.
 
 The frozen weights are no inputs of the function: they get no gradients, and what depends on them
-only is cheaper looked at than recorded. They are inputs where somebody traces, who must see them.
+only is cheaper looked at than recorded. Where somebody traces, who must see them, a block is a
+function of its own with its weights among the inputs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.backend import in_full_precision
 from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights, Kept, contiguous
 from vpt_fast.ops.block_entry import Saved
-from vpt_fast.ops.frozen import check_versions, exactly, once_differentiable, versions_of
-from vpt_fast.ops.operators import OPERATOR_SITES, Sites
+from vpt_fast.ops.frozen import (
+    apply_directly,
+    check_versions,
+    exactly,
+    has_saved_tensor_hooks,
+    once_differentiable,
+    versions_of,
+)
+from vpt_fast.ops.operators import OPERATOR_SITES
 from vpt_fast.ops.tracing import is_traced
 
 _WEIGHTS = len(BlockWeights._fields)
+_BEFORE = 4
+"""Inputs of `_Blocks` before the sources."""
+
+Sources = tuple[Tensor | None, ...]
+"""The tensors of a block's `config.source`."""
 
 
-class _Block(torch.autograd.Function):
+Counts = tuple[int, int, int, int]
+"""Tensors that are saved for a block: of its sources, and of the parts of `Kept` that vary."""
+
+
+class _Way(NamedTuple):
+    """How a block went forward, for its way back."""
+
+    steps: BlockSteps
+    versions: list[int]  # of its weights
+    dtypes: tuple[torch.dtype, torch.dtype | None]  # of the residual and the branch that it read
+    counts: Counts
+    needs_tokens: bool  # whether the block before has a way back too
+
+
+def _packed(sources: Sources, kept: Kept) -> tuple[list[Tensor | None], Counts]:
+    """What is saved for backward of a block, and how many tensors each part of it has."""
+    entry = kept.entry
+    tensors = [
+        *sources, *entry.mixed, *kept.prompt_statistics, *kept.tokens, entry.x, entry.statistics,
+        kept.keys, kept.out, kept.lse, kept.middle, kept.statistics, kept.hidden,
+    ]  # fmt: skip
+    counts = len(sources), len(entry.mixed), len(kept.prompt_statistics), len(kept.tokens)
+    return tensors, counts
+
+
+_ALWAYS = 8
+"""Tensors of `_packed` that are there for every block, if only as None."""
+
+
+def _unpacked(tensors: Sequence[Any], counts: Counts) -> tuple[Sources, Kept]:
+    """What `_packed` was given."""
+    sources, mixed, statistics, tokens = counts
+    mixed += sources
+    statistics += mixed
+    tokens += statistics
+    x, row_statistics, keys, *others = tensors[tokens:]
+    entry = Saved(x, row_statistics, tuple(tensors[sources:mixed]))
+    kept = Kept(
+        entry, keys, tuple(tensors[mixed:statistics]), tuple(tensors[statistics:tokens]), *others
+    )
+    return tuple(tensors[:sources]), kept
+
+
+def _dtypes(residual: Tensor, branch: Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
+    return residual.dtype, None if branch is None else branch.dtype
+
+
+def _backward(
+    steps: BlockSteps,
+    saved: Sequence[Any],
+    counts: Counts,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+    grads: Sequence[Tensor | None],
+    needs_tokens: bool,
+    needs_sources: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of the residual, of the branch and of the sources.
+
+    Args:
+        steps: of the block.
+        saved, counts: as `_packed` has left them.
+        dtypes: of the residual and of the branch.
+        grads: of x' and of the MLP's output.
+        needs_tokens, needs_sources: what is asked for.
+    """
+    sources, kept = _unpacked(saved, counts)
+    residual, branch, found = steps.backward(
+        kept, sources, contiguous(grads[0]), contiguous(grads[1]), dtypes[1], needs_tokens,
+        needs_sources,
+    )  # fmt: skip
+    if residual is not None and residual.dtype != dtypes[0]:
+        residual = residual.to(dtypes[0])
+    return residual, branch, found
+
+
+class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, config, weights, dtype, sites, needs_tokens, residual, branch, *tensors
-    ):
-        ctx.config, ctx.dtype, ctx.sites, ctx.weights = config, dtype, sites, weights
-        if weights is None:
-            given, sources = BlockWeights(*tensors[:_WEIGHTS]).to(dtype), tensors[_WEIGHTS:]
-            ctx.versions = None
-        else:
-            given, sources = weights, tensors
-            ctx.versions = versions_of(weights)
-        steps = BlockSteps(config, given, dtype, sites)
-        middle, result, kept = steps.forward(residual, branch, sources)
-        kept = steps.keep(kept, needs_tokens)
-        ctx.branch_dtype = None if branch is None else branch.dtype
-        ctx.residual_dtype = residual.dtype
+    def forward(ctx, blocks, counts, residual, branch, *sources):  # type: ignore[no-untyped-def]
+        needs = ctx.needs_input_grad
+        needs_tokens, first = needs[2] or needs[3], _BEFORE
+        ways: list[_Way | None] = []
+        saved: list[Tensor | None] = []
+        for steps, count in zip(blocks, counts, strict=True):
+            own = sources[first - _BEFORE : first - _BEFORE + count]
+            needed = needs_tokens or True in needs[first : first + count]
+            first += count
+            if not needed:
+                ways.append(None)
+                residual, branch, _ = steps.forward(residual, branch, own)
+                continue
+            versions, dtypes = versions_of(steps.weights), _dtypes(residual, branch)
+            residual, branch, kept = steps.forward(residual, branch, own)
+            tensors, packed = _packed(own, steps.keep(kept, needs_tokens))
+            saved += tensors
+            ways.append(_Way(steps, versions, dtypes, packed, needs_tokens))
+            needs_tokens = True
+        ctx.ways = ways
         ctx.set_materialize_grads(False)
-        ctx.counts = (
-            len(tensors), len(kept.entry.mixed), len(kept.prompt_statistics), len(kept.tokens),
+        ctx.save_for_backward(*saved)
+        return residual, branch
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        needs = ctx.needs_input_grad
+        grad = grads[1] if grads[0] is None else grads[0]
+        if grad is None:
+            return (None,) * len(needs)
+        saved = [*ctx.saved_tensors]
+        ctx.maybe_clear_saved_tensors()  # so that what a block has read is freed when it is done
+        traced, last = is_traced(grad), len(needs)
+        found: list[Tensor | None] = []
+        with exactly(grad):
+            for way in reversed(ctx.ways):
+                if way is None:
+                    break
+                steps, versions, dtypes, counts, needs_tokens = way
+                check_versions(steps.weights, versions)
+                if traced:
+                    steps = steps.with_sites(OPERATOR_SITES)
+                tensors = saved[-sum(counts) - _ALWAYS :]
+                del saved[-len(tensors) :]
+                first = last - counts[0]
+                residual, branch, own = _backward(
+                    steps, tensors, counts, dtypes, grads, needs_tokens, True in needs[first:last]
+                )
+                grads = residual, branch
+                del tensors
+                found[:0] = own
+                last = first
+        residual, branch = grads
+        return (
+            None, None, residual if needs[2] else None, branch if needs[3] else None,
+            *[None] * (last - _BEFORE), *found,
         )  # fmt: skip
-        ctx.save_for_backward(
-            *tensors, *kept.entry.mixed, *kept.prompt_statistics, *kept.tokens,
-            kept.entry.x, kept.entry.statistics, kept.keys, kept.out, kept.lse, kept.middle,
-            kept.statistics, kept.hidden,
-        )  # fmt: skip
+
+
+class _TracedBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, config, dtype, needs_tokens, residual, branch, *tensors):  # type: ignore[no-untyped-def]
+        weights, sources = tensors[:_WEIGHTS], tensors[_WEIGHTS:]
+        steps = BlockSteps(config, BlockWeights(*weights).to(dtype), dtype, OPERATOR_SITES)
+        middle, result, kept = steps.forward(residual, branch, sources)
+        saved, ctx.counts = _packed(sources, steps.keep(kept, needs_tokens))
+        ctx.config, ctx.dtype, ctx.needs_tokens = config, dtype, needs_tokens
+        ctx.dtypes = _dtypes(residual, branch)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*weights, *saved)
         return middle, result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_middle, grad_result):  # type: ignore[no-untyped-def]
-        needs = ctx.needs_input_grad
-        if grad_middle is None and grad_result is None:
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        needs, saved = ctx.needs_input_grad, ctx.saved_tensors
+        grad = grads[1] if grads[0] is None else grads[0]
+        if grad is None:
             return (None,) * len(needs)
-        saved = ctx.saved_tensors  # once: under activation checkpointing it may be read only once
-        tensors, kept = _unpacked(saved, ctx.counts)
-        if ctx.versions is None:
-            weights, sources = BlockWeights(*tensors[:_WEIGHTS]).to(ctx.dtype), tensors[_WEIGHTS:]
-            before: tuple[None, ...] = (None,) * (5 + _WEIGHTS)
-        else:
-            weights, sources, before = ctx.weights, tensors, (None,) * 5
-            check_versions(weights, ctx.versions)
-        grad = grad_result if grad_middle is None else grad_middle
-        sites = OPERATOR_SITES if is_traced(grad) else ctx.sites
-        steps = BlockSteps(ctx.config, weights, ctx.dtype, sites)
+        weights = BlockWeights(*saved[:_WEIGHTS]).to(ctx.dtype)
+        steps = BlockSteps(ctx.config, weights, ctx.dtype, OPERATOR_SITES)
         with exactly(grad):
-            residual, branch, grads = steps.backward(
-                kept, sources, contiguous(grad_middle), contiguous(grad_result),
-                ctx.branch_dtype, needs[5] or needs[6], any(needs[7:]),
+            residual, branch, found = _backward(
+                steps, saved[_WEIGHTS:], ctx.counts, ctx.dtypes, grads, ctx.needs_tokens,
+                any(needs[5 + _WEIGHTS :]),
             )  # fmt: skip
-        if residual is not None and residual.dtype != ctx.residual_dtype:
-            residual = residual.to(ctx.residual_dtype)
-        residual = residual if needs[5] else None
-        branch = branch if needs[6] else None
-        return *before[:5], residual, branch, *before[5:], *grads
+        residual, branch = residual if needs[3] else None, branch if needs[4] else None
+        return None, None, None, residual, branch, *[None] * _WEIGHTS, *found
 
 
-def _unpacked(saved: tuple[Any, ...], counts: tuple[int, ...]) -> tuple[tuple[Any, ...], Kept]:
-    """The function's tensors, and what was kept of its forward."""
-    tensors, mixed, statistics, tokens = counts
-    mixed += tensors
-    statistics += mixed
-    tokens += statistics
-    entry = Saved(saved[tokens], saved[tokens + 1], saved[tensors:mixed])
-    kept = Kept(
-        entry, saved[tokens + 2], saved[mixed:statistics], saved[statistics:tokens],
-        *saved[tokens + 3 :],
-    )  # fmt: skip
-    return saved[:tensors], kept
-
-
-def run_block(
-    config: BlockConfig,
-    weights: BlockWeights,
-    dtype: torch.dtype,
-    sites: Sites,
+def run_blocks(
+    blocks: Sequence[BlockSteps],
     residual: Tensor,
     branch: Tensor | None,
-    sources: tuple[Tensor | None, ...] = (),
+    sources: Sequence[Sources],
 ) -> tuple[Tensor, Tensor]:
-    """A frozen block, but for its last sum.
+    """Frozen blocks one after the other, but for the last one's last sum; nobody traces.
 
     Args:
-        config: what is no tensor.
-        weights: frozen; they get no gradients. In `dtype` where matrix products read them, unless
-            somebody traces.
-        dtype: of the matrix products.
-        sites: what computes, from `vpt_fast.ops.operators.sites_for`.
-        residual: (B, N, D); with `branch` the block's input, residual + branch_scale * branch.
+        blocks: the steps of each; all but the last compute all rows. Their weights get no
+            gradients.
+        residual: (B, N, D); with `branch` the input, residual + branch_scale * branch.
         branch: (B, N, D), or None for 0.
-        sources: the tensors of `config.source`.
+        sources: of each block.
 
     Returns:
-        x' (B, M, D), the sum after attention, in the input's dtype or a wider one, and
-        MLP(norm2(x')) (B, M, D) in `dtype`, without LayerScale; M = N unless `config.queries` says
-        less. The block's output is x' + ls2 * MLP(norm2(x')).
+        x' (B, M, D), the sum after the last block's attention, in the input's dtype or a wider one,
+        and MLP(norm2(x')) (B, M, D) in the dtype of the products, without LayerScale; M = N unless
+        the last block's `config.queries` says less. The output is x' + ls2 * MLP(norm2(x')).
 
     Raises:
         RuntimeError: in backward, where a weight was changed in place since.
     """
     residual, branch = contiguous(residual), contiguous(branch)
-    if torch.is_autocast_enabled(residual.device.type):
-        with in_full_precision(residual):
-            return _run(config, weights, dtype, sites, residual, branch, sources)
-    return _run(config, weights, dtype, sites, residual, branch, sources)
+    with exactly(residual):
+        inputs = [residual, branch, *[t for own in sources for t in own]]
+        needed = True in [t is not None and t.requires_grad for t in inputs]
+        if not (needed and torch.is_grad_enabled()):
+            for steps, own in zip(blocks, sources, strict=True):
+                residual, branch, _ = steps.forward(residual, branch, own)
+        elif len(blocks) > 1 and has_saved_tensor_hooks():
+            # Who stores what is saved elsewhere should have it block by block.
+            for steps, own in zip(blocks, sources, strict=True):
+                residual, branch = run_blocks([steps], residual, branch, [own])
+        else:
+            counts = [len(own) for own in sources]
+            residual, branch = apply_directly(_Blocks, blocks, counts, *inputs)
+    return residual, branch
 
 
-def _run(
+def run_traced(
     config: BlockConfig,
     weights: BlockWeights,
+    scale: Tensor | None,
     dtype: torch.dtype,
-    sites: Sites,
     residual: Tensor,
     branch: Tensor | None,
-    sources: tuple[Tensor | None, ...],
+    sources: Sources = (),
 ) -> tuple[Tensor, Tensor]:
-    needs = residual.requires_grad or (branch is not None and branch.requires_grad)
-    if sites is OPERATOR_SITES:
-        return _Block.apply(config, None, dtype, sites, needs, residual, branch, *weights, *sources)
-    needed = needs or True in [t is not None and t.requires_grad for t in sources]
-    if not (needed and torch.is_grad_enabled()):
-        return BlockSteps(config, weights, dtype, sites).forward(residual, branch, sources)[:2]
-    return _Block.apply(config, weights, dtype, sites, needs, residual, branch, *sources)
+    """As `run_blocks`, of one block as operators of PyTorch's.
+
+    Args:
+        config: what is no tensor.
+        weights: frozen, as they are; they get no gradients.
+        scale: LayerScale (D,) of the branch, or None.
+        dtype: of the matrix products.
+        residual, branch, sources: as for `run_blocks`.
+    """
+    residual, branch = contiguous(residual), contiguous(branch)
+    if scale is not None:
+        weights = weights._replace(branch_scale=scale)
+    needs_tokens = residual.requires_grad or (branch is not None and branch.requires_grad)
+    with exactly(residual):
+        found: Any = _TracedBlock.apply(
+            config, dtype, needs_tokens, residual, branch, *weights, *sources
+        )
+    return found

@@ -28,6 +28,17 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return either
 
 
+def apply_directly(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`function.apply(*inputs)` where nobody traces, so that functorch need not be asked."""
+    directly: Any = super(torch.autograd.Function, function)
+    return directly.apply(*inputs)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether somebody stores what is saved for backward in a way of his own, or not at all."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def exactly(x: Tensor) -> Any:
     """Inside, autocast rounds nothing; a context that does nothing where there is no autocast."""
     return in_full_precision(x) if torch.is_autocast_enabled(x.device.type) else _NOTHING

@@ -102,7 +102,7 @@ class _Unmixed:
 class GivenKeys(_Unmixed):
     """Keys and values that were made before, tensors = (kv (1, p, 2, H, d),)."""
 
-    gives_keys = True
+    keeps_keys, gives_keys = False, True  # they are the source itself, which is kept
 
     def make(self, *_: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Never called."""
