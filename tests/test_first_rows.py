@@ -22,12 +22,11 @@ from vpt_fast import (
     LinearProbe,
     VPTDeep,
     blocks,
-    fused_block,
     models,
     prompt_tune,
 )
-from vpt_fast.ops.block_body import BlockConfig, BlockWeights
-from vpt_fast.ops.block_function import run_block
+from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights
+from vpt_fast.ops.block_function import run_blocks, run_traced
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.ops.operators import OPERATOR_SITES, REFERENCE_SITES
 from vpt_fast.ops.prompt_source import GIVEN_KEYS, ExpertPrompts, StaticPrompts
@@ -37,13 +36,13 @@ from vpt_fast.ops.prompt_source import GIVEN_KEYS, ExpertPrompts, StaticPrompts
 def queries(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """How many rows each fused block was asked for; the last block is fused as on a GPU."""
     asked: list[Any] = []
-    run = fused_block.run
+    forward = BlockSteps.forward
 
-    def spy(*arguments: Any) -> Any:
-        asked.append(arguments[6] if len(arguments) > 6 else None)
-        return run(*arguments)
+    def spy(self: BlockSteps, *arguments: Any) -> Any:
+        asked.append(self.config.queries)
+        return forward(self, *arguments)
 
-    monkeypatch.setattr(fused_block, "run", spy)
+    monkeypatch.setattr(BlockSteps, "forward", spy)
     for module in (blocks, models):
         monkeypatch.setattr(module, "uses_kernels", lambda x: True)
     return asked
@@ -181,7 +180,11 @@ def test_gradcheck_of_a_block(kind: str, count: int | None) -> None:
             found = list(tensors)
             for i, tensor in zip(trained, given, strict=True):
                 found[i] = tensor
-            return run_block(config, w, torch.float64, sites, residual, branch, tuple(found))
+            if sites is OPERATOR_SITES:
+                scale, dtype = w.branch_scale, torch.float64
+                return run_traced(config, w, scale, dtype, residual, branch, tuple(found))
+            steps = BlockSteps(config, w, torch.float64, sites)
+            return run_blocks([steps], residual, branch, [tuple(found)])
 
         return block
 

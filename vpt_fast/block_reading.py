@@ -14,15 +14,10 @@ from operator import contains, is_not, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn.modules import module as nn_module
 
-from vpt_fast.hooks import hooks_version, with_descendants
+from vpt_fast.hooks import HookWatch, with_descendants
 from vpt_fast.ops.block_body import BlockWeights
 from vpt_fast.weights_reading import Memory, WeightsReading
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-_GLOBAL_HOOKS: tuple[Any, ...] = tuple(getattr(nn_module, f"_global{name}") for name in _HOOKS)
 
 _NOTHING: dict[str, Any] = {}
 
@@ -36,7 +31,7 @@ _PLACES = {
 Attributes = dict[str, Any]
 """A dictionary of a module: its own, or that of its children or parameters."""
 
-_hooks_of, _trains, _children = itemgetter(*_HOOKS), itemgetter("training"), itemgetter("_modules")
+_trains, _children = itemgetter("training"), itemgetter("_modules")
 
 
 def weight_slots(block: Any) -> list[tuple[Attributes, str]]:
@@ -103,9 +98,7 @@ class _Reading:
     """
 
     def __init__(self, parts: _Parts) -> None:
-        self._parts = parts
-        # Versions of hooks: at which there were none, and of the last look for any.
-        self._unhooked = self._looked = -1
+        self._parts, self._hooks = parts, HookWatch()
 
     def __deepcopy__(self, memo: Any) -> None:
         """Copies of a block are read anew."""
@@ -122,7 +115,7 @@ class _Reading:
         if (
             modules != p.modules
             or [*map(type, modules)] != p.types
-            or (hooks_version() != self._unhooked and self._is_hooked(blocks))
+            or self._hooks.found(lambda: self._watched(blocks))
             or True in map(contains, p.attributes, repeat("forward"))
             or [*map(dict.get, p.scalars, p.scalar_names)] != p.scalar_values
             or [block.__dict__.get("folded") for block in blocks] != p.folded
@@ -137,18 +130,6 @@ class _Reading:
     def _watched(self, blocks: Iterable[Any]) -> list[Attributes]:
         """Of the modules that nobody may hook."""
         return self._parts.attributes
-
-    def _is_hooked(self, blocks: Iterable[Any]) -> bool:
-        """Whether a module, or every module, has a hook."""
-        version = hooks_version()
-        hooks = map(_hooks_of, self._watched(blocks))
-        if any(_GLOBAL_HOOKS) or any(chain.from_iterable(hooks)):
-            return True
-        # Another thread may have made a handle whose hook is not in place yet: only what two calls
-        # have found counts.
-        self._unhooked = version if version == self._looked else -1
-        self._looked = version
-        return False
 
 
 def _drops(module: Attributes) -> bool:

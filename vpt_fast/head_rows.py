@@ -2,39 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import chain, repeat
+from operator import contains
 from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.hooks import has_hooks, with_descendants
+from vpt_fast.hooks import HookWatch, has_hooks, with_descendants
 
 _AFTER_BLOCKS = ("norm", "fc_norm", "head_drop", "head_hidden", "head", "head_dist")
 
 
-def rows_read(
-    model: Any, last: type[nn.Module], is_watched: Callable[[nn.Module], bool] = has_hooks
-) -> int | None:
+def rows_read(model: Any, last: type[nn.Module]) -> int | None:
     """Rows of the last block's output that the head reads, if they are its first and nobody looks.
 
     Args:
         model: a timm VisionTransformer, plain or of our classes.
         last: the class that its last block must have to compute these rows alone.
-        is_watched: whether somebody would notice that a module sees these rows only.
 
     Returns:
         Their number; None if all rows have to be computed.
     """
-    if model.global_pool != "token" or model.attn_pool is not None or not len(model.blocks):
+    if not _reads_first(model, last) or nn_module._has_any_global_hook():
         return None
-    block = model.blocks[-1]
-    if type(block) is not last or nn_module._has_any_global_hook():
-        return None
+    return None if True in map(has_hooks, _watched(model)) else _count(model)
+
+
+def _reads_first(model: Any, last: type[nn.Module]) -> bool:
+    """Whether the head reads the first rows only, and the last block can compute them alone."""
+    if model.global_pool != "token" or model.attn_pool is not None:
+        return False
+    return len(model.blocks) > 0 and type(model.blocks[-1]) is last
+
+
+def _count(model: Any) -> int:
+    return 2 if isinstance(model, VisionTransformerDistilled) else 1
+
+
+def _watched(model: Any) -> list[nn.Module]:
+    """The modules that see first rows only, or the last block's output."""
     modules = model._modules
     after = [modules[name] for name in _AFTER_BLOCKS if modules.get(name) is not None]
-    watched = [model.blocks, *(m for module in (block, *after) for m in with_descendants(module))]
-    if True in map(is_watched, watched):
-        return None
-    return 2 if isinstance(model, VisionTransformerDistilled) else 1
+    inside = (m for module in (model.blocks[-1], *after) for m in with_descendants(module))
+    return [model.blocks, *inside]
+
+
+class HeadReading:
+    """`rows_read`, asked again only when something that it depends on has changed.
+
+    Forwards that are put on instances count as looks too.
+
+    Args:
+        last: as for `rows_read`.
+    """
+
+    def __init__(self, last: type[nn.Module]) -> None:
+        self._last, self._hooks = last, HookWatch()
+        self._own: list[dict[str, Any]] = []
+        self._places: list[dict[str, Any]] = []
+        self._children: list[Any] = []
+
+    def __deepcopy__(self, memo: Any) -> HeadReading:
+        """A copy's modules are its own."""
+        return HeadReading(self._last)
+
+    def __reduce__(self) -> Any:
+        """As copies."""
+        return HeadReading, (self._last,)
+
+    def rows(self, model: Any) -> int | None:
+        """See `rows_read`."""
+        if not _reads_first(model, self._last):
+            return None
+        places = self._places
+        if (
+            not places
+            or places[0] is not model._modules
+            or [*chain.from_iterable(map(dict.values, places))] != self._children
+        ):
+            self._read(model)
+        if self._hooks.found(lambda: self._own):
+            return None
+        return None if True in map(contains, self._own, repeat("forward")) else _count(model)
+
+    def _read(self, model: Any) -> None:
+        modules = _watched(model)
+        self._own = [vars(module) for module in modules]
+        self._places = [model._modules, *(module._modules for module in modules)]
+        self._children = [*chain.from_iterable(map(dict.values, self._places))]
+        self._hooks = HookWatch()

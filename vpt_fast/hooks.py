@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS: tuple[Any, ...] = tuple(getattr(nn_module, f"_global{name}") for name in _HOOKS)
+
+_hooks_of = itemgetter(*_HOOKS)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -26,6 +34,31 @@ def hooks_version() -> int:
     So a module that had none at a version has none at the same version.
     """
     return RemovableHandle.next_id
+
+
+class HookWatch:
+    """Whether modules are hooked, looked for again only when somebody has registered a hook."""
+
+    def __init__(self) -> None:
+        # Versions of hooks: at which there were none, and of the last look for any.
+        self._unhooked = self._looked = -1
+
+    def found(self, attributes: Callable[[], Iterable[dict[str, Any]]]) -> bool:
+        """Whether one of the modules, or every module, has a hook.
+
+        Args:
+            attributes: gives the modules' `__dict__`, always of the same modules.
+        """
+        version = hooks_version()
+        if version == self._unhooked:
+            return False
+        if any(_GLOBAL_HOOKS) or any(chain.from_iterable(map(_hooks_of, attributes()))):
+            return True
+        # Another thread may have made a handle whose hook is not in place yet: only what two calls
+        # have found counts.
+        self._unhooked = version if version == self._looked else -1
+        self._looked = version
+        return False
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -23,8 +23,8 @@ from vpt_fast.blocks import (
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fused_block import Use, run_together
 from vpt_fast.graphs.block_graphs import replayed
-from vpt_fast.head_rows import rows_read
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.head_rows import HeadReading
+from vpt_fast.hooks import has_hooks
 from vpt_fast.look_ahead import look_ahead
 from vpt_fast.methods import VAPT
 from vpt_fast.ops.backend import uses_kernels
@@ -118,7 +118,11 @@ class _PromptedModel(Tuned, VisionTransformer):
 
     def _rows_read(self) -> int | None:
         """Rows of the last block that the head reads, if they are its first and nobody looks."""
-        return rows_read(self, PromptedBlock, lambda m: has_hooks(m) or has_own_forward(m))
+        reading = self.__dict__.get("_head_reading")
+        if reading is None:
+            reading = self.__dict__["_head_reading"] = HeadReading(PromptedBlock)
+        rows: int | None = reading.rows(self)
+        return rows
 
     def forward_intermediates(
         self,
@@ -272,6 +276,7 @@ def unplace_prompts(model: _PromptedModel) -> None:
     for name in ADDED:
         model._modules.pop(name, None)
     model._parameters.pop("prompt_tokens", None)
+    model.__dict__.pop("_head_reading", None)
     blocks: Any = model.blocks
     for block in blocks:
         forget(block)
