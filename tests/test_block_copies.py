@@ -71,8 +71,7 @@ def test_one_copy_is_kept_and_dropped_with_its_use() -> None:
     block = model.blocks[MIDDLE]
 
     def copies() -> list[Any]:
-        reading = block._reading
-        return [reading.in_dtype(reading.weights(block), torch.bfloat16) for _ in range(2)]
+        return [block._reading.now(block).in_dtype(torch.bfloat16) for _ in range(2)]
 
     with autocast(torch.bfloat16):
         results(model, image)
@@ -94,20 +93,19 @@ def test_a_cast_of_another_thread_is_not_taken(monkeypatch: pytest.MonkeyPatch) 
     """As if another thread cast to another dtype in the middle of this one's cast."""
     model, image = tuned(dtype=torch.float32), images(torch.float32)
     results(model, image)
-    reading = model.blocks[MIDDLE]._reading
-    weights, cast = reading.weights(model.blocks[MIDDLE]), BlockWeights.to
+    reading, cast = model.blocks[MIDDLE]._reading.known, BlockWeights.to
 
     def interrupted(self: BlockWeights, dtype: torch.dtype) -> BlockWeights:
         found = cast(self, dtype)
         if dtype == torch.bfloat16:
-            reading.in_dtype(self, other)
+            reading.in_dtype(other)
         return found
 
     monkeypatch.setattr(BlockWeights, "to", interrupted)
     for other in (torch.float32, torch.float16):  # noqa: B007
-        found = reading.in_dtype(weights, torch.bfloat16)
+        found = reading.in_dtype(torch.bfloat16)
         assert found.fc1_weight.dtype == torch.bfloat16
-        reading.in_dtype(weights, torch.float32)
+        reading.in_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -174,7 +172,7 @@ def test_blocks_with_other_weights_missing_have_other_layouts() -> None:
     model.blocks[0].attn.proj.bias = None
     model.blocks[1].ls1 = nn.Identity()
     results(model, images())
-    layouts = {block._reading.weights_layout for block in model.blocks}
+    layouts = {block._reading.known.layout for block in model.blocks}
     assert len(layouts) == 3
 
 
@@ -183,7 +181,7 @@ def test_layouts_are_bounded() -> None:
     with torch.no_grad():
         for batch in range(1, 36):
             model(image[:1].expand(batch, -1, -1, -1))
-    assert 0 < len(model.blocks[MIDDLE]._reading.layouts) <= 32
+    assert 0 < len(model.blocks[MIDDLE]._reading.known.steps) <= 32
 
 
 def test_replicas_are_refused() -> None:

@@ -190,9 +190,10 @@ def test_a_recording_holds_the_casts_that_it_reads():
     _, graphed, capture = pair()
     with torch.autocast("cpu", torch.bfloat16):
         step(graphed)
-    cast = graphed.blocks[0]._reading._cast[1].qkv_weight
+    reading = graphed.blocks[0]._reading.known
+    cast = reading.in_dtype(torch.bfloat16).qkv_weight
     step(graphed)  # in fp32 the block has no use for it
-    assert cast.dtype == torch.bfloat16 and graphed.blocks[0]._reading._cast is None
+    assert cast.dtype == torch.bfloat16 and reading.held()[0] is None
     held = [e._casts for e in graphed.tune_record.graphs._entries.values()]
     assert held[0][0][0][1].qkv_weight is cast
     with torch.autocast("cpu", torch.bfloat16):

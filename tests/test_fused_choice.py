@@ -24,22 +24,29 @@ OTHERS = {0, 2}
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The blocks that ran as one function, in the order of their calls."""
-    blocks: list[nn.Module] = []
-    run = fused_block.run
-
-    def spy(block: nn.Module, *arguments: Any) -> Any:
-        blocks.append(block)
-        return run(block, *arguments)
-
-    monkeypatch.setattr(fused_block, "run", spy)
-    return blocks
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was read of each block that ran fused, in the order of their calls."""
+    return spied(monkeypatch)
 
 
-def indices(model: nn.Module, ran: list[nn.Module]) -> set[int]:
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """See `ran`."""
+    readings: list[Any] = []
+    steps = fused_block._steps
+
+    def spy(reading: Any, *arguments: Any) -> Any:
+        readings.append(reading)
+        return steps(reading, *arguments)
+
+    monkeypatch.setattr(fused_block, "_steps", spy)
+    return readings
+
+
+def indices(model: nn.Module, ran: list[Any]) -> set[int]:
     """Which blocks those are, each at most once; forgets them."""
-    order = [list(model.blocks).index(block) for block in ran]
+    found = [vars(block).get("_reading") for block in model.blocks]
+    known = [None if reading is None else reading.known for reading in found]
+    order = [known.index(reading) for reading in ran]
     ran.clear()
     assert order == sorted(set(order))
     return set(order)
@@ -60,7 +67,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_block_is_fused(method: str, ran: list[nn.Module]) -> None:
+def test_every_block_is_fused(method: str, ran: list[Any]) -> None:
     """But for the last one of VPT-Shallow, which has no query for the prompts' dead rows."""
     tuned, plain = make_pair(METHODS[method])
     tuned.train()
@@ -125,7 +132,7 @@ def _watched() -> list[Any]:
 
 
 @pytest.mark.parametrize(("where", "kind", "method"), _watched())
-def test_hooks_are_called(where: str, kind: str, method: str, ran: list[nn.Module]) -> None:
+def test_hooks_are_called(where: str, kind: str, method: str, ran: list[Any]) -> None:
     tuned, plain = make_pair(METHODS[method])
     watch = Watch()
     handle = getattr(tuned.blocks[CHANGED].get_submodule(where), f"register_{kind}")(watch)
@@ -140,7 +147,7 @@ def test_hooks_are_called(where: str, kind: str, method: str, ran: list[nn.Modul
     assert indices(tuned, ran) == OTHERS | {CHANGED}
 
 
-def test_global_hooks_are_called(ran: list[nn.Module]) -> None:
+def test_global_hooks_are_called(ran: list[Any]) -> None:
     tuned, _ = make_pair(VPTDeep(3))
     seen: list[nn.Module] = []
     handle = nn_module.register_module_forward_hook(lambda module, *_: seen.append(module))
@@ -178,7 +185,7 @@ WEIGHTS = [
         for j, m in enumerate(["deep", "linear", "code"])
     ],
 )
-def test_trained_weights_have_gradients(weight: str, method: str, ran: list[nn.Module]) -> None:
+def test_trained_weights_have_gradients(weight: str, method: str, ran: list[Any]) -> None:
     """Whoever trains a weight of the backbone besides gets its gradient."""
     name = f"blocks.{CHANGED}.{weight}"
     tuned, plain = make_pair(METHODS[method])
@@ -193,7 +200,7 @@ def test_trained_weights_have_gradients(weight: str, method: str, ran: list[nn.M
 
 @pytest.mark.parametrize("where", ["attn.proj_drop", "mlp.drop1", "mlp.drop2", "drop_path1"])
 @pytest.mark.parametrize("method", ["linear", "shallow", "deep", "code"])
-def test_active_dropout_acts(method: str, where: str, ran: list[nn.Module]) -> None:
+def test_active_dropout_acts(method: str, where: str, ran: list[Any]) -> None:
     """Off in the frozen backbone; whoever turns one on gets it."""
     tuned, plain = make_pair(METHODS[method], proj_drop_rate=0.3, drop_path_rate=0.5)
     image = families.images(AVERAGE, batch=8)
@@ -213,7 +220,7 @@ def test_active_dropout_acts(method: str, where: str, ran: list[nn.Module]) -> N
         assert_same(tuned, plain, seeded(tuned, image), expected)
 
 
-def test_active_attention_dropout_is_refused_or_acts(ran: list[nn.Module]) -> None:
+def test_active_attention_dropout_is_refused_or_acts(ran: list[Any]) -> None:
     """timm's own blocks have it; where prompts are, it is refused by name."""
     tuned, plain = make_pair(VPTDeep(3), attn_drop_rate=0.5)
     tuned.train().blocks[CHANGED].attn.train()

@@ -6,11 +6,12 @@ from itertools import chain, repeat
 from operator import contains
 from typing import Any
 
+import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.hooks import HookWatch, has_hooks, with_descendants
+from vpt_fast.hooks import HookWatch, has_hooks, has_own_forward, with_descendants
 
 _AFTER_BLOCKS = ("norm", "fc_norm", "head_drop", "head_hidden", "head", "head_dist")
 
@@ -27,7 +28,7 @@ def rows_read(model: Any, last: type[nn.Module]) -> int | None:
     """
     if not _reads_first(model, last) or nn_module._has_any_global_hook():
         return None
-    return None if True in map(has_hooks, _watched(model)) else _count(model)
+    return None if True in map(_is_watched, _watched(model)) else _count(model)
 
 
 def _reads_first(model: Any, last: type[nn.Module]) -> bool:
@@ -35,6 +36,11 @@ def _reads_first(model: Any, last: type[nn.Module]) -> bool:
     if model.global_pool != "token" or model.attn_pool is not None:
         return False
     return len(model.blocks) > 0 and type(model.blocks[-1]) is last
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody would notice that a module sees these rows only."""
+    return has_hooks(module) or has_own_forward(module)
 
 
 def _count(model: Any) -> int:
@@ -51,8 +57,6 @@ def _watched(model: Any) -> list[nn.Module]:
 
 class HeadReading:
     """`rows_read`, asked again only when something that it depends on has changed.
-
-    Forwards that are put on instances count as looks too.
 
     Args:
         last: as for `rows_read`.
@@ -74,6 +78,8 @@ class HeadReading:
 
     def rows(self, model: Any) -> int | None:
         """See `rows_read`."""
+        if torch.compiler.is_compiling():
+            return rows_read(model, self._last)
         if not _reads_first(model, self._last):
             return None
         places = self._places

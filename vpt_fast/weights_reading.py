@@ -105,7 +105,8 @@ class WeightsReading:
         if not self._contiguous:
             return BlockWeights._make(map(contiguous, self.weights)).to(dtype)
         if self._matrices == dtype:
-            self._cast = None
+            if self._cast is not None:
+                self._keep(None)
             return self.weights
         matrices = _matrices_of(self.weights)
         if True in map(Tensor.is_inference, matrices):
@@ -116,8 +117,13 @@ class WeightsReading:
             # Whatever mode is on now, the copy serves training later.
             with torch.inference_mode(False), torch.no_grad():
                 cast = made_of, self.weights.to(dtype)
-            self._cast = cast
+            self._keep(cast)
         return cast[1]
+
+    def _keep(self, cast: tuple[Any, BlockWeights] | None) -> None:
+        """Keep this copy and no other, which the steps of other layouts may hold."""
+        self._cast = cast
+        self.steps.clear()
 
     def keys_and_values(self, weights: BlockWeights) -> KeyValueWeights:
         """The part of the qkv projection that makes keys and values.
