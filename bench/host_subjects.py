@@ -60,7 +60,7 @@ class Subject:
 
 def _vit(depth: int, init_values: float | None = None) -> Any:
     return timm.models.VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=64, depth=depth, num_heads=1,
+        img_size=32, patch_size=16, embed_dim=16, depth=depth, num_heads=1,
         init_values=init_values, num_classes=CLASSES,
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ def attention_forward(
         if launch.is_new:
             check_inputs(tokens, prompts, scale)
     q = tokens[0]
-    batch, rows, num_heads, head_dim = *q.shape[:2], *q.shape[-2:]
+    batch, rows, *_, num_heads, head_dim = q.shape
     out = torch.empty((batch, rows, num_heads * head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, num_heads, rows), dtype=torch.float32, device=q.device)
 

@@ -8,6 +8,7 @@ layout: its first call builds the launches, later ones put addresses into them. 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class _Step(NamedTuple):
         call: what a compiled kernel launches with.
         grid: its programs.
         handles: function and metadata, as `call` takes them.
-        places: tensor and byte offset of each of its pointers, which are its first arguments.
+        addresses: those of its pointers, which are its first arguments, from those of the tensors.
         others: the arguments after them.
         runner: the same launch with Triton's hooks called.
     """
@@ -54,7 +55,7 @@ class _Step(NamedTuple):
     call: Any
     grid: tuple[int, int, int]
     handles: tuple[Any, Any]
-    places: list[tuple[int, int]]
+    addresses: Callable[[list[int]], Sequence[int]]
     others: list[Any]
     runner: Any
 
@@ -131,12 +132,11 @@ class Launcher:
             return
         if _is_hooked():
             for step in steps:
-                addresses = [pointers[i] + offset for i, offset in step.places]
-                step.runner(*addresses, *step.others, stream=stream)
+                step.runner(*step.addresses(pointers), *step.others, stream=stream)
             return
-        for call, (x, y, z), (function, metadata), places, values, _ in steps:
-            addresses = [pointers[i] + offset for i, offset in places]
-            call(x, y, z, stream, function, metadata, None, None, None, *addresses, *values)
+        for call, (x, y, z), (function, metadata), addresses, values, _ in steps:
+            found = addresses(pointers)
+            call(x, y, z, stream, function, metadata, None, None, None, *found, *values)
 
 
 @functools.lru_cache(maxsize=_MOST_LAYOUTS)
@@ -171,12 +171,21 @@ def _run_and_plan(built: Launch | Sequence[Launch], tensors: Tensors) -> _Plan |
             others = [values[name] for name in launch.kernel.arg_names[len(places) :]]
             handles = compiled.function, compiled.packed_metadata
             runner = compiled[launch.grid]
-            steps.append(_Step(compiled.run, launch.grid, handles, places, others, runner))
+            found = _addresses(places)
+            steps.append(_Step(compiled.run, launch.grid, handles, found, others, runner))
     if steps is None:
         return None
     driver = triton.runtime.driver.active
     index = device.index if device.type == "cuda" else None
     return _Plan(steps, index, driver.get_current_device, driver.get_current_stream)
+
+
+def _addresses(places: list[tuple[int, int]]) -> Callable[[list[int]], Sequence[int]]:
+    """Of pointers at `places`, as a function of the tensors' addresses."""
+    if len(places) > 1 and not any(offset for _, offset in places):
+        found: Any = operator.itemgetter(*(index for index, _ in places))
+        return found
+    return lambda pointers: [pointers[index] + offset for index, offset in places]
 
 
 def _places(launch: Launch, tensors: Tensors) -> list[tuple[int, int]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from vpt_fast.ops.prompt_source import GIVEN_KEYS, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
 from vpt_fast.prompts import PromptTokens
 from vpt_fast.weights_reading import WeightsReading
+
+_form = attrgetter("shape", "dtype", "device")
 
 Ahead = tuple[Fused, Prompts]
 """A block as it is fused in this call, and its prompts."""
@@ -132,7 +134,7 @@ def _keys_of(reading: BlocksReading, static: list[int], x: Tensor) -> tuple[Tens
     if known is None or known[0] != static or False in map(is_, weights, known[1]):
         known = reading.made["keys"] = static, weights, _key_weights(read, weights)
     constants: KeyWeights | None = known[2]
-    if constants is None or len({(t.shape, t.dtype, t.device) for t in tokens}) > 1:
+    if constants is None or len({*map(_form, tokens)}) > 1:
         return ()
     return prompt_keys(constants, dtype, tokens)
 

@@ -26,7 +26,7 @@ from vpt_fast.head_rows import rows_read
 from vpt_fast.norms import is_layer_norm, norm_of
 from vpt_fast.ops.backend import computing_dtype, in_full_precision, statistics_dtype
 from vpt_fast.ops.bank_attention import bank_attention
-from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights, Kept
+from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights
 from vpt_fast.ops.block_entry import OpenSum, Saved
 from vpt_fast.ops.operators import OPERATOR_SITES
 from vpt_fast.ops.residual_norm import residual_norm
@@ -137,7 +137,7 @@ def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts) -> OpenSum:
     weights = block_weights(block)
     steps = _Steps(block_config(block, None, Use("speed")), weights.to(dtype), dtype, prompts, made)
     with in_full_precision(x):
-        middle, result, _ = steps.forward_from(y, Kept(Saved(x, statistics)))
+        middle, result, _ = steps.forward_from(y, Saved(x, statistics))
     return OpenSum(middle, result, weights.scale2)
 
 

@@ -113,9 +113,13 @@ class BlockSteps:
         weights: in `dtype` where matrix products read them.
         dtype: of the matrix products.
         sites: what computes the steps' operations.
+
+    Attributes:
+        norm1: the LayerNorm of tokens and prompts.
+        frozen: the weights that there are.
     """
 
-    __slots__ = ("config", "dtype", "norm1", "sites", "weights")
+    __slots__ = ("config", "dtype", "frozen", "norm1", "sites", "weights")
 
     def __init__(
         self,
@@ -126,6 +130,7 @@ class BlockSteps:
     ) -> None:
         self.config, self.weights, self.dtype, self.sites = config, weights, dtype, sites
         self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1)
+        self.frozen = [w for w in weights if w is not None]
 
     def with_sites(self, sites: Sites) -> BlockSteps:
         """The same steps, computed by others."""
@@ -272,11 +277,16 @@ class BlockSteps:
         """x' and the MLP's output (B, M, D), and what backward may need."""
         y, entry = enter(self, residual, branch, sources)
         keys, prompt_statistics = self.prompt_keys(sources, entry.mixed)
-        return self.forward_from(y, Kept(entry, keys, prompt_statistics))
+        return self.forward_from(y, entry, keys, prompt_statistics)
 
-    def forward_from(self, y: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Kept]:
+    def forward_from(
+        self,
+        y: Tensor,
+        entry: Saved,
+        keys: Tensor | None = None,
+        prompt_statistics: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, Tensor, Kept]:
         """As `forward`, from norm1 of the input and from the prompts' keys."""
-        entry, keys, prompt_statistics = kept[:3]
         tokens = self.project(y)
         out, lse = self.attend(tokens, keys)
         middle, y, statistics = self.add_attention(_there(entry.x), out)

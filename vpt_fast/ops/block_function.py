@@ -124,7 +124,7 @@ class _Blocks(torch.autograd.Function):
                 ways.append(None)
                 residual, branch, _ = steps.forward(residual, branch, own)
                 continue
-            versions, dtypes = versions_of(steps.weights), _dtypes(residual, branch)
+            versions, dtypes = versions_of(steps.frozen), _dtypes(residual, branch)
             residual, branch, kept = steps.forward(residual, branch, own)
             tensors, packed = _packed(own, steps.keep(kept, needs_tokens))
             saved += tensors
@@ -151,7 +151,7 @@ class _Blocks(torch.autograd.Function):
                 if way is None:
                     break
                 steps, versions, dtypes, counts, needs_tokens = way
-                check_versions(steps.weights, versions)
+                check_versions(steps.frozen, versions)
                 if traced:
                     steps = steps.with_sites(OPERATOR_SITES)
                 tensors = saved[-sum(counts) - _ALWAYS :]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.frozen import exactly, once_differentiable
+from vpt_fast.ops.frozen import apply_directly, exactly, once_differentiable
 from vpt_fast.ops.prompt_expert import folded_columns
 from vpt_fast.ops.prompt_expert_reference import fold_backward, fold_forward
 
@@ -53,6 +53,6 @@ def fold_together(
     """
     with exactly(weights[0]):
         columns = folded_columns(weights[0], grid)
-        found: Any = _Folds.apply(grid, columns, *weights, *kernels)
+        found: Any = apply_directly(_Folds, grid, columns, *weights, *kernels)
     count = len(weights)
     return list(zip(found[:count], found[count:], strict=True))

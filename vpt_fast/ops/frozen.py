@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable as torch_once_differenti
 from vpt_fast.ops.backend import in_full_precision
 
 _NOTHING = contextlib.nullcontext()
+_version = attrgetter("_version")
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,18 +46,17 @@ def exactly(x: Tensor) -> Any:
     return in_full_precision(x) if torch.is_autocast_enabled(x.device.type) else _NOTHING
 
 
-def versions_of(weights: Sequence[Tensor | None]) -> list[int]:
-    """Version of each weight that there is: it grows when one is changed in place."""
-    return [w._version for w in weights if w is not None]
+def versions_of(weights: Sequence[Tensor]) -> list[int]:
+    """Version of each weight: it grows when one is changed in place."""
+    return [*map(_version, weights)]
 
 
-def check_versions(weights: Sequence[Tensor | None], before: list[int]) -> None:
+def check_versions(weights: Sequence[Tensor], before: list[int]) -> None:
     """Raise RuntimeError if a weight has changed in place since `versions_of` gave `before`."""
     now = versions_of(weights)
     if now == before:
         return
-    there = [w for w in weights if w is not None]
-    shapes = [tuple(w.shape) for w, a, b in zip(there, before, now, strict=True) if a != b]
+    shapes = [tuple(w.shape) for w, a, b in zip(weights, before, now, strict=True) if a != b]
     raise RuntimeError(
         f"frozen weights of a block, of shapes {shapes}, were modified by an inplace operation "
         "between its forward and its backward pass, whose gradients would be those of neither; "

@@ -9,39 +9,51 @@ with one small product. Visual Prompt Tuning (arXiv 2203.12119), section 3.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vpt_fast.ops.backend import statistics_dtype
-from vpt_fast.ops.frozen import check_versions, exactly, once_differentiable, versions_of
+from vpt_fast.ops.frozen import (
+    apply_directly,
+    check_versions,
+    exactly,
+    once_differentiable,
+    versions_of,
+)
 
 
-class KeyWeights(NamedTuple):
+class KeyWeights:
     """What makes keys and values of the normalised prompts of each block; constants.
 
-    Attributes:
+    Args:
         norm_weights, norm_biases: of norm1, (D,) each or None.
         weights: (2 A, D), of keys and values.
         transposed: (D, 2 A), the same.
         biases: (2 A,) each, or None.
         eps: of all norms.
         heads: H.
+
+    Attributes:
+        frozen: all tensors that there are.
     """
 
-    norm_weights: list[Tensor | None]
-    norm_biases: list[Tensor | None]
-    weights: list[Tensor]
-    transposed: list[Tensor]
-    biases: list[Tensor | None]
-    eps: float
-    heads: int
-
-    def tensors(self) -> list[Tensor]:
-        """All that there are."""
-        found = (*self.norm_weights, *self.norm_biases, *self.weights, *self.biases)
-        return [t for t in found if t is not None]
+    def __init__(
+        self,
+        norm_weights: list[Tensor | None],
+        norm_biases: list[Tensor | None],
+        weights: list[Tensor],
+        transposed: list[Tensor],
+        biases: list[Tensor | None],
+        eps: float,
+        heads: int,
+    ) -> None:
+        self.norm_weights, self.norm_biases = norm_weights, norm_biases
+        self.weights, self.transposed, self.biases = weights, transposed, biases
+        self.eps, self.heads = eps, heads
+        found = (*norm_weights, *norm_biases, *weights, *biases)
+        self.frozen = [t for t in found if t is not None]
 
 
 def _stacked(vectors: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
@@ -76,7 +88,7 @@ class _PromptKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, dtype, *tokens):  # type: ignore[no-untyped-def]
         keys, mean, rstd = _made(w, dtype, tokens)
-        ctx.w, ctx.dtype, ctx.versions = w, dtype, versions_of(w.tensors())
+        ctx.w, ctx.dtype, ctx.versions = w, dtype, versions_of(w.frozen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, rstd, *tokens)
         return keys
@@ -85,7 +97,7 @@ class _PromptKeys(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         w, (mean, rstd, *tokens) = ctx.w, ctx.saved_tensors
-        check_versions(w.tensors(), ctx.versions)
+        check_versions(w.frozen, ctx.versions)
         wide, count = mean.dtype, tokens[0].shape[0]
         grad_y = torch.empty(
             (len(tokens), *tokens[0].shape), dtype=ctx.dtype, device=tokens[0].device
@@ -122,5 +134,5 @@ def prompt_keys(
     with exactly(tokens[0]):
         if not (torch.is_grad_enabled() and True in [t.requires_grad for t in tokens]):
             return _made(weights, dtype, tokens)[0]
-        found: Any = _PromptKeys.apply(weights, dtype, *tokens)
+        found: Any = apply_directly(_PromptKeys, weights, dtype, *tokens)
     return found
