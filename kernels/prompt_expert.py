@@ -41,7 +41,9 @@ def fold_forward(
     padded: int,
     launch: Launcher | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The folded matrix (p, padded) fp32, zeros past gh * gw, and its row sums (p,).
+    """The folded matrix (..., p, padded) fp32, zeros past gh * gw, and its row sums (..., p).
+
+    Leading dimensions are of blocks that are folded together; see the reference.
 
     Here and below tensors must be contiguous where `launch`, a launcher of their layout, is given.
     """
@@ -49,8 +51,9 @@ def fold_forward(
         _check_dtype(weight)
         weight, kernel = contiguous(weight, kernel)
         launch = launcher("fold", grid, padded, layout_of(weight), layout_of(kernel))
-    mix = torch.empty((weight.shape[0], padded), dtype=torch.float32, device=weight.device)
-    mix_sum = torch.empty((weight.shape[0],), dtype=torch.float32, device=weight.device)
+    rows = weight.shape[:-1]
+    mix = torch.empty((*rows, padded), dtype=torch.float32, device=weight.device)
+    mix_sum = torch.empty(rows, dtype=torch.float32, device=weight.device)
     launch(
         (weight, kernel, mix, mix_sum), lambda *_: [fold_launch(weight, kernel, grid, mix, mix_sum)]
     )
@@ -71,14 +74,15 @@ def fold_backward(
         layouts = map(layout_of, (weight, kernel, grad_mix, grad_sum))
         launch = launcher("fold_backward", grid, *layouts)
     grad_weight = torch.empty_like(weight)
-    taps = torch.empty((weight.shape[0], kernel.numel()), dtype=torch.float32, device=weight.device)
+    shape = *weight.shape[:-1], kernel.shape[-1] ** 2
+    taps = torch.empty(shape, dtype=torch.float32, device=weight.device)
     launch(
         (weight, kernel, grad_mix, grad_sum, grad_weight, taps),
         lambda *_: fold_backward_launch(
             weight, kernel, grid, grad_mix, grad_sum, grad_weight, taps
         ),
     )
-    return grad_weight, taps.sum(0).to(kernel.dtype).view(kernel.shape)
+    return grad_weight, taps.sum(-2).to(kernel.dtype).view(kernel.shape)
 
 
 def mix_forward(

@@ -119,6 +119,34 @@ def check_fold(case: Case, device: torch.device) -> None:
         assert distance(mine, theirs) < 4 * rounding(case.dtype)
 
 
+def check_folds(case: Case, device: torch.device) -> None:
+    """Of three blocks, each with a convolution of its own, in one launch."""
+    draw = Draw(case, device)
+    inner = (case.grid[0] - case.size + 1) * (case.grid[1] - case.size + 1)
+    weight = draw(3, case.prompts, inner)
+    kernel = draw(3, 1, 1, case.size, case.size)
+    grads = (
+        draw(3, case.prompts, case.patches, dtype=torch.float32),
+        draw(3, case.prompts, dtype=torch.float32),
+    )
+    found = [
+        *kernels.fold_forward(weight, kernel, case.grid, case.padded),
+        *kernels.fold_backward(weight, kernel, *grads, case.grid),
+    ]
+    each = [
+        [
+            *kernels.fold_forward(weight[i], kernel[i], case.grid, case.padded),
+            *kernels.fold_backward(weight[i], kernel[i], grads[0][i], grads[1][i], case.grid),
+        ]
+        for i in range(3)
+    ]
+    for together, apart in zip(found, zip(*each, strict=True), strict=True):
+        assert torch.equal(together, torch.stack(apart))
+        assert together.isfinite().all()
+    right = reference.fold_forward(*wide(weight, kernel), case.grid, case.padded)
+    assert distance(found[0], right[0]) < 1e-6
+
+
 def norm_and_mix(
     x: Tensor, mix: Tensor, patches: int, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +240,7 @@ def check_features(case: Case, device: torch.device) -> None:
         assert distance(mine, theirs) < max(bound, 4 * distance(eager, theirs)), index
 
 
-CHECKS = {"fold": check_fold, "mix": check_mix, "features": check_features}
+CHECKS = {"fold": check_fold, "folds": check_folds, "mix": check_mix, "features": check_features}
 
 QUICK = (
     Case(),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vpt_fast.ops.frozen import apply_directly, exactly, once_differentiable
+from vpt_fast.ops.operators import implementation
 from vpt_fast.ops.prompt_expert import folded_columns
-from vpt_fast.ops.prompt_expert_reference import fold_backward, fold_forward
 
 
 class _Folds(torch.autograd.Function):
@@ -22,7 +22,7 @@ class _Folds(torch.autograd.Function):
     def forward(ctx, grid, columns, *tensors):  # type: ignore[no-untyped-def]
         count = len(tensors) // 2
         weights, kernels = torch.stack(tensors[:count]), torch.stack(tensors[count:])
-        matrices, sums = fold_forward(weights, kernels, grid, columns)
+        matrices, sums = implementation("fold", weights)(weights, kernels, grid, columns)
         ctx.grid = grid
         ctx.save_for_backward(*tensors)
         return *matrices[..., : grid[0] * grid[1]].unbind(), *sums.unbind()
@@ -35,6 +35,7 @@ class _Folds(torch.autograd.Function):
         weights, kernels = torch.stack(tensors[:count]), torch.stack(tensors[count:])
         with exactly(weights):
             grad_matrices, grad_sums = torch.stack(grads[:count]), torch.stack(grads[count:])
+            fold_backward = implementation("fold_backward", weights)
             found = fold_backward(weights, kernels, grad_matrices, grad_sums, ctx.grid)
         return None, None, *found[0].unbind(), *found[1].unbind()
 

@@ -74,6 +74,11 @@ def kernels() -> dict[str, Function]:
     }
 
 
+def implementation(operation: str, tensor: Tensor) -> Function:
+    """What computes an operation on `tensor`, where nobody traces: its kernels or its reference."""
+    return (kernels() if uses_kernels(tensor) else REFERENCES)[operation]
+
+
 # --- the operators, with the arguments and results of the functions --------------------------
 
 
