@@ -105,6 +105,13 @@ class Kept(NamedTuple):
     hidden: Tensor | None = None  # (B, M, C), fc1's output
 
 
+class _Projection(NamedTuple):
+    """A part of the qkv projection: weight (A or 2 A, D) and bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 class BlockSteps:
     """The steps of a block.
 
@@ -116,10 +123,11 @@ class BlockSteps:
 
     Attributes:
         norm1: the LayerNorm of tokens and prompts.
+        head_dim: d, channels of a head.
         frozen: the weights that there are.
     """
 
-    __slots__ = ("config", "dtype", "frozen", "norm1", "sites", "weights")
+    __slots__ = ("_parts", "config", "dtype", "frozen", "head_dim", "norm1", "sites", "weights")
 
     def __init__(
         self,
@@ -130,11 +138,25 @@ class BlockSteps:
     ) -> None:
         self.config, self.weights, self.dtype, self.sites = config, weights, dtype, sites
         self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1)
+        self.head_dim = weights.qkv_weight.shape[0] // (3 * config.heads)
         self.frozen = [w for w in weights if w is not None]
+        self._parts: tuple[_Projection, _Projection] | None = None
 
     def with_sites(self, sites: Sites) -> BlockSteps:
         """The same steps, computed by others."""
         return BlockSteps(self.config, self.weights, self.dtype, sites)
+
+    @property
+    def _projections(self) -> tuple[_Projection, _Projection]:
+        """The parts of the qkv projection that make queries, and keys and values."""
+        if self._parts is None:
+            weight, bias = self.weights.qkv_weight, self.weights.qkv_bias
+            width = weight.shape[0] // 3
+            self._parts = (
+                _Projection(weight[:width], None if bias is None else bias[:width]),
+                _Projection(weight[width:], None if bias is None else bias[width:]),
+            )
+        return self._parts
 
     # --- prompts -----------------------------------------------------------------------------
 
@@ -142,17 +164,14 @@ class BlockSteps:
         self, sources: tuple[Any, ...], mixed: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Keys and values (B or 1, p, 2, H, d) of the prompts, and their norm1's statistics."""
-        source, w = self.config.source, self.weights
+        source = self.config.source
         if source is None:
             return None, ()
         if source.gives_keys:
             return sources[0], ()
         prompts, statistics = source.make(self.sites, sources, mixed, self.norm1, self.dtype)
-        width = w.qkv_weight.shape[0] // 3
-        bias = None if w.qkv_bias is None else w.qkv_bias[width:]
-        keys = F.linear(prompts, w.qkv_weight[width:], bias)
-        heads = self.config.heads
-        return keys.view(*prompts.shape[:2], 2, heads, width // heads), statistics
+        keys = F.linear(prompts, *self._projections[1])
+        return keys.view(*prompts.shape[:2], 2, self.config.heads, self.head_dim), statistics
 
     def prompt_gradients(
         self,
@@ -165,35 +184,29 @@ class BlockSteps:
         source = self.config.source
         if source is None or source.gives_keys:
             return [grad_keys], ()
-        width = self.weights.qkv_weight.shape[0] // 3
-        grad = torch.matmul(grad_keys.flatten(2), self.weights.qkv_weight[width:])
+        grad = torch.matmul(grad_keys.flatten(2), self._projections[1].weight)
         return source.gradients(self.sites, sources, mixed, self.norm1, statistics, grad)
 
     # --- attention ---------------------------------------------------------------------------
 
     def project(self, y: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of norm1(x) (B, N, D)."""
-        w, count, heads = self.weights, self.config.queries, self.config.heads
+        w, count, heads, dim = self.weights, self.config.queries, self.config.heads, self.head_dim
         batch, rows, _ = y.shape
-        width = w.qkv_weight.shape[0] // 3
-        dim = width // heads
         if count is None:
             return (F.linear(y, w.qkv_weight, w.qkv_bias).view(batch, rows, 3, heads, dim),)
-        q_bias, kv_bias = None, None
-        if w.qkv_bias is not None:
-            q_bias, kv_bias = w.qkv_bias[:width], w.qkv_bias[width:]
-        q = F.linear(y[:, :count], w.qkv_weight[:width], q_bias)
-        kv = F.linear(y, w.qkv_weight[width:], kv_bias)
+        queries, keys_and_values = self._projections
+        q, kv = F.linear(y[:, :count], *queries), F.linear(y, *keys_and_values)
         return q.view(batch, count, heads, dim), kv.view(batch, rows, 2, heads, dim)
 
     def project_backward(self, grads: list[Tensor]) -> Tensor:
         """Gradient (B, N, D) of norm1(x)."""
-        weight, count = self.weights.qkv_weight, self.config.queries
+        count = self.config.queries
         if count is None:
-            return torch.matmul(grads[0].flatten(2), weight)
-        width = weight.shape[0] // 3
-        grad = torch.matmul(grads[1].flatten(2), weight[width:])
-        grad[:, :count] += torch.matmul(grads[0].flatten(2), weight[:width])
+            return torch.matmul(grads[0].flatten(2), self.weights.qkv_weight)
+        queries, keys_and_values = self._projections
+        grad = torch.matmul(grads[1].flatten(2), keys_and_values.weight)
+        grad[:, :count] += torch.matmul(grads[0].flatten(2), queries.weight)
         return grad
 
     def attend(self, tokens: tuple[Tensor, ...], keys: Tensor | None) -> tuple[Tensor, Tensor]:
