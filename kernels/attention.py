@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from .allocate import empty
 from .attention_checks import check_inputs, check_saved
 from .attention_forward import forward_launch
 from .attention_gradients import backward_launches
@@ -56,8 +57,8 @@ def attention_forward(
             check_inputs(tokens, prompts, scale)
     q = tokens[0]
     batch, rows, *_, num_heads, head_dim = q.shape
-    out = torch.empty((batch, rows, num_heads * head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, num_heads, rows), dtype=torch.float32, device=q.device)
+    out = empty((batch, rows, num_heads * head_dim), q.dtype, q.device)
+    lse = empty((batch, num_heads, rows), torch.float32, q.device)
 
     def build(*_: Any) -> list[Launch]:
         q, k, v = split(tokens)
@@ -154,7 +155,7 @@ def _empty_prompt_gradient(prompts: torch.Tensor, batch: int) -> torch.Tensor:
     if prompts.shape[0] == batch:
         return torch.empty_like(prompts, memory_format=torch.contiguous_format)
     shape = (chunk_count(batch), *prompts.shape[1:])
-    return torch.empty(shape, dtype=torch.float32, device=prompts.device)
+    return empty(shape, torch.float32, prompts.device)
 
 
 def _sum_chunks(gradient: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .allocate import empty
 from .attention_checks import check_inputs
 from .attention_forward import Ragged, forward_launch
 from .launch import Launch, Target, run, target_of
@@ -82,8 +83,8 @@ def bank_attention_forward(
     q = split(tokens)[0]
     _check_pools(q, rest, made, starts, counts, most)
     batch, num_queries, num_heads, head_dim = q.shape
-    out = torch.empty((batch, num_queries, num_heads * head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, num_heads, num_queries), dtype=torch.float32, device=q.device)
+    out = empty((batch, num_queries, num_heads * head_dim), q.dtype, q.device)
+    lse = empty((batch, num_heads, num_queries), torch.float32, q.device)
     launch = bank_attention_launch(
         tokens, rest.contiguous(), made.contiguous(), starts.contiguous(), counts.contiguous(),
         most, out, lse, scale, target_of(q),

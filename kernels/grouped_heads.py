@@ -7,11 +7,11 @@ gathered, and no head is padded to the largest. Inference only.
 
 # mypy: disallow-untyped-defs=False
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .allocate import empty
 from .attention_checks import DTYPES
 from .launch import Launch, power_of_2_at_least, run
 
@@ -129,7 +129,7 @@ def grouped_heads_forward(
         raise TypeError(f"features are {features.dtype}; cast them to fp32, fp16 or bf16")
     if most > _MAX_TILES * _BLOCK_C:
         raise ValueError(f"a head has {most} classes; at most {_MAX_TILES * _BLOCK_C}")
-    out = torch.empty((total,), dtype=features.dtype, device=features.device)
+    out = empty((total,), features.dtype, features.device)
     features, weight, bias = (t.contiguous() for t in (features, weight, bias))
     starts, counts, offsets = (t.contiguous() for t in (starts, counts, offsets))
     launch = grouped_heads_launch(features, weight, bias, starts, counts, offsets, out, most)

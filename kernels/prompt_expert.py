@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .allocate import empty
 from .chunks import chunk_count
 from .expert_features import features_backward_launches, features_launch
 from .expert_fold import fold_backward_launch, fold_launch
@@ -52,8 +53,8 @@ def fold_forward(
         weight, kernel = contiguous(weight, kernel)
         launch = launcher("fold", grid, padded, layout_of(weight), layout_of(kernel))
     rows = weight.shape[:-1]
-    mix = torch.empty((*rows, padded), dtype=torch.float32, device=weight.device)
-    mix_sum = torch.empty(rows, dtype=torch.float32, device=weight.device)
+    mix = empty((*rows, padded), torch.float32, weight.device)
+    mix_sum = empty(rows, torch.float32, weight.device)
     launch(
         (weight, kernel, mix, mix_sum), lambda *_: [fold_launch(weight, kernel, grid, mix, mix_sum)]
     )
@@ -75,7 +76,7 @@ def fold_backward(
         launch = launcher("fold_backward", grid, *layouts)
     grad_weight = torch.empty_like(weight)
     shape = *weight.shape[:-1], kernel.shape[-1] ** 2
-    taps = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    taps = empty(shape, torch.float32, weight.device)
     launch(
         (weight, kernel, grad_mix, grad_sum, grad_weight, taps),
         lambda *_: fold_backward_launch(
@@ -94,7 +95,7 @@ def mix_forward(
         x, mix, statistics = contiguous(x, mix, statistics)
         launch = launcher("mix", patches, *map(layout_of, (x, mix, statistics)))
     batch, _, width = x.shape
-    mixed = torch.empty((batch, mix.shape[0], width), dtype=torch.float32, device=x.device)
+    mixed = empty((batch, mix.shape[0], width), torch.float32, x.device)
     launch(
         (x, mix, statistics, mixed),
         lambda *_: [mix_launch(x, mix, statistics, mixed, patches, target_of(x))],
@@ -124,7 +125,7 @@ def mix_backward(
     partial = None
     if needs_mix:
         shape = (chunk_count(x.shape[0]), mix.shape[0], patches)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        partial = empty(shape, torch.float32, x.device)
     grad_x = torch.empty_like(x) if needs_x else None
     launch(
         (x, mix, weight, statistics, grad_y, grad_mixed, grad_sum, grad_x, partial),
@@ -161,7 +162,7 @@ def features_forward(
         launch = launcher("features", residual, norm_eps, dtype, *layouts)
     mixed = inputs.mixed
     out = torch.empty_like(mixed, dtype=dtype)
-    mean = torch.empty(mixed.shape[:2], dtype=torch.float32, device=mixed.device)
+    mean = empty(mixed.shape[:2], torch.float32, mixed.device)
     rstd = torch.empty_like(mean)
 
     def build(*_: Any) -> list[Launch]:
@@ -194,11 +195,10 @@ def features_backward(
     batch, prompts, width = mixed.shape
     rows = batch * prompts
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=mixed.device)
-
-    grad_mixed, units, sums = torch.empty_like(mixed), empty(2, rows, hidden_dim), empty(4, rows)
-    weights = empty(chunk_count(rows), 2 * hidden_dim + 2, width)
+    single, device = torch.float32, mixed.device
+    grad_mixed = torch.empty_like(mixed)
+    units, sums = empty((2, rows, hidden_dim), single, device), empty((4, rows), single, device)
+    weights = empty((chunk_count(rows), 2 * hidden_dim + 2, width), single, device)
 
     def build(*_: Any) -> list[Launch]:
         tensors = _named(inputs, norm_weight=norm_weight, mean=mean, rstd=rstd)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .allocate import empty
 from .channels import load_channels
 from .launch import Launch
 from .launch_plan import Launcher, contiguous, launcher, layout_of
@@ -237,11 +238,8 @@ def residual_norm(
             wide = torch.promote_types(wide, branch.dtype)
         total = torch.empty_like(residual, dtype=wide)
     y = torch.empty_like(residual, dtype=dtype)
-    statistics = torch.empty(
-        (2 if expert_eps is None else 3, *residual.shape[:-1]),
-        dtype=torch.float32,
-        device=residual.device,
-    )
+    shape = (2 if expert_eps is None else 3, *residual.shape[:-1])
+    statistics = empty(shape, torch.float32, residual.device)
     tensors = (residual, branch, scale, weight, bias, total, y, statistics)
     launch(tensors, residual_norm_launch, norm_eps, expert_eps)
     return residual if total is None else total, y, statistics

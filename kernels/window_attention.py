@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .allocate import empty
 from .attention_checks import check_saved
 from .launch import Launch, target_of
 from .launch_plan import Launcher, contiguous, launcher, layout_of
@@ -69,8 +70,8 @@ def window_attention_forward(
         if launch.is_new:
             check_inputs(qkv, pad, table, prompts, window, shift, scale)
     batch, height, width, _, heads, dim = qkv.shape
-    out = torch.empty((batch, height, width, heads * dim), dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((batch, heads, height, width), dtype=torch.float32, device=qkv.device)
+    out = empty((batch, height, width, heads * dim), qkv.dtype, qkv.device)
+    lse = empty((batch, heads, height, width), torch.float32, qkv.device)
 
     def build(*_: Any) -> list[Launch]:
         target = target_of(qkv)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from .allocate import empty
 from .launch import Launch
 from .window_backward import window_backward_kernel
 from .window_backward_tiled import window_dkdv_kernel, window_dq_kernel
@@ -76,7 +77,7 @@ def empty_gradients(
     sums, heads = sums_of(grid).total, grid.num_heads
 
     def fp32(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=qkv.device)
+        return empty(shape, torch.float32, qkv.device)
 
     asked = needs_tokens or (needs_prompts and grid.num_prompts) or needs_table
     whole = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)

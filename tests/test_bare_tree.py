@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from on_device import differs_by_one_rounding, poisoned_empty
+from vpt_fast.kernels import allocate
 
 from bench import bare
 
@@ -41,7 +42,13 @@ def test_no_other_name_is_found() -> None:
     assert finder.find_spec(bare.NAME, package) is not None
 
 
-@pytest.mark.parametrize("make", [torch.empty_like, lambda t: t.new_empty(2), torch.Tensor.mul])
+def allocated(like: torch.Tensor) -> torch.Tensor:
+    return allocate.empty((2,), like.dtype, like.device)
+
+
+@pytest.mark.parametrize(
+    "make", [torch.empty_like, lambda t: t.new_empty(2), allocated, torch.Tensor.mul]
+)
 def test_unwritten_memory_is_poisoned(make: object) -> None:
     """Inside of operators as well: PyTorch's own allocations are filled."""
     with poisoned_empty():

@@ -18,12 +18,20 @@ from vpt_fast import (
     PromptBank,
     VPTDeep,
 )
+from vpt_fast.bank import shared_pass
 
 _WHOLE = sorted(set(FAMILIES) - {"all_tokens"})
 
 
-@pytest.mark.parametrize("family", _WHOLE)
-def test_a_mixed_batch_is_every_task_alone(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "fused"), [(family, False) for family in _WHOLE] + [(VIT, True), ("dinov2", True)]
+)
+def test_a_mixed_batch_is_every_task_alone(
+    family: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the last block fused, as on a GPU, too."""
+    if fused:
+        monkeypatch.setattr(shared_pass, "uses_kernels", lambda x: True)
     model = backbone(family)
     methods = [n for n in METHODS if not n.startswith("vapt")]
     if not family.startswith(("dynamic", "one_patch")):

@@ -8,9 +8,9 @@ several are looked at together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, repeat
-from operator import contains, is_not, itemgetter
+from operator import attrgetter, contains, is_not, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -32,6 +32,7 @@ Attributes = dict[str, Any]
 """A dictionary of a module: its own, or that of its children or parameters."""
 
 _trains, _children = itemgetter("training"), itemgetter("_modules")
+_known = attrgetter("known")
 
 
 def weight_slots(block: Any) -> list[tuple[Attributes, str]]:
@@ -54,7 +55,7 @@ def weight_slots(block: Any) -> list[tuple[Attributes, str]]:
 
 
 class _Parts(NamedTuple):
-    """Everything of blocks that is looked at; nothing in it holds a block, which holds it."""
+    """Everything of blocks that is looked at. Nothing in it holds a block: blocks hold it."""
 
     containers: list[Attributes]  # children of the block, of its attention and of its MLP
     modules: list[Any]  # in the containers
@@ -179,13 +180,18 @@ class BlocksReading(_Reading):
         weights: of each block.
         prompts: module of each block, or None.
         adapted: whether one has an adapter.
-        made: what is worked out from `weights`, for whoever uses the reading.
+        prompt_keys: what makes keys of prompts, worked out from `weights` by `look_ahead`.
     """
 
-    def __init__(self, blocks: Sequence[Any], readings: Sequence[BlockReading]) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Any],
+        readings: Sequence[BlockReading],
+        weights: Sequence[WeightsReading],
+    ) -> None:
         lists = zip(*(reading.parts for reading in readings), strict=True)
         super().__init__(_Parts._make([*chain.from_iterable(found)] for found in lists))
-        self.weights: list[Any] = [reading.known for reading in readings]
+        self.weights, self._readings = list(weights), list(readings)
         self._memory = Memory([*chain.from_iterable(read.weights for read in self.weights)])
         own = [*map(vars, blocks)]
         self._children = [*map(_children, own)]
@@ -193,33 +199,71 @@ class BlocksReading(_Reading):
         self._rows = [d.get("rows") for d in own]
         self.prompts = [children.get("prompt") for children in self._children]
         self.adapted = any("adapter" in children for children in self._children)
-        self.made: dict[Any, Any] = {}
+        self.prompt_keys: Any = None
 
-    def now(self, blocks: Sequence[Any]) -> list[WeightsReading] | None:
-        """The blocks' weights; None if one of them has to be looked at by itself.
-
-        Args:
-            blocks: as many as were read.
-        """
+    def holds(self, blocks: Sequence[Any]) -> bool:
+        """Whether these are the blocks, and all is as it was read; if not, each is to be read."""
         own = [*map(vars, blocks)]
         if (
-            True in map(is_not, map(_children, own), self._children)
+            len(own) != len(self._children)
+            or True in map(is_not, map(_children, own), self._children)
+            # What each is read as by itself: there is one copy of its weights, not two.
+            or True in map(is_not, [d.get("_reading") for d in own], self._readings)
+            or True in map(is_not, map(_known, self._readings), self.weights)
             or [*map(type, blocks)] != self._types
             or [d.get("rows") for d in own] != self._rows
             or True in map(contains, own, repeat("forward"))
             or True in map(contains, own, repeat("_compiled_call_impl"))
         ):
-            return None
+            return False
         found, memory = self.tensors(blocks), self._memory
-        if found is None or not memory.is_of(found) or memory.is_trained():
-            return None
-        return self.weights
+        return found is not None and memory.is_of(found) and not memory.is_trained()
 
     def _watched(self, blocks: Iterable[Any]) -> list[Attributes]:
         return [*self._parts.attributes, *(block.__dict__ for block in blocks)]
 
 
+def read_together(
+    blocks: Sequence[Any], read: Callable[[Any], BlockReading | None]
+) -> BlocksReading | None:
+    """Blocks as they are; None if one of them runs by itself.
+
+    Args:
+        blocks: one or more.
+        read: a block's reading, of which `now` has just found the weights; None if it has none.
+    """
+    # The last block holds it: one that is taken out of a model lets go of the others.
+    own = blocks[-1].__dict__
+    known: BlocksReading | None = own.get("_together")
+    if known is not None:
+        if known.holds(blocks):
+            return known
+        own.pop("_together", None)  # copies that are held there are of no use, fused or not
+    readings, weights = [], []
+    for block in blocks:
+        reading = read(block)
+        found = None if reading is None else reading.known
+        if reading is None or found is None:
+            return None
+        readings.append(reading)
+        weights.append(found)
+    known = own["_together"] = BlocksReading(blocks, readings, weights)
+    return known
+
+
 def forget(block: Any) -> None:
-    """Let go of everything that was read of a block, and of those that were read with it."""
+    """Let go of what was read of a block, and of the row of blocks that it is the last one of."""
     block.__dict__.pop("_reading", None)
     block.__dict__.pop("_together", None)
+
+
+def copies_of(attributes: Iterable[Attributes]) -> list[Any]:
+    """The copies and views of weights that blocks read now, by the modules' `__dict__`."""
+    found: list[WeightsReading] = []
+    for own in attributes:
+        reading, together = own.get("_reading"), own.get("_together")
+        if reading is not None and reading.known is not None:
+            found.append(reading.known)
+        if together is not None:
+            found += together.weights
+    return [known.held() for known in found]

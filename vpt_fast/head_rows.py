@@ -97,7 +97,7 @@ class HeadReading:
 
     def _read(self, model: Any) -> None:
         modules = _watched(model)
+        self._hooks = HookWatch()  # before the modules that it is to look at: other threads read
         self._own = [vars(module) for module in modules]
         self._places = [model._modules, *(module._modules for module in modules)]
         self._children = [*chain.from_iterable(map(dict.values, self._places))]
-        self._hooks = HookWatch()

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS: tuple[Any, ...] = tuple(getattr(nn_module, f"_global{name}") for name in _HOOKS)
 
-_hooks_of = itemgetter(*_HOOKS)
+hooks_of = itemgetter(*_HOOKS)
+"""The hooks of a module, by kind, from its `__dict__`."""
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -52,7 +53,7 @@ class HookWatch:
         version = hooks_version()
         if version == self._unhooked:
             return False
-        if any(_GLOBAL_HOOKS) or any(chain.from_iterable(map(_hooks_of, attributes()))):
+        if any(_GLOBAL_HOOKS) or any(chain.from_iterable(map(hooks_of, attributes()))):
             return True
         # Another thread may have made a handle whose hook is not in place yet: only what two calls
         # have found counts.

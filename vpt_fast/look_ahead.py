@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from vpt_fast.block_reading import BlocksReading
+from vpt_fast.block_reading import BlockReading, BlocksReading, read_together
 from vpt_fast.experts import PromptExperts
 from vpt_fast.experts_together import sources_together
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
@@ -67,7 +67,7 @@ def look_ahead(
     """
     if not blocks or is_traced(x):
         return None
-    reading = _read(blocks, fused)
+    reading = read_together(blocks, lambda block: _read(block, fused))
     if reading is None:
         return None
     now = [Fused(known.weights, known) for known in reading.weights]
@@ -75,26 +75,15 @@ def look_ahead(
     return Together(list(zip(now, prompts, strict=True)), reading.adapted)
 
 
-def _read(
-    blocks: Sequence[Any], fused: Callable[[Any, Tensor | None], Fused | None]
-) -> BlocksReading | None:
-    """The blocks as they are; None if one of them runs by itself."""
-    # The first block holds them, by their number: models run all of their blocks, or all but one.
-    own = blocks[0].__dict__
-    reading: BlocksReading | None = own.get("_together", {}).get(len(blocks))
-    if reading is not None:
-        if reading.now(blocks) is not None:
-            return reading
-        own.pop("_together")  # copies that are held there are of no use, fused or not
-    for block in blocks:
-        rows = block.__dict__.get("rows")
-        if has_hooks(block) or has_own_forward(block) or has_compiled_call(block):
-            return None
-        if (rows is not None and (rows.entering or rows.leaving)) or fused(block, None) is None:
-            return None
-    reading = BlocksReading(blocks, [block._reading for block in blocks])
-    own.setdefault("_together", {})[len(blocks)] = reading
-    return reading
+def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> BlockReading | None:
+    """A block's reading; None if it runs by itself."""
+    rows = block.__dict__.get("rows")
+    if has_hooks(block) or has_own_forward(block) or has_compiled_call(block):
+        return None
+    if (rows is not None and (rows.entering or rows.leaving)) or fused(block, None) is None:
+        return None
+    found: BlockReading | None = block.__dict__.get("_reading")
+    return found
 
 
 def _prompts_together(reading: BlocksReading, x: Tensor) -> list[Prompts]:
@@ -108,13 +97,12 @@ def _prompts_together(reading: BlocksReading, x: Tensor) -> list[Prompts]:
         i: (GIVEN_KEYS, (keys,)) for i, keys in zip(static, made, strict=False)
     }
     experts = [i for i, p in enumerate(prompts) if type(p) is PromptExperts]
+    first = experts[0] if experts else len(prompts)
     for i, prompt in enumerate(prompts):
-        if i in found:
-            continue
-        if i in experts:
+        if i == first:
             sources = sources_together([prompts[j] for j in experts], x)
             found |= zip(experts, sources, strict=True)
-        else:
+        elif i not in found:
             found[i] = prompts_of(prompt, x)
     return [found[i] for i in range(len(prompts))]
 
@@ -130,9 +118,9 @@ def _keys_of(reading: BlocksReading, static: list[int], x: Tensor) -> tuple[Tens
     tokens = [reading.prompts[i].undropped() for i in static]
     dtype = computing_dtype(x)
     weights = [known.in_dtype(dtype) for known in read]
-    known = reading.made.get("keys")
+    known = reading.prompt_keys
     if known is None or known[0] != static or False in map(is_, weights, known[1]):
-        known = reading.made["keys"] = static, weights, _key_weights(read, weights)
+        known = reading.prompt_keys = static, weights, _key_weights(read, weights)
     constants: KeyWeights | None = known[2]
     if constants is None or len({*map(_form, tokens)}) > 1:
         return ()

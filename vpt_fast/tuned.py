@@ -82,10 +82,14 @@ class Tuned(nn.Module):
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What `to`, `half`, `cuda` and their like call; what blocks have read of weights goes."""
+        """What `to`, `half`, `cuda` and their like call."""
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _forget(self) -> None:
+        """Let go of what blocks have read of their weights."""
         for block in blocks_of(self):
             forget(block)
-        return super()._apply(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As timm's; of folded weights the originals."""
@@ -101,6 +105,7 @@ class Tuned(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         unfold_before_loading(self)
+        self._forget()  # of weights that are loaded over, or instead of others
         # As PromptTokens does: a plain checkpoint loads with strict=True.
         if "prompt_tokens" in self._parameters:
             state_dict.setdefault(f"{prefix}prompt_tokens", self.prompt_tokens)

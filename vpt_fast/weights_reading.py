@@ -16,7 +16,8 @@ _MOST_LAYOUTS = 32
 """Layouts of inputs whose steps are remembered."""
 
 _address, _dtype = Tensor.data_ptr, attrgetter("dtype")
-_requires_grad, _is_contiguous = attrgetter("requires_grad"), Tensor.is_contiguous
+_requires_grad = attrgetter("requires_grad")
+_size, _is_contiguous = Tensor.numel, Tensor.is_contiguous
 
 
 class Memory:
@@ -26,24 +27,24 @@ class Memory:
         tensors: None where there is none.
     """
 
-    __slots__ = ("_addresses", "_dtypes", "_layouts", "_there", "_vectors", "tensors")
+    __slots__ = ("_addresses", "_contiguous", "_dtypes", "_sizes", "_there", "tensors")
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.tensors = tensors
         self._there = [t for t in tensors if t is not None]
         self._addresses = [*map(_address, self._there)]
         self._dtypes = [*map(_dtype, self._there)]
-        # Products take matrices of any strides; kernels, which read vectors, do not.
-        self._vectors = [t for t in self._there if t.ndim == 1]
-        self._layouts = [*map(_is_contiguous, self._vectors)]
+        self._sizes = [*map(_size, self._there)]
+        self._contiguous = [*map(_is_contiguous, self._there)]
 
     def is_of(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether `tensors`, as many, are these, and their elements where they were."""
+        """Whether `tensors`, as many, are these, and their elements where and as many as before."""
         return (
             False not in map(is_, tensors, self.tensors)
             and [*map(_address, self._there)] == self._addresses
             and [*map(_dtype, self._there)] == self._dtypes
-            and [*map(_is_contiguous, self._vectors)] == self._layouts
+            and [*map(_size, self._there)] == self._sizes
+            and [*map(_is_contiguous, self._there)] == self._contiguous
         )
 
     def is_trained(self) -> bool:
@@ -92,7 +93,7 @@ class WeightsReading:
         dtypes = {w.dtype for w in _matrices_of(weights)}
         self._matrices = dtypes.pop() if len(dtypes) == 1 else None  # their dtype, if it is one
         self.layout: Hashable = tuple(None if w is None else (w.shape, w.dtype) for w in weights)
-        self._cast: tuple[Any, BlockWeights] | None = None
+        self._cast: tuple[Any, BlockWeights, list[Tensor]] | None = None
         self._views: tuple[Tensor, Tensor | None, KeyValueWeights] | None = None
         self.steps: dict[Hashable, tuple[BlockWeights, Tensor | None, BlockSteps]] = {}
 
@@ -100,7 +101,7 @@ class WeightsReading:
         """The weights with the matrices in `dtype`: themselves, or one copy that is kept.
 
         The copy is of the weights as they are: it is made again when one has been changed in place.
-        Of weights whose changes nothing tells of none is kept.
+        Inference tensors have no version that would tell, so that no copy of them is kept.
         """
         if not self._contiguous:
             return BlockWeights._make(map(contiguous, self.weights)).to(dtype)
@@ -110,17 +111,18 @@ class WeightsReading:
             return self.weights
         matrices = _matrices_of(self.weights)
         if True in map(Tensor.is_inference, matrices):
-            return self.weights.to(dtype)  # they have no versions
+            return self.weights.to(dtype)
         made_of = (dtype, [w._version for w in matrices])
         cast = self._cast  # once: another thread may put another one in its place
         if cast is None or cast[0] != made_of:
             # Whatever mode is on now, the copy serves training later.
             with torch.inference_mode(False), torch.no_grad():
-                cast = made_of, self.weights.to(dtype)
+                # The memory is held with it: no other weight comes to lie at the same address.
+                cast = made_of, self.weights.to(dtype), [w.detach() for w in matrices]
             self._keep(cast)
         return cast[1]
 
-    def _keep(self, cast: tuple[Any, BlockWeights] | None) -> None:
+    def _keep(self, cast: tuple[Any, BlockWeights, list[Tensor]] | None) -> None:
         """Keep this copy and no other, which the steps of other layouts may hold."""
         self._cast = cast
         self.steps.clear()

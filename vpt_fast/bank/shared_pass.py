@@ -24,7 +24,12 @@ from vpt_fast.experts import EPS
 from vpt_fast.fused_block import Use, block_config, block_weights
 from vpt_fast.head_rows import rows_read
 from vpt_fast.norms import is_layer_norm, norm_of
-from vpt_fast.ops.backend import computing_dtype, in_full_precision, statistics_dtype
+from vpt_fast.ops.backend import (
+    computing_dtype,
+    in_full_precision,
+    statistics_dtype,
+    uses_kernels,
+)
 from vpt_fast.ops.bank_attention import bank_attention
 from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights
 from vpt_fast.ops.block_entry import OpenSum, Saved
@@ -45,12 +50,12 @@ def features(model: Any, images: Tensor, places: Places) -> Tensor:
     last = len(model.blocks) - 1
     for index, block in enumerate(model.blocks):
         prompts = _BlockPrompts(places, index)
-        if index == last and count is not None:
-            total = OpenSum(_by_modules(block, total.closed(), prompts, count))
-        elif is_fusable(block):
-            total = _fused(block, total, prompts)
+        first = count if index == last else None
+        # As in a tuned model: the CPU has a cheaper way to compute one or two rows of a block.
+        if is_fusable(block) and (first is None or uses_kernels(x)):
+            total = _fused(block, total, prompts, first)
         else:
-            total = OpenSum(_by_modules(block, total.closed(), prompts, None))
+            total = OpenSum(_by_modules(block, total.closed(), prompts, first))
     x = model.norm(total.closed())
     if isinstance(model, VisionTransformerDistilled):
         return x[:, :2].flatten(1)
@@ -124,7 +129,8 @@ class _Steps(BlockSteps):
         return self.prompts.attend(list(tokens), self.made, self.config.scale)
 
 
-def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts) -> OpenSum:
+def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts, first: int | None) -> OpenSum:
+    """As one function: the first rows of the block's output, or all of them."""
     dtype = computing_dtype(total.residual)
     eps = EPS if prompts.groups else None
     with in_full_precision(total.residual):
@@ -135,7 +141,8 @@ def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts) -> OpenSum:
     mean, rstd = (None, None) if eps is None else (statistics[0], statistics[2])
     made = prompts.make(block, x, mean, rstd, dtype)
     weights = block_weights(block)
-    steps = _Steps(block_config(block, None, Use("speed")), weights.to(dtype), dtype, prompts, made)
+    config = block_config(block, None, Use("speed", queries=first))
+    steps = _Steps(config, weights.to(dtype), dtype, prompts, made)
     with in_full_precision(x):
         middle, result, _ = steps.forward_from(y, Saved(x, statistics))
     return OpenSum(middle, result, weights.scale2)

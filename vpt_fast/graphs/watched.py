@@ -7,16 +7,15 @@ model from outside is compared before every replay.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-_hooks_of = itemgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
+from vpt_fast.block_reading import copies_of
+from vpt_fast.hooks import hooks_of
+
 # Attributes of modules that drop something at random: probabilities.
 _CHANCES = ("p", "drop_prob", "dropout", "channel_dropout")
 
@@ -103,7 +102,7 @@ class Watched:
     def is_hooked(self) -> bool:
         """Whether somebody watches a module, which a replay would pass by."""
         return (
-            any(map(any, map(_hooks_of, self._dicts)))
+            any(map(any, map(hooks_of, self._dicts)))
             or nn_module._has_any_global_hook()
             or any("forward" in every for every in self._dicts)
         )
@@ -113,8 +112,7 @@ class Watched:
 
         A block drops its copy when it computes in another type for once.
         """
-        readings = [every["_reading"] for every in self._dicts if every.get("_reading")]
-        return [reading.known.held() for reading in readings if reading.known is not None]
+        return copies_of(self._dicts)
 
     def trained(self) -> list[Trained]:
         """The parameters that require a gradient."""

@@ -30,9 +30,11 @@ _WEIGHTS = len(BlockWeights._fields)
 _BEFORE = 4
 """Inputs of `_Blocks` before the sources."""
 
+_ALWAYS = 8
+"""Tensors that are saved for every block, if only as None: the last ones of `_packed`."""
+
 Sources = tuple[Tensor | None, ...]
 """The tensors of a block's `config.source`."""
-
 
 Counts = tuple[int, int, int, int]
 """Tensors that are saved for a block: of its sources, and of the parts of `Kept` that vary."""
@@ -59,22 +61,16 @@ def _packed(sources: Sources, kept: Kept) -> tuple[list[Tensor | None], Counts]:
     return tensors, counts
 
 
-_ALWAYS = 8
-"""Tensors of `_packed` that are there for every block, if only as None."""
-
-
 def _unpacked(tensors: Sequence[Any], counts: Counts) -> tuple[Sources, Kept]:
     """What `_packed` was given."""
-    sources, mixed, statistics, tokens = counts
-    mixed += sources
-    statistics += mixed
-    tokens += statistics
-    x, row_statistics, keys, *others = tensors[tokens:]
-    entry = Saved(x, row_statistics, tuple(tensors[sources:mixed]))
-    kept = Kept(
-        entry, keys, tuple(tensors[mixed:statistics]), tuple(tensors[statistics:tokens]), *others
-    )
-    return tuple(tensors[:sources]), kept
+    parts, start = [], 0
+    for count in counts:
+        parts.append(tuple(tensors[start : start + count]))
+        start += count
+    sources, mixed, prompt_statistics, tokens = parts
+    x, statistics, keys, *others = tensors[start:]
+    kept = Kept(Saved(x, statistics, mixed), keys, prompt_statistics, tokens, *others)
+    return sources, kept
 
 
 def _dtypes(residual: Tensor, branch: Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
@@ -221,6 +217,9 @@ def run_blocks(
         x' (B, M, D), the sum after the last block's attention, in the input's dtype or a wider one,
         and MLP(norm2(x')) (B, M, D) in the dtype of the products, without LayerScale; M = N unless
         the last block's `config.queries` says less. The output is x' + ls2 * MLP(norm2(x')).
+
+    Their backward pass is one: it goes through all blocks that have prompts, even where only the
+    last one's gradients are asked for.
 
     Raises:
         RuntimeError: in backward, where a weight was changed in place since.
