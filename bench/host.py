@@ -7,8 +7,10 @@
 CPU time of one thread on tensors so small that PyTorch's own kernels, which run on the CPU here,
 hardly count; all subjects in one process, in turns. Ours launch into nothing (`bench.null_driver`):
 the driver's own time of a launch is in no figure, neither ours nor PyTorch's. A step is forward,
-cross-entropy and backward, without the optimizer's. Writes one CSV per machine and set of versions;
-the last line gives host time over that of the same model without prompts, least over least.
+cross-entropy and backward, without the optimizer's. In its turn a subject runs twice, as in a loop
+where the step before is the same model's; the first time, which finds caches as another model has
+left them, is a part of its own. Writes one CSV per machine and set of versions; the last line gives
+host time over that of the same model without prompts, least over least.
 """
 
 from __future__ import annotations
@@ -34,14 +36,16 @@ from bench.host_subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.null_driver import NullLauncher, null_driver
 from bench.providers import OURS, WITHOUT
 
-PARTS = ("forward", "backward", "whole")
+FIRST = "first"
+PARTS = ("forward", "backward", "whole", FIRST)
 FIELDS = (
     "kind", "bench", "subject", "work", "model", "method", "provider", "memory", "part",
     "least_ms", "p50_ms", "ratio_least", "ratio_p50", "rounds", "launches",
     *(name for name in FACTS if name != "cuda"),
 )  # fmt: skip
-"""Columns. Times are milliseconds of CPU time; a ratio is over the same model and work without
-prompts, `ratio_p50` the median of the rounds' ratios. `launches` counts our own kernels."""
+"""Columns. Times are milliseconds of CPU time; a ratio is over the same model, work and part
+without prompts, `ratio_p50` the median of the rounds' ratios. `launches` counts our own kernels.
+The part `first` is a whole call right after another model's."""
 
 ROUNDS = 40
 
@@ -138,7 +142,8 @@ def _take_rounds(
         for _ in range(rounds):
             order.shuffle(names)
             for name in names:
-                for part, value in works[name].parts().items():
+                first = works[name].parts()["whole"]
+                for part, value in {**works[name].parts(), FIRST: first}.items():
                     seconds[name].setdefault(part, []).append(value)
     finally:
         gc.unfreeze()
@@ -182,11 +187,12 @@ def show(rows: Sequence[Row]) -> None:
             "" if row is None else f"{float(row['least_ms']):.2f} ({float(row['p50_ms']):.2f})"
             for row in found
         ]
-        whole = by[subject, "whole"]
+        whole, first = by[subject, "whole"], by[subject, FIRST]
         print(
             f"{subject:34}" + "".join(f"{cell:>18}" for cell in cells)
             + f"   {float(whole['ratio_least']):5.2f} ({float(whole['ratio_p50']):.2f}) of no "
-            f"prompts, {whole['launches']} launches of ours"
+            f"prompts (first call {float(first['ratio_least']):.2f}), "
+            f"{whole['launches']} launches of ours"
         )  # fmt: skip
     ratios = [
         f"{name}={float(by[str(subject), 'whole']['ratio_least']):.2f}"
