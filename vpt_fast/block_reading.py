@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vpt_fast.hooks import HookWatch, with_descendants
-from vpt_fast.ops.block_body import BlockWeights
+from vpt_fast.ops.block_parts import BlockWeights
 from vpt_fast.weights_reading import Memory, WeightsReading
 
 _NOTHING: dict[str, Any] = {}

@@ -8,10 +8,8 @@ the block is (B, N, D) -> (B, N, D), like the one it replaces. Prompt rows that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
@@ -29,53 +27,11 @@ from vpt_fast.ops.absorbed_attention import absorbed_attention
 from vpt_fast.ops.attention import prompt_attention
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.prompt_rows import PromptRows, extend_mask, insert_rows, strip_rows
 from vpt_fast.recompute import recomputed
 
 # Query rows up to which keys and values are not worth making. A model's head reads one or two.
 _FEW_QUERIES = 2
-
-
-@dataclass(frozen=True)
-class PromptRows:
-    """Where prompt rows stand in a block's input and output.
-
-    Attributes:
-        prefix: number of prefix tokens; prompt rows come right after them.
-        entering: prompt rows in the block's input.
-        leaving: prompt rows in its output.
-    """
-
-    prefix: int
-    entering: int = 0
-    leaving: int = 0
-
-
-def insert_rows(x: Tensor, rows: Tensor, prefix: int) -> Tensor:
-    """Put `rows` (B or 1, p, D) after the `prefix` first tokens of x (B, N, D): (B, N + p, D)."""
-    rows = rows.to(x.dtype).expand(x.shape[0], -1, -1)
-    return torch.cat([x[:, :prefix], rows, x[:, prefix:]], dim=1)
-
-
-def strip_rows(x: Tensor, count: int, prefix: int) -> Tensor:
-    """Drop the `count` rows after the `prefix` first tokens of x (B, N + count, D)."""
-    if not count:
-        return x
-    if not prefix:
-        return x[:, count:]
-    return torch.cat([x[:, :prefix], x[:, prefix + count :]], dim=1)
-
-
-def extend_mask(mask: Tensor, count: int, prefix: int) -> Tensor:
-    """Give a (..., N, N) attention mask rows and columns for prompts, which everything sees."""
-    visible = True if mask.dtype == torch.bool else 0.0
-    for dim in (-1, -2):
-        if mask.shape[dim] == 1:  # broadcast over this dimension already
-            continue
-        head, tail = mask.narrow(dim, 0, prefix), mask.narrow(dim, prefix, mask.shape[dim] - prefix)
-        shape = list(mask.shape)
-        shape[dim] = count
-        mask = torch.cat([head, mask.new_full(shape, visible), tail], dim=dim)
-    return mask
 
 
 class PromptedAttention(Attention):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vpt_fast.methods import VAPT
 from vpt_fast.norms import norm_of
 from vpt_fast.ops.backend import statistics_dtype
-from vpt_fast.ops.block_body import contiguous
 from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
+from vpt_fast.ops.block_parts import contiguous
 from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
 from vpt_fast.ops.prompt_source import ExpertPrompts
 

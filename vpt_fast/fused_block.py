@@ -21,9 +21,10 @@ from vpt_fast.block_reading import BlockReading, forget, weight_slots
 from vpt_fast.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights, contiguous
+from vpt_fast.ops.block_body import BlockSteps
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.block_function import run_blocks, run_traced
+from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, contiguous
 from vpt_fast.ops.operators import sites_for
 from vpt_fast.ops.prompt_source import PromptSource
 from vpt_fast.ops.tracing import is_traced

@@ -19,8 +19,9 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vpt_fast.baselines import Baseline, LinearProbe
-from vpt_fast.blocks import PromptedBlock, insert_rows, strip_rows
+from vpt_fast.blocks import PromptedBlock
 from vpt_fast.experts import PromptExperts
+from vpt_fast.prompt_rows import insert_rows, strip_rows
 from vpt_fast.swin_inspection import window_shares
 from vpt_fast.tuned import blocks_of, is_tuned
 

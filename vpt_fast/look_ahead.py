@@ -14,7 +14,7 @@ from vpt_fast.experts_together import sources_together
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
 from vpt_fast.hooks import has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.block_body import BlockWeights, contiguous
+from vpt_fast.ops.block_parts import BlockWeights, contiguous
 from vpt_fast.ops.prompt_keys import KeyWeights, prompt_keys
 from vpt_fast.ops.prompt_source import GIVEN_KEYS, StaticPrompts
 from vpt_fast.ops.tracing import is_traced

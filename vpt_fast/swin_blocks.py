@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
-from vpt_fast.blocks import PromptRows
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import Fused, Use
 from vpt_fast.hooks import (
@@ -37,6 +36,7 @@ from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.window_attention import window_attention
 from vpt_fast.ops.window_attention_rows import Windows, attend_from_prompts, padding_of
+from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.recompute import recomputed
 
 

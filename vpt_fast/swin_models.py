@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from vpt_fast.baseline_layers import new_classifier
 from vpt_fast.block_reading import forget
-from vpt_fast.blocks import PromptRows
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.methods import VAPT
+from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.swin_blocks import (
     LiveRows,
     PromptedSwinBlock,

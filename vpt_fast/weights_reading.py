@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block_body import BlockSteps, BlockWeights, contiguous
+from vpt_fast.ops.block_body import BlockSteps
+from vpt_fast.ops.block_parts import BlockWeights, contiguous
 from vpt_fast.ops.tracing import PLAIN
 
 _MOST_LAYOUTS = 32

@@ -31,8 +31,9 @@ from vpt_fast.ops.backend import (
     uses_kernels,
 )
 from vpt_fast.ops.bank_attention import bank_attention
-from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights
+from vpt_fast.ops.block_body import BlockSteps
 from vpt_fast.ops.block_entry import OpenSum, Saved
+from vpt_fast.ops.block_parts import BlockConfig, BlockWeights
 from vpt_fast.ops.operators import OPERATOR_SITES
 from vpt_fast.ops.residual_norm import residual_norm
 

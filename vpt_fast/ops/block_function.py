@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block_body import BlockConfig, BlockSteps, BlockWeights, Kept, contiguous
+from vpt_fast.ops.block_body import BlockSteps
 from vpt_fast.ops.block_entry import Saved
+from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, Kept, contiguous
 from vpt_fast.ops.frozen import (
     apply_directly,
     check_versions,
