@@ -227,7 +227,7 @@ def run_together(
         steps.append(_steps(now.reading, prompts, dtype, read, scale, use))
         sources.append(prompts[1])
         scale = now.weights.scale2
-        if len(steps) == 1:  # the sum that a block leaves is as wide as its widest part
+        if len(steps) == 1:  # as wide as what it sums; LayerScale does not count
             wide = torch.promote_types(total.dtype, dtype)
             read = read._replace(dtype=wide, branch=dtype)
     middle, result = run_blocks(steps, total.residual, total.branch, sources)
