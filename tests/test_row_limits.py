@@ -112,7 +112,8 @@ def test_offsets_of_elements_are_64_bits_wide(kernel: str) -> None:
     launch = row_launch(kernel, RowProblem(192))
     source, options = offline.specialise(launch, offline.gpu_target(80))
     compiled = triton.compile(source, target=offline.gpu_target(80), options=options)
-    products = re.findall(r"arith\.muli .*: (tensor<\S+>)", compiled.asm["ttir"])
+    # In either of the forms in which it may be cached: executing kernels prints the generic one.
+    products = re.findall(r"arith\.muli.*(tensor<[^>]*>)", compiled.asm["ttir"])
     assert products and all(kind.endswith("xi64>") for kind in products)
 
 
