@@ -173,13 +173,12 @@ class BlocksReading(_Reading):
     """What is read of several blocks, and of whether each may be called past its own `forward`.
 
     Args:
-        blocks: without hooks, forwards, compiled calls and prompt rows of their own.
+        blocks: without hooks, forwards, compiled calls, prompt rows and adapters of their own.
         readings: of the blocks, in the same order.
 
     Attributes:
         weights: of each block.
         prompts: module of each block, or None.
-        adapted: whether one has an adapter.
         prompt_keys: what makes keys of prompts, worked out from `weights` by `look_ahead`.
     """
 
@@ -198,7 +197,6 @@ class BlocksReading(_Reading):
         self._types = [*map(type, blocks)]
         self._rows = [d.get("rows") for d in own]
         self.prompts = [children.get("prompt") for children in self._children]
-        self.adapted = any("adapter" in children for children in self._children)
         self.prompt_keys: Any = None
 
     def holds(self, blocks: Sequence[Any]) -> bool:

@@ -21,7 +21,7 @@ from vpt_fast.attention_inputs import attention_tokens, is_normed, prompt_keys_v
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.hooks import call_compiled, has_compiled_call, has_hooks, has_own_forward
-from vpt_fast.look_ahead import Ahead, prompts_of
+from vpt_fast.look_ahead import prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.absorbed_attention import absorbed_attention
 from vpt_fast.ops.attention import prompt_attention
@@ -176,20 +176,9 @@ class PromptedBlock(Block):
                 x, prompt = insert_rows(x, prompt(x), rows.prefix), None
             total = OpenSum(x)
         prompts = prompts_of(prompt, total.residual)
-        return self._adapted(fused_block.run(self, now, prompts, total, Use(memory)))
+        return fused_block.run(self, now, prompts, total, Use(memory))
 
-    def _adapted(self, total: OpenSum) -> OpenSum:
-        """The output of the fused block with the adapter on its branch, if there is one."""
-        adapter, branch = self._modules.get("adapter"), total.branch
-        if adapter is None or branch is None:
-            return total
-        return OpenSum(
-            total.residual, adapter(branch if total.scale is None else branch * total.scale)
-        )
-
-    def forward_first(
-        self, total: OpenSum, count: int, memory: str, ahead: Ahead | None = None
-    ) -> Tensor:
+    def forward_first(self, total: OpenSum, count: int, memory: str) -> Tensor:
         """The `count` first rows of the output, (B, count, D), from all rows of the input.
 
         On a GPU all keys and values are made, which its matrix units do faster than the smaller
@@ -198,28 +187,22 @@ class PromptedBlock(Block):
         Args:
             total, memory: as for `forward_open`.
             count: of the rows.
-            ahead: what `look_ahead` has found for this block and this call.
         """
         if not has_compiled_call(self):
-            return self._first_rows(total, count, memory, ahead)
+            return self._first_rows(total, count, memory)
         x = total.closed()
         if memory == self.memory:
             return call_compiled(self, x, first=count)
         return recomputed(self, lambda x: self(x, first=count), x)
 
-    def _first_rows(
-        self, total: OpenSum, count: int, memory: str, ahead: Ahead | None = None
-    ) -> Tensor:
-        rows = self.rows
-        if not uses_kernels(total.residual) or rows.entering or rows.leaving:
-            return self._by_modules(total, memory, count)
-        if ahead is None:
+    def _first_rows(self, total: OpenSum, count: int, memory: str) -> Tensor:
+        rows, now = self.rows, None
+        if uses_kernels(total.residual) and not (rows.entering or rows.leaving):
             now = fused(self, total.residual)
-            if now is None:
-                return self._by_modules(total, memory, count)
-            ahead = now, prompts_of(self._modules.get("prompt"), total.residual)
-        result = fused_block.run(self, *ahead, total, Use(memory, queries=count))
-        return self._adapted(result).closed()
+        if now is None:
+            return self._by_modules(total, memory, count)
+        prompts = prompts_of(self._modules.get("prompt"), total.residual)
+        return fused_block.run(self, now, prompts, total, Use(memory, queries=count)).closed()
 
     def _by_modules(self, total: OpenSum, memory: str, first: int | None = None) -> Tensor:
         """Module by module; anything but "speed" keeps the block's input only."""
@@ -309,18 +292,14 @@ def _is_known(block: Any) -> bool:
     )
 
 
-def through_block(block: Any, total: OpenSum, memory: str, ahead: Ahead | None = None) -> OpenSum:
+def through_block(block: Any, total: OpenSum, memory: str) -> OpenSum:
     """A frozen or prompted block, called so that its own hooks are.
 
     Args:
         block: timm's `Block` or a `PromptedBlock`.
         total: its input, a sum that is left to it.
         memory: what is kept for backward.
-        ahead: what `look_ahead` has found for it in this call.
     """
-    if ahead is not None:
-        found = fused_block.run(block, *ahead, total, Use(memory))
-        return found if "adapter" not in block._modules else block._adapted(found)
     compiled = has_compiled_call(block)
     watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
     if not (compiled or watched):

@@ -195,7 +195,8 @@ def run(block: Any, now: Fused, prompts: Prompts, total: OpenSum, use: Use) -> O
         use: how it is run.
 
     Returns:
-        Its output (B, N, D), or of the first rows (B, queries, D), not yet summed.
+        Its output (B, N, D), or of the first rows (B, queries, D), not yet summed; the branch
+        adapted by the block's adapter, if it has one.
     """
     residual, branch, scale = total
     source, sources = prompts
@@ -206,7 +207,10 @@ def run(block: Any, now: Fused, prompts: Prompts, total: OpenSum, use: Use) -> O
     else:
         steps = _steps(now.reading, prompts, dtype, _input_of(total), scale, use)
         middle, result = run_blocks([steps], residual, branch, [sources])
-    return OpenSum(middle, result, now.weights.scale2)
+    adapter, scale = block._modules.get("adapter"), now.weights.scale2
+    if adapter is None:
+        return OpenSum(middle, result, scale)
+    return OpenSum(middle, adapter(result if scale is None else result * scale))
 
 
 def run_together(
@@ -215,7 +219,7 @@ def run_together(
     """Blocks one after the other, as one function; see `run`.
 
     Args:
-        ahead: each block, and its prompts, in a call in which nobody traces.
+        ahead: each block, and its prompts, in a call in which nobody traces; without adapters.
         total: the first block's input.
         uses: how each is run; all compute all rows but the last.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -39,21 +39,9 @@ def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
     raise TypeError(f"a {type(prompt).__name__} makes no prompts of a fused block")
 
 
-class Together(NamedTuple):
-    """Blocks as they are fused in one call, all of them.
-
-    Attributes:
-        blocks: each block, and its prompts.
-        adapted: whether one has an adapter, which runs between it and the next.
-    """
-
-    blocks: list[Ahead]
-    adapted: bool
-
-
 def look_ahead(
     blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor | None], Fused | None]
-) -> Together | None:
+) -> list[Ahead] | None:
     """Blocks as they will be fused, those with static prompts with keys that are made together.
 
     Args:
@@ -62,8 +50,9 @@ def look_ahead(
         fused: a block as it is fused in a call in which nobody traces, or None.
 
     Returns:
-        None where somebody traces, or where a block is hooked, compiled by itself or runs module by
-        module: what runs there may change the blocks after it, so that each looks for itself.
+        None where somebody traces, or where a block is hooked, compiled by itself, has an adapter
+        or runs module by module: what runs there may change the blocks after it, so that each looks
+        for itself.
     """
     if not blocks or is_traced(x):
         return None
@@ -71,8 +60,7 @@ def look_ahead(
     if reading is None:
         return None
     now = [Fused(known.weights, known) for known in reading.weights]
-    prompts = _prompts_together(reading, x)
-    return Together(list(zip(now, prompts, strict=True)), reading.adapted)
+    return list(zip(now, _prompts_together(reading, x), strict=True))
 
 
 def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> BlockReading | None:
@@ -80,7 +68,9 @@ def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> Bl
     rows = block.__dict__.get("rows")
     if has_hooks(block) or has_own_forward(block) or has_compiled_call(block):
         return None
-    if (rows is not None and (rows.entering or rows.leaving)) or fused(block, None) is None:
+    if "adapter" in block._modules or (rows is not None and (rows.entering or rows.leaving)):
+        return None
+    if fused(block, None) is None:
         return None
     found: BlockReading | None = block.__dict__.get("_reading")
     return found

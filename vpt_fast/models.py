@@ -87,14 +87,13 @@ class _PromptedModel(Tuned, VisionTransformer):
         """Tokens through the given blocks; of the last one `count` rows, None for all."""
         memory, last = self._memory(), len(blocks) - 1
         ahead = look_ahead(blocks, total.residual, fused)
-        if ahead is not None and not ahead.adapted:
+        if ahead is not None:
             uses = [Use(memory, queries=count if i == last else None) for i in range(last + 1)]
-            return run_together(ahead.blocks, total, uses)
+            return run_together(ahead, total, uses)
         for index, block in enumerate(blocks):
-            found = None if ahead is None else ahead.blocks[index]
             if index == last and count is not None:
-                return OpenSum(block.forward_first(total, count, memory, found))
-            total = through_block(block, total, memory, found)
+                return OpenSum(block.forward_first(total, count, memory))
+            total = through_block(block, total, memory)
         return total
 
     def _pos_embed(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from vpt_fast.hooks import (
     has_own_forward,
     hint_sizes,
 )
-from vpt_fast.look_ahead import Ahead, look_ahead, prompts_of
+from vpt_fast.look_ahead import look_ahead, prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.window_attention import window_attention
@@ -138,12 +138,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
         return total.closed().unflatten(1, grid)
 
     def forward_open(
-        self,
-        total: OpenSum,
-        grid: tuple[int, int],
-        memory: str,
-        live: LiveRows,
-        ahead: Ahead | None = None,
+        self, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
     ) -> OpenSum:
         """As `forward`, from and to a sum of rows (B, H * W, D) that is left to its reader.
 
@@ -154,7 +149,6 @@ class PromptedSwinBlock(SwinTransformerBlock):
             grid: (H, W).
             memory: what is kept for backward.
             live: as for `forward`.
-            ahead: what `look_ahead` has found for this block and this call.
         """
         prompt, rows = self._modules.get("prompt"), self.rows
         if prompt is None and rows.entering and live.rows is None:
@@ -165,13 +159,11 @@ class PromptedSwinBlock(SwinTransformerBlock):
         _check_grid(prompt, grid)
         windows = windows_of(self, grid)
         apart = rows.leaving or (prompt is None and rows.entering)
-        if ahead is None and not apart:
-            now = fused(self, total.residual)
-            ahead = None if now is None else (now, prompts_of(prompt, total.residual))
-        if ahead is not None:
+        now = None if apart else fused(self, total.residual)
+        if now is not None:
             live.rows = None
-            now, prompts = ahead
-            return self._adapted(fused_block.run(self, now, prompts, total, Use(memory, windows)))
+            prompts = prompts_of(prompt, total.residual)
+            return fused_block.run(self, now, prompts, total, Use(memory, windows))
         if memory == "speed":
             x, live.rows = self._forward(total, windows, live.rows)
         else:
@@ -182,13 +174,6 @@ class PromptedSwinBlock(SwinTransformerBlock):
                 live.rows,
             )
         return OpenSum(x)
-
-    def _adapted(self, total: OpenSum) -> OpenSum:
-        """The output of the fused block with the adapter on its branch, if there is one."""
-        adapter, branch = self._modules.get("adapter"), total.branch
-        if adapter is None or branch is None:
-            return total
-        return OpenSum(total.residual, adapter(branch))
 
     def _normalise(
         self, total: OpenSum, entering: Tensor | None
@@ -260,16 +245,15 @@ class PromptedSwinStage(SwinTransformerStage):
         """Rows (B, H * W, D) of an image of grid = (H, W) through the blocks."""
         memories = ["minimal" if self.grad_checkpointing else block.memory for block in blocks]
         ahead = look_ahead(blocks, total.residual, fused)
-        if ahead is not None and not ahead.adapted:
+        if ahead is not None:
             live.rows = None
             uses = [
                 Use(memory, windows_of(block, grid))
                 for block, memory in zip(blocks, memories, strict=True)
             ]
-            return fused_block.run_together(ahead.blocks, total, uses)
-        for index, block in enumerate(blocks):
-            found = None if ahead is None else ahead.blocks[index]
-            total = _through_block(block, total, grid, memories[index], live, found)
+            return fused_block.run_together(ahead, total, uses)
+        for block, memory in zip(blocks, memories, strict=True):
+            total = _through_block(block, total, grid, memory, live)
         return total
 
     def _load_from_state_dict(
@@ -325,18 +309,13 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
 
 
 def _through_block(
-    block: Any,
-    total: OpenSum,
-    grid: tuple[int, int],
-    memory: str,
-    live: LiveRows,
-    ahead: Ahead | None,
+    block: Any, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
 ) -> OpenSum:
     """A block, called so that its own hooks are."""
     compiled = has_compiled_call(block)
     watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
     if not (compiled or watched):
-        return block.forward_open(total, grid, memory, live, ahead)
+        return block.forward_open(total, grid, memory, live)
     calls = functools.partial(call_compiled, block) if compiled else block
 
     def call(x: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor | None]:
