@@ -193,9 +193,9 @@ def test_a_recording_holds_the_casts_that_it_reads():
     reading = graphed.blocks[0]._reading.known
     cast = reading.in_dtype(torch.bfloat16).qkv_weight
     step(graphed)  # in fp32 the block has no use for it
-    assert cast.dtype == torch.bfloat16 and reading.held()[0] is None
+    assert cast.dtype == torch.bfloat16 and reading.held() is None
     held = [e._casts for e in graphed.tune_record.graphs._entries.values()]
-    assert held[0][0][0][1].qkv_weight is cast
+    assert held[0][0][1].qkv_weight is cast
     with torch.autocast("cpu", torch.bfloat16):
         step(graphed)
     assert (capture.recorded, capture.replayed) == (4, 6)

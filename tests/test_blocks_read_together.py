@@ -69,7 +69,7 @@ def test_a_block_has_one_copy_of_its_weights_and_recordings_hold_it() -> None:
     handle.remove()
     for _ in range(2):
         used(model, image)
-    held = {id(cast) for cast, _ in Watched(model, ("blocks",)).casts()}
+    held = {id(cast) for cast in Watched(model, ("blocks",)).casts()}
     read = model.blocks[2].__dict__["_together"].weights
     assert len(read) == 3
     for block, weights in zip(model.blocks, read, strict=True):

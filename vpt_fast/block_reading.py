@@ -256,7 +256,7 @@ def forget(block: Any) -> None:
 
 
 def copies_of(attributes: Iterable[Attributes]) -> list[Any]:
-    """The copies and views of weights that blocks read now, by the modules' `__dict__`."""
+    """The copies of weights that blocks read now, by the modules' `__dict__`."""
     found: list[WeightsReading] = []
     for own in attributes:
         reading, together = own.get("_reading"), own.get("_together")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vpt_fast.block_reading import BlockReading, BlocksReading, read_together
@@ -131,13 +132,16 @@ def _key_weights(
     if len(forms) > 1:
         return None
     heads, _, eps, *_ = read[0].scalars
-    views = [r.keys_and_values(w) for r, w in zip(read, weights, strict=True)]
-    return KeyWeights(
-        [w.norm1_weight for w in weights],
-        [w.norm1_bias for w in weights],
-        [view.weight for view in views],
-        [view.transposed for view in views],
-        [view.bias for view in views],
-        eps,
-        heads,
-    )
+    width = weights[0].qkv_weight.shape[0] // 3  # queries come before keys and values
+    # Whatever mode is on now, they serve training later.
+    with torch.inference_mode(False), torch.no_grad():
+        parts = [w.qkv_weight[width:] for w in weights]
+        return KeyWeights(
+            [w.norm1_weight for w in weights],
+            [w.norm1_bias for w in weights],
+            parts,
+            [part.t() for part in parts],
+            [None if w.qkv_bias is None else w.qkv_bias[width:] for w in weights],
+            eps,
+            heads,
+        )

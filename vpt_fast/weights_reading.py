@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,14 +53,6 @@ class Memory:
         return True in map(_requires_grad, self._there)
 
 
-class KeyValueWeights(NamedTuple):
-    """What makes keys and values: weight (2 A, D), the same transposed, and bias (2 A,) or None."""
-
-    weight: Tensor
-    transposed: Tensor
-    bias: Tensor | None
-
-
 def _matrices_of(weights: BlockWeights) -> list[Tensor]:
     """What matrix products read: the Linears' weights and biases."""
     w = weights
@@ -95,7 +87,6 @@ class WeightsReading:
         self._matrices = dtypes.pop() if len(dtypes) == 1 else None  # their dtype, if it is one
         self.layout: Hashable = tuple(None if w is None else (w.shape, w.dtype) for w in weights)
         self._cast: tuple[Any, BlockWeights, list[Tensor]] | None = None
-        self._views: tuple[Tensor, Tensor | None, KeyValueWeights] | None = None
         self.steps: dict[Hashable, tuple[BlockWeights, Tensor | None, BlockSteps]] = {}
 
     def in_dtype(self, dtype: torch.dtype) -> BlockWeights:
@@ -128,24 +119,9 @@ class WeightsReading:
         self._cast = cast
         self.steps.clear()
 
-    def keys_and_values(self, weights: BlockWeights) -> KeyValueWeights:
-        """The part of the qkv projection that makes keys and values.
-
-        Args:
-            weights: from `in_dtype`, of which the result is views.
-        """
-        weight, bias, known = weights.qkv_weight, weights.qkv_bias, self._views
-        if known is None or known[0] is not weight or known[1] is not bias:
-            width = weight.shape[0] // 3
-            with torch.inference_mode(False), torch.no_grad():
-                part = weight[width:]
-                views = KeyValueWeights(part, part.t(), None if bias is None else bias[width:])
-            self._views = known = weight, bias, views
-        return known[2]
-
     def held(self) -> Any:
-        """The copies and views that are read now: whoever records addresses has to hold them."""
-        return self._cast, self._views
+        """The copy that is read now, or None: whoever records addresses has to hold it."""
+        return self._cast
 
     def remember(
         self, layout: Hashable, weights: BlockWeights, scale: Tensor | None, steps: BlockSteps
