@@ -188,14 +188,24 @@ def activation_launch(
     )
 
 
-def activation(h: Tensor, bias: Tensor | None, kind: str, launch: Launcher | None = None) -> Tensor:
+def activation(
+    h: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    launch: Launcher | None = None,
+    in_place: bool = False,
+) -> Tensor:
     """f(h + bias), (..., C); see `vpt_fast.ops.activation`.
 
-    With `launch`, a launcher of this layout, tensors must be contiguous.
+    With `launch`, a launcher of this layout, tensors must be contiguous. `in_place` writes
+    over h, and is part of the layout.
     """
     if launch is None:
         h, bias = contiguous(h, bias)
-        launch = launcher("activation", kind, layout_of(h), layout_of(bias))
+        launch = launcher("activation", kind, in_place, layout_of(h), layout_of(bias))
+    if in_place:
+        launch((h, bias), lambda *_: activation_launch(h, bias, h, kind, False))
+        return h
     out = torch.empty_like(h)
     launch((h, bias, out), activation_launch, kind, False)
     return out

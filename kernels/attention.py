@@ -33,7 +33,11 @@ from .layouts import Tensors, existing_prompts, split
 
 
 def attention_forward(
-    tokens: Tensors, prompts: Tensors, scale: float, launch: Launcher | None = None
+    tokens: Tensors,
+    prompts: Tensors,
+    scale: float,
+    launch: Launcher | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query to the prompts' and the tokens' keys.
 
@@ -42,6 +46,7 @@ def attention_forward(
         prompts: the prompts' keys and values; p may be 0.
         scale: what the scores are multiplied by; positive.
         launch: a launcher of this layout, whose holder has checked the tensors.
+        out: results of this layout that nobody reads any more, to write over.
 
     Returns:
         out (B, M, H * d), contiguous, in the tokens' dtype; and lse (B, H, M), fp32: log2 of the
@@ -55,18 +60,21 @@ def attention_forward(
         launch = _launcher("attention", tokens, prompts, scale)
         if launch.is_new:
             check_inputs(tokens, prompts, scale)
-    q = tokens[0]
-    batch, rows, *_, num_heads, head_dim = q.shape
-    out = empty((batch, rows, num_heads * head_dim), q.dtype, q.device)
-    lse = empty((batch, num_heads, rows), torch.float32, q.device)
+    if out is None:
+        q = tokens[0]
+        batch, rows, *_, num_heads, head_dim = q.shape
+        attended = empty((batch, rows, num_heads * head_dim), q.dtype, q.device)
+        lse = empty((batch, num_heads, rows), torch.float32, q.device)
+    else:
+        attended, lse = out
 
     def build(*_: Any) -> list[Launch]:
         q, k, v = split(tokens)
         pair = existing_prompts(prompts)
-        return [forward_launch(q, k, v, pair, out, lse, scale, target_of(q))]
+        return [forward_launch(q, k, v, pair, attended, lse, scale, target_of(q))]
 
-    launch((*tokens, *prompts, out, lse), build)
-    return out, lse
+    launch((*tokens, *prompts, attended, lse), build)
+    return attended, lse
 
 
 def attention_backward(

@@ -222,24 +222,32 @@ def residual_norm(
     expert_eps: float | None,
     dtype: torch.dtype,
     launch: Launcher | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum (the residual itself without a branch), its LayerNorm in `dtype`, row statistics.
 
-    With `launch`, a launcher of this layout, tensors must be contiguous.
+    With `launch`, a launcher of this layout, tensors must be contiguous; with `out`, results of
+    this layout that nobody reads any more, they are written over.
     """
     if launch is None:
         residual, branch, scale, weight, bias = contiguous(residual, branch, scale, weight, bias)
         layouts = map(layout_of, (residual, branch, scale, weight, bias))
         launch = launcher("residual_norm", norm_eps, expert_eps, dtype, *layouts)
-    total = None
-    if branch is not None:
-        wide = residual.dtype
-        if branch.dtype != wide:
-            wide = torch.promote_types(wide, branch.dtype)
-        total = torch.empty_like(residual, dtype=wide)
-    y = torch.empty_like(residual, dtype=dtype)
-    shape = (2 if expert_eps is None else 3, *residual.shape[:-1])
-    statistics = empty(shape, torch.float32, residual.device)
+    total: Tensor | None
+    if out is not None:
+        total, y, statistics = out
+        if branch is None:
+            total = None
+    else:
+        total = None
+        if branch is not None:
+            wide = residual.dtype
+            if branch.dtype != wide:
+                wide = torch.promote_types(wide, branch.dtype)
+            total = torch.empty_like(residual, dtype=wide)
+        y = torch.empty_like(residual, dtype=dtype)
+        shape = (2 if expert_eps is None else 3, *residual.shape[:-1])
+        statistics = empty(shape, torch.float32, residual.device)
     tensors = (residual, branch, scale, weight, bias, total, y, statistics)
     launch(tensors, residual_norm_launch, norm_eps, expert_eps)
     return residual if total is None else total, y, statistics

@@ -44,6 +44,7 @@ def window_attention_forward(
     shift: Pair,
     scale: float,
     launch: Launcher | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every token to its window's tokens and its image's prompts.
 
@@ -54,6 +55,7 @@ def window_attention_forward(
         scale: what the products of queries and keys are multiplied by; positive.
         launch: a launcher of this layout, whose holder has checked the tensors; they must be
             contiguous then.
+        out: results of this layout that nobody reads any more, to write over.
 
     Returns:
         out (B, H, W, h * d), contiguous, in qkv's dtype; and lse (B, h, H, W), fp32: log2 of the
@@ -69,16 +71,19 @@ def window_attention_forward(
         launch = launcher("window_attention", window, shift, scale, *layouts)
         if launch.is_new:
             check_inputs(qkv, pad, table, prompts, window, shift, scale)
-    batch, height, width, _, heads, dim = qkv.shape
-    out = empty((batch, height, width, heads * dim), qkv.dtype, qkv.device)
-    lse = empty((batch, heads, height, width), torch.float32, qkv.device)
+    if out is None:
+        batch, height, width, _, heads, dim = qkv.shape
+        attended = empty((batch, height, width, heads * dim), qkv.dtype, qkv.device)
+        lse = empty((batch, heads, height, width), torch.float32, qkv.device)
+    else:
+        attended, lse = out
 
     def build(*_: Any) -> list[Launch]:
-        target = target_of(qkv)
-        return [forward_launch(qkv, pad, table, prompts, out, lse, window, shift, scale, target)]
+        tensors = qkv, pad, table, prompts, attended, lse
+        return [forward_launch(*tensors, window, shift, scale, target_of(qkv))]
 
-    launch((qkv, pad, table, prompts, out, lse), build)
-    return out, lse
+    launch((qkv, pad, table, prompts, attended, lse), build)
+    return attended, lse
 
 
 def window_attention_backward(

@@ -82,6 +82,9 @@ def check(case: Case, device: torch.device) -> None:
     out = kernels.activation(h, bias, case.kind)
     exact = reference(exact_h, case.kind)
     assert out.dtype == case.dtype
+    written = h.clone()
+    assert kernels.activation(written, bias, case.kind, in_place=True) is written
+    assert torch.equal(written, out)
     mine = errors(out, exact)
     assert float(mine.max().nan_to_num(INFINITY)) <= bound
     eager = errors(reference(eager_h, case.kind), exact)

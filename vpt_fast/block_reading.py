@@ -166,7 +166,7 @@ class BlockReading(_Reading):
             return None
         if known is None or not known.memory.is_of(found):
             self.known = known = WeightsReading(BlockWeights._make(found), self._scalars)
-        return known if known.plain and not known.memory.is_trained() else None
+        return known if known.plain and not known.memory.is_being_trained() else None
 
 
 class BlocksReading(_Reading):
@@ -215,7 +215,7 @@ class BlocksReading(_Reading):
         ):
             return False
         found, memory = self.tensors(blocks), self._memory
-        return found is not None and memory.is_of(found) and not memory.is_trained()
+        return found is not None and memory.is_of(found) and not memory.is_being_trained()
 
     def _watched(self, blocks: Iterable[Any]) -> list[Attributes]:
         return [*self._parts.attributes, *(block.__dict__ for block in blocks)]

@@ -48,9 +48,9 @@ class Memory:
             and [*map(_is_contiguous, self._there)] == self._contiguous
         )
 
-    def is_trained(self) -> bool:
-        """Whether one of them requires a gradient."""
-        return True in map(_requires_grad, self._there)
+    def is_being_trained(self) -> bool:
+        """Whether one of them requires a gradient, where gradients are recorded."""
+        return torch.is_grad_enabled() and True in map(_requires_grad, self._there)
 
 
 def _matrices_of(weights: BlockWeights) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import Norm, Saved, enter, entry_gradients
-from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, Kept, contiguous
+from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, Kept
 from vpt_fast.ops.operators import Sites
 from vpt_fast.ops.window_attention_rows import attend_in_windows, windows_gradients
 
@@ -63,7 +63,11 @@ class BlockSteps:
 
     def with_sites(self, sites: Sites) -> BlockSteps:
         """The same steps, computed by others."""
-        return BlockSteps(self.config, self.weights, self.dtype, sites)
+        steps: BlockSteps = object.__new__(BlockSteps)  # nothing is worked out again
+        steps.config, steps.weights, steps.dtype = self.config, self.weights, self.dtype
+        steps.norm1, steps.head_dim, steps.frozen = self.norm1, self.head_dim, self.frozen
+        steps.sites, steps._parts = sites, self._parts
+        return steps
 
     @property
     def _projections(self) -> tuple[_Projection, _Projection]:
@@ -234,20 +238,23 @@ class BlockSteps:
             kept: from `forward`.
             needs_tokens: whether backward computes the gradient of the block's input.
         """
-        memory = self.config.memory
-        if not needs_tokens and not kept.entry.mixed:
-            kept = kept._replace(entry=kept.entry._replace(statistics=None))
+        (x, entry_statistics, mixed), keys, prompt_statistics, tokens, *others = kept
+        out, lse, middle, statistics, hidden = others
+        memory, alone = self.config.memory, not (needs_tokens or mixed)
         if memory in ("lean", "minimal"):
-            kept = kept._replace(tokens=())
-        elif not needs_tokens and not kept.entry.mixed:
-            kept = kept._replace(entry=kept.entry._replace(x=None))
+            tokens = ()
+        elif alone:
+            x = None
+        if alone:
+            entry_statistics = None
         if memory == "minimal":
-            kept = kept._replace(out=None, lse=None, middle=None, statistics=None)
+            out = lse = middle = statistics = None
         if memory != "speed":
-            kept = kept._replace(hidden=None)
-        if kept.keys is not None and not self.config.keeps(kept.keys):
-            kept = kept._replace(keys=None, prompt_statistics=())
-        return kept
+            hidden = None
+        if keys is not None and not self.config.keeps(keys):
+            keys, prompt_statistics = None, ()
+        entry = Saved(x, entry_statistics, mixed)
+        return Kept(entry, keys, prompt_statistics, tokens, out, lse, middle, statistics, hidden)
 
     def computed_again(self, kept: Kept, sources: tuple[Any, ...]) -> Kept:
         """What was not kept, from what was."""
@@ -279,7 +286,10 @@ class BlockSteps:
         needs_tokens: bool,
         needs_prompts: bool,
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-        """Gradients of the residual, of the branch and of the prompts' tensors."""
+        """Gradients of the residual, of the branch and of the prompts' tensors.
+
+        Those of x' and of the MLP's output are contiguous, or None for 0.
+        """
         full = self.computed_again(kept, sources)
         middle = self._middle_gradients(full, grad_middle, grad_result)
         grad_out = torch.matmul(middle[-1], self.weights.proj_weight)
@@ -310,13 +320,13 @@ class BlockSteps:
         w, middle = self.weights, _there(full.middle)
         apart = w.scale1 is not None or middle.dtype != self.dtype
         if grad_result is not None:
-            grad = self.mlp_gradient(contiguous(grad_result), _there(full.hidden))
+            grad = self.mlp_gradient(grad_result, _there(full.hidden))
             place = f"norm2 {apart} {grad_middle is None}"
             return self.sites["residual_norm_backward", place](
-                middle, full.statistics, w.norm2_weight, w.scale1, grad, contiguous(grad_middle),
+                middle, full.statistics, w.norm2_weight, w.scale1, grad, grad_middle,
                 self.dtype if apart else None,
             )  # fmt: skip
-        grad = contiguous(_there(grad_middle)).to(middle.dtype)
+        grad = _there(grad_middle).to(middle.dtype)
         branch = grad if w.scale1 is None else grad * w.scale1
         return [grad, branch.to(self.dtype)]
 

@@ -24,7 +24,7 @@ from vpt_fast.ops.frozen import (
     once_differentiable,
     versions_of,
 )
-from vpt_fast.ops.operators import OPERATOR_SITES
+from vpt_fast.ops.operators import OPERATOR_SITES, reusing
 from vpt_fast.ops.tracing import is_traced
 
 _WEIGHTS = len(BlockWeights._fields)
@@ -230,8 +230,7 @@ def run_blocks(
         inputs = [residual, branch, *[t for own in sources for t in own]]
         needed = True in [t is not None and t.requires_grad for t in inputs]
         if not (needed and torch.is_grad_enabled()):
-            for steps, own in zip(blocks, sources, strict=True):
-                residual, branch, _ = steps.forward(residual, branch, own)
+            residual, branch = _run_only(blocks, residual, branch, sources)
         elif len(blocks) > 1 and has_saved_tensor_hooks():
             # Who stores what is saved elsewhere should have it block by block.
             for steps, own in zip(blocks, sources, strict=True):
@@ -239,6 +238,22 @@ def run_blocks(
         else:
             counts = [len(own) for own in sources]
             residual, branch = apply_directly(_Blocks, blocks, counts, *inputs)
+    return residual, branch
+
+
+def _run_only(
+    blocks: Sequence[BlockSteps],
+    residual: Tensor,
+    branch: Tensor | None,
+    sources: Sequence[Sources],
+) -> Any:
+    """`run_blocks` without a way back: blocks of one layout share the memory of their results."""
+    sites: Any = None
+    shared: Any = None
+    for steps, own in zip(blocks, sources, strict=True):
+        if sites is not steps.sites:
+            sites, shared = steps.sites, reusing(steps.sites)
+        residual, branch, _ = steps.with_sites(shared).forward(residual, branch, own)
     return residual, branch
 
 
