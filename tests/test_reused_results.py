@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from recording_driver import compared, recording
 from test_first_rows import BATCH, HEADS, KINDS, ROWS, WIDTH, rand, sources, weights
 from torch import Tensor
-from vpt_fast.kernels.launch_plan import Launcher
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune
 from vpt_fast.ops import operators
 from vpt_fast.ops.block_body import BlockSteps
 from vpt_fast.ops.block_function import run_blocks
 from vpt_fast.ops.block_parts import BlockConfig, BlockWeights
-from vpt_fast.ops.operators import REFERENCE_SITES, Sites
+from vpt_fast.ops.operators import REFERENCE_SITES, PlannedSites, Sites
 from vpt_fast.ops.window_attention_rows import Windows
 
 pytest_plugins = ("kernel_device",)
@@ -49,7 +48,7 @@ def spied(results: Results) -> Sites:
         return call
 
     functions = {name: spy(name, f) for name, f in operators.kernels().items()}
-    return operators._Remembered(functions, plans=True)
+    return PlannedSites(functions)
 
 
 def row(
@@ -147,17 +146,3 @@ def test_launches_of_steps_and_of_inference_in_turns(method: Any) -> None:
                 model.train()(images).sum().backward()
                 built = found.built
         assert found.replayed > 2 * found.built
-
-
-def test_an_activation_in_place_has_launches_of_its_own() -> None:
-    """A plan of two tensors and one of three cannot stand for each other."""
-    sites = operators._Remembered(operators.kernels(), plans=True)
-    found: list[Any] = [each["activation", ""] for each in (sites, operators.reusing(sites))]
-    launchers = [function.keywords["launch"] for function in found]
-    assert all(isinstance(each, Launcher) for each in launchers)
-    assert launchers[0] is not launchers[1]
-
-
-def test_references_reuse_nothing() -> None:
-    for sites in (REFERENCE_SITES, operators.OPERATOR_SITES):
-        assert operators.reusing(sites) is sites

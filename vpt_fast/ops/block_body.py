@@ -44,9 +44,13 @@ class BlockSteps:
         norm1: the LayerNorm of tokens and prompts.
         head_dim: d, channels of a head.
         frozen: the weights that there are.
+        transposed: views of the Linears' weights by name, those that somebody has needed.
     """
 
-    __slots__ = ("_parts", "config", "dtype", "frozen", "head_dim", "norm1", "sites", "weights")
+    __slots__ = (
+        "_parts", "config", "dtype", "frozen", "head_dim", "norm1", "sites", "transposed",
+        "weights",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -59,15 +63,20 @@ class BlockSteps:
         self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1)
         self.head_dim = weights.qkv_weight.shape[0] // (3 * config.heads)
         self.frozen = [w for w in weights if w is not None]
+        self.transposed: dict[str, Tensor] = {}
         self._parts: tuple[_Projection, _Projection] | None = None
 
     def with_sites(self, sites: Sites) -> BlockSteps:
         """The same steps, computed by others."""
-        steps: BlockSteps = object.__new__(BlockSteps)  # nothing is worked out again
-        steps.config, steps.weights, steps.dtype = self.config, self.weights, self.dtype
-        steps.norm1, steps.head_dim, steps.frozen = self.norm1, self.head_dim, self.frozen
-        steps.sites, steps._parts = sites, self._parts
+        steps: BlockSteps = object.__new__(BlockSteps)
+        steps._take(self, sites)
         return steps
+
+    def _take(self, steps: BlockSteps, sites: Sites) -> None:
+        """Become other steps computed by `sites`; nothing is worked out again."""
+        self.config, self.weights, self.dtype = steps.config, steps.weights, steps.dtype
+        self.norm1, self.head_dim, self.frozen = steps.norm1, steps.head_dim, steps.frozen
+        self.sites, self._parts, self.transposed = sites, steps._parts, steps.transposed
 
     @property
     def _projections(self) -> tuple[_Projection, _Projection]:
@@ -110,6 +119,10 @@ class BlockSteps:
         grad = torch.matmul(grad_keys.flatten(2), self._projections[1].weight)
         return source.gradients(self.sites, sources, mixed, self.norm1, statistics, grad)
 
+    def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b of one of the block's Linears."""
+        return F.linear(x, weight, bias)
+
     # --- attention ---------------------------------------------------------------------------
 
     def project(self, y: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +130,8 @@ class BlockSteps:
         w, count, heads, dim = self.weights, self.config.queries, self.config.heads, self.head_dim
         batch, rows, _ = y.shape
         if count is None:
-            return (F.linear(y, w.qkv_weight, w.qkv_bias).view(batch, rows, 3, heads, dim),)
+            qkv = self.linear("qkv", y, w.qkv_weight, w.qkv_bias)
+            return (qkv.view(batch, rows, 3, heads, dim),)
         queries, keys_and_values = self._projections
         q, kv = F.linear(y[:, :count], *queries), F.linear(y, *keys_and_values)
         return q.view(batch, count, heads, dim), kv.view(batch, rows, 2, heads, dim)
@@ -172,7 +186,7 @@ class BlockSteps:
     def add_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x', norm2(x') and the row statistics of x'."""
         w = self.weights
-        branch = F.linear(out, w.proj_weight, w.proj_bias)
+        branch = self.linear("proj", out, w.proj_weight, w.proj_bias)
         return self.sites["residual_norm", "norm2"](
             self.first_rows(x), branch, w.scale1, w.norm2_weight, w.norm2_bias, self.config.eps2,
             None, self.dtype,
@@ -189,13 +203,13 @@ class BlockSteps:
         """fc1's output, and the bias that is not in it: the activation's kernel adds it."""
         w = self.weights
         if uses_kernels(y):
-            return F.linear(y, w.fc1_weight), w.fc1_bias
-        return F.linear(y, w.fc1_weight, w.fc1_bias), None
+            return self.linear("fc1", y, w.fc1_weight, None), w.fc1_bias
+        return self.linear("fc1", y, w.fc1_weight, w.fc1_bias), None
 
     def contract(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """The MLP's output from its hidden layer."""
         active = self.sites["activation", ""](hidden, bias, self.config.activation)
-        return F.linear(active, self.weights.fc2_weight, self.weights.fc2_bias)
+        return self.linear("fc2", active, self.weights.fc2_weight, self.weights.fc2_bias)
 
     def mlp_gradient(self, grad: Tensor, hidden: Tensor) -> Tensor:
         """Gradient of norm2(x') from that of the MLP's output."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from vpt_fast.ops.block_body import BlockSteps
 from vpt_fast.ops.block_entry import Saved
 from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, Kept, contiguous
+from vpt_fast.ops.forward_only import run_forward
 from vpt_fast.ops.frozen import (
     apply_directly,
     check_versions,
@@ -24,7 +25,7 @@ from vpt_fast.ops.frozen import (
     once_differentiable,
     versions_of,
 )
-from vpt_fast.ops.operators import OPERATOR_SITES, reusing
+from vpt_fast.ops.operators import OPERATOR_SITES
 from vpt_fast.ops.tracing import is_traced
 
 _WEIGHTS = len(BlockWeights._fields)
@@ -45,7 +46,6 @@ class _Way(NamedTuple):
     """How a block went forward, for its way back."""
 
     steps: BlockSteps
-    versions: list[int]  # of its weights
     dtypes: tuple[torch.dtype, torch.dtype | None]  # of the residual and the branch that it read
     counts: Counts
     needs_tokens: bool  # whether the block before has a way back too
@@ -113,6 +113,7 @@ class _Blocks(torch.autograd.Function):
         needs_tokens, first = needs[2] or needs[3], _BEFORE
         ways: list[_Way | None] = []
         saved: list[Tensor | None] = []
+        frozen: list[Tensor] = []
         for steps, count in zip(blocks, counts, strict=True):
             own = sources[first - _BEFORE : first - _BEFORE + count]
             needed = needs_tokens or True in needs[first : first + count]
@@ -121,13 +122,14 @@ class _Blocks(torch.autograd.Function):
                 ways.append(None)
                 residual, branch, _ = steps.forward(residual, branch, own)
                 continue
-            versions, dtypes = versions_of(steps.frozen), _dtypes(residual, branch)
+            dtypes = _dtypes(residual, branch)
             residual, branch, kept = steps.forward(residual, branch, own)
             tensors, packed = _packed(own, steps.keep(kept, needs_tokens))
             saved += tensors
-            ways.append(_Way(steps, versions, dtypes, packed, needs_tokens))
+            frozen += steps.frozen
+            ways.append(_Way(steps, dtypes, packed, needs_tokens))
             needs_tokens = True
-        ctx.ways = ways
+        ctx.ways, ctx.frozen, ctx.versions = ways, frozen, versions_of(frozen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return residual, branch
@@ -141,14 +143,14 @@ class _Blocks(torch.autograd.Function):
             return (None,) * len(needs)
         saved = [*ctx.saved_tensors]
         ctx.maybe_clear_saved_tensors()  # so that what a block has read is freed when it is done
+        check_versions(ctx.frozen, ctx.versions)
         traced, last = is_traced(grad), len(needs)
         found: list[Tensor | None] = []
         with exactly(grad):
             for way in reversed(ctx.ways):
                 if way is None:
                     break
-                steps, versions, dtypes, counts, needs_tokens = way
-                check_versions(steps.frozen, versions)
+                steps, dtypes, counts, needs_tokens = way
                 if traced:
                     steps = steps.with_sites(OPERATOR_SITES)
                 tensors = saved[-sum(counts) - _ALWAYS :]
@@ -230,7 +232,7 @@ def run_blocks(
         inputs = [residual, branch, *[t for own in sources for t in own]]
         needed = True in [t is not None and t.requires_grad for t in inputs]
         if not (needed and torch.is_grad_enabled()):
-            residual, branch = _run_only(blocks, residual, branch, sources)
+            residual, branch = run_forward(blocks, residual, branch, sources)
         elif len(blocks) > 1 and has_saved_tensor_hooks():
             # Who stores what is saved elsewhere should have it block by block.
             for steps, own in zip(blocks, sources, strict=True):
@@ -238,22 +240,6 @@ def run_blocks(
         else:
             counts = [len(own) for own in sources]
             residual, branch = apply_directly(_Blocks, blocks, counts, *inputs)
-    return residual, branch
-
-
-def _run_only(
-    blocks: Sequence[BlockSteps],
-    residual: Tensor,
-    branch: Tensor | None,
-    sources: Sequence[Sources],
-) -> Any:
-    """`run_blocks` without a way back: blocks of one layout share the memory of their results."""
-    sites: Any = None
-    shared: Any = None
-    for steps, own in zip(blocks, sources, strict=True):
-        if sites is not steps.sites:
-            sites, shared = steps.sites, reusing(steps.sites)
-        residual, branch, _ = steps.with_sites(shared).forward(residual, branch, own)
     return residual, branch
 
 

@@ -164,60 +164,27 @@ class _Remembered(dict[tuple[str, str], Function]):
 
     Args:
         functions: implementations by operation.
-        plans: whether they take a launcher.
     """
 
-    def __init__(self, functions: dict[str, Function], plans: bool = False) -> None:
+    def __init__(self, functions: dict[str, Function]) -> None:
         super().__init__()
-        self._functions, self.plans = functions, plans
+        self._functions = functions
 
     def __missing__(self, site: tuple[str, str]) -> Function:
-        function = self._functions[site[0]]
-        if self.plans:
-            from vpt_fast.kernels.launch_plan import Launcher
+        function = self[site] = self._made(self._functions[site[0]])
+        return function
 
-            function = functools.partial(function, launch=Launcher())
-        self[site] = function
+    def _made(self, function: Function) -> Function:
         return function
 
 
-class _Reusing(dict[tuple[str, str], Function]):
-    """Sites of which a result is written over by the next one of the same site."""
+class PlannedSites(_Remembered):
+    """Sites of kernels, each with a launcher of its own."""
 
-    def __init__(self, sites: Sites) -> None:
-        super().__init__()
-        self._sites = sites
+    def _made(self, function: Function) -> Function:
+        from vpt_fast.kernels.launch_plan import Launcher
 
-    def __missing__(self, site: tuple[str, str]) -> Function:
-        function: Function
-        if site[0] == "activation":
-            function = functools.partial(self._sites["activation", "in place"], in_place=True)
-        elif site[0] in ("residual_norm", "attention", "window_attention"):
-            function = _over_the_last(self._sites[site])
-        else:
-            function = self._sites[site]
-        self[site] = function
-        return function
-
-
-def _over_the_last(function: Function) -> Function:
-    last: Any = None
-
-    def write(*arguments: Any) -> Any:
-        nonlocal last
-        last = function(*arguments, out=last)
-        return last
-
-    return write
-
-
-def reusing(sites: Sites) -> Sites:
-    """Sites whose kernels share memory, for blocks one after the other of which nothing is kept.
-
-    Args:
-        sites: of all these blocks. What is returned serves one call on one stream.
-    """
-    return _Reusing(sites) if isinstance(sites, _Remembered) and sites.plans else sites
+        return functools.partial(function, launch=Launcher())
 
 
 class _Operators:
@@ -233,7 +200,7 @@ REFERENCE_SITES: Sites = _Remembered(REFERENCES)
 
 @functools.lru_cache(maxsize=_MOST_LAYOUTS)
 def _kernel_sites(*layout: Hashable) -> Sites:
-    return _Remembered(kernels(), plans=True)
+    return PlannedSites(kernels())
 
 
 def sites_for(x: Tensor, head_dim: int, *layout: Hashable) -> Sites:
