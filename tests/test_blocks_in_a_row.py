@@ -210,7 +210,7 @@ def test_together_they_keep_what_they_keep_one_by_one(method: str, memory: str) 
     image = families.images(AVERAGE)
 
     def kept(output: Tensor) -> int:
-        """Bytes of what all functions of blocks have saved."""
+        """Bytes of what all functions of blocks and of keys have saved."""
         storages, seen, left = {}, set(), [output.grad_fn]
         while left:
             node = left.pop()
@@ -218,7 +218,7 @@ def test_together_they_keep_what_they_keep_one_by_one(method: str, memory: str) 
                 continue
             seen.add(node)
             left += [other for other, _ in node.next_functions]
-            if type(node).__name__ == "_BlocksBackward":
+            if type(node).__name__ in ("_BlocksBackward", "_PromptKeysBackward"):
                 for tensor in node.saved_tensors:
                     if tensor is not None:
                         storage = tensor.untyped_storage()

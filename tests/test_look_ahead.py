@@ -15,21 +15,22 @@ from plain_vapt import ACTING, seeded, vapt_pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vpt_fast import VAPT, VPTDeep, VPTShallow, look_ahead, prompt_tune
+from vpt_fast import VAPT, VPTDeep, VPTShallow, prompt_tune
 from vpt_fast.ops.memory_modes import MEMORY_MODES
+from vpt_fast.ops.prompt_keys import KeyWeights
 
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many blocks keys were made together, by call."""
     counts: list[int] = []
-    made = look_ahead.prompt_keys
+    make = KeyWeights.make
 
-    def spy(weights: Any, dtype: torch.dtype, tokens: Any) -> Any:
+    def spy(self: KeyWeights, dtype: torch.dtype, tokens: Any) -> Any:
         counts.append(len(tokens))
-        return made(weights, dtype, tokens)
+        return make(self, dtype, tokens)
 
-    monkeypatch.setattr(look_ahead, "prompt_keys", spy)
+    monkeypatch.setattr(KeyWeights, "make", spy)
     return counts
 
 

@@ -26,6 +26,7 @@ from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.block_function import run_blocks, run_traced
 from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, contiguous
 from vpt_fast.ops.operators import sites_for
+from vpt_fast.ops.prompt_keys import RowKeys
 from vpt_fast.ops.prompt_source import PromptSource
 from vpt_fast.ops.tracing import is_traced
 from vpt_fast.ops.window_attention_rows import Windows
@@ -214,12 +215,16 @@ def run(block: Any, now: Fused, prompts: Prompts, total: OpenSum, use: Use) -> O
 
 
 def run_together(
-    ahead: Sequence[tuple[Fused, Prompts]], total: OpenSum, uses: Iterable[Use]
+    ahead: Sequence[tuple[Fused, Prompts]],
+    row_keys: RowKeys | None,
+    total: OpenSum,
+    uses: Iterable[Use],
 ) -> OpenSum:
     """Blocks one after the other, as one function; see `run`.
 
     Args:
         ahead: each block, and its prompts, in a call in which nobody traces; without adapters.
+        row_keys: what makes keys of some of their prompts, if there are any.
         total: the first block's input.
         uses: how each is run; all compute all rows but the last.
     """
@@ -234,7 +239,7 @@ def run_together(
         if len(steps) == 1:  # as wide as what it sums; LayerScale does not count
             wide = torch.promote_types(total.dtype, dtype)
             read = read._replace(dtype=wide, branch=dtype)
-    middle, result = run_blocks(steps, total.residual, total.branch, sources)
+    middle, result = run_blocks(steps, total.residual, total.branch, sources, row_keys)
     return OpenSum(middle, result, scale)
 
 

@@ -16,7 +16,7 @@ from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
 from vpt_fast.hooks import has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block_parts import BlockWeights, contiguous
-from vpt_fast.ops.prompt_keys import KeyWeights, prompt_keys
+from vpt_fast.ops.prompt_keys import KeyWeights, RowKeys
 from vpt_fast.ops.prompt_source import GIVEN_KEYS, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
 from vpt_fast.prompts import PromptTokens
@@ -42,8 +42,8 @@ def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
 
 def look_ahead(
     blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor | None], Fused | None]
-) -> list[Ahead] | None:
-    """Blocks as they will be fused, those with static prompts with keys that are made together.
+) -> tuple[list[Ahead], RowKeys | None] | None:
+    """Blocks as they will be fused, and what makes keys of their static prompts, for all at once.
 
     Args:
         blocks: of one width, in the order in which x passes through them.
@@ -61,7 +61,8 @@ def look_ahead(
     if reading is None:
         return None
     now = [Fused(known.weights, known) for known in reading.weights]
-    return list(zip(now, _prompts_together(reading, x), strict=True))
+    prompts, row_keys = _prompts_together(reading, x)
+    return list(zip(now, prompts, strict=True)), row_keys
 
 
 def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> BlockReading | None:
@@ -77,16 +78,15 @@ def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> Bl
     return found
 
 
-def _prompts_together(reading: BlocksReading, x: Tensor) -> list[Prompts]:
+def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts], RowKeys | None]:
     """The blocks' prompts; dropout masks are drawn in the blocks' order."""
     prompts = reading.prompts
     static = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
-    made = _keys_of(reading, static, x)
-    if len(made) == len(prompts):
-        return [(GIVEN_KEYS, (keys,)) for keys in made]
-    found: dict[int, Prompts] = {
-        i: (GIVEN_KEYS, (keys,)) for i, keys in zip(static, made, strict=False)
-    }
+    tokens = [prompts[i].undropped() for i in static]
+    keys = _keys_of(reading, static, tokens, computing_dtype(x))
+    found: dict[int, Prompts] = {}
+    if keys is not None:
+        found = {i: (GIVEN_KEYS, (rows,)) for i, rows in zip(static, tokens, strict=True)}
     experts = [i for i, p in enumerate(prompts) if type(p) is PromptExperts]
     first = experts[0] if experts else len(prompts)
     for i, prompt in enumerate(prompts):
@@ -95,27 +95,27 @@ def _prompts_together(reading: BlocksReading, x: Tensor) -> list[Prompts]:
             found |= zip(experts, sources, strict=True)
         elif i not in found:
             found[i] = prompts_of(prompt, x)
-    return [found[i] for i in range(len(prompts))]
+    return [found[i] for i in range(len(prompts))], keys
 
 
-def _keys_of(reading: BlocksReading, static: list[int], x: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values of the blocks' static prompts; none where making them together has no use.
+def _keys_of(
+    reading: BlocksReading, static: list[int], tokens: list[Tensor], dtype: torch.dtype
+) -> RowKeys | None:
+    """What makes keys of the blocks' static prompts; None where making them together has no use.
 
     That is for one block, and for blocks whose attention, norm1 or prompts have different forms.
     """
-    if len(static) < 2:
-        return ()
+    if len(static) < 2 or len({*map(_form, tokens)}) > 1:
+        return None
     read = [reading.weights[i] for i in static]
-    tokens = [reading.prompts[i].undropped() for i in static]
-    dtype = computing_dtype(x)
     weights = [known.in_dtype(dtype) for known in read]
     known = reading.prompt_keys
     if known is None or known[0] != static or False in map(is_, weights, known[1]):
-        known = reading.prompt_keys = static, weights, _key_weights(read, weights)
-    constants: KeyWeights | None = known[2]
-    if constants is None or len({*map(_form, tokens)}) > 1:
-        return ()
-    return prompt_keys(constants, dtype, tokens)
+        constants = _key_weights(read, weights)
+        keys = None if constants is None else RowKeys(constants, static)
+        known = reading.prompt_keys = static, weights, keys
+    found: RowKeys | None = known[2]
+    return found
 
 
 def _key_weights(

@@ -89,7 +89,7 @@ class _PromptedModel(Tuned, VisionTransformer):
         ahead = look_ahead(blocks, total.residual, fused)
         if ahead is not None:
             uses = [Use(memory, queries=count if i == last else None) for i in range(last + 1)]
-            return run_together(ahead, total, uses)
+            return run_together(*ahead, total, uses)
         for index, block in enumerate(blocks):
             if index == last and count is not None:
                 return OpenSum(block.forward_first(total, count, memory))

@@ -7,6 +7,7 @@ function of its own with its weights among the inputs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,10 +27,11 @@ from vpt_fast.ops.frozen import (
     versions_of,
 )
 from vpt_fast.ops.operators import OPERATOR_SITES
+from vpt_fast.ops.prompt_keys import RowKeys, prompt_keys
 from vpt_fast.ops.tracing import is_traced
 
 _WEIGHTS = len(BlockWeights._fields)
-_BEFORE = 4
+_BEFORE = 5
 """Inputs of `_Blocks` before the sources."""
 
 _ALWAYS = 8
@@ -106,16 +108,46 @@ def _backward(
     return residual, branch, found
 
 
+def _apart(tensors: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+    """The tensors block by block."""
+    rest = iter(tensors)
+    return [tuple(itertools.islice(rest, count)) for count in counts]
+
+
+def _to_prompts(
+    row_keys: RowKeys,
+    dtype: torch.dtype,
+    saved: Sequence[Any],
+    counts: Sequence[int],
+    found: list[Tensor | None],
+) -> None:
+    """Put the prompts' gradients in the place of their keys', in those of all blocks' sources."""
+    mean, rstd, *tokens = saved
+    starts = [0, *itertools.accumulate(counts)]
+    places = [starts[i] for i in row_keys.blocks]
+    grads = [found[place] for place in places]
+    if any(grad is not None for grad in grads):
+        made = row_keys.weights.gradients(dtype, tokens, mean, rstd, grads)
+        for place, grad in zip(places, made, strict=True):
+            found[place] = grad
+
+
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, blocks, counts, residual, branch, *sources):  # type: ignore[no-untyped-def]
+    def forward(ctx, blocks, row_keys, counts, residual, branch, *tensors):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad
-        needs_tokens, first = needs[2] or needs[3], _BEFORE
+        needs_tokens, first = needs[3] or needs[4], _BEFORE
         ways: list[_Way | None] = []
         saved: list[Tensor | None] = []
         frozen: list[Tensor] = []
-        for steps, count in zip(blocks, counts, strict=True):
-            own = sources[first - _BEFORE : first - _BEFORE + count]
+        sources = _apart(tensors, counts)
+        if row_keys is not None:
+            tokens = [sources[i][0] for i in row_keys.blocks]
+            keys, mean, rstd = row_keys.weights.make(blocks[0].dtype, tokens)
+            saved += [mean, rstd, *tokens]
+            for i, made in zip(row_keys.blocks, keys, strict=True):
+                sources[i] = (made,)
+        for steps, count, own in zip(blocks, counts, sources, strict=True):
             needed = needs_tokens or True in needs[first : first + count]
             first += count
             if not needed:
@@ -124,12 +156,13 @@ class _Blocks(torch.autograd.Function):
                 continue
             dtypes = _dtypes(residual, branch)
             residual, branch, kept = steps.forward(residual, branch, own)
-            tensors, packed = _packed(own, steps.keep(kept, needs_tokens))
-            saved += tensors
+            own_saved, packed = _packed(own, steps.keep(kept, needs_tokens))
+            saved += own_saved
             frozen += steps.frozen
             ways.append(_Way(steps, dtypes, packed, needs_tokens))
             needs_tokens = True
         ctx.ways, ctx.frozen, ctx.versions = ways, frozen, versions_of(frozen)
+        ctx.counts, ctx.row_keys, ctx.dtype = counts, row_keys, blocks[0].dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return residual, branch
@@ -163,10 +196,12 @@ class _Blocks(torch.autograd.Function):
                 del tensors
                 found[:0] = own
                 last = first
+            found[:0] = [None] * (last - _BEFORE)
+            if ctx.row_keys is not None:
+                _to_prompts(ctx.row_keys, ctx.dtype, saved, ctx.counts, found)
         residual, branch = grads
         return (
-            None, None, residual if needs[2] else None, branch if needs[3] else None,
-            *[None] * (last - _BEFORE), *found,
+            None, None, None, residual if needs[3] else None, branch if needs[4] else None, *found,
         )  # fmt: skip
 
 
@@ -206,6 +241,7 @@ def run_blocks(
     residual: Tensor,
     branch: Tensor | None,
     sources: Sequence[Sources],
+    row_keys: RowKeys | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Frozen blocks one after the other, but for the last one's last sum; nobody traces.
 
@@ -215,6 +251,7 @@ def run_blocks(
         residual: (B, N, D); with `branch` the input, residual + branch_scale * branch.
         branch: (B, N, D), or None for 0.
         sources: of each block.
+        row_keys: what makes keys of some blocks' prompts; their sources are the prompts, (p, D).
 
     Returns:
         x' (B, M, D), the sum after the last block's attention, in the input's dtype or a wider one,
@@ -232,15 +269,31 @@ def run_blocks(
         inputs = [residual, branch, *[t for own in sources for t in own]]
         needed = True in [t is not None and t.requires_grad for t in inputs]
         if not (needed and torch.is_grad_enabled()):
+            sources = _with_keys(sources, row_keys, blocks[0].dtype)
             residual, branch = run_forward(blocks, residual, branch, sources)
         elif len(blocks) > 1 and has_saved_tensor_hooks():
             # Who stores what is saved elsewhere should have it block by block.
+            sources = _with_keys(sources, row_keys, blocks[0].dtype)
             for steps, own in zip(blocks, sources, strict=True):
                 residual, branch = run_blocks([steps], residual, branch, [own])
         else:
             counts = [len(own) for own in sources]
-            residual, branch = apply_directly(_Blocks, blocks, counts, *inputs)
+            residual, branch = apply_directly(_Blocks, blocks, row_keys, counts, *inputs)
     return residual, branch
+
+
+def _with_keys(
+    sources: Sequence[Sources], row_keys: RowKeys | None, dtype: torch.dtype
+) -> Sequence[Sources]:
+    """Sources of the blocks, with keys in the place of prompts."""
+    if row_keys is None:
+        return sources
+    given = [*sources]
+    tokens: list[Any] = [sources[i][0] for i in row_keys.blocks]
+    made = prompt_keys(row_keys.weights, dtype, tokens)
+    for i, keys in zip(row_keys.blocks, made, strict=True):
+        given[i] = (keys,)
+    return given
 
 
 def run_traced(

@@ -9,7 +9,7 @@ with one small product. Visual Prompt Tuning (arXiv 2203.12119), section 3.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,57 @@ class KeyWeights:
         found = (*norm_weights, *norm_biases, *weights, *biases)
         self.frozen = [t for t in found if t is not None]
 
+    def make(
+        self, dtype: torch.dtype, tokens: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Keys and values (1, p, 2, H, d) of each block, and the prompts' mean and rstd.
+
+        Args:
+            dtype: of the products; statistics, (blocks, p, 1), are fp32 at least.
+            tokens: the blocks' prompts, (p, D) each.
+        """
+        wide = statistics_dtype(tokens[0].dtype)
+        prompts = torch.stack(list(tokens)).to(wide)
+        y, mean, rstd = torch.native_layer_norm(prompts, prompts.shape[-1:], None, None, self.eps)
+        gamma, beta = _stacked(self.norm_weights, wide), _stacked(self.norm_biases, wide)
+        if gamma is not None:
+            y = y * gamma if beta is None else torch.addcmul(beta, y, gamma)
+        count, rows, width = y.shape[0], y.shape[1], self.weights[0].shape[0]
+        keys = torch.empty((count, rows, width), dtype=dtype, device=y.device)
+        parts = zip(y.to(dtype).unbind(), self.transposed, self.biases, keys.unbind(), strict=True)
+        for normed, weight, bias, out in parts:
+            if bias is None:
+                torch.mm(normed, weight, out=out)
+            else:
+                torch.addmm(bias, normed, weight, out=out)
+        heads = keys.view(count, 1, rows, 2, self.heads, width // (2 * self.heads))
+        return heads.unbind(), mean, rstd
+
+    def gradients(
+        self,
+        dtype: torch.dtype,
+        tokens: Sequence[Tensor],
+        mean: Tensor,
+        rstd: Tensor,
+        grads: Sequence[Tensor | None],
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the prompts from those of their keys and values; see `make`."""
+        wide, first = mean.dtype, tokens[0]
+        grad_y = torch.empty((len(tokens), *first.shape), dtype=dtype, device=first.device)
+        for grad, weight, out in zip(grads, self.weights, grad_y.unbind(), strict=True):
+            if grad is None:
+                out.zero_()
+            else:
+                torch.mm(grad.view(first.shape[0], -1), weight, out=out)
+        grad_y, gamma = grad_y.to(wide), _stacked(self.norm_weights, wide)
+        if gamma is not None:
+            grad_y = grad_y * gamma
+        prompts = torch.stack(list(tokens)).to(wide)
+        found = torch.ops.aten.native_layer_norm_backward(
+            grad_y, prompts, prompts.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )[0]
+        return found.to(first.dtype).unbind()
+
 
 def _stacked(vectors: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     """(blocks, 1, D), or None where the vectors are folded into others."""
@@ -62,32 +113,22 @@ def _stacked(vectors: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     return torch.stack(there).unsqueeze(1).to(dtype) if there else None
 
 
-def _made(
-    w: KeyWeights, dtype: torch.dtype, tokens: Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Keys and values, and the mean and rstd (blocks, p, 1) of the prompts."""
-    wide = statistics_dtype(tokens[0].dtype)
-    prompts = torch.stack(list(tokens)).to(wide)
-    y, mean, rstd = torch.native_layer_norm(prompts, prompts.shape[-1:], None, None, w.eps)
-    gamma, beta = _stacked(w.norm_weights, wide), _stacked(w.norm_biases, wide)
-    if gamma is not None:
-        y = y * gamma if beta is None else torch.addcmul(beta, y, gamma)
-    count, rows, width = y.shape[0], y.shape[1], w.weights[0].shape[0]
-    keys = torch.empty((count, rows, width), dtype=dtype, device=y.device)
-    parts = zip(y.to(dtype).unbind(), w.transposed, w.biases, keys.unbind(), strict=True)
-    for normed, weight, bias, out in parts:
-        if bias is None:
-            torch.mm(normed, weight, out=out)
-        else:
-            torch.addmm(bias, normed, weight, out=out)
-    heads = keys.view(count, 1, rows, 2, w.heads, width // (2 * w.heads))
-    return heads.unbind(), mean, rstd
+class RowKeys(NamedTuple):
+    """Blocks of a row whose prompts' keys are made together.
+
+    Attributes:
+        weights: what makes them.
+        blocks: their places in the row.
+    """
+
+    weights: KeyWeights
+    blocks: list[int]
 
 
 class _PromptKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, dtype, *tokens):  # type: ignore[no-untyped-def]
-        keys, mean, rstd = _made(w, dtype, tokens)
+        keys, mean, rstd = w.make(dtype, tokens)
         ctx.w, ctx.dtype, ctx.versions = w, dtype, versions_of(w.frozen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, rstd, *tokens)
@@ -98,30 +139,14 @@ class _PromptKeys(torch.autograd.Function):
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         w, (mean, rstd, *tokens) = ctx.w, ctx.saved_tensors
         check_versions(w.frozen, ctx.versions)
-        wide, count = mean.dtype, tokens[0].shape[0]
-        grad_y = torch.empty(
-            (len(tokens), *tokens[0].shape), dtype=ctx.dtype, device=tokens[0].device
-        )
-        with exactly(grad_y):
-            for grad, weight, out in zip(grads, w.weights, grad_y.unbind(), strict=True):
-                if grad is None:
-                    out.zero_()
-                else:
-                    torch.mm(grad.view(count, -1), weight, out=out)
-            grad_y, gamma = grad_y.to(wide), _stacked(w.norm_weights, wide)
-            if gamma is not None:
-                grad_y = grad_y * gamma
-            prompts = torch.stack(tokens).to(wide)
-            found = torch.ops.aten.native_layer_norm_backward(
-                grad_y, prompts, prompts.shape[-1:], mean, rstd, None, None, [True, False, False]
-            )[0]
-        return None, None, *found.to(tokens[0].dtype).unbind()
+        with exactly(mean):
+            return None, None, *w.gradients(ctx.dtype, tokens, mean, rstd, grads)
 
 
 def prompt_keys(
     weights: KeyWeights, dtype: torch.dtype, tokens: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Keys and values (1, p, 2, H, d) in `dtype` for each block.
+    """Keys and values (1, p, 2, H, d) in `dtype` for each block, as a function by itself.
 
     Args:
         weights: frozen; they get no gradients. In `dtype` where products read them.
@@ -133,6 +158,6 @@ def prompt_keys(
     """
     with exactly(tokens[0]):
         if not (torch.is_grad_enabled() and True in [t.requires_grad for t in tokens]):
-            return _made(weights, dtype, tokens)[0]
+            return weights.make(dtype, tokens)[0]
         found: Any = apply_directly(_PromptKeys, weights, dtype, *tokens)
     return found
