@@ -57,7 +57,9 @@ def row(
     """Blocks of different weights, and the tensors of their prompts; fp32."""
 
     def moved(tensor: Any) -> Any:
-        return tensor.to(device, torch.float32) if isinstance(tensor, Tensor) else tensor
+        if not isinstance(tensor, Tensor):
+            return tensor
+        return tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     source, tensors = sources(kind)
     if kind == "folded":
@@ -70,9 +72,7 @@ def row(
         if windows is not None:
             w = w._replace(position_bias=moved(rand(9, HEADS, seed=index)))
         blocks.append(BlockSteps(config, w, torch.float32, sites))
-        given.append(tuple(
-            t if not isinstance(t, Tensor) or t.dtype == torch.bool else moved(t) for t in tensors
-        ))  # fmt: skip
+        given.append(tuple(map(moved, tensors)))
     return blocks, given
 
 
@@ -103,7 +103,7 @@ def check_row(kind: str, device: torch.device, windows: Windows | None = None) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_row_of_blocks_gives(kind: str, kernel_device: torch.device) -> None:
     results = check_row(kind, kernel_device)
-    # Of one call; the other has its own. Attention has two results, each of two norms three.
+    # Of one call; the others have their own. Attention has two results, each of two norms three.
     assert len(set(results["attention"][: 2 * BLOCKS])) == 2
     if kind not in ("static", "dropped"):  # whose prompts have a norm too
         assert len(set(results["residual_norm"][: 6 * BLOCKS])) == 6

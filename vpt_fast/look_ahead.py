@@ -82,11 +82,13 @@ def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts],
     """The blocks' prompts; dropout masks are drawn in the blocks' order."""
     prompts = reading.prompts
     static = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
-    tokens = [prompts[i].undropped() for i in static]
-    keys = _keys_of(reading, static, tokens, computing_dtype(x))
+    keys: RowKeys | None = None
     found: dict[int, Prompts] = {}
-    if keys is not None:
-        found = {i: (GIVEN_KEYS, (rows,)) for i, rows in zip(static, tokens, strict=True)}
+    if len(static) > 1:
+        tokens = [prompts[i].undropped() for i in static]
+        keys = _keys_of(reading, static, tokens, computing_dtype(x))
+        if keys is not None:
+            found = {i: (GIVEN_KEYS, (rows,)) for i, rows in zip(static, tokens, strict=True)}
     experts = [i for i, p in enumerate(prompts) if type(p) is PromptExperts]
     first = experts[0] if experts else len(prompts)
     for i, prompt in enumerate(prompts):
@@ -101,11 +103,11 @@ def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts],
 def _keys_of(
     reading: BlocksReading, static: list[int], tokens: list[Tensor], dtype: torch.dtype
 ) -> RowKeys | None:
-    """What makes keys of the blocks' static prompts; None where making them together has no use.
+    """What makes keys of several blocks' static prompts.
 
-    That is for one block, and for blocks whose attention, norm1 or prompts have different forms.
+    None for blocks whose attention, norm1 or prompts have different forms.
     """
-    if len(static) < 2 or len({*map(_form, tokens)}) > 1:
+    if len({*map(_form, tokens)}) > 1:
         return None
     read = [reading.weights[i] for i in static]
     weights = [known.in_dtype(dtype) for known in read]

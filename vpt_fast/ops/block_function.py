@@ -142,11 +142,10 @@ class _Blocks(torch.autograd.Function):
         frozen: list[Tensor] = []
         sources = _apart(tensors, counts)
         if row_keys is not None:
-            tokens = [sources[i][0] for i in row_keys.blocks]
+            tokens = row_keys.tokens(sources)
             keys, mean, rstd = row_keys.weights.make(blocks[0].dtype, tokens)
             saved += [mean, rstd, *tokens]
-            for i, made in zip(row_keys.blocks, keys, strict=True):
-                sources[i] = (made,)
+            sources = row_keys.given(sources, keys)
         for steps, count, own in zip(blocks, counts, sources, strict=True):
             needed = needs_tokens or True in needs[first : first + count]
             first += count
@@ -288,12 +287,8 @@ def _with_keys(
     """Sources of the blocks, with keys in the place of prompts."""
     if row_keys is None:
         return sources
-    given = [*sources]
-    tokens: list[Any] = [sources[i][0] for i in row_keys.blocks]
-    made = prompt_keys(row_keys.weights, dtype, tokens)
-    for i, keys in zip(row_keys.blocks, made, strict=True):
-        given[i] = (keys,)
-    return given
+    keys = prompt_keys(row_keys.weights, dtype, row_keys.tokens(sources))
+    return row_keys.given(sources, keys)
 
 
 def run_traced(

@@ -28,11 +28,11 @@ def run_forward(
     sources: Sequence[tuple[Tensor | None, ...]],
 ) -> tuple[Tensor, Any]:
     """As `block_function.run_blocks`, without a way back."""
-    sites = shared = None
+    shared: _Shared | None = None
     for steps, own in zip(blocks, sources, strict=True):
         if isinstance(steps.sites, PlannedSites):
-            if shared is None or sites is not steps.sites:
-                sites, shared = steps.sites, _Shared(steps.sites)
+            if shared is None or shared.sites is not steps.sites:
+                shared = _Shared(steps.sites)
             steps = _SharingSteps(steps, shared)
         residual, branch, _ = steps.forward(residual, branch, own)
     return residual, branch
@@ -42,23 +42,24 @@ class _Shared(dict[tuple[str, str], Function]):
     """Sites whose results share memory, for blocks of one layout, one call and one stream.
 
     Attributes:
+        sites: the kernels' own.
         linears: of each Linear its input and its result as rows, and the result.
     """
 
     def __init__(self, sites: Sites) -> None:
         super().__init__()
-        self._sites = sites
+        self.sites = sites
         self.linears: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __missing__(self, site: tuple[str, str]) -> Function:
         operation, _ = site
         function: Function
         if operation == "activation":
-            function = functools.partial(self._sites[operation, "in place"], in_place=True)
+            function = functools.partial(self.sites[operation, "in place"], in_place=True)
         elif operation in _OVER_THE_LAST:
-            function = _over_the_last(self._sites[site])
+            function = _over_the_last(self.sites[site])
         else:
-            function = self._sites[site]
+            function = self.sites[site]
         self[site] = function
         return function
 

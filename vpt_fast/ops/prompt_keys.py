@@ -124,6 +124,17 @@ class RowKeys(NamedTuple):
     weights: KeyWeights
     blocks: list[int]
 
+    def tokens(self, sources: Sequence[Any]) -> list[Tensor]:
+        """The prompts (p, D), which are these blocks' sources."""
+        return [sources[i][0] for i in self.blocks]
+
+    def given(self, sources: Sequence[Any], keys: Sequence[Tensor]) -> list[Any]:
+        """Sources of all blocks, with keys in the place of prompts."""
+        found = [*sources]
+        for i, made in zip(self.blocks, keys, strict=True):
+            found[i] = (made,)
+        return found
+
 
 class _PromptKeys(torch.autograd.Function):
     @staticmethod
