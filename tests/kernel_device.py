@@ -17,6 +17,8 @@ import pytest
 import torch
 from on_device import poisoned_empty
 
+from bench.gpu.keys import stable_keys
+
 # Asked once: while ttsem is at work, torch says that there is a GPU.
 HAS_GPU = torch.cuda.is_available()
 
@@ -92,6 +94,7 @@ def kernel_device_large() -> Iterator[torch.device]:
 
 def _device(access_budget: int | None) -> Iterator[torch.device]:
     if HAS_GPU:
+        stable_keys()
         with poisoned_empty():
             yield torch.device("cuda")
         return

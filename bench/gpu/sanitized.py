@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -26,7 +28,7 @@ def _step(case: Case, device: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Launch it all."""
+    """Launch it all; 1 if something failed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.sanitized",
         description=__doc__,
@@ -39,15 +41,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cuda":
         stable_keys()
         steps.append(replace(step, model=SWIN, image_size=224, batch=1))
+    failed = 0
     for case in kernel_cases([TINY]):
-        launches_alone(case, torch.bfloat16, device)
-        print(f"launched {case}", flush=True)
+        failed += _fails(case, partial(launches_alone, case, torch.bfloat16, device), device)
     for whole in steps:
-        _step(whole, device)
-        print(f"launched {whole}", flush=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 0
+        failed += _fails(whole, partial(_step, whole, device), device)
+    return min(failed, 1)
+
+
+def _fails(name: object, launch: Callable[[], object], device: str) -> bool:
+    """Launch and wait for it; whether it failed, which is printed, and the next is launched."""
+    try:
+        launch()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    # Whatever it is: what comes after it is wanted too.
+    except Exception:
+        print(f"failed {name}\n{traceback.format_exc()}", flush=True)
+        return True
+    print(f"launched {name}", flush=True)
+    return False
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 warm         the plan's kernels are compiled, by all cores at once
 first        the device's ceilings, and the first times of a step and of attention
-correctness  models, steps and operators against fp64; the kernels' tests; compute-sanitizer
+correctness  models, steps and operators against fp64; tests on the device; compute-sanitizer
 times        every comparison, what matters most first, compiled providers last
 profile      the kernels of one step of ours and of the best other
+demo         digits learned with VPT-Deep and VAPT, and an adapter loaded again
 tune         candidate tiles of attention at 64 channels in bf16, timed
 """
 
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,19 @@ from bench.providers import COMPILED, OURS, PUBLISHED, WITHOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _TESTS_SHARE = 0.75
-"""Of what models, steps and operators leave, for the kernels' tests; the sanitizer has the rest."""
+"""Of what models, steps and operators leave, for the tests; the sanitizer has the rest."""
+
+_PROGRAMS = "programs.log"
+_DEMO = "import bench, sys, vpt_fast.train.demo as demo; sys.exit(demo.main())"
+"""The demo of a tree that need not be installed."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a program: its exit status, None if it did not come to its end; its output."""
+
+    status: int | None
+    lines: list[str]
 
 
 @dataclass(frozen=True)
@@ -49,18 +63,23 @@ class Run:
         command: Sequence[str],
         budget: Budget,
         **environment: str,
-    ) -> int | None:
-        """Run a program into its log; its exit status, None if it did not come to its end."""
-        say, log = self.session.record.line, self.folder / f"{name}.log"
+    ) -> Ended:
+        """Run a program; its output goes to the end of the programs' log as it comes."""
+        say, log = self.session.record.line, self.folder / _PROGRAMS
         say(f"{name}: {' '.join(map(str, command))}"[:200])
+        with log.open("a", encoding="utf-8") as output:
+            output.write(f"== {name}\n")
+        start = log.stat().st_size
         try:
             status = run_program(command, budget.left(), log, environment)
         except OSError as error:
             say(f"    {error}")
-            return None
+            return Ended(None, [])
         if status is None:
             say(f"    stopped, its time is over; {log.name} has what it said")
-        return status
+        with log.open("rb") as output:
+            output.seek(start)
+            return Ended(status, output.read().decode("utf-8", "replace").splitlines())
 
 
 def warm(run: Run, budget: Budget, tiles: bool = False) -> None:
@@ -70,8 +89,7 @@ def warm(run: Run, budget: Budget, tiles: bool = False) -> None:
         command += ["--trial"]
     elif not run.plan.full:
         command += ["--quick"]
-    run.program("warm", command, budget)
-    for line in _last_lines(run.folder / "warm.log", 1):
+    for line in run.program("warm", command, budget).lines[-1:]:
         run.session.record.line(f"    {line}")
 
 
@@ -83,37 +101,37 @@ def first(run: Run, budget: Budget) -> None:
 def correctness(run: Run, budget: Budget) -> None:
     """What holds."""
     run.session.run(correctness_subjects(run.plan), budget)
-    _kernel_tests(run, budget.part(_TESTS_SHARE))
+    _tests(run, budget.part(_TESTS_SHARE))
     _memcheck(run, budget)
 
 
-def _kernel_tests(run: Run, budget: Budget) -> None:
-    """The kernels' tests, on the device and in processes; every failure is said."""
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*_kernels.py"))
+def _tests(run: Run, budget: Budget) -> None:
+    """Tests of kernels and CUDA graphs, on the device, in processes; every failure is said."""
+    found = [*ROOT.glob("tests/test_*_on_gpu.py"), *sorted(ROOT.glob("tests/test_*_kernels.py"))]
+    files = [str(path.relative_to(ROOT)) for path in found]
     if run.device == "cpu":
         files = ["tests/test_bare_tree.py"]  # kernels would take minutes on a CPU
     processes = max(1, min(14, (os.cpu_count() or 2) - 2)) if run.device == "cuda" else 0
     command = [
         sys.executable, "-m", "pytest", *files, "-m", "not full", "-v", "-n", str(processes),
-        "--dist", "loadgroup", "--tb=short", "--rootdir", str(ROOT),
+        "--dist", "worksteal", "--tb=short", "--rootdir", str(ROOT),
     ]  # fmt: skip
     if run.device == "cpu":
         command += ["-k", "no_other_name or one_rounding"]
-    status = run.program("kernel_tests", command, budget)
-    passed, failed = _verdicts(run.folder / "kernel_tests.log")
+    ended = run.program("tests", command, budget)
+    passed, failed = _verdicts(ended.lines)
+    status = ended.status
     run.session.record.line(f"    {passed} passed, {len(failed)} failed, exit status {status}")
-    run.session.wrong += [f"kernel test {name}" for name in failed]
+    run.session.wrong += [f"test {name}" for name in failed]
     if status is None:
-        run.session.skipped.append(f"kernel tests after the first {passed + len(failed)}")
+        run.session.skipped.append(f"tests after the first {passed + len(failed)}")
     elif status and not failed:
-        run.session.wrong.append(f"kernel tests: exit status {status}, see kernel_tests.log")
+        run.session.wrong.append(f"tests: exit status {status}, see {_PROGRAMS}")
 
 
-def _verdicts(log: Path) -> tuple[int, list[str]]:
+def _verdicts(lines: Sequence[str]) -> tuple[int, list[str]]:
     """How many tests passed, and the names of those that did not."""
-    if not log.exists():
-        return 0, []
-    text = log.read_text(encoding="utf-8", errors="replace")
+    text = "\n".join(lines)
     named = r"\b(FAILED|ERROR) (tests/\S+)|(tests/\S+) (FAILED|ERROR)\b"
     failed = {found[1] or found[2] for found in re.findall(named, text)}
     return len(re.findall(r"\bPASSED\b", text)), sorted(failed)
@@ -129,16 +147,15 @@ def _memcheck(run: Run, budget: Budget) -> None:
     if tool is not None and run.device == "cuda":
         launches = [tool, "--tool", "memcheck", "--print-limit", "20", *launches]
     # Every tensor in memory of its own: an access past its end shows.
-    status = run.program("memcheck", launches, budget, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    lines = _last_lines(run.folder / "memcheck.log", 400)
-    for line in lines:
-        if "ERROR SUMMARY" in line or line.startswith("launched"):
+    ended = run.program("memcheck", launches, budget, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    for line in ended.lines:
+        if "ERROR SUMMARY" in line or line.startswith(("launched", "failed")):
             run.session.record.line(f"    {line}")
-    bad = [line for line in lines if re.search(r"ERROR SUMMARY: [1-9]", line)]
-    if status is None:
+    bad = [line for line in ended.lines if re.search(r"ERROR SUMMARY: [1-9]", line)]
+    if ended.status is None:
         run.session.skipped.append("memcheck: it did not end")
-    elif status or bad:
-        run.session.wrong.append(f"memcheck: exit status {status}, see memcheck.log")
+    elif ended.status or bad:
+        run.session.wrong.append(f"memcheck: exit status {ended.status}, see {_PROGRAMS}")
 
 
 def times(run: Run, budget: Budget) -> None:
@@ -168,10 +185,21 @@ def tune(run: Run, budget: Budget) -> None:
     run.session.run([wanted], budget)
 
 
-def _last_lines(path: Path, count: int) -> list[str]:
-    if not path.exists():
-        return []
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+def demo(run: Run, budget: Budget) -> None:
+    """The demo: it fails where an adapter loaded again answers otherwise than what was saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-c", _DEMO, "--device", run.device, "--output", folder,
+            *(["--methods", "vpt-deep", "--epochs", "1"] if run.plan.trial else []),
+        ]  # fmt: skip
+        ended = run.program("demo", command, budget)
+    for line in ended.lines:
+        if line.startswith(("Linear", "VPT", "VAPT", "Loaded", "Done")):
+            run.session.record.line(f"    {line}")
+    if ended.status is None:
+        run.session.skipped.append("demo: it did not end")
+    elif ended.status:
+        run.session.wrong.append(f"demo: exit status {ended.status}, see {_PROGRAMS}")
 
 
 STAGES: dict[str, tuple[Callable[[Run, Budget], None], float]] = {
@@ -181,6 +209,7 @@ STAGES: dict[str, tuple[Callable[[Run, Budget], None], float]] = {
     "times": (times, 170),
     "profile": (profile, 30),
     "tune": (tune, 75),
+    "demo": (demo, 30),
 }
 """Each with its share of the time; what one leaves is the others'."""
 
