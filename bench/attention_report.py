@@ -131,7 +131,8 @@ def _matrix_instructions(report: LaunchReport) -> Verdict:
 def _loads(report: LaunchReport) -> list[Verdict]:
     """Activations arrive in 16-byte pieces, asynchronously in loops over full tiles.
 
-    An iteration reads two tiles of `rows` rows; row statistics (fp32) come beside them.
+    An iteration reads two tiles of `rows` rows; row statistics (fp32) come beside them. Where all
+    threads together need less than 16 bytes each of what is left, their pieces are smaller.
     """
     result = []
     constexprs = report.launch.constexprs
@@ -139,12 +140,14 @@ def _loads(report: LaunchReport) -> list[Verdict]:
     for name, loop in report.loops.items():
         rows = constexprs[_rows_of(report.kernel, name)]
         size = 2 * rows * constexprs["BLOCK_D"] * report.problem.dtype.itemsize
-        wide = loop.wide_copy_bytes
+        wide, piece = loop.wide_copy_bytes, 16
         if name not in FULL_LOOPS:
-            wide += lanes * sum(width for width in loop.load_widths if width == 16)
+            piece = min(piece, size // 2 // lanes)
+            wide += lanes * sum(width for width in loop.load_widths if width >= piece)
+            wide += loop.narrow_copy_bytes if piece < 16 else 0
         narrow = [width for width in loop.load_widths if width < 4]
         holds = (wide >= size or loop.bulk_copies > 0) and not narrow
-        kind = "asynchronous 16-byte" if name in FULL_LOOPS else "16-byte"
+        kind = "asynchronous 16-byte" if name in FULL_LOOPS else f"{piece}-byte"
         value = f"{wide} B" + (f", {len(narrow)} loads of under 4 B" if narrow else "")
         result.append(Verdict(f"{kind} loads, {name}", value, f"at least {size} B", holds))
     return result

@@ -5,7 +5,8 @@ to the case's dtype. An error is a norm of a difference over the norm of the tru
 for each trained gradient, without dropout, on two images (on copies of them, as many as the batch
 is large, if a provider is compiled for it). A provider may be twice as far from the truth as
 concatenation in eager PyTorch is in the same dtype, plus a slack of the dtype; and that itself no
-further than `WORST`.
+further than `WORST`. The gradient of a single number, whose terms may cancel to nearly nothing, is
+measured together with that of its layer's weight.
 
 A LayerNorm that is trained for want of prompts has gradients that are sums over all rows, and
 PyTorch's kernel for 16-bit tensors on a CPU adds them up in 16 bits: over the 6,272 rows of two
@@ -135,12 +136,23 @@ def largest_error(have: Results, want: Results) -> tuple[float, str]:
     """
     if set(have) != set(want):
         raise ValueError(f"results of {sorted(set(have) ^ set(want))} on one side only")
+    have, want = _with_single_numbers(have), _with_single_numbers(want)
     errors = {
         name: float((have[name] - value).norm() / value.norm()) for name, value in want.items()
     }
     # NaN is the worst of all.
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     return errors[worst], worst
+
+
+def _with_single_numbers(found: Results) -> Results:
+    """Results in which a bias of one number stands with its layer's weight."""
+    joined = dict(found)
+    for name, value in found.items():
+        weight = name.removesuffix("bias") + "weight"
+        if name.endswith(".bias") and value.numel() == 1 and weight in joined:
+            joined[weight] = torch.cat([joined[weight].flatten(), joined.pop(name).flatten()])
+    return joined
 
 
 class Truth:

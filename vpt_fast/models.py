@@ -22,6 +22,7 @@ from vpt_fast.look_ahead import look_ahead
 from vpt_fast.methods import VAPT
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows, strip_rows
 from vpt_fast.tuned import ADDED, Tuned, check_pooling
 
@@ -81,7 +82,8 @@ class _PromptedModel(Tuned, VisionTransformer):
 
     def _embedded(self, images: Tensor) -> Tensor:
         """What enters the first block (B, N, D), from images (B, 3, height, width)."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        patches = embedded_patches(self.patch_embed, images)
+        return self.norm_pre(self.patch_drop(self._pos_embed(patches)))
 
     def _through(self, blocks: list[Any], total: OpenSum, count: int | None = None) -> OpenSum:
         """Tokens through the given blocks; of the last one `count` rows, None for all."""

@@ -21,6 +21,7 @@ from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.methods import VAPT
+from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.swin_blocks import (
     LiveRows,
@@ -38,7 +39,7 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
     def forward_features(self, x: Tensor) -> Tensor:
         """As timm's: the final norm of the last stage's output."""
         static = tuple(stage.grad_checkpointing for stage in self.layers)
-        x = self.patch_embed(x)
+        x = embedded_patches(self.patch_embed, x)
         return self.norm(replayed(self.tune_record.graphs, self, self._through, x, *static))
 
     def _through(self, x: Tensor, *static: bool) -> Tensor:
@@ -91,7 +92,7 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         stages: Any = list(self.layers)
         taken, last = feature_take_indices(len(stages), indices)
         live, intermediates = LiveRows(), []
-        x = self.patch_embed(x)
+        x = embedded_patches(self.patch_embed, x)
         for index, stage in enumerate(stages[: last + 1] if stop_early else stages):
             x = stage(x, live=live)
             if index in taken:

@@ -36,6 +36,7 @@ from vpt_fast.ops.block_entry import OpenSum, Saved
 from vpt_fast.ops.block_parts import BlockConfig, BlockWeights
 from vpt_fast.ops.operators import OPERATOR_SITES
 from vpt_fast.ops.residual_norm import residual_norm
+from vpt_fast.patches import embedded_patches
 
 
 def features(model: Any, images: Tensor, places: Places) -> Tensor:
@@ -46,7 +47,8 @@ def features(model: Any, images: Tensor, places: Places) -> Tensor:
         images: on its device.
         places: of the images' prompts.
     """
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+    patches = embedded_patches(model.patch_embed, images)
+    x = model.norm_pre(model.patch_drop(model._pos_embed(patches)))
     total, count = OpenSum(x), rows_read(model, Block)
     last = len(model.blocks) - 1
     for index, block in enumerate(model.blocks):
