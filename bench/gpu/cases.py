@@ -16,7 +16,7 @@ from bench.gpu.checks import kernel_cases
 from bench.gpu.models import ModelCheck
 from bench.gpu.steps import KINDS, StepCheck
 from bench.gpu.subjects import CeilingsWanted, Comparison, FactsWanted, Job, KernelCheck, Subject
-from bench.providers import COMPILED, GPU_EAGER, GPU_PROVIDERS, OURS, PUBLISHED, WITHOUT
+from bench.providers import COMPILED, CUDNN, GPU_EAGER, GPU_PROVIDERS, OURS, PUBLISHED, WITHOUT
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 _SECONDS = {
@@ -27,8 +27,12 @@ _STEP_SECONDS, _PROVIDER_SECONDS, _COMPILE_SECONDS, _LARGE_FACTOR = 5.0, 1.5, 25
 C = TypeVar("C", bound=Comparison)
 
 _UNPUBLISHED = tuple(name for name in GPU_EAGER if name != PUBLISHED)
+_DEFAULT = tuple(name for name in _UNPUBLISHED if name not in CUDNN)
+"""cuDNN's attention is put first where most depends on it; PyTorch may take it by itself."""
+
 _FIRST = ("concat", "concat_cudnn", "keys_concat", OURS, WITHOUT)
-_VAPT = ("concat", "concat_cudnn", OURS, WITHOUT)
+_VAPT = ("concat", OURS, WITHOUT)
+_FIRST_COMPILED = ("keys_concat_compiled", "concat_compiled")
 DTYPES = ("bfloat16", "float16", "float32")
 TINY = "test_vit"
 
@@ -92,14 +96,18 @@ def correctness_subjects(plan: Plan) -> list[Subject]:
 
 
 def timed_subjects(plan: Plan) -> list[Subject]:
-    """What is timed, in order; compiled providers come last, since compiling takes longest."""
+    """What is timed, in order; of the compiled providers, which take longest, only the two that
+    are compared most come before the end.
+    """
     step = plan.step
-    found: list[Comparison] = [replace(step, prompts=p) for p in plan.prompts]
+    found: list[Comparison] = [
+        replace(step, prompts=p, providers=_UNPUBLISHED if place < 2 else _DEFAULT)
+        for place, p in enumerate(plan.prompts)
+    ]
+    compiled = _compiled(plan)
     if plan.full:
-        found[1:1] = [
-            replace(step, method="vapt", prompts=min(10, plan.prompts[0]), providers=_VAPT),
-            replace(step, method="vapt", providers=_VAPT),
-        ]
+        found[1:1] = [replace(step, method="vapt", providers=_VAPT)]
+        found[3:3] = compiled[:2]
         found += _other_models(plan)
         found += [
             replace(step, memory=mode, providers=("concat", OURS))
@@ -107,7 +115,8 @@ def timed_subjects(plan: Plan) -> list[Subject]:
             if mode != "speed"
         ]
         found += _rest(plan)
-    return _chosen([*found, *_compiled(plan)], plan.providers)
+        compiled = compiled[2:]
+    return _chosen([*found, *compiled], plan.providers)
 
 
 def _attention(plan: Plan, prompts: int) -> AttentionCase:
@@ -118,20 +127,21 @@ def _attention(plan: Plan, prompts: int) -> AttentionCase:
 
 
 def _other_models(plan: Plan) -> list[Comparison]:
-    step = plan.step
+    step = replace(plan.step, providers=_DEFAULT)
     inference = replace(step, work=INFERENCE)
     if plan.trial:
         return [inference, replace(step, dropout=0.1, providers=("concat", OURS))]
     small = replace(step, model="vit_small_patch16_224")
-    swin = replace(step, model=SWIN, providers=("concat", "concat_cudnn", OURS, WITHOUT))
+    swin = replace(step, model=SWIN, providers=("concat", OURS, WITHOUT))
+    few = replace(step, method="vapt", prompts=min(10, plan.prompts[0]), providers=_VAPT)
     return [
-        replace(swin, prompts=10), inference, small, replace(step, batch=16), swin,
+        swin, few, inference, small, replace(step, batch=16), replace(swin, prompts=10),
         replace(small, batch=16),
     ]  # fmt: skip
 
 
 def _rest(plan: Plan) -> list[Comparison]:
-    step, many = plan.step, plan.prompts[0]
+    step, many = replace(plan.step, providers=_DEFAULT), plan.prompts[0]
     if plan.trial:
         return [
             ExpertCase(many, plan.batch, plan.model),
@@ -154,9 +164,13 @@ def _compiled(plan: Plan) -> list[Comparison]:
     """Each beside ours, in eager PyTorch: what one of them hangs in costs no other its time."""
     step = plan.step
     many = (*COMPILED, OURS)
-    found: list[Comparison] = [replace(step, providers=many)]
+    found: list[Comparison] = [replace(step, providers=(name, OURS)) for name in _FIRST_COMPILED]
+    found += [
+        replace(step, providers=(name, OURS)) for name in COMPILED if name not in _FIRST_COMPILED
+    ]
     if plan.full and not plan.trial:
         found += [
+            replace(step, prompts=200, providers=("keys_concat_compiled", OURS)),
             replace(step, prompts=200, providers=many),
             replace(step, method="vapt", providers=("concat_compiled", OURS)),
             replace(step, work=INFERENCE, providers=many),
