@@ -316,6 +316,7 @@ def features_launch(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     norm_eps: float,
+    target: Target,
 ) -> Launch:
     """The launch that fills `out` (B, p, D), `mean` and `rstd` (B, p) fp32.
 
@@ -325,9 +326,10 @@ def features_launch(
         residual: whether g is added.
         out, mean, rstd: outputs.
         norm_eps: norm1's epsilon.
+        target: what to tune for.
     """
     batch, prompts, width = mixed.shape
-    tiles = feature_tiles(width)
+    tiles = feature_tiles(width, target)
     pointers, flags = _inputs(mixed, tensors)
     down: Any = tensors["down"]
     return Launch(
@@ -373,7 +375,8 @@ def features_backward_launches(
     """
     batch, prompts, width = mixed.shape
     rows, hidden_dim = batch * prompts, units.shape[2]
-    tiles, inner = feature_tiles(width), weight_gradient_tiles(hidden_dim, width)
+    tiles = feature_tiles(width, target)
+    inner = weight_gradient_tiles(hidden_dim, width, target)
     pointers, flags = _inputs(mixed, tensors)
     shape = {"num_rows": rows, "num_prompts": prompts}
     meta = {**flags, "WIDTH": width, "HIDDEN_DIM": hidden_dim, "RESIDUAL": residual}

@@ -141,7 +141,7 @@ def mix_launch(
     """The launch that fills `mixed` (B, p, D) fp32 from x (B, N, D) and mix (p, columns)."""
     batch, rows, width = x.shape
     prompts, columns = mix.shape[0], mix.stride(0)  # zeros may lie between the rows
-    tiles = mix_tiles(prompts, width, x.dtype)
+    tiles = mix_tiles(prompts, width, x.dtype, target)
     return Launch(
         name="mix",
         kernel=mix_kernel,

@@ -166,7 +166,7 @@ def mix_backward_launch(
     """The launch that fills `grad_x` (B, N, D) and `grad_mix` (chunks, p, patches) fp32."""
     batch, rows, width = x.shape
     prompts, columns = mix.shape[0], mix.stride(0)  # zeros may lie between the rows
-    tiles = mix_gradient_tiles(prompts, width, x.dtype)
+    tiles = mix_gradient_tiles(prompts, width, x.dtype, target)
     return Launch(
         name="mix_backward",
         kernel=mix_backward_kernel,

@@ -101,7 +101,7 @@ def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, La
         mix_launch(x, mix, statistics, mixed, problem.patches, target),
         features_launch(
             mixed, {**tensors, "norm_bias": param(width)}, True, out, row, empty(batch, prompts),
-            1e-6,
+            1e-6, target,
         ),
         *features_backward_launches(
             mixed, {**tensors, "mean": row, "rstd": row}, True, out, empty(*mixed.shape),

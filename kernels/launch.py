@@ -29,6 +29,11 @@ class Target(NamedTuple):
     capability: int
     hip: bool = False
 
+    @property
+    def is_hopper(self) -> bool:
+        """Whether times measured on an H200 are times of this architecture."""
+        return self.capability == 90 and not self.hip
+
 
 def target_of(tensor: torch.Tensor) -> Target:
     """The target of the device that holds `tensor`; sm_80 for tensors that are on no GPU."""

@@ -167,7 +167,8 @@ def features_forward(
 
     def build(*_: Any) -> list[Launch]:
         tensors = _named(inputs, norm_weight=norm_weight, norm_bias=norm_bias)
-        return [features_launch(mixed, tensors, residual, out, mean, rstd, norm_eps)]
+        target = target_of(mixed)
+        return [features_launch(mixed, tensors, residual, out, mean, rstd, norm_eps, target)]
 
     launch((*inputs, norm_weight, norm_bias, out, mean, rstd), build)
     return out, mean, rstd

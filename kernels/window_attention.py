@@ -139,8 +139,19 @@ def window_attention_backward(
     launch(
         (qkv, pad, table, prompts, out, lse, grad_out, *gradients),
         lambda *_: backward_launches(
-            qkv, pad, table, prompts, out, lse, grad_out, gradients, window, shift, scale
-        ),
+            qkv,
+            pad,
+            table,
+            prompts,
+            out,
+            lse,
+            grad_out,
+            gradients,
+            window,
+            shift,
+            scale,
+            target_of(qkv),
+        ),  # fmt: skip
     )
     grad_prompts = None
     if needs_prompts and prompts is not None:

@@ -27,7 +27,7 @@ from .window_geometry import (
     window_at,
 )
 from .window_grid import Pair, shared_arguments, shared_constexprs, window_grid
-from .window_table import query_tiles, whole_tiles, windows_of_a_program
+from .window_table import query_tiles, whole_stages, whole_tiles, windows_of_a_program
 
 
 @triton.jit(do_not_specialize=(*SIZES, "batch", "chunk"))
@@ -182,7 +182,7 @@ def forward_launch(
             arguments={**arguments, "batch": grid.batch, "chunk": chunk},
             constexprs={**constexprs, "BLOCK_M": whole.queries, "BLOCK_N": whole.keys},
             num_warps=whole.num_warps,
-            num_stages=whole.num_stages,
+            num_stages=whole_stages(target),
             trips={"windows": chunk},
         )
     tiles = query_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)

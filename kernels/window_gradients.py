@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .allocate import empty
-from .launch import Launch
+from .launch import Launch, Target
 from .window_backward import window_backward_kernel
 from .window_backward_tiled import window_dkdv_kernel, window_dq_kernel
 from .window_grid import Pair, WindowGrid, shared_arguments, shared_constexprs, window_grid
@@ -20,6 +20,7 @@ from .window_table import (
     dq_tiles,
     key_tiles,
     whole_backward_tiles,
+    whole_stages,
     windows_of_a_sum,
 )
 
@@ -103,12 +104,14 @@ def backward_launches(
     window: Pair,
     shift: Pair,
     scale: float,
+    target: Target,
 ) -> list[Launch]:
     """The launches of one backward pass, in order; all tensors contiguous.
 
     Args:
         qkv, pad, table, prompts, out, lse: what the forward pass took and returned.
         gradients: what to write.
+        target: what to tune for.
     """
     if gradients.qkv is gradients.prompts is gradients.scores is None:
         return []
@@ -140,6 +143,7 @@ def backward_launches(
     }
     whole = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
     if whole is not None:
+        whole = whole._replace(num_stages=whole_stages(target))
         arguments = {**common, **written, "out_ptr": out if whole.tail else grad_out}
         return [
             _whole_launch(name, grid, sums, arguments, {**constexprs, **asked}, whole)

@@ -76,5 +76,6 @@ def window_plan(
     backward = backward_launches(
         qkv, pad, table, prompts, out, lse, torch.empty_like(out),
         empty_gradients(qkv, grid, needs_tokens, needs_prompts, needs_table), *geometry,
+        target,
     )  # fmt: skip
     return {launch.name: launch for launch in (forward, *backward)}

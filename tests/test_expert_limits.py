@@ -116,7 +116,7 @@ def test_useful_flop_of_the_matrix_kernels() -> None:
 
 def test_a_spill_is_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = expert_plan.ExpertProblem(prompts=10)
-    tiles = expert_mix.mix_tiles(64, 768, torch.bfloat16)._replace(rows=64, width=256)
+    tiles = expert_mix.mix_tiles(64, 768, torch.bfloat16, Target(80))._replace(rows=64, width=256)
     monkeypatch.setattr(expert_mix, "mix_tiles", lambda *_: tiles)
     report = expert_report.expert_report("mix", wide, 80)
     assert "spills" in {v.figure for v in verdicts(report) if not v.holds}
@@ -162,7 +162,7 @@ def test_the_update_moves_hardly_more_bytes_than_it_must(
     moved, issued = 0, 0
     for launch in (
         expert_mix.mix_launch(x, mix, statistics, mixed, patches, Target(90)),
-        features_launch(mixed, tensors, True, out, mean, rstd, 1e-6),
+        features_launch(mixed, tensors, True, out, mean, rstd, 1e-6, Target(90)),
     ):
         with counted() as traffic:
             launch.run()
