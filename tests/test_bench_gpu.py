@@ -30,7 +30,7 @@ from bench.gpu.run import main
 from bench.gpu.stages import STAGES
 from bench.gpu.steps import StepCheck
 from bench.gpu.subjects import CeilingsWanted, KernelCheck
-from bench.providers import COMPILED, CUDNN, EAGER, OURS, PUBLISHED, provide
+from bench.providers import COMPILED, CUDNN, EAGER, OURS, PUBLISHED, WITHOUT, provide
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat16")
@@ -115,7 +115,8 @@ def test_a_wrong_provider_is_caught_and_not_timed(
 @pytest.mark.full
 def test_a_compiled_step_is_checked() -> None:
     outcome = measure(StepCheck(SMALL, "compile"), CpuDevice())
-    assert not outcome.wrong and float(outcome.rows[0]["error"]) < 1e-2
+    # bf16 against fp64: not nothing, and what `budget` allows.
+    assert not outcome.wrong and 1e-4 < float(outcome.rows[0]["error"]) < 5e-2
 
 
 @pytest.mark.full
@@ -124,7 +125,8 @@ def test_compiled_providers_come_last(tmp_path: Path, capsys: Any) -> None:
     arguments = [*QUICK, "--minutes", "30", "--providers", *names, "--output", str(tmp_path)]
     assert main(arguments) == 0
     timed = [row["provider"] for row in of(results(tmp_path), bench="step") if row["p50_ms"]]
-    assert timed == ["concat", OURS, *COMPILED, OURS]
+    assert timed[:2] == ["concat", OURS]
+    assert sorted(timed[2::2]) == sorted(COMPILED) and set(timed[3::2]) == {OURS}
     assert "s to compile and check, not counted" in capsys.readouterr().out
 
 
@@ -158,7 +160,7 @@ def test_wrong_arguments(arguments: list[str], complaint: str, capsys: Any) -> N
     assert complaint in capsys.readouterr().err
 
 
-def test_first_times_come_first_and_compilers_last() -> None:
+def test_first_times_come_first_and_most_compilers_last() -> None:
     ceilings, step, attention = first_subjects(Plan())
     assert isinstance(ceilings, CeilingsWanted) and isinstance(attention, AttentionCase)
     assert (
@@ -168,7 +170,15 @@ def test_first_times_come_first_and_compilers_last() -> None:
     assert {"concat", "concat_cudnn", OURS} <= set(step.providers)  # type: ignore[union-attr]
     timed = timed_subjects(Plan())
     compiled = [bool(set(COMPILED) & set(getattr(s, "providers", ()))) for s in timed]
-    assert compiled == sorted(compiled) and sum(compiled) == 5
+    # The two that are compared most come after three comparisons, all others at the end.
+    assert compiled[:5] == [False] * 3 + [True] * 2 and sum(compiled) == 9
+    assert compiled[5:] == sorted(compiled[5:])
+    alone = [s.providers for s, found in zip(timed, compiled, strict=True) if found][:4]
+    assert alone == [
+        (name, OURS) for name in
+        ("keys_concat_compiled", "concat_compiled", f"{OURS}_compiled", f"{WITHOUT}_compiled")
+    ]  # fmt: skip
+    assert timed[0] == step
     assert {*CUDNN, "keys_concat", OURS} <= set(timed[0].providers)  # type: ignore[union-attr]
     assert all(guessed_seconds(s) > 0 for s in timed)
 

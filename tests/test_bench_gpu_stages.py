@@ -84,6 +84,14 @@ def test_what_does_not_fit_is_skipped_and_said(made: Any) -> None:
     assert kept["tflops_ceiling"] == "1" and kept["torch"]
 
 
+def test_what_was_timed_whole_is_not_timed_again(made: Any) -> None:
+    whole = [row("concat", p50_ms="1"), row(OURS, p50_ms="2")]
+    runner = Scripted(whole, [row("concat", p50_ms="1"), row(OURS)], whole)
+    session, other = made(runner), dataclasses.replace(SMALL, prompts=9)
+    session.run([SMALL, SMALL, other, other], Budget(900))
+    assert runner.asked == [SMALL, other, other]
+
+
 def test_rows_are_kept_before_their_job_ends(made: Any) -> None:
     seen: list[list[str]] = []
 

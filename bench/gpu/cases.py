@@ -30,7 +30,6 @@ _UNPUBLISHED = tuple(name for name in GPU_EAGER if name != PUBLISHED)
 _DEFAULT = tuple(name for name in _UNPUBLISHED if name not in CUDNN)
 """cuDNN's attention is put first where most depends on it; PyTorch may take it by itself."""
 
-_FIRST = ("concat", "concat_cudnn", "keys_concat", OURS, WITHOUT)
 _VAPT = ("concat", OURS, WITHOUT)
 _FIRST_COMPILED = ("keys_concat_compiled", "concat_compiled")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -68,7 +67,7 @@ class Plan:
 
 def first_subjects(plan: Plan) -> list[Subject]:
     """One number of each kind, before anything else may fail: ceilings, the step, attention."""
-    step = replace(plan.step, providers=_FIRST)
+    step = plan.step
     return [CeilingsWanted(), *_chosen([step, _attention(plan, plan.prompts[0])], plan.providers)]
 
 
