@@ -22,14 +22,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import fusion, host_page
+from bench.cases import STEP
 from bench.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
-from bench.providers import OURS, PUBLISHED
+from bench.providers import COMPILED, CUDNN, OURS, PROVIDERS, PUBLISHED
 from bench.step_model import Case, Hosts, Modelled, case_ops, modelled_case, providers_of, work
 from bench.trace import KINDS
 from vpt_fast.memory import DTYPES
 
 AGAINST = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
 """What ours is set against in the table of what shrinks, as far as the model has it."""
+
+DEEP = "vpt-deep"
 
 MEASURED_FIELDS = ("model", "batch", "prompts", "dtype", "provider", "device", "p50_ms")
 
@@ -125,6 +128,9 @@ class Beside(NamedTuple):
 def beside(path: Path, assumed: Assumptions, hosts: Hosts) -> tuple[list[Beside], list[str]]:
     """Measured rows with their modelled times, and devices of rows that no GPU here stands for.
 
+    Of a results file of `bench.gpu` those are VPT-Deep's steps that have a time. A provider that
+    prefers cuDNN's attention is modelled as the one that does not; what has no model is left out.
+
     Raises:
         ValueError: a column is missing, or a value is not what it has to be.
     """
@@ -135,12 +141,17 @@ def beside(path: Path, assumed: Assumptions, hosts: Hosts) -> tuple[list[Beside]
         if missing:
             raise ValueError(f"{path} has no column {', '.join(missing)}")
         for row in reader:
+            others = {row.get("bench") or STEP, row.get("method") or DEEP} - {STEP, DEEP}
+            provider = CUDNN.get(row["provider"], row["provider"])
+            compiled = provider in COMPILED and provider not in PROVIDERS
+            if others or compiled or not row["p50_ms"]:
+                continue
             gpu = gpu_of(row["device"])
             if gpu is None:
                 unknown.append(row["device"])
                 continue
             case = Case(
-                row["model"], int(row["batch"]), int(row["prompts"]), row["dtype"], row["provider"]
+                row["model"], int(row["batch"]), int(row["prompts"]), row["dtype"], provider
             )
             times = modelled_case(case, gpu, assumed, hosts)
             found.append(Beside(case, gpu, float(row["p50_ms"]), times))

@@ -286,3 +286,15 @@ def test_a_step_asks_the_device_nothing(monkeypatch):
     found = step(batches[1])
     monkeypatch.undo()
     assert found[2] == 8
+
+
+@pytest.mark.parametrize("multithreading", [True, False])
+def test_the_backward_pass_is_in_the_calling_thread(multithreading):
+    """On a GPU PyTorch would run it in another; a caller's own choice is there again afterwards."""
+    model, seen = tuned(), []
+    step = TrainStep(model.train(), Recipe(batch_size=8, lr=1.0), 3)
+    model.head.weight.register_hook(lambda grad: seen.append(torch._C._is_multithreading_enabled()))
+    with torch.autograd.set_multithreading_enabled(multithreading):
+        step(next(iter(make_loader(pictures(), 8))))
+        assert torch._C._is_multithreading_enabled() is multithreading
+    assert seen == [False]

@@ -254,6 +254,22 @@ def test_measured_rows_stand_beside_what_is_modelled_for_them(tmp_path: Path, ho
     assert unknown == ["Some GPU"]
 
 
+def test_of_a_gpus_results_the_steps_of_vpt_deep_are_modelled(tmp_path: Path, hosts: Hosts) -> None:
+    step = {"bench": "step", "method": "vpt-deep"}
+    path = made_up(
+        tmp_path / "made_up.csv",
+        {**step},
+        {**step, "provider": "concat_cudnn"},
+        {**step, "provider": "vpt_fast_compiled"},
+        {**step, "p50_ms": ""},
+        {**step, "method": "vapt"},
+        {**step, "bench": "inference"},
+        {**step, "bench": "attention", "model": "", "batch": "64"},
+    )
+    found, unknown = beside(path, Assumptions(), hosts)
+    assert [b.case.provider for b in found] == ["vpt_fast", "concat"] and unknown == []
+
+
 def test_the_report_states_its_assumptions_and_says_modelled(
     tmp_path: Path, host_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench.cases import STEP
 from bench.gpu.counted import Counted
@@ -119,7 +119,10 @@ def _lines(ax: Axes, rows: Sequence[Row], column: str) -> None:
         )  # fmt: skip
     ax.set(xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_view_interval()
+        # Fewer than two of 1, 2 and 5 may lie in a narrow range.
+        narrow = high < 5 * low
+        axis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(_PLAIN)
         axis.set_minor_locator(NullLocator())
     ax.set_xticks(sorted({int(row["prompts"]) for row in rows}))

@@ -99,7 +99,10 @@ class TrainStep:
         with autocast(self.device, self.recipe.autocast_dtype):
             logits = self.net(images)
             loss = F.cross_entropy(logits, labels)
-        self.scaler.scale(_times(loss, share)).backward()
+        # A thread of the GPU's own, PyTorch's default, has none of what this one's caches hold:
+        # steps of our blocks, whose backward is Python, took 18% longer on an H200.
+        with torch.autograd.set_multithreading_enabled(self.graphs is not None):
+            self.scaler.scale(_times(loss, share)).backward()
         right = (logits.detach().argmax(1) == labels).double().mean()
         return weight * torch.stack([loss.detach().double(), right, torch.ones_like(right)])
 
