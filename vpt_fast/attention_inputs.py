@@ -8,10 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpt_fast.hooks import has_hooks, has_own_forward
+
 
 def is_normed(attn: Any) -> bool:
     """Whether an attention normalises its queries or keys."""
-    return not all(isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm))
+    return not (_does_nothing(attn.q_norm) and _does_nothing(attn.k_norm))
+
+
+def _does_nothing(norm: nn.Module) -> bool:
+    return type(norm) is nn.Identity and not has_hooks(norm) and not has_own_forward(norm)
+
+
+def reads_plainly(linear: nn.Module) -> bool:
+    """Whether a projection is its weight and bias and nothing else: it may be taken in parts.
+
+    Anything else, an adapter of low rank or a quantised Linear, is called whole.
+    """
+    return type(linear) is nn.Linear and not has_own_forward(linear)
+
+
+def _projected(attn: Any, x: Tensor, part: slice) -> Tensor:
+    """Columns `part` of the qkv projection of x."""
+    if not reads_plainly(attn.qkv):
+        return attn.qkv(x)[..., part]
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[part]
+    return F.linear(x, attn.qkv.weight[part], bias)
 
 
 def attention_tokens(attn: Any, x: Tensor, queries: Tensor | None = None) -> list[Tensor]:
@@ -30,10 +52,8 @@ def attention_tokens(attn: Any, x: Tensor, queries: Tensor | None = None) -> lis
         tokens = [attn.qkv(x).unflatten(-1, (3, heads, dim))]
     else:
         width = heads * dim
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-        q = F.linear(queries, weight[:width], q_bias).unflatten(-1, (heads, dim))
-        kv = F.linear(x, weight[width:], kv_bias).unflatten(-1, (2, heads, dim))
+        q = _projected(attn, queries, slice(0, width)).unflatten(-1, (heads, dim))
+        kv = _projected(attn, x, slice(width, None)).unflatten(-1, (2, heads, dim))
         tokens = [q, kv]
     if not is_normed(attn):
         return tokens
@@ -51,11 +71,9 @@ def prompt_keys_values(attn: Any, prompts: Tensor) -> list[Tensor]:
     Returns:
         [kv (B or 1, p, 2, H, d)], or k and v apart.
     """
-    width = attn.num_heads * attn.head_dim
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[width:]
-    kv = F.linear(prompts, attn.qkv.weight[width:], bias)
+    kv = _projected(attn, prompts, slice(attn.num_heads * attn.head_dim, None))
     kv = kv.unflatten(-1, (2, attn.num_heads, attn.head_dim))
-    if isinstance(attn.k_norm, nn.Identity):
+    if _does_nothing(attn.k_norm):
         return [kv]
     k, v = kv.unbind(2)
     return [attn.k_norm.forward(k), v]

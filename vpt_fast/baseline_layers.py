@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,14 +28,6 @@ class BottleneckAdapter(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         return h + self.up(F.gelu(self.down(h)))
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # A checkpoint of the plain backbone has no adapters and still loads with strict=True.
-        for name, value in self.named_parameters():
-            state_dict.setdefault(f"{prefix}{name}", value)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def new_hidden_layers(width: int, hidden_dim: int, count: int, like: Tensor) -> nn.Sequential:

@@ -17,10 +17,22 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
-from vpt_fast.attention_inputs import attention_tokens, is_normed, prompt_keys_values
+from vpt_fast.attention_inputs import (
+    attention_tokens,
+    is_normed,
+    prompt_keys_values,
+    reads_plainly,
+)
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Use
-from vpt_fast.hooks import call_compiled, has_compiled_call, has_hooks, has_own_forward
+from vpt_fast.hooks import (
+    call_compiled,
+    has_compiled_call,
+    has_global_hooks,
+    has_hooks,
+    has_own_forward,
+    with_descendants,
+)
 from vpt_fast.look_ahead import prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.absorbed_attention import absorbed_attention
@@ -66,12 +78,16 @@ class PromptedAttention(Attention):
                 f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
                 "keep the frozen blocks in eval mode, as model.train() does"
             )
-        if queries is not None and queries.shape[1] <= _FEW_QUERIES and not is_normed(self):
+        if (
+            queries is not None and queries.shape[1] <= _FEW_QUERIES
+            and not is_normed(self) and reads_plainly(self.qkv)
+        ):  # fmt: skip
             out = self._absorbed(x, prompts, queries)
         else:
             prompt_kv = [] if prompts is None else prompt_keys_values(self, prompts)
             out = prompt_attention(attention_tokens(self, x, queries), prompt_kv, self.scale)
-        return self.proj_drop(self.proj(out))
+        norm = self._modules.get("norm")
+        return self.proj_drop(self.proj(out if norm is None else norm(out)))
 
     def _masked(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """timm's forward, which leaves the scale to PyTorch's default, with a folded scale."""
@@ -226,23 +242,47 @@ class PromptedBlock(Block):
         if isinstance(self.prompt, PromptExperts) and is_frozen_norm(self.norm1):
             return self.prompt.with_norm(total, self.norm1)
         x, prompts = self._enter(total.closed())
-        # norm1's hooks are for tokens: prompts pass beside them.
         prompts = None if prompts is None else self.norm1.forward(prompts)
         return x, self.norm1(x), prompts
 
     def _forward(self, total: OpenSum, first: int | None) -> Tensor:
+        if self._is_watched():
+            return self._concatenated(total.closed(), first)
         x, y, prompts = self._normalise(total)
         dead = self.rows.entering if self.prompt is None and not self.rows.leaving else 0
-        # Queries apart do not pass through the qkv module, which a hook would miss.
-        late = dead if has_hooks(self.attn.qkv) else 0
         queries = None
         if first is not None:
             x, queries = x[:, :first], y[:, :first]
-        elif dead and not late:
+        elif dead:
             x = strip_rows(x, dead, self.rows.prefix)
             queries = strip_rows(y, dead, self.rows.prefix)
         x = x + self.drop_path1(self.ls1(self.attn(y, prompts=prompts, queries=queries)))
-        return strip_rows(self._through_mlp(x), late, self.rows.prefix)
+        return self._through_mlp(x)
+
+    def _is_watched(self) -> bool:
+        """Whether a hook would miss the prompts, or a row that is no query, if they passed beside.
+
+        Such hooks may change what they see; what comes after the keys is the tokens' own.
+        """
+        attn: Any = self.attn
+        parts = (self.norm1, attn.qkv, attn.q_norm, attn.k_norm)
+        return (
+            bool(attn._forward_pre_hooks)
+            or has_global_hooks()
+            or any(has_hooks(module) for part in parts for module in with_descendants(part))
+        )
+
+    def _concatenated(self, x: Tensor, first: int | None) -> Tensor:
+        """As published: prompts are rows of x until they have been read."""
+        rows = self.rows
+        count = rows.entering
+        if self.prompt is not None:
+            prompts = self.prompt(strip_rows(x, count, rows.prefix))
+            x = insert_rows(strip_rows(x, count, rows.prefix), prompts, rows.prefix)
+            count = prompts.shape[1]
+        x = self._plain(x, None)
+        x = x if rows.leaving else strip_rows(x, count, rows.prefix)
+        return x if first is None else x[:, :first]
 
     def _through_mlp(self, x: Tensor) -> Tensor:
         """The second half of the block: x with its MLP's output, adapted or not, added to it."""

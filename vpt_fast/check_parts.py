@@ -58,9 +58,25 @@ def check_parts(
         part = getattr(module, name)
         if types is not None and type(part) not in types:
             needed = ", ".join(sorted({t.__name__ for t in types}))
-            refuse(f"{where}.{name}", name_of(part), f"known are: {needed}")
+            found = f"{type(part).__module__}.{type(part).__qualname__}"
+            if nn.Linear in types:
+                needed += " of torch.nn; tune first, then put another in its place: it is called"
+            refuse(f"{where}.{name}", found, f"known are: {needed}")
     extra = sorted(set(module._modules) - set(parts) - {optional})
     extra += sorted(set(module._parameters) - set(parameters))
     if extra:
         name = extra[0]
         refuse(f"{where}.{name}", name_of(getattr(module, name)), "timm's class has no such part")
+
+
+def check_apart(blocks: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse a block that stands in two places: each has prompts of its own.
+
+    Args:
+        blocks: names and blocks, in their order.
+    """
+    places: dict[int, str] = {}
+    for name, block in blocks:
+        before = places.setdefault(id(block), name)
+        if before != name:
+            refuse(name, f"{before} again", "give each place a copy (copy.deepcopy)")

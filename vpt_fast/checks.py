@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
 from vpt_fast.baselines import AdapterTuning, BiasTuning, MLPHead, PartialTuning
-from vpt_fast.check_parts import ROW_NORMS, Parts, check_parts, name_of, refuse
+from vpt_fast.check_parts import ROW_NORMS, Parts, check_apart, check_parts, name_of, refuse
 from vpt_fast.hooks import has_hooks
 from vpt_fast.methods import VAPT, Method
 from vpt_fast.models import TUNED_CLASS
@@ -76,6 +76,7 @@ def _check_vit(model: Any, method: Method) -> None:
         refuse("blocks", name_of(model.blocks), "a Sequential of at least one Block is needed")
     for index, block in enumerate(model.blocks):
         _check_block(block, f"blocks.{index}")
+    check_apart([(f"blocks.{i}", block) for i, block in enumerate(model.blocks)])
     if type(model.norm) not in ROW_NORMS:
         refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
     method.prompted_blocks(len(model.blocks))

@@ -225,14 +225,6 @@ class PromptExperts(nn.Module):
     def _folded(self) -> tuple[Tensor, Tensor]:
         return fold_convolution(self.mix.weight, self.conv.weight, self.grid)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # A checkpoint of the plain backbone has no prompts and still loads with strict=True.
-        for name, value in self.named_parameters():
-            state_dict.setdefault(f"{prefix}{name}", value)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def extra_repr(self) -> str:
         return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
 

@@ -35,6 +35,9 @@ def _reads_first(model: Any, last: type[nn.Module]) -> bool:
     """Whether the head reads the first rows only, and the last block can compute them alone."""
     if model.global_pool != "token" or model.attn_pool is not None:
         return False
+    own = vars(model)
+    if "forward_head" in own or "pool" in own or "forward_features" in own:
+        return False  # put on this instance: they may read any row
     # In its dictionary: this runs in every call, and the attribute access of modules is slow.
     blocks = model._modules["blocks"]._modules
     return len(blocks) > 0 and type(next(reversed(blocks.values()))) is last

@@ -59,7 +59,7 @@ class _PromptedModel(Tuned, VisionTransformer):
         """What leaves the last block from what enters block `first`: `count` rows, None for all."""
         total, blocks = OpenSum(x), list(self.blocks)[first:]
         if count is None or not blocks:
-            return self._through(blocks, total).closed()
+            return self._without_late_rows(self._through(blocks, total).closed())
         if uses_kernels(x):
             return self._through(blocks, total, count).closed()
         # Where the last block is not fused it has no part in what is made for all.
@@ -72,10 +72,16 @@ class _PromptedModel(Tuned, VisionTransformer):
     ) -> Tensor:
         """As timm's: the final norm of the last block's rows (B, N, D)."""
         if attn_mask is not None or is_causal or has_hooks(self.blocks):
-            return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            return self._without_late_rows(x)
         static = (0, None, self._memory())
         x = replayed(self.tune_record.graphs, self, self._rows_from, self._embedded(x), *static)
         return self.norm(x)
+
+    def _without_late_rows(self, x: Tensor) -> Tensor:
+        """x without prompt rows that the last block leaves: those after it were taken away."""
+        late = self._rows_leaving(-1) if len(self.blocks) and not self.pools_prompts() else 0
+        return strip_rows(x, late, self.num_prefix_tokens)
 
     def _memory(self) -> str:
         return "minimal" if self.grad_checkpointing else self.tune_record.memory

@@ -89,13 +89,5 @@ class PromptTokens(nn.Module):
         mask = F.dropout(ones, self.dropout).bool()
         return tokens, mask
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # A checkpoint of the plain backbone has no prompts and still loads with strict=True.
-        if self.tokens is not None:
-            state_dict.setdefault(f"{prefix}tokens", self.tokens)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
+import torch
 from timm.layers import DropPath
 from timm.models._manipulate import checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from vpt_fast.baseline_layers import BottleneckAdapter
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.capture import CannotRecord, is_recording
+from vpt_fast.ops.frozen import check_versions, versions_of
 from vpt_fast.prompts import PromptTokens
 
 # Modules that draw nothing in training either; their children are looked at apart.
@@ -40,7 +43,10 @@ def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
 
     Raises:
         CannotRecord: A CUDA graph is being recorded, and something draws.
+        RuntimeError: In backward, if a weight below the module has changed since.
     """
+    if not torch.compiler.is_compiling():
+        function = _of_the_same_weights(module, function)
     draws = any(_draws(part) for part in module.modules())
     if draws and is_recording():
         raise CannotRecord(
@@ -48,6 +54,27 @@ def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
             "cannot repeat; use memory='speed', or no dropout"
         )
     return checkpoint(function, *args, preserve_rng_state=draws)
+
+
+def _of_the_same_weights(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which from its second call on refuses other weights than those of its first."""
+    before: tuple[list[Tensor], list[int]] | None = None
+
+    def checked(*args: Any) -> Any:
+        nonlocal before
+        weights = [t for t in chain(module.parameters(), module.buffers()) if not t.is_inference()]
+        if before is None:
+            before = weights, versions_of(weights)
+            return function(*args)
+        if [*map(id, weights)] != [*map(id, before[0])]:
+            raise RuntimeError(
+                "weights of a block were replaced between its forward pass and its backward pass, "
+                "which computes with them again; replace them before the one or after the other"
+            )
+        check_versions(*before)
+        return function(*args)
+
+    return checked
 
 
 def _draws(module: Any) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
+from vpt_fast.attention_inputs import reads_plainly
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import Fused, Use
 from vpt_fast.hooks import (
@@ -30,6 +31,7 @@ from vpt_fast.hooks import (
     has_hooks,
     has_own_forward,
     hint_sizes,
+    with_descendants,
 )
 from vpt_fast.look_ahead import look_ahead, prompts_of
 from vpt_fast.norms import is_frozen_norm
@@ -83,7 +85,7 @@ class PromptedWindowAttention(WindowAttention):
             )
         heads = self.num_heads
         qkv = self.qkv(x).unflatten(-1, (3, heads, -1))  # (B, H, W, 3, h, d)
-        pad = padding_of(windows, self.qkv.bias, qkv)
+        pad = padding_of(windows, self._qkv_of_zeros(x), qkv)
         keys = rows = None
         if live is not None and live.rows is not None:
             # The modules' hooks are for tokens: prompts pass beside them.
@@ -99,11 +101,22 @@ class PromptedWindowAttention(WindowAttention):
             live.rows = self.proj_drop.forward(self.proj.forward(read))
         return self.proj_drop(self.proj(out))
 
+    def _qkv_of_zeros(self, x: Tensor) -> Tensor | None:
+        """What the projection makes of a row of padding, (3 h d,); None for nothing."""
+        if reads_plainly(self.qkv):
+            return self.qkv.bias
+        zeros: Tensor = self.qkv.forward(x.new_zeros(1, x.shape[-1]))
+        return zeros[0]
+
     def _keys(self, prompts: Tensor) -> Tensor:
         """Keys and values (B or 1, p, 2, h, d)."""
-        width = self.qkv.out_features // 3
-        bias = None if self.qkv.bias is None else self.qkv.bias[width:]
-        kv = F.linear(prompts, self.qkv.weight[width:], bias)
+        if reads_plainly(self.qkv):
+            width = self.qkv.out_features // 3
+            bias = None if self.qkv.bias is None else self.qkv.bias[width:]
+            kv = F.linear(prompts, self.qkv.weight[width:], bias)
+        else:
+            qkv = self.qkv.forward(prompts)
+            kv = qkv[..., qkv.shape[-1] // 3 :]
         return kv.unflatten(-1, (2, self.num_heads, -1))
 
 
@@ -192,6 +205,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
         self, total: OpenSum, windows: Windows, entering: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Module by module; tokens (B, N, D), and the prompt rows that leave."""
+        self._refuse_blind_hooks(prompts=self.prompt is not None or entering is not None)
         x, y, prompts, normed = self._normalise(total, entering)
         live: LiveRows | None = None
         if self.rows.leaving and prompts is not None and normed is not None:
@@ -206,6 +220,28 @@ class PromptedSwinBlock(SwinTransformerBlock):
         rows = prompts + self.drop_path1.forward(live.rows)
         branch = self._after_mlp(self.mlp.forward(self.norm2.forward(rows)))
         return x, rows + self.drop_path2.forward(branch)
+
+    def _refuse_blind_hooks(self, prompts: bool) -> None:
+        """Refuse hooks that would miss prompts, or are never called, and may change what they see.
+
+        Raises:
+            ValueError: one of them, by its module's name.
+        """
+        attn: Any = self.attn
+        missed = {"attn.softmax": attn.softmax}
+        if prompts:
+            missed |= {"norm1": self.norm1, "attn.qkv": attn.qkv}
+        for name, part in missed.items():
+            if any(has_hooks(module) for module in with_descendants(part)):
+                raise ValueError(
+                    f"{name} of this block is hooked, but prompts pass beside what the hook sees; "
+                    "hook the block or attn's output, or remove the prompts first"
+                )
+        if prompts and attn._forward_pre_hooks:
+            raise ValueError(
+                "attn of this block has a hook before its forward, which prompts pass by; hook "
+                "the block instead"
+            )
 
     def _after_mlp(self, branch: Tensor) -> Tensor:
         adapter = self._modules.get("adapter")
@@ -255,16 +291,6 @@ class PromptedSwinStage(SwinTransformerStage):
         for block, memory in zip(blocks, memories, strict=True):
             total = _through_block(block, total, grid, memory, live)
         return total
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # A checkpoint of the plain backbone has no prompts and still loads with strict=True.
-        projector = self._modules.get("prompt_projector")
-        if projector is not None:
-            for name, value in projector.named_parameters():
-                state_dict.setdefault(f"{prefix}prompt_projector.{name}", value)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def _check_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:

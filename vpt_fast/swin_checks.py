@@ -13,7 +13,7 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from vpt_fast.check_parts import ROW_NORMS, Parts, check_parts, name_of, refuse
+from vpt_fast.check_parts import ROW_NORMS, Parts, check_apart, check_parts, name_of, refuse
 from vpt_fast.hooks import has_hooks
 from vpt_fast.methods import VAPT, Method
 from vpt_fast.swin_models import grids_of
@@ -55,6 +55,12 @@ def check_swin(model: Any, method: Method) -> None:
             refuse(f"{where}.blocks", name_of(stage.blocks), "a Sequential of blocks is needed")
         for index, block in enumerate(stage.blocks):
             _check_block(block, f"{where}.blocks.{index}")
+    stages: Any = model.layers
+    check_apart(
+        (f"layers.{number}.blocks.{index}", block)
+        for number, stage in enumerate(stages)
+        for index, block in enumerate(stage.blocks)
+    )
     if type(model.norm) not in ROW_NORMS:
         refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
     if type(model.head) not in (ClassifierHead, nn.Identity):

@@ -105,12 +105,14 @@ def prompt_tune(
         `model` itself.
 
     Raises:
-        TypeError: `model` is of another class, or `method` is not a method.
+        TypeError: `model` is of another class, `method` is not a method, or `cuda_graphs` no bool.
         ValueError: something in the model cannot be honoured (named by attribute and value), the
             method does not fit it, or it is tuned already. Nothing has been changed then.
     """
     method = check_method(method)
     check_memory_mode(memory)
+    if not isinstance(cuda_graphs, bool):
+        raise TypeError(f"cuda_graphs is {cuda_graphs!r}; use True or False")
     check_model(model, method)
     tuned: Any = model
     in_place = _in_place(tuned, method)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -101,19 +103,44 @@ class Tuned(nn.Module):
                 state[key] = original.to(state[key])
         return state
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As every module's. With `strict` a plain backbone's checkpoint loads too: what the method
+        added stays, and a warning says so. Without, it is among the missing keys."""
+        self._lists_missing = not strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            del self._lists_missing
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         unfold_before_loading(self)
         self._forget()  # of weights that are loaded over, or instead of others
-        # As PromptTokens does: a plain checkpoint loads with strict=True.
-        if "prompt_tokens" in self._parameters:
-            state_dict.setdefault(f"{prefix}prompt_tokens", self.prompt_tokens)
-        for module in ADDED:
-            if module in self._modules:
-                for name, value in self.get_submodule(module).named_parameters():
-                    state_dict.setdefault(f"{prefix}{module}.{name}", value)
+        added = {f"{prefix}{name}": value for name, value in self._added_parameters().items()}
+        # PyTorch passes `strict` on to no module.
+        lists = vars(self).get("_lists_missing", False)
+        if added and not lists and added.keys().isdisjoint(state_dict):
+            warnings.warn(
+                f"this state dict has nothing of what {self.tune_record.method} added "
+                f"({next(iter(added))}, {len(added)} in all): that stays as it is",
+                stacklevel=2,
+            )
+            state_dict.update(added)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _added_parameters(self) -> dict[str, nn.Parameter]:
+        """What the method has added, by name: prompts and what makes them, adapters, layers."""
+        kinds = (PromptTokens, PromptExperts, FeatureProjector, BottleneckAdapter)
+        places = [f"{name}." for name, part in self.named_modules() if isinstance(part, kinds)]
+        within = (*places, *(f"{name}." for name in ADDED))
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name == "prompt_tokens" or name.startswith(within)
+        }
 
 
 def is_tuned(model: Any) -> bool:

@@ -58,7 +58,7 @@ def check_versions(weights: Sequence[Tensor], before: list[int]) -> None:
         return
     shapes = [tuple(w.shape) for w, a, b in zip(weights, before, now, strict=True) if a != b]
     raise RuntimeError(
-        f"frozen weights of a block, of shapes {shapes}, were modified by an inplace operation "
+        f"weights of a block, of shapes {shapes}, were modified by an inplace operation "
         "between its forward and its backward pass, whose gradients would be those of neither; "
         "change them before the forward pass or after the backward pass"
     )
