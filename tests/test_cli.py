@@ -196,6 +196,8 @@ def test_a_run_repeats_itself(folder, checkpoint, tmp_path):
         ),
         (["--device", "tpu"], "device is 'tpu'; choose auto, cpu, cuda"),
         (["--workers", "-1"], "workers is -1"),
+        (["--num-prompts", "0"], "--num-prompts 0 trains the head alone; --method linear"),
+        (["--model", "vpt_fast_demo", "--img-size", "64"], "the demo's model has one size, 32"),
         (["--img-size", "33"], "test_vit takes no images of size (3, 33, 33): "),
     ],
 )

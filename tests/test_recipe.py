@@ -9,7 +9,7 @@ import torch
 from pictures import backbone
 from torch import nn
 
-from vpt_fast import VPTDeep, prompt_tune, trainable_parameters
+from vpt_fast import FullTuning, VPTDeep, prompt_tune, trainable_parameters
 from vpt_fast.train.recipe import Recipe, head_layers, init_head, make_optimizer, make_scheduler
 
 
@@ -87,6 +87,21 @@ def test_everything_decays_but_the_heads_bias(name):
         is_head_bias = parameter_name in ("head.bias", "head_dist.bias")
         assert decay[id(parameter)] == (0 if is_head_bias else 0.01), parameter_name
     assert any(value == 0 for value in decay.values())
+
+
+@pytest.mark.parametrize(("opt", "decayed"), [("sgd", 0.01), ("adamw", 0.0)])
+def test_no_bias_decays_under_adamw(opt, decayed):
+    """As the published program has it: under SGD only the head's bias is left out."""
+    import timm
+
+    model = prompt_tune(timm.create_model("test_vit", num_classes=3, img_size=32), FullTuning())
+    optimizer = make_optimizer(model, Recipe(weight_decay=0.01, opt=opt))
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    biases = {name for name, _ in trainable_parameters(model) if name.endswith("bias")}
+    assert {"norm.bias", "patch_embed.proj.bias", "blocks.0.attn.qkv.bias"} <= biases
+    for name, parameter in trainable_parameters(model):
+        expected = 0.0 if name == "head.bias" else decayed if name in biases else 0.01
+        assert decay[id(parameter)] == expected, name
 
 
 def test_sgd_has_momentum_without_nesterov():

@@ -16,7 +16,8 @@ from plain import Plain, pair
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vpt_fast import VPTDeep, VPTShallow, prompt_tune
+from vpt_fast import VPTDeep, VPTShallow, blocks, prompt_tune
+from vpt_fast.attention_inputs import attention_tokens
 
 BATCH, TOKENS, WIDTH, DEPTH = 8, 10, 64, 4
 LINEAR = 2 * WIDTH * WIDTH  # operations of one row through a width x width matrix
@@ -143,22 +144,21 @@ def test_no_autograd_below_the_first_prompt(first: int) -> None:
     assert all(seen[index].grad_fn is None for index in range(first))
 
 
-def test_no_token_gradient_in_the_first_prompted_block() -> None:
+def test_no_token_gradient_in_the_first_prompted_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens' queries, keys and values are constants: only the prompts' are trained."""
     model = tuned(VPTDeep(3, blocks=[1, 2, 3])).train()
-    seen: dict[int, list[Tensor]] = {1: [], 2: []}
-    for index, outputs in seen.items():
-        model.blocks[index].attn.qkv.register_forward_hook(
-            lambda _module, _inputs, output, outputs=outputs: outputs.append(output)
-        )
+    seen: dict[Any, list[Tensor]] = {}
+
+    def noting(attn: Any, *args: Any) -> list[Tensor]:
+        return seen.setdefault(attn, attention_tokens(attn, *args))
+
+    monkeypatch.setattr(blocks, "attention_tokens", noting)
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda *_: None)  # so that it runs module by module
     model(image()).sum().backward()
-    tokens = {
-        index: [output for output in outputs if output.shape[:2] == (BATCH, TOKENS)]
-        for index, outputs in seen.items()
-    }
-    assert len(tokens[1]) == len(tokens[2]) == 1
-    assert not tokens[1][0].requires_grad
-    assert tokens[2][0].requires_grad
+    (first,), (second,) = (seen[model.blocks[index].attn] for index in (1, 2))
+    assert first.shape[:2] == second.shape[:2] == (BATCH, TOKENS)
+    assert not first.requires_grad and second.requires_grad
 
 
 def kept(call: Any) -> int:

@@ -227,13 +227,14 @@ def test_hooks_see_all_rows(family: str, variant: str) -> None:
 )
 @pytest.mark.parametrize("where", [0, 2])
 def test_hooks_inside_blocks_run(inner: str, where: int) -> None:
-    """Prompts add calls at most: the tokens pass through every module that timm has."""
+    """Once: with prompts among the tokens where their keys are made, and without after that."""
     tuned, plain, image = tune("deit3", "deep")
     seen = _watch(tuned.get_submodule(f"blocks.{where}.{inner}"))
     with torch.no_grad():
         output = tuned(image)
     assert distance(output, plain(image)) <= 1e-10
-    assert any(rows.shape[:2] == (2, 10) for rows in seen), f"rows seen: {[r.shape for r in seen]}"
+    rows = 10 + (3 if inner in ("norm1", "attn.qkv") else 0)
+    assert [tuple(found.shape[:2]) for found in seen] == [(2, rows)]
 
 
 @pytest.mark.parametrize("variant", ["deep", "shallow"])

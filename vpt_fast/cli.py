@@ -16,6 +16,7 @@ from vpt_fast.cli_common import (
     Workers,
     accuracy,
     block_indices,
+    check_some_prompts,
     make_method,
     one_line_errors,
     report_skipped,
@@ -196,6 +197,7 @@ def train(
                 "hidden_dim": hidden_dim,
             },
         )
+        check_some_prompts([num_prompts])
         chosen = frozenset() if dropout is None else frozenset({"dropout"})
         paper = paper_settings(recipe, tuned, check_format(directory, data_format), chosen)
         result = tune_on_folder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -60,6 +60,12 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
         flags = ", ".join(f"--{option.replace('_', '-')}" for option in unknown)
         raise ValueError(f"--method {name} has no option {flags}; leave it out")
     return METHODS[name](**given)
+
+
+def check_some_prompts(counts: Iterable[int | None]) -> None:
+    """Raise ValueError if prompts are asked for, and then none of them."""
+    if 0 in counts:
+        raise ValueError("--num-prompts 0 trains the head alone; --method linear is its name")
 
 
 def block_indices(text: str | None) -> list[int] | None:

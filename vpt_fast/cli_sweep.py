@@ -9,7 +9,15 @@ from typing import Annotated, TypeVar
 import typer
 from tqdm import tqdm
 
-from vpt_fast.cli_common import AmpDtype, Checkpoint, Device, Workers, make_method, one_line_errors
+from vpt_fast.cli_common import (
+    AmpDtype,
+    Checkpoint,
+    Device,
+    Workers,
+    check_some_prompts,
+    make_method,
+    one_line_errors,
+)
 from vpt_fast.cli_options import (
     MODEL,
     BatchSize,
@@ -178,6 +186,7 @@ def sweep(
                 else {"weight_decays": tuple(_values("weight-decays", weight_decays, float))}
             )
             prompts = tuple(_values("num-prompts", num_prompts, int))
+            check_some_prompts(prompts)
             candidates: list[Candidate] = []
             for name in _values("methods", methods, str):
                 tuned = make_method(name, {})

@@ -45,7 +45,7 @@ def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
         CannotRecord: A CUDA graph is being recorded, and something draws.
         RuntimeError: In backward, if a weight below the module has changed since.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not is_recording():
         function = _of_the_same_weights(module, function)
     draws = any(_draws(part) for part in module.modules())
     if draws and is_recording():

@@ -56,8 +56,16 @@ def resolve_name(
         name: A timm name, or `DEMO_NAME`.
         checkpoint: The backbone's weights, if they come from a file.
         img_size: Image size in pixels; None takes the model's own.
+
+    Raises:
+        ValueError: If it is another than that of the demo's model.
     """
     if name == DEMO_NAME:
+        if img_size not in (None, DEMO_ARGS["img_size"]):
+            raise ValueError(
+                f"--img-size is {img_size}, but the demo's model has one size, "
+                f"{DEMO_ARGS['img_size']}; leave it out, or name another --model"
+            )
         return DEMO_MODEL, checkpoint or DEMO_CHECKPOINT, dict(DEMO_ARGS)
     if img_size is None:
         return name, checkpoint, {}

@@ -163,7 +163,8 @@ def init_head(model: nn.Module) -> None:
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Builds the recipe's optimizer over what `model` trains, with timm's factory.
 
-    Prompts decay as the head's weight does; the head's bias does not.
+    Prompts decay as the head's weight does; the head's bias does not, and of AdamW, which baselines
+    take that train biases of the backbone too, none does (Visual Prompt Tuning, its program).
 
     Raises:
         ValueError: If nothing in the model is trainable.
@@ -171,8 +172,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     head_biases = {id(layer.bias) for layer in head_layers(model)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for _, parameter in trainable_parameters(model):
-        (plain if id(parameter) in head_biases else decayed).append(parameter)
+    for name, parameter in trainable_parameters(model):
+        is_bias = recipe.opt == "adamw" and name.rpartition(".")[2].endswith("bias")
+        (plain if is_bias or id(parameter) in head_biases else decayed).append(parameter)
     if not decayed and not plain:
         raise ValueError("the model has no trainable parameter; call vpt_fast.prompt_tune first")
     groups = [
