@@ -18,7 +18,8 @@ from plain import VARIANTS, assert_same, distance, gradients, pair, redraw_promp
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vpt_fast import VAPT, VPTDeep, bake, prompt_tune
+from vpt_fast import VAPT, VPTDeep, bake, fold_backbone, prompt_tune, remove_prompts
+from vpt_fast.inspection import attention_shares
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 SWIN = "window4"
@@ -340,3 +341,42 @@ def test_what_takes_a_linears_place_before_tuning_is_named() -> None:
     tuned.layers[0].blocks = nn.Sequential(tuned.layers[0].blocks[0], tuned.layers[0].blocks[0])
     with pytest.raises(ValueError, match=r"layers\.0\.blocks\.1 is layers\.0\.blocks\.0 again"):
         prompt_tune(tuned, VPTDeep(3))
+
+
+@pytest.mark.parametrize("family", ["vit", "qk_norm", SWIN])
+def test_what_is_inspected_is_what_is_computed(family: str) -> None:
+    base = plain_swin.build(family) if family == SWIN else build(family)
+    given = plain_swin.images(family) if family == SWIN else images(family)
+    tuned = prompt_tune(base, VPTDeep(3))
+    redraw_prompts(tuned)
+    other = copy.deepcopy(tuned)
+    with_low_rank(tuned)
+    merged(other)
+    for found, expected in zip(
+        attention_shares(tuned, given), attention_shares(other, given), strict=True
+    ):
+        assert distance(found.prompts, expected.prompts) <= 1e-10
+
+
+def test_folding_takes_plain_linears_only() -> None:
+    tuned = prompt_tune(build("vit"), VPTDeep(3))
+    with_low_rank(tuned)
+    before = copy.deepcopy(tuned.state_dict())
+    with pytest.raises(ValueError, match=r"cannot fold blocks\.0\.attn\.qkv: .* a LowRank; merge"):
+        fold_backbone(tuned)
+    assert all(torch.equal(value, before[name]) for name, value in tuned.state_dict().items())
+
+
+def test_folding_leaves_another_model_of_the_same_weights_alone() -> None:
+    one, other = build("deit3"), build("deit3")
+    for block, same in zip(one.blocks, other.blocks, strict=True):
+        for name, parameter in block.named_parameters():
+            place, _, leaf = name.rpartition(".")
+            setattr(same.get_submodule(place), leaf, parameter)
+    given = images("deit3")
+    prompt_tune(one, VPTDeep(3)), prompt_tune(other, VPTDeep(3))
+    before, theirs = one(given), other(given)
+    fold_backbone(one)
+    assert torch.equal(other(given), theirs) and distance(one(given), before) <= 1e-10
+    remove_prompts(one)
+    assert torch.equal(other(given), theirs)

@@ -28,10 +28,11 @@ def reads_plainly(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not has_own_forward(linear)
 
 
-def _projected(attn: Any, x: Tensor, part: slice) -> Tensor:
-    """Columns `part` of the qkv projection of x."""
+def projected(attn: Any, x: Tensor, part: slice) -> Tensor:
+    """Columns `part` of the qkv projection of x (..., D), past hooks."""
     if not reads_plainly(attn.qkv):
-        return attn.qkv(x)[..., part]
+        whole: Tensor = attn.qkv.forward(x)
+        return whole[..., part]
     bias = None if attn.qkv.bias is None else attn.qkv.bias[part]
     return F.linear(x, attn.qkv.weight[part], bias)
 
@@ -52,8 +53,8 @@ def attention_tokens(attn: Any, x: Tensor, queries: Tensor | None = None) -> lis
         tokens = [attn.qkv(x).unflatten(-1, (3, heads, dim))]
     else:
         width = heads * dim
-        q = _projected(attn, queries, slice(0, width)).unflatten(-1, (heads, dim))
-        kv = _projected(attn, x, slice(width, None)).unflatten(-1, (2, heads, dim))
+        q = projected(attn, queries, slice(0, width)).unflatten(-1, (heads, dim))
+        kv = projected(attn, x, slice(width, None)).unflatten(-1, (2, heads, dim))
         tokens = [q, kv]
     if not is_normed(attn):
         return tokens
@@ -71,7 +72,7 @@ def prompt_keys_values(attn: Any, prompts: Tensor) -> list[Tensor]:
     Returns:
         [kv (B or 1, p, 2, H, d)], or k and v apart.
     """
-    kv = _projected(attn, prompts, slice(attn.num_heads * attn.head_dim, None))
+    kv = projected(attn, prompts, slice(attn.num_heads * attn.head_dim, None))
     kv = kv.unflatten(-1, (2, attn.num_heads, attn.head_dim))
     if _does_nothing(attn.k_norm):
         return [kv]

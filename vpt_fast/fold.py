@@ -21,7 +21,8 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
-from vpt_fast.hooks import has_hooks
+from vpt_fast.attention_inputs import reads_plainly
+from vpt_fast.hooks import has_hooks, has_own_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -133,12 +134,20 @@ def _check(model: Any) -> None:
                     f"cannot fold {where}: it is hooked, and what the hook sees would change; "
                     "remove the hook or do not fold"
                 )
+            if has_own_forward(module) or (name in _LINEARS and not reads_plainly(module)):
+                raise ValueError(
+                    f"cannot fold {where}: what it computes is not told by its weights, it is a "
+                    f"{type(module).__name__}; merge it into a plain Linear, or do not fold"
+                )
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     raise ValueError(
                         f"cannot fold {where}.{leaf}: it is trained (requires_grad=True); freeze "
                         "it or do not fold"
                     )
+
+
+_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def _parts(block: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -160,7 +169,10 @@ def _fold(model: Any) -> None:
             for name, value in changes.items():
                 parameter = block.get_parameter(name)
                 record.originals[f"blocks.{index}.{name}"] = parameter.detach().cpu().clone()
-                parameter.copy_(value)
+                # Another model may have the same parameter: it keeps it as it is.
+                place, _, leaf = name.rpartition(".")
+                folded = torch.empty_like(parameter).copy_(value)
+                setattr(block.get_submodule(place), leaf, nn.Parameter(folded, False))
 
 
 def _unfold(model: Any) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from vpt_fast.attention_inputs import projected
 from vpt_fast.baselines import Baseline, LinearProbe
 from vpt_fast.blocks import PromptedBlock
 from vpt_fast.experts import PromptExperts
@@ -168,10 +168,8 @@ def _shares(model: Any, index: int, rows: Tensor, count: int) -> PromptAttention
     y = block.norm1.forward(rows)
     queries = y[:, : _first_rows(model)] if _reads_first_rows(model) else y[:, prefix + count :]
     width = attn.num_heads * attn.head_dim
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    q_bias, k_bias = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
-    q = attn.q_norm.forward(_heads(attn, F.linear(queries, weight[:width], q_bias)))
-    k = attn.k_norm.forward(_heads(attn, F.linear(y, weight[width : 2 * width], k_bias)))
+    q = attn.q_norm.forward(_heads(attn, projected(attn, queries, slice(0, width))))
+    k = attn.k_norm.forward(_heads(attn, projected(attn, y, slice(width, 2 * width))))
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(y.device.type, enabled=False):
         scores = attn.scale * q.to(dtype) @ k.to(dtype).transpose(-2, -1)

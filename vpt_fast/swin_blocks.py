@@ -85,7 +85,7 @@ class PromptedWindowAttention(WindowAttention):
             )
         heads = self.num_heads
         qkv = self.qkv(x).unflatten(-1, (3, heads, -1))  # (B, H, W, 3, h, d)
-        pad = padding_of(windows, self._qkv_of_zeros(x), qkv)
+        pad = padding_of(windows, self.qkv_of_zeros(x), qkv)
         keys = rows = None
         if live is not None and live.rows is not None:
             # The modules' hooks are for tokens: prompts pass beside them.
@@ -101,7 +101,7 @@ class PromptedWindowAttention(WindowAttention):
             live.rows = self.proj_drop.forward(self.proj.forward(read))
         return self.proj_drop(self.proj(out))
 
-    def _qkv_of_zeros(self, x: Tensor) -> Tensor | None:
+    def qkv_of_zeros(self, x: Tensor) -> Tensor | None:
         """What the projection makes of a row of padding, (3 h d,); None for nothing."""
         if reads_plainly(self.qkv):
             return self.qkv.bias

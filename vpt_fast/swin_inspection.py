@@ -50,8 +50,9 @@ def _shares(block: Any, x: Tensor, prompts: Tensor) -> Tensor:
     keys = rows.unflatten(-1, (3, attn.num_heads, -1))[:, :, 1:].contiguous()
     qkv = attn.qkv.forward(block.norm1.forward(x)).unflatten(-1, (3, attn.num_heads, -1))
     windows = windows_of(block, (x.shape[1], x.shape[2]))
+    pad = padding_of(windows, attn.qkv_of_zeros(x), qkv)
     _, lse = window_attention_operator(
-        qkv, padding_of(windows, attn.qkv.bias, qkv), attn.relative_position_bias_table, keys,
+        qkv, pad, attn.relative_position_bias_table, keys,
         list(windows.window), list(windows.shift), attn.scale,
     )  # fmt: skip
     dtype = statistics_dtype(qkv.dtype)
