@@ -380,3 +380,51 @@ def test_folding_leaves_another_model_of_the_same_weights_alone() -> None:
     assert torch.equal(other(given), theirs) and distance(one(given), before) <= 1e-10
     remove_prompts(one)
     assert torch.equal(other(given), theirs)
+
+
+def lend_weights(model: nn.Module, kept: str = "-") -> None:
+    """As accelerate's cpu_offload: a module has tensors of its own only while it is called."""
+    for name, module in model.named_modules():
+        own = {leaf: value for leaf, value in module._parameters.items() if value is not None}
+        if not own or kept in name:
+            continue
+        forward = module.forward
+
+        def take(module: Any = module, own: Any = own) -> None:
+            for leaf, value in own.items():
+                away = torch.empty_like(value, device="meta")
+                module._parameters[leaf] = nn.Parameter(away, value.requires_grad)
+
+        def lent(
+            *args: Any, module: Any = module, own: Any = own, call: Any = forward,
+            end: Any = take, **more: Any,
+        ) -> Any:  # fmt: skip
+            module._parameters.update(own)
+            try:
+                return call(*args, **more)
+            finally:
+                end()
+
+        module.forward = lent  # type: ignore[method-assign]
+        take()
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip_average", "qk_norm", "deit_distilled", SWIN])
+@pytest.mark.parametrize("variant", ["linear", "shallow", "deep", "projected", "shared", "vapt"])
+def test_weights_that_are_there_only_while_a_module_is_called(variant: str, family: str) -> None:
+    swin = family == SWIN
+    if swin and variant in ("projected", "shared"):
+        pytest.skip("stages have their own widths")
+    method = VAPT(2) if variant == "vapt" else VARIANTS[variant](3)
+    given = plain_swin.images(family) if swin else images(family)
+    tuned = prompt_tune(plain_swin.build(family) if swin else build(family), method).eval()
+    redraw_prompts(tuned)
+    with torch.no_grad():
+        expected = tuned(given)
+        if variant == "vapt":
+            refused = copy.deepcopy(tuned)
+            lend_weights(refused)
+            with pytest.raises(ValueError, match="prompt experts' weights are on the meta device"):
+                refused(given)
+        lend_weights(tuned, kept="prompt" if variant == "vapt" else "-")
+        assert distance(tuned(given), expected) <= 1e-12

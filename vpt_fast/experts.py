@@ -87,6 +87,7 @@ class PromptExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Prompts (B, p, D) of a block's input x (B, N, D), before the block's norm1."""
+        self._check_present(x)
         mix, mix_sum = self.mixing(x.shape[1])
         patches = x[:, x.shape[1] - mix.patches :].to(mix.matrix.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -112,8 +113,10 @@ class PromptExperts(nn.Module):
             The tokens (B, N, D), norm1 of them (B, N, D), and the mix with what is applied to it.
 
         Raises:
-            ValueError: the input does not have the rows of the model's patch grid.
+            ValueError: the input does not have the rows of the model's patch grid, or the experts'
+                weights are not there.
         """
+        self._check_present(total.residual)
         mix, mix_sum = self.mixing(total.residual.shape[1])
         x, y, mixed = enter_block(total, norm, mix, dtype)
         if mixed is None:
@@ -221,6 +224,19 @@ class PromptExperts(nn.Module):
                 f"{prefix} prefix tokens, but this block's input has {rows} rows"
             )
         return count
+
+    def _check_present(self, x: Tensor) -> None:
+        """Experts put the weights of several modules together, which so must be there at once.
+
+        Raises:
+            ValueError: they are on the meta device, and x is not.
+        """
+        if self.mix.weight.is_meta and not x.is_meta:
+            raise ValueError(
+                "the prompt experts' weights are on the meta device: where modules have their "
+                "weights only while they are called (accelerate's cpu_offload), leave `prompt` of "
+                "every block and `prompt_projector` out"
+            )
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         return fold_convolution(self.mix.weight, self.conv.weight, self.grid)
