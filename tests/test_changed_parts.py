@@ -428,3 +428,15 @@ def test_weights_that_are_there_only_while_a_module_is_called(variant: str, fami
                 refused(given)
         lend_weights(tuned, kept="prompt" if variant == "vapt" else "-")
         assert distance(tuned(given), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_prompts_train_where_weights_are_lent(memory: str) -> None:
+    tuned = prompt_tune(build("vit"), VPTDeep(3), memory)
+    redraw_prompts(tuned)
+    given = images("vit")
+    trained = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    expected = gradients(tuned(given), trained)
+    lend_weights(tuned)
+    found = gradients(tuned(given), trained)
+    assert all(distance(found[name], expected[name]) <= 1e-10 for name in expected)

@@ -62,7 +62,9 @@ def _of_the_same_weights(module: nn.Module, function: Callable[..., Any]) -> Cal
 
     def checked(*args: Any) -> Any:
         nonlocal before
-        weights = [t for t in chain(module.parameters(), module.buffers()) if not t.is_inference()]
+        # Inference tensors have no version, and on the meta device stands what is lent for a call.
+        every = chain(module.parameters(), module.buffers())
+        weights = [t for t in every if not t.is_inference() and not t.is_meta]
         if before is None:
             before = weights, versions_of(weights)
             return function(*args)
