@@ -28,7 +28,6 @@ from vpt_fast.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.hooks import (
     call_compiled,
     has_compiled_call,
-    has_global_hooks,
     has_hooks,
     has_own_forward,
     with_descendants,
@@ -162,9 +161,9 @@ class PromptedBlock(Block):
         if attn_mask is None:
             x = self.forward_open(OpenSum(x), self.memory).closed()
         elif self.memory == "speed":
-            x = self._forward_masked(x, attn_mask)
+            x = self._concatenated(x, attn_mask)
         else:
-            x = recomputed(self, self._forward_masked, x, attn_mask)
+            x = recomputed(self, self._concatenated, x, attn_mask)
         if live is not None and self.rows.leaving:
             prefix, leaving = self.rows.prefix, self.rows.leaving
             live.rows = x[:, prefix : prefix + leaving]
@@ -247,7 +246,8 @@ class PromptedBlock(Block):
 
     def _forward(self, total: OpenSum, first: int | None) -> Tensor:
         if self._is_watched():
-            return self._concatenated(total.closed(), first)
+            x = self._concatenated(total.closed())
+            return x if first is None else x[:, :first]
         x, y, prompts = self._normalise(total)
         dead = self.rows.entering if self.prompt is None and not self.rows.leaving else 0
         queries = None
@@ -268,21 +268,9 @@ class PromptedBlock(Block):
         parts = (self.norm1, attn.qkv, attn.q_norm, attn.k_norm)
         return (
             bool(attn._forward_pre_hooks)
-            or has_global_hooks()
+            or nn_module._has_any_global_hook()
             or any(has_hooks(module) for part in parts for module in with_descendants(part))
         )
-
-    def _concatenated(self, x: Tensor, first: int | None) -> Tensor:
-        """As published: prompts are rows of x until they have been read."""
-        rows = self.rows
-        count = rows.entering
-        if self.prompt is not None:
-            prompts = self.prompt(strip_rows(x, count, rows.prefix))
-            x = insert_rows(strip_rows(x, count, rows.prefix), prompts, rows.prefix)
-            count = prompts.shape[1]
-        x = self._plain(x, None)
-        x = x if rows.leaving else strip_rows(x, count, rows.prefix)
-        return x if first is None else x[:, :first]
 
     def _through_mlp(self, x: Tensor) -> Tensor:
         """The second half of the block: x with its MLP's output, adapted or not, added to it."""
@@ -295,8 +283,8 @@ class PromptedBlock(Block):
         y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
         return self._through_mlp(x + self.drop_path1(self.ls1(y)))
 
-    def _forward_masked(self, x: Tensor, attn_mask: Tensor) -> Tensor:
-        """With a mask prompts are ordinary rows of timm's own block."""
+    def _concatenated(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """As published: prompts are ordinary rows of timm's own block, which a mask may cover."""
         rows = self.rows
         count, leaving = rows.entering, rows.leaving
         if self.prompt is not None:
@@ -304,7 +292,9 @@ class PromptedBlock(Block):
             prompts = self.prompt(x)
             count = prompts.shape[1]
             x = insert_rows(x, prompts, rows.prefix)
-        x = self._plain(x, extend_mask(attn_mask, count, rows.prefix))
+        if attn_mask is not None:
+            attn_mask = extend_mask(attn_mask, count, rows.prefix)
+        x = self._plain(x, attn_mask)
         return x if leaving else strip_rows(x, count, rows.prefix)
 
 

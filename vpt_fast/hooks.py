@@ -29,11 +29,6 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def has_global_hooks() -> bool:
-    """True if every module carries a hook (`torch.nn.modules.module.register_module_...`)."""
-    return any(_GLOBAL_HOOKS)
-
-
 def hooks_version() -> int:
     """A number that grows whenever somebody registers a hook, of whatever kind, anywhere.
 
@@ -58,7 +53,7 @@ class HookWatch:
         version = hooks_version()
         if version == self._unhooked:
             return False
-        if has_global_hooks() or any(chain.from_iterable(map(hooks_of, attributes()))):
+        if any(_GLOBAL_HOOKS) or any(chain.from_iterable(map(hooks_of, attributes()))):
             return True
         # Another thread may have made a handle whose hook is not in place yet: only what two calls
         # have found counts.

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.layers.format import Format
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
-from vpt_fast.hooks import has_compiled_call, has_global_hooks, has_hooks, has_own_forward
+from vpt_fast.hooks import has_compiled_call, has_hooks, has_own_forward
 
 
 def embedded_patches(patch_embed: Any, images: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def is_one_product(patch_embed: nn.Module, images: Tensor) -> bool:
 
 def _is_watched(module: nn.Module) -> bool:
     return (
-        has_hooks(module) or has_global_hooks() or has_own_forward(module)
+        has_hooks(module) or nn_module._has_any_global_hook() or has_own_forward(module)
         or has_compiled_call(module)
     )  # fmt: skip
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch.nn.functional as F
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformerBlock,
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
-from vpt_fast.attention_inputs import reads_plainly
+from vpt_fast.attention_inputs import projected, reads_plainly
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import Fused, Use
 from vpt_fast.hooks import (
@@ -92,7 +91,8 @@ class PromptedWindowAttention(WindowAttention):
             rows = self.qkv.forward(live.rows).unflatten(-1, (3, heads, -1))
             keys = rows[:, :, 1:]
         elif prompts is not None:
-            keys = self._keys(prompts)
+            keys = projected(self, prompts, slice(heads * qkv.shape[-1], None))
+            keys = keys.unflatten(-1, (2, heads, -1))
         table = self.relative_position_bias_table
         out = window_attention(qkv, pad, table, keys, windows.window, windows.shift, self.scale)
         if live is not None and rows is not None:
@@ -107,17 +107,6 @@ class PromptedWindowAttention(WindowAttention):
             return self.qkv.bias
         zeros: Tensor = self.qkv.forward(x.new_zeros(1, x.shape[-1]))
         return zeros[0]
-
-    def _keys(self, prompts: Tensor) -> Tensor:
-        """Keys and values (B or 1, p, 2, h, d)."""
-        if reads_plainly(self.qkv):
-            width = self.qkv.out_features // 3
-            bias = None if self.qkv.bias is None else self.qkv.bias[width:]
-            kv = F.linear(prompts, self.qkv.weight[width:], bias)
-        else:
-            qkv = self.qkv.forward(prompts)
-            kv = qkv[..., qkv.shape[-1] // 3 :]
-        return kv.unflatten(-1, (2, self.num_heads, -1))
 
 
 class PromptedSwinBlock(SwinTransformerBlock):

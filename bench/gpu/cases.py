@@ -169,8 +169,8 @@ def _compiled(plan: Plan) -> list[Comparison]:
     ]
     if plan.full and not plan.trial:
         found += [
-            replace(step, prompts=200, providers=("keys_concat_compiled", OURS)),
-            replace(step, prompts=200, providers=many),
+            replace(step, prompts=200, providers=(_FIRST_COMPILED[0], OURS)),
+            replace(step, prompts=200, providers=tuple(n for n in many if n != _FIRST_COMPILED[0])),
             replace(step, method="vapt", providers=("concat_compiled", OURS)),
             replace(step, work=INFERENCE, providers=many),
             ExpertCase(batch=plan.batch, model=plan.model, providers=EXPERT_PROVIDERS),

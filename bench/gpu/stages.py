@@ -5,8 +5,8 @@ first        the device's ceilings, and the first times of a step and of attenti
 correctness  models, steps and operators against fp64; tests on the device; compute-sanitizer
 times        every comparison, what matters most first, compiled providers last
 profile      the kernels of one step of ours and of the best other
-demo         digits learned with VPT-Deep and VAPT, and an adapter loaded again
 tune         candidate tiles of attention at 64 channels in bf16, timed
+demo         digits learned with VPT-Deep and VAPT, and an adapter loaded again
 """
 
 from __future__ import annotations
