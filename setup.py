@@ -19,7 +19,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["vpt_fast", "vpt_fast.bank", "vpt_fast.ops", "vpt_fast.train", "vpt_fast.kernels"],
+    packages=[
+        "vpt_fast",
+        "vpt_fast.bank",
+        "vpt_fast.graphs",
+        "vpt_fast.ops",
+        "vpt_fast.train",
+        "vpt_fast.kernels",
+    ],
     package_dir={"vpt_fast": "vpt_fast", "vpt_fast.kernels": "kernels"},
     package_data={"vpt_fast": ["py.typed", "assets/*"]},
     install_requires=[

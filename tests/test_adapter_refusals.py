@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,14 +12,14 @@ from typing import Any
 import families
 import pytest
 import torch
+from adapter_editing import rewrite_config, rewrite_tensors
 from families import CLASSES, TOKEN
-from safetensors.torch import load_file, save_file
 from test_adapter import CONFIG, TENSORS, save, trained
 from test_tune_lifecycle import assert_unchanged, snapshot
 from torch import nn
 
-from vpt_fast import VPTDeep, load_adapter, prompt_tune, save_adapter
-from vpt_fast.adapter import read_config
+from vpt_fast import VPTDeep, load_adapter, prompt_tune, save_adapter, whole_folder
+from vpt_fast.adapter_files import read_config
 
 
 def plain(**changes: Any) -> nn.Module:
@@ -113,23 +112,14 @@ def test_the_model_still_works_after_a_refusal(adapter: Path) -> None:
 
 def _rewrite(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        change(config)
-        (directory / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        rewrite_config(directory, change)
 
     return damage
 
 
 def _restore(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
-        file, config = directory / TENSORS, directory / CONFIG
-        tensors = {name: value.clone() for name, value in load_file(file).items()}
-        old = hashlib.sha256(file.read_bytes()).hexdigest()
-        change(tensors)
-        save_file(tensors, file)
-        # A checksum in the configuration is put right: the content alone must be found wrong.
-        new = hashlib.sha256(file.read_bytes()).hexdigest()
-        config.write_text(config.read_text("utf-8").replace(old, new), "utf-8")
+        rewrite_tensors(directory, change)
 
     return damage
 
@@ -267,6 +257,7 @@ def test_written_whole_or_not_at_all(
     else:
         monkeypatch.setattr(os, "replace", fail)
         monkeypatch.setattr(os, "rename", fail)
+        monkeypatch.setattr(whole_folder, "_exchange_names", fail)
     with pytest.raises((OSError, TypeError, ValueError)):
         save(other, target, overwrite=overwrite)
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpt_fast.adapter import read_config
+from vpt_fast.adapter_files import read_config
 from vpt_fast.train import demo, demo_study, demo_task
 from vpt_fast.train.demo import main
 from vpt_fast.train.report import format_bytes, format_table

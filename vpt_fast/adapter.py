@@ -2,41 +2,43 @@
 
 An adapter is a directory of two files: `adapter_model.safetensors`, the trained tensors under
 their names in the model, and `adapter_config.json`, what is needed to build the model again and
-to know that it is the right one. That is told by a fingerprint of what was frozen: of an adapter
-of `FullTuning()`, which holds every weight, it is empty, and any values fit underneath.
+to know that it is the right one. That is told by a fingerprint of what was frozen (of an adapter
+of `FullTuning()`, which holds every weight, it is empty, and any values fit underneath), by the
+attributes that decide what is computed with it, and by what the tuned model makes of one image.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from vpt_fast.adapter_checks import check_architecture, check_weights
+from vpt_fast.adapter_checks import check_computation, check_dimensions, check_weights
 from vpt_fast.adapter_files import (
     CONFIG_FILE,
     FORMAT_VERSION,
     TENSORS_FILE,
     check_finite,
-    read_config,
-    read_tensors,
+    config_sha256,
+    read_adapter,
     sha256,
 )
+from vpt_fast.architecture import describe
 from vpt_fast.checks import check_model
 from vpt_fast.fingerprint import fingerprint
+from vpt_fast.fixed_image import seen_differently, seen_in_fixed_image
 from vpt_fast.methods import from_dict, to_dict
 from vpt_fast.tune import host_copy, prompt_tune, remove_prompts, trainable_parameters
 from vpt_fast.tuned import blocks_of, is_tuned
+from vpt_fast.whole_folder import whole_folder
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,11 +71,21 @@ def model_config(
         "name": pretrained.get("architecture"),
         "args": {key: value for key, value in args.items() if key not in unrecorded},
         "unrecorded_args": unrecorded,
+        "source": _source(pretrained),
         "pretrained_tag": pretrained.get("tag") or None,
         "checkpoint": None if checkpoint is None else os.path.basename(checkpoint),
         "width": vit.embed_dim,
         "depth": len(blocks_of(vit)),
     }
+
+
+def _source(pretrained: Mapping[str, Any]) -> str | None:
+    """What `timm.create_model` takes for a model that timm's own list has not."""
+    if pretrained.get("source") == "hf-hub":
+        return f"hf-hub:{pretrained['hf_hub_id']}"
+    if pretrained.get("source") == "local-dir":
+        return f"local-dir:{os.path.abspath(pretrained['file'])}"
+    return None
 
 
 def _is_json(value: Any) -> bool:
@@ -112,6 +124,8 @@ def save_adapter(
 ) -> Path:
     """Write everything of `model` that requires a gradient, whole or not at all.
 
+    An adapter that is there is replaced in one moment (see `whole_folder`); a link stays a link.
+
     Args:
         model: a tuned model.
         directory: the adapter's directory; its parents are made.
@@ -128,6 +142,7 @@ def save_adapter(
         TypeError: `class_names` is one string.
         ValueError: `model` is not tuned, nothing in it is trained, a trained value is not finite,
             or the number of names is not the number of classes.
+        OSError: it cannot be written; what was there is still there.
     """
     directory = Path(directory)
     if not is_tuned(model):
@@ -143,33 +158,32 @@ def save_adapter(
         raise ValueError("nothing in this model requires a gradient; there is nothing to save")
     check_finite(trained, "the model")
     data = resolve_model_data_config(model)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        tensors = {name: t.to("cpu").contiguous().clone() for name, t in trained.items()}
-        save_file(tensors, scratch / TENSORS_FILE, metadata={"format": "pt"})
-        config = {
-            "format_version": FORMAT_VERSION,
-            "method": to_dict(tuned.tune_record.method),
-            "model": model_config(model, model_args, checkpoint),
-            "input": {
-                "input_size": [tuned.in_chans, *tuned.patch_embed.img_size],
-                "interpolation": data["interpolation"],
-                "mean": list(data["mean"]),
-                "std": list(data["std"]),
-                "crop_pct": data["crop_pct"],
-                "crop_mode": data.get("crop_mode", "center"),
-            },
-            "class_names": None if class_names is None else [str(name) for name in class_names],
-            "versions": {"vpt_fast": _version(), "torch": torch.__version__, "timm": _timm()},
-            "fingerprint": fingerprint(_frozen(model, list(trained))),
-            "tensors_sha256": sha256((scratch / TENSORS_FILE).read_bytes()),
-        }
-        (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
-        _move_into_place(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    tensors = {name: t.to("cpu").contiguous().clone() for name, t in trained.items()}
+    content = save(tensors, metadata={"format": "pt"})
+    config = {
+        "format_version": FORMAT_VERSION,
+        "method": to_dict(tuned.tune_record.method),
+        "model": model_config(model, model_args, checkpoint),
+        "input": {
+            "input_size": [tuned.in_chans, *tuned.patch_embed.img_size],
+            "interpolation": data["interpolation"],
+            "mean": list(data["mean"]),
+            "std": list(data["std"]),
+            "crop_pct": data["crop_pct"],
+            "crop_mode": data.get("crop_mode", "center"),
+        },
+        "class_names": None if class_names is None else [str(name) for name in class_names],
+        "versions": {"vpt_fast": _version(), "torch": torch.__version__, "timm": _timm()},
+        "architecture": describe(model),
+        "fixed_image": seen_in_fixed_image(model),
+        "fingerprint": fingerprint(_frozen(model, list(trained))),
+        "tensors_sha256": sha256(content),
+    }
+    config["config_sha256"] = config_sha256(config)
+    text = json.dumps(config, indent=2) + "\n"
+    with whole_folder(directory) as folder:
+        (folder / TENSORS_FILE).write_bytes(content)
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     return directory
 
 
@@ -197,20 +211,6 @@ def _check_target(directory: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{directory} holds more than an adapter; choose another directory")
 
 
-def _move_into_place(scratch: Path, directory: Path) -> None:
-    if not directory.exists():
-        scratch.rename(directory)
-        return
-    old = scratch.with_name(f"{scratch.name}.old")
-    directory.rename(old)
-    try:
-        scratch.rename(directory)
-    except OSError:
-        old.rename(directory)
-        raise
-    shutil.rmtree(old)
-
-
 def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     """Tune a plain timm model with a saved adapter, in place.
 
@@ -225,19 +225,20 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     Raises:
         FileNotFoundError: there is no adapter.
         ValueError: the adapter is damaged, or belongs to a model of another width, depth, class
-            count or other weights. `model` is unchanged then.
+            count or other weights, or one that computes something else with them. `model` is
+            unchanged then.
         TypeError: `model` is of a class that `prompt_tune` does not know.
     """
     directory = Path(directory)
-    config = read_config(directory)
-    tensors = read_tensors(directory, config)
+    config, tensors = read_adapter(directory)
     method = from_dict(config["method"])
     check_model(model, method)
     _check_backbone(model, config, list(tensors), directory)
     tuned: Any = prompt_tune(model, method)
     try:
         _fill(tuned, tensors, config["fingerprint"], directory)
-    except ValueError:
+        _check_fixed_image(tuned, config, directory)
+    except BaseException:
         remove_prompts(tuned)
         raise
     return tuned
@@ -247,7 +248,7 @@ def _check_backbone(
     model: Any, config: dict[str, Any], trained: list[str], directory: Path
 ) -> None:
     have, want = model_config(model), config["model"]
-    check_architecture(have, want, directory)
+    check_dimensions(have, want, directory)
     classes = want.get("args", {}).get("num_classes")
     if have["args"]["num_classes"] != classes:
         raise ValueError(
@@ -255,6 +256,20 @@ def _check_backbone(
             f"{have['args']['num_classes']}; create it with num_classes={classes}"
         )
     check_weights(fingerprint(_frozen(model, trained)), config, directory)
+    check_computation(describe(model), config, directory)
+
+
+def _check_fixed_image(model: nn.Module, config: Mapping[str, Any], directory: Path) -> None:
+    expected = config.get("fixed_image")
+    if expected is None:
+        return  # of an older format, or nothing that can be compared
+    have = seen_in_fixed_image(model)
+    different = "not finite" if have is None else seen_differently(have, expected)
+    if different:
+        raise ValueError(
+            f"with the adapter in {directory} this model computes something else of the same image "
+            f"than the one that was saved: {different}; compare what was replaced or hooked in them"
+        )
 
 
 def _fill(model: Any, tensors: dict[str, Tensor], frozen: dict[str, Any], directory: Path) -> None:

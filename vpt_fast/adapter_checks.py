@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to a backbone: its dimensions, and the weights that were frozen."""
+"""Whether an adapter belongs to a backbone: dimensions, frozen weights, what they are used for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.architecture import Description, different_architecture
 from vpt_fast.fingerprint import Summary, difference
 
 
-def check_architecture(have: Mapping[str, Any], want: Mapping[str, Any], directory: Path) -> None:
+def check_dimensions(have: Mapping[str, Any], want: Mapping[str, Any], directory: Path) -> None:
     """Raise ValueError unless an adapter is for a model of this width, depth and pooling.
 
     Args:
@@ -47,6 +48,23 @@ def check_weights(have: Mapping[str, Summary], config: Mapping[str, Any], direct
         )
 
 
+def check_computation(have: Description, config: Mapping[str, Any], directory: Path) -> None:
+    """Raise ValueError unless a backbone computes what the adapter's did with equal weights.
+
+    Args:
+        have: `describe` of the backbone.
+        config: the adapter's configuration; one of an older format does not say.
+        directory: of the adapter.
+    """
+    different = different_architecture(have, config.get("architecture", {}))
+    if different:
+        raise ValueError(
+            f"the adapter in {directory} is for a backbone that computes something else: "
+            f"{different}; create the model it was trained on ({_source(config['model'])})"
+        )
+
+
 def _source(model: Mapping[str, Any]) -> str:
-    source = model.get("checkpoint") or model.get("pretrained_tag") or "weights of its own"
+    known = (model.get(key) for key in ("checkpoint", "source", "pretrained_tag"))
+    source = next(filter(None, known), "weights of its own")
     return f"{model.get('name')}, {source}"

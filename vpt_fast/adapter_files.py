@@ -1,37 +1,42 @@
-"""The two files of an adapter: their names, and how they are read and checked for damage."""
+"""The two files of an adapter: their names, and how they are read and checked for damage.
+
+Format 2 has a checksum of the configuration too. Format 1 had none, and neither the description of
+the architecture nor what the model makes of a fixed image: it is read as it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from vpt_fast.adapter_config import check_config
+
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_CONFIG_TYPES: dict[str, tuple[type, ...]] = {
-    "format_version": (int,),
-    "method": (dict,),
-    "model": (dict,),
-    "input": (dict,),
-    "class_names": (list, type(None)),
-    "versions": (dict,),
-    "fingerprint": (dict,),
-    "tensors_sha256": (str,),
-}
+_PATIENCE = 1.0
+"""Seconds that an adapter is read again for, where its files are those of two savings."""
 
 
 def sha256(content: bytes) -> str:
     """In hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
+
+
+def config_sha256(config: dict[str, Any]) -> str:
+    """Of a configuration's values, whatever their order and the space between them."""
+    rest = {key: value for key, value in config.items() if key != "config_sha256"}
+    return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def check_finite(tensors: dict[str, Tensor], where: str) -> None:
@@ -42,11 +47,11 @@ def check_finite(tensors: dict[str, Tensor], where: str) -> None:
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The adapter's configuration, checked for completeness.
+    """The adapter's configuration, checked value by value (see `check_config`).
 
     Raises:
         FileNotFoundError: the directory or one of its two files is not there.
-        ValueError: the configuration is damaged or of a newer format.
+        ValueError: the configuration is damaged, was changed, or is of a newer format.
     """
     directory = Path(directory)
     for name in (CONFIG_FILE, TENSORS_FILE):
@@ -54,7 +59,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
             raise FileNotFoundError(f"{directory} is not an adapter: it has no {name}")
     path = directory / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict):
@@ -64,12 +69,47 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format {version}, this vpt_fast reads up to {FORMAT_VERSION}; upgrade it"
         )
-    for key, types in _CONFIG_TYPES.items():
-        if key not in config:
-            raise ValueError(f"{path} is damaged: it has no {key!r}")
-        if not isinstance(config[key], types):
-            raise ValueError(f"{path} is damaged: {key} is {config[key]!r}")
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if version != 1 and config.get("config_sha256") != config_sha256(config):
+        raise ValueError(
+            f"{path} is damaged, or was changed after it was saved: its checksum is another; load "
+            "the original and save it with what is to be changed"
+        )
     return config
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON's")
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of one saving, also while the adapter is being replaced.
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is not there.
+        ValueError: one of them is damaged, or they do not belong together.
+    """
+    end = time.monotonic() + _PATIENCE
+    while True:
+        before = _identity(directory)
+        try:
+            config = read_config(directory)
+            return config, read_tensors(directory, config)
+        except (ValueError, OSError):
+            if _identity(directory) == before or time.monotonic() > end:
+                raise
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Tells the folder of one saving from that of another."""
+    try:
+        found = os.stat(directory)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def read_tensors(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:

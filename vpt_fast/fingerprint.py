@@ -42,12 +42,15 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, Summary]:
     return {name: _summary(w) for name, w in weights.items() if w.is_floating_point()}
 
 
-def difference(have: Mapping[str, Summary], expected: Mapping[str, Summary]) -> str:
+def difference(
+    have: Mapping[str, Summary], expected: Mapping[str, Summary], tolerance: float = TOLERANCE
+) -> str:
     """Say how weights differ from those that are expected; "" if they do not.
 
     Args:
         have: fingerprint of the weights.
         expected: fingerprint that they should have.
+        tolerance: relative to the norm.
     """
     for name in have:
         if name not in expected:
@@ -60,6 +63,6 @@ def difference(have: Mapping[str, Summary], expected: Mapping[str, Summary]) -> 
             return f"{name} has shape {tuple(found['shape'])}, not {tuple(want['shape'])}"
         for key in ("norm", "projection"):
             # The projection of a weight is of the order of its norm.
-            if not abs(found[key] - want[key]) <= TOLERANCE * max(want["norm"], 1e-12):
+            if not abs(found[key] - want[key]) <= tolerance * max(want["norm"], 1e-12):
                 return f"{name} has other values ({key} {found[key]:.6g}, not {want[key]:.6g})"
     return ""

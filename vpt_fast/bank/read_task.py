@@ -15,8 +15,9 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.nn.functional import linear
 
-from vpt_fast.adapter_checks import check_architecture, check_weights
-from vpt_fast.adapter_files import TENSORS_FILE, read_config, read_tensors
+from vpt_fast.adapter_checks import check_computation, check_dimensions, check_weights
+from vpt_fast.adapter_files import TENSORS_FILE, read_adapter
+from vpt_fast.architecture import describe
 from vpt_fast.attention_inputs import packed_prompts
 from vpt_fast.bank.task_experts import ExpertTensors, TaskExperts
 from vpt_fast.baselines import LinearProbe
@@ -78,7 +79,8 @@ class Backbone:
         weights = {k: w for k, w in model.state_dict().items() if not k.startswith(own)}
         self.weights = fingerprint(weights)
         pool = {"global_pool": model.global_pool}
-        self.architecture = {"width": self.width, "depth": self.depth, "args": pool}
+        self.dimensions = {"width": self.width, "depth": self.depth, "args": pool}
+        self.architecture = describe(model)
         self.inputs: dict[str, Any] = resolve_model_data_config(model)
 
     @property
@@ -106,14 +108,14 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
         FileNotFoundError: there is no adapter.
         ValueError: it is damaged, of another backbone, or of a method that no bank holds.
     """
-    config = read_config(directory)
-    tensors = read_tensors(directory, config)
+    config, tensors = read_adapter(directory)
     try:
         method = from_dict(config["method"])
         _check_method(method, backbone, directory)
-        check_architecture(backbone.architecture, config["model"], directory)
+        check_dimensions(backbone.dimensions, config["model"], directory)
         have = {key: value for key, value in backbone.weights.items() if key not in tensors}
         check_weights(have, config, directory)
+        check_computation(backbone.architecture, config, directory)
         classes = _classes(tensors, directory)
         _check_shapes(tensors, _shapes(backbone, method, classes, tensors), directory)
         inputs = _inputs(backbone, config["input"], directory)
@@ -145,9 +147,12 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
 def _inputs(backbone: Backbone, given: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
     """How images are prepared: as the adapter says, and where it says nothing as the model does."""
     inputs = {**backbone.inputs, **given}
-    size = inputs["input_size"]
-    if not isinstance(size, (list, tuple)) or len(size) != 3:
-        _refuse(directory, f"its input_size is {size!r}, not (channels, height, width)")
+    channels, *size = inputs["input_size"]
+    model, side = backbone.model, tuple(backbone.model.patch_embed.img_size)
+    if channels != model.in_chans:
+        _refuse(directory, f"its images have {channels} channels, the model's {model.in_chans}")
+    if tuple(size) != side and not model.dynamic_img_size:
+        _refuse(directory, f"its images are {tuple(size)} pixels, the model takes {side}")
     return MappingProxyType(inputs)
 
 

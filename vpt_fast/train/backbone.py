@@ -229,8 +229,9 @@ def backbone_of_adapter(
     """Builds the plain backbone that an adapter was trained on.
 
     Args:
-        config: Of vpt_fast.adapter.read_config.
-        checkpoint: The backbone's weights; None downloads timm's if the adapter names a tag.
+        config: Of `vpt_fast.adapter_files.read_config`.
+        checkpoint: The backbone's weights; None takes those that it was trained on, from the hub,
+            the folder or timm's list that they came from.
 
     Raises:
         ValueError: As `create_backbone`; also if the adapter was trained on a checkpoint file
@@ -245,8 +246,14 @@ def backbone_of_adapter(
         raise ValueError(
             f"this adapter was trained on the weights in {stored}; pass --checkpoint with its path"
         )
-    name, tag = model["name"], model.get("pretrained_tag")
-    if checkpoint is None and tag and "." not in name and ":" not in name:
+    name, tag, source = (model.get(key) for key in ("name", "pretrained_tag", "source"))
+    if checkpoint is None and source is not None:
+        name, tag = source, None
+    if name is None:
+        raise ValueError(
+            "this adapter's model has no name that timm knows; build it and call load_adapter"
+        )
+    if checkpoint is None and tag and "." not in name:
         name = f"{name}.{tag}"
     args = dict(model.get("args") or {})
     num_classes = args.pop("num_classes", None) or len(config["class_names"] or [])

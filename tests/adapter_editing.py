@@ -1,0 +1,35 @@
+"""Adapters as somebody else might have written them: edited, with checksums that fit again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vpt_fast.adapter_files import CONFIG_FILE, TENSORS_FILE, config_sha256
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def rewrite_config(directory: Path, change: Change) -> None:
+    """Change the configuration, and put its checksum right."""
+    path = directory / CONFIG_FILE
+    config = json.loads(path.read_text("utf-8"))
+    change(config)
+    config["config_sha256"] = config_sha256(config)
+    path.write_text(json.dumps(config), "utf-8")
+
+
+def rewrite_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change the tensors, and put both checksums right: the content alone must be found wrong."""
+    path = directory / TENSORS_FILE
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    rewrite_config(directory, lambda config: config.update(tensors_sha256=digest))

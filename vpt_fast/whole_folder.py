@@ -1,0 +1,121 @@
+"""Folders that are written whole or not at all, and replaced in one moment."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `path` at the end; until then, that stays as it was.
+
+    There is no moment without a whole folder at `path` where the system can exchange two names
+    (Linux and macOS, on most file systems); elsewhere there is one between two renames. A link
+    stays one, and what it leads to is replaced. What a process that was killed has left behind is
+    removed by the next one that writes to the same place.
+
+    Args:
+        path: Of the folder; its parents are made.
+
+    Yields:
+        The new folder, beside the old one. It is locked while it is written.
+
+    Raises:
+        OSError: It cannot be written or moved; `path` is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_overs(target)
+    scratch = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}")
+    scratch.mkdir()
+    try:
+        with _lock(scratch):
+            yield scratch
+            for file in scratch.iterdir():
+                _to_disk(file)
+            if target.exists():
+                shutil.copymode(target, scratch)
+                _exchange(scratch, target)
+            else:
+                os.rename(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.writing-"
+
+
+def _remove_left_overs(target: Path) -> None:
+    if sys.platform == "win32":
+        return  # nothing there says whether one is still being written
+    for left_over in target.parent.glob(f"{_escaped(_prefix(target))}*"):
+        with suppress(OSError), _lock(left_over):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Whoever writes a folder holds its lock; BlockingIOError if another process does."""
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _escaped(name: str) -> str:
+    """The name as a pattern that only it fits."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Exchange two folders; `new` is the old one afterwards."""
+    try:
+        _exchange_names(os.fsencode(new), os.fsencode(old))
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            raise
+        aside = new.with_name(f"{new.name}-old")
+        os.rename(old, aside)
+        try:
+            os.rename(new, old)
+        except OSError:
+            os.rename(aside, old)
+            raise
+        os.rename(aside, new)
+
+
+def _exchange_names(one: bytes, other: bytes) -> None:
+    """Exchange two names in one system call, which Python has no function for."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        failed = library.renamex_np(one, other, ctypes.c_uint(2))  # RENAME_SWAP
+    elif hasattr(library, "renameat2"):
+        here = -100  # AT_FDCWD
+        failed = library.renameat2(here, one, here, other, ctypes.c_uint(2))  # RENAME_EXCHANGE
+    else:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if failed:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fsdecode(other))
