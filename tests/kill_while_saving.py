@@ -71,8 +71,11 @@ def main() -> None:
             tuned.prompt_tokens.fill_(float(version))
         save_adapter(tuned, adapter, class_names=[str(version), "other"], overwrite=True)
 
+    started, begun = os.pipe()
+
     def save_for_ever() -> None:
         version = 0
+        os.write(begun, b".")
         while True:
             version += 1
             save(version)
@@ -80,10 +83,15 @@ def main() -> None:
     save(0)
     source, sink = os.pipe()
     reader = child(lambda: read_until_stopped(adapter, sink))
+    start = time.perf_counter()
+    for _ in range(5):
+        save(0)
+    takes = (time.perf_counter() - start) / 5
     draw, broken, left_behind = random.Random(0), [], 0
     for _ in range(kills):
         process = child(save_for_ever)
-        time.sleep(draw.uniform(0.001, 0.03))
+        os.read(started, 1)
+        time.sleep(draw.uniform(0, 2 * takes))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         left_behind += len(list(adapter.parent.iterdir())) > 1

@@ -18,7 +18,7 @@ from test_adapter import CONFIG, TENSORS, save, trained
 from test_tune_lifecycle import assert_unchanged, snapshot
 from torch import nn
 
-from vpt_fast import VPTDeep, load_adapter, prompt_tune, save_adapter, whole_folder
+from vpt_fast import VPTDeep, atomic, load_adapter, prompt_tune, save_adapter
 from vpt_fast.adapter_files import read_config
 
 
@@ -257,7 +257,7 @@ def test_written_whole_or_not_at_all(
     else:
         monkeypatch.setattr(os, "replace", fail)
         monkeypatch.setattr(os, "rename", fail)
-        monkeypatch.setattr(whole_folder, "_exchange_names", fail)
+        monkeypatch.setattr(atomic, "_exchange_names", fail)
     with pytest.raises((OSError, TypeError, ValueError)):
         save(other, target, overwrite=overwrite)
     monkeypatch.undo()

@@ -15,7 +15,7 @@ from families import TOKEN
 from test_adapter import CONFIG, TENSORS, save, trained
 from test_adapter_refusals import plain
 
-from vpt_fast import VPTDeep, load_adapter, whole_folder
+from vpt_fast import VPTDeep, atomic, load_adapter
 from vpt_fast.adapter_files import read_adapter, read_config
 
 KILLED = Path(__file__).parent / "kill_while_saving.py"
@@ -69,7 +69,7 @@ def test_where_names_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(*_: object) -> None:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(whole_folder, "_exchange_names", refuse)
+    monkeypatch.setattr(atomic, "_exchange_names", refuse)
     save(trained(TOKEN, VPTDeep(3)), directory, overwrite=True)
     assert read_config(directory)["method"]["num_prompts"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -78,7 +78,7 @@ def test_where_names_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.Mon
 def test_another_writer_is_left_alone(tmp_path: Path) -> None:
     """Only what nobody writes any more is removed."""
     directory = save(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter")
-    with whole_folder.whole_folder(directory) as mine:
+    with atomic.atomic_folder(directory) as mine:
         (mine / CONFIG).write_text("{}")
         save(trained(TOKEN, VPTDeep(3)), directory, overwrite=True)
         assert mine.is_dir()

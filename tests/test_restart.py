@@ -20,6 +20,7 @@ from vpt_fast import VAPT, VPTDeep, prompt_tune, save_adapter
 from vpt_fast.adapter_files import TENSORS_FILE
 from vpt_fast.train.checkpoint import FILE, load_checkpoint, save_checkpoint
 from vpt_fast.train.data import Batch, make_loader
+from vpt_fast.train.digest import digest
 from vpt_fast.train.loop import fit
 from vpt_fast.train.recipe import Recipe, init_head
 
@@ -128,8 +129,34 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path, resume=True, **{"epochs": 1, "warmup_epochs": 0, **changes})
-    with pytest.raises(ValueError, match=r"trained has blocks.0.prompt.tokens \[2, 64\], not \[3"):
-        run(tmp_path, VPTDeep(3, dropout=0.1), resume=True, epochs=1, warmup_epochs=0)
+    for method, message in (
+        (VPTDeep(3, dropout=0.1), "method has num_prompts 2, not 3"),
+        (VPTDeep(2, dropout=0.9), "method has dropout 0.1, not 0.9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, method, resume=True, epochs=1, warmup_epochs=0)
+
+
+@pytest.mark.parametrize("flips", [100, pytest.param(1000, marks=pytest.mark.full)])
+def test_flipped_bits_of_a_checkpoint(flips: int, tmp_path: Path) -> None:
+    """Refused, or the same bits: what a file holds between its values means nothing."""
+    run(tmp_path, epochs=1, warmup_epochs=0)
+    path, draw = tmp_path / FILE, random.Random(0)
+    content, expected = path.read_bytes(), digest(load_checkpoint(tmp_path))
+    refused = 0
+    for _ in range(flips):
+        damaged = bytearray(content)
+        bit = draw.randrange(8 * len(content))
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            state = load_checkpoint(tmp_path)
+        except ValueError as error:
+            assert FILE in str(error)
+            refused += 1
+        else:
+            assert digest(state) == expected
+    assert refused > flips / 2
 
 
 def test_a_checkpoint_is_whole_or_not_there(
@@ -144,11 +171,12 @@ def test_a_checkpoint_is_whole_or_not_there(
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
     state = load_checkpoint(tmp_path)
     assert state is not None and state["epoch"] == 1
-    (tmp_path / f".{FILE}-left").write_bytes(b"cut")
+    (tmp_path / f".{FILE}.writing-left").write_bytes(b"cut")
     (tmp_path / FILE).write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"checkpoint.pt is damaged"):
         load_checkpoint(tmp_path)
-    assert not (tmp_path / f".{FILE}-left").exists()
+    save_checkpoint(tmp_path, {"epoch": 3})
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
     torch.save({"version": 0}, tmp_path / FILE)
     with pytest.raises(ValueError, match=r"not a checkpoint of this version"):
         load_checkpoint(tmp_path)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pictures import CLASSES, make_folders, write_checkpoint
 
-from vpt_fast import VPTDeep
+from vpt_fast import VAPT, VPTDeep
+from vpt_fast.adapter_files import TENSORS_FILE
+from vpt_fast.train import loop
 from vpt_fast.train import run as run_module
 from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.evaluate import TrainingError
@@ -46,12 +50,15 @@ RECORD = RunRecord(
 
 
 def tune(data: Path, output: Path, weights: Path, **options: Any) -> Any:
+    recipe = {"epochs": 2, "batch_size": 8, "lr": 2.0, "seed": 7}
+    known = {field.name for field in fields(Recipe)}
+    recipe |= {name: options.pop(name) for name in list(options) if name in known}
     return tune_on_folder(
         data,
         output,
         "test_vit",
-        VPTDeep(num_prompts=2),
-        Recipe(epochs=options.pop("epochs", 2), batch_size=8, lr=2.0, seed=7),
+        options.pop("method", VPTDeep(num_prompts=2)),
+        Recipe(**recipe),
         checkpoint=weights,
         img_size=32,
         progress=False,
@@ -78,7 +85,7 @@ def test_a_run_writes_what_it_was_told_and_what_it_found(
     record = read_record(tmp_path / "run")
     assert record is not None
     assert record.state == FINISHED and record.kept_epoch == result.fit.kept
-    assert record.data == {"directory": str(data.resolve()), "format": "folders"}
+    assert record.data["directory"] == str(data.resolve()) and record.data["format"] == "folders"
     assert record.images == {"train": 12, "val": 6, "test": 9}
     assert record.class_names == list(CLASSES)
     assert record.model["name"] == "test_vit" and record.model["img_size"] == 32
@@ -128,7 +135,7 @@ def test_resuming_with_other_options_leaves_the_record_alone(
 ) -> None:
     tune(data, tmp_path / "run", weights, epochs=1)
     before = (tmp_path / "run" / FILE).read_bytes()
-    with pytest.raises(ValueError, match="another run"):
+    with pytest.raises(ValueError, match="with --epochs 1, not 2"):
         tune(data, tmp_path / "run", weights, epochs=2, resume=True)
     assert (tmp_path / "run" / FILE).read_bytes() == before
 
@@ -136,9 +143,25 @@ def test_resuming_with_other_options_leaves_the_record_alone(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"cache": "stream"}, "cache auto, not stream"),
-        ({"image_options": ImageOptions(interpolation="nearest")}, "image options"),
-        ({"augmentation": Augmentation(hflip=0.0)}, "augmentation"),
+        ({"cache": "stream"}, "with --cache auto, the default, not stream;"),
+        (
+            {"image_options": ImageOptions(interpolation="nearest")},
+            "with --interpolation model, the default, not nearest",
+        ),
+        ({"image_options": ImageOptions(antialias=False)}, "without --no-antialias, not with it"),
+        ({"augmentation": Augmentation(hflip=0.0)}, "with --hflip 0.5, the default, not 0;"),
+        ({"augmentation": Augmentation(no_aug=True)}, "without --no-aug, not with it"),
+        ({"augmentation": Augmentation((0.5, 1.0))}, "with --scale 0.7 1, the default, not 0.5 1;"),
+        ({"method": VAPT(2)}, "with --method vpt-deep, not vapt"),
+        ({"method": VPTDeep(2, dropout=0.9)}, "with --dropout 0, the default, not 0.9"),
+        ({"method": VPTDeep(3)}, "with --num-prompts 2, not 3"),
+        ({"lr": None}, "with --lr 2, not 2.5, the default;"),
+        ({"opt": "adamw"}, "with --opt sgd, the default, not adamw"),
+        ({"seed": 42}, "with --seed 7, not 42, the default"),
+        ({"batch_size": 7}, "with --batch-size 8, not 7"),
+        ({"epochs": 3}, "with --epochs 2, not 3"),
+        ({"schedule": "step"}, "with --schedule epoch, the default, not step"),
+        ({"prefix_cache": False}, "with --prefix-cache, not without"),
     ],
 )
 def test_a_run_goes_on_only_with_what_it_was_told(
@@ -151,6 +174,79 @@ def test_a_run_goes_on_only_with_what_it_was_told(
         tune(data, output, weights, resume=True, **changed)
     after = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert before == after
+
+
+def _one_more_image(data: Path, _: Path) -> None:
+    first = next((data / "train").glob("*/*"))
+    shutil.copy(first, first.with_name(f"again-{first.name}"))
+
+
+def _another_image(data: Path, _: Path) -> None:
+    first = next((data / "train").glob("*/*"))
+    first.write_bytes(first.read_bytes() + b"more")
+
+
+def _other_weights(_: Path, weights: Path) -> None:
+    state = torch.load(weights)
+    state["cls_token"] += 1e-6
+    torch.save(state, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_one_more_image, "other numbers of images: train 12, not 13"),
+        (_another_image, "other images: their checksum is another"),
+        (_other_weights, "other weights of the backbone: their checksum is another"),
+    ],
+)
+def test_a_run_goes_on_only_with_what_it_was_given(
+    change: Any, message: str, data: Path, weights: Path, tmp_path: Path
+) -> None:
+    images, file = tmp_path / "images", tmp_path / "weights.pth"
+    shutil.copytree(data, images)
+    shutil.copy(weights, file)
+    tune(images, tmp_path / "run", file)
+    images.rename(tmp_path / "elsewhere")
+    tune(tmp_path / "elsewhere", tmp_path / "run", file, resume=True)
+    change(tmp_path / "elsewhere", file)
+    with pytest.raises(ValueError, match=message):
+        tune(tmp_path / "elsewhere", tmp_path / "run", file, resume=True)
+
+
+def test_it_goes_on_with_other_workers_and_memory(
+    data: Path, weights: Path, tmp_path: Path
+) -> None:
+    """They change no bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    tune(data, whole, weights, cache="stream")
+    real = loop.save_checkpoint
+
+    def stopping(directory: Path, state: Any) -> None:
+        real(directory, state)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", stopping)
+        assert tune(data, parts, weights, cache="stream").fit.interrupted
+    tune(data, parts, weights, cache="stream", workers=2, memory="minimal", resume=True)
+    for name in ("best", "last"):
+        one, other = (folder / name / TENSORS_FILE for folder in (whole, parts))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_full_disk_is_said_in_the_record(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "adapter_model.safetensors")
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        tune(data, tmp_path / "run", weights)
+    record = read_record(tmp_path / "run")
+    assert record is not None and record.state == FAILED
+    assert "No space left on device" in str(record.error)
 
 
 def test_a_record_that_was_not_there_is_not_left_by_a_run_that_cannot_begin(

@@ -32,13 +32,13 @@ from vpt_fast.adapter_files import (
     sha256,
 )
 from vpt_fast.architecture import describe
+from vpt_fast.atomic import atomic_folder
 from vpt_fast.checks import check_model
 from vpt_fast.fingerprint import fingerprint
 from vpt_fast.fixed_image import seen_differently, seen_in_fixed_image
 from vpt_fast.methods import from_dict, to_dict
 from vpt_fast.tune import host_copy, prompt_tune, remove_prompts, trainable_parameters
 from vpt_fast.tuned import blocks_of, is_tuned
-from vpt_fast.whole_folder import whole_folder
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -124,7 +124,7 @@ def save_adapter(
 ) -> Path:
     """Write everything of `model` that requires a gradient, whole or not at all.
 
-    An adapter that is there is replaced in one moment (see `whole_folder`); a link stays a link.
+    An adapter that is there is replaced in one moment (see `atomic_folder`); a link stays a link.
 
     Args:
         model: a tuned model.
@@ -181,7 +181,7 @@ def save_adapter(
     }
     config["config_sha256"] = config_sha256(config)
     text = json.dumps(config, indent=2) + "\n"
-    with whole_folder(directory) as folder:
+    with atomic_folder(directory) as folder:
         (folder / TENSORS_FILE).write_bytes(content)
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     return directory

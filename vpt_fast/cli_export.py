@@ -11,6 +11,7 @@ import typer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from vpt_fast.atomic import atomic_file
 from vpt_fast.bake import bake
 from vpt_fast.cli_adapters import Adapter
 from vpt_fast.cli_common import Checkpoint, Device, one_line_errors
@@ -18,7 +19,6 @@ from vpt_fast.methods import to_dict
 from vpt_fast.train.evaluate import resolve_device
 from vpt_fast.train.recipe import AMP_DTYPES
 from vpt_fast.train.tuned_model import TunedModel, load_tuned
-from vpt_fast.train.whole_file import whole_file
 
 SUFFIX = ".pt2"
 TASK_FILE = "task.json"
@@ -53,7 +53,7 @@ def export(
         program = export_program(baked, images.to(AMP_DTYPES[dtype]))
         off = _difference(loaded.net, program, images, AMP_DTYPES[dtype])
         output.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(output, "wb") as file:
+        with atomic_file(output, "wb") as file:
             torch.export.save(program, file, extra_files={TASK_FILE: _task(loaded, dtype)})
         size = ", ".join(map(str, loaded.inputs["input_size"]))
         typer.echo(

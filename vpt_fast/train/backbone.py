@@ -223,6 +223,12 @@ def load_backbone_weights(model: nn.Module, checkpoint: str | Path, name: str) -
         model.load_state_dict(wanted, strict=False)
 
 
+def weights_without_head(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint gives, by name."""
+    heads = _head_names(model)
+    return {k: value for k, value in model.state_dict().items() if not k.startswith(heads)}
+
+
 def backbone_of_adapter(
     config: Mapping[str, Any], checkpoint: str | Path | None = None
 ) -> nn.Module:

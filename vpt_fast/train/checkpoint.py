@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from vpt_fast.train.whole_file import whole_file
+from vpt_fast.atomic import atomic_file
+from vpt_fast.train.digest import digest
 
 FILE = "checkpoint.pt"
-VERSION = 1
+VERSION = 2
 
 State = dict[str, Any]
 
@@ -25,22 +25,25 @@ def save_checkpoint(directory: Path, state: State) -> None:
     Args:
         directory: An existing folder.
         state: Tensors, numbers, strings, and lists and dictionaries of them.
+
+    Raises:
+        OSError: If it cannot be written.
     """
-    with whole_file(directory / FILE, "wb", permissions=None) as file:
-        torch.save({"version": VERSION, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_file(directory / FILE, "wb") as file:
+        try:
+            torch.save({"version": VERSION, "sha256": digest(state), **state}, file)
+        except RuntimeError as error:  # PyTorch's writer says so of a full disk
+            raise OSError(f"{directory / FILE} cannot be written; is the disk full?") from error
 
 
 def load_checkpoint(directory: Path) -> State | None:
     """Reads the state that `save_checkpoint` wrote; None if there is none.
 
     Raises:
-        ValueError: If the file is damaged, or of another version.
+        ValueError: If a bit of the file's values is not as it was written, or the file is of
+            another version.
     """
     path = directory / FILE
-    for left_over in directory.glob(f".{FILE}-*"):
-        left_over.unlink()
     if not path.is_file():
         return None
     try:
@@ -51,6 +54,9 @@ def load_checkpoint(directory: Path) -> State | None:
         ) from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ValueError(f"{path} is not a checkpoint of this version; remove it to start again")
+    del state["version"]
+    if state.pop("sha256", None) != digest(state):
+        raise ValueError(f"{path} is damaged: its checksum is another; remove it to start again")
     return state
 
 

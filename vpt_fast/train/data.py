@@ -19,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vpt_fast.train.image_options import without_antialias
 from vpt_fast.train.parallel import PartOfBatches
+from vpt_fast.train.seeded_images import SeededBatches, SeededImages
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -299,8 +300,9 @@ def make_loader(
         dataset: Of (image, label) or SkippedImage.
         batch_size: Images per batch, of all processes together (see `parallel`); the last batch
             may be smaller.
-        shuffle: A new order in every epoch, from `seed`.
-        seed: Of the order and of the workers' random numbers.
+        shuffle: A new order in every epoch, from `seed`, and for every image random numbers of its
+            own (see `SeededImages`): what is drawn does not depend on `workers`.
+        seed: Of the order and of the images' random numbers.
         workers: Processes that load images; 0 loads them in this one.
         pin_memory: For faster copies to a GPU.
 
@@ -310,14 +312,13 @@ def make_loader(
     if workers < 0:
         raise ValueError(f"workers is {workers}; it must be at least 0")
     generator = torch.Generator().manual_seed(seed)
+    batches: Any = batch_sampler(dataset, batch_size, shuffle, generator)
     return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler(dataset, batch_size, shuffle, generator),
+        SeededImages(dataset) if shuffle else dataset,
+        batch_sampler=SeededBatches(batches, generator) if shuffle else batches,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        # Of an epoch's workers too, which do not live on: a run that is resumed after an epoch has
-        # the same random numbers as one that was not interrupted.
         generator=generator,
         worker_init_fn=_ignore_interrupt if workers else None,
     )

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vpt_fast import trainable_parameters
+from vpt_fast.methods import to_dict
 from vpt_fast.train.checkpoint import (
     State,
     load_checkpoint,
@@ -38,6 +39,7 @@ from vpt_fast.train.metrics import Epoch, MetricsWriter
 from vpt_fast.train.parallel import gathered, rank, world_size
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.step import TrainStep
+from vpt_fast.tuned import is_tuned
 
 SaveAdapter = Callable[[nn.Module, Path], Any]
 
@@ -204,6 +206,7 @@ class _Run:
         """What has to be the same for a run to go on."""
         trained = trainable_parameters(self.model)
         return {
+            "method": _method(self.model),
             "recipe": asdict(self.recipe),
             "trained": {name: list(parameter.shape) for name, parameter in trained},
             "steps of an epoch": len(self.batches),
@@ -233,6 +236,11 @@ class _Run:
         self.result.skipped = dict(state["skipped"])
         restore_random_state(state["random"][rank()], self.batches)
         return int(state["epoch"])
+
+
+def _method(model: Any) -> State | None:
+    """What a tuned model was tuned with."""
+    return to_dict(model.tune_record.method) if is_tuned(model) else None
 
 
 def fit(

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vpt_fast import __version__
+from vpt_fast.atomic import atomic_file
 from vpt_fast.train.data import SkippedImage
 from vpt_fast.train.evaluate import TrainingError
 from vpt_fast.train.page_classes import (
@@ -39,7 +40,6 @@ from vpt_fast.train.page_text import (
     test_accuracy,
 )
 from vpt_fast.train.report import format_bytes
-from vpt_fast.train.whole_file import whole_file
 
 GENERATOR = "vpt-fast report"
 _MARK = f'<meta name="generator" content="{GENERATOR}'
@@ -236,5 +236,5 @@ def _asset(name: str) -> str:
 def _write(output: Path, html: str) -> None:
     """Whole or not at all; what is no UTF-8 in a file's name becomes a question mark."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output, "w", encoding="utf-8", errors="replace") as file:
+    with atomic_file(output, "w", encoding="utf-8", errors="replace") as file:
         file.write(html)

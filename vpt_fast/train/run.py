@@ -19,6 +19,7 @@ from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.train import backbone as backbones
 from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.checkpoint import FILE as CHECKPOINT
+from vpt_fast.train.digest import digest
 from vpt_fast.train.evaluate import Evaluation, TrainingError, evaluate
 from vpt_fast.train.frozen_cast import FrozenCast
 from vpt_fast.train.graphed_step import check_cuda_graphs
@@ -34,8 +35,8 @@ from vpt_fast.train.memory_set import MemoryLoader
 from vpt_fast.train.parallel import rank, world_size
 from vpt_fast.train.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
 from vpt_fast.train.recipe import Recipe, init_head
+from vpt_fast.train.resuming import check_resumed
 from vpt_fast.train.run_record import (
-    check_resumed,
     new_record,
     read_record,
     recording,
@@ -138,6 +139,7 @@ def tune_on_folder(
         checkpoint=weights,
         model_args=model_args,
     )
+    digest_of_weights = digest(backbones.weights_without_head(net))
     init_head(net)
     prompt_tune(net, method, memory).to(device)
     config = set_data_config(net, options)
@@ -154,6 +156,33 @@ def tune_on_folder(
         )
         for name, split in source.splits.items()
     }
+    record = new_record(
+        directory,
+        source,
+        net,
+        {
+            "name": model,
+            "checkpoint": weights,
+            "pretrained": pretrained,
+            "img_size": img_size,
+            "weights": digest_of_weights,
+        },
+        method,
+        recipe,
+        augmentation,
+        options,
+        {
+            "memory": memory,
+            "cache": cache,
+            "prefix_cache": prefix_cache,
+            "cuda_graphs": cuda_graphs,
+            "workers": workers,
+            "device": str(device),
+            "processes": world_size(),
+        },
+    )
+    if resume and (output / CHECKPOINT).is_file():
+        check_resumed(read_record(output), record)
     _describe(net, f"{method.name} on {model}, {device}", recipe, loaders, log)
     _describe_source(source, loaders, log)
     if not options.antialias:
@@ -179,27 +208,6 @@ def tune_on_folder(
                 batches[name] = kept.loader(ordered, len(images), loader)
         for item in kept.skipped:
             log(f"skipped an image that cannot be decoded: {item.reason}")
-    record = new_record(
-        directory,
-        source,
-        net,
-        {"name": model, "checkpoint": weights, "pretrained": pretrained, "img_size": img_size},
-        method,
-        recipe,
-        augmentation,
-        options,
-        {
-            "memory": memory,
-            "cache": cache,
-            "prefix_cache": prefix_cache,
-            "cuda_graphs": cuda_graphs,
-            "workers": workers,
-            "device": str(device),
-            "processes": world_size(),
-        },
-    )
-    if resume and (output / CHECKPOINT).is_file():
-        check_resumed(read_record(output), record)
     try:
         with recording(output, record):
             result = fit(

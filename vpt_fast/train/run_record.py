@@ -7,9 +7,10 @@ that was interrupted or killed can be understood as well.
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ import torch
 from torch import nn
 
 from vpt_fast import __version__, count_parameters
+from vpt_fast.atomic import atomic_file
 from vpt_fast.methods import Method, to_dict
+from vpt_fast.train.digest import digest
 from vpt_fast.train.evaluate import Evaluation, TrainingError
 from vpt_fast.train.loop import FitResult
 from vpt_fast.train.parallel import rank
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.split import ImageSource
-from vpt_fast.train.whole_file import whole_file
 
 FILE = "run.json"
 FORMAT_VERSION = 1
@@ -39,11 +41,12 @@ class RunRecord:
     Attributes:
         state: RUNNING until training ends (for good, if the run is killed); INTERRUPTED by Ctrl-C;
             FAILED if it could not go on, with `error`; else FINISHED.
-        data: "directory", absolute, and "format", one of `sources.FORMATS`.
+        data: "directory", absolute; "format", one of `sources.FORMATS`; and a "digest" of the
+            images' names, labels and sizes.
         images: Number of images of each split.
         class_names: In the order of the labels.
-        model: "name" as the user gave it, "checkpoint" (absolute, or None), "pretrained" and
-            "img_size".
+        model: "name" as the user gave it, "checkpoint" (absolute, or None), "pretrained",
+            "img_size", and a digest of the backbone's "weights".
         method: As `methods.to_dict` writes it.
         recipe: Fields of `Recipe`; learning rate and warm-up are those that None stood for.
         augmentation: Of the training images.
@@ -111,7 +114,7 @@ def new_record(
         directory: Of the data.
         source: What was found there.
         net: The tuned model.
-        model: "name", "checkpoint" (a path or None), "pretrained" and "img_size".
+        model: "name", "checkpoint" (a path or None), "pretrained", "img_size" and "weights".
         method: What is tuned.
         recipe: How it is trained.
         augmentation, image_options: Dataclasses.
@@ -121,7 +124,11 @@ def new_record(
     trained, total = count_parameters(net)
     return RunRecord(
         state=RUNNING,
-        data={"directory": str(directory.resolve()), "format": source.format},
+        data={
+            "directory": str(directory.resolve()),
+            "format": source.format,
+            "digest": _digest(directory, source),
+        },
         images={name: len(split) for name, split in source.splits.items()},
         class_names=list(source.class_names),
         model={**model, "checkpoint": None if checkpoint is None else str(checkpoint.resolve())},
@@ -140,6 +147,26 @@ def new_record(
     )
 
 
+def _digest(directory: Path, source: ImageSource) -> str:
+    """Of names, labels and sizes in bytes; they may lie elsewhere when a run goes on."""
+    return digest(
+        {
+            name: [
+                [os.path.relpath(path, directory), label, _size(path)]
+                for path, label in zip(split.names, split.labels, strict=True)
+            ]
+            for name, split in source.splits.items()
+        }
+    )
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None  # a row of a table, or missing
+
+
 def write_record(folder: Path, record: RunRecord) -> None:
     """Writes a record; a process that is killed meanwhile leaves the one from before.
 
@@ -149,7 +176,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
     """
     # File names that are no UTF-8 are in the names of classes as escapes, which ASCII keeps.
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(record)}, indent=2) + "\n"
-    with whole_file(folder / FILE, "w", encoding="ascii") as file:
+    with atomic_file(folder / FILE, "w", encoding="ascii") as file:
         file.write(text)
 
 
@@ -157,8 +184,8 @@ def write_record(folder: Path, record: RunRecord) -> None:
 def recording(folder: Path, record: RunRecord) -> Iterator[None]:
     """While training runs, its record is in `folder`; process 0 writes it.
 
-    If training cannot go on, the record says so; if it cannot begin (the checkpoint to resume from
-    is of another run), the record that was there before is put back.
+    If training cannot go on, or nothing can be written, the record says so; if it cannot begin (the
+    checkpoint to resume from is of another run), the record that was there before is put back.
 
     Args:
         folder: The existing output folder of the run.
@@ -172,8 +199,9 @@ def recording(folder: Path, record: RunRecord) -> Iterator[None]:
     write_record(folder, record)
     try:
         yield
-    except TrainingError as error:
-        write_record(folder, record.failed(error))
+    except (TrainingError, OSError, torch.OutOfMemoryError) as error:
+        with suppress(OSError):  # on a disk that is full the record of before stays
+            write_record(folder, record.failed(error))
         raise
     except (ValueError, TypeError):
         if earlier is None:
@@ -181,38 +209,6 @@ def recording(folder: Path, record: RunRecord) -> Iterator[None]:
         else:
             path.write_bytes(earlier)
         raise
-
-
-def check_resumed(earlier: RunRecord | None, record: RunRecord) -> None:
-    """Raises ValueError if a run that is to go on was told something else before.
-
-    Args:
-        earlier: What is in its folder, if anything is.
-        record: Of the run that would go on.
-    """
-    if earlier is None:
-        return
-    pairs = [
-        *((name, getattr(earlier, name), getattr(record, name)) for name in _SAME),
-        ("data format", earlier.data.get("format"), record.data["format"]),
-        *((name, earlier.options.get(name), record.options.get(name)) for name in _SAME_OPTIONS),
-    ]
-    for name, before, now in pairs:
-        if before != _plain(now):
-            raise ValueError(
-                f"this run was started with {name.replace('_', ' ')} {before}, not {now}; resume "
-                "with the options that it was started with"
-            )
-
-
-# What decides the bits of a run; where data and weights lie may change. `loop` compares the recipe.
-_SAME = ("images", "class_names", "augmentation", "image_options")
-_SAME_OPTIONS = ("cache", "prefix_cache")
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))
 
 
 def read_record(folder: Path) -> RunRecord | None:

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and replaced in one moment."""
+"""Files and folders that are written whole or not at all, and replaced in one moment."""
 
 from __future__ import annotations
 
@@ -11,13 +11,41 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 if sys.platform != "win32":
     import fcntl
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, mode: str, **options: Any) -> Iterator[Any]:
+    """A file that takes the place of `path` at the end; until then, that stays as it was.
+
+    What a process that was killed has left behind is removed by the next one that writes to the
+    same place. Others may read the file as the umask says.
+
+    Args:
+        path: In an existing folder.
+        mode, options: As `open` takes them.
+
+    Raises:
+        OSError: It cannot be written; `path` is as it was.
+    """
+    _remove_left_overs(path)
+    scratch = _scratch(path)
+    try:
+        with scratch.open(mode.replace("w", "x"), **options) as file, _lock(scratch):
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder that takes the place of `path` at the end; until then, that stays as it was.
 
     There is no moment without a whole folder at `path` where the system can exchange two names
@@ -37,7 +65,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_overs(target)
-    scratch = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}")
+    scratch = _scratch(target)
     scratch.mkdir()
     try:
         with _lock(scratch):
@@ -57,21 +85,29 @@ def _prefix(target: Path) -> str:
     return f".{target.name}.writing-"
 
 
+def _scratch(target: Path) -> Path:
+    """What nobody else writes, beside the place that it is for."""
+    return target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}")
+
+
 def _remove_left_overs(target: Path) -> None:
     if sys.platform == "win32":
         return  # nothing there says whether one is still being written
     for left_over in target.parent.glob(f"{_escaped(_prefix(target))}*"):
         with suppress(OSError), _lock(left_over):
-            shutil.rmtree(left_over, ignore_errors=True)
+            if left_over.is_dir():
+                shutil.rmtree(left_over, ignore_errors=True)
+            else:
+                left_over.unlink()
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Whoever writes a folder holds its lock; BlockingIOError if another process does."""
+def _lock(path: Path) -> Iterator[None]:
+    """Whoever writes a file or folder holds its lock; BlockingIOError if another process does."""
     if sys.platform == "win32":
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
