@@ -98,6 +98,18 @@ def test_the_best_epoch_on_validation_is_kept_and_saved(tmp_path):
     assert evaluate(last, val, progress=False).loss == pytest.approx(result.epochs[-1].val_loss)
 
 
+def test_a_loss_that_rises_is_said_once(tmp_path):
+    lines = []
+    recipe = Recipe(epochs=4, batch_size=8, lr=300.0, warmup_epochs=0)
+    result = train(tuned(LinearProbe()), recipe, output=tmp_path, save=save, log=lines.append)
+    said = [line for line in lines if line.startswith("warning")]
+    assert said == [f"warning: {result.warning}"]
+    assert "smaller --lr than 300" in result.warning
+    assert max(row.train_loss for row in result.epochs) > 6 * math.log(3)
+    calm = train(tuned(LinearProbe()), Recipe(epochs=4, batch_size=8, lr=1.0))
+    assert calm.warning == ""
+
+
 def test_without_validation_the_last_epoch_is_kept(tmp_path):
     model = tuned()
     result = train(model, Recipe(epochs=2, batch_size=8), output=tmp_path, save=save)

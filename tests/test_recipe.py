@@ -29,7 +29,14 @@ def test_defaults_follow_epochs_and_optimizer():
     assert Recipe(epochs=30).warmup == 3
     assert Recipe(epochs=1).warmup == 0
     assert Recipe(epochs=30, warmup_epochs=5).warmup == 5
-    assert Recipe(opt="adamw").base_lr == 1e-3
+    assert Recipe(opt="adamw").base_lr == Recipe(opt="adamw", epochs=3).base_lr == 1e-3
+    assert (Recipe().base_lr, Recipe(epochs=10).base_lr, Recipe(epochs=9).base_lr) == (
+        2.5,
+        2.5,
+        0.5,
+    )
+    assert Recipe(epochs=9, warmup_epochs=1).base_lr == 2.5
+    assert Recipe(epochs=9, lr=2.5).base_lr == 2.5
     assert Recipe(opt="adamw", lr=0.5).base_lr == 0.5
 
 

@@ -50,7 +50,14 @@ from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.evaluate import resolve_device
 from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.parallel import process_group, rank
-from vpt_fast.train.recipe import AMP_DTYPES, AUTO, DEFAULT_LR, Recipe, resolve_amp_dtype
+from vpt_fast.train.recipe import (
+    AMP_DTYPES,
+    AUTO,
+    DEFAULT_LR,
+    SGD_LR_WITHOUT_WARMUP,
+    Recipe,
+    resolve_amp_dtype,
+)
 from vpt_fast.train.recipes import default_optimizer, paper_settings
 from vpt_fast.train.run import tune_on_folder
 from vpt_fast.train.sources import check_format
@@ -105,7 +112,7 @@ def train(
         typer.Option(
             help="Base learning rate as in the papers: multiplied by batch size / 256. By default "
             + ", ".join(f"{value:g} ({name})" for name, value in DEFAULT_LR.items())
-            + "; worth choosing on val/."
+            + f", {SGD_LR_WITHOUT_WARMUP:g} (sgd without warm-up); worth choosing on val/."
         ),
     ] = None,
     weight_decay: Annotated[
@@ -114,7 +121,10 @@ def train(
     opt: Opt = None,
     warmup_epochs: Annotated[
         int | None,
-        typer.Option(help="Epochs of linear warm-up from 0; by default a tenth of --epochs."),
+        typer.Option(
+            help="Epochs of linear warm-up from 0; by default a tenth of --epochs, none of less "
+            "than ten."
+        ),
     ] = None,
     scale: Scale = (0.7, 1.0),
     hflip: HFlip = 0.5,
@@ -239,6 +249,8 @@ def train(
         if rank():
             return
         rows, adapter = result.fit.epochs, result.adapter
+        if result.fit.warning:
+            typer.echo(f"warning: {result.fit.warning}", err=True)
         if result.fit.interrupted:
             typer.echo(f"interrupted after {len(rows)} of {epochs} epochs; adapter: {adapter}")
             raise typer.Exit(130)

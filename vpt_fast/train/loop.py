@@ -37,7 +37,7 @@ from vpt_fast.train.frozen_cast import FrozenCast
 from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
 from vpt_fast.train.metrics import Epoch, MetricsWriter
 from vpt_fast.train.parallel import gathered, rank, world_size
-from vpt_fast.train.recipe import Recipe
+from vpt_fast.train.recipe import Recipe, head_layers
 from vpt_fast.train.step import TrainStep
 from vpt_fast.tuned import is_tuned
 
@@ -45,6 +45,9 @@ SaveAdapter = Callable[[nn.Module, Path], Any]
 
 # The adapters of a run, in its output folder.
 BEST, LAST = "best", "last"
+
+RISE = 6
+"""How many times the lowest loss an epoch's is to be said."""
 
 
 @dataclass
@@ -56,12 +59,14 @@ class FitResult:
         kept: The epoch whose weights the model has now (best on validation, else the last one).
         interrupted: Whether Ctrl-C ended the run.
         skipped: Images that could not be decoded.
+        warning: That the loss has risen, and what may help; "" if it has not.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
     kept: int | None = None
     interrupted: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
+    warning: str = ""
 
     @property
     def images_per_second(self) -> float:
@@ -95,6 +100,7 @@ class _Run:
         self.good = self.best = self.snapshot()
         self.best_score = (-math.inf, -math.inf)
         self.best_epoch: int | None = None
+        self.lowest_loss = math.log(max(2, head_layers(model)[0].out_features))  # of guessing
 
     def snapshot(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
@@ -129,6 +135,7 @@ class _Run:
         watch = LossWatch(1 if self.device.type == "cpu" else LOOK_EVERY)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         skipped: list[SkippedImage] = []
+        first: torch.Tensor | None = None
         start = time.perf_counter()
         for batch in self.batches:
             self.bar.update()
@@ -136,14 +143,26 @@ class _Run:
             found = self.step(batch)
             if found is not None:
                 sums += found
+                first = found if first is None else first
                 self.check_step(watch.add(found[0]), epoch)
         self.check_step(watch.look(), epoch)
         skipped = [item for items in gathered(skipped) for item in items]
         self.result.skipped.update(dict(skipped))
         loss, correct, count = sums.tolist()
-        if not count:
+        if not count or first is None:
             raise TrainingError(nothing_decoded(skipped))
+        self.compare_loss(loss / count, float(first[0] / first[2]), epoch)
         return loss / count, 100 * correct / count, count / (time.perf_counter() - start)
+
+    def compare_loss(self, loss: float, first: float, epoch: int) -> None:
+        """Notes that an epoch's mean loss is many times the lowest: of guessing, or so far."""
+        self.lowest_loss = min(self.lowest_loss, first)
+        if loss > RISE * self.lowest_loss and not self.result.warning:
+            self.result.warning = (
+                f"the loss is {loss:.3g} in epoch {epoch}, and {self.lowest_loss:.3g} before or by "
+                f"guessing; try a smaller --lr than {self.recipe.base_lr:g}, or warm-up"
+            )
+        self.lowest_loss = min(self.lowest_loss, loss)
 
     def check_step(self, bad_step: int | None, epoch: int) -> None:
         if bad_step is not None:
@@ -199,6 +218,8 @@ class _Run:
             "random": states,
             "epochs": [asdict(row) for row in self.result.epochs],
             "skipped": self.result.skipped,
+            "warning": self.result.warning,
+            "lowest_loss": self.lowest_loss,
         }
         save_checkpoint(self.output, state)
 
@@ -234,6 +255,7 @@ class _Run:
         self.step.load_state_dict(state["step"])
         self.result.epochs = [Epoch(**row) for row in state["epochs"]]
         self.result.skipped = dict(state["skipped"])
+        self.result.warning, self.lowest_loss = state["warning"], state["lowest_loss"]
         restore_random_state(state["random"][rank()], self.batches)
         return int(state["epoch"])
 
@@ -317,12 +339,14 @@ def _train(
     epochs = run.recipe.epochs
     try:
         for epoch in range(done + 1, epochs + 1):
-            known = len(run.result.skipped)
+            known, warned = len(run.result.skipped), run.result.warning
             row = run.run_epoch(epoch, val_batches)
             metrics.add(row)
             run.bar.set_postfix_str(_summary(row), refresh=False)
             if log is not None:
                 log(f"epoch {epoch}/{epochs}  {_summary(row)}")
+                if run.result.warning != warned:
+                    log(f"warning: {run.result.warning}")
                 new = list(run.result.skipped)[known:]
                 if new:
                     log(f"skipped {len(new)} images that cannot be decoded: {', '.join(new)}")

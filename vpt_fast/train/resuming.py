@@ -10,7 +10,7 @@ from typing import Any
 from vpt_fast.methods import METHODS
 from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.image_options import ImageOptions
-from vpt_fast.train.recipe import DEFAULT_LR, Recipe
+from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.run_record import RunRecord
 
 _FLAGS = {"antialias": "no_antialias"}
@@ -78,9 +78,10 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 def _recipe_defaults(record: RunRecord) -> dict[str, Any]:
     """The record has learning rate and warm-up that None stands for."""
-    opt, epochs = record.recipe["opt"], record.recipe["epochs"]
-    standard = Recipe(epochs=epochs, opt=opt)
-    return {**_defaults(Recipe), "lr": DEFAULT_LR[opt], "warmup_epochs": standard.warmup}
+    told = {key: record.recipe[key] for key in ("epochs", "opt")}
+    standard = Recipe(**told, warmup_epochs=record.recipe["warmup_epochs"])
+    lr, warmup = standard.base_lr, Recipe(**told).warmup
+    return {**_defaults(Recipe), "lr": lr, "warmup_epochs": warmup}
 
 
 def _device(key: str, value: Any) -> Any:

@@ -4,8 +4,8 @@ As the papers do it for VTAB-1k (VPT, arXiv 2203.12119, appendix A): learning ra
 number of prompts are chosen by the validation accuracy of a run on the training images; the choice
 is trained on training and validation images together, once for each seed, and only then tested.
 
-Every finished run is in an Optuna journal at once: a sweep that was killed goes on where it was,
-and several processes or machines that name the same file share the work.
+Every finished run is in an Optuna journal at once (see `journal`): a sweep that was killed goes on
+where it was, and several processes or machines that name the same file share the work.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from typing import Any, Protocol
 import optuna
 from optuna.samplers import GridSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from vpt_fast.methods import Method
 from vpt_fast.train.evaluate import TrainingError
+from vpt_fast.train.journal import CheckedJournal
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.recipes import SEEDS, paper_batch_size
 
 JOURNAL = "sweep.journal"
 
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 _POLL = 2.0
 """Seconds between looks at what other processes have finished."""
 
@@ -155,7 +156,7 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         self.task, self.seeds, self.log = task, tuple(dict.fromkeys(seeds)), log
         self._identity = dict(identity or {})
-        self._storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+        self._storage = JournalStorage(CheckedJournal(folder / JOURNAL, log))
 
     def run(self, candidates: Sequence[Candidate]) -> list[Result]:
         """Select and train every candidate; returns when all runs are done, by whomever.
@@ -247,6 +248,10 @@ class Sweep:
             return found.top1
 
         points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+        if _has_losses(study, points):
+            # The sampler takes what has ended for done, whatever was lost of it.
+            for point in _missing(study, points):
+                study.enqueue_trial(point)
         while missing := _missing(study, points):
             # GridSampler hands out what nobody has begun first, and what was left behind by a
             # process that is gone at the end.
@@ -258,12 +263,30 @@ class Sweep:
 
 
 def _finished(study: optuna.Study) -> dict[tuple[tuple[str, Any], ...], FrozenTrial]:
-    """The first finished trial of each point; failures count, since they would fail again."""
-    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    """The first finished trial of each point; failures count, since they would fail again.
+
+    One whose outcome was lost with a line of the journal is not finished.
+    """
     found: dict[tuple[tuple[str, Any], ...], FrozenTrial] = {}
-    for trial in study.get_trials(states=states):
-        found.setdefault(_key(trial.params), trial)
+    for trial in study.get_trials(states=_ENDED):
+        if _is_whole(trial):
+            found.setdefault(_key(trial.params), trial)
     return found
+
+
+def _has_losses(study: optuna.Study, points: Sequence[dict[str, Any]]) -> bool:
+    """Whether a line of the journal is lost that said which point a trial was, or its outcome."""
+    known = {_key(point) for point in points}
+    return any(
+        _key(trial.params) not in known or not _is_whole(trial)
+        for trial in study.get_trials(states=_ENDED)
+    )
+
+
+def _is_whole(trial: FrozenTrial) -> bool:
+    """Whether a trial that has ended failed, or has its whole outcome."""
+    needed = {field.name for field in fields(Outcome)}
+    return trial.state == TrialState.PRUNED or needed <= trial.user_attrs.keys()
 
 
 def _key(point: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
