@@ -26,8 +26,9 @@ from serving import (
     wait_until,
 )
 
-from examples.serve.uploads import FORMATS, prepare
+from examples.serve.uploads import prepare
 from vpt_fast import PromptBank
+from vpt_fast.train.pictures import FORMATS
 
 UPLOAD = 100_000
 

@@ -159,6 +159,9 @@ def save_adapter(
                 "std": list(data["std"]),
                 "crop_pct": data["crop_pct"],
                 "crop_mode": data.get("crop_mode", "center"),
+                "exif_transpose": (getattr(tuned, "pretrained_cfg", None) or {}).get(
+                    "exif_transpose", False
+                ),
             },
             "class_names": None if class_names is None else [str(name) for name in class_names],
             "versions": {"vpt_fast": _version(), "torch": torch.__version__, "timm": _timm()},

@@ -19,6 +19,7 @@ from vpt_fast.cli_common import (
 )
 from vpt_fast.train import data
 from vpt_fast.train.evaluate import evaluate, resolve_device
+from vpt_fast.train.pictures import reading
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.run import folder_loader
 from vpt_fast.train.sources import FORMATS, check_format, open_source
@@ -66,16 +67,16 @@ def evaluate_adapter(
             name, folder = _eval_folder(directory, split)
         loaded = load_tuned(adapter, checkpoint, where)
         transform = data.eval_transform({**loaded.inputs, "antialias": not no_antialias})
-        channels = loaded.inputs["input_size"][0]
+        how = reading(loaded.inputs)
         images: Any
         refused: tuple[data.SkippedImage, ...] = ()
         if format == "folders":
-            images = data.ImageFolders(folder, transform, loaded.class_names, channels)
+            images = data.ImageFolders(folder, transform, loaded.class_names, **how)
         else:
             source = open_source(directory, format, loaded.class_names)
             name = _eval_split(source, directory, split)
             refused = source.splits[name].refused
-            images = SplitImages(source.splits[name], transform, source.class_names, channels)
+            images = SplitImages(source.splits[name], transform, source.class_names, **how)
         loaded.check_classes(folder, len(images.classes))
         result = evaluate(
             loaded.net, folder_loader(images, batch_size, where, workers), amp_dtype=dtype
