@@ -259,8 +259,10 @@ def test_a_saved_dataset_without_class_names(saved):
     source = open_source(folder)
     assert source.class_names == ["0", "1", "2", "3"]
     assert source.splits["train"].labels == [0, 3, 0]
-    assert source.splits["train"].refused[2].reason.endswith(
-        "row 5: label 1000000000000 is out of range, 0 to 3"
+    assert (
+        source.splits["train"]
+        .refused[2]
+        .reason.endswith("row 5: label 1000000000000 is out of range, 0 to 3")
     )
     folder = saved(fake_rows(["dog", "cat", None, "dog", "nan"], ValueFeature()))
     source = open_source(folder)

@@ -139,7 +139,7 @@ def evaluate_run(run: RunFolder, options: EvaluationOptions) -> EvaluatedRun:
     directory, form = _data(run, options)
     tuned = load_tuned(run.adapter, _checkpoint(run, options), options.device)
     source = open_source(directory, form, tuned.class_names)
-    tuned.check_classes(directory, len(source.class_names))
+    tuned.class_order(directory, source.class_names)
     wanted = SPLIT_ORDER if options.split is None else (options.split,)
     name = next((name for name in wanted if name in source.splits), None)
     if name is None:

@@ -14,12 +14,13 @@ from PIL import ExifTags, Image
 
 Image.init()
 _FORMATS = (
-    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO"),
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA"),
     *("PSD", "QOI", "SGI", "PCX", "DDS"),
 )
 FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
 """Pillow's names of what is read; AVIF where Pillow was built with it. Of several frames the
-first is taken. Pillow knows more, but some of it starts other programs, and some is no picture."""
+first is taken. Pillow knows more, but some of it starts other programs, some is no picture, and the
+images in icons may be larger than the file says at first."""
 EXTENSIONS = frozenset(
     extension
     for extension, name in Image.registered_extensions().items()
@@ -66,9 +67,10 @@ def load_image(
     with naming(str(name or path)):
         if isinstance(path, (str, Path)):
             _check_regular(path)
-        with Image.open(path, formats=formats) as image:
-            check_shape(image.size)
-            return as_picture(image, channels, exif)
+            # Of a path Pillow maps some files into memory, and then leaves TIFF as it is stored.
+            with open(path, "rb") as file:
+                return _decoded(file, channels, exif, formats)
+        return _decoded(path, channels, exif, formats)
 
 
 def reading(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +135,12 @@ def naming(name: str) -> Iterator[None]:
         elif not isinstance(error, (OSError, SyntaxError, ValueError)) or not reason:
             reason = f"{type(error).__name__} {reason}".strip()
         raise ValueError(f"{name} cannot be decoded ({reason})") from error
+
+
+def _decoded(file: IO[bytes], channels: int, exif: bool, formats: tuple[str, ...]) -> Image.Image:
+    with Image.open(file, formats=formats) as image:
+        check_shape(image.size)
+        return as_picture(image, channels, exif)
 
 
 def _check_regular(path: str | Path) -> None:
