@@ -37,6 +37,7 @@ from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
 from vpt_fast.train.metrics import Epoch, MetricsWriter
 from vpt_fast.train.parallel import gathered, rank, world_size
 from vpt_fast.train.recipe import Recipe
+from vpt_fast.train.split import some
 from vpt_fast.train.step import TrainStep
 
 SaveAdapter = Callable[[nn.Module, Path], Any]
@@ -317,7 +318,8 @@ def _train(
                 log(f"epoch {epoch}/{epochs}  {_summary(row)}")
                 new = list(run.result.skipped)[known:]
                 if new:
-                    log(f"skipped {len(new)} images that cannot be decoded: {', '.join(new)}")
+                    why = some([run.result.skipped[name] for name in new], 10)
+                    log(f"skipped {len(new)} images that cannot be decoded: {why}")
     except KeyboardInterrupt:
         run.result.interrupted = True
         if run.is_finite():
