@@ -51,13 +51,13 @@ def test_other_types_are_read_or_counted(tmp_path):
     ]
     folder = tmp_path / "train"
     assert images.warnings == [
-        f"{folder}: files of types that are not read: 1 without an end, 2 .heic, 1 .txt",
+        f"{folder}: files of types that are not read: 1 without extension, 2 .heic, 1 .txt",
         f"{folder}: images in no class folder, which are not read: 1",
     ]
     assert set(images.warnings) <= set(open_source(tmp_path).warnings)
     for path in (tmp_path / "train" / "red").glob("*.png"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"without an image in .*: red \(1 without.*2 \.heic, 1"):
+    with pytest.raises(ValueError, match=r"without an image in .*: red \(1 without ext.*, 1 "):
         ImageFolders(folder, blank)
 
 
@@ -111,7 +111,7 @@ def test_an_adapter_without_names_wants_the_order_of_its_classes(numbered):
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert "class 1 of" in line and "'10' by strings and '2' by numbers in names" in line
-    assert line.endswith("say how it was trained with --class-order strings or natural")
+    assert line.endswith("say how they were sorted with eval --class-order strings or natural")
     found = {}
     for order in ("strings", "natural"):
         result = call(*arguments, "--class-order", order)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 import socket
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from vpt_fast.train.data import eval_transform
 from vpt_fast.train.pictures import EXTENSIONS, FORMATS, as_picture, load_image, reading
@@ -133,6 +135,44 @@ def test_images_are_turned_as_exif_says(tmp_path, orientation, file_format):
         assert (part.mean() > 200) == (str(orientation) in which)
     if file_format != "TIFF":  # which Pillow itself turns
         assert grey_of(content, exif=False).shape == (8, 16)
+
+
+def png16(pixels, colour, *chunks):
+    """A PNG of 16 bits a channel, which Pillow reads but does not write in colour."""
+    height, width = pixels.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+
+
+def test_sixteen_bits_a_channel_are_cut_to_the_upper_eight():
+    pixels = np.random.default_rng(0).integers(256, 65536, (5, 7, 3)).astype(np.uint16)
+    found = np.asarray(load_image(io.BytesIO(png16(pixels, 2))))
+    assert np.array_equal(found, pixels >> 8)
+    clear = (b"tRNS", pixels[1, 2].astype(">u2").tobytes())
+    found = np.asarray(load_image(io.BytesIO(png16(pixels, 2, clear)))).copy()
+    assert found[1, 2].tolist() == [255, 255, 255]
+    found[1, 2] = pixels[1, 2] >> 8
+    assert np.array_equal(found, pixels >> 8)
+
+
+def test_other_colour_spaces_have_the_colours_that_they_mean():
+    colours = np.array([[[255, 255, 255], [0, 0, 0], [200, 60, 60], [60, 60, 200]]], np.uint8)
+    rgb = Image.fromarray(colours)
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    for image, file_format in (
+        (ImageCms.profileToProfile(rgb, srgb, lab, outputMode="LAB"), "TIFF"),
+        (rgb.convert("YCbCr"), "TIFF"),
+        (rgb.convert("CMYK"), "TIFF"),
+        (rgb.quantize(4), "GIF"),
+        (rgb.convert("P"), "PNG"),
+    ):
+        found = np.asarray(load_image(io.BytesIO(written(image, file_format)))).astype(int)
+        assert abs(found - colours).max() <= (30 if image.mode == "P" else 8), image.mode
 
 
 def test_exif_that_cannot_be_read_leaves_an_image_as_it_is():

@@ -18,7 +18,7 @@ _LITTER = ("__macosx", "thumbs.db", "desktop.ini")
 
 
 class Found(NamedTuple):
-    """Paths of images in order, and how many other files there are, by the end of their names."""
+    """Paths of images in order, and how many other files there are, by extension."""
 
     images: list[str]
     unread: Counter[str]
@@ -70,7 +70,9 @@ def find_images(folder: Path) -> Found:
 
 def counted(unread: Mapping[str, int]) -> str:
     """The files that are not read, such as "3 .heic, 1 .txt"."""
-    return ", ".join(f"{count} {end or 'without an end'}" for end, count in sorted(unread.items()))
+    return ", ".join(
+        f"{count} {end or 'without extension'}" for end, count in sorted(unread.items())
+    )
 
 
 def natural(names: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ _FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA"),
     *("PSD", "QOI", "SGI", "PCX", "DDS"),
 )
-FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
+FORMATS = tuple(name for name in _FORMATS if name in Image.registered_extensions().values())
 """Pillow's names of what is read; AVIF where Pillow was built with it. Of several frames the
 first is taken. Pillow knows more, but some of it starts other programs, some is no picture, and the
 images in icons may be larger than the file says at first."""
@@ -105,6 +105,10 @@ def as_picture(image: Image.Image, channels: int = 3, exif: bool = True) -> Imag
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(f"{kind} have no range that means white; save it as 8 or 16 bit")
     elif image.has_transparency_data:
+        clear = image.info.get("transparency")
+        if isinstance(clear, tuple) and max(clear) > 255:
+            # Of 16 bits, where Pillow keeps the pixels' upper 8 only.
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode != "L":

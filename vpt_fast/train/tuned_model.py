@@ -62,7 +62,7 @@ class TunedModel:
             raise ValueError(
                 f"the adapter does not name its classes, and class {first} of {directory} is "
                 f"{names[first]!r} by strings and {by_value[first]!r} by numbers in names; say how "
-                "it was trained with --class-order strings or natural"
+                "they were sorted with eval --class-order strings or natural"
             )
         return {"strings": sorted_names, "natural": by_value}.get(order or "", list(names))
 
