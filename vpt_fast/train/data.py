@@ -18,7 +18,7 @@ from torchvision import transforms
 from vpt_fast.train import class_folders
 from vpt_fast.train.image_options import without_antialias
 from vpt_fast.train.parallel import PartOfBatches
-from vpt_fast.train.pictures import FORMATS, load_image
+from vpt_fast.train.pictures import FORMATS, as_picture, load_image
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -159,7 +159,7 @@ class ArrayImages(Dataset):
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Transform) -> None:
-        pictures = (Image.fromarray(image).convert("RGB") for image in images)
+        pictures = (as_picture(Image.fromarray(image)) for image in images)
         self.images = torch.stack([transform(picture) for picture in pictures])
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
 
