@@ -264,6 +264,8 @@ def test_a_saved_dataset_without_class_names(saved):
         .refused[2]
         .reason.endswith("row 5: label 1000000000000 is out of range, 0 to 3")
     )
+    folder = saved(fake_rows(["1", "0", "2", "x"], ValueFeature()))
+    assert open_source(folder).splits["train"].labels == [1, 0, 2]
     folder = saved(fake_rows(["dog", "cat", None, "dog", "nan"], ValueFeature()))
     source = open_source(folder)
     assert source.class_names == ["cat", "dog"]

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from vpt_fast.train.data import SPLITS, SkippedImage
-from vpt_fast.train.labels import are_words, consecutive, name_of, range_of, short
+from vpt_fast.train.labels import are_words, consecutive, name_of, range_of, short, whole
 from vpt_fast.train.pictures import as_picture, load_image, naming
 from vpt_fast.train.split import ImageSource, Split, check_classes, check_left
 
@@ -136,8 +136,8 @@ def _split(
 
 def _numbered(label: Any, own: Sequence[str]) -> str | None:
     """The class of a number, or None."""
-    fits = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(own)
-    return own[label] if fits else None
+    number = whole(label)
+    return None if number is None or not 0 <= number < len(own) else own[number]
 
 
 class _RowLoader:
