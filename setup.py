@@ -36,7 +36,7 @@ setup(
         "timm>=1.0.29,<1.1",
         "numpy>=1.26",
         "safetensors>=0.4",
-        "pillow>=10",
+        "pillow>=10.1",
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
         "jinja2>=3.1",

@@ -8,11 +8,18 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from vpt_fast.adapter_files import read_config
+from vpt_fast.cli import app
 from vpt_fast.train import demo, demo_study, demo_task
+from vpt_fast.train.backbone import data_config_of
+from vpt_fast.train.data import eval_transform
 from vpt_fast.train.demo import main
+from vpt_fast.train.demo_backbone import demo_backbone
+from vpt_fast.train.pictures import load_image
 from vpt_fast.train.report import format_bytes, format_table
 
 METHODS = ("linear", "vpt-shallow", "vpt-deep", "vapt")
@@ -51,7 +58,7 @@ def test_the_splits_are_disjoint_stratified_and_complete(digits):
     assert len(digits.test_pixels) == 797
 
 
-def test_the_demo_writes_adapters_a_table_and_a_picture(tmp_path, capsys):
+def test_the_demo_writes_adapters_a_table_and_a_picture(tmp_path, capsys, digits):
     output = tmp_path / "out"
     assert main(["--epochs", "1", "--output", str(output)]) == 0
     said = capsys.readouterr().out
@@ -70,7 +77,14 @@ def test_the_demo_writes_adapters_a_table_and_a_picture(tmp_path, capsys):
     with Image.open(output / "demo.png") as picture:
         assert picture.size == (1800, 960)
         assert len(picture.convert("RGB").getcolors(1 << 22)) > 50
+        # The digits are white on black, as the model gets them; the page around them is white.
+        assert (np.asarray(picture.convert("L"))[:, 930:] == 0).mean() > 0.05
     assert len(json.loads((output / "demo.json").read_text())["results"]) == 4
+    digit = load_image(output / "digit.png")
+    prepared = eval_transform(data_config_of(demo_backbone(10)))(digit)
+    assert torch.equal(prepared, digits.test[0][0])
+    said = CliRunner().invoke(app, ["predict", str(output / "vapt"), str(output / "digit.png")])
+    assert said.exit_code == 0 and said.stdout.startswith(f"{output}/digit.png: ")
 
 
 def test_it_overwrites_only_its_own_output(tmp_path, capsys, few):

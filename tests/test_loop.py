@@ -100,11 +100,11 @@ def test_the_best_epoch_on_validation_is_kept_and_saved(tmp_path):
 
 def test_a_loss_that_rises_is_said_once(tmp_path):
     lines = []
-    recipe = Recipe(epochs=4, batch_size=8, lr=300.0, warmup_epochs=0)
+    recipe = Recipe(epochs=4, batch_size=8, lr=3000.0, warmup_epochs=0)
     result = train(tuned(LinearProbe()), recipe, output=tmp_path, save=save, log=lines.append)
     said = [line for line in lines if line.startswith("warning")]
     assert said == [f"warning: {result.warning}"]
-    assert "smaller --lr than 300" in result.warning
+    assert "smaller --lr than 3000" in result.warning
     assert max(row.train_loss for row in result.epochs) > 6 * math.log(3)
     calm = train(tuned(LinearProbe()), Recipe(epochs=4, batch_size=8, lr=1.0))
     assert calm.warning == ""

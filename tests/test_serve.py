@@ -25,9 +25,10 @@ from serving import (
 )
 from typer.testing import CliRunner
 
-from examples.serve.uploads import FORMATS, prepare
+from examples.serve.uploads import prepare
 from vpt_fast import PromptBank
 from vpt_fast.cli import app as command
+from vpt_fast.train.pictures import FORMATS
 
 UPLOAD = 100_000
 

@@ -26,8 +26,9 @@ from serving import (
     wait_until,
 )
 
-from examples.serve.uploads import FORMATS, prepare
+from examples.serve.uploads import prepare
 from vpt_fast import PromptBank
+from vpt_fast.train.pictures import FORMATS
 
 UPLOAD = 100_000
 
@@ -65,7 +66,7 @@ JPEG, EPS = picture(1, (200, 150), "JPEG"), b"%!PS-Adobe-3.0 EPSF-3.0\n%%Boundin
         (EPS, 422, "undecodable_image", ", ".join(FORMATS)),
         (picture(3, (400, 300)), 413, "too_many_pixels", "400 x 300 pixels; the limit is 100,000"),
         (png(50_000, 50_000), 413, "too_many_pixels", "more than 100,000 pixels"),
-        (png(1, 90_000), 413, "too_many_pixels", "too long and thin"),
+        (png(1, 90_000), 413, "too_many_pixels", "more than 64 times the shorter"),
         (bytes(UPLOAD + 1), 413, "upload_too_large", "larger than 100,000 bytes"),
         (bytes(6 * UPLOAD), 413, "upload_too_large", "larger than 100,000 bytes"),
     ],
@@ -175,7 +176,7 @@ def test_connections_are_bounded(bank: PromptBank) -> None:
 
 def test_every_format_is_decoded_as_an_image_of_any_mode(bank: PromptBank) -> None:
     entry = bank.task("task-0")
-    for file_format in FORMATS:
+    for file_format in set(FORMATS) & set(Image.SAVE):
         image = prepare(io.BytesIO(picture(0, (37, 50), file_format)), entry.inputs, 10**6)
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32
     for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"):

@@ -40,9 +40,9 @@ def make_vtab(folder: Path, train=6, val=3, test=6, classes=3) -> Path:
 
 
 def make_fgvc(folder: Path, images: str = "images", **splits: dict[str, object]) -> Path:
-    for split, entries in splits.items():
+    for part, (split, entries) in enumerate(splits.items()):
         for number, path in enumerate(entries):
-            write_image(folder / images / path, number % 3, number)
+            write_image(folder / images / path, number % 3, 100 * part + number)
         (folder / f"{split}.json").write_text(json.dumps(entries))
     return folder
 
@@ -160,7 +160,7 @@ def test_fgvc_files_that_cannot_be_used(tmp_path):
     assert item.reason == f"{tmp_path / 'train.json'} c.png: class id 'three' is no whole number"
     known = read_fgvc(tmp_path, ["3", "1"]).splits["train"]
     assert known.labels == [1, 0]
-    assert "the model has no class id 2" in known.refused[1].reason
+    assert "the model has no class id 2" in known.refused[0].reason
     (tmp_path / "train.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"train.json holds no .* but a list"):
         open_source(tmp_path)
@@ -255,10 +255,22 @@ def test_a_saved_dataset_is_read_by_its_features(saved):
 
 
 def test_a_saved_dataset_without_class_names(saved):
-    folder = saved(fake_rows([0, 3, None], ValueFeature()))
+    folder = saved(fake_rows([0, 3, None, 0, 1e9, 10**12], ValueFeature()))
     source = open_source(folder)
     assert source.class_names == ["0", "1", "2", "3"]
-    assert source.splits["train"].labels == [0, 3]
+    assert source.splits["train"].labels == [0, 3, 0]
+    assert (
+        source.splits["train"]
+        .refused[2]
+        .reason.endswith("row 5: label 1000000000000 is out of range, 0 to 3")
+    )
+    folder = saved(fake_rows(["1", "0", "2", "x"], ValueFeature()))
+    assert open_source(folder).splits["train"].labels == [1, 0, 2]
+    folder = saved(fake_rows(["dog", "cat", None, "dog", "nan"], ValueFeature()))
+    source = open_source(folder)
+    assert source.class_names == ["cat", "dog"]
+    assert source.splits["train"].labels == [1, 0, 1]
+    assert source.splits["train"].refused[1].reason.endswith("row 4: label 'nan' is no word")
     folder = saved({"train": fake_rows([0, 1]), "test": fake_rows([-1, -1])})
     source = open_source(folder)
     assert set(source.splits) == {"train"}

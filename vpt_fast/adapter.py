@@ -157,7 +157,8 @@ def save_adapter(
     if not trained:
         raise ValueError("nothing in this model requires a gradient; there is nothing to save")
     check_finite(trained, "the model")
-    data = resolve_model_data_config(model)
+    data = {**resolve_model_data_config(model), **_told(tuned, "exif_transpose")}
+    data |= tuned.tune_record.inputs
     tensors = {name: t.to("cpu").contiguous().clone() for name, t in trained.items()}
     content = save(tensors, metadata={"format": "pt"})
     config = {
@@ -171,6 +172,7 @@ def save_adapter(
             "std": list(data["std"]),
             "crop_pct": data["crop_pct"],
             "crop_mode": data.get("crop_mode", "center"),
+            "exif_transpose": data.get("exif_transpose", False),
         },
         "class_names": None if class_names is None else [str(name) for name in class_names],
         "versions": {"vpt_fast": _version(), "torch": torch.__version__, "timm": _timm()},
@@ -185,6 +187,12 @@ def save_adapter(
         (folder / TENSORS_FILE).write_bytes(content)
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     return directory
+
+
+def _told(model: Any, key: str) -> dict[str, Any]:
+    """A value of the model's configuration that timm does not resolve."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return {key: config[key]} if key in config else {}
 
 
 def _version() -> str:
@@ -235,6 +243,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     check_model(model, method)
     _check_backbone(model, config, list(tensors), directory)
     tuned: Any = prompt_tune(model, method)
+    tuned.tune_record.inputs = config["input"]
     try:
         _fill(tuned, tensors, config["fingerprint"], directory)
         _check_fixed_image(tuned, config, directory)

@@ -139,6 +139,8 @@ def _check_input(values: Mapping[str, Any]) -> None:
             _wrong(key, numbers, "a list of numbers other than 0")
         if key in values and "input_size" in values and len(numbers) not in (1, size[0]):
             _wrong(key, numbers, f"a number for each of {size[0]} channels")
+    if not isinstance(values.get("exif_transpose", False), bool):
+        _wrong("exif_transpose", values["exif_transpose"], "true or false")
     crop = values.get("crop_pct", 1)
     if not (_is_number(crop) and 0 < crop <= 16):
         _wrong("crop_pct", crop, "a number above 0 and at most 16")

@@ -35,6 +35,7 @@ from vpt_fast.cli_options import (
     Memory,
     Model,
     NoAug,
+    NoExif,
     Normalisation,
     Opt,
     PaperRecipe,
@@ -136,6 +137,7 @@ def train(
     no_antialias: Annotated[
         bool, typer.Option("--no-antialias", help="Resize without antialiasing.")
     ] = False,
+    no_exif: NoExif = False,
     normalisation: Normalisation = "model",
     cache: Cache = "auto",
     schedule: Annotated[
@@ -242,7 +244,11 @@ def train(
             log=tqdm.write,
             data_format=data_format,
             image_options=ImageOptions(
-                interpolation, not no_antialias, normalisation, resize or paper.resize
+                interpolation,
+                not no_antialias,
+                normalisation,
+                resize or paper.resize,
+                not no_exif,
             ),
             cache=cache,
         )

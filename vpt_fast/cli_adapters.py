@@ -18,7 +18,9 @@ from vpt_fast.cli_common import (
     report_skipped,
 )
 from vpt_fast.train import data
+from vpt_fast.train.class_folders import CLASS_ORDERS
 from vpt_fast.train.evaluate import evaluate, resolve_device
+from vpt_fast.train.pictures import reading
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.run import folder_loader
 from vpt_fast.train.sources import FORMATS, check_format, open_source
@@ -49,6 +51,13 @@ def evaluate_adapter(
     data_format: Annotated[
         str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")
     ] = "auto",
+    class_order: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(CLASS_ORDERS)}: how the classes of an adapter that does not name "
+            "them were sorted; class10 comes before class2 as a string."
+        ),
+    ] = None,
     no_antialias: Annotated[
         bool, typer.Option("--no-antialias", help="Resize as training with this option did.")
     ] = False,
@@ -66,17 +75,25 @@ def evaluate_adapter(
             name, folder = _eval_folder(directory, split)
         loaded = load_tuned(adapter, checkpoint, where)
         transform = data.eval_transform({**loaded.inputs, "antialias": not no_antialias})
-        channels = loaded.inputs["input_size"][0]
+        how = reading(loaded.inputs)
         images: Any
         refused: tuple[data.SkippedImage, ...] = ()
         if format == "folders":
-            images = data.ImageFolders(folder, transform, loaded.class_names, channels)
+            images = data.ImageFolders(folder, transform, loaded.class_names, **how)
+            order = loaded.class_order(folder, images.classes, class_order)
+            if order != images.classes:
+                images = data.ImageFolders(folder, transform, order, **how)
+            warnings = images.warnings
         else:
             source = open_source(directory, format, loaded.class_names)
+            order = loaded.class_order(directory, source.class_names, class_order)
+            if order != source.class_names:
+                source = open_source(directory, format, order)
             name = _eval_split(source, directory, split)
-            refused = source.splits[name].refused
-            images = SplitImages(source.splits[name], transform, source.class_names, channels)
-        loaded.check_classes(folder, len(images.classes))
+            refused, warnings = source.splits[name].refused, source.warnings
+            images = SplitImages(source.splits[name], transform, source.class_names, **how)
+        for line in warnings:
+            typer.echo(f"warning: {line}", err=True)
         result = evaluate(
             loaded.net, folder_loader(images, batch_size, where, workers), amp_dtype=dtype
         )

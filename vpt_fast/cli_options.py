@@ -75,6 +75,14 @@ Resize = Annotated[
 DataFormat = Annotated[str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")]
 Interpolation = Annotated[str, typer.Option(help=f"Of resizing: {', '.join(INTERPOLATIONS)}.")]
 Normalisation = Annotated[str, typer.Option(help=f"{', '.join(NORMALISATIONS)}.")]
+NoExif = Annotated[
+    bool,
+    typer.Option(
+        "--no-exif",
+        help="Take images as they are stored, as timm does; by default they are turned as their "
+        "EXIF orientation says. The adapter records it, and the other commands keep to that.",
+    ),
+]
 Cache = Annotated[
     str,
     typer.Option(

@@ -16,6 +16,7 @@ from vpt_fast.cli_common import AmpDtype, Checkpoint, Device, fail, one_line_err
 from vpt_fast.train import data
 from vpt_fast.train.bank_folder import open_bank
 from vpt_fast.train.evaluate import autocast, resolve_device
+from vpt_fast.train.pictures import load_image, reading
 from vpt_fast.train.ranking import most_probable
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.tuned_model import load_tuned
@@ -89,8 +90,9 @@ class _Answer:
 
 def _prepared(path: Path, inputs: Mapping[str, Any]) -> Tensor | str:
     """An image as a model takes it, or why there is none."""
+    how = reading(inputs)
     try:
-        image = data.load_image(path, inputs["input_size"][0])
+        image = load_image(path, **how)
     except ValueError as error:
         return str(error)
     tensor: Tensor = data.eval_transform(inputs)(image)

@@ -30,6 +30,7 @@ from vpt_fast.cli_options import (
     Memory,
     Model,
     NoAug,
+    NoExif,
     Normalisation,
     Opt,
     PaperRecipe,
@@ -134,6 +135,7 @@ def sweep(
     resize: Resize = None,
     data_format: DataFormat = "auto",
     interpolation: Interpolation = "model",
+    no_exif: NoExif = False,
     normalisation: Normalisation = "model",
     cache: Cache = "auto",
     amp_dtype: AmpDtype = "float32",
@@ -220,7 +222,9 @@ def sweep(
                 img_size,
                 final_seeds,
                 Augmentation(scale, hflip, no_aug or not paper.augment, crops or paper.crops),
-                ImageOptions(interpolation, True, normalisation, resize or paper.resize),
+                ImageOptions(
+                    interpolation, True, normalisation, resize or paper.resize, not no_exif
+                ),
                 memory,
                 cache,
                 workers,

@@ -18,6 +18,7 @@ from vpt_fast.inspection import attention_shares, mixing_maps, query_name, unifo
 from vpt_fast.inspection_pictures import Mixing, Shares, save_attention, save_mixing
 from vpt_fast.report_folder import ReportFolder, write_csv
 from vpt_fast.train import data
+from vpt_fast.train.pictures import load_image, reading
 from vpt_fast.train.report import format_table
 
 ATTENTION_FILE, MIXING_FILE, PICTURE_FILE = "attention.csv", "mixing.csv", "attention.png"
@@ -73,14 +74,14 @@ def inspect_images(
         raise ValueError("there are no images to inspect; give at least one path")
     FOLDER.check(output)
     maps = {index: weights.cpu().numpy() for index, weights in mixing_maps(model).items()}
-    transform = data.eval_transform(inputs)
+    transform, how = data.eval_transform(inputs), reading(inputs)
     names = image_names(list(dict.fromkeys(paths)))
     found: list[_Inspected] = []
     failed: list[str] = []
     blocks: list[int] = []
     for path, name in names.items():
         try:
-            image = data.load_image(path, inputs["input_size"][0])
+            image = load_image(path, **how)
         except ValueError as error:
             failed.append(str(error))
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class TuneRecord:
             memory; the classifier's at least.
         fold: what `fold_backbone` did, or None.
         graphs: CUDA graphs of the blocks; None if they are not asked for. Copies have none yet.
+        inputs: how images are prepared, of a model that an adapter was loaded onto.
     """
 
     method: Method
@@ -45,6 +46,7 @@ class TuneRecord:
     originals: dict[str, Tensor]
     fold: FoldRecord | None = None
     graphs: BlockGraphs | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Tuned(nn.Module):

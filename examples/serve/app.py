@@ -26,8 +26,9 @@ from examples.serve.gate import Admission, UploadGate
 from examples.serve.metrics import Metrics
 from examples.serve.refusals import Refusal, refuse
 from examples.serve.settings import Settings
-from examples.serve.uploads import FORMATS, prepare
+from examples.serve.uploads import prepare
 from vpt_fast.bank import BankTask, PromptBank
+from vpt_fast.train.pictures import FORMATS
 from vpt_fast.train.ranking import most_probable
 
 T = TypeVar("T")

@@ -9,14 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from examples.serve.refusals import Refusal
-from vpt_fast.train.data import DECODE_ERRORS, eval_transform, load_image
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Pillow's names of what is decoded. It knows more, but some start other programs."""
-
-MAX_ASPECT = 64
-"""Longer side by shorter. The shorter one is resized to the model's, so a line of pixels that a
-file says little about would become an image that fills the memory."""
+from vpt_fast.train.data import eval_transform
+from vpt_fast.train.pictures import FORMATS, check_shape, load_image, reading
 
 
 def prepare(file: IO[bytes], inputs: Mapping[str, Any], max_pixels: int) -> Tensor:
@@ -35,8 +29,9 @@ def prepare(file: IO[bytes], inputs: Mapping[str, Any], max_pixels: int) -> Tens
     """
     _check_size(file, max_pixels)
     file.seek(0)
+    how = reading(inputs)
     try:
-        image = load_image(file, inputs["input_size"][0], name="The image", formats=FORMATS)
+        image = load_image(file, name="The image", **how)
     except ValueError as error:
         raise Refusal(422, "undecodable_image", f"{error}.") from None
     pixels: Tensor = eval_transform(inputs)(image)
@@ -50,7 +45,7 @@ def _check_size(file: IO[bytes], max_pixels: int) -> None:
             width, height = image.size
     except Image.DecompressionBombError:
         raise _too_large(f"more than {max_pixels:,} pixels") from None
-    except DECODE_ERRORS:
+    except Exception:  # Pillow raises nearly anything on damaged files
         known = ", ".join(FORMATS)
         raise Refusal(
             422,
@@ -59,8 +54,10 @@ def _check_size(file: IO[bytes], max_pixels: int) -> None:
         ) from None
     if width * height > max_pixels:
         raise _too_large(f"{width:,} x {height:,} pixels; the limit is {max_pixels:,} in all")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise _too_large(f"{width:,} x {height:,} pixels, which is too long and thin")
+    try:
+        check_shape((width, height))
+    except ValueError as error:
+        raise _too_large(str(error)) from None
 
 
 def _too_large(what: str) -> Refusal:

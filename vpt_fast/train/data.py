@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
-import struct
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,26 +14,17 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from vpt_fast.train import class_folders
 from vpt_fast.train.image_options import without_antialias
 from vpt_fast.train.parallel import PartOfBatches
+from vpt_fast.train.pictures import FORMATS, as_picture, load_image
 from vpt_fast.train.seeded_images import SeededBatches, SeededImages
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
 # The folder names that are looked for, in this order, for each part of a data set.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
-# What Pillow's decoders raise on damaged files (struct and SyntaxError: broken TIFF and PNG).
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 
 class SkippedImage(NamedTuple):
@@ -51,44 +42,22 @@ class Batch(NamedTuple):
     skipped: list[SkippedImage]
 
 
-def load_image(
-    path: str | Path | IO[bytes],
-    channels: int = 3,
-    *,
-    name: str | None = None,
-    formats: tuple[str, ...] | None = None,
-) -> Image.Image:
-    """Decodes a whole image file.
-
-    Args:
-        path: Of the file, or an open binary file, read from where it stands.
-        channels: 3 for RGB, 1 for grey.
-        name: What errors call the file; None takes `path`.
-        formats: Pillow's names of those that are decoded; None takes all that it knows.
-
-    Raises:
-        ValueError: If the file cannot be decoded, naming it and the reason.
-    """
-    try:
-        with Image.open(path, formats=formats) as image:
-            return image.convert("L" if channels == 1 else "RGB")
-    except DECODE_ERRORS as error:
-        reason = "not an image that Pillow knows, or damaged"
-        if not isinstance(error, Image.UnidentifiedImageError):
-            reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name or path} cannot be decoded ({reason})") from error
-
-
-class ImageFolders(ImageFolder):
+class ImageFolders(Dataset):
     """`root/<class>/*` with a class order from outside and with undecodable files reported.
 
     Items are (image, label), or a SkippedImage for a file that cannot be decoded.
+
+    Attributes:
+        classes: In the order of the labels.
+        samples: Path and label of each image, by folder and then by path.
+        warnings: What else lies there and is not read.
 
     Args:
         root: The folder that holds one folder per class; hidden folders are no classes.
         transform: From a PIL image to a tensor (C, H, W).
         class_names: The classes and their order. None takes the folder names, sorted.
         channels: 3 for RGB, 1 for grey.
+        exif: Whether images are turned as their EXIF orientation says.
 
     Raises:
         FileNotFoundError: If `root` is missing, or holds no image.
@@ -102,58 +71,80 @@ class ImageFolders(ImageFolder):
         transform: Transform,
         class_names: Sequence[str] | None = None,
         channels: int = 3,
+        exif: bool = True,
     ) -> None:
-        self._class_names = None if class_names is None else list(class_names)
-        self._channels = channels
-        super().__init__(str(root), transform=transform, allow_empty=True)
+        self.root, self.transform = Path(root), transform
+        self.channels, self.exif = channels, exif
+        names = class_folders.class_names(self.root)
+        if not names:
+            raise FileNotFoundError(f"no class folders in {root}; it should hold <class>/*")
+        self.classes = names if class_names is None else list(class_names)
+        self._check_known(names)
+        found = {name: class_folders.find_images(self.root / name) for name in names}
+        rank = {name: label for label, name in enumerate(self.classes)}
+        self.samples = [(path, rank[name]) for name in names for path in found[name].images]
+        self.targets = [label for _, label in self.samples]
+        self.warnings = self._unread(found)
         if not self.samples:
+            there = "; ".join(self.warnings) or "they are empty"
             raise FileNotFoundError(
-                f"no images in the class folders of {root} (looked for "
-                f"{', '.join(IMG_EXTENSIONS)}); expected {root}/<class>/<image>"
+                f"no images in the class folders of {root} ({there}); "
+                f"expected {root}/<class>/<image>, an image being {', '.join(FORMATS)}"
             )
-        if self._class_names is None:
-            self._check_classes()
+        if class_names is None:
+            self._check_classes(found)
 
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """Returns the class names in order and the label of each (torchvision's hook)."""
-        if not Path(directory).is_dir():
-            raise FileNotFoundError(f"there is no folder {directory}; it should hold <class>/*")
-        found = sorted(
-            entry.name
-            for entry in Path(directory).iterdir()
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
-        if not found:
-            raise FileNotFoundError(f"no class folders in {directory}; it should hold <class>/*")
-        names = found if self._class_names is None else self._class_names
-        unknown = [name for name in found if name not in set(names)]
+    def _check_known(self, found: Sequence[str]) -> None:
+        unknown = [name for name in found if name not in set(self.classes)]
         if unknown:
+            names = self.classes
             raise ValueError(
-                f"{directory} has class folders that training does not know: "
+                f"{self.root} has class folders that training does not know: "
                 f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; "
                 f"known: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}. "
                 "Rename or remove them, or add them to the training images"
             )
-        return names, {name: label for label, name in enumerate(names)}
 
-    def _check_classes(self) -> None:
+    def _unread(self, found: Mapping[str, class_folders.Found]) -> list[str]:
+        lines = []
+        unread = sum((entry.unread for entry in found.values()), Counter[str]())
+        if unread:
+            lines.append(
+                f"{self.root}: files of types that are not read: {class_folders.counted(unread)}"
+            )
+        loose = sum(
+            class_folders.is_image(entry.name) and not class_folders.is_hidden(entry.name)
+            for entry in self.root.iterdir()
+            if not entry.is_dir()
+        )
+        if loose:
+            lines.append(f"{self.root}: images in no class folder, which are not read: {loose}")
+        return lines
+
+    def _check_classes(self, found: Mapping[str, class_folders.Found]) -> None:
         if len(self.classes) < 2:
             raise ValueError(
                 f"{self.root} has one class folder ({self.classes[0]}); "
                 "a classifier needs at least two"
             )
-        counts = np.bincount(self.targets, minlength=len(self.classes))
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
+        empty = [
+            f"{name} ({class_folders.counted(unread)})" if unread else name
+            for name, (images, unread) in found.items()
+            if not images
+        ]
         if empty:
             raise ValueError(
                 f"class folders without an image in {self.root}: {', '.join(empty[:5])}"
                 f"{', ...' if len(empty) > 5 else ''}; add images or remove the folders"
             )
 
+    def __len__(self) -> int:
+        return len(self.samples)
+
     def __getitem__(self, index: int) -> Any:
         path, label = self.samples[index]
         try:
-            image = load_image(path, self._channels)
+            image = load_image(path, self.channels, self.exif)
         except ValueError as error:
             return SkippedImage(path, str(error))
         return self.transform(image), label
@@ -169,7 +160,7 @@ class ArrayImages(Dataset):
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Transform) -> None:
-        pictures = (Image.fromarray(image).convert("RGB") for image in images)
+        pictures = (as_picture(Image.fromarray(image)) for image in images)
         self.images = torch.stack([transform(picture) for picture in pictures])
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
 

@@ -18,7 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from vpt_fast import __version__, count_parameters, load_adapter, save_adapter
 from vpt_fast.train.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
@@ -50,6 +52,7 @@ from vpt_fast.train.report import (
 
 RESULTS_FILE = "demo.json"
 PICTURE_FILE = "demo.png"
+DIGIT_FILE = "digit.png"
 
 
 def run_demo(output: Path, names: Sequence[str], epochs: int, seed: int, device: str) -> None:
@@ -96,9 +99,12 @@ def run_demo(output: Path, names: Sequence[str], epochs: int, seed: int, device:
     best = names[-1]
     picture = output / PICTURE_FILE
     _draw(picture, curves, digits, tests, best)
+    digit = output / DIGIT_FILE
+    Image.fromarray((255 * digits.test_pixels[0]).round().astype(np.uint8)).save(digit)
     _load_back(output / best, digits, tests[best], where)
     _write_results(output, header, rows)
-    print(f"Picture: {picture}\nAdapters: {', '.join(str(output / name) for name in names)}")
+    print(f"Picture: {picture}\nA digit to try: {digit}")
+    print(f"Adapters: {', '.join(str(output / name) for name in names)}")
     print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 

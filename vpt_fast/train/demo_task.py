@@ -17,6 +17,8 @@ from vpt_fast.methods import Method
 from vpt_fast.train.backbone import data_config_of
 from vpt_fast.train.data import ArrayImages, eval_transform, make_loader
 from vpt_fast.train.demo_backbone import demo_backbone
+from vpt_fast.train.image_loaders import set_data_config
+from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.loop import FitResult, fit
 from vpt_fast.train.recipe import Recipe, init_head
 
@@ -59,7 +61,7 @@ STUDY_SETTINGS = {
 
 @dataclass(frozen=True)
 class Digits:
-    """The three splits, and the test images (797, 8, 8) in [0, 1] for the picture."""
+    """The three splits, and the test images (797, 8, 8) in [0, 1] for the pictures."""
 
     train: ArrayImages
     val: ArrayImages
@@ -92,6 +94,7 @@ def new_model(setting: Setting, seed: int, device: torch.device) -> nn.Module:
     random_seed(seed)
     model = demo_backbone(num_classes=len(CLASS_NAMES))
     init_head(model)
+    set_data_config(model, ImageOptions())
     return prompt_tune(model, setting.method).to(device)
 
 

@@ -1,13 +1,16 @@
-"""Fine-grained sets (CUB, NABirds, Flowers, Dogs, Cars) as json files: `{"path.jpg": class id}`."""
+"""Fine-grained sets (CUB, NABirds, Flowers, Dogs, Cars) as json files: `{"path.jpg": class id}`.
+
+Class ids are whole numbers, or words.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vpt_fast.train.data import SPLITS, SkippedImage
+from vpt_fast.train.labels import Pairs, are_words, name_of, read_json, short
 from vpt_fast.train.split import (
     ImageSource,
     Split,
@@ -37,51 +40,52 @@ def read_fgvc(directory: Path, known: Sequence[str] | None = None) -> ImageSourc
         known: Class names (ids) of a trained model; they decide the labels then.
 
     Raises:
-        ValueError: If a file is damaged or has no usable entry, or there are fewer than two
-            classes.
+        ValueError: If a file is damaged, of another kind or has no usable entry, or there are fewer
+            than two classes.
     """
     read = {
-        split: _read_json(directory / f"{split}.json")
+        split: _read(directory / f"{split}.json")
         for split in SPLITS
         if (directory / f"{split}.json").is_file()
     }
-    ids = {split: {label for _, label in entries} for split, (entries, _) in read.items()}
-    union = sorted(set[int]().union(*ids.values()))
-    names = [str(label) for label in union] if known is None else list(known)
-    root = _image_root(directory, [path for entries, _ in read.values() for path, _ in entries])
-    splits = {
-        split: _split(directory / f"{split}.json", root, *found, check_classes(names, str(root)))
-        for split, found in read.items()
+    words = are_words(label for entries in read.values() for _, label in entries)
+    ids = {
+        split: {name for _, label in entries if (name := name_of(label, words)) is not None}
+        for split, entries in read.items()
     }
+    union = sorted(set[str]().union(*ids.values()), key=None if words else int)
+    names = union if known is None else list(known)
+    root = _image_root(directory, [path for entries in read.values() for path, _ in entries])
+    splits = {
+        split: _split(directory / f"{split}.json", root, entries, names, words)
+        for split, entries in read.items()
+    }
+    check_classes(names, str(root), [item for split in splits.values() for item in split.refused])
     warnings = []
     for split, mine in ids.items():
-        missing = [label for label in union if label not in mine]
-        if missing and missing[0] < max(mine, default=missing[0]):
+        missing = [] if words else [name for name in union if name not in mine]
+        if missing and int(missing[0]) < max(map(int, mine), default=int(missing[0])):
             warnings.append(
                 f"{split}.json lacks {len(missing)} of the {len(union)} class ids "
-                f"({some([str(label) for label in missing])}): labels are ranks among the ids of "
+                f"({some(missing)}): labels are ranks among the ids of "
                 "all files together, and differ from ranks within this file"
             )
     return ImageSource("fgvc", names, splits, warnings)
 
 
-def _read_json(path: Path) -> tuple[list[tuple[str, int]], list[SkippedImage]]:
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no json file: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} holds no {{"path": class id}} but a {type(content).__name__}')
-    entries, refused = [], []
-    for image, label in content.items():
-        if isinstance(label, str) and label.strip().isdecimal():
-            label = int(label)
-        if isinstance(label, int) and not isinstance(label, bool):
-            entries.append((image, label))
-        else:
-            where = f"{path} {image}"
-            refused.append(SkippedImage(where, f"{where}: class id {label!r} is no whole number"))
-    return entries, refused
+def _read(path: Path) -> Pairs:
+    content = read_json(path)
+    kind = f'{path} holds no {{"path": class id}}'
+    if not isinstance(content, Pairs):
+        raise ValueError(f"{kind} but {_kind(content)}")
+    for key, value in content:
+        if isinstance(value, list):  # an object, too
+            raise ValueError(f"{kind}: its {short(key)} is {_kind(value)}")
+    return content
+
+
+def _kind(value: Any) -> str:
+    return "an object" if isinstance(value, Pairs) else f"a {type(value).__name__}"
 
 
 def _image_root(directory: Path, images: list[str]) -> Path:
@@ -91,20 +95,19 @@ def _image_root(directory: Path, images: list[str]) -> Path:
     return roots[found.index(max(found))] if max(found) else directory
 
 
-def _split(
-    path: Path,
-    root: Path,
-    entries: list[tuple[str, int]],
-    refused: list[SkippedImage],
-    names: list[str],
-) -> Split:
+def _split(path: Path, root: Path, entries: Pairs, names: Sequence[str], words: bool) -> Split:
     ranks = {name: label for label, name in enumerate(names)}
-    paths, labels, bad = [], [], list(refused)
-    for image, class_id in entries:
-        if str(class_id) in ranks:
+    paths, labels, refused = [], [], []
+    for image, label in entries:
+        name = name_of(label, words)
+        if name in ranks:
             paths.append(root / image)
-            labels.append(ranks[str(class_id)])
+            labels.append(ranks[name])
+            continue
+        if name is None:
+            reason = f"class id {short(label)} is no {'word' if words else 'whole number'}"
         else:
-            where = f"{path} {image}"
-            bad.append(SkippedImage(where, f"{where}: the model has no class id {class_id}"))
-    return check_left(split_of_files(paths, labels, bad), str(path))
+            reason = f"the model has no class id {short(name) if words else name}"
+        where = f"{path} {image}"
+        refused.append(SkippedImage(where, f"{where}: {reason}"))
+    return check_left(split_of_files(paths, labels, refused), str(path))

@@ -5,13 +5,16 @@ The package is optional, and imported only here.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vpt_fast.train.data import DECODE_ERRORS, SPLITS, SkippedImage
+from vpt_fast.train.data import SPLITS, SkippedImage
+from vpt_fast.train.labels import are_words, consecutive, name_of, range_of, short, whole
+from vpt_fast.train.pictures import as_picture, load_image, naming
 from vpt_fast.train.split import ImageSource, Split, check_classes, check_left
 
 _IMAGE_NAMES, _LABEL_NAMES = ("image", "img"), ("label", "labels")
@@ -27,8 +30,9 @@ def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
     """Reads a saved DatasetDict, or a saved Dataset as the only split, train.
 
     The image column is the one of type Image, the label column the one of type ClassLabel, whose
-    names become the class names; else the one called label, with whole numbers. A test split whose
-    labels are all -1, which is how unlabelled ones are published, is left out with a warning.
+    names become the class names; else the one called label, with whole numbers or with words. A
+    test split whose labels are all -1, which is how unlabelled ones are published, is left out with
+    a warning.
 
     Args:
         directory: What `save_to_disk` wrote.
@@ -59,10 +63,12 @@ def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
     first = next(iter(present))
     feature = present[first].features[columns[first][1]]
     own = getattr(feature, "names", None)
-    if own is None:
-        numbers = [n for some in labels.values() for n in some if isinstance(n, int)]
-        own = [str(number) for number in range(1 + max(numbers, default=-1))]
-    names = check_classes(list(own) if known is None else list(known), str(directory))
+    every = [label for some in labels.values() for label in some]
+    words = own is None and are_words(every)
+    if words:
+        own = sorted({name for label in every if (name := name_of(label, True)) is not None})
+    own = consecutive(every) if own is None else own
+    names = list(own) if known is None else list(known)
     rank = {name: label for label, name in enumerate(names)}
     splits, warnings = {}, []
     for split, rows in present.items():
@@ -71,8 +77,11 @@ def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
             continue
         where = f"{directory} {split}"
         mine = getattr(rows.features[columns[split][1]], "names", None) or own
-        splits[split] = _split(rows, columns[split][0], labels[split], mine, rank, where)
-    return ImageSource("hf", names, splits, warnings)
+        given = [name_of(label, True) for label in labels[split]] if words else None
+        column = columns[split][0]
+        splits[split] = _split(rows, column, labels[split], given, mine, rank, where)
+    refused = [item for split in splits.values() for item in split.refused]
+    return ImageSource("hf", check_classes(names, str(directory), refused), splits, warnings)
 
 
 def _columns(rows: Any, where: str) -> tuple[str, str]:
@@ -100,38 +109,60 @@ def _split(
     rows: Any,
     column: str,
     labels: list[Any],
+    words: list[str | None] | None,
     own: Sequence[str],
     rank: dict[str, int],
     where: str,
 ) -> Split:
     kept, mine, refused = [], [], []
     for row, label in enumerate(labels):
-        name = f"{where} row {row}"
-        if not isinstance(label, int) or not 0 <= label < len(own):
-            reason = f"{name}: label {label} is out of range, 0 to {len(own) - 1}"
-            refused.append(SkippedImage(name, reason))
-        elif own[label] not in rank:
-            refused.append(SkippedImage(name, f"{name}: the model has no class {own[label]!r}"))
-        else:
+        name = words[row] if words is not None else _numbered(label, own)
+        if name in rank:
             kept.append(row)
-            mine.append(rank[own[label]])
+            mine.append(rank[name])
+            continue
+        where_row = f"{where} row {row}"
+        if name is not None:
+            reason = f"the model has no class {name!r}"
+        elif words is not None:
+            reason = f"label {short(label)} is no word"
+        else:
+            reason = f"label {short(label)} is out of range, {range_of(own, len(labels))}"
+        refused.append(SkippedImage(where_row, f"{where_row}: {reason}"))
     names = [f"{where} row {row}" for row in kept]
     split = Split(mine, names, _RowLoader(rows, column, kept, names), tuple(refused))
     return check_left(split, where)
+
+
+def _numbered(label: Any, own: Sequence[str]) -> str | None:
+    """The class of a number, or None."""
+    number = whole(label)
+    return None if number is None or not 0 <= number < len(own) else own[number]
 
 
 class _RowLoader:
     """Decodes one row; not a closure, as worker processes may have to be sent it."""
 
     def __init__(self, rows: Any, column: str, kept: list[int], names: list[str]) -> None:
+        feature = rows.features[column]
+        self.mode: str | None = getattr(feature, "mode", None)
+        # Files as they are: `datasets` would turn images by their EXIF orientation, asked or not.
+        if getattr(feature, "decode", False):
+            rows = rows.cast_column(column, type(feature)(decode=False))
         self.rows, self.column, self.kept, self.names = rows, column, kept, names
 
-    def __call__(self, index: int, channels: int) -> Image.Image:
-        try:
-            image = self.rows[self.kept[index]][self.column]
-            if image is None:
-                raise ValueError("the row has no image")
-            return image.convert("L" if channels == 1 else "RGB")
-        except DECODE_ERRORS as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{self.names[index]} cannot be decoded ({reason})") from error
+    def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
+        name = self.names[index]
+        with naming(name):
+            found = self.rows[self.kept[index]][self.column]
+        if isinstance(found, dict):
+            content, path = found.get("bytes"), found.get("path")
+            file = io.BytesIO(content) if content is not None else path
+            found = file and load_image(file, channels, exif, name=name)
+        elif found is not None:
+            with naming(name):
+                found = as_picture(found, channels, exif)
+        if found is None:
+            raise ValueError(f"{name} cannot be decoded (the row has no image)")
+        image: Image.Image = found
+        return image.convert(self.mode).convert(image.mode) if self.mode else image

@@ -16,6 +16,7 @@ from vpt_fast.train import data
 from vpt_fast.train.augmentation import Augmentation
 from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.memory_set import LIMIT, MemoryLoader, bytes_in_memory, can_crop
+from vpt_fast.train.pictures import reading
 from vpt_fast.train.random_crops import RandomCrops
 from vpt_fast.train.split import Split, SplitImages
 
@@ -31,10 +32,9 @@ def set_data_config(net: nn.Module, options: ImageOptions) -> dict[str, Any]:
         options: How images are resized and normalised.
     """
     config = backbones.data_config_of(net)
-    changes = options.changes(config)
-    if changes:
-        vit: Any = net
-        vit.pretrained_cfg = {**vit.pretrained_cfg, **changes}
+    changes = {**options.changes(config), "exif_transpose": options.exif}
+    vit: Any = net
+    vit.pretrained_cfg = {**vit.pretrained_cfg, **changes}
     return {**config, **changes, "antialias": options.antialias}
 
 
@@ -91,7 +91,7 @@ class Loading:
     ) -> SplitImages:
         """The split with its transform: random ones if `training`, unless they are switched off."""
         transform = self._training() if training else data.eval_transform(self.config)
-        return SplitImages(split, transform, class_names, self.config["input_size"][0])
+        return SplitImages(split, transform, class_names, **reading(self.config))
 
     def loader(
         self,

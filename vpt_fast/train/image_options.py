@@ -48,6 +48,8 @@ class ImageOptions:
         normalisation: imagenet: its mean and standard deviation; inception: from -1 to 1; none:
             from 0 to 1.
         resize: One of `RESIZES`.
+        exif: Whether images are turned as their EXIF orientation says. Off takes them as they are
+            stored, as timm does.
 
     Raises:
         ValueError: If a name is unknown.
@@ -57,6 +59,7 @@ class ImageOptions:
     antialias: bool = True
     normalisation: str = "model"
     resize: str = "model"
+    exif: bool = True
 
     def __post_init__(self) -> None:
         names: list[tuple[str, Any]] = [

@@ -38,6 +38,7 @@ from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
 from vpt_fast.train.metrics import Epoch, MetricsWriter
 from vpt_fast.train.parallel import gathered, rank, world_size
 from vpt_fast.train.recipe import Recipe, head_layers
+from vpt_fast.train.split import some
 from vpt_fast.train.step import TrainStep
 from vpt_fast.tuned import is_tuned
 
@@ -349,7 +350,8 @@ def _train(
                     log(f"warning: {run.result.warning}")
                 new = list(run.result.skipped)[known:]
                 if new:
-                    log(f"skipped {len(new)} images that cannot be decoded: {', '.join(new)}")
+                    why = some([run.result.skipped[name] for name in new], 10)
+                    log(f"skipped {len(new)} images that cannot be decoded: {why}")
     except KeyboardInterrupt:
         run.result.interrupted = True
         if run.is_finite():

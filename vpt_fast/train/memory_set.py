@@ -155,7 +155,7 @@ class MemoryLoader:
 
     def _load(self, index: int) -> Image.Image | SkippedImage:
         try:
-            image = self.dataset.split.load(index, self.dataset.channels)
+            image = self.dataset.load(index)
         except ValueError as error:
             return SkippedImage(self.dataset.split.names[index], str(error))
         self.sizes[index] = torch.tensor([image.height, image.width])

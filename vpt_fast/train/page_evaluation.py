@@ -14,6 +14,7 @@ from vpt_fast.train import data
 from vpt_fast.train.evaluate import Evaluation, evaluate
 from vpt_fast.train.image_loaders import folder_loader
 from vpt_fast.train.page_runs import RunFolder
+from vpt_fast.train.pictures import reading
 from vpt_fast.train.recipe import AMP_DTYPES
 from vpt_fast.train.sources import open_source
 from vpt_fast.train.split import Split, SplitImages
@@ -138,7 +139,7 @@ def evaluate_run(run: RunFolder, options: EvaluationOptions) -> EvaluatedRun:
     directory, form = _data(run, options)
     tuned = load_tuned(run.adapter, _checkpoint(run, options), options.device)
     source = open_source(directory, form, tuned.class_names)
-    tuned.check_classes(directory, len(source.class_names))
+    tuned.class_order(directory, source.class_names)
     wanted = SPLIT_ORDER if options.split is None else (options.split,)
     name = next((name for name in wanted if name in source.splits), None)
     if name is None:
@@ -149,7 +150,7 @@ def evaluate_run(run: RunFolder, options: EvaluationOptions) -> EvaluatedRun:
         source.splits[name],
         data.eval_transform({**tuned.inputs, "antialias": antialias}),
         source.class_names,
-        tuned.inputs["input_size"][0],
+        **reading(tuned.inputs),
     )
     recorded = None if run.record is None else run.record.recipe.get("amp_dtype")
     amp_dtype = options.amp_dtype or (recorded if recorded in AMP_DTYPES else "float32")

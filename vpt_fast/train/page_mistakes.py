@@ -80,7 +80,7 @@ def _first(rows: torch.Tensor, values: torch.Tensor, count: int) -> list[int]:
 
 def _mistake(run: EvaluatedRun, row: int) -> Mistake:
     label, prediction = int(run.evaluation.labels[row]), int(run.evaluation.predictions[row])
-    image = run.split.load(run.indices[row], run.images.channels)
+    image = run.images.load(run.indices[row])
     image.thumbnail((_SIDE, _SIDE))
     names = run.images.classes
     return Mistake(

@@ -151,7 +151,7 @@ def _draw_images(figure: Figure, groups: Sequence[ShownImages], class_names: Seq
 def _draw_image(axes: Axes, group: ShownImages, i: int, class_names: Sequence[str]) -> None:
     label, prediction = group.labels[i], group.predictions[i]
     right = bool(label == prediction)
-    axes.imshow(group.images[i], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(group.images[i], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

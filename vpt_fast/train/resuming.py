@@ -13,7 +13,7 @@ from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.run_record import RunRecord
 
-_FLAGS = {"antialias": "no_antialias"}
+_FLAGS = {"antialias": "no_antialias", "exif": "no_exif"}
 """Where an option says the opposite of its field."""
 _OPTIONS = {"cache": "auto", "prefix_cache": True, "device": None}
 """With their defaults. Neither `memory`, `workers` nor `cuda_graphs` change a bit; `loop` compares

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from vpt_fast.train.class_folders import class_names
 from vpt_fast.train.data import SPLITS, ImageFolders, find_split, require_split
 from vpt_fast.train.fgvc import is_fgvc, read_fgvc
 from vpt_fast.train.hf import is_hf, read_hf
-from vpt_fast.train.split import ImageSource, overlap_warnings, split_of_files
+from vpt_fast.train.overlaps import overlap_warnings
+from vpt_fast.train.split import ImageSource, split_of_files
 from vpt_fast.train.vtab import is_vtab, read_vtab, vtab_folder
 
 FORMATS = ("auto", "folders", "vtab", "vtab-1000", "fgvc", "hf")
@@ -51,7 +53,7 @@ def open_source(
         source.format,
         source.class_names,
         source.splits,
-        [*source.warnings, *overlap_warnings(source.splits)],
+        [*source.warnings, *overlap_warnings(source.splits, source.class_names)],
     )
 
 
@@ -74,14 +76,14 @@ def read_folders(directory: Path, known: Sequence[str] | None = None) -> ImageSo
     """Reads train/<class>/<image>, and val/ and test/ where they are there; see `ImageFolders`."""
     if known is None:
         known = ImageFolders(require_split(directory, "train"), _nothing).classes
-    splits = {}
+    splits, warnings = {}, []
     for name in SPLITS:
         folder = find_split(directory, name)
         if folder is not None:
             images = ImageFolders(folder, _nothing, known)
-            paths = [path for path, _ in images.samples]
-            splits[name] = split_of_files(paths, [int(label) for label in images.targets])
-    return ImageSource("folders", list(known), splits)
+            splits[name] = split_of_files([path for path, _ in images.samples], images.targets)
+            warnings += images.warnings
+    return ImageSource("folders", list(known), splits, warnings)
 
 
 def _nothing(image: Image.Image) -> torch.Tensor:
@@ -112,4 +114,4 @@ def _detect(directory: Path) -> str:
 
 
 def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
+    return bool(class_names(folder))

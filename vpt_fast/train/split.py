@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vpt_fast.train.data import SkippedImage, Transform, load_image
+from vpt_fast.train.data import SkippedImage, Transform
+from vpt_fast.train.pictures import load_image
+
+
+class Load(Protocol):
+    """Decodes image `index`, as `load_image` does."""
+
+    def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
+        """Raises ValueError, naming the image, if it is damaged."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,14 +29,13 @@ class Split:
     Attributes:
         labels: Of each image, from 0 to the number of classes - 1.
         names: Of each image, for messages: its path, or its row.
-        load: Decodes image `index` with `channels` (3 or 1), as load(index, channels). Raises
-            ValueError, naming the image, if it is damaged.
+        load: Decodes an image.
         refused: Entries that are not among the images: a label out of range, an unreadable line.
     """
 
     labels: list[int]
     names: list[str]
-    load: Callable[[int, int], Image.Image]
+    load: Load
     refused: tuple[SkippedImage, ...] = ()
 
     def __len__(self) -> int:
@@ -59,12 +67,19 @@ class SplitImages(Dataset):
         transform: From a PIL image to a tensor (C, H, W).
         class_names: In the order of the labels.
         channels: 3 for RGB, 1 for grey.
+        exif: Whether images are turned as their EXIF orientation says.
     """
 
     def __init__(
-        self, split: Split, transform: Transform, class_names: Sequence[str], channels: int = 3
+        self,
+        split: Split,
+        transform: Transform,
+        class_names: Sequence[str],
+        channels: int = 3,
+        exif: bool = True,
     ) -> None:
-        self.split, self.transform, self.channels = split, transform, channels
+        self.split, self.transform = split, transform
+        self.channels, self.exif = channels, exif
         self.classes = list(class_names)
         self.targets = split.labels
 
@@ -73,10 +88,14 @@ class SplitImages(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            image = self.split.load(index, self.channels)
+            image = self.load(index)
         except ValueError as error:
             return SkippedImage(self.split.names[index], str(error))
         return self.transform(image), self.split.labels[index]
+
+    def load(self, index: int) -> Image.Image:
+        """The image before its transform; raises ValueError, naming it, if it is damaged."""
+        return self.split.load(index, self.channels, self.exif)
 
 
 def split_of_files(
@@ -93,8 +112,8 @@ class _FileLoader:
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
 
-    def __call__(self, index: int, channels: int) -> Image.Image:
-        return load_image(self.paths[index], channels)
+    def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
+        return load_image(self.paths[index], channels, exif)
 
 
 def some(items: Sequence[str], limit: int = 3) -> str:
@@ -114,22 +133,20 @@ def check_left(split: Split, where: str) -> Split:
     return split
 
 
-def check_classes(names: Sequence[str], where: str) -> list[str]:
+def check_classes(
+    names: Sequence[str], where: str, refused: Sequence[SkippedImage] = ()
+) -> list[str]:
     """Returns the class names.
+
+    Args:
+        names: Of the classes.
+        where: Of what data set, for the message.
+        refused: Entries that are left out, which may be why there are so few.
 
     Raises:
         ValueError: If there are fewer than two.
     """
     if len(names) < 2:
-        raise ValueError(f"{where} has {len(names)} class; a classifier needs at least two")
+        left = f" (left out: {some([item.reason for item in refused])})" if refused else ""
+        raise ValueError(f"{where} has {len(names)} class; a classifier needs at least two{left}")
     return list(names)
-
-
-def overlap_warnings(splits: dict[str, Split]) -> list[str]:
-    """A line for each two splits that share an image."""
-    found, names = [], {name: set(split.names) for name, split in splits.items()}
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        both = sorted(names.get(one, set()) & names.get(other, set()))
-        if both:
-            found.append(f"{len(both)} images are in both {one} and {other}: {some(both)}")
-    return found

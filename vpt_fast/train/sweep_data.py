@@ -121,8 +121,8 @@ class _OneAfterTheOther:
     def __init__(self, first: Split, second: Split) -> None:
         self.first, self.second = first, second
 
-    def __call__(self, index: int, channels: int) -> Image.Image:
+    def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
         count = len(self.first)
         if index < count:
-            return self.first.load(index, channels)
-        return self.second.load(index - count, channels)
+            return self.first.load(index, channels, exif)
+        return self.second.load(index - count, channels, exif)

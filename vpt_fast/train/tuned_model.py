@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from vpt_fast import load_adapter
 from vpt_fast.adapter_files import CONFIG_FILE, read_config
 from vpt_fast.train import backbone as backbones
+from vpt_fast.train.class_folders import CLASS_ORDERS, natural
 from vpt_fast.train.loop import BEST, LAST
 from vpt_fast.train.recipe import head_layers
 
@@ -25,13 +27,44 @@ class TunedModel:
     num_classes: int
     class_names: list[str] | None
 
-    def check_classes(self, directory: Path, count: int) -> None:
-        """Raises ValueError unless a data set of `count` classes has as many as the adapter."""
-        if count != self.num_classes:
+    def class_order(
+        self, directory: Path, names: Sequence[str], order: str | None = None
+    ) -> list[str]:
+        """The classes of a data set in the order of the adapter's outputs.
+
+        Args:
+            directory: Of the data set, for messages.
+            names: Its classes, in its order.
+            order: One of `CLASS_ORDERS`, for an adapter that does not name its classes; None takes
+                the data set's where both are the same.
+
+        Raises:
+            ValueError: If the adapter has other classes, or it cannot be known which of its outputs
+                is which.
+        """
+        if order is not None and order not in CLASS_ORDERS:
+            raise ValueError(f"--class-order is {order!r}; choose one of {', '.join(CLASS_ORDERS)}")
+        if self.class_names is not None:
+            if order is not None:
+                raise ValueError("the adapter names its classes; leave --class-order out")
+            return list(names)
+        if len(names) != self.num_classes:
             raise ValueError(
-                f"{directory} has {count} classes, but the adapter has {self.num_classes} classes "
-                "and no names of them"
+                f"{directory} has {len(names)} classes, but the adapter has {self.num_classes} "
+                "classes and no names of them"
             )
+        by_value, sorted_names = natural(names), sorted(names)
+        # Other orders are of the data set itself, such as numbers from 0.
+        if order is None and list(names) == sorted_names != by_value:
+            first = next(
+                i for i, pair in enumerate(zip(names, by_value, strict=True)) if len(set(pair)) > 1
+            )
+            raise ValueError(
+                f"the adapter does not name its classes, and class {first} of {directory} is "
+                f"{names[first]!r} by strings and {by_value[first]!r} by numbers in names; say how "
+                "they were sorted with eval --class-order strings or natural"
+            )
+        return {"strings": sorted_names, "natural": by_value}.get(order or "", list(names))
 
 
 def adapter_folder(path: Path) -> Path:

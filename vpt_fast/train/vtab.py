@@ -1,17 +1,25 @@
 """VTAB-1k folders: `<root>/<set>` with lists of images and labels.
 
 The lists are train800.txt, val200.txt, train800val200.txt and test.txt; a line is
-`images/train800val200/000000.jpg 307`, a path in the folder and a label from 0.
+`images/train800val200/000000.jpg 307`, a path in the folder and a label from 0; other sets of that
+layout may have words for labels.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from vpt_fast.train.data import SkippedImage
-from vpt_fast.train.split import ImageSource, Split, check_classes, check_left, split_of_files
+from vpt_fast.train.labels import (
+    are_words,
+    consecutive,
+    name_of,
+    range_of,
+    read_list,
+    short,
+)
+from vpt_fast.train.split import ImageSource, Split, check_classes, check_left, some, split_of_files
 
 # Classes of each set: natural, specialized and structured ones (Zhai et al. 2019, table 2).
 CLASSES = {
@@ -71,7 +79,9 @@ def read_vtab(
     """Reads the lists of a set.
 
     The number of classes is VTAB's where the folder has the name of one of its sets (or another
-    common name of it), else the largest label of all lists + 1. Class names are the labels.
+    common name of it), else the largest label of all lists + 1, where a label that is not below the
+    number of lines is a mistake. Class names are the labels. Where most labels are words, class
+    names are these, sorted.
 
     Args:
         directory: Of the set.
@@ -89,53 +99,80 @@ def read_vtab(
         # It holds the validation images too.
         del lists["val"]
     files = {split: directory / name for split, name in lists.items()}
-    read = {split: _read_list(path) for split, path in files.items() if path.is_file()}
-    count = CLASSES.get(vtab_name(directory.resolve().name))
-    if count is None:
-        count = 1 + max((label for lines, _ in read.values() for *_, label in lines), default=-1)
-    names = check_classes([str(label) for label in range(count)], str(directory))
-    if known is not None and list(known) != names:
-        raise ValueError(
-            f"{directory} has the classes 0 to {count - 1}, the model has {len(known)} classes: "
-            f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
-        )
-    splits = {name: _split(files[name], *found, count) for name, found in read.items()}
+    read = {split: read_list(path) for split, path in files.items() if path.is_file()}
+    labels = [label for lines in read.values() for *_, label in lines if label is not None]
+    words = are_words(labels)
+    if words:
+        names = sorted({name for label in labels if (name := name_of(label, True)) is not None})
+    else:
+        count = CLASSES.get(vtab_name(directory.resolve().name))
+        names = consecutive(labels) if count is None else [str(label) for label in range(count)]
+    if known is not None:
+        names = _known(directory, names, list(known), words)
+    splits = {
+        split: _split(files[split], lines, names, words, len(labels))
+        for split, lines in read.items()
+    }
+    names = check_classes(
+        names, str(directory), [item for split in splits.values() for item in split.refused]
+    )
     warnings = []
     if "train" in splits and lists["train"] == WHOLE and not whole:
         warnings.append(f"no {LISTS['train']}: training on all of {WHOLE}, without validation")
+    if "train" in splits and known is None:
+        warnings += _empty_classes(files["train"], names, splits["train"])
     return ImageSource("vtab", names, splits, warnings)
 
 
-Lines = list[tuple[int, str, int]]
+def _known(directory: Path, own: list[str], known: list[str], words: bool) -> list[str]:
+    """The model's classes, if they can be those of the lists."""
+    fits = words or (
+        known == [str(label) for label in range(len(known))] and len(own) <= len(known)
+    )
+    if vtab_name(directory.resolve().name) in CLASSES and not words:
+        fits = own == known
+    if not fits:
+        raise ValueError(
+            f"{directory} has the classes 0 to {len(own) - 1}, the model has {len(known)} classes: "
+            f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
+        )
+    return known
 
 
-def _read_list(path: Path) -> tuple[Lines, dict[int, SkippedImage]]:
-    """Line number, image and label of each line, and by their numbers the lines that are none."""
-    lines: Lines = []
-    refused = {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        image, _, label = line.strip().rpartition(" ")
-        if image and re.fullmatch(r"-?[0-9]+", label):
-            lines.append((number, image.strip(), int(label)))
-        else:
-            where = f"{path} line {number}"
-            reason = f"{where}: {line[:80]!r} is no path and label"
-            refused[number] = SkippedImage(where, reason)
-    return lines, refused
-
-
-def _split(path: Path, lines: Lines, refused: dict[int, SkippedImage], classes: int) -> Split:
-    paths, labels, bad = [], [], dict(refused)
+def _split(
+    path: Path,
+    lines: Sequence[tuple[int, str, str | None]],
+    names: Sequence[str],
+    words: bool,
+    entries: int,
+) -> Split:
+    ranks = {name: label for label, name in enumerate(names)}
+    paths, labels, refused = [], [], []
     for number, image, label in lines:
-        if 0 <= label < classes:
+        name = None if label is None else name_of(label, words)
+        if name in ranks:
             paths.append(path.parent / image)
-            labels.append(label)
+            labels.append(ranks[name])
+            continue
+        if label is None:
+            reason = f"{short(image)} is no path and label"
+        elif name is None:
+            reason = f"label {short(label)} is no {'word' if words else 'whole number in range'}"
+        elif words:
+            reason = f"the model has no class {short(name)}"
         else:
-            where = f"{path} line {number}"
-            reason = f"{where}: label {label} is out of range, 0 to {classes - 1}"
-            bad[number] = SkippedImage(where, reason)
-    found = split_of_files(paths, labels, [bad[number] for number in sorted(bad)])
-    return check_left(found, str(path))
+            reason = f"label {name} is out of range, {range_of(names, entries)}"
+        where = f"{path} line {number}"
+        refused.append(SkippedImage(where, f"{where}: {reason}"))
+    return check_left(split_of_files(paths, labels, refused), str(path))
+
+
+def _empty_classes(path: Path, names: Sequence[str], split: Split) -> list[str]:
+    """Where the lists alone say what classes there are, a wrong label makes some that are empty."""
+    if vtab_name(path.parent.resolve().name) in CLASSES:
+        return []
+    present = set(split.labels)
+    empty = [name for label, name in enumerate(names) if label not in present]
+    if not empty:
+        return []
+    return [f"{path} has no image of {len(empty)} of the {len(names)} classes: {some(empty)}"]
