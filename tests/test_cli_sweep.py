@@ -160,7 +160,7 @@ def test_frozen_blocks_are_computed_once_for_all_runs(folder, monkeypatch):
     task.run(LinearProbe(), Recipe(epochs=3, batch_size=8, lr=2.0), final=False)
     assert sum(images) == 24 + 9
     task.run(LinearProbe(), recipe, final=True)
-    assert sum(images) == 24 + 9 + 33 + 12
+    assert sum(images) == 24 + 9 + 33 + 12 + 1  # the fixed one of its adapter
     augmented = Loading(CONFIG, Augmentation(), torch.device("cpu"))
     other = SweepTask(backbone(), SourceData(open_source(folder), augmented), progress=False)
     assert other.run(LinearProbe(), recipe, final=False).loss != first.loss

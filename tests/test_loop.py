@@ -106,7 +106,7 @@ def test_a_loss_that_rises_is_said_once(tmp_path):
     assert said == [f"warning: {result.warning}"]
     assert "smaller --lr than 3000" in result.warning
     assert max(row.train_loss for row in result.epochs) > 6 * math.log(3)
-    calm = train(tuned(LinearProbe()), Recipe(epochs=4, batch_size=8, lr=1.0))
+    calm = train(tuned(LinearProbe()), Recipe(epochs=4, batch_size=8, lr=0.01))
     assert calm.warning == ""
 
 

@@ -155,7 +155,7 @@ def test_resuming_with_other_options_leaves_the_record_alone(
         ({"method": VAPT(2)}, "with --method vpt-deep, not vapt"),
         ({"method": VPTDeep(2, dropout=0.9)}, "with --dropout 0, the default, not 0.9"),
         ({"method": VPTDeep(3)}, "with --num-prompts 2, not 3"),
-        ({"lr": None}, "with --lr 2, not 2.5, the default;"),
+        ({"lr": None}, "with --lr 2, not 0.5, the default;"),
         ({"opt": "adamw"}, "with --opt sgd, the default, not adamw"),
         ({"seed": 42}, "with --seed 7, not 42, the default"),
         ({"batch_size": 7}, "with --batch-size 8, not 7"),

@@ -222,7 +222,7 @@ def from_dict(values: Mapping[str, Any]) -> Method:
     """
     values = dict(values)
     name = values.pop("name", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     cls = METHODS[name]
     unknown = sorted(set(values) - {f.name for f in fields(cls)})

@@ -263,6 +263,8 @@ def backbone_of_adapter(
         name = f"{name}.{tag}"
     args = dict(model.get("args") or {})
     num_classes = args.pop("num_classes", None) or len(config["class_names"] or [])
+    if name != source:
+        _check_shapes(name, num_classes, args, config["fingerprint"])
     return create_backbone(
         name,
         num_classes,
@@ -270,6 +272,25 @@ def backbone_of_adapter(
         checkpoint=checkpoint,
         model_args=args,
     )
+
+
+def _check_shapes(
+    name: str, num_classes: int, args: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Raises ValueError, before memory is taken, if arguments make other weights than expected."""
+    check_model_name(name)
+    with torch.device("meta"):
+        try:
+            model: nn.Module = timm.create_model(name, num_classes=num_classes, **args)
+        except Exception as error:
+            raise ValueError(f"timm.create_model({name!r}) failed: {error}") from error
+    own = {key: list(value.shape) for key, value in model.state_dict().items()}
+    for key, summary in expected.items():
+        if own.get(key) != summary["shape"]:
+            raise ValueError(
+                f"this adapter contradicts itself: timm's {name} with its arguments has {key} of "
+                f"shape {own.get(key)}, its fingerprint {summary['shape']}"
+            )
 
 
 def data_config_of(model: nn.Module) -> dict[str, Any]:

@@ -40,7 +40,9 @@ def open_bank(
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no folder {directory}")
-    folders = {path.name: adapter_folder(path) for path in sorted(directory.iterdir())}
+    # A saving that was killed leaves a hidden folder.
+    paths = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
+    folders = {path.name: adapter_folder(path) for path in paths}
     folders = {name: path for name, path in folders.items() if (path / CONFIG_FILE).is_file()}
     if not folders:
         raise ValueError(
@@ -59,10 +61,10 @@ def open_bank(
                 model = backbone_of_adapter(read_config(path), checkpoint).to(device, dtype)
                 bank = PromptBank(model, memory_limit, spill=memory_limit is not None)
             bank.add(name, path)
-        except (ValueError, TypeError, OSError) as error:
+        except Exception as error:  # whatever one configuration says, the other adapters are held
             if names is not None:
                 raise
-            refused.append(f"{name} is left out: {error}")
+            refused.append(f"{name} is left out: {' '.join(str(error).split())}")
     if bank is None or not bank.tasks:
         raise ValueError("; ".join(refused))
     return bank, refused

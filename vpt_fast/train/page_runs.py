@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vpt_fast.adapter_files import TENSORS_FILE, read_config
 from vpt_fast.train.loop import FitResult
@@ -102,13 +102,16 @@ class RunFolder:
 
     @cached_property
     def trained(self) -> int | None:
-        """The number of trained parameters."""
+        """The number of trained parameters; None if no whole file says it."""
         if self.record is not None and "trained" in self.record.parameters:
             return self.record.parameters["trained"]
         if self.adapter is None:
             return None
-        with safe_open(str(self.adapter / TENSORS_FILE), "np") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        try:
+            with safe_open(str(self.adapter / TENSORS_FILE), "np") as file:
+                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        except SafetensorError:
+            return None  # evaluating it says what is damaged
         return sum(math.prod(shape) for shape in shapes)
 
     @cached_property

@@ -169,8 +169,10 @@ class PrefixCache:
         """
         kept = self.activations(images, count)
         theirs: Any = like.batch_sampler
-        shuffled = isinstance(theirs.batches.sampler, RandomSampler)
-        return activation_loader(kept, theirs.batches.batch_size, shuffled, like.generator)
+        while not isinstance(theirs, BatchSampler):  # around which others stand
+            theirs = theirs.batches
+        shuffled = isinstance(theirs.sampler, RandomSampler)
+        return activation_loader(kept, theirs.batch_size, shuffled, like.generator)
 
     @torch.no_grad()
     def activations(self, images: Iterable[Batch], count: int) -> Activations:
