@@ -108,7 +108,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=f"File too large: '{directory}'"):
             save(model, directory, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

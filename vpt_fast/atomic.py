@@ -39,8 +39,9 @@ def atomic_file(path: Path, mode: str, **options: Any) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         scratch.unlink(missing_ok=True)
+        _name(error, path)
         raise
 
 
@@ -77,8 +78,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 _exchange(scratch, target)
             else:
                 os.rename(scratch, target)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Says what could not be written, where the system does not (a full disk)."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def _prefix(target: Path) -> str:
