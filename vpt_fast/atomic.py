@@ -87,7 +87,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _name(error: BaseException, path: Path) -> None:
     """Says what could not be written, where the system does not (a full disk)."""
-    if isinstance(error, OSError) and error.filename is None:
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         error.filename = str(path)
 
 
