@@ -67,6 +67,7 @@ SWINS: dict[str, Swin] = {
     "no_bias": _swin((40, 40), window_size=4, qkv_bias=False),
     "head_dim": _swin((32, 32), window_size=4, head_dim=12),
     "max_pool": _swin((32, 48), window_size=4, global_pool="max"),
+    "tiny": _swin((28, 36), window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 2)),
     "one_stage": _swin((32, 32), window_size=4, depths=(3,), num_heads=(2,)),
 }
 
@@ -166,13 +167,13 @@ class PlainSwin:
             block.attn, torch.cat([normed, windows], 1), rows.shape[1], mask, batch
         )
         count = rows.shape[1]
-        rows = rows + out[:, :count].unflatten(0, (batch, number)).mean(1)
+        rows = rows + block.drop_path1(out[:, :count].unflatten(0, (batch, number)).mean(1))
         y = window_reverse(out[:, count:].unflatten(1, window).contiguous(), window, *full)
         y = y[:, :height, :width]
         if any(shift):
             y = torch.roll(y, shift, (1, 2))
-        sequence = torch.cat([rows, (x + y).flatten(1, 2)], 1)
-        sequence = sequence + block.mlp(block.norm2(sequence))
+        sequence = torch.cat([rows, (x + block.drop_path1(y)).flatten(1, 2)], 1)
+        sequence = sequence + block.drop_path2(block.mlp(block.norm2(sequence)))
         return sequence[:, count:].unflatten(1, (height, width)), sequence[:, :count]
 
     def attention(
@@ -184,8 +185,12 @@ class PlainSwin:
         bias = attn._get_rel_pos_bias()
         if mask is not None:
             bias = bias + mask.repeat(batch, 1, 1).unsqueeze(1)
-        scores = attn.scale * q @ k.transpose(-2, -1) + F.pad(bias, (count, 0, count, 0))
-        return attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        bias = F.pad(bias, (count, 0, count, 0))
+        if attn.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, v, bias)
+        else:
+            y = attn.attn_drop(attn.softmax(attn.scale * q @ k.transpose(-2, -1) + bias)) @ v
+        return attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
 
     def stages(self, image: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """Tokens (B, H, W, D) and live prompt rows after every stage."""

@@ -244,10 +244,6 @@ def _another_block(model: Any) -> None:
     model.layers[0].blocks[1].__class__ = Other
 
 
-def _hooked(model: Any) -> None:
-    model.layers[1].blocks[0].attn.qkv.register_forward_hook(lambda *_: None)
-
-
 def _extra(model: Any) -> None:
     model.layers[1].blocks[0].attn.gate = nn.Linear(3, 3)
 
@@ -260,7 +256,6 @@ def _headless(model: Any) -> None:
     ("change", "method", "message"),
     [
         (_another_block, VPTDeep(3), r"layers\.0\.blocks\.1 is Other"),
-        (_hooked, VPTDeep(3), r"layers\.1\.blocks\.0\.attn\.qkv is hooked"),
         (_extra, VPTDeep(3), r"layers\.1\.blocks\.0\.attn\.gate is Linear"),
         (_headless, VPTDeep(3, pool_prompts=True), "pool_prompts=True needs a head that pools"),
         (None, VPTDeep(3, shared=True), r"shared=True needs .* \[32, 64, 128\]"),

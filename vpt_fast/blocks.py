@@ -19,6 +19,7 @@ from torch.nn.modules import module as nn_module
 from vpt_fast import fused_block
 from vpt_fast.attention_inputs import (
     attention_tokens,
+    check_attention,
     is_normed,
     prompt_keys_values,
     reads_plainly,
@@ -30,7 +31,7 @@ from vpt_fast.hooks import (
     has_compiled_call,
     has_hooks,
     has_own_forward,
-    with_descendants,
+    is_watched,
 )
 from vpt_fast.look_ahead import prompts_of
 from vpt_fast.norms import is_frozen_norm
@@ -40,6 +41,7 @@ from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.prompt_rows import PromptRows, extend_mask, insert_rows, strip_rows
 from vpt_fast.recompute import recomputed
+from vpt_fast.row_by_row import treats_rows_apart
 
 # Query rows up to which keys and values are not worth making. A model's head reads one or two.
 _FEW_QUERIES = 2
@@ -69,14 +71,10 @@ class PromptedAttention(Attention):
             (B, N or M, D).
         """
         if attn_mask is not None or is_causal:
-            if self.scale == self.head_dim**-0.5:
-                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-            return self._masked(x, attn_mask, is_causal)
-        if self.attn_drop.p and self.attn_drop.training:
-            raise ValueError(
-                f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
-                "keep the frozen blocks in eval mode, as model.train() does"
-            )
+            return self._as_timms(x, attn_mask, is_causal)
+        check_attention(self, self.head_dim)
+        if prompts is None and queries is None and not self.fused_attn:
+            return self._as_timms(x)  # as asked for: softmax and dropout may be hooked
         if (
             queries is not None and queries.shape[1] <= _FEW_QUERIES
             and not is_normed(self) and reads_plainly(self.qkv)
@@ -88,8 +86,13 @@ class PromptedAttention(Attention):
         norm = self._modules.get("norm")
         return self.proj_drop(self.proj(out if norm is None else norm(out)))
 
-    def _masked(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """timm's forward, which leaves the scale to PyTorch's default, with a folded scale."""
+    def _as_timms(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """timm's forward, whose fused form leaves the scale to PyTorch's default; a folded one is
+        1."""
+        if not self.fused_attn or self.scale == self.head_dim**-0.5:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask, is_causal=is_causal, scale=self.scale
@@ -245,7 +248,7 @@ class PromptedBlock(Block):
         return x, self.norm1(x), prompts
 
     def _forward(self, total: OpenSum, first: int | None) -> Tensor:
-        if self._is_watched():
+        if self._needs_all_rows():
             x = self._concatenated(total.closed())
             return x if first is None else x[:, :first]
         x, y, prompts = self._normalise(total)
@@ -259,17 +262,21 @@ class PromptedBlock(Block):
         x = x + self.drop_path1(self.ls1(self.attn(y, prompts=prompts, queries=queries)))
         return self._through_mlp(x)
 
-    def _is_watched(self) -> bool:
-        """Whether a hook would miss the prompts, or a row that is no query, if they passed beside.
+    def _needs_all_rows(self) -> bool:
+        """Whether a part may do anything with the rows, or a hook would miss some of them.
 
-        Such hooks may change what they see; what comes after the keys is the tokens' own.
+        Hooks may change what they see; what comes after the keys is the tokens' own.
         """
-        attn: Any = self.attn
-        parts = (self.norm1, attn.qkv, attn.q_norm, attn.k_norm)
+        attn: Any = self._modules["attn"]
+        parts = [part for name, part in self._modules.items() if name not in ("attn", "prompt")]
         return (
-            bool(attn._forward_pre_hooks)
+            type(attn) is not PromptedAttention
+            or has_own_forward(attn)
+            or not treats_rows_apart(*parts, *attn._modules.values())
+            or bool(attn._forward_pre_hooks)
             or nn_module._has_any_global_hook()
-            or any(has_hooks(module) for part in parts for module in with_descendants(part))
+            or is_watched(self.norm1, attn.qkv, attn.q_norm, attn.k_norm)
+            or (not attn.fused_attn and is_watched(attn.attn_drop))
         )
 
     def _through_mlp(self, x: Tensor) -> Tensor:

@@ -165,6 +165,7 @@ def _fold(model: Any) -> None:
             changes, scale, passed = _folded_block(block, record.folds)
             if scale is not None:
                 record.scales[index], block.attn.scale = block.attn.scale, scale
+                block.attn.folded_scale = scale
             block.folded = passed
             for name, value in changes.items():
                 parameter = block.get_parameter(name)
@@ -182,6 +183,7 @@ def _unfold(model: Any) -> None:
             model.get_parameter(name).copy_(original)
     for index, scale in record.scales.items():
         model.blocks[index].attn.scale = scale
+        del model.blocks[index].attn.folded_scale
     for block in model.blocks:
         block.__dict__.pop("folded", None)
     record.originals.clear()

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from vpt_fast.attention_inputs import computes_as_timms
 from vpt_fast.block_reading import BlockReading, forget, weight_slots
 from vpt_fast.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.norms import is_layer_norm
@@ -77,6 +78,8 @@ def can_fuse(block: nn.Module) -> bool:
             for m in (attn.get("q_norm"), attn.get("k_norm"), attn.get("norm"), mlp["norm"])
         )
         and attn.get("gate") is None
+        and type(attn.get("softmax")) in (nn.Softmax, NoneType)
+        and _has_timms_heads(parts["attn"])
         and all(type(parts.get(name)) in _LAYER_SCALES for name in ("ls1", "ls2"))
         and not any(_drops(m) for m in (attn["attn_drop"], attn["proj_drop"]))
         and not any(_drops(m) for m in (mlp["drop1"], mlp["drop2"]))
@@ -84,6 +87,12 @@ def can_fuse(block: nn.Module) -> bool:
         and not nn_module._has_any_global_hook()
         and _is_left_alone(parts)
     )
+
+
+def _has_timms_heads(attn: Any) -> bool:
+    head_dim, rest = divmod(len(attn.qkv.weight), 3 * attn.num_heads)
+    drops = attn.training and attn.attn_drop.p  # timm's fused attention goes by its own mode
+    return not rest and not drops and computes_as_timms(attn, head_dim)
 
 
 def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:

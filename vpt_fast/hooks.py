@@ -78,6 +78,11 @@ def with_descendants(module: nn.Module | None) -> Iterator[nn.Module]:
             yield from with_descendants(child)
 
 
+def is_watched(*parts: nn.Module | None) -> bool:
+    """Whether one of the parts, or a module below it, carries a hook."""
+    return any(has_hooks(module) for part in parts for module in with_descendants(part))
+
+
 def has_compiled_call(module: nn.Module) -> bool:
     """Whether `module.compile()` was called, so that its call runs compiled code.
 

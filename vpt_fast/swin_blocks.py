@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
-from vpt_fast.attention_inputs import projected, reads_plainly
+from vpt_fast.attention_inputs import check_attention, projected, reads_plainly
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import Fused, Use
 from vpt_fast.hooks import (
@@ -30,7 +30,7 @@ from vpt_fast.hooks import (
     has_hooks,
     has_own_forward,
     hint_sizes,
-    with_descendants,
+    is_watched,
 )
 from vpt_fast.look_ahead import look_ahead, prompts_of
 from vpt_fast.norms import is_frozen_norm
@@ -39,6 +39,8 @@ from vpt_fast.ops.window_attention import window_attention
 from vpt_fast.ops.window_attention_rows import Windows, attend_from_prompts, padding_of
 from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.recompute import recomputed
+from vpt_fast.row_by_row import treats_rows_apart
+from vpt_fast.swin_windows import attend_beside, is_plain_softmax, through_windows
 
 
 class LiveRows:
@@ -61,33 +63,32 @@ class PromptedWindowAttention(WindowAttention):
         windows: Windows | None = None,
         prompts: Tensor | None = None,
         live: LiveRows | None = None,
+        count: int = 0,
     ) -> Tensor:
         """Attend from every token to its window and to the prompts.
 
         Args:
-            x: normalised tokens (B, H, W, D); (windows, area, D) without `windows`, as timm's.
+            x: normalised tokens (B, H, W, D); (windows, count + area, D) without `windows`, as
+                timm's.
             mask: as timm's; without `windows` only.
             windows: how the image is cut.
             prompts: normalised prompts (B or 1, p, D).
             live: normalised prompt rows (B, p, D) in place of `prompts`, which attend too; what
                 they read is put into it.
+            count: of prompts among the rows of x; without `windows` only.
 
         Returns:
             As x.
         """
         if windows is None:
-            return super().forward(x, mask)
-        if self.attn_drop.p and self.attn_drop.training:
-            raise ValueError(
-                f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
-                "keep the frozen blocks in eval mode, as model.train() does"
-            )
+            return super().forward(x, mask) if not count else attend_beside(self, x, mask, count)
         heads = self.num_heads
         qkv = self.qkv(x).unflatten(-1, (3, heads, -1))  # (B, H, W, 3, h, d)
+        check_attention(self, qkv.shape[-1])
         pad = padding_of(windows, self.qkv_of_zeros(x), qkv)
         keys = rows = None
         if live is not None and live.rows is not None:
-            # The modules' hooks are for tokens: prompts pass beside them.
+            # Nobody watches these modules: see `_needs_windows`.
             rows = self.qkv.forward(live.rows).unflatten(-1, (3, heads, -1))
             keys = rows[:, :, 1:]
         elif prompts is not None:
@@ -194,7 +195,11 @@ class PromptedSwinBlock(SwinTransformerBlock):
         self, total: OpenSum, windows: Windows, entering: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Module by module; tokens (B, N, D), and the prompt rows that leave."""
-        self._refuse_blind_hooks(prompts=self.prompt is not None or entering is not None)
+        if self._needs_windows(self.prompt is not None or entering is not None):
+            x = total.closed()
+            rows = entering if self.prompt is None else self.prompt(x).to(x.dtype)
+            x, rows = through_windows(self, x, rows, windows)
+            return x, rows if self.rows.leaving else None
         x, y, prompts, normed = self._normalise(total, entering)
         live: LiveRows | None = None
         if self.rows.leaving and prompts is not None and normed is not None:
@@ -203,36 +208,40 @@ class PromptedSwinBlock(SwinTransformerBlock):
         y = y.unflatten(1, windows.grid)
         branch = self.attn(y, windows=windows, prompts=normed, live=live)
         x = x + self.drop_path1(branch.flatten(1, 2))
-        x = x + self.drop_path2(self._after_mlp(self.mlp(self.norm2(x))))
+        x = x + self.drop_path2(self.after_mlp(self.mlp(self.norm2(x))))
         if live is None or live.rows is None or prompts is None:
             return x, None
-        rows = prompts + self.drop_path1.forward(live.rows)
-        branch = self._after_mlp(self.mlp.forward(self.norm2.forward(rows)))
-        return x, rows + self.drop_path2.forward(branch)
+        rows = prompts + self.drop_path1(live.rows)
+        return x, rows + self.drop_path2(self.after_mlp(self.mlp(self.norm2(rows))))
 
-    def _refuse_blind_hooks(self, prompts: bool) -> None:
-        """Refuse hooks that would miss prompts, or are never called, and may change what they see.
+    def _needs_windows(self, prompts: bool) -> bool:
+        """Whether a part may do anything with the rows, or a hook would miss some of them.
 
-        Raises:
-            ValueError: one of them, by its module's name.
+        Hooks may change what they see. Where prompts are keys and values only, what comes after
+        those is the tokens' own.
         """
-        attn: Any = self.attn
-        missed = {"attn.softmax": attn.softmax}
-        if prompts:
-            missed |= {"norm1": self.norm1, "attn.qkv": attn.qkv}
-        for name, part in missed.items():
-            if any(has_hooks(module) for module in with_descendants(part)):
-                raise ValueError(
-                    f"{name} of this block is hooked, but prompts pass beside what the hook sees; "
-                    "hook the block or attn's output, or remove the prompts first"
-                )
-        if prompts and attn._forward_pre_hooks:
-            raise ValueError(
-                "attn of this block has a hook before its forward, which prompts pass by; hook "
-                "the block instead"
-            )
+        attn: Any = self._modules["attn"]
+        others = [part for name, part in self._modules.items() if name not in ("attn", "prompt")]
+        inner = [part for name, part in attn._modules.items() if name != "softmax"]
+        if (
+            type(attn) is not PromptedWindowAttention
+            or has_own_forward(attn)
+            or not treats_rows_apart(*others, *inner)
+            or (not attn.fused_attn and not is_plain_softmax(attn))
+        ):
+            return True
+        if not prompts:
+            return False
+        if self.rows.leaving and is_watched(attn, *others):
+            return True
+        return (
+            bool(attn._forward_pre_hooks)
+            or nn_module._has_any_global_hook()
+            or is_watched(self.norm1, attn.qkv)
+        )
 
-    def _after_mlp(self, branch: Tensor) -> Tensor:
+    def after_mlp(self, branch: Tensor) -> Tensor:
+        """The MLP's output, adapted or not."""
         adapter = self._modules.get("adapter")
         return branch if adapter is None else adapter(branch)
 
@@ -298,11 +307,27 @@ def windows_of(block: Any, grid: tuple[int, int]) -> Windows:
 
 
 def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
-    """Prompt rows (B, p, D) through a patch merging, as four equal neighbours: (B, p, 2 D)."""
-    if not isinstance(downsample, PatchMerging):
+    """Prompt rows (B, p, D) through a patch merging, as four equal neighbours: (B, p, 2 D).
+
+    The merging's own hooks are for images, which have no place for rows.
+
+    Raises:
+        ValueError: a part of it is hooked or not timm's, or its forward is somebody's own.
+    """
+    if type(downsample) is nn.Identity:
         return rows
-    # The module's own hooks are for images.
-    return downsample.reduction.forward(downsample.norm.forward(rows.repeat(1, 1, 4)))
+    if type(downsample) is not PatchMerging or has_own_forward(downsample):
+        raise ValueError(
+            f"downsample of this stage is a {type(downsample).__name__} with a forward of its own, "
+            "which knows no prompt rows; put timm's PatchMerging back, or prompt every block"
+        )
+    for name, part in downsample.named_children():
+        if is_watched(part) or not treats_rows_apart(part):
+            raise ValueError(
+                f"downsample.{name} of this stage is hooked or a {type(part).__name__}, but prompt "
+                "rows pass beside it; hook the downsample itself, or prompt every block"
+            )
+    return downsample.reduction(downsample.norm(rows.repeat(1, 1, 4)))
 
 
 def _pair(values: Any) -> tuple[int, int]:
