@@ -230,14 +230,13 @@ class PromptedSwinBlock(SwinTransformerBlock):
             or (not attn.fused_attn and not is_plain_softmax(attn))
         ):
             return True
-        if not prompts:
-            return False
-        if self.rows.leaving and is_watched(attn, *others):
+        if prompts and self.rows.leaving and is_watched(attn, *others):
             return True
         return (
             bool(attn._forward_pre_hooks)
             or nn_module._has_any_global_hook()
-            or is_watched(self.norm1, attn.qkv)
+            or is_watched(attn.qkv)  # which projects padding too
+            or (prompts and is_watched(self.norm1))
         )
 
     def after_mlp(self, branch: Tensor) -> Tensor:
