@@ -89,8 +89,7 @@ class PromptedAttention(Attention):
     def _as_timms(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """timm's forward, whose fused form leaves the scale to PyTorch's default; a folded one is
-        1."""
+        """timm's forward, whose fused form has PyTorch's scale: a folded one is 1."""
         if not self.fused_attn or self.scale == self.head_dim**-0.5:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -140,6 +140,11 @@ def _check(model: Any) -> None:
                     f"{type(module).__name__}; merge it into a plain Linear, or do not fold"
                 )
             for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    raise ValueError(
+                        f"cannot fold {where}.{leaf}: it is on the meta device and has no values; "
+                        "fill the model first"
+                    )
                 if parameter.requires_grad:
                     raise ValueError(
                         f"cannot fold {where}.{leaf}: it is trained (requires_grad=True); freeze "

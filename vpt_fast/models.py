@@ -278,14 +278,14 @@ def unplace_prompts(model: _PromptedModel) -> None:
         model._modules.pop(name, None)
     model._parameters.pop("prompt_tokens", None)
     model.__dict__.pop("_head_reading", None)
-    blocks: Any = model.blocks
-    for block in blocks:
-        forget(block)
-        if isinstance(block, PromptedBlock):
-            block.__class__ = Block  # type: ignore[assignment]
-            block.attn.__class__ = Attention  # type: ignore[assignment]
-            if "prompt" in block._modules:
-                del block.prompt
-            block.__dict__.pop("prompt", None)
-            block._modules.pop("adapter", None)
-            del block.rows, block.memory
+    for part in [*model.modules()]:  # below whatever others have put around them
+        forget(part)
+        if type(part) is PromptedBlock:
+            part.__class__ = Block  # type: ignore[assignment]
+            if "prompt" in part._modules:
+                del part.prompt
+            part.__dict__.pop("prompt", None)
+            part._modules.pop("adapter", None)
+            del part.rows, part.memory
+        elif type(part) is PromptedAttention:
+            part.__class__ = Attention  # type: ignore[assignment]

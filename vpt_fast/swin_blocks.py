@@ -8,13 +8,10 @@ image; they travel beside it.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from timm.models.swin_transformer import (
-    PatchMerging,
     SwinTransformerBlock,
-    SwinTransformerStage,
     WindowAttention,
 )
 from torch import Tensor, nn
@@ -25,14 +22,10 @@ from vpt_fast.attention_inputs import check_attention, projected, reads_plainly
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fused_block import Fused, Use
 from vpt_fast.hooks import (
-    call_compiled,
-    has_compiled_call,
-    has_hooks,
     has_own_forward,
-    hint_sizes,
     is_watched,
 )
-from vpt_fast.look_ahead import look_ahead, prompts_of
+from vpt_fast.look_ahead import prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.window_attention import window_attention
@@ -136,7 +129,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
         Raises:
             ValueError: prompt rows should enter, but `live` has none.
         """
-        grid = _grid(x)
+        grid = grid_of(x)
         total = self.forward_open(OpenSum(x.flatten(1, 2)), grid, self.memory, live or LiveRows())
         return total.closed().unflatten(1, grid)
 
@@ -159,7 +152,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
                 f"this block reads {rows.entering} prompt rows of an earlier block, but none "
                 "were passed on; call the model, or pass live=LiveRows(rows)"
             )
-        _check_grid(prompt, grid)
+        check_grid(prompt, grid)
         windows = windows_of(self, grid)
         apart = rows.leaving or (prompt is None and rows.entering)
         now = None if apart else fused(self, total.residual)
@@ -245,52 +238,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
         return branch if adapter is None else adapter(branch)
 
 
-class PromptedSwinStage(SwinTransformerStage):
-    """timm's SwinTransformerStage, whose blocks leave sums open and pass prompt rows on."""
-
-    def forward(self, x: Tensor, live: LiveRows | None = None) -> Tensor:
-        """As timm's; `live` holds the prompt rows that enter, then those that leave.
-
-        Raises:
-            ValueError: a hook on `blocks` would miss prompt rows.
-        """
-        x = self.downsample(x)
-        live = LiveRows() if live is None else live
-        if live.rows is not None:
-            live.rows = merge_rows(self.downsample, live.rows)
-        blocks: Any = list(self.blocks)
-        if (has_hooks(self.blocks) or has_own_forward(self.blocks)) and not self.grad_checkpointing:
-            if any(block.rows.entering or block.rows.leaving for block in blocks):
-                raise ValueError(
-                    "the stage's `blocks` are hooked, but prompt rows pass beside what the hook "
-                    "sees; hook the stage or its blocks instead"
-                )
-            return self.blocks(x)
-        grid = _grid(x)
-        for block in blocks:
-            _check_grid(block._modules.get("prompt"), grid)
-        total = self._through(blocks, OpenSum(x.flatten(1, 2)), grid, live)
-        return total.closed().unflatten(1, grid)
-
-    def _through(
-        self, blocks: list[Any], total: OpenSum, grid: tuple[int, int], live: LiveRows
-    ) -> OpenSum:
-        """Rows (B, H * W, D) of an image of grid = (H, W) through the blocks."""
-        memories = ["minimal" if self.grad_checkpointing else block.memory for block in blocks]
-        ahead = look_ahead(blocks, total.residual, fused)
-        if ahead is not None:
-            live.rows = None
-            uses = [
-                Use(memory, windows_of(block, grid))
-                for block, memory in zip(blocks, memories, strict=True)
-            ]
-            return fused_block.run_together(*ahead, total, uses)
-        for block, memory in zip(blocks, memories, strict=True):
-            total = _through_block(block, total, grid, memory, live)
-        return total
-
-
-def _check_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:
+def check_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:
     """Refuse a grid of tokens that a block's prompt experts were not made for."""
     if isinstance(prompt, PromptExperts) and prompt.grid != grid:
         raise ValueError(
@@ -305,36 +253,13 @@ def windows_of(block: Any, grid: tuple[int, int]) -> Windows:
     return Windows(grid, _pair(block.window_size), _pair(block.shift_size))
 
 
-def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
-    """Prompt rows (B, p, D) through a patch merging, as four equal neighbours: (B, p, 2 D).
-
-    The merging's own hooks are for images, which have no place for rows.
-
-    Raises:
-        ValueError: a part of it is hooked or not timm's, or its forward is somebody's own.
-    """
-    if type(downsample) is nn.Identity:
-        return rows
-    if type(downsample) is not PatchMerging or has_own_forward(downsample):
-        raise ValueError(
-            f"downsample of this stage is a {type(downsample).__name__} with a forward of its own, "
-            "which knows no prompt rows; put timm's PatchMerging back, or prompt every block"
-        )
-    for name, part in downsample.named_children():
-        if is_watched(part) or not treats_rows_apart(part):
-            raise ValueError(
-                f"downsample.{name} of this stage is hooked or a {type(part).__name__}, but prompt "
-                "rows pass beside it; hook the downsample itself, or prompt every block"
-            )
-    return downsample.reduction(downsample.norm(rows.repeat(1, 1, 4)))
-
-
 def _pair(values: Any) -> tuple[int, int]:
     first, second = values
     return int(first), int(second)
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
+def grid_of(x: Tensor) -> tuple[int, int]:
+    """Height and width of tokens (B, H, W, D)."""
     return x.shape[1], x.shape[2]
 
 
@@ -345,28 +270,3 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
     if not known or attn._parameters["relative_position_bias_table"].requires_grad:
         return None
     return fused_block.fused(block, x)
-
-
-def _through_block(
-    block: Any, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
-) -> OpenSum:
-    """A block, called so that its own hooks are."""
-    compiled = has_compiled_call(block)
-    watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
-    if not (compiled or watched):
-        return block.forward_open(total, grid, memory, live)
-    calls = functools.partial(call_compiled, block) if compiled else block
-
-    def call(x: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        passing = LiveRows(entering)
-        if compiled and entering is not None:
-            hint_sizes(entering)
-        x = calls(x, live=passing) if block.rows.entering or block.rows.leaving else calls(x)
-        return x, passing.rows
-
-    x = total.closed().unflatten(1, grid)
-    if memory == block.memory:
-        x, live.rows = call(x, live.rows)
-    else:
-        x, live.rows = recomputed(block, call, x, live.rows)
-    return OpenSum(x.flatten(1, 2))

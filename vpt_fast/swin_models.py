@@ -26,9 +26,9 @@ from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.swin_blocks import (
     LiveRows,
     PromptedSwinBlock,
-    PromptedSwinStage,
     PromptedWindowAttention,
 )
+from vpt_fast.swin_stages import PromptedSwinStage
 from vpt_fast.tuned import ADDED, Tuned, blocks_of, check_pooling
 
 
@@ -186,18 +186,20 @@ def unplace_prompts(model: Any) -> None:
     for name in ADDED:
         model._modules.pop(name, None)
     model._parameters.pop("prompt_tokens", None)
-    for block in blocks_of(model):
-        block.__class__ = SwinTransformerBlock
-        block.attn.__class__ = WindowAttention
-        if "prompt" in block._modules:
-            del block.prompt
-        block.__dict__.pop("prompt", None)
-        forget(block)
-        block._modules.pop("adapter", None)
-        del block.rows, block.memory
-    for stage in model.layers:
-        stage.__class__ = SwinTransformerStage
-        stage._modules.pop("prompt_projector", None)
+    for part in [*model.modules()]:  # below whatever others have put around them
+        forget(part)
+        if type(part) is PromptedSwinStage:
+            part.__class__ = SwinTransformerStage  # type: ignore[assignment]
+            part._modules.pop("prompt_projector", None)
+        elif type(part) is PromptedSwinBlock:
+            part.__class__ = SwinTransformerBlock  # type: ignore[assignment]
+            if "prompt" in part._modules:
+                del part.prompt
+            part.__dict__.pop("prompt", None)
+            part._modules.pop("adapter", None)
+            del part.rows, part.memory
+        elif type(part) is PromptedWindowAttention:
+            part.__class__ = WindowAttention  # type: ignore[assignment]
 
 
 def name_as_block(model: Any, name: str) -> str:
