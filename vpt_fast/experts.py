@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vpt_fast.methods import VAPT
 from vpt_fast.norms import norm_of
-from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.backend import in_full_precision, statistics_dtype
 from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
 from vpt_fast.ops.block_parts import contiguous
 from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
@@ -90,7 +90,7 @@ class PromptExperts(nn.Module):
         self._check_present(x)
         mix, mix_sum = self.mixing(x.shape[1])
         patches = x[:, x.shape[1] - mix.patches :].to(mix.matrix.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with in_full_precision(x):
             normalised = F.layer_norm(patches, x.shape[-1:], eps=mix.eps)
             mixed = mix.matrix[:, : mix.patches] @ normalised
         inputs = self.features(mixed, mix_sum)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from vpt_fast.kernels.layouts import split, split_prompts
 from vpt_fast.ops import attention_reference as reference
-from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
 from vpt_fast.ops.registration import operator
 
 MAX_HEAD_DIM = 128
@@ -131,7 +130,7 @@ def prompt_attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) 
         TypeError: dtypes differ.
     """
     _check(tokens, prompts)
-    if torch.is_autocast_enabled(tokens[0].device.type):
+    if autocasts(tokens[0]):
         dtype = computing_dtype(tokens[0])
         tokens, prompts = ([t.to(dtype) for t in ts] for ts in (tokens, prompts))
     dtypes = {t.dtype for t in (*tokens, *prompts)}

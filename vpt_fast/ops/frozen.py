@@ -43,7 +43,9 @@ def has_saved_tensor_hooks() -> bool:
 
 def exactly(x: Tensor) -> Any:
     """Inside, autocast rounds nothing; a context that does nothing where there is no autocast."""
-    return in_full_precision(x) if torch.is_autocast_enabled(x.device.type) else _NOTHING
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return in_full_precision(x) if on else _NOTHING
 
 
 def versions_of(weights: Sequence[Tensor]) -> list[int]:

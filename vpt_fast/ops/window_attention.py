@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vpt_fast.ops import window_attention_reference as reference
-from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
 from vpt_fast.ops.registration import operator
 
 _MAX_HEAD_DIM = 128
@@ -179,7 +178,7 @@ def window_attention(
         TypeError: dtypes differ; but for the table's, which may be wider.
     """
     _check(qkv, pad, table, prompts, window, shift)
-    if torch.is_autocast_enabled(qkv.device.type):
+    if autocasts(qkv):
         dtype = computing_dtype(qkv)
         qkv = qkv.to(dtype)
         pad, prompts = (None if t is None else t.to(dtype) for t in (pad, prompts))
