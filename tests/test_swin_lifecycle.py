@@ -278,11 +278,11 @@ def test_what_cannot_be_honoured_is_named(change: Any, method: Any, message: str
 def test_hooks_that_would_miss_prompt_rows_are_named() -> None:
     tuned = prompt_tune(build("padded"), VPTShallow(3))
     handle = tuned.layers[1].blocks.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="blocks` are hooked"):
+    with pytest.raises(ValueError, match="blocks` are hooked, compiled"):
         tuned(images("padded"))
     handle.remove()
     tuned.layers.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="`layers` is hooked"):
+    with pytest.raises(ValueError, match="`layers` is hooked, compiled"):
         tuned(images("padded"))
     deep = prompt_tune(build("padded"), VPTDeep(3))
     calls = []

@@ -42,7 +42,10 @@ def _reads_first(model: Any, last: type[nn.Module]) -> bool:
     if type(model._modules["norm"]) not in ROW_NORMS:
         return False
     # In its dictionary: this runs in every call, and the attribute access of modules is slow.
-    blocks = model._modules["blocks"]._modules
+    all_blocks = model._modules["blocks"]
+    if "_compiled_call_impl" in all_blocks.__dict__ or type(all_blocks) is not nn.Sequential:
+        return False  # they are called as one module
+    blocks = all_blocks._modules
     return len(blocks) > 0 and type(next(reversed(blocks.values()))) is last
 
 

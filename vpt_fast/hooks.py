@@ -91,6 +91,11 @@ def has_compiled_call(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None and not torch.compiler.is_compiling()
 
 
+def is_taken_over(module: nn.Module) -> bool:
+    """Whether somebody would notice that a module is not called: by a hook, or in its place."""
+    return has_hooks(module) or has_own_forward(module) or has_compiled_call(module)
+
+
 def call_compiled(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Call a module that `has_compiled_call`."""
     hint_sizes(x)

@@ -17,7 +17,7 @@ from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fused_block import Use, run_together
 from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.head_rows import HeadReading
-from vpt_fast.hooks import has_hooks
+from vpt_fast.hooks import is_taken_over
 from vpt_fast.look_ahead import look_ahead
 from vpt_fast.methods import VAPT
 from vpt_fast.ops.backend import uses_kernels
@@ -71,7 +71,9 @@ class _PromptedModel(Tuned, VisionTransformer):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """As timm's: the final norm of the last block's rows (B, N, D)."""
-        if attn_mask is not None or is_causal or has_hooks(self.blocks):
+        blocks: Any = self.blocks
+        apart = type(blocks) is not nn.Sequential or is_taken_over(blocks)
+        if attn_mask is not None or is_causal or apart:
             x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             return self._without_late_rows(x)
         static = (0, None, self._memory())

@@ -19,7 +19,7 @@ from vpt_fast.baseline_layers import new_classifier
 from vpt_fast.block_reading import forget
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.block_graphs import replayed
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.hooks import is_taken_over
 from vpt_fast.methods import VAPT
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows
@@ -46,10 +46,10 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         """What the head pools, from the first stage's input (B, H, W, D)."""
         if not self._has_live_rows():
             return self.layers(x)
-        if has_hooks(self.layers) or has_own_forward(self.layers):
+        if type(self.layers) is not nn.Sequential or is_taken_over(self.layers):
             raise ValueError(
-                "`layers` is hooked, but prompt rows pass beside what the hook sees; hook its "
-                "stages instead"
+                "`layers` is hooked, compiled or not timm's, but prompt rows pass beside what it "
+                "sees; hook or compile its stages instead"
             )
         live = LiveRows()
         for stage in self.layers:

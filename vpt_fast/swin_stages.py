@@ -17,6 +17,7 @@ from vpt_fast.hooks import (
     has_hooks,
     has_own_forward,
     hint_sizes,
+    is_taken_over,
     is_watched,
 )
 from vpt_fast.look_ahead import look_ahead
@@ -40,11 +41,12 @@ class PromptedSwinStage(SwinTransformerStage):
         if live.rows is not None:
             live.rows = merge_rows(self.downsample, live.rows)
         blocks: Any = list(self.blocks)
-        if (has_hooks(self.blocks) or has_own_forward(self.blocks)) and not self.grad_checkpointing:
+        apart = type(self.blocks) is not nn.Sequential or is_taken_over(self.blocks)
+        if apart and not self.grad_checkpointing:
             if any(block.rows.entering or block.rows.leaving for block in blocks):
                 raise ValueError(
-                    "the stage's `blocks` are hooked, but prompt rows pass beside what the hook "
-                    "sees; hook the stage or its blocks instead"
+                    "the stage's `blocks` are hooked, compiled or not timm's, but prompt rows pass "
+                    "beside what they see; hook or compile the stage or its blocks instead"
                 )
             return self.blocks(x)
         grid = grid_of(x)
