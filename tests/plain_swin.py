@@ -18,7 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from plain import redraw_prompts
-from timm.models.swin_transformer import window_partition, window_reverse
+from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 
 from vpt_fast import VAPT, VPTShallow, prompt_tune
@@ -163,9 +163,12 @@ class PlainSwin:
         windows = window_partition(y, window).flatten(1, 2)
         number = len(windows) // batch
         normed = block.norm1(rows).repeat_interleave(number, 0)
-        out = self.attention(
-            block.attn, torch.cat([normed, windows], 1), rows.shape[1], mask, batch
-        )
+        inner = next(m for m in block.attn.modules() if isinstance(m, WindowAttention))
+        if own := "forward" not in vars(inner):  # so that hooks on the module run
+            inner.forward = lambda y: self.attention(inner, y, rows.shape[1], mask, batch)
+        out = block.attn(torch.cat([normed, windows], 1))
+        if own:
+            del inner.forward
         count = rows.shape[1]
         rows = rows + block.drop_path1(out[:, :count].unflatten(0, (batch, number)).mean(1))
         y = window_reverse(out[:, count:].unflatten(1, window).contiguous(), window, *full)
@@ -197,7 +200,8 @@ class PlainSwin:
         x, rows, number, outputs = self.model.patch_embed(image), None, 0, []
         for stage in self.model.layers:
             x = stage.downsample(x)
-            if rows is not None and not isinstance(stage.downsample, nn.Identity):
+            kept = rows is not None and number not in self.prompted
+            if kept and not isinstance(stage.downsample, nn.Identity):
                 merge = stage.downsample
                 rows = merge.reduction(merge.norm(torch.cat([rows] * 4, -1)))
             for block in stage.blocks:

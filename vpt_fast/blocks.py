@@ -73,8 +73,8 @@ class PromptedAttention(Attention):
         if attn_mask is not None or is_causal:
             return self._as_timms(x, attn_mask, is_causal)
         check_attention(self, self.head_dim)
-        if prompts is None and queries is None and not self.fused_attn:
-            return self._as_timms(x)  # as asked for: softmax and dropout may be hooked
+        if prompts is None and queries is None and self._is_changed():
+            return self._as_timms(x)
         if (
             queries is not None and queries.shape[1] <= _FEW_QUERIES
             and not is_normed(self) and reads_plainly(self.qkv)
@@ -86,6 +86,11 @@ class PromptedAttention(Attention):
         norm = self._modules.get("norm")
         return self.proj_drop(self.proj(out if norm is None else norm(out)))
 
+    def _is_changed(self) -> bool:
+        """Whether somebody may look at more than rows: at scores, or at heads as timm lays them."""
+        inside = (self.q_norm, self.k_norm, self.attn_drop)
+        return not self.fused_attn or is_watched(*inside) or not treats_rows_apart(*inside)
+
     def _as_timms(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -94,9 +99,9 @@ class PromptedAttention(Attention):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask, is_causal=is_causal, scale=self.scale
+            self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal=is_causal, scale=self.scale
         )
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.proj_drop(self.proj(self.norm(out.transpose(1, 2).flatten(2))))
 
     def _absorbed(self, x: Tensor, prompts: Tensor | None, queries: Tensor) -> Tensor:
         q_weight, k_weight, v_weight = self.qkv.weight.chunk(3)
@@ -272,7 +277,7 @@ class PromptedBlock(Block):
             type(attn) is not PromptedAttention
             or has_own_forward(attn)
             or not treats_rows_apart(*parts, *attn._modules.values())
-            or bool(attn._forward_pre_hooks)
+            or bool(attn._forward_pre_hooks or attn._backward_hooks)
             or nn_module._has_any_global_hook()
             or is_watched(self.norm1, attn.qkv, attn.q_norm, attn.k_norm)
             or (not attn.fused_attn and is_watched(attn.attn_drop))

@@ -75,6 +75,9 @@ def _check_vit(model: Any, method: Method) -> None:
     for index, block in enumerate(model.blocks):
         _check_block(block, f"blocks.{index}")
     check_apart([(f"blocks.{i}", block) for i, block in enumerate(model.blocks)])
+    if not hasattr(model.patch_embed, "patch_size") or not hasattr(model.patch_embed, "grid_size"):
+        embed = name_of(model.patch_embed)
+        refuse("patch_embed", embed, "what embeds patches must have a patch_size and a grid_size")
     if type(model.norm) not in ROW_NORMS:
         refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
     method.prompted_blocks(len(model.blocks))

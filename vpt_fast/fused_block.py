@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import GELU, GELUTanh, Mlp, QuickGELU, Swish
+from timm.layers import GELU, DropPath, GELUTanh, Mlp, QuickGELU, Swish
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -46,6 +46,8 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 _LAYER_SCALES = (nn.Identity, LayerScale, NoneType)  # Swin's blocks have none
+
+_DROPOUTS = (nn.Identity, nn.Dropout, DropPath)
 
 # Parts of a block that are called as modules, before and after what is fused.
 _BESIDE = ("prompt", "adapter")
@@ -81,9 +83,9 @@ def can_fuse(block: nn.Module) -> bool:
         and type(attn.get("softmax")) in (nn.Softmax, NoneType)
         and _has_timms_heads(parts["attn"])
         and all(type(parts.get(name)) in _LAYER_SCALES for name in ("ls1", "ls2"))
-        and not any(_drops(m) for m in (attn["attn_drop"], attn["proj_drop"]))
-        and not any(_drops(m) for m in (mlp["drop1"], mlp["drop2"]))
-        and not any(_drops(parts[name]) for name in ("drop_path1", "drop_path2"))
+        and all(map(_drops_nothing, (attn["attn_drop"], attn["proj_drop"])))
+        and all(map(_drops_nothing, (mlp["drop1"], mlp["drop2"])))
+        and all(_drops_nothing(parts[name]) for name in ("drop_path1", "drop_path2"))
         and not nn_module._has_any_global_hook()
         and _is_left_alone(parts)
     )
@@ -108,9 +110,10 @@ def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:
     return True
 
 
-def _drops(module: Any) -> bool:
-    """Whether a dropout, or timm's stochastic depth, is at work."""
-    return module.training and bool(getattr(module, "p", 0) or getattr(module, "drop_prob", 0))
+def _drops_nothing(module: Any) -> bool:
+    """Whether a dropout, or timm's stochastic depth, is one, and not at work."""
+    dropped = getattr(module, "p", 0) or getattr(module, "drop_prob", 0)
+    return type(module) in _DROPOUTS and not (module.training and dropped)
 
 
 def block_weights(block: Any) -> BlockWeights:

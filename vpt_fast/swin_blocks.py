@@ -226,7 +226,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
         if prompts and self.rows.leaving and is_watched(attn, *others):
             return True
         return (
-            bool(attn._forward_pre_hooks)
+            bool(attn._forward_pre_hooks or attn._backward_hooks)
             or nn_module._has_any_global_hook()
             or is_watched(attn.qkv)  # which projects padding too
             or (prompts and is_watched(self.norm1))

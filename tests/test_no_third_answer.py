@@ -1,0 +1,101 @@
+"""What somebody changes in a model is what the tuned one computes with, or it is refused by name.
+
+Every case is equal to the plain formulation with the same change, logits and all gradients, or
+raises in words of the library's own; there is no third answer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from cases import SWIN, Case, all_cases, build, images, is_ours, tuned_and_plain
+from torch import Tensor
+
+CASES = all_cases()
+EVERY = 67
+"""One of so many cases runs by default."""
+
+
+def losses(output: Any) -> Tensor:
+    parts = output if isinstance(output, tuple) else (output,)
+    generator = torch.Generator().manual_seed(11)
+    weights = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parts]
+    return sum(((w * p.double().tanh()).sum() for w, p in zip(weights, parts, strict=True)))
+
+
+def answers(call: Any, model: Any, x: Tensor, more: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits, and the gradient of everything that is trained, by name."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained |= {name: value for name, value in more.items() if value.requires_grad}
+    output = call(x)
+    parts = output if isinstance(output, tuple) else (output,)
+    found = {f"output {i}": part.detach() for i, part in enumerate(parts)}
+    if trained and losses(output).requires_grad:
+        grads = torch.autograd.grad(losses(output), [*trained.values()], allow_unused=True)
+        found |= {
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(trained.items(), grads, strict=True)
+        }
+    return found
+
+
+def assert_equal(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert set(found) == set(right)
+    largest = max(float(value.abs().max()) for value in right.values())
+    for name, value in right.items():
+        assert found[name].shape == value.shape, name
+        scale = max(float(value.abs().max()), 1e-3 * largest)
+        off = float((found[name].double() - value.double()).abs().max()) / scale
+        assert off <= 1e-9, f"{name} is off by {off:.1e}"
+
+
+def outcome(case: Case) -> str:
+    """How a case ends: "equal", or why it was refused; anything else fails."""
+    x, counts = images(case.family), ([], [])
+    try:
+        tuned, plain = tuned_and_plain(case, counts)
+    except Exception as error:
+        if case.when == "before" and is_ours(error):
+            return str(error)
+        raise
+    del counts[0][:], counts[1][:]
+    own = {n: p for n, p in plain.trained.items() if not n.startswith("head") or "hidden" in n}
+    try:
+        right = answers(plain, plain.model, x, own)
+    except Exception as broken:  # what timm's model cannot do either
+        with pytest.raises((ValueError, TypeError, RuntimeError, AttributeError)):
+            answers(tuned, tuned, x, {})
+        return f"broken: {broken}"
+    calls = len(counts[1])
+    try:
+        output = tuned(x)
+    except Exception as error:
+        if is_ours(error):
+            return str(error)
+        raise
+    if case.family != SWIN:  # whose plain form calls a module for tokens and prompts apart
+        assert len(counts[0]) == calls, f"hooks ran {len(counts[0])} times, not {calls}"
+    del output
+    assert_equal(answers(tuned, tuned, x, {}), right)
+    return "equal"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=[pytest.mark.full] if i % EVERY else [])
+        for i, case in enumerate(CASES)
+    ],
+)
+def test_case(case: Case) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome(case)
+
+
+def test_there_are_enough_cases() -> None:
+    assert len(CASES) >= 2000 and len({*map(str, CASES)}) == len(CASES)
+    assert build("vit").embed_dim == 16
