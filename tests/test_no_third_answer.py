@@ -49,7 +49,8 @@ def assert_equal(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert found[name].shape == value.shape, name
         scale = max(float(value.abs().max()), 1e-3 * largest)
         off = float((found[name].double() - value.double()).abs().max()) / scale
-        assert off <= 1e-9, f"{name} is off by {off:.1e}"
+        bound = 1e-9 if found[name].dtype == torch.float64 else 1e-5
+        assert off <= bound, f"{name} is off by {off:.1e}"
 
 
 def outcome(case: Case) -> str:
@@ -75,6 +76,8 @@ def outcome(case: Case) -> str:
     except Exception as error:
         if is_ours(error):
             return str(error)
+        if case.change.plain is not None and "dtype" in str(error):
+            return f"broken: {error}"  # timm's model mixes no dtypes either
         raise
     if case.family != SWIN:  # whose plain form calls a module for tokens and prompts apart
         assert len(counts[0]) == calls, f"hooks ran {len(counts[0])} times, not {calls}"
