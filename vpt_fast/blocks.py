@@ -39,6 +39,7 @@ from vpt_fast.ops.absorbed_attention import absorbed_attention
 from vpt_fast.ops.attention import prompt_attention
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.prompt_rows import PromptRows, extend_mask, insert_rows, strip_rows
 from vpt_fast.recompute import recomputed
 from vpt_fast.row_by_row import treats_rows_apart
@@ -88,8 +89,10 @@ class PromptedAttention(Attention):
 
     def _is_changed(self) -> bool:
         """Whether somebody may look at more than rows: at scores, or at heads as timm lays them."""
+        if is_transformed() or not self.fused_attn:
+            return True
         inside = (self.q_norm, self.k_norm, self.attn_drop)
-        return not self.fused_attn or is_watched(*inside) or not treats_rows_apart(*inside)
+        return is_watched(*inside) or not treats_rows_apart(*inside)
 
     def _as_timms(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -274,7 +277,8 @@ class PromptedBlock(Block):
         attn: Any = self._modules["attn"]
         parts = [part for name, part in self._modules.items() if name not in ("attn", "prompt")]
         return (
-            type(attn) is not PromptedAttention
+            is_transformed()
+            or type(attn) is not PromptedAttention
             or has_own_forward(attn)
             or not treats_rows_apart(*parts, *attn._modules.values())
             or bool(attn._forward_pre_hooks or attn._backward_hooks)

@@ -20,6 +20,7 @@ from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
 from vpt_fast.ops.block_parts import contiguous
 from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
 from vpt_fast.ops.prompt_source import ExpertPrompts
+from vpt_fast.ops.tracing import is_transformed
 
 EPS = 1e-5
 """Epsilon of the experts' LayerNorms."""
@@ -247,5 +248,8 @@ class PromptExperts(nn.Module):
 
 def dropout_mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
     """Dropout's factors: 0, or 1 / (1 - dropout); fp32 at least, on the device of `like`."""
+    if is_transformed():  # vmap draws for each image, but not in place
+        ones = torch.ones(shape, dtype=statistics_dtype(like.dtype), device=like.device)
+        return F.dropout(ones, dropout)
     kept = torch.empty(shape, dtype=statistics_dtype(like.dtype), device=like.device)
     return kept.bernoulli_(1.0 - dropout).div_(1.0 - dropout) if dropout < 1 else kept.zero_()

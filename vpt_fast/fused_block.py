@@ -29,7 +29,7 @@ from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, contiguous
 from vpt_fast.ops.operators import sites_for
 from vpt_fast.ops.prompt_keys import RowKeys
 from vpt_fast.ops.prompt_source import PromptSource
-from vpt_fast.ops.tracing import is_traced
+from vpt_fast.ops.tracing import is_traced, is_transformed
 from vpt_fast.ops.window_attention_rows import Windows
 from vpt_fast.weights_reading import WeightsReading
 
@@ -170,6 +170,8 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
         x: its input; None where it is known that nobody traces.
     """
     if x is not None and is_traced(x):
+        if is_transformed():
+            return None
         return Fused(block_weights(block), None) if can_fuse(block) else None
     reading = block.__dict__.get("_reading")
     known = None if reading is None else reading.now(block)

@@ -46,7 +46,11 @@ def _reads_first(model: Any, last: type[nn.Module]) -> bool:
     if "_compiled_call_impl" in all_blocks.__dict__ or type(all_blocks) is not nn.Sequential:
         return False  # they are called as one module
     blocks = all_blocks._modules
-    return len(blocks) > 0 and type(next(reversed(blocks.values()))) is last
+    if not blocks:
+        return False
+    block = next(reversed(blocks.values()))
+    # Prompt rows that stand before these would be read in their place.
+    return type(block) is last and block.__dict__["rows"].prefix >= _count(model)
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from vpt_fast.look_ahead import look_ahead
 from vpt_fast.methods import VAPT
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows, strip_rows
 from vpt_fast.tuned import ADDED, Tuned, check_pooling
@@ -33,7 +34,7 @@ class _PromptedModel(Tuned, VisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Logits, as timm's; the last block computes only the rows that the head reads."""
         count = self._rows_read()
-        if count is None or attn_mask is not None or is_causal:
+        if count is None or attn_mask is not None or is_causal or is_transformed():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self._head_of(OpenSum(self._embedded(x)), 0, count)
 

@@ -28,6 +28,7 @@ from vpt_fast.hooks import (
 from vpt_fast.look_ahead import prompts_of
 from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.ops.window_attention import window_attention
 from vpt_fast.ops.window_attention_rows import Windows, attend_from_prompts, padding_of
 from vpt_fast.prompt_rows import PromptRows
@@ -217,7 +218,8 @@ class PromptedSwinBlock(SwinTransformerBlock):
         others = [part for name, part in self._modules.items() if name not in ("attn", "prompt")]
         inner = [part for name, part in attn._modules.items() if name != "softmax"]
         if (
-            type(attn) is not PromptedWindowAttention
+            is_transformed()
+            or type(attn) is not PromptedWindowAttention
             or has_own_forward(attn)
             or not treats_rows_apart(*others, *inner)
             or (not attn.fused_attn and not is_plain_softmax(attn))

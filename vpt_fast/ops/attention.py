@@ -14,6 +14,7 @@ from torch import Tensor
 from vpt_fast.kernels.layouts import split, split_prompts
 from vpt_fast.ops import attention_reference as reference
 from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.frozen import of_first_order
 from vpt_fast.ops.registration import operator
 
 MAX_HEAD_DIM = 128
@@ -103,7 +104,7 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     return token_grads, prompt_grads, None
 
 
-attention_operator.register_autograd(_backward, setup_context=_setup_context)
+attention_operator.register_autograd(of_first_order(_backward), setup_context=_setup_context)
 
 
 def prompt_attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> Tensor:
