@@ -259,7 +259,8 @@ def _shared(part: str) -> Change:
 
 def _of_model(family: str, model: Any) -> Iterator[Change]:
     for part in ("norm1", "attn.qkv", "attn.proj", "mlp", "mlp.fc1", "norm2", "attn"):
-        yield _shared(part)
+        if part in dict(blocks_of(model)[0].named_modules()):
+            yield _shared(part)
     if family == SWIN:
         return
     for name in ("_pos_embed", "pool", "forward_head"):

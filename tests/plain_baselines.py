@@ -78,7 +78,7 @@ class PlainBaseline:
 
     def features(self, image: Tensor, **attention: Any) -> Tensor:
         """What `forward_features` must return, (B, N, D)."""
-        model = self.model
+        model, attention = self.model, {"attn_mask": None, "is_causal": False, **attention}
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
         for index, block in enumerate(model.blocks):
             if not isinstance(self.method, AdapterTuning):
@@ -97,6 +97,8 @@ class PlainBaseline:
         if not isinstance(self.method, MLPHead):
             return self.model.forward_head(x)
         x = self.model.forward_head(x, pre_logits=True)
+        if isinstance(self.model.head, nn.Identity):
+            return x
         for layer in range(self.method.num_layers - 1):
             x = self._linear(f"head_hidden.{2 * layer}", x).relu()
         return self.model.head(x)

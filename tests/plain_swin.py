@@ -154,7 +154,8 @@ class PlainSwin:
             return block(x), None
         batch, height, width, _ = x.shape
         window, shift = block.window_size, block.shift_size
-        y = block.norm1(x)
+        y = block.norm1(torch.cat([rows, x.flatten(1, 2)], 1))
+        normed, y = y[:, : rows.shape[1]], y[:, rows.shape[1] :].unflatten(1, (height, width))
         if any(shift):
             y = torch.roll(y, (-shift[0], -shift[1]), (1, 2))
         full = [-(-n // w) * w for n, w in zip((height, width), window, strict=True)]
@@ -162,7 +163,7 @@ class PlainSwin:
         mask = block.get_attn_mask(y)
         windows = window_partition(y, window).flatten(1, 2)
         number = len(windows) // batch
-        normed = block.norm1(rows).repeat_interleave(number, 0)
+        normed = normed.repeat_interleave(number, 0)
         inner = next(m for m in block.attn.modules() if isinstance(m, WindowAttention))
         if own := "forward" not in vars(inner):  # so that hooks on the module run
             inner.forward = lambda y: self.attention(inner, y, rows.shape[1], mask, batch)

@@ -63,7 +63,8 @@ def outcome(case: Case) -> str:
             return str(error)
         raise
     del counts[0][:], counts[1][:]
-    own = {n: p for n, p in plain.trained.items() if not n.startswith("head") or "hidden" in n}
+    there = dict(tuned.named_parameters())  # without those of blocks that were taken away
+    own = {n: p for n, p in plain.trained.items() if n in there and n.partition(".")[0] != "head"}
     try:
         right = answers(plain, plain.model, x, own)
     except Exception as broken:  # what timm's model cannot do either

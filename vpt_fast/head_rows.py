@@ -50,7 +50,8 @@ def _reads_first(model: Any, last: type[nn.Module]) -> bool:
         return False
     block = next(reversed(blocks.values()))
     # Prompt rows that stand before these would be read in their place.
-    return type(block) is last and block.__dict__["rows"].prefix >= _count(model)
+    rows = block.__dict__.get("rows")
+    return type(block) is last and (rows is None or rows.prefix >= _count(model))
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -230,8 +230,8 @@ class PromptedSwinBlock(SwinTransformerBlock):
         return (
             bool(attn._forward_pre_hooks or attn._backward_hooks)
             or nn_module._has_any_global_hook()
-            or is_watched(attn.qkv)  # which projects padding too
-            or (prompts and is_watched(self.norm1))
+            or is_watched(self.norm1, attn.qkv)  # which projects padding too
+            or (not prompts and is_watched(self.drop_path1))  # of an image, as timm has it
         )
 
     def after_mlp(self, branch: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import window_partition, window_reverse
+from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
 from vpt_fast.attention_inputs import check_attention
@@ -32,6 +32,9 @@ def through_windows(
     """
     batch, (height, width), window = len(x), windows.grid, windows.window
     count = 0 if rows is None else rows.shape[1]
+    if rows is None and "adapter" not in block._modules:
+        image = SwinTransformerBlock.forward(block, x.unflatten(1, windows.grid))
+        return image.flatten(1, 2), None
     if rows is not None:
         _check_knows_rows(block.attn)
         x = torch.cat([rows.expand(batch, -1, -1), x], 1)
