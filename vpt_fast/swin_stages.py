@@ -23,7 +23,6 @@ from vpt_fast.hooks import (
 from vpt_fast.look_ahead import look_ahead
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.recompute import recomputed
-from vpt_fast.row_by_row import treats_rows_apart
 from vpt_fast.swin_blocks import LiveRows, check_grid, fused, grid_of, windows_of
 
 
@@ -79,7 +78,7 @@ def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
     The merging's own hooks are for images, which have no place for rows.
 
     Raises:
-        ValueError: a part of it is hooked or not timm's, or its forward is somebody's own.
+        ValueError: a part of it is hooked, or its forward is somebody's own.
     """
     if type(downsample) is nn.Identity:
         return rows
@@ -89,10 +88,10 @@ def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
             "which knows no prompt rows; put timm's PatchMerging back, or prompt every block"
         )
     for name, part in downsample.named_children():
-        if is_watched(part) or not treats_rows_apart(part):
+        if is_watched(part):
             raise ValueError(
-                f"downsample.{name} of this stage is hooked or a {type(part).__name__}, but prompt "
-                "rows pass beside it; hook the downsample itself, or prompt every block"
+                f"downsample.{name} of this stage is hooked, but prompt rows pass beside the image "
+                "that the hook sees; hook the downsample itself, or prompt every block"
             )
     return downsample.reduction(downsample.norm(rows.repeat(1, 1, 4)))
 
