@@ -22,7 +22,7 @@ from vpt_fast.look_ahead import look_ahead
 from vpt_fast.methods import VAPT
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
-from vpt_fast.ops.tracing import is_transformed
+from vpt_fast.ops.tracing import any_derivative, is_transformed
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows, strip_rows
 from vpt_fast.tuned import ADDED, Tuned, check_pooling
@@ -33,8 +33,11 @@ class _PromptedModel(Tuned, VisionTransformer):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Logits, as timm's; the last block computes only the rows that the head reads."""
+        if is_transformed():
+            with any_derivative():
+                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         count = self._rows_read()
-        if count is None or attn_mask is not None or is_causal or is_transformed():
+        if count is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self._head_of(OpenSum(self._embedded(x)), 0, count)
 

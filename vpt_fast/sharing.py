@@ -17,12 +17,13 @@ Check = Callable[[nn.Module], bool]
 """Whether a model is tuned now."""
 
 _numbers = itertools.count()
-_tuned: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+_tuned: dict[int, weakref.ref[nn.Module]] = {}
 
 
 def remember(model: nn.Module) -> None:
     """Count `model` among the tuned ones, as the latest."""
-    _tuned[next(_numbers)] = model
+    number = next(_numbers)
+    _tuned[number] = weakref.ref(model, lambda _: _tuned.pop(number, None))
 
 
 def check_own_blocks(model: nn.Module, blocks: Iterable[nn.Module], is_tuned: Check) -> None:
@@ -45,7 +46,7 @@ def check_latest(model: nn.Module, is_tuned: Check) -> None:
     """Raise ValueError if a model that was tuned after `model` has parameters of it."""
     own = {*map(id, model.parameters())}
     found = _others(model, is_tuned, lambda other: {*map(id, other.parameters())} & own)
-    mine = max((number for number, known in _tuned.items() if known is model), default=-1)
+    mine = max((number for number, known in _known() if known is model), default=-1)
     for number, other in found:
         if number > mine:
             names = {id(p): name for name, p in model.named_parameters()}
@@ -56,14 +57,19 @@ def check_latest(model: nn.Module, is_tuned: Check) -> None:
             )
 
 
+def _known() -> list[tuple[int, nn.Module]]:
+    found = [(number, known()) for number, known in [*_tuned.items()]]
+    return [(number, model) for number, model in found if model is not None]
+
+
 def _others(
     model: nn.Module, is_tuned: Check, shares: Callable[[nn.Module], object]
 ) -> list[tuple[int, nn.Module]]:
     """Number and model of the other tuned models that share something."""
 
     def look() -> list[tuple[int, nn.Module]]:
-        known = [(n, m) for n, m in _tuned.items() if m is not model and is_tuned(m)]
-        return [(number, other) for number, other in known if shares(other)]
+        known = [(number, other) for number, other in _known() if other is not model]
+        return [(n, other) for n, other in known if is_tuned(other) and shares(other)]
 
     if look():
         gc.collect()  # tuned models are cycles: one that nobody has any more may still be there

@@ -21,6 +21,7 @@ from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.hooks import is_taken_over
 from vpt_fast.methods import VAPT
+from vpt_fast.ops.tracing import any_derivative, is_transformed
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.swin_blocks import (
@@ -35,6 +36,13 @@ from vpt_fast.tuned import ADDED, Tuned, blocks_of, check_pooling
 class PromptedSwinTransformer(Tuned, SwinTransformer):
     """timm's SwinTransformer, tuned. Its features are images without prompt rows; but where those
     are pooled they are (B, 1, p + H * W, D), prompt rows first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, as timm's."""
+        if not is_transformed():
+            return super().forward(x)
+        with any_derivative():
+            return super().forward(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """As timm's: the final norm of the last stage's output."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vpt_fast.baseline_layers import BottleneckAdapter
 from vpt_fast.block_reading import forget
@@ -16,7 +15,6 @@ from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fold import FoldRecord, unfold_before_loading
 from vpt_fast.graphs.block_graphs import BlockGraphs
 from vpt_fast.methods import Method
-from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.prompts import PromptTokens
 from vpt_fast.sharing import remember
 
@@ -70,13 +68,6 @@ class Tuned(nn.Module):
         for module in self.trained_modules():
             module.train(mode)
         return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's; where torch.func is at work with the one attention of PyTorch's that it takes."""
-        if not is_transformed():
-            return super().forward(*args, **kwargs)
-        with sdpa_kernel(SDPBackend.MATH):
-            return super().forward(*args, **kwargs)
 
     def pools_prompts(self) -> bool:
         """Whether the pooling reads the prompt rows that leave the last block."""

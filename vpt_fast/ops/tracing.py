@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PLAIN = (Tensor, nn.Parameter)
 """Types of tensors whose memory is their own."""
@@ -40,6 +43,11 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return _functorch_level() is not None or forward_ad._current_level >= 0
+
+
+def any_derivative() -> Any:
+    """Inside, PyTorch's attention is the one that has derivatives of every kind and order."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def check_first_order(*grads: Tensor | None) -> None:
