@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vpt_fast.baseline_layers import new_classifier
 from vpt_fast.block_reading import forget
-from vpt_fast.blocks import PromptedAttention, PromptedBlock, fused, through_block
+from vpt_fast.blocks import PromptedBlock, fused, through_block
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fused_block import Use, run_together
 from vpt_fast.graphs.block_graphs import replayed
@@ -25,6 +25,7 @@ from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.tracing import any_derivative, is_transformed
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows, strip_rows
+from vpt_fast.prompted_attention import PromptedAttention
 from vpt_fast.tuned import ADDED, Tuned, check_pooling
 
 
