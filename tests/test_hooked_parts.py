@@ -9,12 +9,13 @@ from typing import Any
 
 import plain_swin
 import pytest
-from changes import blocks_of, changing
+import torch
+from changes import blocks_of, changed, changing
 from families import build, depth, images
 from plain import VARIANTS, assert_same, distance, pair, redraw_prompts
 from torch import nn
 
-from vpt_fast import VPTDeep, prompt_tune
+from vpt_fast import VAPT, VPTDeep, prompt_tune
 
 SWIN = "tiny"
 
@@ -84,6 +85,32 @@ def test_hooks_from_before_tuning_are_honoured_too(name: str, swin: bool) -> Non
     given = plain_swin.images(SWIN) if swin else images("vit")
     assert handles and all(b.get_submodule(name)._forward_hooks for b in blocks_of(plain.model))
     assert_same(tuned, plain, tuned(given), plain(given))
+
+
+@pytest.mark.parametrize("memory", ["speed", "minimal"])
+@pytest.mark.parametrize("method", [VPTDeep(2), VAPT(2, projector_dropout=0, channel_dropout=0)])
+@pytest.mark.parametrize("family", ["vit", "tiny"])
+def test_hooks_on_prompts(family: str, method: Any, memory: str) -> None:
+    """They run once, and may change the prompts; parts of experts are never called."""
+    base = plain_swin.build(family) if family == SWIN else build(family)
+    tuned = prompt_tune(base, method, memory).eval()
+    redraw_prompts(tuned)
+    given = plain_swin.images(SWIN) if family == SWIN else images(family)
+    before, calls = tuned(given), []
+    prompt = blocks_of(tuned)[1].prompt
+    handle = prompt.register_forward_hook(lambda *_: calls.append(1))
+    assert distance(tuned(given), before) <= 1e-12 and calls == [1]
+    handle.remove()
+    handle = prompt.register_forward_hook(lambda m, args, out: changed(out))
+    assert distance(tuned(given), before) > 1e-4
+    handle.remove()
+    projectors = [m for n, m in tuned.named_modules() if n.endswith("prompt_projector")]
+    for part in [*prompt.children(), *projectors, *(p.up for p in projectors)]:
+        handle = part.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="a part of the prompt experts .* hook `prompt`"):
+            tuned(given)
+        handle.remove()
+    assert torch.equal(tuned(given), before)
 
 
 def pooled_row(model: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
-from vpt_fast.experts import PromptExperts
+from vpt_fast.experts import takes_experts
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.hooks import (
     call_compiled,
@@ -26,7 +26,6 @@ from vpt_fast.hooks import (
     is_watched,
 )
 from vpt_fast.look_ahead import prompts_of
-from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.tracing import is_transformed
@@ -171,7 +170,7 @@ class PromptedBlock(Block):
 
     def _normalise(self, total: OpenSum) -> tuple[Tensor, Tensor, Tensor | None]:
         """`_enter`, then norm1 of the tokens and of the prompts that are keys and values only."""
-        if isinstance(self.prompt, PromptExperts) and is_frozen_norm(self.norm1):
+        if takes_experts(self.prompt, self.norm1):
             return self.prompt.with_norm(total, self.norm1)
         x, prompts = self._enter(total.closed())
         prompts = None if prompts is None else self.norm1.forward(prompts)

@@ -7,14 +7,15 @@ as one (p, gh * gw) matrix, and no grid, normalised copy or convolution output i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpt_fast.hooks import has_own_forward, hooks_version, is_watched
 from vpt_fast.methods import VAPT
-from vpt_fast.norms import norm_of
+from vpt_fast.norms import is_frozen_norm, norm_of
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype
 from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
 from vpt_fast.ops.block_parts import contiguous
@@ -203,6 +204,7 @@ class PromptExperts(nn.Module):
         self, batch: int, masks: tuple[Tensor | None, Tensor | None] | None = None
     ) -> tuple[Any, ...]:
         """What is applied to the mix: the fields of `FeatureInputs` but the first two."""
+        self._refuse_hooks()
         modules: Any = self._modules
         norm, mix = modules["norm"]._parameters, modules["mix"]._parameters
         projector: Any = self._owner[0]._modules["prompt_projector"]
@@ -239,11 +241,37 @@ class PromptExperts(nn.Module):
                 "every block and `prompt_projector` out"
             )
 
+    def _refuse_hooks(self) -> None:
+        """Refuse hooks on what is never called, looked for when somebody has registered one.
+
+        Raises:
+            ValueError: one of the modules whose weights are put together is hooked.
+        """
+        version = hooks_version()
+        if version == self.__dict__.get("_unhooked"):
+            return
+        if is_watched(*self.children(), self._owner[0].prompt_projector):
+            raise ValueError(
+                "a part of the prompt experts (norm, conv, mix, prompt_projector) is hooked, but "
+                "their weights are put together and no part is called; hook `prompt` of the block"
+            )
+        self.__dict__["_unhooked"] = version
+
     def _folded(self) -> tuple[Tensor, Tensor]:
         return fold_convolution(self.mix.weight, self.conv.weight, self.grid)
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
+
+
+def takes_experts(prompt: nn.Module | None, norm1: nn.Module) -> TypeGuard[PromptExperts]:
+    """Whether a block's input is taken by `PromptExperts.with_norm`, past both modules' calls."""
+    return (
+        type(prompt) is PromptExperts
+        and not is_watched(prompt)
+        and not has_own_forward(prompt)
+        and is_frozen_norm(norm1)
+    )
 
 
 def dropout_mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:

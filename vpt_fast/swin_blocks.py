@@ -19,14 +19,13 @@ from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
 from vpt_fast.attention_inputs import check_attention, projected, reads_plainly
-from vpt_fast.experts import PromptExperts
+from vpt_fast.experts import PromptExperts, takes_experts
 from vpt_fast.fused_block import Fused, Use
 from vpt_fast.hooks import (
     has_own_forward,
     is_watched,
 )
 from vpt_fast.look_ahead import prompts_of
-from vpt_fast.norms import is_frozen_norm
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.ops.window_attention import window_attention
@@ -177,7 +176,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Tokens and norm1 of them (B, N, D), prompts and norm1 of them (B or 1, p, D)."""
         prompt = self.prompt
-        if isinstance(prompt, PromptExperts) and is_frozen_norm(self.norm1):
+        if takes_experts(prompt, self.norm1):
             tokens, y, made = prompt.with_norm(total, self.norm1)
             return tokens, y, None, made
         x = total.closed()
