@@ -98,6 +98,10 @@ def test_prompts_are_removed_below_what_was_put_around(family: str) -> None:
     if family == "vit":
         model.blocks[2] = Around(model.blocks[2])
         assert torch.allclose(model(given), before, rtol=1e-9)
+    else:
+        model.layers[0].blocks[0] = Around(model.layers[0].blocks[0])
+        with pytest.raises(ValueError, match="Around stands in the place of a tuned block"):
+            model(given)
     remove_prompts(model)
     kinds = {type(module) for module in model.modules()}
     assert kinds & {Attention, WindowAttention} and kinds & {Block, SwinTransformerBlock}

@@ -239,6 +239,16 @@ class PromptedSwinBlock(SwinTransformerBlock):
         return branch if adapter is None else adapter(branch)
 
 
+def check_blocks(blocks: list[Any]) -> None:
+    """Raise ValueError if something else stands in a tuned block's place."""
+    for kind in {*map(type, blocks)}:
+        if not issubclass(kind, PromptedSwinBlock):
+            raise ValueError(
+                f"a {kind.__name__} stands in the place of a tuned block, which passes prompts on; "
+                "put it around the block's parts or the stage, or hook the block"
+            )
+
+
 def check_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:
     """Refuse a grid of tokens that a block's prompt experts were not made for."""
     if isinstance(prompt, PromptExperts) and prompt.grid != grid:

@@ -28,6 +28,7 @@ from vpt_fast.swin_blocks import (
     LiveRows,
     PromptedSwinBlock,
     PromptedWindowAttention,
+    check_blocks,
 )
 from vpt_fast.swin_stages import PromptedSwinStage
 from vpt_fast.tuned import ADDED, Tuned, blocks_of, check_pooling
@@ -65,7 +66,9 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         return self._with_rows(x, live)
 
     def _has_live_rows(self) -> bool:
-        return any(block.rows.entering or block.rows.leaving for block in blocks_of(self))
+        blocks = blocks_of(self)
+        check_blocks(blocks)
+        return any(block.rows.entering or block.rows.leaving for block in blocks)
 
     def _with_rows(self, x: Tensor, live: LiveRows) -> Tensor:
         """What the head pools: x (B, H, W, D), with the rows that have left the last block."""

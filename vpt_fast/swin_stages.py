@@ -23,7 +23,7 @@ from vpt_fast.hooks import (
 from vpt_fast.look_ahead import look_ahead
 from vpt_fast.ops.block_entry import OpenSum
 from vpt_fast.recompute import recomputed
-from vpt_fast.swin_blocks import LiveRows, check_grid, fused, grid_of, windows_of
+from vpt_fast.swin_blocks import LiveRows, check_blocks, check_grid, fused, grid_of, windows_of
 
 
 class PromptedSwinStage(SwinTransformerStage):
@@ -40,6 +40,7 @@ class PromptedSwinStage(SwinTransformerStage):
         if live.rows is not None:
             live.rows = merge_rows(self.downsample, live.rows)
         blocks: Any = list(self.blocks)
+        check_blocks(blocks)
         apart = type(self.blocks) is not nn.Sequential or is_taken_over(self.blocks)
         if apart and not self.grad_checkpointing:
             if any(block.rows.entering or block.rows.leaving for block in blocks):
