@@ -247,6 +247,8 @@ class PromptExperts(nn.Module):
         Raises:
             ValueError: one of the modules whose weights are put together is hooked.
         """
+        if torch.compiler.is_compiling():
+            return
         version = hooks_version()
         if version == self.__dict__.get("_unhooked"):
             return
