@@ -83,7 +83,8 @@ def prompt_tune(
     `pool_prompts=True` only; the published program differs in both. VAPT is published for ViT only:
     here block 0 of the first stage has static prompts, every later block experts of its own grid,
     and every stage a feature projector. Attention is fused whatever `attn.fused_attn` says, which
-    timm leaves off for Swin, and its module is called with whole images in place of windows.
+    timm leaves off for Swin, and its module is called with whole images in place of windows, unless
+    somebody watches it or its parts: then with windows, and prompts in them.
 
     Weights that are trained in place are copied to host memory first, for `remove_prompts`: the
     classifier's, and with `FullTuning()` those of the whole model.
