@@ -78,16 +78,17 @@ class PlainBaseline:
 
     def features(self, image: Tensor, **attention: Any) -> Tensor:
         """What `forward_features` must return, (B, N, D)."""
-        model = self.model
+        model, attention = self.model, {"attn_mask": None, "is_causal": False, **attention}
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
         for index, block in enumerate(model.blocks):
             if not isinstance(self.method, AdapterTuning):
                 x = block(x, **attention)
                 continue
-            x = x + block.ls1(block.attn(block.norm1(x), **attention))
+            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **attention)))
             h = block.ls2(block.mlp(block.norm2(x)))
             name = f"blocks.{index}.adapter"
-            x = x + h + self._linear(f"{name}.up", F.gelu(self._linear(f"{name}.down", h)))
+            h = h + self._linear(f"{name}.up", F.gelu(self._linear(f"{name}.down", h)))
+            x = x + block.drop_path2(h)
         return model.norm(x)
 
     def __call__(self, image: Tensor, **attention: Any) -> Any:
@@ -96,9 +97,11 @@ class PlainBaseline:
         if not isinstance(self.method, MLPHead):
             return self.model.forward_head(x)
         x = self.model.forward_head(x, pre_logits=True)
+        if isinstance(self.model.head, nn.Identity):
+            return x
         for layer in range(self.method.num_layers - 1):
             x = self._linear(f"head_hidden.{2 * layer}", x).relu()
-        return self._linear("head", x)
+        return self.model.head(x)
 
 
 def assert_same(model: nn.Module, plain: PlainBaseline, output: Any, expected: Any) -> None:

@@ -18,7 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from plain import redraw_prompts
-from timm.models.swin_transformer import window_partition, window_reverse
+from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 
 from vpt_fast import VAPT, VPTShallow, prompt_tune
@@ -67,6 +67,7 @@ SWINS: dict[str, Swin] = {
     "no_bias": _swin((40, 40), window_size=4, qkv_bias=False),
     "head_dim": _swin((32, 32), window_size=4, head_dim=12),
     "max_pool": _swin((32, 48), window_size=4, global_pool="max"),
+    "tiny": _swin((28, 36), window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 2)),
     "one_stage": _swin((32, 32), window_size=4, depths=(3,), num_heads=(2,)),
 }
 
@@ -153,7 +154,8 @@ class PlainSwin:
             return block(x), None
         batch, height, width, _ = x.shape
         window, shift = block.window_size, block.shift_size
-        y = block.norm1(x)
+        y = block.norm1(torch.cat([rows, x.flatten(1, 2)], 1))
+        normed, y = y[:, : rows.shape[1]], y[:, rows.shape[1] :].unflatten(1, (height, width))
         if any(shift):
             y = torch.roll(y, (-shift[0], -shift[1]), (1, 2))
         full = [-(-n // w) * w for n, w in zip((height, width), window, strict=True)]
@@ -161,18 +163,21 @@ class PlainSwin:
         mask = block.get_attn_mask(y)
         windows = window_partition(y, window).flatten(1, 2)
         number = len(windows) // batch
-        normed = block.norm1(rows).repeat_interleave(number, 0)
-        out = self.attention(
-            block.attn, torch.cat([normed, windows], 1), rows.shape[1], mask, batch
-        )
+        normed = normed.repeat_interleave(number, 0)
+        inner = next(m for m in block.attn.modules() if isinstance(m, WindowAttention))
+        if own := "forward" not in vars(inner):  # so that hooks on the module run
+            inner.forward = lambda y: self.attention(inner, y, rows.shape[1], mask, batch)
+        out = block.attn(torch.cat([normed, windows], 1))
+        if own:
+            del inner.forward
         count = rows.shape[1]
-        rows = rows + out[:, :count].unflatten(0, (batch, number)).mean(1)
+        rows = rows + block.drop_path1(out[:, :count].unflatten(0, (batch, number)).mean(1))
         y = window_reverse(out[:, count:].unflatten(1, window).contiguous(), window, *full)
         y = y[:, :height, :width]
         if any(shift):
             y = torch.roll(y, shift, (1, 2))
-        sequence = torch.cat([rows, (x + y).flatten(1, 2)], 1)
-        sequence = sequence + block.mlp(block.norm2(sequence))
+        sequence = torch.cat([rows, (x + block.drop_path1(y)).flatten(1, 2)], 1)
+        sequence = sequence + block.drop_path2(block.mlp(block.norm2(sequence)))
         return sequence[:, count:].unflatten(1, (height, width)), sequence[:, :count]
 
     def attention(
@@ -184,15 +189,20 @@ class PlainSwin:
         bias = attn._get_rel_pos_bias()
         if mask is not None:
             bias = bias + mask.repeat(batch, 1, 1).unsqueeze(1)
-        scores = attn.scale * q @ k.transpose(-2, -1) + F.pad(bias, (count, 0, count, 0))
-        return attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        bias = F.pad(bias, (count, 0, count, 0))
+        if attn.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, v, bias)
+        else:
+            y = attn.attn_drop(attn.softmax(attn.scale * q @ k.transpose(-2, -1) + bias)) @ v
+        return attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
 
     def stages(self, image: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """Tokens (B, H, W, D) and live prompt rows after every stage."""
         x, rows, number, outputs = self.model.patch_embed(image), None, 0, []
         for stage in self.model.layers:
             x = stage.downsample(x)
-            if rows is not None and not isinstance(stage.downsample, nn.Identity):
+            kept = rows is not None and number not in self.prompted
+            if kept and not isinstance(stage.downsample, nn.Identity):
                 merge = stage.downsample
                 rows = merge.reduction(merge.norm(torch.cat([rows] * 4, -1)))
             for block in stage.blocks:

@@ -82,8 +82,12 @@ def _dropped(where: str) -> Callable[[Any], None]:
     return change
 
 
+def _scale(block: Any) -> None:
+    block.attn.scale, block.attn.fused_attn = 0.3, False  # timm's fused attention has its own
+
+
 def _heads(block: Any) -> None:
-    block.attn.num_heads, block.attn.head_dim = 4, 16
+    block.attn.num_heads, block.attn.head_dim, block.attn.scale = 4, 16, 0.25
 
 
 def swap(block: Any) -> None:
@@ -120,7 +124,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     ),
     "dropout": _dropped("mlp.drop1"),
     "projection_dropout": _dropped("attn.proj_drop"),
-    "scale": lambda b: setattr(b.attn, "scale", 0.3),
+    "scale": _scale,
     "heads": _heads,
     "eps1": lambda b: setattr(b.norm1, "eps", 0.5),
     "eps2": lambda b: setattr(b.norm2, "eps", 0.5),

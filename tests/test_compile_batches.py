@@ -153,6 +153,37 @@ def test_blocks_compiled_by_themselves(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
+    ("family", "method", "names"),
+    [
+        ("vit_32px", "deep", ["blocks"]),
+        ("vit_32px", "shallow", ["blocks"]),
+        ("tiny", "deep", ["layers.0.blocks", "layers.1.blocks"]),
+        pytest.param("tiny", "deep", ["layers"], marks=pytest.mark.full),
+        ("tiny", "shallow", ["layers.0", "layers.1"]),
+        pytest.param("tiny", "code", ["layers.0", "layers.1"], marks=pytest.mark.full),
+        pytest.param("tiny", "shallow", ["layers.0.blocks.0"], marks=pytest.mark.full),
+    ],
+)
+def test_rows_of_blocks_compiled_by_themselves(family: str, method: str, names: list[str]) -> None:
+    model, backend = tuned(family, METHODS[method]).train(), Counting()
+    x = images(family, 2)
+    right = step(model, model, x)
+    for name in names:
+        model.get_submodule(name).compile(backend=backend)
+    assert_equal(step(model, model, x), right)
+    assert backend.graphs >= len(names)
+
+
+@pytest.mark.parametrize("name", ["layers", "layers.0.blocks"])
+def test_what_prompt_rows_pass_beside_is_not_compiled(name: str) -> None:
+    model = tuned("tiny", METHODS["shallow"])
+    model.get_submodule(name).compile(backend=Counting())
+    with pytest.raises(ValueError, match="is hooked, compiled|are hooked, compiled"):
+        model(images("tiny", 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
     ("family", "method"),
     [
         ("vit_32px", "code"),

@@ -177,14 +177,13 @@ def test_weights_of_the_prompts_keys_are_refused() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
+    """At once, not where somebody asks for the second, who may get none where inputs are named."""
     rows = tokens()
     keys = prompt_keys(key_weights(), torch.float64, rows)
-    grad = torch.autograd.grad(keys[0].square().sum(), rows[0], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivatives where backward is recorded"):
+        torch.autograd.grad(keys[0].square().sum(), rows[0], create_graph=True)
     model = tuned("deep")
     parameter = model.blocks[1].prompt.tokens
     loss = model(families.images(AVERAGE)).square().sum()
-    grad = torch.autograd.grad(loss, parameter, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivatives where backward is recorded"):
+        torch.autograd.grad(loss, parameter, create_graph=True)

@@ -150,7 +150,8 @@ def test_a_replaced_forward_in_the_last_block_sees_all_rows(where: str) -> None:
     module.forward = replaced
     _patch(twin)
     assert_same(tuned, plain, tuned(image), plain(image))
-    assert rows == [10]
+    # On a part it may do anything with the rows, so that it sees the prompts too.
+    assert rows == [10 + (3 if where else 0)]
 
 
 @pytest.mark.parametrize(

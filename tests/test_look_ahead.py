@@ -84,7 +84,8 @@ def _eps(model: Any) -> None:
 
 
 def _heads(model: Any) -> None:
-    model.blocks[1].attn.num_heads, model.blocks[1].attn.head_dim = 4, 16
+    attn = model.blocks[1].attn
+    attn.num_heads, attn.head_dim, attn.scale = 4, 16, 0.25
 
 
 def _no_bias(model: Any) -> None:

@@ -87,14 +87,6 @@ def _last(change: Callable[[nn.Module], Any], **arguments: Any) -> Callable[[], 
     return build
 
 
-def _hook(path: str) -> Callable[[nn.Module], Any]:
-    return lambda block: block.get_submodule(path).register_forward_hook(lambda *_: None)
-
-
-def _pre_hook(path: str) -> Callable[[nn.Module], Any]:
-    return lambda block: block.get_submodule(path).register_forward_pre_hook(lambda *_: None)
-
-
 def _set(path: str, value: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
     parent, _, name = path.rpartition(".")
     return lambda block: setattr(block.get_submodule(parent), name, value(block))
@@ -136,8 +128,6 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "not_fused": (_last(_set("attn.fused_attn", lambda _: False)), ["fused_attn", "False"]),
     "low_rank_qkv": (_last(_low_rank("attn.qkv")), ["qkv", "LowRankLinear"]),
     "low_rank_proj": (_last(_low_rank("attn.proj")), ["proj", "LowRankLinear"]),
-    "hooked_qkv": (_last(_hook("attn.qkv")), ["qkv", "hook"]),
-    "pre_hooked_qkv": (_last(_pre_hook("attn.qkv")), ["qkv", "hook"]),
     "parametrised_qkv": (
         _last(lambda block: nn.utils.parametrizations.weight_norm(block.attn.qkv)),
         ["qkv", "ParametrizedLinear"],

@@ -20,6 +20,39 @@ def _does_nothing(norm: nn.Module) -> bool:
     return type(norm) is nn.Identity and not has_hooks(norm) and not has_own_forward(norm)
 
 
+def computes_as_timms(attn: Any, head_dim: int) -> bool:
+    """Whether an attention's scale and heads are those that timm's forward goes by.
+
+    Its fused form leaves the scale to PyTorch, and so has none but 1 / sqrt(head_dim); a scale that
+    `fold_backbone` has put in place is that one.
+    """
+    own = vars(attn)
+    if own.get("head_dim", head_dim) != head_dim:
+        return False
+    return not own["fused_attn"] or own["scale"] == own.get("folded_scale", head_dim**-0.5)
+
+
+def check_attention(attn: Any, head_dim: int) -> None:
+    """Raise ValueError if dropout is at work in an attention, or its scale would be ignored.
+
+    Args:
+        attn: timm's Attention or WindowAttention.
+        head_dim: channels of a head, as the qkv projection gives them.
+    """
+    dropout = getattr(attn.attn_drop, "p", 0.0)
+    if dropout and (attn.training or attn.attn_drop.training):
+        raise ValueError(
+            f"attention dropout {dropout} is active, but prompt attention has none; keep the "
+            "frozen blocks in eval mode, as model.train() does"
+        )
+    if not computes_as_timms(attn, head_dim):
+        raise ValueError(
+            f"attention with scale {attn.scale} and {attn.num_heads} heads of {head_dim} channels "
+            f"is not what timm's fused attention computes, which scales by {head_dim**-0.5:.6g}; "
+            "put the scale into the weights of the queries, or set num_heads and head_dim back"
+        )
+
+
 def reads_plainly(linear: nn.Module) -> bool:
     """Whether a projection is its weight and bias and nothing else: it may be taken in parts.
 

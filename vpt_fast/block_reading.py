@@ -79,7 +79,8 @@ def _parts_of(block: Any) -> _Parts:
     attributes = [m.__dict__ for part in parts.values() for m in with_descendants(part)]
     act = mlp._modules["act"]
     scalars = [(attn, "num_heads"), (attn, "scale"), (parts["norm1"], "eps")]
-    scalars += [(parts["norm2"], "eps"), (act, "approximate")]
+    scalars += [(parts["norm2"], "eps"), (act, "approximate"), (attn, "head_dim")]
+    scalars += [(attn, "fused_attn"), (attn, "training")]
     slots = weight_slots(block)
     return _Parts(
         containers, modules, [*map(type, modules)], attributes,

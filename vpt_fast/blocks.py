@@ -1,6 +1,6 @@
-"""timm's Attention and Block with prompts: the classes that tuned blocks are given.
+"""timm's Block with prompts: the class that tuned blocks are given.
 
-Both override `forward` only, so that names, state dicts, copies and pickles stay timm's. In
+It overrides `forward` only, so that names, state dicts, copies and pickles stay timm's. In
 VPT-Deep a prompt is only a key and a value: its rows of the block's output are never read, so
 the block is (B, N, D) -> (B, N, D), like the one it replaces. Prompt rows that are read later
 (VPT-Shallow, a prompted block before an unprompted one) stand after the prefix tokens as tokens.
@@ -10,97 +10,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
-from vpt_fast.attention_inputs import (
-    attention_tokens,
-    is_normed,
-    prompt_keys_values,
-    reads_plainly,
-)
-from vpt_fast.experts import PromptExperts
+from vpt_fast.experts import takes_experts
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.hooks import (
     call_compiled,
     has_compiled_call,
     has_hooks,
     has_own_forward,
-    with_descendants,
+    is_watched,
 )
 from vpt_fast.look_ahead import prompts_of
-from vpt_fast.norms import is_frozen_norm
-from vpt_fast.ops.absorbed_attention import absorbed_attention
-from vpt_fast.ops.attention import prompt_attention
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.prompt_rows import PromptRows, extend_mask, insert_rows, strip_rows
+from vpt_fast.prompted_attention import PromptedAttention
 from vpt_fast.recompute import recomputed
-
-# Query rows up to which keys and values are not worth making. A model's head reads one or two.
-_FEW_QUERIES = 2
-
-
-class PromptedAttention(Attention):
-    """timm's Attention whose queries also read prompt keys and values."""
-
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        prompts: Tensor | None = None,
-        queries: Tensor | None = None,
-    ) -> Tensor:
-        """Attend from every row of x, or from `queries`, to the prompts and to every row of x.
-
-        Args:
-            x: normalised tokens (B, N, D).
-            attn_mask: as timm's; without `prompts` and `queries` only.
-            is_causal: as timm's; without `prompts` and `queries` only.
-            prompts: normalised prompts (B or 1, p, D).
-            queries: normalised query rows (B, M, D), if not those of x.
-
-        Returns:
-            (B, N or M, D).
-        """
-        if attn_mask is not None or is_causal:
-            if self.scale == self.head_dim**-0.5:
-                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-            return self._masked(x, attn_mask, is_causal)
-        if self.attn_drop.p and self.attn_drop.training:
-            raise ValueError(
-                f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
-                "keep the frozen blocks in eval mode, as model.train() does"
-            )
-        if (
-            queries is not None and queries.shape[1] <= _FEW_QUERIES
-            and not is_normed(self) and reads_plainly(self.qkv)
-        ):  # fmt: skip
-            out = self._absorbed(x, prompts, queries)
-        else:
-            prompt_kv = [] if prompts is None else prompt_keys_values(self, prompts)
-            out = prompt_attention(attention_tokens(self, x, queries), prompt_kv, self.scale)
-        norm = self._modules.get("norm")
-        return self.proj_drop(self.proj(out if norm is None else norm(out)))
-
-    def _masked(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """timm's forward, which leaves the scale to PyTorch's default, with a folded scale."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask, is_causal=is_causal, scale=self.scale
-        )
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
-
-    def _absorbed(self, x: Tensor, prompts: Tensor | None, queries: Tensor) -> Tensor:
-        q_weight, k_weight, v_weight = self.qkv.weight.chunk(3)
-        q_bias, _, v_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
-        q = F.linear(queries, q_weight, q_bias).unflatten(-1, (self.num_heads, self.head_dim))
-        return absorbed_attention(q, x, prompts, k_weight, v_weight, v_bias, self.scale)
+from vpt_fast.row_by_row import treats_rows_apart
 
 
 class PromptedBlock(Block):
@@ -238,14 +170,14 @@ class PromptedBlock(Block):
 
     def _normalise(self, total: OpenSum) -> tuple[Tensor, Tensor, Tensor | None]:
         """`_enter`, then norm1 of the tokens and of the prompts that are keys and values only."""
-        if isinstance(self.prompt, PromptExperts) and is_frozen_norm(self.norm1):
+        if takes_experts(self.prompt, self.norm1):
             return self.prompt.with_norm(total, self.norm1)
         x, prompts = self._enter(total.closed())
         prompts = None if prompts is None else self.norm1.forward(prompts)
         return x, self.norm1(x), prompts
 
     def _forward(self, total: OpenSum, first: int | None) -> Tensor:
-        if self._is_watched():
+        if self._needs_all_rows():
             x = self._concatenated(total.closed())
             return x if first is None else x[:, :first]
         x, y, prompts = self._normalise(total)
@@ -259,17 +191,22 @@ class PromptedBlock(Block):
         x = x + self.drop_path1(self.ls1(self.attn(y, prompts=prompts, queries=queries)))
         return self._through_mlp(x)
 
-    def _is_watched(self) -> bool:
-        """Whether a hook would miss the prompts, or a row that is no query, if they passed beside.
+    def _needs_all_rows(self) -> bool:
+        """Whether a part may do anything with the rows, or a hook would miss some of them.
 
-        Such hooks may change what they see; what comes after the keys is the tokens' own.
+        Hooks may change what they see; what comes after the keys is the tokens' own.
         """
-        attn: Any = self.attn
-        parts = (self.norm1, attn.qkv, attn.q_norm, attn.k_norm)
+        attn: Any = self._modules["attn"]
+        parts = [part for name, part in self._modules.items() if name not in ("attn", "prompt")]
         return (
-            bool(attn._forward_pre_hooks)
+            is_transformed()
+            or type(attn) is not PromptedAttention
+            or has_own_forward(attn)
+            or not treats_rows_apart(*parts, *attn._modules.values())
+            or bool(attn._forward_pre_hooks or attn._backward_hooks)
             or nn_module._has_any_global_hook()
-            or any(has_hooks(module) for part in parts for module in with_descendants(part))
+            or is_watched(self.norm1, attn.qkv, attn.q_norm, attn.k_norm)
+            or (not attn.fused_attn and is_watched(attn.attn_drop))
         )
 
     def _through_mlp(self, x: Tensor) -> Tensor:

@@ -5,22 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from timm import layers
 from torch import nn
-
-# Normalisations that treat every row by itself, so that dead rows may be left out.
-ROW_NORMS = tuple(
-    getattr(layers, name)
-    for name in (
-        "LayerNorm",
-        "LayerNormFp32",
-        "RmsNorm",
-        "RmsNormFp32",
-        "SimpleNorm",
-        "SimpleNormFp32",
-    )
-    if hasattr(layers, name)
-) + (nn.LayerNorm, nn.Identity, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
 
 Parts = dict[str, tuple[type, ...] | None]
 """Names of a module's parts, and their types; None for any."""

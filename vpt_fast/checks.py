@@ -10,10 +10,10 @@ from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
 from vpt_fast.baselines import AdapterTuning, BiasTuning, MLPHead, PartialTuning
-from vpt_fast.check_parts import ROW_NORMS, Parts, check_apart, check_parts, name_of, refuse
-from vpt_fast.hooks import has_hooks
+from vpt_fast.check_parts import Parts, check_apart, check_parts, name_of, refuse
 from vpt_fast.methods import VAPT, Method
 from vpt_fast.models import TUNED_CLASS
+from vpt_fast.row_by_row import ROW_NORMS
 from vpt_fast.swin_checks import check_swin
 from vpt_fast.swin_models import TUNED_CLASS as TUNED_SWIN
 from vpt_fast.tuned import blocks_of, check_pooling, is_tuned
@@ -37,8 +37,6 @@ _ATTENTION_PARTS: Parts = {
     "proj": (nn.Linear,),
     "proj_drop": (nn.Dropout,),
 }
-# Modules that some rows pass beside; a hook on them would miss those rows.
-_BYPASSED = ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm")
 
 
 def check_model(model: Any, method: Method) -> None:
@@ -77,6 +75,9 @@ def _check_vit(model: Any, method: Method) -> None:
     for index, block in enumerate(model.blocks):
         _check_block(block, f"blocks.{index}")
     check_apart([(f"blocks.{i}", block) for i, block in enumerate(model.blocks)])
+    if not hasattr(model.patch_embed, "patch_size") or not hasattr(model.patch_embed, "grid_size"):
+        embed = name_of(model.patch_embed)
+        refuse("patch_embed", embed, "what embeds patches must have a patch_size and a grid_size")
     if type(model.norm) not in ROW_NORMS:
         refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
     method.prompted_blocks(len(model.blocks))
@@ -157,6 +158,3 @@ def _check_block(block: nn.Module, where: str) -> None:
     if (attn.proj.in_features, attn.proj.out_features) != (width, attn.qkv.in_features):
         shape = (attn.proj.in_features, attn.proj.out_features)
         refuse(f"{where}.attn.proj", shape, f"{width, attn.qkv.in_features} features are needed")
-    for name in _BYPASSED:
-        if has_hooks(block.get_submodule(name)):
-            refuse(f"{where}.{name}", "hooked", "prompt rows would miss the hook; remove it")

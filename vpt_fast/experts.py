@@ -7,19 +7,21 @@ as one (p, gh * gw) matrix, and no grid, normalised copy or convolution output i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpt_fast.hooks import has_own_forward, hooks_version, is_watched
 from vpt_fast.methods import VAPT
-from vpt_fast.norms import norm_of
-from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.norms import is_frozen_norm, norm_of
+from vpt_fast.ops.backend import in_full_precision, statistics_dtype
 from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
 from vpt_fast.ops.block_parts import contiguous
 from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
 from vpt_fast.ops.prompt_source import ExpertPrompts
+from vpt_fast.ops.tracing import is_transformed
 
 EPS = 1e-5
 """Epsilon of the experts' LayerNorms."""
@@ -90,7 +92,7 @@ class PromptExperts(nn.Module):
         self._check_present(x)
         mix, mix_sum = self.mixing(x.shape[1])
         patches = x[:, x.shape[1] - mix.patches :].to(mix.matrix.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with in_full_precision(x):
             normalised = F.layer_norm(patches, x.shape[-1:], eps=mix.eps)
             mixed = mix.matrix[:, : mix.patches] @ normalised
         inputs = self.features(mixed, mix_sum)
@@ -202,6 +204,7 @@ class PromptExperts(nn.Module):
         self, batch: int, masks: tuple[Tensor | None, Tensor | None] | None = None
     ) -> tuple[Any, ...]:
         """What is applied to the mix: the fields of `FeatureInputs` but the first two."""
+        self._refuse_hooks()
         modules: Any = self._modules
         norm, mix = modules["norm"]._parameters, modules["mix"]._parameters
         projector: Any = self._owner[0]._modules["prompt_projector"]
@@ -238,6 +241,24 @@ class PromptExperts(nn.Module):
                 "every block and `prompt_projector` out"
             )
 
+    def _refuse_hooks(self) -> None:
+        """Refuse hooks on what is never called, looked for when somebody has registered one.
+
+        Raises:
+            ValueError: one of the modules whose weights are put together is hooked.
+        """
+        if torch.compiler.is_compiling():
+            return
+        version = hooks_version()
+        if version == self.__dict__.get("_unhooked"):
+            return
+        if is_watched(*self.children(), self._owner[0].prompt_projector):
+            raise ValueError(
+                "a part of the prompt experts (norm, conv, mix, prompt_projector) is hooked, but "
+                "their weights are put together and no part is called; hook `prompt` of the block"
+            )
+        self.__dict__["_unhooked"] = version
+
     def _folded(self) -> tuple[Tensor, Tensor]:
         return fold_convolution(self.mix.weight, self.conv.weight, self.grid)
 
@@ -245,7 +266,20 @@ class PromptExperts(nn.Module):
         return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
 
 
+def takes_experts(prompt: nn.Module | None, norm1: nn.Module) -> TypeGuard[PromptExperts]:
+    """Whether a block's input is taken by `PromptExperts.with_norm`, past both modules' calls."""
+    return (
+        type(prompt) is PromptExperts
+        and not is_watched(prompt)
+        and not has_own_forward(prompt)
+        and is_frozen_norm(norm1)
+    )
+
+
 def dropout_mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
     """Dropout's factors: 0, or 1 / (1 - dropout); fp32 at least, on the device of `like`."""
+    if is_transformed():  # vmap draws for each image, but not in place
+        ones = torch.ones(shape, dtype=statistics_dtype(like.dtype), device=like.device)
+        return F.dropout(ones, dropout)
     kept = torch.empty(shape, dtype=statistics_dtype(like.dtype), device=like.device)
     return kept.bernoulli_(1.0 - dropout).div_(1.0 - dropout) if dropout < 1 else kept.zero_()

@@ -140,6 +140,11 @@ def _check(model: Any) -> None:
                     f"{type(module).__name__}; merge it into a plain Linear, or do not fold"
                 )
             for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    raise ValueError(
+                        f"cannot fold {where}.{leaf}: it is on the meta device and has no values; "
+                        "fill the model first"
+                    )
                 if parameter.requires_grad:
                     raise ValueError(
                         f"cannot fold {where}.{leaf}: it is trained (requires_grad=True); freeze "
@@ -165,6 +170,7 @@ def _fold(model: Any) -> None:
             changes, scale, passed = _folded_block(block, record.folds)
             if scale is not None:
                 record.scales[index], block.attn.scale = block.attn.scale, scale
+                block.attn.folded_scale = scale
             block.folded = passed
             for name, value in changes.items():
                 parameter = block.get_parameter(name)
@@ -182,6 +188,7 @@ def _unfold(model: Any) -> None:
             model.get_parameter(name).copy_(original)
     for index, scale in record.scales.items():
         model.blocks[index].attn.scale = scale
+        del model.blocks[index].attn.folded_scale
     for block in model.blocks:
         block.__dict__.pop("folded", None)
     record.originals.clear()

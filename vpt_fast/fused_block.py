@@ -12,11 +12,12 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import GELU, GELUTanh, Mlp, QuickGELU, Swish
+from timm.layers import GELU, DropPath, GELUTanh, Mlp, QuickGELU, Swish
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from vpt_fast.attention_inputs import computes_as_timms
 from vpt_fast.block_reading import BlockReading, forget, weight_slots
 from vpt_fast.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.norms import is_layer_norm
@@ -28,7 +29,7 @@ from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, contiguous
 from vpt_fast.ops.operators import sites_for
 from vpt_fast.ops.prompt_keys import RowKeys
 from vpt_fast.ops.prompt_source import PromptSource
-from vpt_fast.ops.tracing import is_traced
+from vpt_fast.ops.tracing import is_traced, is_transformed
 from vpt_fast.ops.window_attention_rows import Windows
 from vpt_fast.weights_reading import WeightsReading
 
@@ -45,6 +46,8 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 _LAYER_SCALES = (nn.Identity, LayerScale, NoneType)  # Swin's blocks have none
+
+_DROPOUTS = (nn.Identity, nn.Dropout, DropPath)
 
 # Parts of a block that are called as modules, before and after what is fused.
 _BESIDE = ("prompt", "adapter")
@@ -77,13 +80,21 @@ def can_fuse(block: nn.Module) -> bool:
             for m in (attn.get("q_norm"), attn.get("k_norm"), attn.get("norm"), mlp["norm"])
         )
         and attn.get("gate") is None
+        and type(attn.get("softmax")) in (nn.Softmax, NoneType)
+        and _has_timms_heads(parts["attn"])
         and all(type(parts.get(name)) in _LAYER_SCALES for name in ("ls1", "ls2"))
-        and not any(_drops(m) for m in (attn["attn_drop"], attn["proj_drop"]))
-        and not any(_drops(m) for m in (mlp["drop1"], mlp["drop2"]))
-        and not any(_drops(parts[name]) for name in ("drop_path1", "drop_path2"))
+        and all(map(_drops_nothing, (attn["attn_drop"], attn["proj_drop"])))
+        and all(map(_drops_nothing, (mlp["drop1"], mlp["drop2"])))
+        and all(_drops_nothing(parts[name]) for name in ("drop_path1", "drop_path2"))
         and not nn_module._has_any_global_hook()
         and _is_left_alone(parts)
     )
+
+
+def _has_timms_heads(attn: Any) -> bool:
+    head_dim, rest = divmod(len(attn.qkv.weight), 3 * attn.num_heads)
+    drops = attn.training and attn.attn_drop.p  # timm's fused attention goes by its own mode
+    return not rest and not drops and computes_as_timms(attn, head_dim)
 
 
 def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:
@@ -99,9 +110,10 @@ def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:
     return True
 
 
-def _drops(module: Any) -> bool:
-    """Whether a dropout, or timm's stochastic depth, is at work."""
-    return module.training and bool(getattr(module, "p", 0) or getattr(module, "drop_prob", 0))
+def _drops_nothing(module: Any) -> bool:
+    """Whether a dropout, or timm's stochastic depth, is one, and not at work."""
+    dropped = getattr(module, "p", 0) or getattr(module, "drop_prob", 0)
+    return type(module) in _DROPOUTS and not (module.training and dropped)
 
 
 def block_weights(block: Any) -> BlockWeights:
@@ -158,6 +170,8 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
         x: its input; None where it is known that nobody traces.
     """
     if x is not None and is_traced(x):
+        if is_transformed():
+            return None
         return Fused(block_weights(block), None) if can_fuse(block) else None
     reading = block.__dict__.get("_reading")
     known = None if reading is None else reading.now(block)

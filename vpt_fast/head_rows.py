@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast.hooks import HookWatch, has_hooks, has_own_forward, with_descendants
+from vpt_fast.row_by_row import ROW_NORMS
 
 _AFTER_BLOCKS = ("norm", "fc_norm", "head_drop", "head_hidden", "head", "head_dist")
 
@@ -38,9 +39,19 @@ def _reads_first(model: Any, last: type[nn.Module]) -> bool:
     own = vars(model)
     if "forward_head" in own or "pool" in own or "forward_features" in own:
         return False  # put on this instance: they may read any row
+    if type(model._modules["norm"]) not in ROW_NORMS:
+        return False
     # In its dictionary: this runs in every call, and the attribute access of modules is slow.
-    blocks = model._modules["blocks"]._modules
-    return len(blocks) > 0 and type(next(reversed(blocks.values()))) is last
+    all_blocks = model._modules["blocks"]
+    if "_compiled_call_impl" in all_blocks.__dict__ or type(all_blocks) is not nn.Sequential:
+        return False  # they are called as one module
+    blocks = all_blocks._modules
+    if not blocks:
+        return False
+    block = next(reversed(blocks.values()))
+    # Prompt rows that stand before these would be read in their place.
+    rows = block.__dict__.get("rows")
+    return type(block) is last and (rows is None or rows.prefix >= _count(model))
 
 
 def _is_watched(module: nn.Module) -> bool:

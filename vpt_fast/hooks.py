@@ -78,12 +78,22 @@ def with_descendants(module: nn.Module | None) -> Iterator[nn.Module]:
             yield from with_descendants(child)
 
 
+def is_watched(*parts: nn.Module | None) -> bool:
+    """Whether one of the parts, or a module below it, carries a hook."""
+    return any(has_hooks(module) for part in parts for module in with_descendants(part))
+
+
 def has_compiled_call(module: nn.Module) -> bool:
     """Whether `module.compile()` was called, so that its call runs compiled code.
 
     Where somebody traces what the module is part of, it does not.
     """
     return module._compiled_call_impl is not None and not torch.compiler.is_compiling()
+
+
+def is_taken_over(module: nn.Module) -> bool:
+    """Whether somebody would notice that a module is not called: by a hook, or in its place."""
+    return has_hooks(module) or has_own_forward(module) or has_compiled_call(module)
 
 
 def call_compiled(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from vpt_fast.attention_inputs import projected
 from vpt_fast.baselines import Baseline, LinearProbe
 from vpt_fast.blocks import PromptedBlock
 from vpt_fast.experts import PromptExperts
+from vpt_fast.ops.backend import in_full_precision
 from vpt_fast.prompt_rows import insert_rows, strip_rows
 from vpt_fast.swin_inspection import window_shares
 from vpt_fast.tuned import blocks_of, is_tuned
@@ -171,7 +172,7 @@ def _shares(model: Any, index: int, rows: Tensor, count: int) -> PromptAttention
     q = attn.q_norm.forward(_heads(attn, projected(attn, queries, slice(0, width))))
     k = attn.k_norm.forward(_heads(attn, projected(attn, y, slice(width, 2 * width))))
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(y.device.type, enabled=False):
+    with in_full_precision(y):
         scores = attn.scale * q.to(dtype) @ k.to(dtype).transpose(-2, -1)
     shares = scores.softmax(dim=-1).mean(dim=-2)  # (B, H, N + p)
     prompts = shares[..., prefix : prefix + count]

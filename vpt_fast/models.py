@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from vpt_fast.baseline_layers import new_classifier
 from vpt_fast.block_reading import forget
-from vpt_fast.blocks import PromptedAttention, PromptedBlock, fused, through_block
+from vpt_fast.blocks import PromptedBlock, fused, through_block
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fused_block import Use, run_together
 from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.head_rows import HeadReading
-from vpt_fast.hooks import has_hooks
+from vpt_fast.hooks import is_taken_over
 from vpt_fast.look_ahead import look_ahead
 from vpt_fast.methods import VAPT
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.tracing import any_derivative, is_transformed
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows, strip_rows
+from vpt_fast.prompted_attention import PromptedAttention
 from vpt_fast.tuned import ADDED, Tuned, check_pooling
 
 
@@ -32,6 +34,9 @@ class _PromptedModel(Tuned, VisionTransformer):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Logits, as timm's; the last block computes only the rows that the head reads."""
+        if is_transformed():
+            with any_derivative():
+                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         count = self._rows_read()
         if count is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -71,7 +76,9 @@ class _PromptedModel(Tuned, VisionTransformer):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """As timm's: the final norm of the last block's rows (B, N, D)."""
-        if attn_mask is not None or is_causal or has_hooks(self.blocks):
+        blocks: Any = self.blocks
+        apart = type(blocks) is not nn.Sequential or is_taken_over(blocks)
+        if attn_mask is not None or is_causal or apart:
             x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             return self._without_late_rows(x)
         static = (0, None, self._memory())
@@ -278,14 +285,14 @@ def unplace_prompts(model: _PromptedModel) -> None:
         model._modules.pop(name, None)
     model._parameters.pop("prompt_tokens", None)
     model.__dict__.pop("_head_reading", None)
-    blocks: Any = model.blocks
-    for block in blocks:
-        forget(block)
-        if isinstance(block, PromptedBlock):
-            block.__class__ = Block  # type: ignore[assignment]
-            block.attn.__class__ = Attention  # type: ignore[assignment]
-            if "prompt" in block._modules:
-                del block.prompt
-            block.__dict__.pop("prompt", None)
-            block._modules.pop("adapter", None)
-            del block.rows, block.memory
+    for part in [*model.modules()]:  # below whatever others have put around them
+        forget(part)
+        if type(part) is PromptedBlock:
+            part.__class__ = Block  # type: ignore[assignment]
+            if "prompt" in part._modules:
+                del part.prompt
+            part.__dict__.pop("prompt", None)
+            part._modules.pop("adapter", None)
+            del part.rows, part.memory
+        elif type(part) is PromptedAttention:
+            part.__class__ = Attention  # type: ignore[assignment]

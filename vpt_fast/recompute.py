@@ -16,6 +16,7 @@ from vpt_fast.baseline_layers import BottleneckAdapter
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.capture import CannotRecord, is_recording
 from vpt_fast.ops.frozen import check_versions, versions_of
+from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.prompts import PromptTokens
 
 # Modules that draw nothing in training either; their children are looked at apart.
@@ -45,6 +46,8 @@ def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
         CannotRecord: A CUDA graph is being recorded, and something draws.
         RuntimeError: In backward, if a weight below the module has changed since.
     """
+    if is_transformed():
+        return function(*args)  # torch.func knows no hooks on saved tensors
     if not torch.compiler.is_compiling() and not is_recording():
         function = _of_the_same_weights(module, function)
     draws = any(_draws(part) for part in module.modules())

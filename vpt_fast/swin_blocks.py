@@ -8,37 +8,32 @@ image; they travel beside it.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from timm.models.swin_transformer import (
-    PatchMerging,
     SwinTransformerBlock,
-    SwinTransformerStage,
     WindowAttention,
 )
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
-from vpt_fast.attention_inputs import projected, reads_plainly
-from vpt_fast.experts import PromptExperts
+from vpt_fast.attention_inputs import check_attention, projected, reads_plainly
+from vpt_fast.experts import PromptExperts, takes_experts
 from vpt_fast.fused_block import Fused, Use
 from vpt_fast.hooks import (
-    call_compiled,
-    has_compiled_call,
-    has_hooks,
     has_own_forward,
-    hint_sizes,
-    with_descendants,
+    is_watched,
 )
-from vpt_fast.look_ahead import look_ahead, prompts_of
-from vpt_fast.norms import is_frozen_norm
+from vpt_fast.look_ahead import prompts_of
 from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.ops.window_attention import window_attention
 from vpt_fast.ops.window_attention_rows import Windows, attend_from_prompts, padding_of
 from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.recompute import recomputed
+from vpt_fast.row_by_row import treats_rows_apart
+from vpt_fast.swin_windows import attend_beside, is_plain_softmax, through_windows
 
 
 class LiveRows:
@@ -61,33 +56,32 @@ class PromptedWindowAttention(WindowAttention):
         windows: Windows | None = None,
         prompts: Tensor | None = None,
         live: LiveRows | None = None,
+        count: int = 0,
     ) -> Tensor:
         """Attend from every token to its window and to the prompts.
 
         Args:
-            x: normalised tokens (B, H, W, D); (windows, area, D) without `windows`, as timm's.
+            x: normalised tokens (B, H, W, D); (windows, count + area, D) without `windows`, as
+                timm's.
             mask: as timm's; without `windows` only.
             windows: how the image is cut.
             prompts: normalised prompts (B or 1, p, D).
             live: normalised prompt rows (B, p, D) in place of `prompts`, which attend too; what
                 they read is put into it.
+            count: of prompts among the rows of x; without `windows` only.
 
         Returns:
             As x.
         """
         if windows is None:
-            return super().forward(x, mask)
-        if self.attn_drop.p and self.attn_drop.training:
-            raise ValueError(
-                f"attention dropout {self.attn_drop.p} is active, but prompt attention has none; "
-                "keep the frozen blocks in eval mode, as model.train() does"
-            )
+            return super().forward(x, mask) if not count else attend_beside(self, x, mask, count)
         heads = self.num_heads
         qkv = self.qkv(x).unflatten(-1, (3, heads, -1))  # (B, H, W, 3, h, d)
+        check_attention(self, qkv.shape[-1])
         pad = padding_of(windows, self.qkv_of_zeros(x), qkv)
         keys = rows = None
         if live is not None and live.rows is not None:
-            # The modules' hooks are for tokens: prompts pass beside them.
+            # Nobody watches these modules: see `_needs_windows`.
             rows = self.qkv.forward(live.rows).unflatten(-1, (3, heads, -1))
             keys = rows[:, :, 1:]
         elif prompts is not None:
@@ -135,7 +129,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
         Raises:
             ValueError: prompt rows should enter, but `live` has none.
         """
-        grid = _grid(x)
+        grid = grid_of(x)
         total = self.forward_open(OpenSum(x.flatten(1, 2)), grid, self.memory, live or LiveRows())
         return total.closed().unflatten(1, grid)
 
@@ -158,7 +152,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
                 f"this block reads {rows.entering} prompt rows of an earlier block, but none "
                 "were passed on; call the model, or pass live=LiveRows(rows)"
             )
-        _check_grid(prompt, grid)
+        check_grid(prompt, grid)
         windows = windows_of(self, grid)
         apart = rows.leaving or (prompt is None and rows.entering)
         now = None if apart else fused(self, total.residual)
@@ -182,7 +176,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Tokens and norm1 of them (B, N, D), prompts and norm1 of them (B or 1, p, D)."""
         prompt = self.prompt
-        if isinstance(prompt, PromptExperts) and is_frozen_norm(self.norm1):
+        if takes_experts(prompt, self.norm1):
             tokens, y, made = prompt.with_norm(total, self.norm1)
             return tokens, y, None, made
         x = total.closed()
@@ -194,7 +188,11 @@ class PromptedSwinBlock(SwinTransformerBlock):
         self, total: OpenSum, windows: Windows, entering: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Module by module; tokens (B, N, D), and the prompt rows that leave."""
-        self._refuse_blind_hooks(prompts=self.prompt is not None or entering is not None)
+        if self._needs_windows(self.prompt is not None or entering is not None):
+            x = total.closed()
+            rows = entering if self.prompt is None else self.prompt(x).to(x.dtype)
+            x, rows = through_windows(self, x, rows, windows)
+            return x, rows if self.rows.leaving else None
         x, y, prompts, normed = self._normalise(total, entering)
         live: LiveRows | None = None
         if self.rows.leaving and prompts is not None and normed is not None:
@@ -203,86 +201,55 @@ class PromptedSwinBlock(SwinTransformerBlock):
         y = y.unflatten(1, windows.grid)
         branch = self.attn(y, windows=windows, prompts=normed, live=live)
         x = x + self.drop_path1(branch.flatten(1, 2))
-        x = x + self.drop_path2(self._after_mlp(self.mlp(self.norm2(x))))
+        x = x + self.drop_path2(self.after_mlp(self.mlp(self.norm2(x))))
         if live is None or live.rows is None or prompts is None:
             return x, None
-        rows = prompts + self.drop_path1.forward(live.rows)
-        branch = self._after_mlp(self.mlp.forward(self.norm2.forward(rows)))
-        return x, rows + self.drop_path2.forward(branch)
+        rows = prompts + self.drop_path1(live.rows)
+        return x, rows + self.drop_path2(self.after_mlp(self.mlp(self.norm2(rows))))
 
-    def _refuse_blind_hooks(self, prompts: bool) -> None:
-        """Refuse hooks that would miss prompts, or are never called, and may change what they see.
+    def _needs_windows(self, prompts: bool) -> bool:
+        """Whether a part may do anything with the rows, or a hook would miss some of them.
 
-        Raises:
-            ValueError: one of them, by its module's name.
+        Hooks may change what they see. Where prompts are keys and values only, what comes after
+        those is the tokens' own.
         """
-        attn: Any = self.attn
-        missed = {"attn.softmax": attn.softmax}
-        if prompts:
-            missed |= {"norm1": self.norm1, "attn.qkv": attn.qkv}
-        for name, part in missed.items():
-            if any(has_hooks(module) for module in with_descendants(part)):
-                raise ValueError(
-                    f"{name} of this block is hooked, but prompts pass beside what the hook sees; "
-                    "hook the block or attn's output, or remove the prompts first"
-                )
-        if prompts and attn._forward_pre_hooks:
-            raise ValueError(
-                "attn of this block has a hook before its forward, which prompts pass by; hook "
-                "the block instead"
-            )
+        attn: Any = self._modules["attn"]
+        others = [part for name, part in self._modules.items() if name not in ("attn", "prompt")]
+        inner = [part for name, part in attn._modules.items() if name != "softmax"]
+        if (
+            is_transformed()
+            or type(attn) is not PromptedWindowAttention
+            or has_own_forward(attn)
+            or not treats_rows_apart(*others, *inner)
+            or (not attn.fused_attn and not is_plain_softmax(attn))
+        ):
+            return True
+        if prompts and self.rows.leaving and is_watched(attn, *others):
+            return True
+        return (
+            bool(attn._forward_pre_hooks or attn._backward_hooks)
+            or nn_module._has_any_global_hook()
+            or is_watched(self.norm1, attn.qkv)  # which projects padding too
+            or (not prompts and is_watched(self.drop_path1))  # of an image, as timm has it
+        )
 
-    def _after_mlp(self, branch: Tensor) -> Tensor:
+    def after_mlp(self, branch: Tensor) -> Tensor:
+        """The MLP's output, adapted or not."""
         adapter = self._modules.get("adapter")
         return branch if adapter is None else adapter(branch)
 
 
-class PromptedSwinStage(SwinTransformerStage):
-    """timm's SwinTransformerStage, whose blocks leave sums open and pass prompt rows on."""
-
-    def forward(self, x: Tensor, live: LiveRows | None = None) -> Tensor:
-        """As timm's; `live` holds the prompt rows that enter, then those that leave.
-
-        Raises:
-            ValueError: a hook on `blocks` would miss prompt rows.
-        """
-        x = self.downsample(x)
-        live = LiveRows() if live is None else live
-        if live.rows is not None:
-            live.rows = merge_rows(self.downsample, live.rows)
-        blocks: Any = list(self.blocks)
-        if (has_hooks(self.blocks) or has_own_forward(self.blocks)) and not self.grad_checkpointing:
-            if any(block.rows.entering or block.rows.leaving for block in blocks):
-                raise ValueError(
-                    "the stage's `blocks` are hooked, but prompt rows pass beside what the hook "
-                    "sees; hook the stage or its blocks instead"
-                )
-            return self.blocks(x)
-        grid = _grid(x)
-        for block in blocks:
-            _check_grid(block._modules.get("prompt"), grid)
-        total = self._through(blocks, OpenSum(x.flatten(1, 2)), grid, live)
-        return total.closed().unflatten(1, grid)
-
-    def _through(
-        self, blocks: list[Any], total: OpenSum, grid: tuple[int, int], live: LiveRows
-    ) -> OpenSum:
-        """Rows (B, H * W, D) of an image of grid = (H, W) through the blocks."""
-        memories = ["minimal" if self.grad_checkpointing else block.memory for block in blocks]
-        ahead = look_ahead(blocks, total.residual, fused)
-        if ahead is not None:
-            live.rows = None
-            uses = [
-                Use(memory, windows_of(block, grid))
-                for block, memory in zip(blocks, memories, strict=True)
-            ]
-            return fused_block.run_together(*ahead, total, uses)
-        for block, memory in zip(blocks, memories, strict=True):
-            total = _through_block(block, total, grid, memory, live)
-        return total
+def check_blocks(blocks: list[Any]) -> None:
+    """Raise ValueError if something else stands in a tuned block's place."""
+    for kind in {*map(type, blocks)}:
+        if not issubclass(kind, PromptedSwinBlock):
+            raise ValueError(
+                f"a {kind.__name__} stands in the place of a tuned block, which passes prompts on; "
+                "put it around the block's parts or the stage, or hook the block"
+            )
 
 
-def _check_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:
+def check_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:
     """Refuse a grid of tokens that a block's prompt experts were not made for."""
     if isinstance(prompt, PromptExperts) and prompt.grid != grid:
         raise ValueError(
@@ -297,20 +264,13 @@ def windows_of(block: Any, grid: tuple[int, int]) -> Windows:
     return Windows(grid, _pair(block.window_size), _pair(block.shift_size))
 
 
-def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
-    """Prompt rows (B, p, D) through a patch merging, as four equal neighbours: (B, p, 2 D)."""
-    if not isinstance(downsample, PatchMerging):
-        return rows
-    # The module's own hooks are for images.
-    return downsample.reduction.forward(downsample.norm.forward(rows.repeat(1, 1, 4)))
-
-
 def _pair(values: Any) -> tuple[int, int]:
     first, second = values
     return int(first), int(second)
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
+def grid_of(x: Tensor) -> tuple[int, int]:
+    """Height and width of tokens (B, H, W, D)."""
     return x.shape[1], x.shape[2]
 
 
@@ -321,28 +281,3 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
     if not known or attn._parameters["relative_position_bias_table"].requires_grad:
         return None
     return fused_block.fused(block, x)
-
-
-def _through_block(
-    block: Any, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
-) -> OpenSum:
-    """A block, called so that its own hooks are."""
-    compiled = has_compiled_call(block)
-    watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
-    if not (compiled or watched):
-        return block.forward_open(total, grid, memory, live)
-    calls = functools.partial(call_compiled, block) if compiled else block
-
-    def call(x: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        passing = LiveRows(entering)
-        if compiled and entering is not None:
-            hint_sizes(entering)
-        x = calls(x, live=passing) if block.rows.entering or block.rows.leaving else calls(x)
-        return x, passing.rows
-
-    x = total.closed().unflatten(1, grid)
-    if memory == block.memory:
-        x, live.rows = call(x, live.rows)
-    else:
-        x, live.rows = recomputed(block, call, x, live.rows)
-    return OpenSum(x.flatten(1, 2))

@@ -13,9 +13,9 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from vpt_fast.check_parts import ROW_NORMS, Parts, check_apart, check_parts, name_of, refuse
-from vpt_fast.hooks import has_hooks
+from vpt_fast.check_parts import Parts, check_apart, check_parts, name_of, refuse
 from vpt_fast.methods import VAPT, Method
+from vpt_fast.row_by_row import ROW_NORMS
 from vpt_fast.swin_models import grids_of
 from vpt_fast.tuned import blocks_of
 
@@ -35,8 +35,6 @@ _ATTENTION_PARTS: Parts = {
     "softmax": (nn.Softmax,),
 }
 _TABLE = "relative_position_bias_table"
-# Modules that prompt rows pass beside; a hook on them would miss those rows.
-_BYPASSED = ("norm1", "attn.qkv", "attn.softmax", "attn.attn_drop")
 
 
 def check_swin(model: Any, method: Method) -> None:
@@ -85,9 +83,6 @@ def _check_block(block: Any, where: str) -> None:
     if (attn.proj.in_features, attn.proj.out_features) != (width, attn.qkv.in_features):
         shape = (attn.proj.in_features, attn.proj.out_features)
         refuse(f"{where}.attn.proj", shape, f"{width, attn.qkv.in_features} features are needed")
-    for name in _BYPASSED:
-        if has_hooks(block.get_submodule(name)):
-            refuse(f"{where}.{name}", "hooked", "prompt rows would miss the hook; remove it")
 
 
 def _check_method(model: Any, method: Method) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.window_attention import window_attention_operator
 from vpt_fast.ops.window_attention_rows import padding_of
-from vpt_fast.swin_blocks import LiveRows, merge_rows, windows_of
+from vpt_fast.swin_blocks import LiveRows, windows_of
+from vpt_fast.swin_stages import merge_rows
 
 LOG2E = math.log2(math.e)
 

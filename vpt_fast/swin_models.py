@@ -19,22 +19,31 @@ from vpt_fast.baseline_layers import new_classifier
 from vpt_fast.block_reading import forget
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.block_graphs import replayed
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.hooks import is_taken_over
 from vpt_fast.methods import VAPT
+from vpt_fast.ops.tracing import any_derivative, is_transformed
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.swin_blocks import (
     LiveRows,
     PromptedSwinBlock,
-    PromptedSwinStage,
     PromptedWindowAttention,
+    check_blocks,
 )
+from vpt_fast.swin_stages import PromptedSwinStage
 from vpt_fast.tuned import ADDED, Tuned, blocks_of, check_pooling
 
 
 class PromptedSwinTransformer(Tuned, SwinTransformer):
     """timm's SwinTransformer, tuned. Its features are images without prompt rows; but where those
     are pooled they are (B, 1, p + H * W, D), prompt rows first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, as timm's."""
+        if not is_transformed():
+            return super().forward(x)
+        with any_derivative():
+            return super().forward(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """As timm's: the final norm of the last stage's output."""
@@ -46,10 +55,10 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         """What the head pools, from the first stage's input (B, H, W, D)."""
         if not self._has_live_rows():
             return self.layers(x)
-        if has_hooks(self.layers) or has_own_forward(self.layers):
+        if type(self.layers) is not nn.Sequential or is_taken_over(self.layers):
             raise ValueError(
-                "`layers` is hooked, but prompt rows pass beside what the hook sees; hook its "
-                "stages instead"
+                "`layers` is hooked, compiled or not timm's, but prompt rows pass beside what it "
+                "sees; hook or compile its stages instead"
             )
         live = LiveRows()
         for stage in self.layers:
@@ -57,7 +66,9 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         return self._with_rows(x, live)
 
     def _has_live_rows(self) -> bool:
-        return any(block.rows.entering or block.rows.leaving for block in blocks_of(self))
+        blocks = blocks_of(self)
+        check_blocks(blocks)
+        return any(block.rows.entering or block.rows.leaving for block in blocks)
 
     def _with_rows(self, x: Tensor, live: LiveRows) -> Tensor:
         """What the head pools: x (B, H, W, D), with the rows that have left the last block."""
@@ -186,18 +197,20 @@ def unplace_prompts(model: Any) -> None:
     for name in ADDED:
         model._modules.pop(name, None)
     model._parameters.pop("prompt_tokens", None)
-    for block in blocks_of(model):
-        block.__class__ = SwinTransformerBlock
-        block.attn.__class__ = WindowAttention
-        if "prompt" in block._modules:
-            del block.prompt
-        block.__dict__.pop("prompt", None)
-        forget(block)
-        block._modules.pop("adapter", None)
-        del block.rows, block.memory
-    for stage in model.layers:
-        stage.__class__ = SwinTransformerStage
-        stage._modules.pop("prompt_projector", None)
+    for part in [*model.modules()]:  # below whatever others have put around them
+        forget(part)
+        if type(part) is PromptedSwinStage:
+            part.__class__ = SwinTransformerStage  # type: ignore[assignment]
+            part._modules.pop("prompt_projector", None)
+        elif type(part) is PromptedSwinBlock:
+            part.__class__ = SwinTransformerBlock  # type: ignore[assignment]
+            if "prompt" in part._modules:
+                del part.prompt
+            part.__dict__.pop("prompt", None)
+            part._modules.pop("adapter", None)
+            del part.rows, part.memory
+        elif type(part) is PromptedWindowAttention:
+            part.__class__ = WindowAttention  # type: ignore[assignment]
 
 
 def name_as_block(model: Any, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vpt_fast import models, swin_models
+from vpt_fast.all_or_nothing import all_or_nothing
 from vpt_fast.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
 from vpt_fast.baselines import AdapterTuning, Baseline, MLPHead
 from vpt_fast.checks import check_model
@@ -17,6 +19,7 @@ from vpt_fast.graphs.block_graphs import BlockGraphs
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.prompts import PromptTokens, init_bound, new_projection, new_tokens
+from vpt_fast.sharing import check_latest, check_own_blocks, remember
 from vpt_fast.tuned import Tuned, TuneRecord, blocks_of, is_tuned
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,7 +83,8 @@ def prompt_tune(
     `pool_prompts=True` only; the published program differs in both. VAPT is published for ViT only:
     here block 0 of the first stage has static prompts, every later block experts of its own grid,
     and every stage a feature projector. Attention is fused whatever `attn.fused_attn` says, which
-    timm leaves off for Swin, and its module is called with whole images in place of windows.
+    timm leaves off for Swin, and its module is called with whole images in place of windows, unless
+    somebody watches it or its parts: then with windows, and prompts in them.
 
     Weights that are trained in place are copied to host memory first, for `remove_prompts`: the
     classifier's, and with `FullTuning()` those of the whole model.
@@ -107,7 +111,8 @@ def prompt_tune(
     Raises:
         TypeError: `model` is of another class, `method` is not a method, or `cuda_graphs` no bool.
         ValueError: something in the model cannot be honoured (named by attribute and value), the
-            method does not fit it, or it is tuned already. Nothing has been changed then.
+            method does not fit it, it is tuned already, or another tuned model has its blocks.
+            Whatever is raised, nothing has been changed then.
     """
     method = check_method(method)
     check_memory_mode(memory)
@@ -115,6 +120,7 @@ def prompt_tune(
         raise TypeError(f"cuda_graphs is {cuda_graphs!r}; use True or False")
     check_model(model, method)
     tuned: Any = model
+    check_own_blocks(tuned, blocks_of(tuned), is_tuned)
     in_place = _in_place(tuned, method)
     record = TuneRecord(
         method=method,
@@ -124,18 +130,25 @@ def prompt_tune(
         originals={name: host_copy(tensor) for name, tensor in in_place.items()},
         graphs=BlockGraphs() if cuda_graphs else None,
     )
+    with all_or_nothing(tuned):
+        _install(tuned, record, in_place)
+    remember(tuned)
+    return tuned
+
+
+def _install(tuned: Any, record: TuneRecord, in_place: Collection[str]) -> None:
+    """Freeze a model but for the parameters named, and give it what the method adds."""
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(name in in_place)
     training = tuned.training
     tuned.__class__ = _TUNED_CLASS[type(tuned)]
     tuned.tune_record = record
-    if isinstance(method, Baseline):
-        _add_layers(tuned, method)
+    if isinstance(record.method, Baseline):
+        _add_layers(tuned, record.method)
     else:
-        _add_prompts(tuned, method)
+        _add_prompts(tuned, record.method)
     _family(tuned).place_prompts(tuned)
     tuned.train(training)
-    return tuned
 
 
 def host_copy(tensor: Tensor) -> Tensor:
@@ -199,18 +212,27 @@ def remove_prompts(model: Model) -> Model:
 
     What was trained in place is put back too, the classifier unless it has been replaced by one of
     another shape.
-    Parameters that were added to the model since keep their flags.
+    Parameters that were added to the model since keep their flags. Of a model that was tuned on the
+    meta device there are no values from before: what it was filled with since stays.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: `model` is not tuned.
+        ValueError: `model` is not tuned, or a model that was tuned after it has some of its
+            parameters or its blocks. Whatever is raised, it is tuned as before.
     """
     if not is_tuned(model):
         raise ValueError(f"this {type(model).__name__} has no prompts to remove")
     tuned: Any = model
-    record = tuned.tune_record
+    check_own_blocks(tuned, blocks_of(tuned), is_tuned)
+    check_latest(tuned, is_tuned)
+    with all_or_nothing(tuned):
+        _uninstall(tuned, tuned.tune_record)
+    return tuned
+
+
+def _uninstall(tuned: Any, record: TuneRecord) -> None:
     unfold_backbone(tuned)
     hidden, head = tuned._modules.get("head_hidden"), tuned.get_classifier()
     if hidden is not None and isinstance(head, nn.Linear):
@@ -220,16 +242,15 @@ def remove_prompts(model: Model) -> Model:
     _family(tuned).unplace_prompts(tuned)
     del tuned.tune_record
     tuned.__class__ = _PLAIN_CLASS[type(tuned)]
-    with torch.no_grad():
-        for name, tensor in tuned.state_dict().items():
-            before = record.originals.get(name)
-            if before is not None and before.shape == tensor.shape:
-                tensor.copy_(before)
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
     for name, module in tuned.named_modules():
         module.training = record.training.get(name, module.training)
-    return tuned
+    with torch.no_grad():
+        for name, tensor in tuned.state_dict().items():
+            before = record.originals.get(name)
+            if before is not None and before.shape == tensor.shape and not before.is_meta:
+                tensor.copy_(before)
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

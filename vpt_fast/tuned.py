@@ -16,6 +16,7 @@ from vpt_fast.fold import FoldRecord, unfold_before_loading
 from vpt_fast.graphs.block_graphs import BlockGraphs
 from vpt_fast.methods import Method
 from vpt_fast.prompts import PromptTokens
+from vpt_fast.sharing import remember
 
 ADDED = ("prompt_projection", "prompt_projector", "head_hidden")
 """What methods add to the model itself, beside the parameter `prompt_tokens`."""
@@ -84,6 +85,11 @@ class Tuned(nn.Module):
             "a tuned model cannot be replicated by nn.DataParallel; use DistributedDataParallel, "
             "which is faster"
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What copies and pickles are made by."""
+        super().__setstate__(state)
+        remember(self)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """What `to`, `half`, `cuda` and their like call."""

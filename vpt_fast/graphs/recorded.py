@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vpt_fast.graphs.capture import CannotRecord, Capture
 from vpt_fast.graphs.watched import Trained, Watched
+from vpt_fast.ops.frozen import once_differentiable
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.backend import in_full_precision, statistics_dtype
 
 
 def absorbed_attention(
@@ -38,7 +38,7 @@ def absorbed_attention(
         (B, M, H * d) in q's dtype; scores, softmax and weighted sums are fp32 at least.
     """
     wide = statistics_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with in_full_precision(q):
         out = _absorbed(
             q.to(wide),
             rows.to(wide),

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from vpt_fast.kernels.layouts import split, split_prompts
 from vpt_fast.ops import attention_reference as reference
-from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.frozen import of_first_order
 from vpt_fast.ops.registration import operator
 
 MAX_HEAD_DIM = 128
@@ -104,7 +104,7 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     return token_grads, prompt_grads, None
 
 
-attention_operator.register_autograd(_backward, setup_context=_setup_context)
+attention_operator.register_autograd(of_first_order(_backward), setup_context=_setup_context)
 
 
 def prompt_attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> Tensor:
@@ -131,7 +131,7 @@ def prompt_attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) 
         TypeError: dtypes differ.
     """
     _check(tokens, prompts)
-    if torch.is_autocast_enabled(tokens[0].device.type):
+    if autocasts(tokens[0]):
         dtype = computing_dtype(tokens[0])
         tokens, prompts = ([t.to(dtype) for t in ts] for ts in (tokens, prompts))
     dtypes = {t.dtype for t in (*tokens, *prompts)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import AbstractContextManager
 
 import torch
@@ -23,11 +24,18 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def computing_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's, or its own; autocast leaves fp64 alone."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
 
 def in_full_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Inside, autocast rounds nothing of what is computed on the tensor's device."""
+    if tensor.is_meta:
+        return contextlib.nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where a tensor is; on the meta device there is none."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)

@@ -254,7 +254,7 @@ class BlockSteps:
         """
         (x, entry_statistics, mixed), keys, prompt_statistics, tokens, *others = kept
         out, lse, middle, statistics, hidden = others
-        memory, alone = self.config.memory, not (needs_tokens or mixed)
+        memory, alone = self.config.memory, not needs_tokens and len(mixed) == 0
         if memory in ("lean", "minimal"):
             tokens = ()
         elif alone:

@@ -12,22 +12,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable as torch_once_differentiable
 
 from vpt_fast.ops.backend import in_full_precision
+from vpt_fast.ops.tracing import check_first_order
 
 _NOTHING = contextlib.nullcontext()
 _version = attrgetter("_version")
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's decorator of the same name, which is passed by where it has nothing to do.
-
-    Where no graph is made of the backward pass, gradients are off already.
+    """As PyTorch's decorator of the same name, which would let second derivatives be None where
+    inputs are named: here a backward pass that is recorded is refused when it comes. It is passed
+    by where it has nothing to do.
     """
     recorded = torch_once_differentiable(backward)
 
     def either(ctx: Any, *grads: Any) -> Any:
+        check_first_order(*grads)
         return (recorded if torch.is_grad_enabled() else backward)(ctx, *grads)
 
     return either
+
+
+def of_first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate an operator's backward function: one that is recorded or batched is refused."""
+
+    def checked(ctx: Any, *grads: Any) -> Any:
+        check_first_order(*grads)
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def apply_directly(function: type[torch.autograd.Function], *inputs: Any) -> Any:
@@ -43,7 +55,9 @@ def has_saved_tensor_hooks() -> bool:
 
 def exactly(x: Tensor) -> Any:
     """Inside, autocast rounds nothing; a context that does nothing where there is no autocast."""
-    return in_full_precision(x) if torch.is_autocast_enabled(x.device.type) else _NOTHING
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return in_full_precision(x) if on else _NOTHING
 
 
 def versions_of(weights: Sequence[Tensor]) -> list[int]:

@@ -14,12 +14,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.kernels.expert_inputs import FeatureInputs
 from vpt_fast.ops import prompt_expert_reference as reference
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype, uses_kernels
+from vpt_fast.ops.frozen import of_first_order
 from vpt_fast.ops.registration import operator
+from vpt_fast.ops.tracing import is_transformed
 
 _KERNEL_COLUMNS = 64
 """The kernels read the folded matrix in tiles without masks: its rows are padded with zeros."""
@@ -86,7 +89,7 @@ def _fold_gradients(ctx, grad_mix, grad_sum):  # type: ignore[no-untyped-def]
     return *grads, None, None, None
 
 
-fold_operator.register_autograd(_fold_gradients, setup_context=_fold_setup)
+fold_operator.register_autograd(of_first_order(_fold_gradients), setup_context=_fold_setup)
 
 
 def fold_convolution(
@@ -104,7 +107,18 @@ def fold_convolution(
         sums (p,).
     """
     with in_full_precision(weight):
+        if is_transformed():
+            return _folded_plainly(weight, kernel, grid)
         return fold_operator(weight, kernel, *grid, folded_columns(weight, grid))
+
+
+def _folded_plainly(weight: Tensor, kernel: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """As `fold_convolution`, by PyTorch's transposed convolution."""
+    wide = statistics_dtype(weight.dtype)
+    inner = weight.to(wide).unflatten(1, [n - kernel.shape[-1] + 1 for n in grid])
+    matrix = F.conv_transpose2d(inner.unsqueeze(1), kernel.to(wide)).flatten(1)
+    matrix = F.pad(matrix, (0, folded_columns(weight, grid) - matrix.shape[1]))
+    return matrix, matrix.sum(-1)
 
 
 def folded_columns(weight: Tensor, grid: tuple[int, int]) -> int:
@@ -208,7 +222,9 @@ def _project_gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     return *before, None, grad_down, grad_up, *[None] * 6
 
 
-features_operator.register_autograd(_project_gradients, setup_context=_project_setup)
+features_operator.register_autograd(
+    of_first_order(_project_gradients), setup_context=_project_setup
+)
 
 
 def project_features(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PLAIN = (Tensor, nn.Parameter)
 """Types of tensors whose memory is their own."""
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _jit_trace = torch._C._get_tracing_state
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """True under torch.compile and export, dispatch modes, functorch and torch.jit.trace.
+    """True under torch.compile and export, dispatch modes, functorch, dual numbers, jit.trace.
 
     There, and for subclasses of Tensor, computation must consist of operators of PyTorch's.
     Anywhere else their implementations may be called as the functions that they are, which takes
@@ -26,4 +31,39 @@ def is_traced(tensor: Tensor) -> bool:
         or _functorch_level() is not None
         or type(tensor) not in PLAIN
         or _jit_trace() is not None
+        or forward_ad._current_level >= 0
     )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work: what runs must be PyTorch's own.
+
+    Our operators have derivatives of the first order only, backwards, and no batching rules.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return _functorch_level() is not None or forward_ad._current_level >= 0
+
+
+def any_derivative() -> Any:
+    """Inside, PyTorch's attention is the one that has derivatives of every kind and order."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def check_first_order(*grads: Tensor | None) -> None:
+    """Raise RuntimeError in a backward pass that is recorded, or batched by torch.func's vmap."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "tuned blocks have no second derivatives where backward is recorded "
+            "(create_graph=True): take them by torch.func (grad of grad, hessian), under which "
+            "blocks run in plain PyTorch; for another pass over the same graph use "
+            "retain_graph=True"
+        )
+    if _functorch_level() is not None or any(g is not None and _is_batched(g) for g in grads):
+        raise RuntimeError(
+            "tuned blocks have no batched backward pass (is_grads_batched, vmap): take "
+            "derivatives by torch.func (jacrev, vmap of grad) around the forward pass, under which "
+            "blocks run in plain PyTorch, or loop"
+        )

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vpt_fast.ops import window_attention_reference as reference
-from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.frozen import of_first_order
 from vpt_fast.ops.registration import operator
 
 _MAX_HEAD_DIM = 128
@@ -141,7 +141,7 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     return grad_qkv, grad_pad, grad_table, grad_prompts, None, None, None
 
 
-window_attention_operator.register_autograd(_backward, setup_context=_setup_context)
+window_attention_operator.register_autograd(of_first_order(_backward), setup_context=_setup_context)
 
 
 def window_attention(
@@ -179,7 +179,7 @@ def window_attention(
         TypeError: dtypes differ; but for the table's, which may be wider.
     """
     _check(qkv, pad, table, prompts, window, shift)
-    if torch.is_autocast_enabled(qkv.device.type):
+    if autocasts(qkv):
         dtype = computing_dtype(qkv)
         qkv = qkv.to(dtype)
         pad, prompts = (None if t is None else t.to(dtype) for t in (pad, prompts))

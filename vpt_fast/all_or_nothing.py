@@ -1,0 +1,48 @@
+"""A change of a model that is made whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Inside, an exception gives every module its class, attributes, parameters and flags back.
+
+    Values of tensors are left alone: what writes them comes last, and checks beforehand.
+    """
+    modules = [(module, type(module), _contents(module)) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, contents in modules:
+            module.__class__ = kind
+            _put_back(module, contents)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Every attribute, and a copy of what it holds, if it is a container that is changed."""
+    return {
+        name: (value, value.copy() if isinstance(value, dict | set | list) else None)
+        for name, value in vars(module).items()
+    }
+
+
+def _put_back(module: nn.Module, contents: dict[str, tuple[Any, Any]]) -> None:
+    own = vars(module)
+    own.clear()
+    for name, (value, held) in contents.items():
+        own[name] = value
+        if isinstance(value, list):
+            value[:] = held
+        elif held is not None:
+            value.clear()
+            value.update(held)
