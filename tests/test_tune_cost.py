@@ -16,7 +16,7 @@ from plain import Plain, pair
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vpt_fast import VPTDeep, VPTShallow, blocks, prompt_tune
+from vpt_fast import VPTDeep, VPTShallow, prompt_tune, prompted_attention
 from vpt_fast.attention_inputs import attention_tokens
 
 BATCH, TOKENS, WIDTH, DEPTH = 8, 10, 64, 4
@@ -152,7 +152,7 @@ def test_no_token_gradient_in_the_first_prompted_block(monkeypatch: pytest.Monke
     def noting(attn: Any, *args: Any) -> list[Tensor]:
         return seen.setdefault(attn, attention_tokens(attn, *args))
 
-    monkeypatch.setattr(blocks, "attention_tokens", noting)
+    monkeypatch.setattr(prompted_attention, "attention_tokens", noting)
     for block in model.blocks:
         block.mlp.register_forward_hook(lambda *_: None)  # so that it runs module by module
     model(image()).sum().backward()
