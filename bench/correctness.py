@@ -36,6 +36,7 @@ from bench.providers import (
     trained,
     values,
 )
+from vpt_fast.experts import PromptExperts
 
 SLACK = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 1e-2}
 WORST = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
@@ -114,10 +115,13 @@ def norm_gradients(module: nn.Module) -> Iterator[Results]:
         if out.requires_grad:
             out.register_hook(backward)
 
+    experts = (part for part in module.modules() if isinstance(part, PromptExperts))
+    never_called = {id(part) for expert in experts for part in expert.modules()}
     handles = [
         norm.register_forward_hook(forward)
         for norm in module.modules()
-        if isinstance(norm, nn.LayerNorm) and id(norm.weight) in names and id(norm.bias) in names
+        if isinstance(norm, nn.LayerNorm) and id(norm) not in never_called
+        and id(norm.weight) in names and id(norm.bias) in names
         and norm.weight.dtype in _SHORT and norm.weight.device.type == "cpu"
         and not hasattr(module, "_orig_mod")
     ]  # fmt: skip

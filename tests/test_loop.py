@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import signal
+import threading
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 
 from vpt_fast import LinearProbe, VPTDeep, load_adapter, prompt_tune, save_adapter
+from vpt_fast.train.checkpoint import load_checkpoint
 from vpt_fast.train.data import SkippedImage, make_loader
 from vpt_fast.train.evaluate import TrainingError, evaluate, resolve_device
+from vpt_fast.train.interrupts import uninterrupted
 from vpt_fast.train.loop import fit
 from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
 from vpt_fast.train.recipe import Recipe, init_head
@@ -108,6 +112,38 @@ def test_a_loss_that_rises_is_said_once(tmp_path):
     assert max(row.train_loss for row in result.epochs) > 6 * math.log(3)
     calm = train(tuned(LinearProbe()), Recipe(epochs=4, batch_size=8, lr=0.01))
     assert calm.warning == ""
+
+
+def test_ctrl_c_waits_for_what_is_being_written(tmp_path):
+    """Wherever it is pressed in there, the epoch is whole on disk."""
+    pressed = []
+
+    def pressing(model, directory):
+        if not pressed:
+            pressed.append(directory)
+            signal.raise_signal(signal.SIGINT)
+        return save(model, directory)
+
+    model = tuned()
+    result = train(model, Recipe(epochs=3, batch_size=8, lr=1.0), output=tmp_path, save=pressing)
+    assert result.interrupted and [row.epoch for row in result.epochs] == [1]
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+    assert load_checkpoint(tmp_path)["epoch"] == 1
+    load_adapter(backbone(), tmp_path / "last")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_is_left_to_others_outside_the_main_thread():
+    found = []
+
+    def inside():
+        with uninterrupted():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert found == [signal.default_int_handler]
 
 
 def test_without_validation_the_last_epoch_is_kept(tmp_path):

@@ -150,7 +150,7 @@ def test_train_with_a_recipe(recipe, tmp_path):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     batch = 128 if recipe == "vpt" else 64
-    assert f"sgd, learning rate 2.5 x {batch} / 256" in result.stdout
+    assert f"sgd, learning rate 0.5 x {batch} / 256" in result.stdout
     saved = json.loads((tmp_path / "run" / "last" / "adapter_config.json").read_text())
     assert saved["method"]["dropout"] == 0.1
     assert saved["input"]["crop_pct"] == 0.875

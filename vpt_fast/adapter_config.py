@@ -137,7 +137,8 @@ def _check_input(values: Mapping[str, Any]) -> None:
             _wrong(key, numbers, "a list of numbers")
         if key == "std" and not all(numbers):
             _wrong(key, numbers, "a list of numbers other than 0")
-        if key in values and "input_size" in values and len(numbers) not in (1, size[0]):
+        # timm leaves three of them to a model of one channel.
+        if key in values and "input_size" in values and len(numbers) not in (1, 3, size[0]):
             _wrong(key, numbers, f"a number for each of {size[0]} channels")
     if not isinstance(values.get("exif_transpose", False), bool):
         _wrong("exif_transpose", values["exif_transpose"], "true or false")

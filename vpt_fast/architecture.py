@@ -24,7 +24,8 @@ _PLAIN = (bool, int, float, str)
 # How it is computed, which other sizes are taken, what training alone reads or keeps.
 _NOT_THE_FUNCTION = {
     "training", "fused_attn", "grad_checkpointing", "inplace", "weight_init_mode", "fix_init",
-    "memory", "dynamic_img_size", "dynamic_img_pad", "dynamic_mask", "strict_img_size",
+    "memory", "folded_scale", "dynamic_img_size", "dynamic_img_pad", "dynamic_mask",
+    "strict_img_size",
 }  # fmt: skip
 # Adapters compare these with words of their own.
 _SAID_ELSEWHERE = {"num_classes", "global_pool"}
@@ -39,10 +40,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         model: plain or tuned.
     """
     groups: dict[str, dict[str, Any]] = {}
+    folded = _folded(model)
     for module_name, module in _parts(model):
         for key, value in _attributes(module):
             name = ".".join(part for part in (module_name, key) if part)
-            groups.setdefault(_pattern(name), {})[name] = value
+            groups.setdefault(_pattern(name), {})[name] = folded.get(name, value)
     found: dict[str, Any] = {}
     for pattern, values in groups.items():
         first, *others = values.values()
@@ -64,6 +66,13 @@ def different_architecture(have: Description, expected: Description) -> str:
         if mine is not None and other is not None and mine != other:
             return f"{name} is {mine}, not {other}"
     return ""
+
+
+def _folded(model: nn.Module) -> dict[str, Any]:
+    """Attributes that `fold_backbone` has changed, as they were."""
+    record = vars(model).get("tune_record")
+    scales = {} if record is None or record.fold is None else record.fold.scales
+    return {f"blocks.{index}.attn.scale": scale for index, scale in scales.items()}
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -34,6 +34,7 @@ from vpt_fast.train.evaluate import (
     progress_bar,
 )
 from vpt_fast.train.frozen_cast import FrozenCast
+from vpt_fast.train.interrupts import uninterrupted
 from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
 from vpt_fast.train.metrics import Epoch, MetricsWriter
 from vpt_fast.train.parallel import gathered, rank, world_size
@@ -171,7 +172,7 @@ class _Run:
             self.fail(f"the loss is not finite in epoch {epoch}, step {bad_step} of {steps}")
 
     def run_epoch(self, epoch: int, val_batches: DataLoader | None) -> Epoch:
-        """Trains, validates, keeps and saves what is worth it."""
+        """Trains and validates."""
         lr = self.step.lr
         train_loss, train_top1, rate = self.train_epoch(epoch)
         if not self.is_finite():
@@ -189,6 +190,11 @@ class _Run:
                 self.fail(f"the validation loss is not finite after epoch {epoch}")
             self.result.skipped.update(dict(validation.skipped))
             row = replace(row, val_loss=validation.loss, val_top1=validation.top1)
+        return row
+
+    def keep(self, row: Epoch) -> None:
+        """Keeps and saves what is worth it of an epoch that has ended."""
+        epoch = row.epoch
         self.good = self.snapshot()
         self.result.epochs.append(row)
         self.save_as(LAST)
@@ -199,7 +205,6 @@ class _Run:
                 self.save_as(BEST)
         self.step.end_epoch(epoch)
         self.checkpoint(epoch)
-        return row
 
     def checkpoint(self, epoch: int) -> None:
         """Writes all that the next epoch depends on."""
@@ -342,7 +347,9 @@ def _train(
         for epoch in range(done + 1, epochs + 1):
             known, warned = len(run.result.skipped), run.result.warning
             row = run.run_epoch(epoch, val_batches)
-            metrics.add(row)
+            with uninterrupted():
+                run.keep(row)
+                metrics.add(row)
             run.bar.set_postfix_str(_summary(row), refresh=False)
             if log is not None:
                 log(f"epoch {epoch}/{epochs}  {_summary(row)}")
@@ -355,7 +362,8 @@ def _train(
     except KeyboardInterrupt:
         run.result.interrupted = True
         if run.is_finite():
-            run.save_as(LAST)
+            with uninterrupted():
+                run.save_as(LAST)
         else:
             run.restore(run.good)
 
