@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from adapter_editing import rewrite_config
 from families import TOKEN
+from flipped_bits import flipped_bits
 from test_adapter import CONFIG, NAMES, TENSORS, save, trained
 from test_adapter_refusals import plain
 
@@ -118,14 +118,11 @@ def test_another_order_and_more_space_are_no_change(adapter: Path) -> None:
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
 def test_flipped_bits(name: str, flips: int, adapter: Path) -> None:
     """Refused, or the same values: the space between those of a configuration means nothing."""
-    path, draw = adapter / name, random.Random(0)
+    path = adapter / name
     content = path.read_bytes()
     config, tensors = read_adapter(adapter)
     refused = 0
-    for _ in range(flips):
-        damaged = bytearray(content)
-        bit = draw.randrange(8 * len(content))
-        damaged[bit // 8] ^= 1 << bit % 8
+    for damaged in flipped_bits(content, flips):
         path.write_bytes(damaged)
         try:
             found, values = read_adapter(adapter)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from flipped_bits import flipped_bits
 from pictures import backbone
 from test_loop import pictures
 
@@ -141,13 +142,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_flipped_bits_of_a_checkpoint(flips: int, tmp_path: Path) -> None:
     """Refused, or the same bits: what a file holds between its values means nothing."""
     run(tmp_path, epochs=1, warmup_epochs=0)
-    path, draw = tmp_path / FILE, random.Random(0)
+    path = tmp_path / FILE
     content, expected = path.read_bytes(), digest(load_checkpoint(tmp_path))
     refused = 0
-    for _ in range(flips):
-        damaged = bytearray(content)
-        bit = draw.randrange(8 * len(content))
-        damaged[bit // 8] ^= 1 << bit % 8
+    for damaged in flipped_bits(content, flips):
         path.write_bytes(damaged)
         try:
             state = load_checkpoint(tmp_path)
