@@ -13,6 +13,7 @@ from plain import distance
 from torch import Tensor, nn
 from torch._guards import CompileContext
 from torch._library.custom_ops import OPDEFS
+from torch.torch_version import TorchVersion
 
 from vpt_fast import (
     VAPT,
@@ -157,7 +158,10 @@ def test_blocks_compiled_by_themselves(
     [
         ("vit_32px", "deep", ["blocks"]),
         ("vit_32px", "shallow", ["blocks"]),
-        ("tiny", "deep", ["layers.0.blocks", "layers.1.blocks"]),
+        pytest.param(
+            *("tiny", "deep", ["layers.0.blocks", "layers.1.blocks"]),
+            marks=pytest.mark.skipif(torch.__version__ < (2, 12), reason="refused, below"),
+        ),
         pytest.param("tiny", "deep", ["layers"], marks=pytest.mark.full),
         ("tiny", "shallow", ["layers.0", "layers.1"]),
         pytest.param("tiny", "code", ["layers.0", "layers.1"], marks=pytest.mark.full),
@@ -172,6 +176,14 @@ def test_rows_of_blocks_compiled_by_themselves(family: str, method: str, names: 
         model.get_submodule(name).compile(backend=backend)
     assert_equal(step(model, model, x), right)
     assert backend.graphs >= len(names)
+
+
+def test_what_an_older_compiler_fails_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
+    model = tuned("tiny", METHODS["deep"])
+    model.get_submodule("layers.0.blocks").compile(backend=Counting())
+    with pytest.raises(ValueError, match="2.11.0.*compile the stage, each of its blocks or the"):
+        model(images("tiny", 2))
 
 
 @pytest.mark.parametrize("name", ["layers", "layers.0.blocks"])

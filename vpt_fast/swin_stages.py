@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from timm.models.swin_transformer import PatchMerging, SwinTransformerStage
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -48,6 +49,7 @@ class PromptedSwinStage(SwinTransformerStage):
                     "the stage's `blocks` are hooked, compiled or not timm's, but prompt rows pass "
                     "beside what they see; hook or compile the stage or its blocks instead"
                 )
+            _check_compiled(self.blocks)
             return self.blocks(x)
         grid = grid_of(x)
         for block in blocks:
@@ -71,6 +73,15 @@ class PromptedSwinStage(SwinTransformerStage):
         for block, memory in zip(blocks, memories, strict=True):
             total = _through_block(block, total, grid, memory, live)
         return total
+
+
+def _check_compiled(blocks: nn.Module) -> None:
+    """Raise ValueError if PyTorch's compiler fails on tuned blocks one after the other."""
+    if has_compiled_call(blocks) and torch.__version__ < (2, 12):
+        raise ValueError(
+            f"PyTorch {torch.__version__} cannot compile the `blocks` of a tuned stage; compile "
+            "the stage, each of its blocks or the model, or take PyTorch 2.14"
+        )
 
 
 def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
