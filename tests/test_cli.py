@@ -275,6 +275,24 @@ def test_a_loss_that_is_not_finite_is_one_line(folder, checkpoint, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_resuming_in_a_folder_of_something_else(folder, checkpoint, tmp_path):
+    """Neither is it written to, nor removed with a run that fails; what a run has left is not."""
+    other = tmp_path / "other"
+    (other / "src").mkdir(parents=True)
+    (other / "src" / "keep.txt").write_text("keep")
+    options = ["--lr", 1e38, "--warmup-epochs", 0, "--epochs", 3, "--resume"]
+    message = error_of(train(folder, checkpoint, other, *options))
+    assert f"{other} holds other files and no run that could go on" in message
+    assert [path.name for path in other.rglob("*")] == ["src", "keep.txt"]
+    (other / "run.json").write_text("{}")
+    assert "no adapter is kept" in error_of(train(folder, checkpoint, other, *options), code=1)
+    assert (other / "src" / "keep.txt").read_text() == "keep"
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / ".run.json.writing-0").touch()
+    assert train(folder, checkpoint, begun, "--epochs", 1, "--resume").exit_code == 0
+
+
 def test_adapters_that_do_not_fit_are_named(run, folder, checkpoint, tmp_path):
     message = error_of(call("eval", run[0], folder))
     assert "trained on the weights in tiny.pth; pass --checkpoint" in message
