@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import timm
 import torch
@@ -283,3 +284,20 @@ def test_what_could_not_be_loaded_is_not_saved(values: dict[str, Any], tmp_path:
     with pytest.raises(ValueError, match=f"could not be loaded again: model.args.{[*values][0]}"):
         save_adapter(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter", model_args=values)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_taking_other_sizes_is_no_other_function(saved: bool, tmp_path: Path) -> None:
+    model = prompt_tune(plain(dynamic_img_size=saved), VPTDeep(2))
+    adapter = save(model, tmp_path / "adapter")
+    loaded: Any = load_adapter(plain(dynamic_img_size=not saved), adapter)
+    image = families.images(TOKEN, dtype=torch.float32)
+    assert torch.allclose(loaded.eval()(image), model.eval()(image), atol=1e-6)
+
+
+def test_normalisation_from_numpy(tmp_path: Path) -> None:
+    model: Any = prompt_tune(plain(), VPTDeep(2))
+    values = tuple(np.float32([0.25, 0.5, 0.75]))
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": values, "crop_pct": np.float32(0.5)}
+    found = read_config(save(model, tmp_path / "adapter"))["input"]
+    assert (found["mean"], found["crop_pct"]) == ([0.25, 0.5, 0.75], 0.5)

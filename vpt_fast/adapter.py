@@ -171,9 +171,9 @@ def save_adapter(
         "input": {
             "input_size": [tuned.in_chans, *tuned.patch_embed.img_size],
             "interpolation": data["interpolation"],
-            "mean": list(data["mean"]),
-            "std": list(data["std"]),
-            "crop_pct": data["crop_pct"],
+            "mean": [float(value) for value in data["mean"]],
+            "std": [float(value) for value in data["std"]],
+            "crop_pct": float(data["crop_pct"]),
             "crop_mode": data.get("crop_mode", "center"),
             "exif_transpose": data.get("exif_transpose", False),
         },
