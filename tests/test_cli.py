@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,6 +339,23 @@ def test_ctrl_c_ends_training_and_leaves_a_usable_adapter(folder, checkpoint, tm
     assert "Traceback" not in stderr
     result = call("eval", output / "last", folder, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
+
+
+def test_a_name_in_no_encoding_does_not_end_a_run(folder, checkpoint, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    name = os.fsdecode(os.fsencode(next((data / "train").iterdir())) + b"/\xff.png")
+    Path(name).write_text("no image")
+    command = [sys.executable, "-m", "vpt_fast.cli", "train", data, *MODEL]
+    command += ["--checkpoint", checkpoint, "--epochs", 1, "--output", tmp_path / "out"]
+    done = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert r"\udcff.png cannot be decoded" in done.stdout + done.stderr
 
 
 def test_frozen_blocks_are_computed_once(folder, checkpoint, tmp_path):
