@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import timm
 import torch
@@ -23,6 +24,7 @@ from vpt_fast import VAPT, LinearProbe, MLPHead, PromptBank, VPTDeep, VPTShallow
 from vpt_fast.adapter import load_adapter, save_adapter
 from vpt_fast.adapter_files import read_config
 from vpt_fast.architecture import describe, different_architecture
+from vpt_fast.fingerprint import fingerprint
 from vpt_fast.fixed_image import seen_in_fixed_image
 from vpt_fast.methods import METHODS
 from vpt_fast.train.backbone import backbone_of_adapter
@@ -223,3 +225,79 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
         backbone_of_adapter(read_config(adapter))
     weights = tmp_path / "moved" / "model.safetensors"
     load_adapter(backbone_of_adapter(read_config(adapter), weights), adapter)
+
+
+def _rounded(model: Any, dtype: torch.dtype) -> Any:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    return model
+
+
+def test_logits_that_are_near_zero_by_chance(tmp_path: Path) -> None:
+    """One class, of which rounding changes the logit by more than it is."""
+    torch.manual_seed(0)
+    model: Any = prompt_tune(plain(num_classes=1), LinearProbe())
+    seen: Any = seen_in_fixed_image(model)
+    with torch.no_grad():
+        model.head.bias -= seen["logits"]["projection"] * float(_sign_of_one())
+    seen = seen_in_fixed_image(model)
+    assert seen["logits"]["norm"] < 1e-5 * seen["scale"]
+    adapter = save_adapter(model, tmp_path / "adapter")
+    for dtype in (torch.bfloat16, torch.float16):
+        load_adapter(plain(num_classes=1).to(dtype), adapter)
+        load_adapter(_rounded(plain(num_classes=1), dtype), adapter)
+    hooked: Any = plain(num_classes=1)
+    hooked.head.register_forward_hook(lambda *_: _[2] + seen["scale"])
+    with pytest.raises(ValueError, match="logits has other values"):
+        load_adapter(hooked, adapter)
+
+
+def _sign_of_one() -> float:
+    return fingerprint({"one": torch.ones(1)})["one"]["projection"]
+
+
+def test_rounding_in_a_deep_model_is_not_another_model(tmp_path: Path) -> None:
+    """Weights in bfloat16 and back, as checkpoints are kept; features change by hundredths."""
+
+    def deep(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = plain(depth=12)
+        return model
+
+    for seed in range(4):
+        adapter = save(prompt_tune(deep(seed), VPTDeep(2)), tmp_path / str(seed))
+        load_adapter(_rounded(deep(seed), torch.bfloat16), adapter)
+
+
+def test_weights_that_float16_hardly_resolves(tmp_path: Path) -> None:
+    """timm's new class tokens are of the order of 1e-6."""
+    model = plain()
+    torch.nn.init.constant_(model.cls_token, 1.03e-6)
+    other = plain().half()
+    torch.nn.init.constant_(other.cls_token, 1.03e-6)
+    assert other.cls_token.flatten()[0] == 17 * 2.0**-24
+    load_adapter(other, save(prompt_tune(model, VPTDeep(2)), tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("values", [{"pretrained": True}, {"init_values": float("nan")}])
+def test_what_could_not_be_loaded_is_not_saved(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"could not be loaded again: model.args.{[*values][0]}"):
+        save_adapter(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter", model_args=values)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_taking_other_sizes_is_no_other_function(saved: bool, tmp_path: Path) -> None:
+    model = prompt_tune(plain(dynamic_img_size=saved), VPTDeep(2))
+    adapter = save(model, tmp_path / "adapter")
+    loaded: Any = load_adapter(plain(dynamic_img_size=not saved), adapter)
+    image = families.images(TOKEN, dtype=torch.float32)
+    assert torch.allclose(loaded.eval()(image), model.eval()(image), atol=1e-6)
+
+
+def test_normalisation_from_numpy(tmp_path: Path) -> None:
+    model: Any = prompt_tune(plain(), VPTDeep(2))
+    values = tuple(np.float32([0.25, 0.5, 0.75]))
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": values, "crop_pct": np.float32(0.5)}
+    found = read_config(save(model, tmp_path / "adapter"))["input"]
+    assert (found["mean"], found["crop_pct"]) == ([0.25, 0.5, 0.75], 0.5)

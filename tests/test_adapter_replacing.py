@@ -115,3 +115,66 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert read_config(directory)["method"]["num_prompts"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     load_adapter(plain(), directory)
+
+
+WRITERS = """
+import sys
+from pathlib import Path
+from vpt_fast.atomic import atomic_file, atomic_folder
+root = Path(sys.argv[1])
+sys.stdin.readline()
+for _ in range(300):
+    with atomic_folder(root / "adapter") as folder:
+        (folder / "a").write_text("whole")
+    with atomic_file(root / "file", "w") as file:
+        file.write("whole")
+"""
+
+
+def test_several_processes_save_at_once(tmp_path: Path) -> None:
+    """None takes what another has only begun, or ended, for something left behind."""
+    environment = {**os.environ, "PYTHONPATH": str(KILLED.parent.parent)}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITERS, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(3)
+    ]
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    assert [writer.communicate()[1] for writer in writers] == ["", "", ""]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "file"]
+    assert (tmp_path / "adapter" / "a").read_text() == (tmp_path / "file").read_text() == "whole"
+
+
+def test_a_folder_that_another_process_makes_meanwhile(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    with (
+        pytest.raises(FileExistsError, match="adapter exists; another process"),
+        atomic.atomic_folder(target, replace=False) as mine,
+    ):
+        (mine / CONFIG).write_text("mine")
+        target.mkdir()
+        (target / CONFIG).write_text("theirs")
+    assert (target / CONFIG).read_text() == "theirs"
+    with atomic.atomic_folder(tmp_path / "other") as mine:
+        (tmp_path / "other").mkdir()
+        (mine / CONFIG).write_text("mine")
+    assert (tmp_path / "other" / CONFIG).read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "other"]
+
+
+def test_the_working_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process works in the new one then, and not in one that is gone."""
+    save(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path / "adapter")
+    for prompts in (3, 4):
+        save(trained(TOKEN, VPTDeep(prompts)), Path("."), overwrite=True)
+        assert Path.cwd() == tmp_path / "adapter"
+        assert read_config(Path(CONFIG).parent)["method"]["num_prompts"] == prompts

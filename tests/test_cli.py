@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,6 +277,24 @@ def test_a_loss_that_is_not_finite_is_one_line(folder, checkpoint, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_resuming_in_a_folder_of_something_else(folder, checkpoint, tmp_path):
+    """Neither is it written to, nor removed with a run that fails; what a run has left is not."""
+    other = tmp_path / "other"
+    (other / "src").mkdir(parents=True)
+    (other / "src" / "keep.txt").write_text("keep")
+    options = ["--lr", 1e38, "--warmup-epochs", 0, "--epochs", 3, "--resume"]
+    message = error_of(train(folder, checkpoint, other, *options))
+    assert f"{other} holds other files and no run that could go on" in message
+    assert [path.name for path in other.rglob("*")] == ["src", "keep.txt"]
+    (other / "run.json").write_text("{}")
+    assert "no adapter is kept" in error_of(train(folder, checkpoint, other, *options), code=1)
+    assert (other / "src" / "keep.txt").read_text() == "keep"
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / ".run.json.writing-0").touch()
+    assert train(folder, checkpoint, begun, "--epochs", 1, "--resume").exit_code == 0
+
+
 def test_adapters_that_do_not_fit_are_named(run, folder, checkpoint, tmp_path):
     message = error_of(call("eval", run[0], folder))
     assert "trained on the weights in tiny.pth; pass --checkpoint" in message
@@ -319,6 +339,23 @@ def test_ctrl_c_ends_training_and_leaves_a_usable_adapter(folder, checkpoint, tm
     assert "Traceback" not in stderr
     result = call("eval", output / "last", folder, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
+
+
+def test_a_name_in_no_encoding_does_not_end_a_run(folder, checkpoint, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    name = os.fsdecode(os.fsencode(next((data / "train").iterdir())) + b"/\xff.png")
+    Path(name).write_text("no image")
+    command = [sys.executable, "-m", "vpt_fast.cli", "train", data, *MODEL]
+    command += ["--checkpoint", checkpoint, "--epochs", 1, "--output", tmp_path / "out"]
+    done = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert r"\udcff.png cannot be decoded" in done.stdout + done.stderr
 
 
 def test_frozen_blocks_are_computed_once(folder, checkpoint, tmp_path):

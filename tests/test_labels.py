@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from pictures import make_folders, write_image
 
-from vpt_fast.train.labels import are_words, consecutive, name_of, whole, word
+from vpt_fast.train.labels import are_words, consecutive, name_of, read_list, whole, word
+from vpt_fast.train.run_record import _digest
 from vpt_fast.train.sources import open_source
 
 HUGE = 5000 * "9"
@@ -191,3 +193,25 @@ def test_images_in_two_splits_are_found_by_their_files(tmp_path):
     }
     assert found["1 images are in val more than once"].endswith("long1.png")
     assert found["1 images have two labels"].endswith("red/1.png (blue, red)")
+
+
+def test_words_of_several_words_without_tabs(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text("a b.JPG black cat\nx/c.png red\nno_end 3\nd.png e.png 7\n")
+    assert read_list(path) == [
+        (1, "a b.JPG", "black cat"),
+        (2, "x/c.png", "red"),
+        (3, "no_end", "3"),
+        (4, "d.png e.png", "7"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "\\u0000", "\\ud800"])
+def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    """They are entries that cannot be decoded, and stop neither reading nor the run's record."""
+    (tmp_path / "train.json").write_text(f'{{"{name}.png": 1, "b.png": 2}}')
+    source = open_source(tmp_path)
+    assert source.splits["train"].labels == [0, 1]
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        source.splits["train"].load(0, 3)
+    assert len(_digest(tmp_path, source)) == 64

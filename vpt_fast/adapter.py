@@ -22,6 +22,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from vpt_fast.adapter_checks import check_computation, check_dimensions, check_weights
+from vpt_fast.adapter_config import check_config
 from vpt_fast.adapter_files import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -34,13 +35,14 @@ from vpt_fast.adapter_files import (
 from vpt_fast.architecture import describe
 from vpt_fast.atomic import atomic_folder
 from vpt_fast.checks import check_model
-from vpt_fast.fingerprint import fingerprint
+from vpt_fast.fingerprint import difference, fingerprint
 from vpt_fast.fixed_image import seen_differently, seen_in_fixed_image
 from vpt_fast.methods import from_dict, to_dict
 from vpt_fast.tune import host_copy, prompt_tune, remove_prompts, trainable_parameters
 from vpt_fast.tuned import blocks_of, is_tuned
 
 Model = TypeVar("Model", bound=nn.Module)
+_EQUAL = 1e-6  # relative to the norm: between fingerprints of the same weights
 
 
 def model_config(
@@ -141,7 +143,8 @@ def save_adapter(
         FileExistsError: `directory` exists and `overwrite` is False, or it holds other files.
         TypeError: `class_names` is one string.
         ValueError: `model` is not tuned, nothing in it is trained, a trained value is not finite,
-            or the number of names is not the number of classes.
+            the number of names is not the number of classes, or the configuration of `model` or
+            one of `model_args` is nothing that `load_adapter` takes.
         OSError: it cannot be written; what was there is still there.
     """
     directory = Path(directory)
@@ -168,9 +171,9 @@ def save_adapter(
         "input": {
             "input_size": [tuned.in_chans, *tuned.patch_embed.img_size],
             "interpolation": data["interpolation"],
-            "mean": list(data["mean"]),
-            "std": list(data["std"]),
-            "crop_pct": data["crop_pct"],
+            "mean": [float(value) for value in data["mean"]],
+            "std": [float(value) for value in data["std"]],
+            "crop_pct": float(data["crop_pct"]),
             "crop_mode": data.get("crop_mode", "center"),
             "exif_transpose": data.get("exif_transpose", False),
         },
@@ -183,7 +186,11 @@ def save_adapter(
     }
     config["config_sha256"] = config_sha256(config)
     text = json.dumps(config, indent=2) + "\n"
-    with atomic_folder(directory) as folder:
+    try:
+        check_config(json.loads(text))
+    except ValueError as error:
+        raise ValueError(f"this adapter could not be loaded again: {error}") from None
+    with atomic_folder(directory, replace=overwrite) as folder:
         (folder / TENSORS_FILE).write_bytes(content)
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     return directory
@@ -241,12 +248,12 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     config, tensors = read_adapter(directory)
     method = from_dict(config["method"])
     check_model(model, method)
-    _check_backbone(model, config, list(tensors), directory)
+    rounded = _check_backbone(model, config, list(tensors), directory)
     tuned: Any = prompt_tune(model, method)
     tuned.tune_record.inputs = config["input"]
     try:
         _fill(tuned, tensors, config["fingerprint"], directory)
-        _check_fixed_image(tuned, config, directory)
+        _check_fixed_image(tuned, config, directory, rounded)
     except BaseException:
         remove_prompts(tuned)
         raise
@@ -255,7 +262,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
 
 def _check_backbone(
     model: Any, config: dict[str, Any], trained: list[str], directory: Path
-) -> None:
+) -> bool:
+    """Raise ValueError unless it is the adapter's; say whether its weights have been rounded."""
     have, want = model_config(model), config["model"]
     check_dimensions(have, want, directory)
     classes = want.get("args", {}).get("num_classes")
@@ -264,16 +272,20 @@ def _check_backbone(
             f"the adapter in {directory} is for {classes} classes, this model has "
             f"{have['args']['num_classes']}; create it with num_classes={classes}"
         )
-    check_weights(fingerprint(_frozen(model, trained)), config, directory)
+    weights = fingerprint(_frozen(model, trained))
+    check_weights(weights, config, directory)
     check_computation(describe(model), config, directory)
+    return bool(difference(weights, config["fingerprint"], _EQUAL))
 
 
-def _check_fixed_image(model: nn.Module, config: Mapping[str, Any], directory: Path) -> None:
+def _check_fixed_image(
+    model: nn.Module, config: Mapping[str, Any], directory: Path, rounded: bool
+) -> None:
     expected = config.get("fixed_image")
     if expected is None:
         return  # of an older format, or nothing that can be compared
     have = seen_in_fixed_image(model)
-    different = "not finite" if have is None else seen_differently(have, expected)
+    different = "not finite" if have is None else seen_differently(have, expected, rounded)
     if different:
         raise ValueError(
             f"with the adapter in {directory} this model computes something else of the same image "

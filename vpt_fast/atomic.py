@@ -8,8 +8,8 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,20 @@ def atomic_file(path: Path, mode: str, **options: Any) -> Iterator[Any]:
         OSError: It cannot be written; `path` is as it was.
     """
     _remove_left_overs(path)
-    scratch = _scratch(path)
     try:
-        with scratch.open(mode.replace("w", "x"), **options) as file, _lock(scratch):
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        with _scratch(path, _new_file) as scratch:
+            with scratch.open(mode, **options) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
     except BaseException as error:
-        scratch.unlink(missing_ok=True)
         _name(error, path)
         raise
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """A new folder that takes the place of `path` at the end; until then, that stays as it was.
 
     There is no moment without a whole folder at `path` where the system can exchange two names
@@ -56,33 +55,56 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Args:
         path: Of the folder; its parents are made.
+        replace: Whether what is there by the end may be replaced.
 
     Yields:
         The new folder, beside the old one. It is locked while it is written.
 
     Raises:
+        FileExistsError: `replace` is off, and another process has made a folder there.
         OSError: It cannot be written or moved; `path` is as it was.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_overs(target)
-    scratch = _scratch(target)
-    scratch.mkdir()
+    inside = _is_inside(target)
     try:
-        with _lock(scratch):
+        with _scratch(target, Path.mkdir) as scratch:
             yield scratch
             for file in scratch.iterdir():
                 _to_disk(file)
-            if target.exists():
-                shutil.copymode(target, scratch)
-                _exchange(scratch, target)
-            else:
-                os.rename(scratch, target)
+            _move(scratch, target, replace)
     except OSError as error:
         _name(error, path)
         raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if inside and target.is_dir():
+            os.chdir(target)  # this process would stay in the old folder, which is gone
+
+
+def _is_inside(folder: Path) -> bool:
+    """Whether it is the folder that this process works in."""
+    try:
+        return os.path.samefile(folder, os.curdir)
+    except OSError:
+        return False
+
+
+def _move(scratch: Path, target: Path, replace: bool) -> None:
+    """Put a folder in its place; `scratch` is what was there before, if anything was."""
+    while True:
+        if replace and target.exists():
+            shutil.copymode(target, scratch)
+            _exchange(scratch, target)
+            return
+        try:
+            os.rename(scratch, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.exists():
+                raise
+            if not replace:
+                raise FileExistsError(f"{target} exists; another process has made it") from None
 
 
 def _name(error: BaseException, path: Path) -> None:
@@ -95,9 +117,30 @@ def _prefix(target: Path) -> str:
     return f".{target.name}.writing-"
 
 
-def _scratch(target: Path) -> Path:
-    """What nobody else writes, beside the place that it is for."""
-    return target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}")
+@contextmanager
+def _scratch(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """What nobody else writes, beside the place that it is for; locked, and removed at the end."""
+    with ExitStack() as stack:
+        while True:
+            scratch = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}")
+            make(scratch)
+            try:
+                stack.enter_context(_lock(scratch))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another process took it for a left-over
+            if scratch.exists():
+                break
+        try:
+            yield scratch
+        finally:
+            if scratch.is_dir():
+                shutil.rmtree(scratch, ignore_errors=True)
+            else:
+                scratch.unlink(missing_ok=True)
+
+
+def _new_file(path: Path) -> None:
+    path.touch(exist_ok=False)
 
 
 def _remove_left_overs(target: Path) -> None:

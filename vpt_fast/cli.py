@@ -3,6 +3,8 @@ look at what its prompts do, and at the memory that tuning takes."""
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -292,6 +294,10 @@ app.command()(sweep)
 
 def main() -> None:
     """Entry point of the `vpt-fast` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may be in no encoding: a run must not end for naming one.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="vpt-fast")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 TOLERANCE = 1e-2  # relative to the weight's norm; rounding to bf16 stays below it
 _COLUMNS = 4096
+_STEP = 2.0**-24
+"""Of float16's smallest numbers: those it rounds to are no multiples of what they were."""
 
 Summary = Mapping[str, Any]
 """Shape, norm and projection of one tensor, as JSON values."""
@@ -43,7 +46,10 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, Summary]:
 
 
 def difference(
-    have: Mapping[str, Summary], expected: Mapping[str, Summary], tolerance: float = TOLERANCE
+    have: Mapping[str, Summary],
+    expected: Mapping[str, Summary],
+    tolerance: float = TOLERANCE,
+    scales: Mapping[str, float] | None = None,
 ) -> str:
     """Say how weights differ from those that are expected; "" if they do not.
 
@@ -51,6 +57,7 @@ def difference(
         have: fingerprint of the weights.
         expected: fingerprint that they should have.
         tolerance: relative to the norm.
+        scales: by name, what a norm is taken for where it is less.
     """
     for name in have:
         if name not in expected:
@@ -61,8 +68,10 @@ def difference(
         found = have[name]
         if found["shape"] != list(want["shape"]):
             return f"{name} has shape {tuple(found['shape'])}, not {tuple(want['shape'])}"
+        norm = max(want["norm"], (scales or {}).get(name, 0.0))
+        allowed = tolerance * norm + _STEP * math.sqrt(math.prod(want["shape"]))
         for key in ("norm", "projection"):
             # The projection of a weight is of the order of its norm.
-            if not abs(found[key] - want[key]) <= tolerance * max(want["norm"], 1e-12):
+            if not abs(found[key] - want[key]) <= allowed:
                 return f"{name} has other values ({key} {found[key]:.6g}, not {want[key]:.6g})"
     return ""

@@ -5,6 +5,7 @@ Class ids are whole numbers, or words.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _kind(value: Any) -> str:
 def _image_root(directory: Path, images: list[str]) -> Path:
     """Where most of the first images are; the folder itself where none is."""
     roots = [directory / name for name in ("images", "Images", "")]
-    found = [sum((root / image).is_file() for image in images[:_LOOK]) for root in roots]
+    found = [sum(map(os.path.isfile, map(root.joinpath, images[:_LOOK]))) for root in roots]
     return roots[found.index(max(found))] if max(found) else directory
 
 

@@ -73,21 +73,32 @@ def short(label: object) -> str:
 def read_list(path: Path) -> list[tuple[int, str, str | None]]:
     """The lines of a list of "image label": number, image and label, which may be words.
 
-    Image and label are divided by the last tab, else the last space. Where a line is none, the
-    label is None and the image is the line.
+    Image and label are divided by the last tab, else by the last space that a name of an image file
+    stands before, else by the last space. Where a line is none, the label is None and the image is
+    the line.
 
     Raises:
         ValueError: If the file is no text in UTF-8, UTF-16 or UTF-32.
     """
     found: list[tuple[int, str, str | None]] = []
     for number, line in enumerate(re.split("\r\n|\r|\n", _text(path)), 1):
-        image, _, label = line.strip().rpartition("\t" if "\t" in line.strip() else " ")
+        image, label = _divided(line.strip())
         if not line.strip():
             continue
         # A form feed or U+2028 ends lines for some programs, and names of files have none.
         good = image.strip() and not is_image(label) and len(line.strip().splitlines()) == 1
         found.append((number, image.strip(), label) if good else (number, line, None))
     return found
+
+
+def _divided(line: str) -> tuple[str, str]:
+    if "\t" not in line:
+        words = line.split(" ")
+        for count in range(len(words) - 1, 0, -1):
+            if is_image(words[count - 1]):
+                return " ".join(words[:count]), " ".join(words[count:])
+    image, _, label = line.rpartition("\t" if "\t" in line else " ")
+    return image, label
 
 
 def read_json(path: Path) -> Any:

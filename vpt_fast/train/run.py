@@ -36,6 +36,7 @@ from vpt_fast.train.parallel import rank, world_size
 from vpt_fast.train.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
 from vpt_fast.train.recipe import Recipe, init_head
 from vpt_fast.train.resuming import check_resumed
+from vpt_fast.train.run_record import FILE as RECORD
 from vpt_fast.train.run_record import (
     new_record,
     read_record,
@@ -110,7 +111,7 @@ def tune_on_folder(
             GPU and one process. On the CPU they are not.
 
     Raises:
-        FileExistsError: If `output` is there and not empty, and `resume` is off.
+        FileExistsError: If `output` is there and not empty, and `resume` is off or it holds no run.
         FileNotFoundError: If images or the checkpoint are missing.
         ValueError, TypeError: If anything else cannot be used; nothing is written then.
         TrainingError: If training cannot go on. Adapters of finished epochs are kept.
@@ -123,8 +124,9 @@ def tune_on_folder(
     check_loading(workers, cache)
     if rank():
         log = _nothing
-    elif not resume:
-        _check_output(output)
+    else:
+        _check_output(output, resume)
+    was_empty = not _holds_something(output)
     name, weights, model_args = backbones.resolve_name(model, checkpoint, img_size)
     source = open_source(directory, data_format)
     class_names = source.class_names
@@ -225,7 +227,7 @@ def tune_on_folder(
                 cuda_graphs=cuda_graphs,
             )
     except TrainingError:
-        if not (output / LAST).is_dir() and not rank():
+        if was_empty and not (output / LAST).is_dir() and not rank():
             # Nothing worth keeping: the same command with another learning rate should run.
             shutil.rmtree(output, ignore_errors=True)
         raise
@@ -249,11 +251,24 @@ def _nothing(line: str) -> None:
     """Process 0 talks for all."""
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+def _holds_something(folder: Path) -> bool:
+    """Whether there is more than what a run that was killed as it began has left."""
+    started = f".{RECORD}."
+    return folder.is_dir() and any(not f.name.startswith(started) for f in folder.iterdir())
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if not output.exists() or (output.is_dir() and not _holds_something(output)):
+        return
+    if not resume:
         raise FileExistsError(
             f"the output folder {output} exists; choose another with --output, remove it, or go on "
             "in it with --resume"
+        )
+    if not (output / RECORD).is_file() and not (output / CHECKPOINT).is_file():
+        raise FileExistsError(
+            f"the output folder {output} holds other files and no run that could go on; choose "
+            "another with --output"
         )
 
 

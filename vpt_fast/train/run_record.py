@@ -163,8 +163,8 @@ def _digest(directory: Path, source: ImageSource) -> str:
 def _size(path: str) -> int | None:
     try:
         return os.stat(path).st_size
-    except OSError:
-        return None  # a row of a table, or missing
+    except (OSError, ValueError):
+        return None  # a row of a table, missing, or a name that no file can have
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
