@@ -133,6 +133,15 @@ def test_tuning_changes_nothing_of_the_description(family: str) -> None:
         assert describe(model) == expected, kind.name
 
 
+def test_values_that_people_keep_on_a_model_are_theirs(tmp_path: Path) -> None:
+    tuned: Any = trained(TOKEN, VPTDeep(2))
+    tuned.experiment, tuned.fold = "one", 1
+    adapter = save(tuned, tmp_path / "adapter")
+    model: Any = plain()
+    model.experiment, model.fold = "two", 2
+    load_adapter(model, adapter)
+
+
 def test_another_version_of_timm_may_have_more_attributes() -> None:
     have = describe(plain())
     fewer = {key: value for key, value in have.items() if not key.endswith("area")}

@@ -249,6 +249,24 @@ def test_a_full_disk_is_said_in_the_record(
     assert "No space left on device" in str(record.error)
 
 
+def test_an_error_after_the_first_epoch_is_said_in_the_record(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no reason to forget what the run was told."""
+    real = loop.save_checkpoint
+
+    def breaking(directory: Path, state: Any) -> None:
+        real(directory, state)
+        raise ValueError("somebody's transform is broken")
+
+    monkeypatch.setattr(loop, "save_checkpoint", breaking)
+    with pytest.raises(ValueError, match="broken"):
+        tune(data, tmp_path / "run", weights)
+    record = read_record(tmp_path / "run")
+    assert record is not None and record.state == FAILED
+    assert record.error == "somebody's transform is broken"
+
+
 def test_a_record_that_was_not_there_is_not_left_by_a_run_that_cannot_begin(
     tmp_path: Path,
 ) -> None:

@@ -29,6 +29,11 @@ _NOT_THE_FUNCTION = {
 }  # fmt: skip
 # Adapters compare these with words of their own.
 _SAID_ELSEWHERE = {"num_classes", "global_pool"}
+# Of the model itself, where people keep values of their own.
+_OF_THE_MODEL = {
+    "in_chans", "embed_dim", "num_features", "num_layers", "num_prefix_tokens", "num_reg_tokens",
+    "has_class_token", "no_embed_class", "pool_include_prefix", "output_fmt",
+}  # fmt: skip
 _WITHOUT_EFFECT = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
 _TOLD_BY_WEIGHTS = (nn.Linear, _ConvNd)
 
@@ -90,9 +95,12 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Public ones that are plain values, or a few of them; the class has no name of its own."""
+    is_model = hasattr(module, "patch_embed")  # the model itself
     if not isinstance(module, nn.Linear):
         for key, value in vars(module).items():
             if key.startswith("_") or key in _NOT_THE_FUNCTION | _SAID_ELSEWHERE:
+                continue
+            if is_model and key not in _OF_THE_MODEL:
                 continue
             if isinstance(value, tuple | list) and len(value) <= 4:
                 if value and all(type(item) in _PLAIN for item in value):

@@ -22,8 +22,9 @@ from torch import nn
 from vpt_fast import __version__, count_parameters
 from vpt_fast.atomic import atomic_file
 from vpt_fast.methods import Method, to_dict
+from vpt_fast.train.checkpoint import FILE as CHECKPOINT
 from vpt_fast.train.digest import digest
-from vpt_fast.train.evaluate import Evaluation, TrainingError
+from vpt_fast.train.evaluate import Evaluation
 from vpt_fast.train.loop import FitResult
 from vpt_fast.train.parallel import rank
 from vpt_fast.train.recipe import Recipe
@@ -184,7 +185,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
 def recording(folder: Path, record: RunRecord) -> Iterator[None]:
     """While training runs, its record is in `folder`; process 0 writes it.
 
-    If training cannot go on, or nothing can be written, the record says so; if it cannot begin (the
+    If training cannot go on, for whatever reason, the record says so; if it cannot begin (the
     checkpoint to resume from is of another run), the record that was there before is put back.
 
     Args:
@@ -196,19 +197,27 @@ def recording(folder: Path, record: RunRecord) -> Iterator[None]:
         return
     path = folder / FILE
     earlier = path.read_bytes() if path.is_file() else None
+    began = _last_epoch(folder)
     write_record(folder, record)
     try:
         yield
-    except (TrainingError, OSError, torch.OutOfMemoryError) as error:
-        with suppress(OSError):  # on a disk that is full the record of before stays
-            write_record(folder, record.failed(error))
-        raise
-    except (ValueError, TypeError):
-        if earlier is None:
+    except Exception as error:
+        cannot_begin = isinstance(error, ValueError | TypeError) and began == _last_epoch(folder)
+        if not cannot_begin:
+            with suppress(OSError):  # on a disk that is full the record of before stays
+                write_record(folder, record.failed(error))
+        elif earlier is None:
             path.unlink(missing_ok=True)
         else:
-            path.write_bytes(earlier)
+            with atomic_file(path, "wb") as file:
+                file.write(earlier)
         raise
+
+
+def _last_epoch(folder: Path) -> int | None:
+    """Tells the checkpoint of one epoch from that of another."""
+    path = folder / CHECKPOINT
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def read_record(folder: Path) -> RunRecord | None:
