@@ -178,7 +178,7 @@ def test_the_configuration_without_extras(tmp_path: Path) -> None:
 
 def test_a_vit_base_task_is_hundreds_of_kilobytes(tmp_path: Path) -> None:
     model = prompt_tune(
-        timm.create_model("vit_base_patch16_224", num_classes=10, depth=12, weight_init="skip"),
+        timm.create_model("vit_base_patch16_224", num_classes=10, depth=12),
         VPTDeep(10),
     )
     save_adapter(model, tmp_path / "adapter", model_args={"num_classes": 10})

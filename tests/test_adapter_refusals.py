@@ -266,6 +266,16 @@ def test_written_whole_or_not_at_all(
     load_adapter(plain(), adapter)
 
 
+def test_a_backbone_of_no_numbers(tmp_path: Path) -> None:
+    """Weights that were never given a value fit no backbone when they are compared."""
+    model = trained(TOKEN, VPTDeep(2))
+    with torch.no_grad():
+        model.get_parameter("cls_token").fill_(torch.nan)
+    with pytest.raises(ValueError, match="cls_token of the backbone has values that are not fin"):
+        save(model, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("names", [["a", "b"], [], "abcde"])
 def test_class_names_that_do_not_fit(names: Any, tmp_path: Path) -> None:
     with pytest.raises((TypeError, ValueError), match="class.names"):

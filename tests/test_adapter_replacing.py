@@ -30,7 +30,7 @@ def test_killed_while_saving(kills: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["looks"] > kills
-    assert found["left_behind"] > kills / 20, "no kill came in the middle"
+    assert found["left_behind"] > 0, "no kill came in the middle"
     assert (found["failures"], found["broken"], found["end"]) == ([], [], ["adapter"])
 
 

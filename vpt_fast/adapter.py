@@ -10,6 +10,7 @@ attributes that decide what is computed with it, and by what the tuned model mak
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -142,7 +143,7 @@ def save_adapter(
     Raises:
         FileExistsError: `directory` exists and `overwrite` is False, or it holds other files.
         TypeError: `class_names` is one string.
-        ValueError: `model` is not tuned, nothing in it is trained, a trained value is not finite,
+        ValueError: `model` is not tuned, nothing in it is trained, a value of it is not finite,
             the number of names is not the number of classes, or the configuration of `model` or
             one of `model_args` is nothing that `load_adapter` takes.
         OSError: it cannot be written; what was there is still there.
@@ -162,6 +163,10 @@ def save_adapter(
     check_finite(trained, "the model")
     data = {**resolve_model_data_config(model), **_told(tuned, "exif_transpose")}
     data |= tuned.tune_record.inputs
+    frozen = fingerprint(_frozen(model, list(trained)))
+    for name, summary in frozen.items():
+        if not math.isfinite(summary["norm"]):
+            raise ValueError(f"{name} of the backbone has values that are not finite")
     tensors = {name: t.to("cpu").contiguous().clone() for name, t in trained.items()}
     content = save(tensors, metadata={"format": "pt"})
     config = {
@@ -181,7 +186,7 @@ def save_adapter(
         "versions": {"vpt_fast": _version(), "torch": torch.__version__, "timm": _timm()},
         "architecture": describe(model),
         "fixed_image": seen_in_fixed_image(model),
-        "fingerprint": fingerprint(_frozen(model, list(trained))),
+        "fingerprint": frozen,
         "tensors_sha256": sha256(content),
     }
     config["config_sha256"] = config_sha256(config)
