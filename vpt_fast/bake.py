@@ -22,8 +22,8 @@ from vpt_fast.blocks import PromptedBlock
 from vpt_fast.experts import PromptExperts
 from vpt_fast.fold import unfold_backbone
 from vpt_fast.hooks import has_hooks, has_own_forward
-from vpt_fast.models import TUNED_CLASS, unplace_prompts
-from vpt_fast.tuned import TuneRecord, is_tuned
+from vpt_fast.models import PLAIN_PARTS, TUNED_CLASS
+from vpt_fast.tuned import TuneRecord, is_tuned, take_out
 
 _PLAIN_CLASS: dict[type[Any], type[VisionTransformer]] = {
     tuned: plain for plain, tuned in TUNED_CLASS.items()
@@ -72,7 +72,7 @@ def bake(model: nn.Module) -> nn.Module:
         baked: Any = _copy(model)
         grid, hidden = _expert_grid(baked), baked._modules.get("head_hidden")
         parts = [_part(baked, block) for block in baked.blocks]
-        unplace_prompts(baked)
+        take_out(baked, PLAIN_PARTS)
         del baked.tune_record
         baked.__class__ = _PLAIN_CLASS[type(baked)]
         if hidden is not None and not isinstance(baked.head, nn.Identity):

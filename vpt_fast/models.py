@@ -11,7 +11,6 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vpt_fast.baseline_layers import new_classifier
-from vpt_fast.block_reading import forget
 from vpt_fast.blocks import PromptedBlock, fused, through_block
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fused_block import Use, run_together
@@ -26,7 +25,7 @@ from vpt_fast.ops.tracing import any_derivative, is_transformed
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows, strip_rows
 from vpt_fast.prompted_attention import PromptedAttention
-from vpt_fast.tuned import ADDED, Tuned, check_pooling
+from vpt_fast.tuned import Tuned, check_pooling
 
 
 class _PromptedModel(Tuned, VisionTransformer):
@@ -234,6 +233,10 @@ TUNED_CLASS: dict[type[VisionTransformer], type[_PromptedModel]] = {
 }
 
 
+PLAIN_PARTS: dict[type, type] = {PromptedBlock: Block, PromptedAttention: Attention}
+"""Class of a tuned model's part -> timm's."""
+
+
 def name_as_block(model: Any, name: str) -> str:
     """A parameter's name with its block's number, `blocks.{i}.`: the name itself."""
     return name
@@ -277,22 +280,3 @@ def place_prompts(model: _PromptedModel) -> None:
             block.rows = PromptRows(model.num_prefix_tokens, entering, leaving)
             block.memory = model.tune_record.memory
         entering = leaving
-
-
-def unplace_prompts(model: _PromptedModel) -> None:
-    """Give every block timm's class back, and take out what the method has added."""
-    for name in ADDED:
-        model._modules.pop(name, None)
-    model._parameters.pop("prompt_tokens", None)
-    model.__dict__.pop("_head_reading", None)
-    for part in [*model.modules()]:  # below whatever others have put around them
-        forget(part)
-        if type(part) is PromptedBlock:
-            part.__class__ = Block  # type: ignore[assignment]
-            if "prompt" in part._modules:
-                del part.prompt
-            part.__dict__.pop("prompt", None)
-            part._modules.pop("adapter", None)
-            del part.rows, part.memory
-        elif type(part) is PromptedAttention:
-            part.__class__ = Attention  # type: ignore[assignment]

@@ -16,7 +16,6 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from vpt_fast.baseline_layers import new_classifier
-from vpt_fast.block_reading import forget
 from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.hooks import is_taken_over
@@ -31,7 +30,7 @@ from vpt_fast.swin_blocks import (
     check_blocks,
 )
 from vpt_fast.swin_stages import PromptedSwinStage
-from vpt_fast.tuned import ADDED, Tuned, blocks_of, check_pooling
+from vpt_fast.tuned import Tuned, blocks_of, check_pooling
 
 
 class PromptedSwinTransformer(Tuned, SwinTransformer):
@@ -192,27 +191,6 @@ def place_prompts(model: Any) -> None:
         stage.__class__ = PromptedSwinStage
 
 
-def unplace_prompts(model: Any) -> None:
-    """Give all blocks and stages timm's classes back, and take out what the method has added."""
-    for name in ADDED:
-        model._modules.pop(name, None)
-    model._parameters.pop("prompt_tokens", None)
-    for part in [*model.modules()]:  # below whatever others have put around them
-        forget(part)
-        if type(part) is PromptedSwinStage:
-            part.__class__ = SwinTransformerStage  # type: ignore[assignment]
-            part._modules.pop("prompt_projector", None)
-        elif type(part) is PromptedSwinBlock:
-            part.__class__ = SwinTransformerBlock  # type: ignore[assignment]
-            if "prompt" in part._modules:
-                del part.prompt
-            part.__dict__.pop("prompt", None)
-            part._modules.pop("adapter", None)
-            del part.rows, part.memory
-        elif type(part) is PromptedWindowAttention:
-            part.__class__ = WindowAttention  # type: ignore[assignment]
-
-
 def name_as_block(model: Any, name: str) -> str:
     """A parameter's name as a model without stages would have it: `blocks.{i}.`, counted on.
 
@@ -231,3 +209,10 @@ def name_as_block(model: Any, name: str) -> str:
 
 TUNED_CLASS: dict[type[nn.Module], type[Tuned]] = {SwinTransformer: PromptedSwinTransformer}
 """Plain class -> tuned class. The type of a model is looked up exactly."""
+
+PLAIN_PARTS: dict[type, type] = {
+    PromptedSwinStage: SwinTransformerStage,
+    PromptedSwinBlock: SwinTransformerBlock,
+    PromptedWindowAttention: WindowAttention,
+}
+"""Class of a tuned model's part -> timm's."""

@@ -77,8 +77,9 @@ class PromptedSwinStage(SwinTransformerStage):
 
 def _check_compiled(blocks: nn.Module) -> None:
     """Raise ValueError if PyTorch's compiler fails on tuned blocks one after the other."""
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if has_compiled_call(blocks) and version < (2, 12):
+    if not has_compiled_call(blocks):
+        return
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
         raise ValueError(
             f"PyTorch {torch.__version__} cannot compile the `blocks` of a tuned stage; compile "
             "the stage, each of its blocks or the model, or take PyTorch 2.14"

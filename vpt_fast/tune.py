@@ -20,7 +20,7 @@ from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.ops.memory_modes import check_memory_mode
 from vpt_fast.prompts import PromptTokens, init_bound, new_projection, new_tokens
 from vpt_fast.sharing import check_latest, check_own_blocks, remember
-from vpt_fast.tuned import Tuned, TuneRecord, blocks_of, is_tuned
+from vpt_fast.tuned import Tuned, TuneRecord, blocks_of, is_tuned, take_out
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -239,7 +239,7 @@ def _uninstall(tuned: Any, record: TuneRecord) -> None:
         width = hidden[0].in_features
         if head.in_features != width:
             _replace_head(tuned, new_classifier(width, head))
-    _family(tuned).unplace_prompts(tuned)
+    take_out(tuned, _family(tuned).PLAIN_PARTS)
     del tuned.tune_record
     tuned.__class__ = _PLAIN_CLASS[type(tuned)]
     for name, parameter in tuned.named_parameters():

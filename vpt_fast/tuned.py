@@ -156,6 +156,27 @@ def is_tuned(model: Any) -> bool:
     return isinstance(model, Tuned)
 
 
+def take_out(model: nn.Module, plain: Mapping[type, type]) -> None:
+    """Take out what a method has added, and give the parts that were given a class theirs back.
+
+    Args:
+        model: tuned.
+        plain: the class of each part before, by the one that it was given.
+    """
+    for name in ADDED:
+        model._modules.pop(name, None)
+    model._parameters.pop("prompt_tokens", None)
+    model.__dict__.pop("_head_reading", None)
+    for part in [*model.modules()]:  # below whatever others have put around them
+        forget(part)
+        if type(part) in plain:
+            part.__class__ = plain[type(part)]
+            for name in ("prompt", "adapter", "prompt_projector"):
+                part._modules.pop(name, None)
+            for name in ("prompt", "rows", "memory"):
+                part.__dict__.pop(name, None)
+
+
 def blocks_of(model: Any) -> list[Any]:
     """The blocks of a timm model in their order, those of all stages where there are stages."""
     if hasattr(model, "blocks"):

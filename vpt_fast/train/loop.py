@@ -26,6 +26,7 @@ from vpt_fast.train.checkpoint import (
     save_checkpoint,
 )
 from vpt_fast.train.data import SkippedImage
+from vpt_fast.train.differences import first_difference
 from vpt_fast.train.evaluate import (
     TrainingError,
     device_of,
@@ -249,8 +250,10 @@ class _Run:
         for name, mine in self.identity().items():
             theirs = state["run"].get(name)
             if mine != theirs:
+                what, before, now = first_difference(theirs, mine)
+                differs = f"has {what} {before}, not {now}" if what else f"is {before}, not {now}"
                 raise ValueError(
-                    f"the checkpoint is of another run: its {name} {_differences(theirs, mine)}; "
+                    f"the checkpoint is of another run: its {name} {differs}; "
                     "resume with the options that the run was started with"
                 )
         self.restore(state["values"])
@@ -373,12 +376,3 @@ def _summary(row: Epoch) -> str:
     if row.val_top1 is not None:
         text += f", val loss {row.val_loss:.3f}, val top-1 {row.val_top1:.1f}%"
     return f"{text}, {row.images_per_second:.0f} images/s"
-
-
-def _differences(theirs: Any, mine: Any) -> str:
-    """The first thing that differs, in words."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        for name in {**theirs, **mine}:
-            if theirs.get(name) != mine.get(name):
-                return f"has {name} {theirs.get(name)}, not {mine.get(name)}"
-    return f"is {theirs}, not {mine}"

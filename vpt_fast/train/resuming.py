@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 from vpt_fast.methods import METHODS
 from vpt_fast.train.augmentation import Augmentation
+from vpt_fast.train.differences import first_difference, plain
 from vpt_fast.train.image_options import ImageOptions
 from vpt_fast.train.recipe import Recipe
 from vpt_fast.train.run_record import RunRecord
@@ -45,8 +45,7 @@ def check_resumed(earlier: RunRecord | None, record: RunRecord) -> None:
 
 def _options(earlier: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any, Any]]:
     """Option, its values before and now, and its default."""
-    for key in ("format",):
-        yield key, earlier.data.get(key), record.data.get(key), None
+    yield "format", earlier.data.get("format"), record.data.get("format"), None
     for key in ("name", "img_size", "pretrained"):
         name = "model" if key == "name" else key
         yield name, earlier.model.get(key), record.model.get(key), False
@@ -60,9 +59,9 @@ def _options(earlier: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, 
         ("options", _OPTIONS),
     )
     for section, defaults in sections:
-        before, now = getattr(earlier, section), _plain(getattr(record, section))
+        before, now = getattr(earlier, section), plain(getattr(record, section))
         for key, default in defaults.items():
-            yield key, _device(key, before.get(key)), _device(key, now.get(key)), _plain(default)
+            yield key, _device(key, before.get(key)), _device(key, now.get(key)), plain(default)
 
 
 def _contents(earlier: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
@@ -105,10 +104,9 @@ def _words(name: str, value: Any, default: Any, again: bool = False) -> str:
 
 
 def _first(before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            if before.get(key) != now.get(key):
-                return f"{key} {before.get(key)}, not {now.get(key)}"
+    if isinstance(before, dict):
+        what, one, other = first_difference(before, now)
+        return f"{what} {one}, not {other}"
     if isinstance(before, list) and isinstance(now, list):
         return f"{len(before)}, not {len(now)}" if len(before) != len(now) else _item(before, now)
     return "their checksum is another"
@@ -117,8 +115,3 @@ def _first(before: Any, now: Any) -> str:
 def _item(before: list[Any], now: list[Any]) -> str:
     pairs = zip(before, now, strict=True)
     return next(f"{one}, not {other}" for one, other in pairs if one != other)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))

@@ -23,6 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from vpt_fast.methods import Method
+from vpt_fast.train.differences import first_difference, plain
 from vpt_fast.train.evaluate import TrainingError
 from vpt_fast.train.journal import CheckedJournal
 from vpt_fast.train.recipe import Recipe
@@ -224,12 +225,13 @@ class Sweep:
             load_if_exists=True,
         )
         known = study.user_attrs.get("settings")
-        plain = _plain({**settings, "grid": grid})
+        mine = plain({**settings, "grid": grid})
         if known is None:
-            study.set_user_attr("settings", plain)
-        elif known != plain:
+            study.set_user_attr("settings", mine)
+        elif known != mine:
+            what, before, now = first_difference(known, mine)
             raise ValueError(
-                f"the journal has {name} with other settings ({_first_difference(known, plain)}); "
+                f"the journal has {name} with other settings ({what}: {before}, now {now}); "
                 "choose another --output, or the options that it was started with"
             )
 
@@ -300,18 +302,3 @@ def _missing(study: optuna.Study, points: Sequence[dict[str, Any]]) -> list[dict
 
 def _outcome(trial: FrozenTrial) -> Outcome:
     return Outcome(**{field.name: trial.user_attrs[field.name] for field in fields(Outcome)})
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list | range) else value
-
-
-def _first_difference(known: Any, mine: Any, where: str = "") -> str:
-    if isinstance(known, dict) and isinstance(mine, dict):
-        for key in {**known, **mine}:
-            if known.get(key) != mine.get(key):
-                return _first_difference(known.get(key), mine.get(key), f"{where} {key}".strip())
-    return f"{where}: {known}, now {mine}"
