@@ -1,8 +1,12 @@
-"""Packaging. `kernels/` installs as `vpt_fast.kernels`; tool settings are in pyproject.toml."""
+"""Packaging; tool settings are in pyproject.toml.
+
+`kernels/` installs as `vpt_fast.kernels`: `vpt_fast/kernels` is a link to it, which Python, pip,
+mypy and import-linter all follow without any code of ours.
+"""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 SERVE = [
     "fastapi>=0.165",
@@ -19,15 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[
-        "vpt_fast",
-        "vpt_fast.bank",
-        "vpt_fast.graphs",
-        "vpt_fast.ops",
-        "vpt_fast.train",
-        "vpt_fast.kernels",
-    ],
-    package_dir={"vpt_fast": "vpt_fast", "vpt_fast.kernels": "kernels"},
+    packages=find_packages(include=["vpt_fast", "vpt_fast.*"]),
     package_data={"vpt_fast": ["py.typed", "assets/*"]},
     install_requires=[
         "torch>=2.6",

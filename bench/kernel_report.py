@@ -21,8 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from vpt_fast.kernels.expert_plan import ExpertProblem
-from vpt_fast.kernels.plan import AttentionProblem
 
 from bench import expert_report, heads_report, plain_report, problems, row_problems, window_report
 from bench.attention_report import attention_entry
@@ -36,6 +34,8 @@ from bench.plain_report import comparison, plain_entry
 from bench.row_problems import ACTIVATION_KERNELS, RowProblem
 from bench.row_report import row_entry
 from bench.window_report import window_entry
+from vpt_fast.kernels.expert_plan import ExpertProblem
+from vpt_fast.kernels.plan import AttentionProblem
 
 KERNELS = {
     "attention": (*problems.KERNELS, *problems.OTHER_KERNELS),
@@ -154,8 +154,8 @@ def entries(options: argparse.Namespace) -> Iterator[Entry]:
                 for kernel in kernels.get("experts", ()):
                     for n, p in shapes:
                         grid, prefix = patch_grid(n)
-                        problem = ExpertProblem(grid, p, width, dtype, prefix)
-                        yield expert_entry(kernel, problem, target)
+                        of_grid = ExpertProblem(grid, p, width, dtype, prefix)
+                        yield expert_entry(kernel, of_grid, target)
                 for kernel in kernels.get("rows", ()):
                     channels = 4 * width if kernel in ACTIVATION_KERNELS else width
                     yield row_entry(kernel, RowProblem(channels, dtype), target)
