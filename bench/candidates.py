@@ -20,7 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from triton.errors import TritonError
-from vpt_fast.kernels.launch import Launch
+
+from bench.attention_report import verdicts
+from bench.figures import kernel_figures
+from bench.limits import MIN_STAGES, MIN_WARPS
+from bench.offline import compile_kernel
+from bench.problems import launch_target
+from bench.report import LaunchReport
 from vpt_fast.kernels.launch_table import TABLE
 from vpt_fast.kernels.launch_tiles import (
     DTYPE_NAMES,
@@ -29,13 +35,7 @@ from vpt_fast.kernels.launch_tiles import (
     look_up,
 )
 from vpt_fast.kernels.plan import AttentionProblem, attention_plan
-
-from bench.attention_report import verdicts
-from bench.figures import kernel_figures
-from bench.limits import MIN_STAGES, MIN_WARPS
-from bench.offline import compile_kernel
-from bench.problems import launch_target
-from bench.report import LaunchReport
+from vpt_fast.kernels.runtime.launch import Launch
 
 SHAPES = ((197, 10), (197, 50), (577, 50))
 """(N, p) that issue cycles are averaged over."""

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from . import launch_tiles
-from .launch import (
+from .launch_table import TABLE
+from .runtime.launch import (
     LOG2_E,
     Launch,
     Target,
@@ -28,8 +29,7 @@ from .launch import (
     packed_offset,
     stride_arguments,
 )
-from .launch_table import TABLE
-from .tiles import (
+from .runtime.loads import (
     key_value_rows,
     load_tile,
     load_tile_where,

@@ -13,8 +13,9 @@ import triton
 from . import launch_tiles
 from .attention_backward import delta_kernel, dq_kernel
 from .attention_backward_keys import dkdv_kernel, shared_prompt_dkdv_kernel
-from .chunks import chunk_size
-from .launch import (
+from .launch_table import TABLE
+from .runtime.chunks import chunk_size
+from .runtime.launch import (
     LOG2_E,
     Launch,
     Target,
@@ -25,7 +26,6 @@ from .launch import (
     row_strides,
     stride_arguments,
 )
-from .launch_table import TABLE
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

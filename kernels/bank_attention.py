@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from .allocate import empty
 from .attention_checks import check_inputs
 from .attention_forward import Ragged, forward_launch
-from .launch import Launch, Target, run, target_of
 from .launch_table import TABLE
 from .launch_tiles import Table
 from .layouts import Tensors, split
+from .runtime.allocate import empty
+from .runtime.launch import Launch, Target, run, target_of
 
 
 def bank_attention_launch(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .expert_table import mix_tiles
-from .launch import Launch, Target, exact_precision, power_of_2_at_least
+from .runtime.launch import Launch, Target, exact_precision, power_of_2_at_least
 
 
 @triton.jit

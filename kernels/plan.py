@@ -8,11 +8,11 @@ import torch
 
 from .attention_forward import forward_launch
 from .attention_gradients import backward_launches
-from .chunks import chunk_count
-from .launch import Launch, Target
 from .launch_table import TABLE
 from .launch_tiles import Table
 from .layouts import split, split_prompts
+from .runtime.chunks import chunk_count
+from .runtime.launch import Launch, Target
 
 
 class AttentionProblem(NamedTuple):

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocate import empty
 from .attention_checks import check_saved
-from .launch import Launch, target_of
-from .launch_plan import Launcher, contiguous, launcher, layout_of
+from .runtime.allocate import empty
+from .runtime.launch import Launch, target_of
+from .runtime.launch_plan import Launcher, contiguous, launcher, layout_of
 from .window_checks import check_inputs
 from .window_forward import forward_launch
 from .window_gradients import (

@@ -13,7 +13,7 @@ the prompts' rows, or dS itself, are summed in registers over those windows, in 
 import triton
 import triton.language as tl
 
-from .tiles import load_tile_where, store_tile
+from .runtime.loads import load_tile_where, store_tile
 from .window_geometry import (
     LOG2_E,
     SIZES,

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, Target
 from .launch_tiles import sum_columns
-from .tiles import load_tile_where, store_tile
+from .runtime.launch import Launch, Target
+from .runtime.loads import load_tile_where, store_tile
 from .window_forward_tiled import window_forward_tiled_kernel
 from .window_geometry import (
     LOG2_E,

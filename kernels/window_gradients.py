@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .allocate import empty
-from .launch import Launch, Target
+from .runtime.allocate import empty
+from .runtime.launch import Launch, Target
 from .window_backward import window_backward_kernel
 from .window_backward_tiled import window_dkdv_kernel, window_dq_kernel
 from .window_grid import Pair, WindowGrid, shared_arguments, shared_constexprs, window_grid

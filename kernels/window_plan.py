@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .launch import Launch, Target
+from .runtime.launch import Launch, Target
 from .window_forward import forward_launch
 from .window_gradients import backward_launches, empty_gradients
 from .window_grid import Pair, window_grid

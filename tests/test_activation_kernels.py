@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from vpt_fast.kernels import activation as kernels
 
+from vpt_fast.kernels import activation as kernels
 from vpt_fast.ops.activation import KINDS, reference, reference_backward
 
 pytest_plugins = ("kernel_device",)

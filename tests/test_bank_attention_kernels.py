@@ -15,12 +15,12 @@ import torch
 import triton
 from on_device import differs_by_one_rounding
 from torch import Tensor
-from vpt_fast.kernels import bank_attention as kernels
-from vpt_fast.kernels.attention import attention_forward
-from vpt_fast.kernels.launch import Target
-from vpt_fast.kernels.layouts import split
 
 from bench import offline
+from vpt_fast.kernels import bank_attention as kernels
+from vpt_fast.kernels.attention import attention_forward
+from vpt_fast.kernels.layouts import split
+from vpt_fast.kernels.runtime.launch import Target
 from vpt_fast.ops.bank_attention import bank_attention
 
 pytest_plugins = ("kernel_device",)

@@ -15,6 +15,11 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+
+from bench import declared
+from bench.declared import DECLARATIONS, Declaration, Parameter, product_flop
+from bench.trace import distinct_bytes, regions_of
+from bench.traffic import counted
 from vpt_fast.kernels import (
     activation,
     attention,
@@ -25,12 +30,7 @@ from vpt_fast.kernels import (
     window_attention,
 )
 from vpt_fast.kernels.expert_inputs import FeatureInputs
-from vpt_fast.kernels.launch import Launch, Target
-
-from bench import declared
-from bench.declared import DECLARATIONS, Declaration, Parameter, product_flop
-from bench.trace import distinct_bytes, regions_of
-from bench.traffic import counted
+from vpt_fast.kernels.runtime.launch import Launch, Target
 
 pytest_plugins = ("kernel_device",)
 pytestmark = pytest.mark.skipif(

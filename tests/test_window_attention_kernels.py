@@ -15,6 +15,7 @@ import torch
 from on_device import differs_by_one_rounding
 from plain_windows import plain_window_attention
 from torch import Tensor
+
 from vpt_fast.kernels.window_attention import (
     window_attention_backward,
     window_attention_forward,

@@ -182,7 +182,7 @@ class PlannedSites(_Remembered):
     """Sites of kernels, each with a launcher of its own."""
 
     def _made(self, function: Function) -> Function:
-        from vpt_fast.kernels.launch_plan import Launcher
+        from vpt_fast.kernels.runtime.launch_plan import Launcher
 
         return functools.partial(function, launch=Launcher())
 
