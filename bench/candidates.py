@@ -27,8 +27,8 @@ from bench.limits import MIN_STAGES, MIN_WARPS
 from bench.offline import compile_kernel
 from bench.problems import launch_target
 from bench.report import LaunchReport
-from vpt_fast.kernels.launch_table import TABLE
-from vpt_fast.kernels.launch_tiles import (
+from vpt_fast.kernels.attention.launch_table import TABLE
+from vpt_fast.kernels.attention.tiles import (
     DTYPE_NAMES,
     Choice,
     Key,

@@ -18,7 +18,7 @@ import triton.testing
 from triton.errors import TritonError
 
 from bench.candidates import DTYPES, SHAPES, TIE, candidates, current, launch_of
-from vpt_fast.kernels.launch_tiles import HEAD_DIMS, KERNELS, Choice, Key
+from vpt_fast.kernels.attention.tiles import HEAD_DIMS, KERNELS, Choice, Key
 from vpt_fast.kernels.runtime.launch import Launch, target_of
 
 COLUMNS = (

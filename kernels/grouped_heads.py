@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_checks import DTYPES
+from .attention.checks import DTYPES
 from .runtime.allocate import empty
 from .runtime.launch import Launch, power_of_2_at_least, run
 

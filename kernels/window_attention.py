@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_checks import check_saved
+from .attention.checks import check_saved
 from .runtime.allocate import empty
 from .runtime.launch import Launch, target_of
 from .runtime.launch_plan import Launcher, contiguous, launcher, layout_of

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from .attention_checks import DTYPES, MAX_HEAD_DIM
+from .attention.checks import DTYPES, MAX_HEAD_DIM
 from .window_grid import Pair
 
 _MAX_PROGRAMS = 2**31 - 1

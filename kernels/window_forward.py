@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_tiles import sum_columns
+from .attention.tiles import sum_columns
 from .runtime.launch import Launch, Target
 from .runtime.loads import load_tile_where, store_tile
 from .window_forward_tiled import window_forward_tiled_kernel

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.kernels.layouts import split
+from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.ops import attention_reference
 from vpt_fast.ops import bank_attention_reference as reference
 from vpt_fast.ops.bank_attention import bank_attention, bank_attention_operator

@@ -17,9 +17,9 @@ from on_device import differs_by_one_rounding
 from torch import Tensor
 
 from bench import offline
-from vpt_fast.kernels import bank_attention as kernels
-from vpt_fast.kernels.attention import attention_forward
-from vpt_fast.kernels.layouts import split
+from vpt_fast.kernels.attention import ragged as kernels
+from vpt_fast.kernels.attention.launches import attention_forward
+from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.kernels.runtime.launch import Target
 from vpt_fast.ops.bank_attention import bank_attention
 

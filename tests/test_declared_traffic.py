@@ -22,13 +22,13 @@ from bench.trace import distinct_bytes, regions_of
 from bench.traffic import counted
 from vpt_fast.kernels import (
     activation,
-    attention,
-    bank_attention,
     grouped_heads,
     prompt_expert,
     residual_norm,
     window_attention,
 )
+from vpt_fast.kernels.attention import launches as attention
+from vpt_fast.kernels.attention import ragged as bank_attention
 from vpt_fast.kernels.expert_inputs import FeatureInputs
 from vpt_fast.kernels.runtime.launch import Launch, Target
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from vpt_fast import VAPT, VPTDeep, VPTShallow, kernels, prompt_tune
-from vpt_fast.kernels import activation, attention, prompt_expert, residual_norm
+from vpt_fast.kernels import activation, prompt_expert, residual_norm
+from vpt_fast.kernels.attention import launches as attention
 from vpt_fast.kernels.residual_norm import residual_norm_launch
 from vpt_fast.kernels.runtime import launch_plan
 

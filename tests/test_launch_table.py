@@ -10,9 +10,9 @@ from triton.runtime.jit import JITFunction
 from bench.offline import compile_kernel
 from bench.problems import launch_target
 from bench.table_file import TABLE_FILE, table_text
-from vpt_fast.kernels import launch_tiles
-from vpt_fast.kernels.launch_table import MEASURED, TABLE
-from vpt_fast.kernels.launch_tiles import ARCHITECTURES, DTYPE_NAMES, HEAD_DIMS, KERNELS, look_up
+from vpt_fast.kernels.attention import tiles as launch_tiles
+from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE
+from vpt_fast.kernels.attention.tiles import ARCHITECTURES, DTYPE_NAMES, HEAD_DIMS, KERNELS, look_up
 from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.runtime.launch import Target
 

@@ -155,7 +155,7 @@ def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
 
 def tile_launches(capability: int) -> list[Launch]:
     """Launches of attention's candidate tiles at 64 channels in bf16."""
-    from vpt_fast.kernels.launch_tiles import KERNELS
+    from vpt_fast.kernels.attention.tiles import KERNELS
 
     found = []
     for kernel in KERNELS:

@@ -1,7 +1,7 @@
 """Prompt attention as an operator of PyTorch's: softmax(q [K_p; K_x]^T * scale) [V_p; V_x].
 
 `[K_p; K_x]` is a virtual concatenation: the kernels read the prompts' keys and values beside the
-tokens' own. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.attention`, anything else
+tokens' own. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.attention.launches`, anything else
 to `attention_reference`.
 """
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from vpt_fast.kernels.layouts import split, split_prompts
+from vpt_fast.kernels.attention.layouts import split, split_prompts
 from vpt_fast.ops import attention_reference as reference
 from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
 from vpt_fast.ops.frozen import of_first_order
@@ -23,7 +23,7 @@ MAX_HEAD_DIM = 128
 
 def _implementation(q: Tensor) -> ModuleType:
     if uses_kernels(q) and q.shape[-1] <= MAX_HEAD_DIM:
-        from vpt_fast.kernels import attention as kernels  # triton is not everywhere
+        from vpt_fast.kernels.attention import launches as kernels  # triton is not everywhere
 
         return kernels
     return reference

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from vpt_fast.kernels.layouts import existing_prompts, split
+from vpt_fast.kernels.attention.layouts import existing_prompts, split
 from vpt_fast.ops.backend import statistics_dtype
 
 LOG2E = math.log2(math.e)

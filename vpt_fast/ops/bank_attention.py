@@ -1,7 +1,7 @@
 """Attention of a batch whose images belong to many tasks, each with prompts of its own.
 
 Every task's prompt keys and values lie in one pool, and an image says where its own start and how
-many there are. CUDA tensors go to the Triton kernel of `vpt_fast.kernels.bank_attention`, which
+many there are. CUDA tensors go to the Triton kernel of `vpt_fast.kernels.attention.ragged`, which
 reads them there, anything else to `bank_attention_reference`. For inference: there is no backward.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpt_fast.kernels.layouts import split
+from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.ops import bank_attention_reference as reference
 from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
 from vpt_fast.ops.registration import operator
@@ -22,7 +22,7 @@ _MAX_HEAD_DIM = 128
 
 def _implementation(q: Tensor) -> Any:
     if uses_kernels(q) and q.shape[-1] <= _MAX_HEAD_DIM:
-        from vpt_fast.kernels import bank_attention as kernels  # triton is not everywhere
+        from vpt_fast.kernels.attention import ragged as kernels  # triton is not everywhere
 
         return kernels
     return reference

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vpt_fast.kernels.layouts import split
+from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.ops.attention_reference import attend
 from vpt_fast.ops.backend import statistics_dtype
 

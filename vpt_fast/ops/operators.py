@@ -53,8 +53,9 @@ REFERENCES: dict[str, Function] = {
 @functools.cache
 def kernels() -> dict[str, Function]:
     """The kernels by operation; each takes a `launch` besides."""
-    from vpt_fast.kernels import activation, attention, prompt_expert, residual_norm
+    from vpt_fast.kernels import activation, prompt_expert, residual_norm
     from vpt_fast.kernels import window_attention as windows
+    from vpt_fast.kernels.attention import launches as attention
 
     return {
         "residual_norm": residual_norm.residual_norm,

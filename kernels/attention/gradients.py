@@ -10,12 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from . import launch_tiles
-from .attention_backward import delta_kernel, dq_kernel
-from .attention_backward_keys import dkdv_kernel, shared_prompt_dkdv_kernel
-from .launch_table import TABLE
-from .runtime.chunks import chunk_size
-from .runtime.launch import (
+from ..runtime.chunks import chunk_size
+from ..runtime.launch import (
     LOG2_E,
     Launch,
     Target,
@@ -26,6 +22,10 @@ from .runtime.launch import (
     row_strides,
     stride_arguments,
 )
+from . import tiles as launch_tiles
+from .backward_dkv import dkdv_kernel, shared_prompt_dkdv_kernel
+from .backward_dq import delta_kernel, dq_kernel
+from .launch_table import TABLE
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

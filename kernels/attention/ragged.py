@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from .attention_checks import check_inputs
-from .attention_forward import Ragged, forward_launch
+from ..runtime.allocate import empty
+from ..runtime.launch import Launch, Target, run, target_of
+from .checks import check_inputs
+from .forward import Ragged, forward_launch
 from .launch_table import TABLE
-from .launch_tiles import Table
 from .layouts import Tensors, split
-from .runtime.allocate import empty
-from .runtime.launch import Launch, Target, run, target_of
+from .tiles import Table
 
 
 def bank_attention_launch(

@@ -13,7 +13,7 @@ which makes their probabilities 0.
 import triton
 import triton.language as tl
 
-from .runtime.loads import (
+from ..runtime.loads import (
     key_value_rows,
     load_tile,
     load_tile_where,

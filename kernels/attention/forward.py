@@ -17,9 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch_tiles
-from .launch_table import TABLE
-from .runtime.launch import (
+from ..runtime.launch import (
     LOG2_E,
     Launch,
     Target,
@@ -29,7 +27,7 @@ from .runtime.launch import (
     packed_offset,
     stride_arguments,
 )
-from .runtime.loads import (
+from ..runtime.loads import (
     key_value_rows,
     load_tile,
     load_tile_where,
@@ -37,6 +35,8 @@ from .runtime.loads import (
     row_pointers,
     store_tile,
 )
+from . import tiles as launch_tiles
+from .launch_table import TABLE
 
 
 @triton.jit

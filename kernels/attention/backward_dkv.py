@@ -10,7 +10,7 @@ lse as +inf, which makes their probabilities 0: scores need no masks.
 import triton
 import triton.language as tl
 
-from .runtime.loads import load_tile, load_tile_at, load_tile_where, row_pointers, store_tile
+from ..runtime.loads import load_tile, load_tile_at, load_tile_where, row_pointers, store_tile
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..runtime.launch import Target, power_of_2_at_least
 from .launch_table import TABLE
-from .runtime.launch import Target, power_of_2_at_least
 
 Architecture = int | str
 """Ten times the compute capability of an NVIDIA GPU (90), or the name of an AMD one ("gfx942")."""

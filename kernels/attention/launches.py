@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from .attention_checks import check_inputs, check_saved
-from .attention_forward import forward_launch
-from .attention_gradients import backward_launches
+from ..runtime.allocate import empty
+from ..runtime.chunks import chunk_count
+from ..runtime.launch import Launch, packed_offset, target_of
+from ..runtime.launch_plan import Launcher, contiguous, launcher, layout_of
+from .checks import check_inputs, check_saved
+from .forward import forward_launch
+from .gradients import backward_launches
 from .layouts import Tensors, existing_prompts, split
-from .runtime.allocate import empty
-from .runtime.chunks import chunk_count
-from .runtime.launch import Launch, packed_offset, target_of
-from .runtime.launch_plan import Launcher, contiguous, launcher, layout_of
 
 
 def attention_forward(
