@@ -54,8 +54,8 @@ REFERENCES: dict[str, Function] = {
 def kernels() -> dict[str, Function]:
     """The kernels by operation; each takes a `launch` besides."""
     from vpt_fast.kernels import activation, prompt_expert, residual_norm
-    from vpt_fast.kernels import window_attention as windows
     from vpt_fast.kernels.attention import launches as attention
+    from vpt_fast.kernels.window_attention import launches as windows
 
     return {
         "residual_norm": residual_norm.residual_norm,

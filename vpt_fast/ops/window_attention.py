@@ -2,7 +2,7 @@
 
 Tokens stay where they are in the image: the operator takes the packed projection of the unpadded,
 unshifted, uncut tokens and returns rows in the same order. CUDA tensors go to the Triton kernels of
-`vpt_fast.kernels.window_attention`, anything else to `window_attention_reference`.
+`vpt_fast.kernels.window_attention.launches`, anything else to `window_attention_reference`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _MAX_HEAD_DIM = 128
 
 def _implementation(qkv: Tensor) -> Any:
     if uses_kernels(qkv) and qkv.shape[-1] <= _MAX_HEAD_DIM:
-        from vpt_fast.kernels import window_attention as kernels  # triton is not everywhere
+        from vpt_fast.kernels.window_attention import (
+            launches as kernels,
+        )  # triton is not everywhere
 
         return kernels
     return reference

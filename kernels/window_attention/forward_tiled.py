@@ -8,8 +8,8 @@ A program owns one tile of queries of one window and walks over the keys with an
 import triton
 import triton.language as tl
 
-from .runtime.loads import load_tile_where, store_tile
-from .window_geometry import (
+from ..runtime.loads import load_tile_where, store_tile
+from .geometry import (
     LOG2_E,
     SIZES,
     bias_tile,

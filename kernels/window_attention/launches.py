@@ -20,19 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention.checks import check_saved
-from .runtime.allocate import empty
-from .runtime.launch import Launch, target_of
-from .runtime.launch_plan import Launcher, contiguous, launcher, layout_of
-from .window_checks import check_inputs
-from .window_forward import forward_launch
-from .window_gradients import (
-    backward_launches,
-    empty_gradients,
-    prompt_gradient,
-    table_gradient,
-)
-from .window_grid import Pair, window_grid
+from ..attention.checks import check_saved
+from ..runtime.allocate import empty
+from ..runtime.launch import Launch, target_of
+from ..runtime.launch_plan import Launcher, contiguous, launcher, layout_of
+from .checks import check_inputs
+from .forward import forward_launch
+from .gradients import backward_launches, empty_gradients, prompt_gradient, table_gradient
+from .grid import Pair, window_grid
 
 
 def window_attention_forward(

@@ -13,8 +13,8 @@ the prompts' rows, or dS itself, are summed in registers over those windows, in 
 import triton
 import triton.language as tl
 
-from .runtime.loads import load_tile_where, store_tile
-from .window_geometry import (
+from ..runtime.loads import load_tile_where, store_tile
+from .geometry import (
     LOG2_E,
     SIZES,
     alike,

@@ -9,9 +9,9 @@ and of the position bias's read it. window_backward.py has the formulas.
 import triton
 import triton.language as tl
 
-from .runtime.loads import load_tile_where, store_tile
-from .window_forward_tiled import key_tile
-from .window_geometry import LOG2_E, SIZES, alike, key_coordinates, token_rows, tokens_at, window_at
+from ..runtime.loads import load_tile_where, store_tile
+from .forward_tiled import key_tile
+from .geometry import LOG2_E, SIZES, alike, key_coordinates, token_rows, tokens_at, window_at
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from .runtime.launch import power_of_2_at_least
+from ..runtime.launch import power_of_2_at_least
 
 _LARGEST_TILE = 256
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .runtime.launch import Target, power_of_2_at_least
+from ..runtime.launch import Target, power_of_2_at_least
 
 
 class WindowTiles(NamedTuple):

@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention.tiles import sum_columns
-from .runtime.launch import Launch, Target
-from .runtime.loads import load_tile_where, store_tile
-from .window_forward_tiled import window_forward_tiled_kernel
-from .window_geometry import (
+from ..attention.tiles import sum_columns
+from ..runtime.launch import Launch, Target
+from ..runtime.loads import load_tile_where, store_tile
+from .forward_tiled import window_forward_tiled_kernel
+from .geometry import (
     LOG2_E,
     SIZES,
     alike,
@@ -26,8 +26,8 @@ from .window_geometry import (
     tokens_at,
     window_at,
 )
-from .window_grid import Pair, shared_arguments, shared_constexprs, window_grid
-from .window_table import query_tiles, whole_stages, whole_tiles, windows_of_a_program
+from .grid import Pair, shared_arguments, shared_constexprs, window_grid
+from .tiles import query_tiles, whole_stages, whole_tiles, windows_of_a_program
 
 
 @triton.jit(do_not_specialize=(*SIZES, "batch", "chunk"))

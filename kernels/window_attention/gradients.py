@@ -9,12 +9,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .runtime.allocate import empty
-from .runtime.launch import Launch, Target
-from .window_backward import window_backward_kernel
-from .window_backward_tiled import window_dkdv_kernel, window_dq_kernel
-from .window_grid import Pair, WindowGrid, shared_arguments, shared_constexprs, window_grid
-from .window_table import (
+from ..runtime.allocate import empty
+from ..runtime.launch import Launch, Target
+from .backward import window_backward_kernel
+from .backward_tiled import window_dkdv_kernel, window_dq_kernel
+from .grid import Pair, WindowGrid, shared_arguments, shared_constexprs, window_grid
+from .tiles import (
     WindowTiles,
     bias_tiles,
     dq_tiles,
