@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from vpt_fast.kernels.expert_inputs import FeatureInputs
+from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.ops import activation as activation_ops
 from vpt_fast.ops import attention as attention_ops
 from vpt_fast.ops import attention_reference, prompt_expert_reference, residual_norm_reference
@@ -53,8 +53,9 @@ REFERENCES: dict[str, Function] = {
 @functools.cache
 def kernels() -> dict[str, Function]:
     """The kernels by operation; each takes a `launch` besides."""
-    from vpt_fast.kernels import activation, prompt_expert, residual_norm
+    from vpt_fast.kernels import activation, residual_norm
     from vpt_fast.kernels.attention import launches as attention
+    from vpt_fast.kernels.experts import launches as prompt_expert
     from vpt_fast.kernels.window_attention import launches as windows
 
     return {

@@ -4,7 +4,7 @@
     project_features   affine, dropouts, feature projector and norm1 of the p rows
 
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936),
-section 4. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.prompt_expert`, anything else
+section 4. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.experts.launches`, anything else
 to `prompt_expert_reference`. Statistics and everything of the prompts are fp32 at least.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.kernels.expert_inputs import FeatureInputs
+from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.ops import prompt_expert_reference as reference
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype, uses_kernels
 from vpt_fast.ops.frozen import of_first_order
@@ -30,7 +30,7 @@ _KERNEL_COLUMNS = 64
 
 def _implementation(tensor: Tensor) -> ModuleType:
     if uses_kernels(tensor):
-        from vpt_fast.kernels import prompt_expert as kernels  # triton is not everywhere
+        from vpt_fast.kernels.experts import launches as kernels  # triton is not everywhere
 
         return kernels
     return reference

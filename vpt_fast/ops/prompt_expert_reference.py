@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.kernels.expert_inputs import FeatureInputs
+from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.ops.backend import statistics_dtype
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vpt_fast.kernels.expert_inputs import FeatureInputs
+from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.ops.block_entry import Norm, Saved
 from vpt_fast.ops.operators import Sites
 from vpt_fast.ops.prompt_expert import folded_columns

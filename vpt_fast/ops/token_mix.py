@@ -21,7 +21,7 @@ from vpt_fast.ops.registration import operator
 
 def _implementation(tensor: Tensor) -> ModuleType:
     if uses_kernels(tensor):
-        from vpt_fast.kernels import prompt_expert as kernels  # triton is not everywhere
+        from vpt_fast.kernels.experts import launches as kernels  # triton is not everywhere
 
         return kernels
     return reference

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .runtime.launch import Launch, power_of_2_at_least
+from ..runtime.launch import Launch, power_of_2_at_least
 
 
 @triton.jit

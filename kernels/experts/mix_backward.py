@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .expert_table import mix_gradient_tiles
-from .runtime.chunks import chunk_count, chunk_size
-from .runtime.launch import Launch, Target, exact_precision
+from ..runtime.chunks import chunk_count, chunk_size
+from ..runtime.launch import Launch, Target, exact_precision
+from .tiles import mix_gradient_tiles
 
 
 @triton.jit

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .expert_table import mix_tiles
-from .runtime.launch import Launch, Target, exact_precision, power_of_2_at_least
+from ..runtime.launch import Launch, Target, exact_precision, power_of_2_at_least
+from .tiles import mix_tiles
 
 
 @triton.jit

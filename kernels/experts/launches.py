@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .expert_features import features_backward_launches, features_launch
-from .expert_fold import fold_backward_launch, fold_launch
-from .expert_inputs import FeatureInputs
-from .expert_mix import mix_launch
-from .expert_mix_backward import mix_backward_launch
-from .runtime.allocate import empty
-from .runtime.chunks import chunk_count
-from .runtime.launch import Launch, target_of
-from .runtime.launch_plan import Launcher, contiguous, launcher, layout_of
+from ..runtime.allocate import empty
+from ..runtime.chunks import chunk_count
+from ..runtime.launch import Launch, target_of
+from ..runtime.launch_plan import Launcher, contiguous, launcher, layout_of
+from .features import features_backward_launches, features_launch
+from .fold import fold_backward_launch, fold_launch
+from .inputs import FeatureInputs
+from .mix import mix_launch
+from .mix_backward import mix_backward_launch
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

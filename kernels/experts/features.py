@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .expert_table import feature_tiles, weight_gradient_tiles
-from .runtime.chunks import chunk_size
-from .runtime.launch import Launch, Target, exact_precision
+from ..runtime.chunks import chunk_size
+from ..runtime.launch import Launch, Target, exact_precision
+from .tiles import feature_tiles, weight_gradient_tiles
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from .runtime.launch import Target, power_of_2_at_least
-from .runtime.row_tiles import RowTiles
+from ..runtime.launch import Target, power_of_2_at_least
+from ..runtime.row_tiles import RowTiles
 
 
 class MixTiles(NamedTuple):
