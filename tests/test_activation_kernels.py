@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.kernels import activation as kernels
+from vpt_fast.kernels.rowwise import activation as kernels
 from vpt_fast.ops.activation import KINDS, reference, reference_backward
 
 pytest_plugins = ("kernel_device",)

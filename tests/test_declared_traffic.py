@@ -20,11 +20,11 @@ from bench import declared
 from bench.declared import DECLARATIONS, Declaration, Parameter, product_flop
 from bench.trace import distinct_bytes, regions_of
 from bench.traffic import counted
-from vpt_fast.kernels import activation, grouped_heads, residual_norm
 from vpt_fast.kernels.attention import launches as attention
 from vpt_fast.kernels.attention import ragged as bank_attention
 from vpt_fast.kernels.experts import launches as prompt_expert
 from vpt_fast.kernels.experts.inputs import FeatureInputs
+from vpt_fast.kernels.rowwise import activation, grouped_heads, residual_norm
 from vpt_fast.kernels.runtime.launch import Launch, Target
 from vpt_fast.kernels.window_attention import launches as window_attention
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.kernels import grouped_heads as kernels
+from vpt_fast.kernels.rowwise import grouped_heads as kernels
 from vpt_fast.ops import grouped_heads as operator
 
 pytest_plugins = ("kernel_device",)

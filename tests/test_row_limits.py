@@ -21,7 +21,7 @@ from bench.limits import HIDDEN, WIDTHS
 from bench.row_problems import ACTIVATION_KERNELS, NORM_KERNELS, RowProblem, row_launch
 from bench.row_report import Access, verdicts
 from bench.sass import Instruction, access_bytes
-from vpt_fast.kernels import residual_norm
+from vpt_fast.kernels.rowwise import residual_norm
 from vpt_fast.kernels.runtime.row_tiles import (
     RowTiles,
     element_tiles,

@@ -4,7 +4,7 @@
     activation_backward  grad *= f'(h + bias), in place
 
 f is exact GELU (Gaussian Error Linear Units, arXiv 1606.08415, section 2), its tanh and sigmoid
-(QuickGELU) forms, or SiLU. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.activation`.
+(QuickGELU) forms, or SiLU. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.rowwise.activation`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def activation(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """
     _check(kind)
     if uses_kernels(h):
-        from vpt_fast.kernels import activation as kernels  # triton is not everywhere
+        from vpt_fast.kernels.rowwise import activation as kernels  # triton is not everywhere
 
         return kernels.activation(h, bias, kind)
     return activate(h, bias, kind)
@@ -62,7 +62,7 @@ def activation_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str)
     """
     _check(kind)
     if uses_kernels(h):
-        from vpt_fast.kernels import activation as kernels  # triton is not everywhere
+        from vpt_fast.kernels.rowwise import activation as kernels  # triton is not everywhere
 
         kernels.activation_backward(h, bias, grad, kind)
     else:

@@ -1,7 +1,7 @@
 """Linear classifiers of many tasks over one batch: every image goes through its own task's head.
 
 All heads' rows lie in one matrix, and an image says where its own start and how many there are.
-CUDA tensors go to the Triton kernel of `vpt_fast.kernels.grouped_heads`; elsewhere there is one
+CUDA tensors go to the Triton kernel of `vpt_fast.kernels.rowwise.grouped_heads`; elsewhere there is one
 product per task. For inference: there is no backward.
 """
 
@@ -28,7 +28,9 @@ def grouped_heads_operator(
     """`grouped_heads` of tensors that have been checked."""
     arguments = (features, weight, bias, starts, counts, offsets, total, most)
     if uses_kernels(features):
-        from vpt_fast.kernels.grouped_heads import grouped_heads_forward  # triton: not everywhere
+        from vpt_fast.kernels.rowwise.grouped_heads import (
+            grouped_heads_forward,  # triton: not everywhere
+        )
 
         return grouped_heads_forward(*arguments)
     return grouped_heads_reference(*arguments)

@@ -53,9 +53,9 @@ REFERENCES: dict[str, Function] = {
 @functools.cache
 def kernels() -> dict[str, Function]:
     """The kernels by operation; each takes a `launch` besides."""
-    from vpt_fast.kernels import activation, residual_norm
     from vpt_fast.kernels.attention import launches as attention
     from vpt_fast.kernels.experts import launches as prompt_expert
+    from vpt_fast.kernels.rowwise import activation, residual_norm
     from vpt_fast.kernels.window_attention import launches as windows
 
     return {

@@ -4,7 +4,7 @@
     residual_norm_backward  LayerNorm's gradient plus the sum's own, and what of it the branch gets
 
 Layer Normalization (arXiv 1607.06450), section 3. The affine is frozen and has no gradient. CUDA
-tensors go to the Triton kernels of `vpt_fast.kernels.residual_norm`.
+tensors go to the Triton kernels of `vpt_fast.kernels.rowwise.residual_norm`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vpt_fast.ops.registration import operator
 
 def _implementation(tensor: Tensor) -> ModuleType:
     if uses_kernels(tensor):
-        from vpt_fast.kernels import residual_norm as kernels  # triton is not everywhere
+        from vpt_fast.kernels.rowwise import residual_norm as kernels  # triton is not everywhere
 
         return kernels
     return reference

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention.checks import DTYPES
-from .runtime.allocate import empty
-from .runtime.launch import Launch, power_of_2_at_least, run
+from ..attention.checks import DTYPES
+from ..runtime.allocate import empty
+from ..runtime.launch import Launch, power_of_2_at_least, run
 
 # CUDA's limit on the second axis of a grid, which counts tiles of classes.
 _MAX_TILES = 65535

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime.channels import load_channels
-from .runtime.launch import Launch
-from .runtime.launch_plan import Launcher, contiguous, launcher, layout_of
-from .runtime.row_tiles import element_tiles
+from ..runtime.channels import load_channels
+from ..runtime.launch import Launch
+from ..runtime.launch_plan import Launcher, contiguous, launcher, layout_of
+from ..runtime.row_tiles import element_tiles
 
 _LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 _RSQRT_2PI: tl.constexpr = tl.constexpr(1 / math.sqrt(2 * math.pi))

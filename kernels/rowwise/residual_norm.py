@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime.allocate import empty
-from .runtime.channels import load_channels
-from .runtime.launch import Launch
-from .runtime.launch_plan import Launcher, contiguous, launcher, layout_of
-from .runtime.row_tiles import row_gradient_tiles, row_tiles
+from ..runtime.allocate import empty
+from ..runtime.channels import load_channels
+from ..runtime.launch import Launch
+from ..runtime.launch_plan import Launcher, contiguous, launcher, layout_of
+from ..runtime.row_tiles import row_gradient_tiles, row_tiles
 
 
 @triton.jit(do_not_specialize=("num_rows",))
