@@ -20,7 +20,7 @@ from bench.correctness import WORST, Check, Results, budget, largest_error
 from bench.providers import OURS, provide, set_values, trained, values
 from bench.turns import Turn, timed
 from vpt_fast import VAPT
-from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.block.add_norm import OpenSum
 
 PROVIDERS = ("concat", "concat_compiled", OURS)
 _BLOCK = 1

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from vpt_fast import VPTDeep, prompt_tune, remove_prompts
 from vpt_fast.block_reading import BlockReading
-from vpt_fast.ops.block_parts import BlockWeights
+from vpt_fast.ops.block.parts import BlockWeights
 
 
 @pytest.mark.parametrize("method", METHODS)

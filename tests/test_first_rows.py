@@ -25,12 +25,12 @@ from vpt_fast import (
     models,
     prompt_tune,
 )
-from vpt_fast.ops.block_body import BlockSteps
-from vpt_fast.ops.block_function import run_blocks, run_traced
-from vpt_fast.ops.block_parts import BlockConfig, BlockWeights
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.function import run_blocks, run_traced
+from vpt_fast.ops.block.implementations import OPERATOR_SITES, REFERENCE_SITES
+from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
+from vpt_fast.ops.block.prompt_source import GIVEN_KEYS, ExpertPrompts, StaticPrompts
 from vpt_fast.ops.memory_modes import MEMORY_MODES
-from vpt_fast.ops.operators import OPERATOR_SITES, REFERENCE_SITES
-from vpt_fast.ops.prompt_source import GIVEN_KEYS, ExpertPrompts, StaticPrompts
 
 
 @pytest.fixture

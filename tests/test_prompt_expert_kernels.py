@@ -18,8 +18,8 @@ from torch import Tensor
 from vpt_fast.kernels.experts import launches as kernels
 from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.kernels.rowwise import residual_norm as norm_kernels
-from vpt_fast.ops import prompt_expert_reference as reference
-from vpt_fast.ops import residual_norm_reference as norm_reference
+from vpt_fast.ops.experts import reference
+from vpt_fast.ops.rowwise import residual_norm_reference as norm_reference
 
 pytest_plugins = ("kernel_device",)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vpt_fast.hooks import HookWatch, with_descendants
-from vpt_fast.ops.block_parts import BlockWeights
+from vpt_fast.ops.block.parts import BlockWeights
 from vpt_fast.weights_reading import Memory, WeightsReading
 
 _NOTHING: dict[str, Any] = {}
@@ -143,7 +143,7 @@ class BlockReading(_Reading):
 
     Args:
         block: one that `fused_block.can_fuse`.
-        activation: of its MLP, one of `vpt_fast.ops.activation.KINDS`.
+        activation: of its MLP, one of `vpt_fast.ops.rowwise.activation.KINDS`.
     """
 
     def __init__(self, block: Any, activation: str) -> None:

@@ -27,7 +27,7 @@ from vpt_fast.hooks import (
 )
 from vpt_fast.look_ahead import prompts_of
 from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.prompt_rows import PromptRows, extend_mask, insert_rows, strip_rows
 from vpt_fast.prompted_attention import PromptedAttention

@@ -17,10 +17,10 @@ from vpt_fast.hooks import has_own_forward, hooks_version, is_watched
 from vpt_fast.methods import VAPT
 from vpt_fast.norms import is_frozen_norm, norm_of
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype
-from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
-from vpt_fast.ops.block_parts import contiguous
-from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
-from vpt_fast.ops.prompt_source import ExpertPrompts
+from vpt_fast.ops.block.add_norm import Mix, Norm, OpenSum, enter_block
+from vpt_fast.ops.block.parts import contiguous
+from vpt_fast.ops.block.prompt_source import ExpertPrompts
+from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution, project_features
 from vpt_fast.ops.tracing import is_transformed
 
 EPS = 1e-5

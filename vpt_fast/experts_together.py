@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vpt_fast.experts import PromptExperts, dropout_mask
 from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.ops.expert_folds import fold_together
+from vpt_fast.ops.experts.folds import fold_together
 
 Masks = tuple[Tensor | None, Tensor | None]
 

@@ -22,15 +22,15 @@ from vpt_fast.block_reading import BlockReading, forget, weight_slots
 from vpt_fast.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.block_body import BlockSteps
-from vpt_fast.ops.block_entry import OpenSum
-from vpt_fast.ops.block_function import run_blocks, run_traced
-from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, contiguous
-from vpt_fast.ops.operators import sites_for
-from vpt_fast.ops.prompt_keys import RowKeys
-from vpt_fast.ops.prompt_source import PromptSource
+from vpt_fast.ops.block.add_norm import OpenSum
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.function import run_blocks, run_traced
+from vpt_fast.ops.block.implementations import sites_for
+from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, contiguous
+from vpt_fast.ops.block.prompt_kv import RowKeys
+from vpt_fast.ops.block.prompt_source import PromptSource
 from vpt_fast.ops.tracing import is_traced, is_transformed
-from vpt_fast.ops.window_attention_rows import Windows
+from vpt_fast.ops.window_attention.rows import Windows
 from vpt_fast.weights_reading import WeightsReading
 
 Prompts = tuple[PromptSource | None, tuple[Tensor | None, ...]]

@@ -15,9 +15,9 @@ from vpt_fast.experts_together import sources_together
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
 from vpt_fast.hooks import has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.block_parts import BlockWeights, contiguous
-from vpt_fast.ops.prompt_keys import KeyWeights, RowKeys
-from vpt_fast.ops.prompt_source import GIVEN_KEYS, StaticPrompts
+from vpt_fast.ops.block.parts import BlockWeights, contiguous
+from vpt_fast.ops.block.prompt_kv import KeyWeights, RowKeys
+from vpt_fast.ops.block.prompt_source import GIVEN_KEYS, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
 from vpt_fast.prompts import PromptTokens
 from vpt_fast.weights_reading import WeightsReading

@@ -20,7 +20,7 @@ from vpt_fast.hooks import is_taken_over
 from vpt_fast.look_ahead import look_ahead
 from vpt_fast.methods import VAPT
 from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.tracing import any_derivative, is_transformed
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows, strip_rows

@@ -8,7 +8,7 @@ from timm.layers import LayerNorm, LayerNormFp32
 from torch import nn
 
 from vpt_fast.hooks import has_hooks, has_own_forward
-from vpt_fast.ops.block_entry import Norm
+from vpt_fast.ops.block.add_norm import Norm
 
 # A subclass may do anything.
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)

@@ -14,8 +14,8 @@ from vpt_fast.attention_inputs import (
     reads_plainly,
 )
 from vpt_fast.hooks import is_watched
-from vpt_fast.ops.absorbed_attention import absorbed_attention
-from vpt_fast.ops.attention import prompt_attention
+from vpt_fast.ops.attention.absorbed import absorbed_attention
+from vpt_fast.ops.attention.operator import prompt_attention
 from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.row_by_row import treats_rows_apart
 

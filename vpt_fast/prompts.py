@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_fast.ops.prompt_source import drop
+from vpt_fast.ops.block.prompt_source import drop
 
 
 def init_bound(patch_size: tuple[int, int], width: int) -> float:

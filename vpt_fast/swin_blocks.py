@@ -26,10 +26,10 @@ from vpt_fast.hooks import (
     is_watched,
 )
 from vpt_fast.look_ahead import prompts_of
-from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.tracing import is_transformed
-from vpt_fast.ops.window_attention import window_attention
-from vpt_fast.ops.window_attention_rows import Windows, attend_from_prompts, padding_of
+from vpt_fast.ops.window_attention.operator import window_attention
+from vpt_fast.ops.window_attention.rows import Windows, attend_from_prompts, padding_of
 from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.recompute import recomputed
 from vpt_fast.row_by_row import treats_rows_apart

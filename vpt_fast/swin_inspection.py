@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vpt_fast.ops.backend import statistics_dtype
-from vpt_fast.ops.window_attention import window_attention_operator
-from vpt_fast.ops.window_attention_rows import padding_of
+from vpt_fast.ops.window_attention.operator import window_attention_operator
+from vpt_fast.ops.window_attention.rows import padding_of
 from vpt_fast.swin_blocks import LiveRows, windows_of
 from vpt_fast.swin_stages import merge_rows
 

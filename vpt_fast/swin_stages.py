@@ -22,7 +22,7 @@ from vpt_fast.hooks import (
     is_watched,
 )
 from vpt_fast.look_ahead import look_ahead
-from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.recompute import recomputed
 from vpt_fast.swin_blocks import LiveRows, check_blocks, check_grid, fused, grid_of, windows_of
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vpt_fast.attention_inputs import check_attention
 from vpt_fast.hooks import has_own_forward, is_watched
-from vpt_fast.ops.window_attention_rows import Windows
+from vpt_fast.ops.window_attention.rows import Windows
 
 
 def through_windows(

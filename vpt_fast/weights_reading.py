@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block_body import BlockSteps
-from vpt_fast.ops.block_parts import BlockWeights, contiguous
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.parts import BlockWeights, contiguous
 from vpt_fast.ops.tracing import PLAIN
 
 _MOST_LAYOUTS = 32

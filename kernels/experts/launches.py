@@ -1,4 +1,4 @@
-"""VAPT's prompt experts on a GPU; `vpt_fast.ops.prompt_expert` says what is computed.
+"""VAPT's prompt experts on a GPU; `vpt_fast.ops.experts.operator` says what is computed.
 
     fold_*      convolution and token-wise projector as one matrix
     mix_*       the matrix times the normalised patches of the tokens

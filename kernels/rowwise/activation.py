@@ -195,7 +195,7 @@ def activation(
     launch: Launcher | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """f(h + bias), (..., C); see `vpt_fast.ops.activation`.
+    """f(h + bias), (..., C); see `vpt_fast.ops.rowwise.activation`.
 
     With `launch`, a launcher of this layout, tensors must be contiguous. `in_place` writes
     over h, and is part of the layout.

@@ -21,7 +21,7 @@ from vpt_fast.checks import check_model
 from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.models import TUNED_CLASS
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.grouped_heads import grouped_heads
+from vpt_fast.ops.rowwise.grouped_heads import grouped_heads
 
 
 class PromptBank:

@@ -24,7 +24,7 @@ from vpt_fast.baselines import LinearProbe
 from vpt_fast.fingerprint import fingerprint
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, from_dict
 from vpt_fast.ops.backend import statistics_dtype
-from vpt_fast.ops.prompt_expert import fold_convolution
+from vpt_fast.ops.experts.operator import fold_convolution
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from types import ModuleType
 
 from torch import Tensor
 
-from vpt_fast.ops import prompt_expert_reference as reference
 from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.experts import reference
 from vpt_fast.ops.registration import operator
 
 

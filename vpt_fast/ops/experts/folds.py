@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpt_fast.ops.block.implementations import implementation
+from vpt_fast.ops.experts.operator import folded_columns
 from vpt_fast.ops.frozen import apply_directly, exactly, once_differentiable
-from vpt_fast.ops.operators import implementation
-from vpt_fast.ops.prompt_expert import folded_columns
 
 
 class _Folds(torch.autograd.Function):

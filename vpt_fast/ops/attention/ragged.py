@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vpt_fast.kernels.attention.layouts import split
-from vpt_fast.ops import bank_attention_reference as reference
+from vpt_fast.ops.attention import ragged_reference as reference
 from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
 from vpt_fast.ops.registration import operator
 

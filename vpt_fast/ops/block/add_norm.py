@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.backend import in_full_precision
+from vpt_fast.ops.experts.token_mixing import mix_tokens as mix_operator
+from vpt_fast.ops.experts.token_mixing import mix_tokens_backward
 from vpt_fast.ops.frozen import once_differentiable
-from vpt_fast.ops.residual_norm import residual_norm, residual_norm_backward
-from vpt_fast.ops.token_mix import mix_tokens as mix_operator
-from vpt_fast.ops.token_mix import mix_tokens_backward
+from vpt_fast.ops.rowwise.residual_norm import residual_norm, residual_norm_backward
 
 
 class OpenSum(NamedTuple):

@@ -12,7 +12,7 @@ from types import ModuleType
 from torch import Tensor
 
 from vpt_fast.kernels.attention.layouts import split, split_prompts
-from vpt_fast.ops import attention_reference as reference
+from vpt_fast.ops.attention import reference
 from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
 from vpt_fast.ops.frozen import of_first_order
 from vpt_fast.ops.registration import operator

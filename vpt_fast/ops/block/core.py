@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.ops.block_entry import Norm, Saved, enter, entry_gradients
-from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, Kept
-from vpt_fast.ops.operators import Sites
-from vpt_fast.ops.window_attention_rows import attend_in_windows, windows_gradients
+from vpt_fast.ops.block.add_norm import Norm, Saved, enter, entry_gradients
+from vpt_fast.ops.block.implementations import Sites
+from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, Kept
+from vpt_fast.ops.window_attention.rows import attend_in_windows, windows_gradients
 
 
 class _Projection(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vpt_fast.kernels.attention.layouts import split
-from vpt_fast.ops.attention_reference import attend
+from vpt_fast.ops.attention.reference import attend
 from vpt_fast.ops.backend import statistics_dtype
 
 _ONE_REGION = 32767

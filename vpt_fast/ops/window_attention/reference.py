@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.ops import attention_reference
-from vpt_fast.ops.attention_reference import LOG2E
+from vpt_fast.ops.attention import reference as attention_reference
+from vpt_fast.ops.attention.reference import LOG2E
 from vpt_fast.ops.backend import statistics_dtype
-from vpt_fast.ops.window_attention_layout import WindowOrder, window_order
+from vpt_fast.ops.window_attention.layout import WindowOrder, window_order
 
 Pair = tuple[int, int]
 

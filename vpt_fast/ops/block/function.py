@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block_body import BlockSteps
-from vpt_fast.ops.block_entry import Saved
-from vpt_fast.ops.block_parts import BlockConfig, BlockWeights, Kept, contiguous
-from vpt_fast.ops.forward_only import run_forward
+from vpt_fast.ops.block.add_norm import Saved
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.forward_only import run_forward
+from vpt_fast.ops.block.implementations import OPERATOR_SITES
+from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, Kept, contiguous
+from vpt_fast.ops.block.prompt_kv import RowKeys, prompt_keys
 from vpt_fast.ops.frozen import (
     apply_directly,
     check_versions,
@@ -26,8 +28,6 @@ from vpt_fast.ops.frozen import (
     once_differentiable,
     versions_of,
 )
-from vpt_fast.ops.operators import OPERATOR_SITES
-from vpt_fast.ops.prompt_keys import RowKeys, prompt_keys
 from vpt_fast.ops.tracing import is_traced
 
 _WEIGHTS = len(BlockWeights._fields)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block_entry import Saved
-from vpt_fast.ops.prompt_source import PromptSource
-from vpt_fast.ops.window_attention_rows import Windows
+from vpt_fast.ops.block.add_norm import Saved
+from vpt_fast.ops.block.prompt_source import PromptSource
+from vpt_fast.ops.window_attention.rows import Windows
 
 
 class BlockWeights(NamedTuple):
@@ -52,7 +52,7 @@ class BlockConfig:
         heads: H.
         scale: factor of the attention scores.
         eps1, eps2: of norm1 and norm2.
-        activation: one of `vpt_fast.ops.activation.KINDS`.
+        activation: one of `vpt_fast.ops.rowwise.activation.KINDS`.
         memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
         source: of the block's prompts, or None.
         windows: where attention is in windows of an image's rows, or None.

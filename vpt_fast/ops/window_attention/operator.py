@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vpt_fast.ops import window_attention_reference as reference
 from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
 from vpt_fast.ops.frozen import of_first_order
 from vpt_fast.ops.registration import operator
+from vpt_fast.ops.window_attention import reference
 
 _MAX_HEAD_DIM = 128
 

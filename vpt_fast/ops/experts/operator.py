@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.kernels.experts.inputs import FeatureInputs
-from vpt_fast.ops import prompt_expert_reference as reference
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype, uses_kernels
+from vpt_fast.ops.experts import reference
 from vpt_fast.ops.frozen import of_first_order
 from vpt_fast.ops.registration import operator
 from vpt_fast.ops.tracing import is_transformed

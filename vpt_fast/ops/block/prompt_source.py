@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from vpt_fast.kernels.experts.inputs import FeatureInputs
-from vpt_fast.ops.block_entry import Norm, Saved
-from vpt_fast.ops.operators import Sites
-from vpt_fast.ops.prompt_expert import folded_columns
+from vpt_fast.ops.block.add_norm import Norm, Saved
+from vpt_fast.ops.block.implementations import Sites
+from vpt_fast.ops.experts.operator import folded_columns
 
 Tensors = Sequence[Any]
 Gradients = tuple[list[Tensor | None], tuple[Tensor, ...]]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.ops.window_attention_layout import is_padded
+from vpt_fast.ops.window_attention.layout import is_padded
 
 
 class Windows(NamedTuple):

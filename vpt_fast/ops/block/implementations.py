@@ -16,16 +16,18 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vpt_fast.kernels.experts.inputs import FeatureInputs
-from vpt_fast.ops import activation as activation_ops
-from vpt_fast.ops import attention as attention_ops
-from vpt_fast.ops import attention_reference, prompt_expert_reference, residual_norm_reference
-from vpt_fast.ops import prompt_expert as expert_ops
-from vpt_fast.ops import residual_norm as norm_ops
-from vpt_fast.ops import token_mix as mix_ops
-from vpt_fast.ops import window_attention as window_ops
-from vpt_fast.ops import window_attention_reference as window_reference
+from vpt_fast.ops.attention import operator as attention_ops
+from vpt_fast.ops.attention import reference as attention_reference
 from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.experts import operator as expert_ops
+from vpt_fast.ops.experts import reference as prompt_expert_reference
+from vpt_fast.ops.experts import token_mixing as mix_ops
+from vpt_fast.ops.rowwise import activation as activation_ops
+from vpt_fast.ops.rowwise import residual_norm as norm_ops
+from vpt_fast.ops.rowwise import residual_norm_reference
 from vpt_fast.ops.tracing import is_traced
+from vpt_fast.ops.window_attention import operator as window_ops
+from vpt_fast.ops.window_attention import reference as window_reference
 
 _MOST_LAYOUTS = 256
 """Layouts of blocks that are remembered, of all models together."""

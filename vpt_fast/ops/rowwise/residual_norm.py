@@ -14,9 +14,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vpt_fast.ops import residual_norm_reference as reference
 from vpt_fast.ops.backend import statistics_dtype, uses_kernels
 from vpt_fast.ops.registration import operator
+from vpt_fast.ops.rowwise import residual_norm_reference as reference
 
 
 def _implementation(tensor: Tensor) -> ModuleType:

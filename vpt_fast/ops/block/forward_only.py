@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.ops.block_body import BlockSteps
-from vpt_fast.ops.operators import Function, PlannedSites, Sites
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.implementations import Function, PlannedSites, Sites
 
 _OVER_THE_LAST = ("residual_norm", "attention", "window_attention")
 """Operations whose kernels take results of theirs to write over."""
