@@ -1,27 +1,17 @@
-"""What can be tuned: one frozen dataclass per method.
+"""The prompt methods: one frozen dataclass each.
 
 VPT-Shallow and VPT-Deep are section 3.2 of "Visual Prompt Tuning" (ECCV 2022, arXiv 2203.12119);
 where prompts stand and how deep they go is ablated in its section 4.3. VAPT is section 4 of
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936).
-What they are compared with is in `baselines`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
-from vpt_fast.baselines import (
-    AdapterTuning,
-    Baseline,
-    BiasTuning,
-    FullTuning,
-    LinearProbe,
-    MLPHead,
-    PartialTuning,
-)
-from vpt_fast.method_fields import check_count, check_dropout, check_flag
+from vpt_fast.methods.fields import check_count, check_dropout, check_flag
 
 
 def _check_prompts(method: VPTShallow | VPTDeep) -> None:
@@ -178,54 +168,3 @@ class VAPT:
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
         """Indices of the blocks, of `depth`, that get prompts: all of them."""
         return tuple(range(depth)) if self.num_prompts else ()
-
-
-Method = Baseline | VPTShallow | VPTDeep | VAPT
-
-METHODS: dict[str, type[Method]] = {
-    cls.name: cls
-    for cls in (
-        LinearProbe,
-        VPTShallow,
-        VPTDeep,
-        VAPT,
-        MLPHead,
-        PartialTuning,
-        BiasTuning,
-        AdapterTuning,
-        FullTuning,
-    )
-}
-
-
-def check_method(method: Any) -> Method:
-    """Return `method`, or raise TypeError if it is not one of this module's dataclasses."""
-    if type(method) not in METHODS.values():
-        known = ", ".join(f"{cls.__name__}()" for cls in METHODS.values())
-        raise TypeError(f"method must be one of {known}; got {method!r}")
-    return method
-
-
-def to_dict(method: Method) -> dict[str, Any]:
-    """Plain JSON-ready form: the method's name and its fields."""
-    values = asdict(method)
-    if values.get("blocks") is not None:
-        values["blocks"] = list(values["blocks"])
-    return {"name": method.name, **values}
-
-
-def from_dict(values: Mapping[str, Any]) -> Method:
-    """The method that `to_dict` wrote.
-
-    Raises:
-        ValueError: unknown name or field.
-    """
-    values = dict(values)
-    name = values.pop("name", None)
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    cls = METHODS[name]
-    unknown = sorted(set(values) - {f.name for f in fields(cls)})
-    if unknown:
-        raise ValueError(f"{name} has no field {unknown[0]!r}; was it written by a newer version?")
-    return cls(**values)

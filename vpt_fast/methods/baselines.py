@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vpt_fast.method_fields import check_count
+from vpt_fast.methods.fields import check_count
 
 # timm's names of what comes after the blocks: final norm, attention pooling, norm of the pooled.
 _AFTER_BLOCKS = ("norm.", "attn_pool.", "fc_norm.")
