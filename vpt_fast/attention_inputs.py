@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.modules.hooks import has_hooks, has_own_forward
 
 
 def is_normed(attn: Any) -> bool:

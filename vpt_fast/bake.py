@@ -19,10 +19,10 @@ from vpt_fast.baked import (
     BakedVisionTransformerDistilled,
 )
 from vpt_fast.blocks import PromptedBlock
-from vpt_fast.experts import PromptExperts
 from vpt_fast.fold import unfold_backbone
-from vpt_fast.hooks import has_hooks, has_own_forward
 from vpt_fast.models import PLAIN_PARTS, TUNED_CLASS
+from vpt_fast.modules.experts import PromptExperts
+from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.tuned import TuneRecord, is_tuned, take_out
 
 _PLAIN_CLASS: dict[type[Any], type[VisionTransformer]] = {

@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
-from vpt_fast.experts import takes_experts
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Use
-from vpt_fast.hooks import (
+from vpt_fast.look_ahead import prompts_of
+from vpt_fast.modules.experts import takes_experts
+from vpt_fast.modules.hooks import (
     call_compiled,
     has_compiled_call,
     has_hooks,
     has_own_forward,
     is_watched,
 )
-from vpt_fast.look_ahead import prompts_of
+from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.prompt_rows import PromptRows, extend_mask, insert_rows, strip_rows
 from vpt_fast.prompted_attention import PromptedAttention
 from vpt_fast.recompute import recomputed
-from vpt_fast.row_by_row import treats_rows_apart
 
 
 class PromptedBlock(Block):

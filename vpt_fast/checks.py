@@ -13,7 +13,7 @@ from vpt_fast.check_parts import Parts, check_apart, check_parts, name_of, refus
 from vpt_fast.methods import VAPT, Method
 from vpt_fast.methods.baselines import AdapterTuning, BiasTuning, MLPHead, PartialTuning
 from vpt_fast.models import TUNED_CLASS
-from vpt_fast.row_by_row import ROW_NORMS
+from vpt_fast.modules.row_by_row import ROW_NORMS
 from vpt_fast.swin_checks import check_swin
 from vpt_fast.swin_models import TUNED_CLASS as TUNED_SWIN
 from vpt_fast.tuned import blocks_of, check_pooling, is_tuned

@@ -19,8 +19,8 @@ from torch.nn.modules import module as nn_module
 
 from vpt_fast.attention_inputs import computes_as_timms
 from vpt_fast.block_reading import BlockReading, forget, weight_slots
-from vpt_fast.hooks import has_hooks, has_own_forward, with_descendants
-from vpt_fast.norms import is_layer_norm
+from vpt_fast.modules.hooks import has_hooks, has_own_forward, with_descendants
+from vpt_fast.modules.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.block.core import BlockSteps

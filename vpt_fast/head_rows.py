@@ -11,8 +11,8 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.hooks import HookWatch, has_hooks, has_own_forward, with_descendants
-from vpt_fast.row_by_row import ROW_NORMS
+from vpt_fast.modules.hooks import HookWatch, has_hooks, has_own_forward, with_descendants
+from vpt_fast.modules.row_by_row import ROW_NORMS
 
 _AFTER_BLOCKS = ("norm", "fc_norm", "head_drop", "head_hidden", "head", "head_dist")
 

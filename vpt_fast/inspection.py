@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vpt_fast.attention_inputs import projected
 from vpt_fast.blocks import PromptedBlock
-from vpt_fast.experts import PromptExperts
 from vpt_fast.methods.baselines import Baseline, LinearProbe
+from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.ops.backend import in_full_precision
 from vpt_fast.prompt_rows import insert_rows, strip_rows
 from vpt_fast.swin_inspection import window_shares

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from vpt_fast.block_reading import BlockReading, BlocksReading, read_together
-from vpt_fast.experts import PromptExperts
-from vpt_fast.experts_together import sources_together
 from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
-from vpt_fast.hooks import has_compiled_call, has_hooks, has_own_forward
+from vpt_fast.modules.experts import PromptExperts
+from vpt_fast.modules.experts_together import sources_together
+from vpt_fast.modules.hooks import has_compiled_call, has_hooks, has_own_forward
+from vpt_fast.modules.prompt_tokens import PromptTokens
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block.parts import BlockWeights, contiguous
 from vpt_fast.ops.block.prompt_kv import KeyWeights, RowKeys
 from vpt_fast.ops.block.prompt_source import GIVEN_KEYS, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
-from vpt_fast.prompts import PromptTokens
 from vpt_fast.weights_reading import WeightsReading
 
 _form = attrgetter("shape", "dtype", "device")

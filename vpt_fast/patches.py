@@ -16,7 +16,7 @@ from timm.layers.format import Format
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.hooks import has_compiled_call, has_hooks, has_own_forward
+from vpt_fast.modules.hooks import has_compiled_call, has_hooks, has_own_forward
 
 
 def embedded_patches(patch_embed: Any, images: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from vpt_fast.attention_inputs import (
     prompt_keys_values,
     reads_plainly,
 )
-from vpt_fast.hooks import is_watched
+from vpt_fast.modules.hooks import is_watched
+from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.attention.absorbed import absorbed_attention
 from vpt_fast.ops.attention.operator import prompt_attention
 from vpt_fast.ops.tracing import is_transformed
-from vpt_fast.row_by_row import treats_rows_apart
 
 # Query rows up to which keys and values are not worth making. A model's head reads one or two.
 _FEW_QUERIES = 2

@@ -12,12 +12,12 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from vpt_fast.baseline_layers import BottleneckAdapter
-from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.capture import CannotRecord, is_recording
+from vpt_fast.modules.baseline_layers import BottleneckAdapter
+from vpt_fast.modules.experts import FeatureProjector, PromptExperts
+from vpt_fast.modules.prompt_tokens import PromptTokens
 from vpt_fast.ops.frozen import check_versions, versions_of
 from vpt_fast.ops.tracing import is_transformed
-from vpt_fast.prompts import PromptTokens
 
 # Modules that draw nothing in training either; their children are looked at apart.
 _QUIET = (

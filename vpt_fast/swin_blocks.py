@@ -19,20 +19,20 @@ from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
 from vpt_fast.attention_inputs import check_attention, projected, reads_plainly
-from vpt_fast.experts import PromptExperts, takes_experts
 from vpt_fast.fused_block import Fused, Use
-from vpt_fast.hooks import (
+from vpt_fast.look_ahead import prompts_of
+from vpt_fast.modules.experts import PromptExperts, takes_experts
+from vpt_fast.modules.hooks import (
     has_own_forward,
     is_watched,
 )
-from vpt_fast.look_ahead import prompts_of
+from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.ops.window_attention.operator import window_attention
 from vpt_fast.ops.window_attention.rows import Windows, attend_from_prompts, padding_of
 from vpt_fast.prompt_rows import PromptRows
 from vpt_fast.recompute import recomputed
-from vpt_fast.row_by_row import treats_rows_apart
 from vpt_fast.swin_windows import attend_beside, is_plain_softmax, through_windows
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from vpt_fast.check_parts import Parts, check_apart, check_parts, name_of, refuse
 from vpt_fast.methods import VAPT, Method
-from vpt_fast.row_by_row import ROW_NORMS
+from vpt_fast.modules.row_by_row import ROW_NORMS
 from vpt_fast.swin_models import grids_of
 from vpt_fast.tuned import blocks_of
 

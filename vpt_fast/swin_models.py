@@ -15,11 +15,11 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from vpt_fast.baseline_layers import new_classifier
-from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.graphs.block_graphs import replayed
-from vpt_fast.hooks import is_taken_over
 from vpt_fast.methods import VAPT
+from vpt_fast.modules.baseline_layers import new_classifier
+from vpt_fast.modules.experts import FeatureProjector, PromptExperts
+from vpt_fast.modules.hooks import is_taken_over
 from vpt_fast.ops.tracing import any_derivative, is_transformed
 from vpt_fast.patches import embedded_patches
 from vpt_fast.prompt_rows import PromptRows

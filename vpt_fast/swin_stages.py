@@ -12,7 +12,8 @@ from torch.nn.modules import module as nn_module
 
 from vpt_fast import fused_block
 from vpt_fast.fused_block import Use
-from vpt_fast.hooks import (
+from vpt_fast.look_ahead import look_ahead
+from vpt_fast.modules.hooks import (
     call_compiled,
     has_compiled_call,
     has_hooks,
@@ -21,7 +22,6 @@ from vpt_fast.hooks import (
     is_taken_over,
     is_watched,
 )
-from vpt_fast.look_ahead import look_ahead
 from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.recompute import recomputed
 from vpt_fast.swin_blocks import LiveRows, check_blocks, check_grid, fused, grid_of, windows_of

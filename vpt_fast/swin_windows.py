@@ -16,7 +16,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from torch import Tensor, nn
 
 from vpt_fast.attention_inputs import check_attention
-from vpt_fast.hooks import has_own_forward, is_watched
+from vpt_fast.modules.hooks import has_own_forward, is_watched
 from vpt_fast.ops.window_attention.rows import Windows
 
 

@@ -9,13 +9,13 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
-from vpt_fast.baseline_layers import BottleneckAdapter
 from vpt_fast.block_reading import forget
-from vpt_fast.experts import FeatureProjector, PromptExperts
 from vpt_fast.fold import FoldRecord, unfold_before_loading
 from vpt_fast.graphs.block_graphs import BlockGraphs
 from vpt_fast.methods import Method
-from vpt_fast.prompts import PromptTokens
+from vpt_fast.modules.baseline_layers import BottleneckAdapter
+from vpt_fast.modules.experts import FeatureProjector, PromptExperts
+from vpt_fast.modules.prompt_tokens import PromptTokens
 from vpt_fast.sharing import remember
 
 ADDED = ("prompt_projection", "prompt_projector", "head_hidden")

@@ -20,10 +20,10 @@ from vpt_fast.attention_inputs import attention_tokens, packed_prompts
 from vpt_fast.bank.places import Places
 from vpt_fast.bank.task_experts import ExpertGroup
 from vpt_fast.blocks import is_fusable
-from vpt_fast.experts import EPS
 from vpt_fast.fused_block import Use, block_config, block_weights
 from vpt_fast.head_rows import rows_read
-from vpt_fast.norms import is_layer_norm, norm_of
+from vpt_fast.modules.experts import EPS
+from vpt_fast.modules.norms import is_layer_norm, norm_of
 from vpt_fast.ops.attention.ragged import bank_attention
 from vpt_fast.ops.backend import (
     computing_dtype,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast.block_reading import copies_of
-from vpt_fast.hooks import hooks_of
+from vpt_fast.modules.hooks import hooks_of
 
 # Attributes of modules that drop something at random: probabilities.
 _CHANCES = ("p", "drop_prob", "dropout", "channel_dropout")

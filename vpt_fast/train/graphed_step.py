@@ -21,7 +21,7 @@ from vpt_fast.graphs.capture import (
     capture_for,
 )
 from vpt_fast.graphs.watched import Watched, numeric_modes
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.train.parallel import world_size
 
 Part = Callable[[Tensor, Tensor, int, Any], Tensor]

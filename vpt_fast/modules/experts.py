@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_fast.hooks import has_own_forward, hooks_version, is_watched
 from vpt_fast.methods import VAPT
-from vpt_fast.norms import is_frozen_norm, norm_of
+from vpt_fast.modules.hooks import has_own_forward, hooks_version, is_watched
+from vpt_fast.modules.norms import is_frozen_norm, norm_of
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype
 from vpt_fast.ops.block.add_norm import Mix, Norm, OpenSum, enter_block
 from vpt_fast.ops.block.parts import contiguous

@@ -6,8 +6,8 @@ from timm import layers
 from timm.models.vision_transformer import LayerScale
 from torch import nn
 
-from vpt_fast.baseline_layers import BottleneckAdapter
-from vpt_fast.hooks import has_own_forward, with_descendants
+from vpt_fast.modules.baseline_layers import BottleneckAdapter
+from vpt_fast.modules.hooks import has_own_forward, with_descendants
 
 
 def _there(module: object, *names: str) -> tuple[type[nn.Module], ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vpt_fast.experts import PromptExperts, dropout_mask
+from vpt_fast.modules.experts import PromptExperts, dropout_mask
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.experts.folds import fold_together
 

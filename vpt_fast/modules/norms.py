@@ -7,7 +7,7 @@ from typing import Any
 from timm.layers import LayerNorm, LayerNormFp32
 from torch import nn
 
-from vpt_fast.hooks import has_hooks, has_own_forward
+from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.ops.block.add_norm import Norm
 
 # A subclass may do anything.
