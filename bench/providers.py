@@ -34,8 +34,8 @@ from vpt_fast.eager import (
     require_gradient,
     without_prompts,
 )
+from vpt_fast.models.tuned import blocks_of
 from vpt_fast.swin_eager import ConcatenatedWindows
-from vpt_fast.tuned import blocks_of
 
 OURS = "vpt_fast"
 PUBLISHED = "published"

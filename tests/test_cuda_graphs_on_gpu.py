@@ -10,7 +10,7 @@ from pictures import backbone
 from torch.nn import functional as F
 
 from vpt_fast import VAPT, AdapterTuning, VPTDeep, prompt_tune
-from vpt_fast.graphs.block_graphs import BlockGraphs
+from vpt_fast.models.graphs.block_graphs import BlockGraphs
 from vpt_fast.train.data import Batch
 from vpt_fast.train.graphed_step import StepGraphs
 from vpt_fast.train.recipe import Recipe

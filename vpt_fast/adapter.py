@@ -39,8 +39,8 @@ from vpt_fast.checks import check_model
 from vpt_fast.fingerprint import difference, fingerprint
 from vpt_fast.fixed_image import seen_differently, seen_in_fixed_image
 from vpt_fast.methods import from_dict, to_dict
+from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.tune import host_copy, prompt_tune, remove_prompts, trainable_parameters
-from vpt_fast.tuned import blocks_of, is_tuned
 
 Model = TypeVar("Model", bound=nn.Module)
 _EQUAL = 1e-6  # relative to the norm: between fingerprints of the same weights

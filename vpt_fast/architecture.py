@@ -14,7 +14,7 @@ from timm.layers import DropPath, PatchDropout
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from vpt_fast.tuned import ADDED
+from vpt_fast.models.tuned import ADDED
 
 Description = Mapping[str, Any]
 """Plain attributes by their name in the model, and the class of norms and activations by the

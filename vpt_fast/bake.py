@@ -18,12 +18,12 @@ from vpt_fast.baked import (
     BakedVisionTransformer,
     BakedVisionTransformerDistilled,
 )
-from vpt_fast.blocks import PromptedBlock
-from vpt_fast.fold import unfold_backbone
-from vpt_fast.models import PLAIN_PARTS, TUNED_CLASS
+from vpt_fast.models.fold import unfold_backbone
+from vpt_fast.models.tuned import TuneRecord, is_tuned, take_out
+from vpt_fast.models.vit.blocks import PromptedBlock
+from vpt_fast.models.vit.model import PLAIN_PARTS, TUNED_CLASS
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
-from vpt_fast.tuned import TuneRecord, is_tuned, take_out
 
 _PLAIN_CLASS: dict[type[Any], type[VisionTransformer]] = {
     tuned: plain for plain, tuned in TUNED_CLASS.items()

@@ -15,11 +15,11 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vpt_fast.attention_inputs import attention_tokens, packed_prompts
-from vpt_fast.head_rows import rows_read
 from vpt_fast.kernels.attention.layouts import split
+from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
+from vpt_fast.models.prompt_rows import insert_rows, strip_rows
+from vpt_fast.models.vit.head_rows import rows_read
 from vpt_fast.ops.backend import statistics_dtype
-from vpt_fast.prompt_rows import insert_rows, strip_rows
 
 
 class BakedAttention(Attention):

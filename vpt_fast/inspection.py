@@ -17,14 +17,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from vpt_fast.attention_inputs import projected
-from vpt_fast.blocks import PromptedBlock
 from vpt_fast.methods.baselines import Baseline, LinearProbe
+from vpt_fast.models.attention_inputs import projected
+from vpt_fast.models.prompt_rows import insert_rows, strip_rows
+from vpt_fast.models.tuned import blocks_of, is_tuned
+from vpt_fast.models.vit.blocks import PromptedBlock
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.ops.backend import in_full_precision
-from vpt_fast.prompt_rows import insert_rows, strip_rows
 from vpt_fast.swin_inspection import window_shares
-from vpt_fast.tuned import blocks_of, is_tuned
 
 
 @dataclass(frozen=True)

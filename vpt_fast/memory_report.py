@@ -28,10 +28,10 @@ from vpt_fast.memory_profile import (
     words,
 )
 from vpt_fast.methods import VAPT, Method, VPTDeep
+from vpt_fast.models.tuned import blocks_of
 from vpt_fast.report_folder import ReportFolder, write_csv
 from vpt_fast.train import backbone as backbones
 from vpt_fast.train.report import format_table
-from vpt_fast.tuned import blocks_of
 
 TABLE_FILE, PICTURE_FILE = "memory.csv", "memory.png"
 HEADER = (

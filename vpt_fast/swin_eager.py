@@ -15,8 +15,8 @@ from timm.models.swin_transformer import SwinTransformer, window_partition, wind
 from torch import Tensor, nn
 
 from vpt_fast.methods import VPTDeep, VPTShallow
+from vpt_fast.models.tuned import blocks_of
 from vpt_fast.modules.prompt_tokens import init_bound
-from vpt_fast.tuned import blocks_of
 
 
 class ConcatenatedWindows(nn.Module):

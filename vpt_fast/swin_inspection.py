@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpt_fast.models.swin.blocks import LiveRows, windows_of
+from vpt_fast.models.swin.stages import merge_rows
 from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.window_attention.operator import window_attention_operator
 from vpt_fast.ops.window_attention.rows import padding_of
-from vpt_fast.swin_blocks import LiveRows, windows_of
-from vpt_fast.swin_stages import merge_rows
 
 LOG2E = math.log2(math.e)
 

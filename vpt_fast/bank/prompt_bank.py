@@ -18,7 +18,7 @@ from vpt_fast.bank.read_task import Backbone, BankTask, TaskTensors, read_task
 from vpt_fast.bank.shared_pass import features
 from vpt_fast.checks import check_model
 from vpt_fast.methods.baselines import LinearProbe
-from vpt_fast.models import TUNED_CLASS
+from vpt_fast.models.vit.model import TUNED_CLASS
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.rowwise.grouped_heads import grouped_heads

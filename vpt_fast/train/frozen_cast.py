@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from vpt_fast.attention_inputs import is_normed
+from vpt_fast.models.attention_inputs import is_normed
+from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.tuned import blocks_of, is_tuned
 
 
 class FrozenCast:

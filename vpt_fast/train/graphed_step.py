@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpt_fast.graphs.capture import (
+from vpt_fast.models.graphs.capture import (
     CannotRecord,
     Capture,
     MakeCapture,
     Replay,
     capture_for,
 )
-from vpt_fast.graphs.watched import Watched, numeric_modes
+from vpt_fast.models.graphs.watched import Watched, numeric_modes
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.train.parallel import world_size
 

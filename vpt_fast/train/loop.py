@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from vpt_fast import trainable_parameters
 from vpt_fast.methods import to_dict
+from vpt_fast.models.tuned import is_tuned
 from vpt_fast.train.checkpoint import (
     State,
     load_checkpoint,
@@ -42,7 +43,6 @@ from vpt_fast.train.parallel import gathered, rank, world_size
 from vpt_fast.train.recipe import Recipe, head_layers
 from vpt_fast.train.split import some
 from vpt_fast.train.step import TrainStep
-from vpt_fast.tuned import is_tuned
 
 SaveAdapter = Callable[[nn.Module, Path], Any]
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from vpt_fast import count_parameters, prompt_tune, remove_prompts, save_adapter
 from vpt_fast.methods import Method
+from vpt_fast.models.tuned import is_tuned
 from vpt_fast.train.evaluate import TrainingError, evaluate
 from vpt_fast.train.loop import fit
 from vpt_fast.train.prefix_cache import (
@@ -27,7 +28,6 @@ from vpt_fast.train.recipe import Recipe, init_head
 from vpt_fast.train.report import directory_size
 from vpt_fast.train.sweep import Outcome
 from vpt_fast.train.sweep_data import SweepData
-from vpt_fast.tuned import is_tuned
 
 _EVAL_BATCH = 100
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpt_fast.block_reading import BlockReading, BlocksReading, read_together
-from vpt_fast.fused_block import NO_PROMPTS, Fused, Prompts
+from vpt_fast.models.fusion.block_reading import BlockReading, BlocksReading, read_together
+from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Prompts
+from vpt_fast.models.fusion.weights_reading import WeightsReading
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.experts_together import sources_together
 from vpt_fast.modules.hooks import has_compiled_call, has_hooks, has_own_forward
@@ -20,7 +21,6 @@ from vpt_fast.ops.block.parts import BlockWeights, contiguous
 from vpt_fast.ops.block.prompt_kv import KeyWeights, RowKeys
 from vpt_fast.ops.block.prompt_source import GIVEN_KEYS, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
-from vpt_fast.weights_reading import WeightsReading
 
 _form = attrgetter("shape", "dtype", "device")
 

@@ -15,9 +15,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast import fused_block
-from vpt_fast.fused_block import NO_PROMPTS, Fused, Use
-from vpt_fast.look_ahead import prompts_of
+from vpt_fast.models.fusion import fused_block
+from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
+from vpt_fast.models.fusion.look_ahead import prompts_of
+from vpt_fast.models.prompt_rows import PromptRows, extend_mask, insert_rows, strip_rows
+from vpt_fast.models.recompute import recomputed
+from vpt_fast.models.vit.attention import PromptedAttention
 from vpt_fast.modules.experts import takes_experts
 from vpt_fast.modules.hooks import (
     call_compiled,
@@ -30,9 +33,6 @@ from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.tracing import is_transformed
-from vpt_fast.prompt_rows import PromptRows, extend_mask, insert_rows, strip_rows
-from vpt_fast.prompted_attention import PromptedAttention
-from vpt_fast.recompute import recomputed
 
 
 class PromptedBlock(Block):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpt_fast.graphs.capture import CannotRecord, Capture
-from vpt_fast.graphs.watched import Trained, Watched
+from vpt_fast.models.graphs.capture import CannotRecord, Capture
+from vpt_fast.models.graphs.watched import Trained, Watched
 from vpt_fast.ops.frozen import once_differentiable
 
 

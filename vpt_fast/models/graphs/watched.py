@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.block_reading import copies_of
+from vpt_fast.models.fusion.block_reading import copies_of
 from vpt_fast.modules.hooks import hooks_of
 
 # Attributes of modules that drop something at random: probabilities.

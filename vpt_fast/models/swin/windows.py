@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
-from vpt_fast.attention_inputs import check_attention
+from vpt_fast.models.attention_inputs import check_attention
 from vpt_fast.modules.hooks import has_own_forward, is_watched
 from vpt_fast.ops.window_attention.rows import Windows
 

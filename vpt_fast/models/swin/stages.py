@@ -10,9 +10,18 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerStage
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast import fused_block
-from vpt_fast.fused_block import Use
-from vpt_fast.look_ahead import look_ahead
+from vpt_fast.models.fusion import fused_block
+from vpt_fast.models.fusion.fused_block import Use
+from vpt_fast.models.fusion.look_ahead import look_ahead
+from vpt_fast.models.recompute import recomputed
+from vpt_fast.models.swin.blocks import (
+    LiveRows,
+    check_blocks,
+    check_grid,
+    fused,
+    grid_of,
+    windows_of,
+)
 from vpt_fast.modules.hooks import (
     call_compiled,
     has_compiled_call,
@@ -23,8 +32,6 @@ from vpt_fast.modules.hooks import (
     is_watched,
 )
 from vpt_fast.ops.block.add_norm import OpenSum
-from vpt_fast.recompute import recomputed
-from vpt_fast.swin_blocks import LiveRows, check_blocks, check_grid, fused, grid_of, windows_of
 
 
 class PromptedSwinStage(SwinTransformerStage):

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from vpt_fast.models.fusion.weights_reading import Memory, WeightsReading
 from vpt_fast.modules.hooks import HookWatch, with_descendants
 from vpt_fast.ops.block.parts import BlockWeights
-from vpt_fast.weights_reading import Memory, WeightsReading
 
 _NOTHING: dict[str, Any] = {}
 

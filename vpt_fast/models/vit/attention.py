@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor
 
-from vpt_fast.attention_inputs import (
+from vpt_fast.models.attention_inputs import (
     attention_tokens,
     check_attention,
     is_normed,

@@ -12,7 +12,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from vpt_fast.graphs.capture import CannotRecord, is_recording
+from vpt_fast.models.graphs.capture import CannotRecord, is_recording
 from vpt_fast.modules.baseline_layers import BottleneckAdapter
 from vpt_fast.modules.experts import FeatureProjector, PromptExperts
 from vpt_fast.modules.prompt_tokens import PromptTokens

@@ -17,10 +17,13 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast import fused_block
-from vpt_fast.attention_inputs import check_attention, projected, reads_plainly
-from vpt_fast.fused_block import Fused, Use
-from vpt_fast.look_ahead import prompts_of
+from vpt_fast.models.attention_inputs import check_attention, projected, reads_plainly
+from vpt_fast.models.fusion import fused_block
+from vpt_fast.models.fusion.fused_block import Fused, Use
+from vpt_fast.models.fusion.look_ahead import prompts_of
+from vpt_fast.models.prompt_rows import PromptRows
+from vpt_fast.models.recompute import recomputed
+from vpt_fast.models.swin.windows import attend_beside, is_plain_softmax, through_windows
 from vpt_fast.modules.experts import PromptExperts, takes_experts
 from vpt_fast.modules.hooks import (
     has_own_forward,
@@ -31,9 +34,6 @@ from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.ops.window_attention.operator import window_attention
 from vpt_fast.ops.window_attention.rows import Windows, attend_from_prompts, padding_of
-from vpt_fast.prompt_rows import PromptRows
-from vpt_fast.recompute import recomputed
-from vpt_fast.swin_windows import attend_beside, is_plain_softmax, through_windows
 
 
 class LiveRows:

@@ -21,7 +21,7 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
-from vpt_fast.attention_inputs import reads_plainly
+from vpt_fast.models.attention_inputs import reads_plainly
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,14 +9,14 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
-from vpt_fast.block_reading import forget
-from vpt_fast.fold import FoldRecord, unfold_before_loading
-from vpt_fast.graphs.block_graphs import BlockGraphs
 from vpt_fast.methods import Method
+from vpt_fast.models.fold import FoldRecord, unfold_before_loading
+from vpt_fast.models.fusion.block_reading import forget
+from vpt_fast.models.graphs.block_graphs import BlockGraphs
+from vpt_fast.models.sharing import remember
 from vpt_fast.modules.baseline_layers import BottleneckAdapter
 from vpt_fast.modules.experts import FeatureProjector, PromptExperts
 from vpt_fast.modules.prompt_tokens import PromptTokens
-from vpt_fast.sharing import remember
 
 ADDED = ("prompt_projection", "prompt_projector", "head_hidden")
 """What methods add to the model itself, beside the parameter `prompt_tokens`."""

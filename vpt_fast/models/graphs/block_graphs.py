@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from vpt_fast.graphs.capture import (
+from vpt_fast.models.graphs.capture import (
     CannotRecord,
     Capture,
     MakeCapture,
     capture_for,
     is_recording,
 )
-from vpt_fast.graphs.recorded import Flight, Recorded
-from vpt_fast.graphs.watched import Watched, numeric_modes
+from vpt_fast.models.graphs.recorded import Flight, Recorded
+from vpt_fast.models.graphs.watched import Watched, numeric_modes
 
 PARTS = ("blocks", "layers", "prompt_projection", "prompt_projector", "prompt_tokens")
 """The children and parameters of a model that its blocks use."""

@@ -17,8 +17,9 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.attention_inputs import computes_as_timms
-from vpt_fast.block_reading import BlockReading, forget, weight_slots
+from vpt_fast.models.attention_inputs import computes_as_timms
+from vpt_fast.models.fusion.block_reading import BlockReading, forget, weight_slots
+from vpt_fast.models.fusion.weights_reading import WeightsReading
 from vpt_fast.modules.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.modules.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype
@@ -31,7 +32,6 @@ from vpt_fast.ops.block.prompt_kv import RowKeys
 from vpt_fast.ops.block.prompt_source import PromptSource
 from vpt_fast.ops.tracing import is_traced, is_transformed
 from vpt_fast.ops.window_attention.rows import Windows
-from vpt_fast.weights_reading import WeightsReading
 
 Prompts = tuple[PromptSource | None, tuple[Tensor | None, ...]]
 """Where a block's prompts come from, and the tensors that they are made of."""

@@ -15,22 +15,22 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from vpt_fast.graphs.block_graphs import replayed
 from vpt_fast.methods import VAPT
-from vpt_fast.modules.baseline_layers import new_classifier
-from vpt_fast.modules.experts import FeatureProjector, PromptExperts
-from vpt_fast.modules.hooks import is_taken_over
-from vpt_fast.ops.tracing import any_derivative, is_transformed
-from vpt_fast.patches import embedded_patches
-from vpt_fast.prompt_rows import PromptRows
-from vpt_fast.swin_blocks import (
+from vpt_fast.models.graphs.block_graphs import replayed
+from vpt_fast.models.patches import embedded_patches
+from vpt_fast.models.prompt_rows import PromptRows
+from vpt_fast.models.swin.blocks import (
     LiveRows,
     PromptedSwinBlock,
     PromptedWindowAttention,
     check_blocks,
 )
-from vpt_fast.swin_stages import PromptedSwinStage
-from vpt_fast.tuned import Tuned, blocks_of, check_pooling
+from vpt_fast.models.swin.stages import PromptedSwinStage
+from vpt_fast.models.tuned import Tuned, blocks_of, check_pooling
+from vpt_fast.modules.baseline_layers import new_classifier
+from vpt_fast.modules.experts import FeatureProjector, PromptExperts
+from vpt_fast.modules.hooks import is_taken_over
+from vpt_fast.ops.tracing import any_derivative, is_transformed
 
 
 class PromptedSwinTransformer(Tuned, SwinTransformer):

@@ -10,22 +10,22 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vpt_fast.blocks import PromptedBlock, fused, through_block
-from vpt_fast.fused_block import Use, run_together
-from vpt_fast.graphs.block_graphs import replayed
-from vpt_fast.head_rows import HeadReading
-from vpt_fast.look_ahead import look_ahead
 from vpt_fast.methods import VAPT
+from vpt_fast.models.fusion.fused_block import Use, run_together
+from vpt_fast.models.fusion.look_ahead import look_ahead
+from vpt_fast.models.graphs.block_graphs import replayed
+from vpt_fast.models.patches import embedded_patches
+from vpt_fast.models.prompt_rows import PromptRows, strip_rows
+from vpt_fast.models.tuned import Tuned, check_pooling
+from vpt_fast.models.vit.attention import PromptedAttention
+from vpt_fast.models.vit.blocks import PromptedBlock, fused, through_block
+from vpt_fast.models.vit.head_rows import HeadReading
 from vpt_fast.modules.baseline_layers import new_classifier
 from vpt_fast.modules.experts import FeatureProjector, PromptExperts
 from vpt_fast.modules.hooks import is_taken_over
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.tracing import any_derivative, is_transformed
-from vpt_fast.patches import embedded_patches
-from vpt_fast.prompt_rows import PromptRows, strip_rows
-from vpt_fast.prompted_attention import PromptedAttention
-from vpt_fast.tuned import Tuned, check_pooling
 
 
 class _PromptedModel(Tuned, VisionTransformer):
