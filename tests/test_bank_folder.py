@@ -15,7 +15,7 @@ from adapter_editing import rewrite_config, rewrite_tensors
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 from examples.serve.trial import write_adapters
-from vpt_fast.adapter_files import CONFIG_FILE, TENSORS_FILE
+from vpt_fast.adapter.files import CONFIG_FILE, TENSORS_FILE
 from vpt_fast.train.bank_folder import open_bank
 
 

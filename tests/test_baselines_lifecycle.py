@@ -31,7 +31,7 @@ from vpt_fast import (
     save_adapter,
     trainable_parameters,
 )
-from vpt_fast.adapter_files import read_config
+from vpt_fast.adapter.files import read_config
 from vpt_fast.eager import concatenated
 from vpt_fast.inspection import attention_shares
 from vpt_fast.memory import provided

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from vpt_fast.adapter_files import read_config
+from vpt_fast.adapter.files import read_config
 from vpt_fast.cli import app
 from vpt_fast.train import demo, demo_study, demo_task
 from vpt_fast.train.backbone import data_config_of

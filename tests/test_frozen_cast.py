@@ -23,7 +23,7 @@ from vpt_fast import (
     prompt_tune,
     remove_prompts,
 )
-from vpt_fast.fingerprint import fingerprint
+from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.train.data import make_loader
 from vpt_fast.train.evaluate import evaluate
 from vpt_fast.train.frozen_cast import FrozenCast, frozen_weights

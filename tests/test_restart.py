@@ -18,7 +18,7 @@ from pictures import backbone
 from test_loop import pictures
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune, save_adapter
-from vpt_fast.adapter_files import TENSORS_FILE
+from vpt_fast.adapter.files import TENSORS_FILE
 from vpt_fast.train.checkpoint import FILE, load_checkpoint, save_checkpoint
 from vpt_fast.train.data import Batch, make_loader
 from vpt_fast.train.digest import digest

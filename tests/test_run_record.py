@@ -13,7 +13,7 @@ import torch
 from pictures import CLASSES, make_folders, write_checkpoint
 
 from vpt_fast import VAPT, VPTDeep
-from vpt_fast.adapter_files import TENSORS_FILE
+from vpt_fast.adapter.files import TENSORS_FILE
 from vpt_fast.train import loop
 from vpt_fast.train import run as run_module
 from vpt_fast.train.augmentation import Augmentation

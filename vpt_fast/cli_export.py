@@ -11,7 +11,7 @@ import typer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vpt_fast.atomic import atomic_file
+from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.bake import bake
 from vpt_fast.cli_adapters import Adapter
 from vpt_fast.cli_common import Checkpoint, Device, one_line_errors

@@ -235,7 +235,7 @@ def backbone_of_adapter(
     """Builds the plain backbone that an adapter was trained on.
 
     Args:
-        config: Of `vpt_fast.adapter_files.read_config`.
+        config: Of `vpt_fast.adapter.files.read_config`.
         checkpoint: The backbone's weights; None takes those that it was trained on, from the hub,
             the folder or timm's list that they came from.
 

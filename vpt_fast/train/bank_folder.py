@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vpt_fast.adapter_files import CONFIG_FILE, read_config
+from vpt_fast.adapter.files import CONFIG_FILE, read_config
 from vpt_fast.bank import PromptBank
 from vpt_fast.train.backbone import backbone_of_adapter
 from vpt_fast.train.tuned_model import adapter_folder

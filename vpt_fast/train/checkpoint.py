@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from vpt_fast.atomic import atomic_file
+from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.train.digest import digest
 
 FILE = "checkpoint.pt"

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vpt_fast import __version__
-from vpt_fast.atomic import atomic_file
+from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.train.data import SkippedImage
 from vpt_fast.train.evaluate import TrainingError
 from vpt_fast.train.page_classes import (

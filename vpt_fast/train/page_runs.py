@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from vpt_fast.adapter_files import TENSORS_FILE, read_config
+from vpt_fast.adapter.files import TENSORS_FILE, read_config
 from vpt_fast.train.loop import FitResult
 from vpt_fast.train.metrics import Epoch
 from vpt_fast.train.report import directory_size

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from vpt_fast import __version__, count_parameters
-from vpt_fast.atomic import atomic_file
+from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.methods import Method, to_dict
 from vpt_fast.train.checkpoint import FILE as CHECKPOINT
 from vpt_fast.train.digest import digest

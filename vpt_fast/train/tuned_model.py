@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vpt_fast import load_adapter
-from vpt_fast.adapter_files import CONFIG_FILE, read_config
+from vpt_fast.adapter.files import CONFIG_FILE, read_config
 from vpt_fast.train import backbone as backbones
 from vpt_fast.train.class_folders import CLASS_ORDERS, natural
 from vpt_fast.train.loop import BEST, LAST

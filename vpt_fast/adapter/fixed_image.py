@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vpt_fast.fingerprint import difference, fingerprint
+from vpt_fast.adapter.fingerprint import difference, fingerprint
 
 # Relative to the norm. Of ViT-S/16 with random weights 1.3e-2 if bf16 is computed in; of four kinds
 # of models up to 1.2e-2 in 36 trials if weights are rounded to bf16 and back.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vpt_fast.architecture import Description, different_architecture
-from vpt_fast.fingerprint import Summary, difference
+from vpt_fast.adapter.architecture import Description, different_architecture
+from vpt_fast.adapter.fingerprint import Summary, difference
 
 
 def check_dimensions(have: Mapping[str, Any], want: Mapping[str, Any], directory: Path) -> None:

@@ -22,9 +22,11 @@ from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from vpt_fast.adapter_checks import check_computation, check_dimensions, check_weights
-from vpt_fast.adapter_config import check_config
-from vpt_fast.adapter_files import (
+from vpt_fast.adapter.architecture import describe
+from vpt_fast.adapter.atomic import atomic_folder
+from vpt_fast.adapter.checks import check_computation, check_dimensions, check_weights
+from vpt_fast.adapter.config import check_config
+from vpt_fast.adapter.files import (
     CONFIG_FILE,
     FORMAT_VERSION,
     TENSORS_FILE,
@@ -33,11 +35,9 @@ from vpt_fast.adapter_files import (
     read_adapter,
     sha256,
 )
-from vpt_fast.architecture import describe
-from vpt_fast.atomic import atomic_folder
+from vpt_fast.adapter.fingerprint import difference, fingerprint
+from vpt_fast.adapter.fixed_image import seen_differently, seen_in_fixed_image
 from vpt_fast.checks import check_model
-from vpt_fast.fingerprint import difference, fingerprint
-from vpt_fast.fixed_image import seen_differently, seen_in_fixed_image
 from vpt_fast.methods import from_dict, to_dict
 from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.tune import host_copy, prompt_tune, remove_prompts, trainable_parameters
