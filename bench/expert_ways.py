@@ -1,7 +1,7 @@
 """What a block does with VAPT's experts before attention, in the ways that are compared.
 
 norm1 of the tokens and of the prompts that the experts make of them, forward and backward. "concat"
-is the equations as they are written (`vpt_fast.eager.ConcatenatedExperts`); the other names are
+is the equations as they are written (`vpt_fast.reference.vit.ConcatenatedExperts`); the other names are
 those of `bench.providers`.
 """
 

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from vpt_fast.checks import check_model
-from vpt_fast.eager import check_compared, concatenated, require_gradient, without_prompts
 from vpt_fast.methods import Method, VPTDeep
 from vpt_fast.methods.baselines import Baseline
 from vpt_fast.ops.memory_modes import MEMORY_MODES
+from vpt_fast.reference.vit import check_compared, concatenated, require_gradient, without_prompts
 from vpt_fast.tune import prompt_tune, remove_prompts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

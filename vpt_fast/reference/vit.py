@@ -19,7 +19,7 @@ from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.methods.baselines import Baseline, LinearProbe
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.modules.prompt_tokens import init_bound
-from vpt_fast.swin_eager import ConcatenatedWindows, use_fused_attention
+from vpt_fast.reference.swin import ConcatenatedWindows, use_fused_attention
 
 Model = TypeVar("Model", bound=nn.Module)
 
