@@ -1,8 +1,8 @@
 """Fast visual prompt tuning for timm vision transformers."""
 
 from vpt_fast.adapter.adapter import load_adapter, save_adapter
-from vpt_fast.bake import bake
 from vpt_fast.bank import PromptBank
+from vpt_fast.export.bake import bake
 from vpt_fast.methods import VAPT, VPTDeep, VPTShallow
 from vpt_fast.methods.baselines import (
     AdapterTuning,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vpt_fast.adapter.atomic import atomic_file
-from vpt_fast.bake import bake
 from vpt_fast.cli_adapters import Adapter
 from vpt_fast.cli_common import Checkpoint, Device, one_line_errors
+from vpt_fast.export.bake import bake
 from vpt_fast.methods import to_dict
 from vpt_fast.train.evaluate import resolve_device
 from vpt_fast.train.recipe import AMP_DTYPES

@@ -11,7 +11,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vpt_fast.baked import (
+from vpt_fast.export.baked import (
     BakedAttention,
     BakedBlock,
     BakedExperts,

@@ -1,7 +1,7 @@
 """Tuned models for inference: timm's classes with constants where prompts were.
 
 Everything here is plain PyTorch, so that a program that is exported from these classes needs
-nothing but torch. `vpt_fast.bake` makes them.
+nothing but torch. `vpt_fast.export.bake` makes them.
 """
 
 from __future__ import annotations
