@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vpt_fast.inspection import attention_shares, mixing_maps, query_name, uniform_share
+from vpt_fast.analysis.attention_shares import (
+    attention_shares,
+    mixing_maps,
+    query_name,
+    uniform_share,
+)
 from vpt_fast.inspection_pictures import Mixing, Shares, save_attention, save_mixing
 from vpt_fast.report_folder import ReportFolder, write_csv
 from vpt_fast.train import data

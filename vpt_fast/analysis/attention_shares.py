@@ -17,6 +17,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from vpt_fast.analysis.swin_attention_shares import window_shares
 from vpt_fast.methods.baselines import Baseline, LinearProbe
 from vpt_fast.models.attention_inputs import projected
 from vpt_fast.models.prompt_rows import insert_rows, strip_rows
@@ -24,7 +25,6 @@ from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.models.vit.blocks import PromptedBlock
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.ops.backend import in_full_precision
-from vpt_fast.swin_inspection import window_shares
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from vpt_fast.memory import PLAIN, PROVIDERS
+from vpt_fast.analysis.activation_memory import PLAIN, PROVIDERS
 from vpt_fast.methods import Method, VPTDeep
 
 COUNTED, MEASURED = "counted", "measured"
@@ -20,7 +20,7 @@ class Meter(Protocol):
     """Something that says how many bytes a training step takes."""
 
     def bytes_of(self, method: Method, provider: str, batch_size: int) -> int:
-        """As `vpt_fast.memory.KeptBytes.bytes_of`."""
+        """As `vpt_fast.analysis.activation_memory.KeptBytes.bytes_of`."""
         ...
 
 
@@ -122,7 +122,7 @@ def profile(
         meters: kind of row to what makes it.
         progress: whether to show a bar on a terminal.
         log: called with a line for every step that runs out of memory; it has no row.
-        providers: who is compared, of `vpt_fast.memory.PROVIDERS`.
+        providers: who is compared, of `vpt_fast.analysis.activation_memory.PROVIDERS`.
 
     Raises:
         TypeError, ValueError: a meter refuses the batch size, the method or the model.
