@@ -27,7 +27,7 @@ from vpt_fast.adapter.files import read_config
 from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.fixed_image import seen_in_fixed_image
 from vpt_fast.methods import METHODS
-from vpt_fast.train.backbone import backbone_of_adapter
+from vpt_fast.train.backbones.build import backbone_of_adapter
 
 
 def _each(part: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:

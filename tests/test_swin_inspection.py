@@ -17,7 +17,7 @@ from vpt_fast.analysis.attention_shares import (
     uniform_share,
 )
 from vpt_fast.memory_report import report_memory
-from vpt_fast.train.prefix_cache import frozen_blocks
+from vpt_fast.train.loop.prefix_cache import frozen_blocks
 
 
 class Recording(PlainSwin):

@@ -36,9 +36,9 @@ from vpt_fast.analysis.memory_profile import (
 from vpt_fast.memory_picture import Panel, format_size, save_panels
 from vpt_fast.methods import VAPT, Method, VPTDeep
 from vpt_fast.models.tuned import blocks_of
-from vpt_fast.report_folder import ReportFolder, write_csv
-from vpt_fast.train import backbone as backbones
-from vpt_fast.train.report import format_table
+from vpt_fast.train.backbones import build as backbones
+from vpt_fast.train.common.curves import format_table
+from vpt_fast.train.common.output_folder import ReportFolder, write_csv
 
 TABLE_FILE, PICTURE_FILE = "memory.csv", "memory.png"
 HEADER = (
