@@ -143,7 +143,7 @@ def inspect_adapter(
 ) -> None:
     """Shows what prompts do: the attention that each one gets, and the patches that VAPT mixes."""
     # matplotlib takes long to import, and the other commands do not draw.
-    from vpt_fast.inspection_report import FOLDER, inspect_images
+    from vpt_fast.reports.inspection import FOLDER, inspect_images
 
     with one_line_errors():
         where = resolve_device(device)

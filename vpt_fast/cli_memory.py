@@ -61,7 +61,7 @@ def memory_profile(
     With a CUDA GPU the peak memory of a real step is measured as well.
     """
     # matplotlib takes long to import, and the other commands do not draw.
-    from vpt_fast.memory_report import report_memory
+    from vpt_fast.reports.memory import report_memory
 
     with one_line_errors():
         chosen = make_method(method, {"dropout": dropout})

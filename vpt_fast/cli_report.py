@@ -50,8 +50,8 @@ def report(
     Each run is evaluated once. What is missing, such as the data of a run, is said on the page.
     """
     # matplotlib takes long to import, and the other commands do not draw.
-    from vpt_fast.train.page import write_page
-    from vpt_fast.train.page_evaluation import EvaluationOptions
+    from vpt_fast.reports.page.evaluation import EvaluationOptions
+    from vpt_fast.reports.page.page import write_page
 
     with one_line_errors():
         options = EvaluationOptions(

@@ -20,7 +20,7 @@ from vpt_fast.analysis.attention_shares import (
     query_name,
     uniform_share,
 )
-from vpt_fast.inspection_pictures import Mixing, Shares, save_attention, save_mixing
+from vpt_fast.reports.inspection_pictures import Mixing, Shares, save_attention, save_mixing
 from vpt_fast.train.common.curves import format_table
 from vpt_fast.train.common.output_folder import ReportFolder, write_csv
 from vpt_fast.train.data import images as data

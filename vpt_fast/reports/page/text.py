@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vpt_fast.train.page_runs import RunFolder
+from vpt_fast.reports.page.runs import RunFolder
 
 # What `describe_recipe` says in words of its own.
 _TOLD = {

@@ -17,29 +17,29 @@ from markupsafe import Markup
 
 from vpt_fast import __version__
 from vpt_fast.adapter.atomic import atomic_file
-from vpt_fast.train.common.curves import format_bytes
-from vpt_fast.train.data.images import SkippedImage
-from vpt_fast.train.loop.evaluate import TrainingError
-from vpt_fast.train.page_classes import (
+from vpt_fast.reports.page.classes import (
     MAX_SHOWN,
     class_rows,
     count_confusions,
     frequent_confusions,
     shown_matrix,
 )
-from vpt_fast.train.page_evaluation import EvaluatedRun, EvaluationOptions, evaluate_run
-from vpt_fast.train.page_experts import SEED, ExpertUse, expert_use
-from vpt_fast.train.page_mistakes import worst_mistakes
-from vpt_fast.train.page_plots import Curve, Line, expert_map, learning_curves, line_of
-from vpt_fast.train.page_runs import RunFolder, read_runs
-from vpt_fast.train.page_sweep import is_sweep, read_sweep
-from vpt_fast.train.page_text import (
+from vpt_fast.reports.page.evaluation import EvaluatedRun, EvaluationOptions, evaluate_run
+from vpt_fast.reports.page.experts import SEED, ExpertUse, expert_use
+from vpt_fast.reports.page.mistakes import worst_mistakes
+from vpt_fast.reports.page.plots import Curve, Line, expert_map, learning_curves, line_of
+from vpt_fast.reports.page.runs import RunFolder, read_runs
+from vpt_fast.reports.page.sweep import is_sweep, read_sweep
+from vpt_fast.reports.page.text import (
     describe_method,
     describe_recipe,
     differences,
     settings_of,
     test_accuracy,
 )
+from vpt_fast.train.common.curves import format_bytes
+from vpt_fast.train.data.images import SkippedImage
+from vpt_fast.train.loop.evaluate import TrainingError
 
 GENERATOR = "vpt-fast report"
 _MARK = f'<meta name="generator" content="{GENERATOR}'
@@ -230,7 +230,7 @@ def _environment() -> Environment:
 
 
 def _asset(name: str) -> str:
-    return (Path(__file__).parents[1] / "assets" / name).read_text(encoding="utf-8")
+    return (Path(__file__).parents[2] / "assets" / name).read_text(encoding="utf-8")
 
 
 def _write(output: Path, html: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from vpt_fast.train.page_evaluation import EvaluatedRun
+from vpt_fast.reports.page.evaluation import EvaluatedRun
 
 SHOWN = 12
 """Mistakes of each kind."""
