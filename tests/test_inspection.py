@@ -24,7 +24,7 @@ from vpt_fast.analysis.attention_shares import (
     query_name,
     uniform_share,
 )
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 from vpt_fast.reports.inspection import image_names
 
 CASES = {

@@ -15,7 +15,7 @@ import pytest
 from pictures import make_folders, write_checkpoint, write_image
 from typer.testing import CliRunner
 
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 from vpt_fast.reports.page.classes import (
     class_rows,
     count_confusions,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vpt_fast.cli_common import (
+from vpt_fast.cli.common import (
     AmpDtype,
     Checkpoint,
     Device,

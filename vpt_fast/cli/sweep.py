@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 from tqdm import tqdm
 
-from vpt_fast.cli_common import (
+from vpt_fast.cli.common import (
     AmpDtype,
     Checkpoint,
     Device,
@@ -18,7 +18,7 @@ from vpt_fast.cli_common import (
     make_method,
     one_line_errors,
 )
-from vpt_fast.cli_options import (
+from vpt_fast.cli.options import (
     MODEL,
     BatchSize,
     Cache,

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from vpt_fast.cli_adapters import evaluate_adapter, inspect_adapter
-from vpt_fast.cli_common import (
+from vpt_fast.cli.adapters import evaluate_adapter, inspect_adapter
+from vpt_fast.cli.common import (
     Checkpoint,
     Device,
     Workers,
@@ -23,9 +23,9 @@ from vpt_fast.cli_common import (
     one_line_errors,
     report_skipped,
 )
-from vpt_fast.cli_export import export
-from vpt_fast.cli_memory import memory_profile
-from vpt_fast.cli_options import (
+from vpt_fast.cli.export import export
+from vpt_fast.cli.memory import memory_profile
+from vpt_fast.cli.options import (
     MODEL,
     BatchSize,
     Cache,
@@ -45,9 +45,9 @@ from vpt_fast.cli_options import (
     Resize,
     Scale,
 )
-from vpt_fast.cli_predict import predict
-from vpt_fast.cli_report import report
-from vpt_fast.cli_sweep import sweep
+from vpt_fast.cli.predict import predict
+from vpt_fast.cli.report import report
+from vpt_fast.cli.sweep import sweep
 from vpt_fast.methods import METHODS
 from vpt_fast.train.common.paper_settings import default_optimizer, paper_settings
 from vpt_fast.train.common.parallel import process_group, rank
@@ -299,7 +299,3 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="vpt-fast")
-
-
-if __name__ == "__main__":
-    main()

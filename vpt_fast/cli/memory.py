@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vpt_fast.analysis.activation_memory import DTYPES
-from vpt_fast.cli_common import make_method, one_line_errors
+from vpt_fast.cli.common import make_method, one_line_errors
 from vpt_fast.methods import METHODS
 
 NUM_PROMPTS = 50
