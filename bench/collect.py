@@ -22,7 +22,7 @@ import numpy as np
 
 from bench.facts import file_stem
 from bench.kept import kept_rows
-from bench.providers import OURS
+from bench.providers.models import OURS
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import DTYPES, INFERENCE, Case
-from bench.providers import (
+from bench.providers.models import (
     COMPILED,
     PUBLISHED,
     WITHOUT,

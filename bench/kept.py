@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 
-from bench.providers import OURS, WITHOUT
+from bench.providers.models import OURS, WITHOUT
 from vpt_fast import VPTDeep
 from vpt_fast.analysis.activation_memory import EAGER, PLAIN, KeptBytes
 from vpt_fast.models.tuned import blocks_of

@@ -23,7 +23,7 @@ import torch
 from bench import fusion, host_page
 from bench.gpus import Assumptions, Gpu
 from bench.host_subjects import DEPTH, Subject
-from bench.providers import COMPILED, PROVIDERS, PUBLISHED, WITHOUT, base
+from bench.providers.models import COMPILED, PROVIDERS, PUBLISHED, WITHOUT, base
 from bench.step_trace import step_ops
 from bench.trace import KINDS, Op
 from vpt_fast import VPTDeep

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import launches
 from bench.fusion import fused
-from bench.providers import provide
+from bench.providers.models import provide
 from bench.step_trace import CLASSES, step_ops
 from bench.trace import Op, counts, traced
 from vpt_fast import VPTDeep

@@ -1,6 +1,6 @@
 """Attention with prompts, forward and backward, in the ways that are compared.
 
-The names are those of `bench.providers`. Tokens give packed queries, keys and values
+The names are those of `bench.providers.models`. Tokens give packed queries, keys and values
 (B, N, 3, H, d), prompts (1, p, 3, H, d) for the whole batch; only where prompt rows are
 concatenated is the prompts' query used, and its result thrown away.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from bench.correctness import WORST, Check, Results, budget, largest_error
-from bench.providers import (
+from bench.providers.models import (
     COMPILED,
     CUDNN,
     CUDNN_FIRST,

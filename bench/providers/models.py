@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.keys_concat import ConcatenatedKeys
+from bench.providers.keys_concat import ConcatenatedKeys
 from vpt_fast import VAPT, VPTDeep, prompt_tune
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.reference.swin import ConcatenatedWindows

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.correctness import WORST, Check, Results, budget, largest_error
-from bench.providers import OURS
+from bench.providers.models import OURS
 from vpt_fast.ops.attention.operator import prompt_attention
 from vpt_fast.ops.attention.ragged import bank_attention
 from vpt_fast.ops.rowwise.grouped_heads import grouped_heads

@@ -2,7 +2,7 @@
 
 norm1 of the tokens and of the prompts that the experts make of them, forward and backward. "concat"
 is the equations as they are written (`vpt_fast.reference.vit.ConcatenatedExperts`); the other names are
-those of `bench.providers`.
+those of `bench.providers.models`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.correctness import WORST, Check, Results, budget, largest_error
-from bench.providers import OURS, provide, set_values, trained, values
+from bench.providers.models import OURS, provide, set_values, trained, values
 from bench.turns import Turn, timed
 from vpt_fast import VAPT
 from vpt_fast.ops.block.add_norm import OpenSum
@@ -143,6 +143,6 @@ def checks(
 
 
 def take_turns(case: ExpertCase, rounds: int) -> dict[str, Turn]:
-    """As `bench.attention_ways.take_turns`."""
+    """As `bench.providers.attention.take_turns`."""
     kind = torch.float32
     return timed(checks(case, kind), functions(case, kind), 4 * rounds)
