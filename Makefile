@@ -45,8 +45,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-json=$(RUN) --benchmark-columns=median,iqr,min,max,rounds
-	$(BIN)/python -m bench.plots "$$($(BIN)/python -m bench.collect $(RUN))"
+	$(BIN)/python -m pytest bench/compare -q --benchmark-enable --benchmark-json=$(RUN) --benchmark-columns=median,iqr,min,max,rounds
+	$(BIN)/python -m bench.compare.plots "$$($(BIN)/python -m bench.compare.collect $(RUN))"
 
 # A GPU that is lent for minutes comes without a network: there $(PYTHON) itself is taken, if it has
 # what the benchmark needs.

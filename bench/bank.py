@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench.interleave import interleave
+from bench.compare.interleave import interleave
 from bench.trace import traced
 from vpt_fast import VAPT, PromptBank, VPTDeep, prompt_tune, save_adapter, trainable_parameters
 from vpt_fast.adapter.files import TENSORS_FILE

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import fusion, host_page
-from bench.cases import STEP
+from bench.compare.cases import STEP
 from bench.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
 from bench.providers.models import COMPILED, CUDNN, OURS, PROVIDERS, PUBLISHED
 from bench.step_model import Case, Hosts, Modelled, case_ops, modelled_case, providers_of, work

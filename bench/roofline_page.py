@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import host_page
+from bench.compare.tables import replaced
 from bench.gpus import GPUS, Assumptions
 from bench.providers.models import COMPILED, PUBLISHED
-from bench.readme import replaced
 from bench.step_model import HOST, Case, Hosts, case_ops, host_ms, modelled_case, providers_of, work
 
 MARKS = "<!-- bounds: made by bench.roofline_page -->", "<!-- end of bounds -->"

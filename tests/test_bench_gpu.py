@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import correctness
-from bench.cases import SWIN, Case
-from bench.collect import read
+from bench.compare import correctness
+from bench.compare.cases import SWIN, Case
+from bench.compare.collect import read
 from bench.gpu.cases import (
     DTYPES,
     Plan,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.cases import Case
-from bench.collect import read
+from bench.compare.cases import Case
+from bench.compare.collect import read
 from bench.gpu import page
 from bench.gpu.counted import Counted
 from bench.gpu.counts import add_counts, counted, subject_of

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import correctness
-from bench.cases import Case
-from bench.device_timer import CpuTimer, CudaTimer, repeats
+from bench.compare import correctness
+from bench.compare.cases import Case
+from bench.compare.device_timer import CpuTimer, CudaTimer, repeats
 from bench.gpu import measure as measuring
 from bench.gpu.checks import ActivationCase, NormCase, check_kernel
 from bench.gpu.device import (

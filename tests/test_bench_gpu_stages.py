@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from bench.cases import Case
 from bench.ceilings import Ceilings
-from bench.collect import read
-from bench.facts import facts
+from bench.compare.cases import Case
+from bench.compare.collect import read
+from bench.compare.facts import facts
 from bench.gpu import session as sessions
 from bench.gpu import stages
 from bench.gpu.cases import Plan

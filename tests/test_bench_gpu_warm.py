@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.cases import Case
+from bench.compare.cases import Case
 from bench.gpu.checks import ActivationCase, HeadsCase, NormCase
 from bench.gpu.models import ModelCheck
 from bench.gpu.subjects import KernelCheck

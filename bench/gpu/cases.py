@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from bench.cases import INFERENCE, SWIN, Case
+from bench.compare.cases import INFERENCE, SWIN, Case
 from bench.gpu.checks import kernel_cases
 from bench.gpu.models import ModelCheck
 from bench.gpu.steps import KINDS, StepCheck

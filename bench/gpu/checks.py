@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.correctness import Check, Results, budget, largest_error
+from bench.compare.correctness import Check, Results, budget, largest_error
 from bench.providers import (
     attention as attention_ways,
 )

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import fusion, host_page, step_model
-from bench.cases import DTYPES, STEP, Case
-from bench.collect import Row
+from bench.compare.cases import DTYPES, STEP, Case
+from bench.compare.collect import Row
 from bench.gpus import Assumptions, gpu_of
 from bench.providers import attention as attention_ways
 from bench.providers.attention import AttentionCase

@@ -17,9 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bench.cases import STEP
+from bench.compare.cases import STEP
+from bench.compare.plots import COLOUR, Row, most_varied, select
 from bench.gpu.counted import Counted
-from bench.plots import COLOUR, Row, most_varied, select
 from bench.providers.models import GPU_PROVIDERS, OURS, PUBLISHED
 from vpt_fast.train.common.curves import GRID, INK, MUTED
 

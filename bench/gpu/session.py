@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bench.ceilings import Ceilings
-from bench.collect import Row
+from bench.compare.collect import Row
 from bench.gpu.cases import guessed_seconds, only
 from bench.gpu.outcome import Outcome
 from bench.gpu.record import Record

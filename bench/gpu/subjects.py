@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from bench.cases import Case
-from bench.collect import Row
+from bench.compare.cases import Case
+from bench.compare.collect import Row
 from bench.gpu.checks import KernelCase
 from bench.gpu.device import Device
 from bench.gpu.outcome import Tell

@@ -30,7 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.compiler import ASTSource
 
 from bench.candidates import SHAPES, candidates, current, launch_of
-from bench.cases import DTYPES, INFERENCE, Case
+from bench.compare.cases import DTYPES, INFERENCE, Case
+from bench.compare.rounds import inference, step
 from bench.gpu.cases import Plan, correctness_subjects, first_subjects, timed_subjects
 from bench.gpu.checks import launches_alone
 from bench.gpu.keys import stable_keys
@@ -54,7 +55,6 @@ from bench.providers.models import OURS, provide
 from bench.step_trace import without_values
 from bench.times import STAGES
 from bench.trace import Trace, traced
-from bench.turns import inference, step
 from vpt_fast.kernels.runtime.launch import Launch, Target
 
 

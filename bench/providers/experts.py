@@ -16,9 +16,9 @@ import timm
 import torch
 from torch import Tensor
 
-from bench.correctness import WORST, Check, Results, budget, largest_error
+from bench.compare.correctness import WORST, Check, Results, budget, largest_error
+from bench.compare.rounds import Turn, timed
 from bench.providers.models import OURS, provide, set_values, trained, values
-from bench.turns import Turn, timed
 from vpt_fast import VAPT
 from vpt_fast.ops.block.add_norm import OpenSum
 
@@ -125,7 +125,7 @@ def functions(
 def checks(
     case: ExpertCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Check]:
-    """Every provider against the equations in fp64, as `bench.correctness` does it."""
+    """Every provider against the equations in fp64, as `bench.compare.correctness` does it."""
     kind = str(dtype).removeprefix("torch.")
     given = values(case.module("concat"))
     rounded = {name: value.to(dtype) for name, value in given.items()}

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import DTYPES, INFERENCE, Case
+from bench.compare.cases import DTYPES, INFERENCE, Case
 from bench.providers.models import (
     COMPILED,
     PUBLISHED,

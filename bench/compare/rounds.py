@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import INFERENCE, Case
-from bench.correctness import Check, Truth
-from bench.interleave import Times, interleave
+from bench.compare.cases import INFERENCE, Case
+from bench.compare.correctness import Check, Truth
+from bench.compare.interleave import Times, interleave
 
 
 @dataclass(frozen=True)

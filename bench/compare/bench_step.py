@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from bench.cases import Case
-from bench.recorded import Recorder
+from bench.compare.cases import Case
+from bench.compare.recorded import Recorder
 
 
 def test_step(case: Case, provider: str, turns: Any, record: Recorder) -> None:

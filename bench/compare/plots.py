@@ -1,6 +1,6 @@
 """Plots of a results file: speed-up by prompts, step time by batch size, memory by depth.
 
-python -m bench.plots bench/results/NAME.csv [--output PICTURE.png]
+python -m bench.compare.plots bench/results/NAME.csv [--output PICTURE.png]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from bench.collect import read
+from bench.compare.collect import read
 from bench.providers.models import COMPILED, CUDNN, OURS, PROVIDERS, WITHOUT
 from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
 
@@ -173,7 +173,7 @@ def _draw_panel(ax: Axes, panel: Panel) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw, and print the picture's path."""
-    parser = argparse.ArgumentParser(prog="python -m bench.plots", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.compare.plots", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--output", type=Path, help="PNG (default: beside the results)")
     options = parser.parse_args(arguments)

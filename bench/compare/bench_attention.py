@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from bench.compare.recorded import Recorder
 from bench.providers.attention import AttentionCase, take_turns
 from bench.providers.models import EAGER
-from bench.recorded import Recorder
 
 _SOME = AttentionCase(providers=EAGER)
 CASES = [AttentionCase(), *(replace(_SOME, prompts=p) for p in (10, 100, 200))]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.turns import Turn
+from bench.compare.rounds import Turn
 
 
 class RecordedClock:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from bench.compare.recorded import Recorder
 from bench.providers.experts import PROVIDERS, ExpertCase, take_turns
-from bench.recorded import Recorder
 
 CASES = [ExpertCase(10), ExpertCase(50, providers=PROVIDERS), ExpertCase(100)]
 PAIRS = [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.providers]

@@ -1,6 +1,6 @@
 """Results of a benchmark run as a CSV file: one row per comparison and provider.
 
-    python -m bench.collect RUN.json [--output bench/results]
+    python -m bench.compare.collect RUN.json [--output bench/results]
 
 RUN.json is what pytest-benchmark wrote. The file's name tells the machine and the versions, its
 columns tell all of them. `ratio` is the provider's time divided by ours in the same round, its
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.facts import file_stem
-from bench.kept import kept_rows
+from bench.compare.facts import file_stem
+from bench.compare.saved_bytes import kept_rows
 from bench.providers.models import OURS
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 WHAT = (
     "kind", "bench", "model", "method", "batch", "prompts", "blocks", "dropout", "dtype",
@@ -116,7 +116,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the file and print its path."""
-    parser = argparse.ArgumentParser(prog="python -m bench.collect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.compare.collect", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="directory (default %(default)s)"

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bench.interleave import Times, interleave, wall_seconds
+from bench.compare.interleave import Times, interleave, wall_seconds
 
 Run = Callable[[], Any]
 MOST_REPEATS = 1000

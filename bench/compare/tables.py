@@ -1,6 +1,6 @@
 """The README's benchmark tables, made from a results file.
 
-    python -m bench.readme bench/results/NAME.csv [--readme README.md] [--check]
+    python -m bench.compare.tables bench/results/NAME.csv [--readme README.md] [--check]
 
 Replaces what stands between the two marks. Every comparison of the file is in the tables, those
 that lose too.
@@ -15,10 +15,13 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from bench.collect import read
+from bench.compare.collect import read
 from bench.providers.models import OURS, PROVIDERS
 
-BEGIN, END = "<!-- benchmark tables: made by bench.readme -->", "<!-- end of benchmark tables -->"
+BEGIN, END = (
+    "<!-- benchmark tables: made by bench.compare.tables -->",
+    "<!-- end of benchmark tables -->",
+)
 
 TITLES = {
     "step": "Training step (forward, loss and backward)",
@@ -147,7 +150,7 @@ def replaced(text: str, tables: str, marks: tuple[str, str] = (BEGIN, END)) -> s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page; with --check only say whether it is up to date (1 if not)."""
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.compare.tables", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--check", action="store_true", help="change nothing")
