@@ -58,14 +58,14 @@ bench-gpu:
 bench-host: $(INSTALLED)
 	$(BIN)/python -m bench.host
 	$(BIN)/python -m bench.host_page
-	$(BIN)/python -m bench.roofline_page
+	$(BIN)/python -m bench.counted.roofline_page
 
 roofline: $(INSTALLED)
-	$(BIN)/python -m bench.roofline
+	$(BIN)/python -m bench.counted.roofline
 
 kernel-report: $(INSTALLED)
 	$(BIN)/python -m bench.kernel_report
-	$(BIN)/python -m bench.launches
+	$(BIN)/python -m bench.counted.launches
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache build *.egg-info

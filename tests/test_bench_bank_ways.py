@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.counted.trace import counts, traced
 from bench.gpu.cases import Plan, only, timed_subjects
 from bench.gpu.checks import check_kernel, kernel_cases
 from bench.gpu.device import CpuDevice
@@ -24,7 +25,6 @@ from bench.providers.bank_attention import (
 )
 from bench.providers.bank_models import BankModelCase, entrant
 from bench.providers.models import OURS
-from bench.trace import counts, traced
 from vpt_fast import PromptBank
 
 pytest_plugins = ("kernel_device",)

@@ -1,6 +1,6 @@
 """Counted FLOP and bytes of what was timed, and the time that a model gives it.
 
-The one place that asks `bench.trace` and `bench.step_model` for the GPU benchmark.
+The one place that asks `bench.counted.trace` and `bench.counted.step_model` for the GPU benchmark.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import fusion, host_page, step_model
+from bench import host_page
 from bench.compare.cases import DTYPES, STEP, Case
 from bench.compare.collect import Row
-from bench.gpus import Assumptions, gpu_of
+from bench.counted import fusion, step_model
+from bench.counted.gpus import Assumptions, gpu_of
+from bench.counted.step_trace import CLASSES, step_ops
+from bench.counted.trace import Op, traced
 from bench.providers import attention as attention_ways
 from bench.providers.attention import AttentionCase
 from bench.providers.models import COMPILED, PUBLISHED, base
-from bench.step_trace import CLASSES, step_ops
-from bench.trace import Op, traced
 
 
 class Counted(NamedTuple):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench import fusion
 from bench.compare import collect
 from bench.compare.cases import STEP, Case
+from bench.counted import fusion
 from bench.gpu import page
 from bench.gpu.counted import Counted, count, rates
 from bench.gpu.record import FIELDS, write

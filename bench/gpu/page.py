@@ -1,7 +1,7 @@
 """One page of plots of a GPU benchmark's results.
 
 Times, memory and ceilings are measured, FLOP and bytes counted, and the times on the last
-diagram's horizontal axis modelled (`bench.roofline`), for GPUs whose peaks are known.
+diagram's horizontal axis modelled (`bench.counted.roofline`), for GPUs whose peaks are known.
 """
 
 from __future__ import annotations

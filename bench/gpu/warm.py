@@ -32,6 +32,8 @@ from triton.compiler import ASTSource
 from bench.candidates import SHAPES, candidates, current, launch_of
 from bench.compare.cases import DTYPES, INFERENCE, Case
 from bench.compare.rounds import inference, step
+from bench.counted.step_trace import without_values
+from bench.counted.trace import Trace, traced
 from bench.gpu.cases import Plan, correctness_subjects, first_subjects, timed_subjects
 from bench.gpu.checks import launches_alone
 from bench.gpu.keys import stable_keys
@@ -52,9 +54,7 @@ from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase
 from bench.providers.experts import ExpertCase
 from bench.providers.models import OURS, provide
-from bench.step_trace import without_values
 from bench.times import STAGES
-from bench.trace import Trace, traced
 from vpt_fast.kernels.runtime.launch import Launch, Target
 
 

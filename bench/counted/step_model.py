@@ -1,7 +1,7 @@
 """A training step's work, counted, and its time on a GPU, modelled.
 
-What is counted comes from a trace on tensors without values (`bench.trace`); what is modelled from
-the peaks and assumptions of `bench.gpus`, and from the host's time as `bench.host` measured it:
+What is counted comes from a trace on tensors without values (`bench.counted.trace`); what is modelled from
+the peaks and assumptions of `bench.counted.gpus`, and from the host's time as `bench.host` measured it:
 
     time of a launch  max(FLOP / (peak * efficiency), bytes / (bandwidth * efficiency)) + gap
     device            the sum of those
@@ -20,12 +20,13 @@ from typing import NamedTuple
 import timm
 import torch
 
-from bench import fusion, host_page
-from bench.gpus import Assumptions, Gpu
+from bench import host_page
+from bench.counted import fusion
+from bench.counted.gpus import Assumptions, Gpu
+from bench.counted.step_trace import step_ops
+from bench.counted.trace import KINDS, Op
 from bench.host_subjects import DEPTH, Subject
 from bench.providers.models import COMPILED, PROVIDERS, PUBLISHED, WITHOUT, base
-from bench.step_trace import step_ops
-from bench.trace import KINDS, Op
 from vpt_fast import VPTDeep
 from vpt_fast.analysis.activation_memory import DTYPES
 from vpt_fast.models.tuned import blocks_of

@@ -1,9 +1,9 @@
 """FLOP, bytes and launches of a training step, counted; and a time for named GPUs, modelled.
 
-    python -m bench.roofline [--model M] [--batch B] [--prompts P ...] [--dtype bfloat16]
+    python -m bench.counted.roofline [--model M] [--batch B] [--prompts P ...] [--dtype bfloat16]
         [--gpu NAME ...] [--host CSV] [--measured CSV] [--output CSV]
 
-Per provider of `bench.providers.models` that the model has, and by the formula of `bench.step_model`.
+Per provider of `bench.providers.models` that the model has, and by the formula of `bench.counted.step_model`.
 Nothing is timed here: the host's time is that of a results file of `bench.host`, by default of the
 newest in bench/results. Each row says which of host and device bounds it.
 
@@ -21,12 +21,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import fusion, host_page
+from bench import host_page
 from bench.compare.cases import STEP
-from bench.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
+from bench.counted import fusion
+from bench.counted.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
+from bench.counted.step_model import (
+    Case,
+    Hosts,
+    Modelled,
+    case_ops,
+    modelled_case,
+    providers_of,
+    work,
+)
+from bench.counted.trace import KINDS
 from bench.providers.models import COMPILED, CUDNN, OURS, PROVIDERS, PUBLISHED
-from bench.step_model import Case, Hosts, Modelled, case_ops, modelled_case, providers_of, work
-from bench.trace import KINDS
 from vpt_fast.analysis.activation_memory import DTYPES
 
 AGAINST = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
@@ -224,7 +233,7 @@ def _print_beside(path: Path, assumed: Assumptions, hosts: Hosts) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline",
+        prog="python -m bench.counted.roofline",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

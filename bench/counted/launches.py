@@ -1,9 +1,9 @@
 """Kernel launches of a prompted block, forward and backward, counted without a GPU.
 
-    python -m bench.launches [--prompts P] [--layer-scale]
+    python -m bench.counted.launches [--prompts P] [--layer-scale]
 
 A model of one block more, minus the model without it; small and on the CPU, since launches do not
-depend on sizes. `bench.trace` says what counts as a launch.
+depend on sizes. `bench.counted.trace` says what counts as a launch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import nn
 
-from bench.trace import counts, traced
+from bench.counted.trace import counts, traced
 from vpt_fast import VAPT, VPTDeep, prompt_tune
 from vpt_fast.methods import Method
 from vpt_fast.ops.memory_modes import MEMORY_MODES
@@ -89,7 +89,7 @@ def providers(prompts: int, layer_scale: bool = False) -> dict[str, Callable[[in
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.counted.launches", description=__doc__)
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--layer-scale", action="store_true")
     options = parser.parse_args(arguments)

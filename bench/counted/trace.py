@@ -14,7 +14,7 @@ Nothing is run on a GPU, and tensors may be fake: a step of any batch size takes
   which only the arguments and results count, not the fp32 sums of dQ between them. Products: two
   forward, five backward, 2 M N d FLOP each per head.
 - Our operators go through the launchers of the kernels; a launch is recorded in place of being
-  made, with what `bench.declared` says of it. So values are meaningless.
+  made, with what `bench.counted.declared` says of it. So values are meaningless.
 - Only matrix products have FLOPs; products count multiplications and additions.
 """
 
@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench.declared import declared, product_flop
+from bench.counted.declared import declared, product_flop
 from vpt_fast.kernels.runtime.launch import Launch
 from vpt_fast.ops.tracing import PLAIN
 

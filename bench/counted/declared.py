@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bench import bank_traffic, window_traffic
+from bench.counted import bank_traffic, window_traffic
 from bench.problems import useful_flop
 from vpt_fast.kernels.plan import AttentionProblem
 from vpt_fast.kernels.runtime.launch import Launch
@@ -244,7 +244,7 @@ def declared(launch: Launch) -> Touched:
     """
     if launch.name not in DECLARATIONS:
         raise ValueError(
-            f"kernel {launch.name!r} has no declaration; add it to bench.declared.DECLARATIONS"
+            f"kernel {launch.name!r} has no declaration; add it to bench.counted.declared.DECLARATIONS"
         )
     loads, stores = DECLARATIONS[launch.name]
     return Touched(_views(launch, loads), _views(launch, stores))
@@ -260,7 +260,7 @@ def product_flop(launch: Launch) -> int:
 
     Attention's are `bench.problems.useful_flop`, what it computes again in the backward pass
     included: seven products where a backward pass in one kernel takes five; that in windows
-    `bench.window_traffic.window_flop`, and those for many tasks `bench.bank_traffic.bank_flop`.
+    `bench.counted.window_traffic.window_flop`, and those for many tasks `bench.counted.bank_traffic.bank_flop`.
     Passes over rows have none.
     """
     given: Any = launch.arguments

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.counted.trace import Op, traced
 from bench.providers.models import provide
-from bench.trace import Op, traced
 from vpt_fast.checks import check_model
 from vpt_fast.methods import VAPT, VPTDeep
 

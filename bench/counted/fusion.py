@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.trace import Op, Region
+from bench.counted.trace import Op, Region
 
 NAME = "ideal fusion, a lower bound for torch.compile"
 

@@ -1,6 +1,6 @@
 """The table of docs/performance.md that says what bounds a step, made from the newest host times.
 
-    python -m bench.roofline_page [--host CSV] [--page docs/performance.md] [--check]
+    python -m bench.counted.roofline_page [--host CSV] [--page docs/performance.md] [--check]
 
 Replaces what stands between the two marks.
 """
@@ -14,11 +14,20 @@ from pathlib import Path
 
 from bench import host_page
 from bench.compare.tables import replaced
-from bench.gpus import GPUS, Assumptions
+from bench.counted.gpus import GPUS, Assumptions
+from bench.counted.step_model import (
+    HOST,
+    Case,
+    Hosts,
+    case_ops,
+    host_ms,
+    modelled_case,
+    providers_of,
+    work,
+)
 from bench.providers.models import COMPILED, PUBLISHED
-from bench.step_model import HOST, Case, Hosts, case_ops, host_ms, modelled_case, providers_of, work
 
-MARKS = "<!-- bounds: made by bench.roofline_page -->", "<!-- end of bounds -->"
+MARKS = "<!-- bounds: made by bench.counted.roofline_page -->", "<!-- end of bounds -->"
 GPU = GPUS["H100"]
 CASES = (
     ("vit_base_patch16_224", 64),
@@ -68,7 +77,9 @@ def table(hosts: Hosts) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page; with --check only say whether it is up to date (1 if not)."""
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline_page", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.counted.roofline_page", description=__doc__
+    )
     parser.add_argument("--host", type=Path, help="results of bench.host; default: the newest")
     parser.add_argument("--page", type=Path, default=host_page.PAGE)
     parser.add_argument("--check", action="store_true", help="change nothing")
