@@ -57,7 +57,7 @@ bench-gpu:
 
 bench-host: $(INSTALLED)
 	$(BIN)/python -m bench.host
-	$(BIN)/python -m bench.host_page
+	$(BIN)/python -m bench.host.page
 	$(BIN)/python -m bench.counted.roofline_page
 
 roofline: $(INSTALLED)
