@@ -64,7 +64,7 @@ roofline: $(INSTALLED)
 	$(BIN)/python -m bench.counted.roofline
 
 kernel-report: $(INSTALLED)
-	$(BIN)/python -m bench.kernel_report
+	$(BIN)/python -m bench.machine_code.kernel_report
 	$(BIN)/python -m bench.counted.launches
 
 clean:
