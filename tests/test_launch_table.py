@@ -9,11 +9,11 @@ from triton.runtime.jit import JITFunction
 
 from bench.machine_code.offline import compile_kernel
 from bench.machine_code.problems.attention import launch_target
+from bench.machine_code.problems.attention_launches import AttentionProblem, attention_plan
 from bench.table_file import TABLE_FILE, table_text
 from vpt_fast.kernels.attention import tiles as launch_tiles
 from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE
 from vpt_fast.kernels.attention.tiles import ARCHITECTURES, DTYPE_NAMES, HEAD_DIMS, KERNELS, look_up
-from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.runtime.launch import Target
 
 DTYPES = tuple(DTYPE_NAMES)
