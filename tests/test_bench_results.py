@@ -30,7 +30,8 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run of the benchmarks, in a process of its own as `make bench` has it."""
     path = tmp_path_factory.mktemp("run") / "run.json"
     command = [
-        sys.executable, "-m", "pytest", "bench/compare/bench_step.py", "bench/compare/bench_inference.py", "-q",
+        sys.executable, "-m", "pytest", "bench/compare/bench_step.py",
+        "bench/compare/bench_inference.py", "-q",
         "--benchmark-enable", f"--benchmark-json={path}", "--rounds", "3",
         "--models", "test_vit", "--batches", "2", "3", "--prompts", "2", "4", "--image-sizes", "32",
         "-k", "not (p4 and b3)",
