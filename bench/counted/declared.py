@@ -4,7 +4,7 @@ A launch passes some tensors that it does not touch (a tensor stands in for an o
 absent) and parts of others. Here is written which, per kernel, from its source; each byte counts
 once, however many programs load it: repeated loads are the caches' work. The declarations are held
 against what the kernels load and store when their IR is executed on the CPU
-(tests/test_declared_traffic.py).
+(tests/bench/counted/test_declared_traffic.py).
 """
 
 from __future__ import annotations
