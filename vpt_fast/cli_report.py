@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vpt_fast.cli_common import Checkpoint, Device, Workers, one_line_errors, report_skipped
+from vpt_fast.extras import require_extra
 from vpt_fast.train.evaluate import resolve_device
 from vpt_fast.train.recipe import AMP_DTYPES
 
@@ -49,11 +50,12 @@ def report(
 
     Each run is evaluated once. What is missing, such as the data of a run, is said on the page.
     """
-    # matplotlib takes long to import, and the other commands do not draw.
-    from vpt_fast.train.page import write_page
-    from vpt_fast.train.page_evaluation import EvaluationOptions
-
     with one_line_errors():
+        require_extra("reports")
+        # matplotlib takes long to import, and the other commands do not draw.
+        from vpt_fast.train.page import write_page
+        from vpt_fast.train.page_evaluation import EvaluationOptions
+
         options = EvaluationOptions(
             directory=directory,
             checkpoint=checkpoint,

@@ -15,7 +15,6 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vpt_fast import __version__
 from vpt_fast.atomic import atomic_file
 from vpt_fast.train.data import SkippedImage
 from vpt_fast.train.evaluate import TrainingError
@@ -40,6 +39,7 @@ from vpt_fast.train.page_text import (
     test_accuracy,
 )
 from vpt_fast.train.report import format_bytes
+from vpt_fast.version import __version__
 
 GENERATOR = "vpt-fast report"
 _MARK = f'<meta name="generator" content="{GENERATOR}'
