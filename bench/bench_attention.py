@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.attention_ways import AttentionCase, take_turns
-from bench.providers import EAGER
+from bench.providers.attention import AttentionCase, take_turns
+from bench.providers.models import EAGER
 from bench.recorded import Recorder
 
 _SOME = AttentionCase(providers=EAGER)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.expert_ways import PROVIDERS, ExpertCase, take_turns
+from bench.providers.experts import PROVIDERS, ExpertCase, take_turns
 from bench.recorded import Recorder
 
 CASES = [ExpertCase(10), ExpertCase(50, providers=PROVIDERS), ExpertCase(100)]

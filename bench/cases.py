@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 
-from bench.providers import EAGER, GPU_PROVIDERS, OURS, PROVIDERS, WITHOUT
+from bench.providers.models import EAGER, GPU_PROVIDERS, OURS, PROVIDERS, WITHOUT
 from vpt_fast import VAPT, VPTDeep
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
@@ -32,7 +32,7 @@ class Case:
         prompts: of each block.
         dropout: of prompts (VPT-Deep), or of channels and projector (VAPT).
         dtype: one of `DTYPES`; "published" is fp32 whatever it says.
-        providers: who is compared, of `bench.providers.GPU_PROVIDERS`.
+        providers: who is compared, of `bench.providers.models.GPU_PROVIDERS`.
         image_size: height and width, in pixels.
         classes: of the head.
         memory: what ours keeps for backward, one of `MEMORY_MODES`.

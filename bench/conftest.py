@@ -15,7 +15,7 @@ import pytest
 
 from bench.cases import DTYPES, INFERENCE, METHODS, STEP, Case, cpu_cases
 from bench.facts import facts
-from bench.providers import EAGER, PROVIDERS
+from bench.providers.models import EAGER, PROVIDERS
 from bench.recorded import record
 from bench.turns import Turn, take_turns
 

@@ -34,7 +34,7 @@ from bench.collect import FACTS, RESULTS
 from bench.facts import facts, file_stem
 from bench.host_subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.null_driver import NullLauncher, null_driver
-from bench.providers import OURS, WITHOUT
+from bench.providers.models import OURS, WITHOUT
 
 FIRST = "first"
 PARTS = ("forward", "backward", "whole", FIRST)

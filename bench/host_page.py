@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.collect import RESULTS
 from bench.host import FIRST
 from bench.host_subjects import DEPTH, INFERENCE
-from bench.providers import OURS
+from bench.providers.models import OURS
 from bench.readme import replaced
 
 MARKS = "<!-- host tables: made by bench.host_page -->", "<!-- end of host tables -->"

@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from bench.collect import read
-from bench.providers import OURS, PROVIDERS
+from bench.providers.models import OURS, PROVIDERS
 
 BEGIN, END = "<!-- benchmark tables: made by bench.readme -->", "<!-- end of benchmark tables -->"
 

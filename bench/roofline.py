@@ -3,7 +3,7 @@
     python -m bench.roofline [--model M] [--batch B] [--prompts P ...] [--dtype bfloat16]
         [--gpu NAME ...] [--host CSV] [--measured CSV] [--output CSV]
 
-Per provider of `bench.providers` that the model has, and by the formula of `bench.step_model`.
+Per provider of `bench.providers.models` that the model has, and by the formula of `bench.step_model`.
 Nothing is timed here: the host's time is that of a results file of `bench.host`, by default of the
 newest in bench/results. Each row says which of host and device bounds it.
 
@@ -24,10 +24,10 @@ from typing import NamedTuple
 from bench import fusion, host_page
 from bench.cases import STEP
 from bench.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
-from bench.providers import COMPILED, CUDNN, OURS, PROVIDERS, PUBLISHED
+from bench.providers.models import COMPILED, CUDNN, OURS, PROVIDERS, PUBLISHED
 from bench.step_model import Case, Hosts, Modelled, case_ops, modelled_case, providers_of, work
 from bench.trace import KINDS
-from vpt_fast.memory import DTYPES
+from vpt_fast.analysis.activation_memory import DTYPES
 
 AGAINST = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
 """What ours is set against in the table of what shrinks, as far as the model has it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import host_page
 from bench.gpus import GPUS, Assumptions
-from bench.providers import COMPILED, PUBLISHED
+from bench.providers.models import COMPILED, PUBLISHED
 from bench.readme import replaced
 from bench.step_model import HOST, Case, Hosts, case_ops, host_ms, modelled_case, providers_of, work
 

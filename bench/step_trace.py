@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.providers import provide
+from bench.providers.models import provide
 from bench.trace import Op, traced
 from vpt_fast.checks import check_model
 from vpt_fast.methods import VAPT, VPTDeep
@@ -34,7 +34,7 @@ def step_ops(
 
     Args:
         model: timm's name of a vision transformer; CLASSES classes, at its own image size.
-        provider: an eager one of `bench.providers`.
+        provider: an eager one of `bench.providers.models`.
         method: the prompts.
         batch: images.
         dtype: of parameters and images.

@@ -9,14 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bank_model_ways, bank_ways
-from bench.bank_model_ways import BankModelCase, entrant
-from bench.bank_ways import GATHERED, ONE_BY_ONE, OWN_NAMES, BankAttentionCase, HeadsCase
 from bench.gpu.cases import Plan, only, timed_subjects
 from bench.gpu.checks import check_kernel, kernel_cases
 from bench.gpu.device import CpuDevice
 from bench.gpu.measure import KernelCheck, measure
-from bench.providers import OURS
+from bench.providers import bank_attention as bank_ways
+from bench.providers import bank_models as bank_model_ways
+from bench.providers.bank_attention import (
+    GATHERED,
+    ONE_BY_ONE,
+    OWN_NAMES,
+    BankAttentionCase,
+    HeadsCase,
+)
+from bench.providers.bank_models import BankModelCase, entrant
+from bench.providers.models import OURS
 from bench.trace import counts, traced
 from vpt_fast import PromptBank
 
@@ -147,7 +154,8 @@ def test_what_a_gpu_measures() -> None:
 
 def test_the_kernels_hold(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under ttsem tensors are on the CPU, so the choice is made for the operators."""
-    from vpt_fast.ops import bank_attention, grouped_heads
+    from vpt_fast.ops.attention import ragged as bank_attention
+    from vpt_fast.ops.rowwise import grouped_heads
 
     for operator in (bank_attention, grouped_heads):
         monkeypatch.setattr(operator, "uses_kernels", lambda t: True)

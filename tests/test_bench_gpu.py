@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from bench import correctness
-from bench.attention_ways import AttentionCase
-from bench.bank_ways import ONE_BY_ONE, OWN_NAMES
 from bench.cases import SWIN, Case
 from bench.collect import read
 from bench.gpu.cases import (
@@ -30,7 +28,9 @@ from bench.gpu.run import main
 from bench.gpu.stages import STAGES
 from bench.gpu.steps import StepCheck
 from bench.gpu.subjects import CeilingsWanted, KernelCheck
-from bench.providers import COMPILED, CUDNN, EAGER, OURS, PUBLISHED, WITHOUT, provide
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import ONE_BY_ONE, OWN_NAMES
+from bench.providers.models import COMPILED, CUDNN, EAGER, OURS, PUBLISHED, WITHOUT, provide
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat16")

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from bench import correctness
-from bench.attention_ways import AttentionCase
 from bench.cases import Case
 from bench.device_timer import CpuTimer, CudaTimer, repeats
 from bench.gpu import measure as measuring
@@ -26,8 +25,9 @@ from bench.gpu.device import (
     replay_error,
 )
 from bench.gpu.measure import KernelCheck, measure
-from bench.providers import OURS, provide
-from vpt_fast.ops import activation
+from bench.providers.attention import AttentionCase
+from bench.providers.models import OURS, provide
+from vpt_fast.ops.rowwise import activation
 
 pytest_plugins = ("kernel_device",)
 

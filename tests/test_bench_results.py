@@ -17,7 +17,7 @@ from bench import collect, kept, plots, readme
 from bench.collect import read, rows_of
 from bench.facts import facts, file_stem
 from bench.interleave import interleave
-from bench.providers import EAGER, OURS
+from bench.providers.models import EAGER, OURS
 from bench.recorded import RecordedClock
 
 ROOT = Path(__file__).parent.parent

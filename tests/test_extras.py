@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from pictures import make_folders, write_checkpoint
 
 from vpt_fast.extras import EXTRAS, MissingExtraError, require_extra
-from vpt_fast.train.metrics import MetricsWriter
+from vpt_fast.train.common.metrics import MetricsWriter
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = {"torch", "triton", "timm", "numpy", "safetensors"}
@@ -239,7 +239,7 @@ def test_a_missing_command_line_is_told_in_one_line(missing: str, tmp_path: Path
 def test_the_demo_names_its_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vpt_fast.train import demo
+    from vpt_fast.train.demo import demo
 
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert demo.main([]) == 2

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from vpt_fast.train.data import eval_transform
-from vpt_fast.train.pictures import EXTENSIONS, FORMATS, as_picture, load_image, reading
-from vpt_fast.train.split import SplitImages, split_of_files
+from vpt_fast.train.data.images import eval_transform
+from vpt_fast.train.data.pictures import EXTENSIONS, FORMATS, as_picture, load_image, reading
+from vpt_fast.train.data.split import SplitImages, split_of_files
 
 SIDES = (12, 9)
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16")
@@ -215,7 +215,7 @@ def test_only_files_are_opened(tmp_path):
 def test_training_predict_and_the_server_read_alike(tmp_path):
     pytest.importorskip("fastapi", reason="the serve extra is not installed")
     from examples.serve.uploads import prepare
-    from vpt_fast.cli_predict import _prepared
+    from vpt_fast.cli.predict import _prepared
 
     inputs = {
         "input_size": (3, 16, 16), "interpolation": "bicubic", "mean": (0.5,) * 3,

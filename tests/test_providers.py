@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.providers import (
+from bench.providers.models import (
     COMPILED,
     CUDNN,
     CUDNN_FIRST,
@@ -27,7 +27,7 @@ from bench.providers import (
     values,
 )  # fmt: skip
 from vpt_fast import VAPT, VPTDeep
-from vpt_fast.tuned import blocks_of
+from vpt_fast.models.tuned import blocks_of
 
 METHODS = {
     "vpt-deep": VPTDeep(3),

@@ -10,7 +10,7 @@ import pytest
 
 from bench import host, host_page, roofline, roofline_page
 from bench.gpus import DEFAULT, GPUS, Assumptions, gpu_of
-from bench.providers import COMPILED, PROVIDERS
+from bench.providers.models import COMPILED, PROVIDERS
 from bench.roofline import beside, main, shrinks
 from bench.step_model import (
     DEVICE,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 import vpt_fast
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 from vpt_fast.version import __version__
 
 ROOT = Path(__file__).parent.parent

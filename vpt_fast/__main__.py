@@ -14,7 +14,7 @@ def main() -> None:
     except MissingExtraError as error:
         print(f"vpt-fast: error: {error}", file=sys.stderr)
         sys.exit(2)
-    from vpt_fast.cli import main as run
+    from vpt_fast.cli.app import main as run
 
     run()
 

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import attention_ways, fusion, host_page, step_model
-from bench.attention_ways import AttentionCase
+from bench import fusion, host_page, step_model
 from bench.cases import DTYPES, STEP, Case
 from bench.collect import Row
 from bench.gpus import Assumptions, gpu_of
-from bench.providers import COMPILED, PUBLISHED, base
+from bench.providers import attention as attention_ways
+from bench.providers.attention import AttentionCase
+from bench.providers.models import COMPILED, PUBLISHED, base
 from bench.step_trace import CLASSES, step_ops
 from bench.trace import Op, traced
 
@@ -33,7 +34,7 @@ def count(subject: object, provider: str, dtype: str, device: str) -> Counted | 
 
     Args:
         subject: what was timed.
-        provider: of `bench.providers`; compiled ones after ideal fusion.
+        provider: of `bench.providers.models`; compiled ones after ideal fusion.
         dtype: of attention; a `Case` says its own.
         device: its name; a time is modelled where its peaks are known.
 

@@ -8,7 +8,7 @@ from bench.cases import Case
 from bench.correctness import Truth
 from bench.gpu.device import Device
 from bench.gpu.outcome import Tell
-from bench.providers import OURS
+from bench.providers.models import OURS
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.profiler import profile as profiler
 from bench.cases import DTYPES, Case
 from bench.gpu.device import Device
 from bench.gpu.outcome import Tell
-from bench.providers import OURS, provide
+from bench.providers.models import OURS, provide
 from bench.turns import work
 
 COLUMNS = (

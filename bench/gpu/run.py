@@ -33,7 +33,7 @@ from bench.gpu.session import DTYPE, Budget, Session
 from bench.gpu.stages import STAGES, Run, run_stages
 from bench.gpu.subjects import FactsWanted
 from bench.gpu.worker import InProcess, Worker
-from bench.providers import EAGER, GPU_PROVIDERS
+from bench.providers.models import EAGER, GPU_PROVIDERS
 
 _END_SECONDS = 20.0
 """After its minutes a run that is still there ends, wherever it is."""

@@ -18,7 +18,7 @@ from bench.cases import DTYPES, SWIN, Case
 from bench.gpu.cases import TINY
 from bench.gpu.checks import kernel_cases, launches_alone
 from bench.gpu.keys import stable_keys
-from bench.providers import OURS, provide
+from bench.providers.models import OURS, provide
 from bench.turns import work
 
 

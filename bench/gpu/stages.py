@@ -25,14 +25,14 @@ from bench.gpu.profile import ProfileWanted
 from bench.gpu.programs import run_program
 from bench.gpu.session import Budget, Session
 from bench.gpu.tiles import TilesWanted
-from bench.providers import COMPILED, OURS, PUBLISHED, WITHOUT
+from bench.providers.models import COMPILED, OURS, PUBLISHED, WITHOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _TESTS_SHARE = 0.75
 """Of what models, steps and operators leave, for the tests; the sanitizer has the rest."""
 
 _PROGRAMS = "programs.log"
-_DEMO = "import bench, sys, vpt_fast.train.demo as demo; sys.exit(demo.main())"
+_DEMO = "import bench, sys, vpt_fast.train.demo.demo as demo; sys.exit(demo.main())"
 """The demo of a tree that need not be installed."""
 
 

@@ -20,7 +20,7 @@ from bench.cases import Case
 from bench.correctness import SLACK, Results, Truth, largest_error
 from bench.gpu.device import Device, replay_error
 from bench.gpu.outcome import Tell
-from bench.providers import OURS, provide
+from bench.providers.models import OURS, provide
 from bench.turns import step
 
 KINDS = ("graph", "parallel", "compile")

@@ -28,14 +28,9 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.compiler import ASTSource
-from vpt_fast.kernels.launch import Launch, Target
 
-from bench import attention_ways, bank_ways, expert_ways
-from bench.attention_ways import AttentionCase
-from bench.bank_ways import BankAttentionCase
 from bench.candidates import SHAPES, candidates, current, launch_of
 from bench.cases import DTYPES, INFERENCE, Case
-from bench.expert_ways import ExpertCase
 from bench.gpu.cases import Plan, correctness_subjects, first_subjects, timed_subjects
 from bench.gpu.checks import launches_alone
 from bench.gpu.keys import stable_keys
@@ -43,11 +38,24 @@ from bench.gpu.models import ModelCheck
 from bench.gpu.steps import StepCheck
 from bench.gpu.subjects import KernelCheck, Subject
 from bench.offline import gpu_target, specialise
-from bench.providers import OURS, provide
+from bench.providers import (
+    attention as attention_ways,
+)
+from bench.providers import (
+    bank_attention as bank_ways,
+)
+from bench.providers import (
+    experts as expert_ways,
+)
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import BankAttentionCase
+from bench.providers.experts import ExpertCase
+from bench.providers.models import OURS, provide
 from bench.step_trace import without_values
 from bench.times import STAGES
 from bench.trace import Trace, traced
 from bench.turns import inference, step
+from vpt_fast.kernels.runtime.launch import Launch, Target
 
 
 class Kernel(NamedTuple):
@@ -155,7 +163,7 @@ def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
 
 def tile_launches(capability: int) -> list[Launch]:
     """Launches of attention's candidate tiles at 64 channels in bf16."""
-    from vpt_fast.kernels.launch_tiles import KERNELS
+    from vpt_fast.kernels.attention.tiles import KERNELS
 
     found = []
     for kernel in KERNELS:

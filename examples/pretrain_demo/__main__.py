@@ -25,9 +25,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vpt_fast.train.demo_backbone import DEMO_ARGS, DEMO_MEAN, DEMO_MODEL, DEMO_STD
 from examples.pretrain_demo.glyphs import CLASSES, FONTS, HELD_OUT_FONTS, glyph_bank, render
 from examples.pretrain_demo.muon import Muon
+from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_MEAN, DEMO_MODEL, DEMO_STD
 
 STEPS_PER_EPOCH = 250
 """Steps between two checkpoints."""

@@ -1,0 +1,105 @@
+"""What the commands of `vpt-fast` share: options, methods by name, errors as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+
+from vpt_fast.extras import MissingExtraError
+from vpt_fast.methods import METHODS, Method
+from vpt_fast.train.common.recipe import AMP_DTYPES
+from vpt_fast.train.data import images as data
+from vpt_fast.train.loop.evaluate import TrainingError
+
+CHECKPOINT_HELP = "File with the backbone's weights (.safetensors, or what torch.save wrote)."
+DEVICE_HELP = "auto, cpu, cuda or cuda:<index>; auto takes a GPU if there is one."
+WORKERS_HELP = "Processes that load images; by default 0 on the CPU and up to 4 with a GPU."
+AMP_HELP = f"Type that torch.autocast computes in: {', '.join(AMP_DTYPES)}."
+
+Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
+AmpDtype = Annotated[str, typer.Option(help=AMP_HELP)]
+Workers = Annotated[int | None, typer.Option("--workers", "-j", help=WORKERS_HELP)]
+Checkpoint = Annotated[Path | None, typer.Option(metavar="FILE", help=CHECKPOINT_HELP)]
+
+
+def fail(error: BaseException | str, code: int) -> NoReturn:
+    """Prints one line and ends the command with status `code`."""
+    typer.echo(f"vpt-fast: error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Inside, what a user can mend becomes one line and status 2, or 1 once training has begun."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, MissingExtraError) as error:
+        fail(error, 2)
+    except TrainingError as error:
+        fail(error, 1)
+    except torch.OutOfMemoryError as error:
+        fail(f"{error}. Try a smaller --batch-size or --amp-dtype bfloat16", 1)
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of that name with the options that are given.
+
+    Raises:
+        ValueError, TypeError: there is no such method, it has no such option, or a value is wrong.
+    """
+    if name not in METHODS:
+        raise ValueError(f"--method is {name!r}; choose one of {', '.join(METHODS)}")
+    given = {option: value for option, value in options.items() if value is not None}
+    unknown = sorted(given.keys() - {field.name for field in fields(METHODS[name])})
+    if unknown:
+        flags = ", ".join(f"--{option.replace('_', '-')}" for option in unknown)
+        raise ValueError(f"--method {name} has no option {flags}; leave it out")
+    return METHODS[name](**given)
+
+
+def check_some_prompts(counts: Iterable[int | None]) -> None:
+    """Raise ValueError if prompts are asked for, and then none of them."""
+    if 0 in counts:
+        raise ValueError("--num-prompts 0 trains the head alone; --method linear is its name")
+
+
+def block_indices(text: str | None) -> list[int] | None:
+    """Indices from "9-11" or "0,6,9-11"; None from None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--blocks is {text!r}; give indices such as 9-11 or 0,6")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def accuracy(split: str, result: Any) -> str:
+    """A line with what an evaluation found on a split."""
+    return (
+        f"{split}: {result.images:,} images, top-1 {result.top1:.2f}%, "
+        f"top-5 {result.top5:.2f}%, loss {result.loss:.4f}"
+    )
+
+
+def report_skipped(skipped: tuple[data.SkippedImage, ...]) -> None:
+    """Ends the command with status 1 if images are missing from its figures."""
+    if skipped:
+        fail(
+            f"{len(skipped)} images are not in these figures: "
+            f"{'; '.join(item.reason for item in skipped[:5])}"
+            f"{'; ...' if len(skipped) > 5 else ''}. Repair or remove them",
+            1,
+        )

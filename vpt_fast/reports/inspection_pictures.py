@@ -1,0 +1,307 @@
+"""Pictures of what prompts do: heat maps of attention shares, token mixing maps over an image."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
+
+MIXING_COLUMNS, MIXING_ROWS = 5, 4
+_SEQUENTIAL = colormaps["Blues"]
+_NEGATIVE, _POSITIVE = COLOURS[0], COLOURS[5]
+# Opacity of the largest weight, over an image in pale grey: less, and hues are hard to tell.
+_OPACITY = 0.9
+_DIVERGING = LinearSegmentedColormap.from_list("mixing", [_NEGATIVE, "white", _POSITIVE])
+_DPI = 120
+_TITLE_LENGTH = 58
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Attention shares of one image, or their mean over images.
+
+    Attributes:
+        title: whose they are.
+        blocks: index of each block whose keys include prompts.
+        shares: (blocks, H, p); NaN for heads that a block lacks.
+    """
+
+    title: str
+    blocks: Sequence[int]
+    shares: np.ndarray
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The token mixing maps of one block, and the image they are drawn over.
+
+    Attributes:
+        block: index of the block.
+        weights: (p, gh, gw).
+        patch_size: height and width of a patch, in pixels.
+        shares: attention share of each prompt in this block for this image, (p,).
+        image: (H, W, 3) in [0, 1].
+        name: of the image.
+    """
+
+    block: int
+    weights: np.ndarray
+    patch_size: tuple[int, int]
+    shares: np.ndarray
+    image: np.ndarray
+    name: str
+
+
+def save_attention(
+    path: Path,
+    groups: Sequence[Shares],
+    title: str,
+    subtitle: str,
+    uniform: float,
+    image: np.ndarray | None = None,
+) -> None:
+    """Draws, for each group, blocks x heads (all prompts together) and blocks x prompts.
+
+    Args:
+        path: of the PNG.
+        groups: one below the other, on common colour scales; all of the same blocks.
+        title: first line.
+        subtitle: second line.
+        uniform: share of all prompts together under uniform attention, marked on the colour bars.
+        image: (H, W, 3) in [0, 1], shown in the corner.
+    """
+    blocks, _, count = groups[0].shares.shape
+    # In inches, from the top: title, panels with their captions, colour bars.
+    panel = float(np.clip(0.26 * blocks, 1.1, 5.0))
+    top, caption, bottom = 0.78, 0.75, 0.95
+    width, height = 11.0, top + len(groups) * (panel + caption) + bottom
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    _head(figure, title, subtitle)
+    if image is not None:
+        _thumbnail(figure, image, 0.8)
+    panels = (
+        (0.6, 3.4, uniform, "head", "All prompts together", lambda s: s.sum(axis=2)),
+        (5.1, 5.5, uniform / count, "prompt", "Each prompt, mean over heads", _per_prompt),
+    )
+    for left, wide, even, what, label, reduce in panels:
+        maps = [reduce(group.shares) for group in groups]
+        highest = max(float(np.nanmax(values)) for values in maps)
+        norm = Normalize(0, highest or 1.0)
+        for row, (group, values) in enumerate(zip(groups, maps, strict=True)):
+            y = height - top - (row + 1) * (panel + caption) + 0.3
+            axes = figure.add_axes((left / width, y / height, wide / width, panel / height))
+            caption_text = f"{label}: {group.title}" if group.title else label
+            _heat_map(axes, values, group.blocks, norm, what, caption_text)
+            if what == "head":
+                _row_means(axes, values)
+        bar = figure.add_axes((left / width, 0.42 / height, wide / width, 0.11 / height))
+        _colour_bar(figure, bar, norm, even)
+    _save(figure, path)
+
+
+def _per_prompt(shares: np.ndarray) -> np.ndarray:
+    return np.asarray(np.nanmean(shares, axis=1))
+
+
+def _heat_map(
+    axes: Axes,
+    values: np.ndarray,
+    blocks: Sequence[int],
+    norm: Normalize,
+    what: str,
+    title: str,
+) -> None:
+    axes.imshow(values, cmap=_SEQUENTIAL, norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK, pad=5, parse_math=False)
+    _label(axes, what, list(range(values.shape[1])), "x")
+    _label(axes, "block", list(blocks), "y")
+    axes.tick_params(colors=MUTED, labelsize=8.5, length=2.5)
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+
+
+def _label(axes: Axes, what: str, names: Sequence[int], side: str) -> None:
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(names) <= 13 * s)
+    places = list(range(0, len(names), step))
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    axis.set_ticks(places, [str(names[i]) for i in places])
+    axis.set_label_text(what, fontsize=9, color=MUTED)
+
+
+def _row_means(axes: Axes, values: np.ndarray) -> None:
+    """Means over heads to the right of each row."""
+    step = -(-len(values) // 20)
+    for row in range(0, len(values), step):
+        axes.text(
+            values.shape[1] - 0.5,
+            row,
+            f" {_percent(float(np.nanmean(values[row])))}",
+            fontsize=8.5,
+            color=INK,
+            va="center",
+        )
+    axes.set_title("mean", loc="right", fontsize=8.5, color=MUTED, x=1.12, pad=5)
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 5e-5:
+        return "<0.01%"
+    return f"{100 * share:.2f}%" if share < 0.0995 else f"{100 * share:.1f}%"
+
+
+def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, even: float) -> None:
+    bar = figure.colorbar(ScalarMappable(norm, _SEQUENTIAL), cax=axes, orientation="horizontal")
+    bar.ax.xaxis.set_major_locator(MaxNLocator(5))
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=2.5)
+    bar.outline.set_edgecolor(GRID)
+    text = f"uniform attention: {_percent(even)}"
+    highest = float(norm.vmax or 1.0)
+    if even > highest:
+        place, text, side = 1.0, f"{text}, off the scale", "right"
+    else:
+        bar.ax.axvline(even, color=_POSITIVE, linewidth=2)
+        place = even / highest
+        # Near an end of the bar the text would leave it.
+        side = "left" if place < 0.2 else "right" if place > 0.8 else "center"
+    bar.ax.annotate(
+        text,
+        (place, 1),
+        xytext=(0, 3),
+        textcoords="offset points",
+        xycoords="axes fraction",
+        ha=side,
+        va="bottom",
+        fontsize=8.5,
+        color=_POSITIVE,
+    )
+
+
+def save_mixing(path: Path, mixing: Mixing) -> None:
+    """Draws the maps of the prompts with the largest attention shares, at most 5 x 4 of them.
+
+    Colour limits are those of the whole block, so that pictures of several images compare.
+    """
+    count = len(mixing.weights)
+    shown = np.argsort(-mixing.shares, kind="stable")[: MIXING_COLUMNS * MIXING_ROWS]
+    columns = min(MIXING_COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    wide, tall = _cell(mixing.image)
+    top, caption, gap, bottom = 1.05, 0.32, 0.16, 0.8
+    width, height = 10.0, top + rows * (tall + caption) + bottom
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    limit = float(np.abs(mixing.weights).max())
+    which = (
+        f"{len(shown)} of {count} prompts"
+        if len(shown) < count
+        else f"{count} prompt{'s' if count > 1 else ''}"
+    )
+    _head(
+        figure,
+        f"Token mixing of block {mixing.block}: {mixing.name}",
+        f"{which}, by attention share in this image; "
+        + ("colour: weight of each patch, the same for every image" if limit else "all weights 0"),
+    )
+    _thumbnail(figure, mixing.image, 0.8)
+    norm = Normalize(-(limit or 1.0), limit or 1.0)
+    left = (width - MIXING_COLUMNS * wide - (MIXING_COLUMNS - 1) * gap) / 2
+    for i, prompt in enumerate(shown):
+        row, column = divmod(i, columns)
+        x = left + column * (wide + gap)
+        y = height - top - (row + 1) * (tall + caption) + 0.04
+        axes = figure.add_axes((x / width, y / height, wide / width, tall / height))
+        _overlay(axes, mixing, int(prompt), norm)
+    bar = figure.add_axes((0.3, 0.36 / height, 0.4, 0.11 / height))
+    _mixing_bar(figure, bar, norm)
+    _save(figure, path)
+
+
+def _cell(image: np.ndarray) -> tuple[float, float]:
+    """Width and height of a map in inches, in the image's proportions."""
+    high, wide = image.shape[:2]
+    side = 1.76
+    return (side, side * high / wide) if wide >= high else (side * wide / high, side)
+
+
+def _overlay(axes: Axes, mixing: Mixing, prompt: int, norm: Normalize) -> None:
+    high, wide = mixing.image.shape[:2]
+    grey = 0.6 + 0.4 * (mixing.image @ np.array([0.299, 0.587, 0.114]))
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, wide, high, 0), aspect="auto")
+    weights = mixing.weights[prompt]
+    rows, columns = weights.shape
+    ph, pw = mixing.patch_size
+    axes.imshow(
+        np.where(weights < 0, 0.0, 1.0),
+        cmap=LinearSegmentedColormap.from_list("signs", [_NEGATIVE, _POSITIVE], N=2),
+        vmin=0,
+        vmax=1,
+        alpha=_OPACITY * np.abs(norm(weights) - 0.5) * 2,
+        extent=(0, columns * pw, rows * ph, 0),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axes.set_xlim(0, wide)
+    axes.set_ylim(high, 0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+    share = _percent(float(mixing.shares[prompt]))
+    axes.set_title(f"prompt {prompt} · {share}", fontsize=9.5, color=INK, pad=3)
+
+
+def _mixing_bar(figure: Figure, axes: Axes, norm: Normalize) -> None:
+    bar = figure.colorbar(ScalarMappable(norm, _DIVERGING), cax=axes, orientation="horizontal")
+    bar.ax.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=2.5)
+    bar.outline.set_edgecolor(GRID)
+    bar.ax.set_title("weight of the patch (zero is transparent)", fontsize=8.5, color=MUTED, pad=3)
+
+
+def _head(figure: Figure, title: str, subtitle: str) -> None:
+    width, height = figure.get_size_inches()
+    if len(title) > _TITLE_LENGTH:
+        title = f"{title[: _TITLE_LENGTH // 2]}…{title[-_TITLE_LENGTH // 2 :]}"
+    for offset, text, size, weight, colour in (
+        (0.36, title, 15, "bold", INK),
+        (0.66, subtitle, 10, "normal", MUTED),
+    ):
+        figure.text(
+            0.35 / width,
+            1 - offset / height,
+            text,
+            va="center",
+            parse_math=False,
+            fontsize=size,
+            fontweight=weight,
+            color=colour,
+        )
+
+
+def _thumbnail(figure: Figure, image: np.ndarray, side: float) -> None:
+    """The image in the upper right corner, at most `side` inches wide and high."""
+    width, height = figure.get_size_inches()
+    high, wide = (side * n / max(image.shape[:2]) for n in image.shape[:2])
+    corner = (1 - (0.3 + wide) / width, 1 - (0.14 + high) / height)
+    axes = figure.add_axes((*corner, wide / width, high / height))
+    axes.imshow(image, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with warnings.catch_warnings():
+        # File names may be in scripts that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path)

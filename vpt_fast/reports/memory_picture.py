@@ -1,0 +1,169 @@
+"""The picture of `vpt-fast memory`: bytes against prompted blocks and number of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from vpt_fast.analysis.activation_memory import EAGER, PLAIN, PROVIDERS
+from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
+
+_DPI = 130
+# Of the figure and of a panel's place in it, in inches.
+_PANEL_WIDTH, _PANEL_HEIGHT, _TOP, _BOTTOM, _LEFT, _GAP = 4.0, 3.3, 1.45, 0.65, 0.85, 0.45
+_ONLY_WIDTH, _ROW_GAP, _LEGEND_LINE = 6.2, 1.05, 0.24
+_GIB_FROM = 10 * 2**30
+_COLOUR = {EAGER: INK, **dict(zip(PROVIDERS[1:], (COLOURS[i] for i in (0, 2, 1, 3)), strict=True))}
+_MARKER = dict(zip(PROVIDERS, "os^Dv", strict=True))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram.
+
+    Attributes:
+        title: above it.
+        across: label of the horizontal axis.
+        up: label of the vertical axis, without its unit.
+        lines: provider to bytes by place on the horizontal axis; bars are drawn if all lines have
+            the same single place, and the horizontal axis names providers.
+        reference: bytes of the model without prompts, or None.
+    """
+
+    title: str
+    across: str
+    up: str
+    lines: Mapping[str, Mapping[int, int]]
+    reference: int | None
+
+
+def save_panels(path: Path, title: str, subtitle: str, rows: Sequence[Sequence[Panel]]) -> None:
+    """Draws rows of panels; those of a row share the scale of their vertical axes.
+
+    Args:
+        path: of the PNG.
+        title: first line.
+        subtitle: second line.
+        rows: as many panels in each.
+    """
+    columns = len(rows[0])
+    panel = _PANEL_WIDTH if columns > 1 else _ONLY_WIDTH
+    # A single panel is too narrow for a legend in one line.
+    lines = 1 if columns > 1 else 2
+    top = _TOP + (lines - 1) * _LEGEND_LINE
+    width = _LEFT + columns * panel + (columns - 1) * _GAP + 0.3
+    height = top + len(rows) * _PANEL_HEIGHT + (len(rows) - 1) * _ROW_GAP + _BOTTOM
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    left = 0.3 / width
+    figure.text(left, 1 - 0.34 / height, title, fontsize=14, fontweight="bold", color=INK,
+                va="center")  # fmt: skip
+    figure.text(left, 1 - 0.64 / height, subtitle, fontsize=10, color=MUTED, va="center")
+    grid = figure.add_gridspec(
+        len(rows), columns, left=_LEFT / width, right=1 - 0.3 / width, top=1 - top / height,
+        bottom=_BOTTOM / height, wspace=_GAP / panel, hspace=_ROW_GAP / _PANEL_HEIGHT,
+    )  # fmt: skip
+    for i, panels in enumerate(rows):
+        _draw_row([figure.add_subplot(grid[i, j]) for j in range(columns)], panels)
+    _draw_legend(figure, (left, 1 - 0.85 / height), lines)
+    figure.savefig(path)
+
+
+def _draw_row(axes: Sequence[Axes], panels: Sequence[Panel]) -> None:
+    largest = max(
+        (count for panel in panels for line in panel.lines.values() for count in line.values()),
+        default=1,
+    )
+    largest = max(largest, *(panel.reference or 1 for panel in panels))
+    unit, size = ("GiB", 2**30) if largest >= _GIB_FROM else ("MiB", 2**20)
+    for column, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
+        _style(ax)
+        places = sorted({place for line in panel.lines.values() for place in line})
+        if len(places) == 1:
+            _draw_bars(ax, panel, places[0], size)
+        else:
+            _draw_lines(ax, panel, places, size)
+        if panel.reference is not None:
+            ax.axhline(panel.reference / size, color=MUTED, linestyle=":", linewidth=1.6)
+        ax.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
+        ax.set_ylim(0, 1.06 * largest / size)
+        if column:
+            ax.tick_params(labelleft=False)
+        else:
+            ax.set_ylabel(f"{panel.up} ({unit})", fontsize=9.5, color=MUTED)
+
+
+def _draw_lines(ax: Axes, panel: Panel, places: Sequence[int], size: int) -> None:
+    for provider, line in panel.lines.items():
+        x = sorted(line)
+        ax.plot(x, [line[place] / size for place in x], **_drawn(provider))
+    ax.set_xlabel(panel.across, fontsize=9.5, color=MUTED)
+    ax.set_xticks(_apart(places))
+
+
+def _draw_bars(ax: Axes, panel: Panel, place: int, size: int) -> None:
+    for i, (provider, line) in enumerate(panel.lines.items()):
+        if place in line:
+            value = line[place] / size
+            ax.bar(i, value, color=_COLOUR[provider], width=0.6)
+            ax.annotate(format_size(value), (i, value), (0, 3), textcoords="offset points",
+                        ha="center", fontsize=9, color=INK)  # fmt: skip
+    ax.set_xlabel(panel.across, fontsize=9.5, color=MUTED)
+    ax.set_xticks(range(len(panel.lines)), list(panel.lines))
+
+
+def format_size(value: float) -> str:
+    """A size in MiB or GiB: whole from 100 on, one decimal below."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _apart(places: Sequence[int]) -> list[int]:
+    """Those of ascending places whose numbers do not touch each other below an axis."""
+    # In inches, of the narrowest panel: its margins are 5% each, and a digit takes 0.07.
+    inch = 0.9 * _PANEL_WIDTH / (places[-1] - places[0])
+    kept = [places[0]]
+    for place in places[1:]:
+        digits = len(str(kept[-1])) + len(str(place))
+        if (place - kept[-1]) * inch > 0.035 * digits + 0.06:
+            kept.append(place)
+    return kept
+
+
+def _drawn(provider: str) -> dict[str, Any]:
+    return {
+        "color": _COLOUR[provider], "marker": _MARKER[provider], "markersize": 4.5,
+        "linewidth": 1.8, "label": _label(provider), "clip_on": False,
+    }  # fmt: skip
+
+
+def _label(provider: str) -> str:
+    return "eager PyTorch" if provider == EAGER else f"vpt_fast, {provider}"
+
+
+def _style(ax: Axes) -> None:
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(MUTED)
+    ax.grid(axis="y", color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=MUTED, labelsize=9, length=3)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def _draw_legend(figure: Figure, corner: tuple[float, float], lines: int) -> None:
+    handles = [Line2D([], [], **_drawn(provider)) for provider in PROVIDERS]
+    handles.append(
+        Line2D([], [], color=MUTED, linestyle=":", linewidth=1.6, label=f"timm's model {PLAIN}")
+    )
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=corner, ncols=len(handles) // lines,
+        frameon=False, fontsize=9.5, labelcolor=INK, columnspacing=1.6, handlelength=2.2,
+        borderpad=0, borderaxespad=0,
+    )  # fmt: skip

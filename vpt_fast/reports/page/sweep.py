@@ -1,0 +1,87 @@
+"""What the output folder of a sweep holds, for a report: its table and its picture."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from vpt_fast.train.common.curves import format_bytes
+from vpt_fast.train.sweep.report import HEADER, PICTURE, TABLE, mean_and_deviation
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """A sweep as its folder shows it.
+
+    Attributes:
+        path: The folder.
+        name: Of the folder.
+        header, summary: One row of text per method: what was chosen, mean and deviation of its
+            final runs.
+        runs: One row of text per final run, with the columns of the CSV file.
+        picture: A data: URI; None if there is none.
+    """
+
+    path: Path
+    name: str
+    header: tuple[str, ...]
+    summary: list[list[str]]
+    columns: tuple[str, ...]
+    runs: list[list[str]]
+    picture: str | None
+
+
+_SUMMARY = (
+    "method", "learning rate", "weight decay", "prompts", "validation, %", "test, mean, %",
+    "standard deviation", "trained parameters", "adapter", "seeds",
+)  # fmt: skip
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a sweep has written its table into the folder."""
+    return (folder / TABLE).is_file()
+
+
+def read_sweep(folder: Path) -> SweepFolder:
+    """Reads a sweep's table and picture.
+
+    Raises:
+        ValueError: If the table is damaged.
+    """
+    path = folder / TABLE
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    by_method: dict[str, list[dict[str, str]]] = {}
+    try:
+        for row in rows:
+            by_method.setdefault(row["method"], []).append(row)
+        summary = [_summary(name, finals) for name, finals in by_method.items()]
+        runs = [[row[name] for name in HEADER] for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    picture = None
+    if (folder / PICTURE).is_file():
+        text = base64.b64encode((folder / PICTURE).read_bytes()).decode("ascii")
+        picture = f"data:image/png;base64,{text}"
+    name = folder.resolve().name
+    return SweepFolder(folder, name, _SUMMARY, summary, HEADER, runs, picture)
+
+
+def _summary(name: str, finals: list[dict[str, str]]) -> list[str]:
+    first = finals[0]
+    mean, deviation = mean_and_deviation([float(row["test_top1"]) for row in finals])
+    return [
+        name,
+        f"{float(first['lr']):g}",
+        f"{float(first['weight_decay']):g}",
+        first["num_prompts"],
+        f"{float(first['validation_top1']):.2f}",
+        f"{mean:.2f}",
+        "" if math.isnan(deviation) else f"{deviation:.2f}",
+        f"{int(first['trained_parameters']):,}",
+        format_bytes(int(first["adapter_bytes"])),
+        str(len(finals)),
+    ]
