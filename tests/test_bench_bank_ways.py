@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.gpu.cases import Plan, only, timed_subjects
-from bench.gpu.checks import check_kernel, kernel_cases
+from bench.counted.trace import counts, traced
 from bench.gpu.device import CpuDevice
-from bench.gpu.measure import KernelCheck, measure
+from bench.gpu.jobs.cases import Plan, only, timed_subjects
+from bench.gpu.jobs.checks import check_kernel, kernel_cases
+from bench.gpu.jobs.measure import KernelCheck, measure
 from bench.providers import bank_attention as bank_ways
 from bench.providers import bank_models as bank_model_ways
 from bench.providers.bank_attention import (
@@ -24,7 +25,6 @@ from bench.providers.bank_attention import (
 )
 from bench.providers.bank_models import BankModelCase, entrant
 from bench.providers.models import OURS
-from bench.trace import counts, traced
 from vpt_fast import PromptBank
 
 pytest_plugins = ("kernel_device",)

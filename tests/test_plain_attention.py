@@ -10,10 +10,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.attention_report import attention_entry
-from bench.plain_attention import PlainTiles, plain_launches
-from bench.plain_report import comparison, copy_cycles, plain_entry, together
-from vpt_fast.kernels.plan import AttentionProblem
+from bench.machine_code.plain_attention import PlainTiles, plain_launches
+from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.reports.attention import attention_entry
+from bench.machine_code.reports.plain_attention import (
+    comparison,
+    copy_cycles,
+    plain_entry,
+    together,
+)
 
 pytest_plugins = ("kernel_device",)
 

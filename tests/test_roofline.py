@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import host, host_page, roofline, roofline_page
-from bench.gpus import DEFAULT, GPUS, Assumptions, gpu_of
-from bench.providers.models import COMPILED, PROVIDERS
-from bench.roofline import beside, main, shrinks
-from bench.step_model import (
+from bench.counted import roofline, roofline_page
+from bench.counted.gpus import DEFAULT, GPUS, Assumptions, gpu_of
+from bench.counted.roofline import beside, main, shrinks
+from bench.counted.step_model import (
     DEVICE,
     HOST,
     Case,
@@ -24,7 +23,10 @@ from bench.step_model import (
     modelled_case,
     work,
 )
-from bench.trace import Op, Region
+from bench.counted.trace import Op, Region
+from bench.host import host
+from bench.host import page as host_page
+from bench.providers.models import COMPILED, PROVIDERS
 
 TINY = "vit_tiny_patch16_224"
 H100 = GPUS["H100"]
@@ -111,7 +113,7 @@ def test_the_hosts_time_is_what_was_measured_for_as_many_blocks(hosts: Hosts) ->
 def test_results_that_are_not_the_hosts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("bench,device\nstep,x\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no results file of bench.host"):
+    with pytest.raises(ValueError, match="no results file of bench.host.host"):
         Hosts(path)
     with pytest.raises(ValueError, match="`python -m bench.host` makes one"):
         host_page.latest(tmp_path)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from bench.correctness import WORST, Check, Results, budget, largest_error
+from bench.compare.correctness import WORST, Check, Results, budget, largest_error
+from bench.compare.rounds import Turn, timed
 from bench.providers.models import (
     COMPILED,
     CUDNN,
@@ -28,7 +29,6 @@ from bench.providers.models import (
     WITHOUT,
     base,
 )
-from bench.turns import Turn, timed
 from vpt_fast.ops.attention.operator import prompt_attention
 
 Attend = Callable[[Tensor, Tensor], Tensor]
@@ -147,7 +147,7 @@ def functions(
 def checks(
     case: AttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Check]:
-    """Every provider against fp64, as `bench.correctness` does it."""
+    """Every provider against fp64, as `bench.compare.correctness` does it."""
     kind = str(dtype).removeprefix("torch.")
     given = case.inputs(dtype, device)
     tokens, prompts = (tensor.detach().double().requires_grad_() for tensor in given[:2])

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.correctness import WORST, Check, Results, budget, largest_error
+from bench.compare.correctness import WORST, Check, Results, budget, largest_error
 from bench.providers.models import OURS
 from vpt_fast.ops.attention.operator import prompt_attention
 from vpt_fast.ops.attention.ragged import bank_attention
@@ -168,7 +168,7 @@ def functions(
 def checks(
     case: BankAttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Check]:
-    """Every provider against fp64, as `bench.correctness` does it."""
+    """Every provider against fp64, as `bench.compare.correctness` does it."""
     kind = str(dtype).removeprefix("torch.")
     given = case.inputs(dtype, device)
     wanted = {"out": _exact(given)}

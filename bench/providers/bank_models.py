@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import INFERENCE, Case
-from bench.correctness import Check, Results, budget, largest_error
-from bench.device_timer import Run
+from bench.compare.cases import INFERENCE, Case
+from bench.compare.correctness import Check, Results, budget, largest_error
+from bench.compare.device_timer import Run
 from bench.providers.bank_attention import ONE_BY_ONE
 from bench.providers.models import OURS, PUBLISHED, provide, set_values, values
 from vpt_fast import PromptBank, prompt_tune, save_adapter

@@ -1,8 +1,8 @@
 """What a block does with VAPT's experts before attention, in the ways that are compared.
 
 norm1 of the tokens and of the prompts that the experts make of them, forward and backward. "concat"
-is the equations as they are written (`vpt_fast.reference.vit.ConcatenatedExperts`); the other names are
-those of `bench.providers.models`.
+is the equations as they are written (`vpt_fast.reference.vit.ConcatenatedExperts`); the other names
+are those of `bench.providers.models`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import timm
 import torch
 from torch import Tensor
 
-from bench.correctness import WORST, Check, Results, budget, largest_error
+from bench.compare.correctness import WORST, Check, Results, budget, largest_error
+from bench.compare.rounds import Turn, timed
 from bench.providers.models import OURS, provide, set_values, trained, values
-from bench.turns import Turn, timed
 from vpt_fast import VAPT
 from vpt_fast.ops.block.add_norm import OpenSum
 
@@ -125,7 +125,7 @@ def functions(
 def checks(
     case: ExpertCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Check]:
-    """Every provider against the equations in fp64, as `bench.correctness` does it."""
+    """Every provider against the equations in fp64, as `bench.compare.correctness` does it."""
     kind = str(dtype).removeprefix("torch.")
     given = values(case.module("concat"))
     rounded = {name: value.to(dtype) for name, value in given.items()}

@@ -1,0 +1,86 @@
+"""What can be asked of a device: comparisons, checks, and other jobs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from bench.compare.cases import Case
+from bench.compare.collect import Row
+from bench.gpu.device import Device
+from bench.gpu.jobs.checks import KernelCase
+from bench.gpu.outcome import Tell
+from bench.gpu.results.record import FIELDS
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import BankAttentionCase
+from bench.providers.bank_models import BankModelCase
+from bench.providers.experts import ExpertCase
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """An operator that is checked, and not timed; in a dtype of its own if it has one."""
+
+    case: KernelCase
+    dtype: str | None = None
+
+    def __str__(self) -> str:
+        case, heads = self.case, ""
+        if isinstance(case, AttentionCase | BankAttentionCase):
+            heads = f"-heads {case.heads}x{case.head_dim}"
+        return f"check {case}{heads}" + (f"-{self.dtype}" if self.dtype else "")
+
+
+@dataclass(frozen=True)
+class CeilingsWanted:
+    """The device's own ceilings."""
+
+    def __str__(self) -> str:
+        return "ceilings: one large product, one large copy"
+
+
+@dataclass(frozen=True)
+class FactsWanted:
+    """The device's name, and what else results hang on."""
+
+    def __str__(self) -> str:
+        return "device and versions"
+
+
+@runtime_checkable
+class Job(Protocol):
+    """Anything else that is run on the device.
+
+    Attributes:
+        seconds: that it may take, a guess.
+    """
+
+    @property
+    def seconds(self) -> float: ...
+
+    def run(self, device: Device, tell: Tell) -> None:
+        """Do it."""
+        ...
+
+
+Comparison = Case | AttentionCase | ExpertCase | BankAttentionCase | BankModelCase
+Subject = Comparison | KernelCheck | CeilingsWanted | FactsWanted | Job
+
+
+def facts_of(subject: Comparison | KernelCheck, dtype: str) -> Row:
+    """The columns that say what a row is about."""
+    row = {"kind": "measured", "dtype": dtype}
+    if isinstance(subject, KernelCheck):
+        return {**row, "dtype": subject.dtype or dtype, "bench": "check", "model": str(subject)}
+    if isinstance(subject, Case):
+        row |= {"bench": subject.work}
+    elif isinstance(subject, AttentionCase):
+        row |= {"bench": "attention"}
+    elif isinstance(subject, ExpertCase):
+        row |= {"bench": "experts", "method": "vapt"}
+    elif isinstance(subject, BankAttentionCase):
+        row |= {"bench": "attention of many tasks"}
+    elif isinstance(subject, BankModelCase):
+        row |= {"bench": "inference of many tasks"}
+    row |= {name: value for name, value in vars(subject).items() if name in FIELDS}
+    return row

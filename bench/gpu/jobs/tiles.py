@@ -1,0 +1,55 @@
+"""Times of attention's candidate tiles, 64 channels, bf16: what `bench.tiles.tune` measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from bench.gpu.device import Device
+from bench.gpu.jobs.keys import stable_keys
+from bench.gpu.outcome import Tell
+from bench.tiles.times import Row, measure, median_milliseconds, write_times
+from vpt_fast.kernels.attention.tiles import KERNELS, Key
+from vpt_fast.kernels.runtime.launch import Launch
+
+KEYS: list[Key] = [(kernel, 64, "bf16", 90) for kernel in KERNELS]
+"""Their architecture gives way to the device's own."""
+
+_TRIAL_ROWS = 2
+
+
+@dataclass(frozen=True)
+class TilesWanted:
+    """Candidate tiles, timed one after another into a file.
+
+    Attributes:
+        path: of the CSV file; an older one is replaced.
+        trial: whether nothing is launched, and programs of a launch stand in for milliseconds.
+        seconds: that it may take.
+    """
+
+    path: str
+    trial: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        return "tiles of attention, 64 channels, bf16"
+
+    def run(self, device: Device, tell: Tell) -> None:
+        """Time them; the file grows row by row."""
+        stable_keys()
+        Path(self.path).unlink(missing_ok=True)
+        time: Callable[[Launch], float] = _programs if self.trial else median_milliseconds
+        rows: Iterable[Row] = measure(KEYS, "meta" if self.trial else device.name, time)
+        if self.trial:
+            rows = islice(rows, _TRIAL_ROWS)
+        write_times(Path(self.path), rows)
+        count = len(Path(self.path).read_text(encoding="utf-8").splitlines()) - 1
+        tell("said", f"{count} candidates in {Path(self.path).name}")
+
+
+def _programs(launch: Launch) -> float:
+    return float(math.prod(launch.grid))

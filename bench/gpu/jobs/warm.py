@@ -1,0 +1,277 @@
+"""Compiles, by all cores at once, the kernels that a run of the benchmark will launch.
+
+    python -m bench.gpu.jobs.warm [--jobs N] [--capability 90] [--quick] [--tiles] [--trial]
+
+They go to Triton's own cache (TRITON_CACHE_DIR), where every later process finds them. No GPU is
+needed: models run on tensors without values, and launches are noted instead of made. A cache that
+was made elsewhere with the same Python, Triton and source is found too: copy the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import timm
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.compiler import ASTSource
+
+from bench.compare.cases import DTYPES, INFERENCE, Case
+from bench.compare.rounds import inference, step
+from bench.counted.step_trace import without_values
+from bench.counted.trace import Trace, traced
+from bench.gpu.jobs.cases import Plan, correctness_subjects, first_subjects, timed_subjects
+from bench.gpu.jobs.checks import launches_alone
+from bench.gpu.jobs.keys import stable_keys
+from bench.gpu.jobs.models import ModelCheck
+from bench.gpu.jobs.steps import StepCheck
+from bench.gpu.jobs.subjects import KernelCheck, Subject
+from bench.machine_code.offline import gpu_target, specialise
+from bench.providers import (
+    attention as attention_ways,
+)
+from bench.providers import (
+    bank_attention as bank_ways,
+)
+from bench.providers import (
+    experts as expert_ways,
+)
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import BankAttentionCase
+from bench.providers.experts import ExpertCase
+from bench.providers.models import OURS, provide
+from bench.tiles.candidates import SHAPES, candidates, current, launch_of
+from bench.tiles.times import STAGES
+from vpt_fast.kernels.runtime.launch import Launch, Target
+
+
+class Kernel(NamedTuple):
+    """What Triton compiles, as one process can hand it to another.
+
+    Attributes:
+        module, name: where the function is.
+        signature, constants, attributes: of `triton.compiler.ASTSource`.
+        options: of `triton.compile`.
+        launch: what it computes, for reports.
+    """
+
+    module: str
+    name: str
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, Any]
+    launch: str
+
+
+@contextlib.contextmanager
+def noted(capability: int) -> Iterator[list[Launch]]:
+    """Note the launches inside, as a GPU of this capability would make them."""
+    found: list[Launch] = []
+
+    with contextlib.ExitStack() as stack:
+        note = mock.patch.object(Trace, "record_launch", lambda _, launch: found.append(launch))
+        stack.enter_context(note)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("vpt_fast.") and "target_of" in vars(module):
+                target = mock.patch.object(module, "target_of", lambda _: Target(capability))
+                stack.enter_context(target)
+        stack.enter_context(traced())
+        yield found
+
+
+def _run(subject: Subject) -> None:
+    """Run ours of a subject on tensors without values; those of whom nothing is ours do nothing."""
+    if isinstance(subject, ModelCheck):
+        return _run_model(replace(subject.case, batch=2))
+    if isinstance(subject, StepCheck):
+        return _run_model(subject.case)
+    if isinstance(subject, Case):
+        return _run_model(subject) if OURS in subject.providers else None
+    dtype = torch.bfloat16
+    if isinstance(subject, KernelCheck):
+        launches_alone(subject.case, DTYPES[subject.dtype or "bfloat16"])
+    elif isinstance(subject, AttentionCase):
+        attention_ways.functions(replace(subject, providers=(OURS,)), dtype)[OURS]()
+    elif isinstance(subject, ExpertCase):
+        expert_ways.functions(replace(subject, providers=(OURS,)), dtype)[OURS]()
+    elif isinstance(subject, BankAttentionCase):
+        bank_ways.functions(replace(subject, providers=(OURS,)), dtype)[OURS]()
+    return None
+
+
+def _run_model(case: Case) -> None:
+    dtype, size = DTYPES[case.dtype], case.image_size
+    with torch.device("meta"):
+        plain = timm.create_model(case.model, num_classes=case.classes, img_size=size).eval()
+    mode = FakeTensorMode()
+    plain = without_values(plain, dtype, mode)
+    with mode:
+        module = provide(OURS, plain, case.settings(), case.memory)
+        images = torch.empty(case.batch, 3, size, size, dtype=dtype)
+        if case.work == INFERENCE:
+            inference(module.eval(), images)()
+        else:
+            step(module, images, torch.empty(case.batch, dtype=torch.int64))()
+
+
+def kernels_of(subject: Subject, capability: int) -> list[Kernel] | str:
+    """Kernels that ours of a subject launches; or why it could not be run here, in words.
+
+    What is not found beforehand is compiled when it is launched.
+    """
+    whole = isinstance(subject, Case | ModelCheck | StepCheck | ExpertCase) or (
+        isinstance(subject, KernelCheck) and isinstance(subject.case, ExpertCase)
+    )
+    try:
+        with noted(capability) as found, contextlib.nullcontext() if whole else FakeTensorMode():
+            _run(subject)
+        return kernels(found, capability)
+    except Exception as error:
+        return f"{subject}: {type(error).__name__}: {error}"[:200]
+
+
+def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
+    """Kernels of launches, each once."""
+    target = gpu_target(capability)
+    by_key: dict[str, Kernel] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # addresses of tensors without values are asked for
+        for launch in found:
+            source, options = specialise(launch, target)
+            function = launch.kernel
+            kernel = Kernel(
+                function.__module__, function.__name__, source.signature, source.constants,
+                source.attrs, options, launch.name,
+            )  # fmt: skip
+            by_key.setdefault(repr(kernel[:-1]), kernel)
+    return list(by_key.values())
+
+
+def tile_launches(capability: int) -> list[Launch]:
+    """Launches of attention's candidate tiles at 64 channels in bf16."""
+    from vpt_fast.kernels.attention.tiles import KERNELS
+
+    found = []
+    for kernel in KERNELS:
+        key = (kernel, 64, "bf16", capability)
+        for choice in dict.fromkeys((current(key), *candidates(key, STAGES))):
+            found += [launch_of(key, shape, choice)[1] for shape in SHAPES]
+    return found
+
+
+_FEW = 1
+
+
+def _build(kernel: Kernel, capability: int) -> str:
+    """Compile a kernel; what went wrong, in words."""
+    try:
+        function = getattr(importlib.import_module(kernel.module), kernel.name)
+        source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
+        target = gpu_target(capability)
+        _build_launcher(triton.compile(source, target=target, options=kernel.options))
+    # Candidates that want too much of the device are among them.
+    except Exception as failure:
+        return f"{kernel.launch}: {type(failure).__name__}: {failure}"[:160]
+    return ""
+
+
+def _build_launcher(kernel: Any) -> None:
+    """Build the C function that launches a kernel, where Triton (up to 3.6) has one for each."""
+    with contextlib.suppress(Exception):  # without CUDA's library it cannot be linked here
+        from triton.backends.nvidia import driver
+
+        if hasattr(driver, "make_launcher") and driver.library_dirs():
+            driver.CudaUtils()
+            driver.CudaLauncher(kernel.src, kernel.metadata)
+
+
+def warm(
+    subjects: Sequence[Subject], given: Sequence[Kernel], capability: int, jobs: int
+) -> Iterator[str]:
+    """Find the kernels of subjects and compile them, with others that are given, in processes.
+
+    Yields:
+        What is worth saying, as it becomes known.
+    """
+    start = time.perf_counter()
+    context = multiprocessing.get_context("fork")
+    with context.Pool(jobs, torch.set_num_threads, (1,)) as pool:
+        by_key = {repr(kernel[:-1]): kernel for kernel in given}
+        tasks = [(subject, capability) for subject in subjects]
+        for found in pool.starmap(kernels_of, tasks, chunksize=1):
+            if isinstance(found, str):
+                yield found
+            else:
+                by_key |= {repr(kernel[:-1]): kernel for kernel in found}
+        yield f"{len(by_key)} kernels, {time.perf_counter() - start:.0f} s to find them"
+        builds = [(kernel, capability) for kernel in by_key.values()]
+        failed = [text for text in pool.starmap(_build, builds, chunksize=1) if text]
+    yield from failed
+    yield (
+        f"{len(by_key) - len(failed)} kernels compiled for sm_{capability}, Triton "
+        f"{triton.__version__}, {time.perf_counter() - start:.0f} s in all"
+    )
+
+
+def _capability() -> int:
+    """The GPU's own, asked without taking hold of it; 90 where there is none."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return int(done.stdout.split()[0].replace(".", ""))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 90
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, and say what did not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.jobs.warm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--capability", type=int, help="of the GPU; its own by default, or 90")
+    parser.add_argument("--quick", action="store_true", help="the kernels of --cases quick")
+    parser.add_argument("--trial", action="store_true", help="only a few, to show that it works")
+    parser.add_argument(
+        "--tiles", action="store_true", help="candidate tiles of `bench.tiles.tune`"
+    )
+    options = parser.parse_args(arguments)
+    capability = options.capability or _capability()
+    stable_keys()
+    given: list[Kernel] = []
+    subjects = _trial() if options.trial else _subjects(Plan(full=not options.quick))
+    if options.tiles:
+        subjects = []
+        tiles = tile_launches(capability)
+        given = kernels(tiles[:_FEW] if options.trial else tiles, capability)
+    for line in warm(subjects, given, capability, options.jobs):
+        print(line, flush=True)
+    return 0
+
+
+def _subjects(plan: Plan) -> list[Subject]:
+    return [*first_subjects(plan), *timed_subjects(plan), *correctness_subjects(plan)]
+
+
+def _trial() -> list[Subject]:
+    return [AttentionCase(3, 2, 17, 2, 32, (OURS,))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Counted FLOP and bytes of what was timed, and the time that a model gives it.
+
+The one place that asks `bench.counted.trace` and `bench.counted.step_model` for the GPU benchmark.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.compare.cases import DTYPES, STEP, Case
+from bench.compare.collect import Row
+from bench.counted import fusion, step_model
+from bench.counted.gpus import Assumptions, gpu_of
+from bench.counted.step_trace import CLASSES, step_ops
+from bench.counted.trace import Op, traced
+from bench.host import page as host_page
+from bench.providers import attention as attention_ways
+from bench.providers.attention import AttentionCase
+from bench.providers.models import COMPILED, PUBLISHED, base
+
+
+class Counted(NamedTuple):
+    """FLOP and bytes, counted; milliseconds in eager mode and as a CUDA graph, modelled."""
+
+    flop: int
+    nbytes: int
+    eager_ms: float | None = None
+    graph_ms: float | None = None
+
+
+def count(subject: object, provider: str, dtype: str, device: str) -> Counted | None:
+    """Count a provider's step, or attention alone.
+
+    Args:
+        subject: what was timed.
+        provider: of `bench.providers.models`; compiled ones after ideal fusion.
+        dtype: of attention; a `Case` says its own.
+        device: its name; a time is modelled where its peaks are known.
+
+    Returns:
+        None where the trace does not reach: inference, and experts alone.
+    """
+    ops = _ops(subject, provider, dtype)
+    if ops is None:
+        return None
+    done = step_model.work(ops)
+    flop, nbytes = sum(done.flop.values()), sum(done.nbytes.values())
+    gpu = gpu_of(device)
+    if gpu is None or not isinstance(subject, Case):
+        return Counted(flop, nbytes)
+    hosts = step_model.Hosts(host_page.latest())
+    host = step_model.host_ms(hosts, subject.model, provider, subject.method)
+    times = step_model.modelled(ops, gpu, Assumptions(), host)
+    return Counted(flop, nbytes, times.eager, times.graph)
+
+
+def _ops(subject: object, provider: str, dtype: str) -> list[Op] | None:
+    eager = base(provider)
+    if isinstance(subject, AttentionCase):
+        with FakeTensorMode():
+            inputs = subject.inputs(DTYPES[dtype])
+            with traced() as ops:
+                attention_ways.run(attention_ways.WAYS[eager], *inputs)
+    elif isinstance(subject, Case) and subject.work == STEP and subject.classes == CLASSES:
+        kind = "float32" if provider == PUBLISHED else subject.dtype
+        ops = step_ops(
+            subject.model, eager, subject.settings(), subject.batch, DTYPES[kind],
+            image_size=subject.image_size,
+        )  # fmt: skip
+    else:
+        return None
+    return fusion.fused(ops) if provider in COMPILED else ops
+
+
+def rates(row: Row, counted: Counted) -> Row:
+    """Achieved rates of a row that has a time: counted work over measured time."""
+    seconds = float(row["p50_ms"]) / 1e3
+    return {
+        "tflops": f"{counted.flop / seconds / 1e12:.4g}",
+        "gb_per_s": f"{counted.nbytes / seconds / 1e9:.4g}",
+    }

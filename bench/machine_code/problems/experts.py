@@ -1,0 +1,121 @@
+"""What VAPT's experts would launch, without a GPU: to compile the kernels offline and read them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vpt_fast.kernels.experts.features import features_backward_launches, features_launch
+from vpt_fast.kernels.experts.fold import fold_backward_launch, fold_launch
+from vpt_fast.kernels.experts.mix import mix_launch
+from vpt_fast.kernels.experts.mix_backward import mix_backward_launch
+from vpt_fast.kernels.runtime.chunks import chunk_count
+from vpt_fast.kernels.runtime.launch import Launch, Target
+
+_SM_80 = Target(80)
+
+
+class ExpertProblem(NamedTuple):
+    """The prompt experts of one block.
+
+    Attributes:
+        grid: rows and columns of patches.
+        prompts: p.
+        width: channels D.
+        dtype: of tokens and parameters.
+        prefix: tokens before the patches.
+        batch: images B.
+        kernel_size: of the convolution.
+        hidden_dim: of the feature projector.
+        dropout: whether the dropout masks are there.
+    """
+
+    grid: tuple[int, int] = (14, 14)
+    prompts: int = 10
+    width: int = 768
+    dtype: torch.dtype = torch.bfloat16
+    prefix: int = 1
+    batch: int = 64
+    kernel_size: int = 2
+    hidden_dim: int = 8
+    dropout: bool = True
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    def necessary_bytes(self) -> int:
+        """Bytes that the forward update (mix, features) has to move through memory.
+
+        The patches of x and their mean and reciprocal standard deviation read once, the folded
+        matrix read once, the mix g (fp32) written and read once, the normalised prompts written
+        once.
+        """
+        tokens = self.batch * self.patches
+        rows = self.batch * self.prompts
+        size = self.dtype.itemsize
+        matrix = 4 * self.prompts * self.patches
+        return tokens * (self.width * size + 8) + matrix + rows * self.width * (2 * 4 + size)
+
+
+def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, Launch]:
+    """The launches of a forward and a backward pass by name, on tensors without memory.
+
+    They are made by the code that makes the real ones.
+
+    Args:
+        problem: shapes and dtype.
+        target: what to tune for.
+    """
+    batch, prompts, width = problem.batch, problem.prompts, problem.width
+    rows, r = problem.prefix + problem.patches, problem.hidden_dim
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def param(*shape: int) -> torch.Tensor:
+        return empty(*shape, dtype=problem.dtype)
+
+    inner = [n - problem.kernel_size + 1 for n in problem.grid]
+    weight = param(prompts, inner[0] * inner[1])
+    kernel = param(1, 1, problem.kernel_size, problem.kernel_size)
+    mix, mix_sum = empty(prompts, -(-problem.patches // 64) * 64), empty(prompts)
+    x, y = param(batch, rows, width), param(batch, rows, width)
+    statistics, mixed = empty(3, batch, rows), empty(batch, prompts, width)
+    out, row = param(batch, prompts, width), empty(batch, prompts)
+    tensors: dict[str, torch.Tensor | None] = {
+        "mix_sum": mix_sum,
+        "weight": param(width),
+        "shift": param(width),
+        "bias": param(prompts),
+        "channels": empty(batch, width) if problem.dropout else None,
+        "down": param(r, width),
+        "up": param(width, r),
+        "hidden": empty(batch, prompts, r) if problem.dropout else None,
+        "norm_weight": param(width),
+    }
+    launches = [
+        fold_launch(weight, kernel, problem.grid, mix, mix_sum),
+        mix_launch(x, mix, statistics, mixed, problem.patches, target),
+        features_launch(
+            mixed, {**tensors, "norm_bias": param(width)}, True, out, row, empty(batch, prompts),
+            1e-6, target,
+        ),
+        *features_backward_launches(
+            mixed, {**tensors, "mean": row, "rstd": row}, True, out, empty(*mixed.shape),
+            empty(2, batch * prompts, r), empty(4, batch * prompts),
+            empty(chunk_count(batch * prompts), 2 * r + 2, width), target,
+        ),
+        mix_backward_launch(
+            x, mix, problem.patches, param(width), statistics, y, mixed, param(*x.shape),
+            param(*x.shape),
+            empty(chunk_count(batch), prompts, problem.patches), target,
+        ),
+        fold_backward_launch(
+            weight, kernel, problem.grid, mix, mix_sum, param(*weight.shape),
+            empty(prompts, kernel.numel()),
+        ),
+    ]  # fmt: skip
+    return {launch.name: launch for launch in launches}
