@@ -1,0 +1,82 @@
+"""MkDocs hook: a public name that the API page lacks, or that has no docstring, fails the build.
+
+A name is public where it is in the `__all__` of one of `PUBLIC_MODULES`; so are the methods of a
+public class that do not begin with an underscore. Nothing is imported: griffe reads the source.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import griffe
+
+ROOT = Path(__file__).parent.parent
+PUBLIC_MODULES = ("vpt_fast", "vpt_fast.bank", "vpt_fast.analysis")
+PAGE = "api.md"
+
+log = logging.getLogger("mkdocs.hooks.check_api")
+
+
+@lru_cache(1)
+def _package() -> griffe.Object | griffe.Alias:
+    return griffe.load("vpt_fast", search_paths=[ROOT])
+
+
+def public_names() -> list[str]:
+    """Return the full name of everything in the public modules' `__all__`.
+
+    Raises:
+        KeyError: A public module does not exist.
+    """
+    package = _package()
+    names: dict[str, None] = {}
+    for module in PUBLIC_MODULES:
+        below = module.partition(".")[2]
+        found = package[below] if below else package
+        names.update({f"{module}.{name}": None for name in found.exports or ()})
+    return list(names)
+
+
+def _undocumented(name: str) -> Iterator[str]:
+    found = _package()[name.partition(".")[2]]
+    if not found.has_docstring:
+        yield name
+    if found.is_class:
+        for member in found.members.values():
+            if member.is_function and not member.name.startswith("_") and not member.has_docstring:
+                yield f"{name}.{member.name}"
+
+
+def undocumented(names: list[str]) -> list[str]:
+    """Return those of `names`, and of their public methods, that have no docstring."""
+    return [found for name in names for found in _undocumented(name)]
+
+
+def listed_names(markdown: str) -> list[str]:
+    """Return the names that a page asks mkdocstrings to document."""
+    return re.findall(r"^::: (\S+)$", markdown, flags=re.MULTILINE)
+
+
+def faults(markdown: str) -> list[str]:
+    """Return one line for each name that the API page lacks or that has no docstring.
+
+    Args:
+        markdown: Text of the API page.
+    """
+    names, listed = public_names(), listed_names(markdown)
+    short = {name.rpartition(".")[2] for name in listed}
+    lacking = [name for name in names if name.rpartition(".")[2] not in short]
+    found = [f"{name} is public and not on the API page" for name in lacking]
+    return found + [f"{name} is public and has no docstring" for name in undocumented(names)]
+
+
+def on_page_markdown(markdown: str, page: object, **_: object) -> str:
+    """Warn about every fault of the API page; a strict build then fails."""
+    if getattr(page, "file").src_uri == PAGE:  # noqa: B009
+        for fault in faults(markdown):
+            log.warning(fault)
+    return markdown
