@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from vpt_fast.kernels.plan import AttentionProblem
 
 from bench.entry import Entry, LoopEntry
 from bench.limit_tables import LoopLimit
@@ -21,6 +20,7 @@ from bench.multiprocessor import MULTIPROCESSORS
 from bench.offline import Architecture
 from bench.problems import useful_flop
 from bench.report import FULL_LOOPS, LaunchReport, launch_report
+from vpt_fast.kernels.plan import AttentionProblem
 
 
 def attention_entry(kernel: str, problem: AttentionProblem, architecture: Architecture) -> Entry:

@@ -29,7 +29,7 @@ from bench.providers import (
     base,
 )
 from bench.turns import Turn, timed
-from vpt_fast.ops.attention import prompt_attention
+from vpt_fast.ops.attention.operator import prompt_attention
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 """(tokens, prompts) to (B, N, H * d)."""

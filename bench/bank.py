@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from bench.interleave import interleave
 from bench.trace import traced
 from vpt_fast import VAPT, PromptBank, VPTDeep, prompt_tune, save_adapter, trainable_parameters
-from vpt_fast.adapter_files import TENSORS_FILE
+from vpt_fast.adapter.files import TENSORS_FILE
 
 CLASSES = 100
 TOLERANCE = 1e-4

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from vpt_fast.kernels.launch import Launch
+
+from vpt_fast.kernels.runtime.launch import Launch
 
 
 def _values(tensor: Tensor) -> list[int] | None:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from bench.correctness import WORST, Check, Results, budget, largest_error
 from bench.providers import OURS
-from vpt_fast.ops.attention import prompt_attention
-from vpt_fast.ops.bank_attention import bank_attention
-from vpt_fast.ops.grouped_heads import grouped_heads
+from vpt_fast.ops.attention.operator import prompt_attention
+from vpt_fast.ops.attention.ragged import bank_attention
+from vpt_fast.ops.rowwise.grouped_heads import grouped_heads
 
 ONE_BY_ONE, GATHERED = "one_call_per_image", "gathered"
 OWN_NAMES = (ONE_BY_ONE, GATHERED)

@@ -20,15 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from triton.errors import TritonError
-from vpt_fast.kernels.launch import Launch
-from vpt_fast.kernels.launch_table import TABLE
-from vpt_fast.kernels.launch_tiles import (
-    DTYPE_NAMES,
-    Choice,
-    Key,
-    look_up,
-)
-from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 
 from bench.attention_report import verdicts
 from bench.figures import kernel_figures
@@ -36,6 +27,15 @@ from bench.limits import MIN_STAGES, MIN_WARPS
 from bench.offline import compile_kernel
 from bench.problems import launch_target
 from bench.report import LaunchReport
+from vpt_fast.kernels.attention.launch_table import TABLE
+from vpt_fast.kernels.attention.tiles import (
+    DTYPE_NAMES,
+    Choice,
+    Key,
+    look_up,
+)
+from vpt_fast.kernels.plan import AttentionProblem, attention_plan
+from vpt_fast.kernels.runtime.launch import Launch
 
 SHAPES = ((197, 10), (197, 50), (577, 50))
 """(N, p) that issue cycles are averaged over."""

@@ -5,7 +5,7 @@
 RUN.json is what pytest-benchmark wrote. The file's name tells the machine and the versions, its
 columns tell all of them. `ratio` is the provider's time divided by ours in the same round, its
 20th, 50th and 80th percentile over the rounds: above 1 ours is faster. Rows of bench "memory" are
-counted (see `vpt_fast.memory`), all others measured.
+counted (see `vpt_fast.analysis.activation_memory`), all others measured.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from bench.providers import (
     trained,
     values,
 )
-from vpt_fast.experts import PromptExperts
+from vpt_fast.modules.experts import PromptExperts
 
 SLACK = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 1e-2}
 WORST = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}

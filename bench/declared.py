@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from vpt_fast.kernels.launch import Launch
-from vpt_fast.kernels.plan import AttentionProblem
 
 from bench import bank_traffic, window_traffic
 from bench.problems import useful_flop
+from vpt_fast.kernels.plan import AttentionProblem
+from vpt_fast.kernels.runtime.launch import Launch
 
 Part = Callable[[Launch, Tensor], Tensor]
 

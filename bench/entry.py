@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vpt_fast.kernels.launch import Launch
 
 from bench.figures import (
     PIPES,
@@ -32,6 +31,7 @@ from bench.figures import (
 from bench.limits import Verdict
 from bench.memory import memory_rate
 from bench.offline import Architecture
+from vpt_fast.kernels.runtime.launch import Launch
 
 Pipes = dict[str, float | None]
 

@@ -20,8 +20,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
-from vpt_fast.kernels.launch import Launch
 
 from bench.entry import Entry, LoopEntry
 from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
@@ -39,6 +37,8 @@ from bench.limits import (
 from bench.memory import memory_rate, tensor_bytes
 from bench.offline import Architecture, compile_kernel
 from bench.problems import launch_target
+from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
+from vpt_fast.kernels.runtime.launch import Launch
 
 KERNELS = (
     "fold", "mix", "features",

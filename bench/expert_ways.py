@@ -1,7 +1,7 @@
 """What a block does with VAPT's experts before attention, in the ways that are compared.
 
 norm1 of the tokens and of the prompts that the experts make of them, forward and backward. "concat"
-is the equations as they are written (`vpt_fast.eager.ConcatenatedExperts`); the other names are
+is the equations as they are written (`vpt_fast.reference.vit.ConcatenatedExperts`); the other names are
 those of `bench.providers`.
 """
 
@@ -20,7 +20,7 @@ from bench.correctness import WORST, Check, Results, budget, largest_error
 from bench.providers import OURS, provide, set_values, trained, values
 from bench.turns import Turn, timed
 from vpt_fast import VAPT
-from vpt_fast.ops.block_entry import OpenSum
+from vpt_fast.ops.block.add_norm import OpenSum
 
 PROVIDERS = ("concat", "concat_compiled", OURS)
 _BLOCK = 1

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from vpt_fast.kernels.grouped_heads import grouped_heads_launch
-from vpt_fast.kernels.launch import Launch
 
 from bench.entry import Entry, LoopEntry
 from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
@@ -26,6 +24,8 @@ from bench.limits import (
 from bench.memory import memory_rate, tensor_bytes
 from bench.offline import Architecture, compile_kernel
 from bench.sass import Instruction, access_bytes, classify, parse
+from vpt_fast.kernels.rowwise.grouped_heads import grouped_heads_launch
+from vpt_fast.kernels.runtime.launch import Launch
 
 KERNELS = ("grouped_heads",)
 

@@ -10,8 +10,8 @@ import torch
 
 from bench.providers import OURS, WITHOUT
 from vpt_fast import VPTDeep
-from vpt_fast.memory import EAGER, PLAIN, KeptBytes
-from vpt_fast.tuned import blocks_of
+from vpt_fast.analysis.activation_memory import EAGER, PLAIN, KeptBytes
+from vpt_fast.models.tuned import blocks_of
 
 MODEL, BATCH, PROMPTS = "vit_base_patch16_224", 64, 50
 _NAMES = {EAGER: "concat", "speed": OURS}

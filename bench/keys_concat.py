@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_fast.eager import ConcatenatedExperts, ConcatenatedPrompts
+from vpt_fast.reference.vit import ConcatenatedExperts, ConcatenatedPrompts
 
 
 class ConcatenatedKeys(nn.Module):

@@ -20,9 +20,9 @@ from torch import nn
 
 from bench.trace import counts, traced
 from vpt_fast import VAPT, VPTDeep, prompt_tune
-from vpt_fast.eager import ConcatenatedExperts, ConcatenatedPrompts
 from vpt_fast.methods import Method
 from vpt_fast.ops.memory_modes import MEMORY_MODES
+from vpt_fast.reference.vit import ConcatenatedExperts, ConcatenatedPrompts
 
 
 @contextlib.contextmanager

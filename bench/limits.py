@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import triton
-from vpt_fast.kernels.plan import AttentionProblem
 
 from bench.limit_tables import LARGE, LIMITS, MANY, SMALL, Limits
+from vpt_fast.kernels.plan import AttentionProblem
 
 JUDGED_TARGETS = (80, 90)
 """Architectures that the limits are for. Shared memory has to fit on every one."""

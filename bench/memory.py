@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from vpt_fast.kernels.launch import Launch
 
 from bench.multiprocessor import MULTIPROCESSORS
 from bench.offline import Architecture
+from vpt_fast.kernels.runtime.launch import Launch
 
 RATED_TARGETS = [a for a, sm in MULTIPROCESSORS.items() if sm.memory is not None]
 """Architectures whose published bandwidth is known here."""

@@ -20,10 +20,10 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from vpt_fast.kernels.launch import Target
 
 import vpt_fast
 from vpt_fast import kernels
+from vpt_fast.kernels.runtime.launch import Target
 
 CAPABILITY = 90
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -24,7 +24,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from vpt_fast.kernels.launch import Launch
+
+from vpt_fast.kernels.runtime.launch import Launch
 
 Architecture = int | str
 """Ten times the compute capability of an NVIDIA GPU (90), or the name of an AMD one ("gfx942")."""

@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from vpt_fast.kernels.launch import Launch
-from vpt_fast.kernels.plan import AttentionProblem
 
 from bench.entry import Entry, LoopEntry, architecture_name, cell
 from bench.figures import PIPES, UNIT_FLOP, kernel_figures
@@ -22,6 +20,8 @@ from bench.memory import memory_rate, tensor_bytes
 from bench.offline import Architecture, compile_kernel
 from bench.plain_attention import PlainTiles, plain_launches
 from bench.problems import attention_launches, useful_flop
+from vpt_fast.kernels.plan import AttentionProblem
+from vpt_fast.kernels.runtime.launch import Launch
 
 KERNELS = ("plain_forward", "plain_dq", "plain_dkdv")
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from bench.collect import read
 from bench.providers import COMPILED, CUDNN, OURS, PROVIDERS, WITHOUT
-from vpt_fast.train.report import COLOURS, GRID, INK, MUTED
+from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
 
 COLOUR = dict(zip(PROVIDERS, [INK, *COLOURS[:5], MUTED], strict=False))
 """Those that only a GPU has are drawn as what they are compared with, but for ours."""

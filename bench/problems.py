@@ -15,11 +15,11 @@ delta, which is launched when tokens need no gradient, has no products.
 from __future__ import annotations
 
 import torch
-from vpt_fast.kernels.bank_attention import bank_attention_launch
-from vpt_fast.kernels.launch import Launch, Target
-from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 
 from bench.offline import Architecture
+from vpt_fast.kernels.attention.ragged import bank_attention_launch
+from vpt_fast.kernels.plan import AttentionProblem, attention_plan
+from vpt_fast.kernels.runtime.launch import Launch, Target
 
 KERNELS = ("forward", "dq", "token_dkdv", "shared_prompt_dkdv")
 """Names of the launches of a training step whose prompts are shared by the batch."""

@@ -27,15 +27,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.keys_concat import ConcatenatedKeys
 from vpt_fast import VAPT, VPTDeep, prompt_tune
-from vpt_fast.eager import (
+from vpt_fast.models.tuned import blocks_of
+from vpt_fast.reference.swin import ConcatenatedWindows
+from vpt_fast.reference.vit import (
     ConcatenatedExperts,
     ConcatenatedPrompts,
     concatenated,
     require_gradient,
     without_prompts,
 )
-from vpt_fast.swin_eager import ConcatenatedWindows
-from vpt_fast.tuned import blocks_of
 
 OURS = "vpt_fast"
 PUBLISHED = "published"

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from vpt_fast.kernels.launch import Launch
-from vpt_fast.kernels.plan import AttentionProblem
-
 from bench.figures import UNIT_FLOP, KernelFigures, LoopFigures, issue_cycles, kernel_figures
 from bench.memory import memory_rate, tensor_bytes
 from bench.offline import Architecture, compile_kernel
 from bench.problems import attention_launches, useful_flop
+from vpt_fast.kernels.plan import AttentionProblem
+from vpt_fast.kernels.runtime.launch import Launch
 
 FULL_LOOPS = frozenset({"prompts", "tokens", "queries"})
 """Loops of the kernels over whole tiles; the others cover what is left, with masks."""

@@ -27,7 +27,7 @@ from bench.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_o
 from bench.providers import COMPILED, CUDNN, OURS, PROVIDERS, PUBLISHED
 from bench.step_model import Case, Hosts, Modelled, case_ops, modelled_case, providers_of, work
 from bench.trace import KINDS
-from vpt_fast.memory import DTYPES
+from vpt_fast.analysis.activation_memory import DTYPES
 
 AGAINST = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
 """What ours is set against in the table of what shrinks, as far as the model has it."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from vpt_fast.kernels.activation import activation_launch
-from vpt_fast.kernels.launch import Launch
-from vpt_fast.kernels.residual_norm import residual_norm_backward_launch, residual_norm_launch
+
+from vpt_fast.kernels.rowwise.activation import activation_launch
+from vpt_fast.kernels.rowwise.residual_norm import (
+    residual_norm_backward_launch,
+    residual_norm_launch,
+)
+from vpt_fast.kernels.runtime.launch import Launch
 
 NORM_KERNELS = (
     "norm", "residual_norm", "residual_norm_scaled",

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from vpt_fast.kernels.launch import Launch
 
 from bench.entry import Entry
 from bench.figures import KernelFigures, issue_cycles, kernel_figures
@@ -31,6 +30,7 @@ from bench.memory import memory_rate, tensor_bytes
 from bench.offline import Architecture, compile_kernel
 from bench.row_problems import ACTIVATION_KERNELS, RowProblem, row_launch
 from bench.sass import Instruction, access_bytes, classify, parse
+from vpt_fast.kernels.runtime.launch import Launch
 
 STATISTICS = "statistics_ptr"
 """What may be loaded and stored in narrower pieces: one fp32 number to a row."""

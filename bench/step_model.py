@@ -27,8 +27,8 @@ from bench.providers import COMPILED, PROVIDERS, PUBLISHED, WITHOUT, base
 from bench.step_trace import step_ops
 from bench.trace import KINDS, Op
 from vpt_fast import VPTDeep
-from vpt_fast.memory import DTYPES
-from vpt_fast.tuned import blocks_of
+from vpt_fast.analysis.activation_memory import DTYPES
+from vpt_fast.models.tuned import blocks_of
 
 DEVICE, HOST = "device", "host"
 

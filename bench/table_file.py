@@ -1,4 +1,4 @@
-"""Reads and writes `kernels/launch_table.py`, the launch table of the attention kernels."""
+"""Reads and writes `kernels/attention/launch_table.py`, the launch table of the attention kernels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import runpy
 from collections.abc import Collection
 from pathlib import Path
 
-from vpt_fast.kernels import launch_table
-from vpt_fast.kernels.launch_tiles import DTYPE_NAMES, HEAD_DIMS, KERNELS, Key, Table
+from vpt_fast.kernels.attention import launch_table
+from vpt_fast.kernels.attention.tiles import DTYPE_NAMES, HEAD_DIMS, KERNELS, Key, Table
 
 TABLE_FILE = Path(launch_table.__file__)
 

@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 import triton.testing
 from triton.errors import TritonError
-from vpt_fast.kernels.launch import Launch, target_of
-from vpt_fast.kernels.launch_tiles import HEAD_DIMS, KERNELS, Choice, Key
 
 from bench.candidates import DTYPES, SHAPES, TIE, candidates, current, launch_of
+from vpt_fast.kernels.attention.tiles import HEAD_DIMS, KERNELS, Choice, Key
+from vpt_fast.kernels.runtime.launch import Launch, target_of
 
 COLUMNS = (
     "kernel", "head_dim", "dtype", "architecture",

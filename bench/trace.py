@@ -36,9 +36,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from vpt_fast.kernels.launch import Launch
 
 from bench.declared import declared, product_flop
+from vpt_fast.kernels.runtime.launch import Launch
 from vpt_fast.ops.tracing import PLAIN
 
 KINDS = ("gemm", "attention", "elementwise")

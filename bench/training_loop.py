@@ -29,13 +29,13 @@ from torch import nn
 from bench.facts import processor
 from bench.turns import step
 from vpt_fast import VPTDeep, prompt_tune, save_adapter
-from vpt_fast.train import loop
-from vpt_fast.train.augmentation import Augmentation
-from vpt_fast.train.image_loaders import Loading, set_data_config
-from vpt_fast.train.image_options import ImageOptions
-from vpt_fast.train.recipe import Recipe, init_head, make_optimizer
-from vpt_fast.train.sources import open_source
-from vpt_fast.train.step import TrainStep
+from vpt_fast.train.common.recipe import Recipe, init_head, make_optimizer
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_loaders import Loading, set_data_config
+from vpt_fast.train.data.image_options import ImageOptions
+from vpt_fast.train.data.sources import open_source
+from vpt_fast.train.loop import epochs as loop
+from vpt_fast.train.loop.step import TrainStep
 
 _CLASSES = 10
 _SIDE = 256

@@ -8,7 +8,7 @@
 Without `--times`, candidates are compiled without a GPU and chosen by the rules of
 `bench.candidates`: issue cycles are modelled, nothing is run or timed. With it, only entries with
 measured times are chosen, and they stay as they are in later runs without it. Nothing is tuned when
-a model runs: the kernels read `kernels/launch_table.py`.
+a model runs: the kernels read `kernels/attention/launch_table.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from vpt_fast.kernels.launch_table import MEASURED, TABLE
-from vpt_fast.kernels.launch_tiles import ARCHITECTURES, HEAD_DIMS, KERNELS, Choice, Key
 
 from bench.candidates import DTYPES, Score, candidates, choose, current, finalists, score
 from bench.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
 from bench.offline import Architecture
 from bench.table_file import TABLE_FILE, write_table
 from bench.times import best_of, measure, read_times, write_times
+from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE
+from vpt_fast.kernels.attention.tiles import ARCHITECTURES, HEAD_DIMS, KERNELS, Choice, Key
 
 _LINE = "  {:>5}{:>6}{:>7}{:>8}{:>7}{:>8}{:>11}{:>9}  {}"
 

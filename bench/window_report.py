@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from vpt_fast.kernels.launch import Launch
-from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 
 from bench.entry import Entry, LoopEntry
 from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
@@ -29,6 +27,8 @@ from bench.memory import memory_rate
 from bench.offline import Architecture, compile_kernel
 from bench.problems import launch_target
 from bench.window_traffic import window_flop
+from vpt_fast.kernels.runtime.launch import Launch
+from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 
 KERNELS = (
     "window_forward", "window_backward", "window_backward_dbias",

@@ -18,7 +18,8 @@ included. In units of 2 B n d h:
 from __future__ import annotations
 
 from torch import Tensor
-from vpt_fast.kernels.launch import Launch
+
+from vpt_fast.kernels.runtime.launch import Launch
 
 
 def queries(_: Launch, packed: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from .chunks import chunk_count
-from .expert_features import features_backward_launches, features_launch
-from .expert_fold import fold_backward_launch, fold_launch
-from .expert_mix import mix_launch
-from .expert_mix_backward import mix_backward_launch
-from .launch import Launch, Target
+from .experts.features import features_backward_launches, features_launch
+from .experts.fold import fold_backward_launch, fold_launch
+from .experts.mix import mix_launch
+from .experts.mix_backward import mix_backward_launch
+from .runtime.chunks import chunk_count
+from .runtime.launch import Launch, Target
 
 _SM_80 = Target(80)
 

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_forward import forward_launch
-from .attention_gradients import backward_launches
-from .chunks import chunk_count
-from .launch import Launch, Target
-from .launch_table import TABLE
-from .launch_tiles import Table
-from .layouts import split, split_prompts
+from .attention.forward import forward_launch
+from .attention.gradients import backward_launches
+from .attention.launch_table import TABLE
+from .attention.layouts import split, split_prompts
+from .attention.tiles import Table
+from .runtime.chunks import chunk_count
+from .runtime.launch import Launch, Target
 
 
 class AttentionProblem(NamedTuple):

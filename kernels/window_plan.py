@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from .launch import Launch, Target
-from .window_forward import forward_launch
-from .window_gradients import backward_launches, empty_gradients
-from .window_grid import Pair, window_grid
+from .runtime.launch import Launch, Target
+from .window_attention.forward import forward_launch
+from .window_attention.gradients import backward_launches, empty_gradients
+from .window_attention.grid import Pair, window_grid
 
 
 class WindowProblem(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vpt_fast.adapter_files import CONFIG_FILE, TENSORS_FILE, config_sha256
+from vpt_fast.adapter.files import CONFIG_FILE, TENSORS_FILE, config_sha256
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -31,7 +31,7 @@ from vpt_fast import (
     VPTShallow,
     prompt_tune,
 )
-from vpt_fast.baselines import Baseline
+from vpt_fast.methods.baselines import Baseline
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 SWIN = "tiny"

@@ -18,7 +18,7 @@ import timm
 import torch
 
 from vpt_fast import VPTDeep, prompt_tune, save_adapter
-from vpt_fast.adapter_files import CONFIG_FILE, TENSORS_FILE, read_adapter
+from vpt_fast.adapter.files import CONFIG_FILE, TENSORS_FILE, read_adapter
 
 
 def child(work: Any) -> int:

@@ -15,12 +15,12 @@ from unittest import mock
 
 import triton
 from torch import Tensor
-from vpt_fast.kernels import launch_plan
-from vpt_fast.kernels.launch import Launch, run
-from vpt_fast.kernels.launch_plan import Launcher
 
 from bench.null_driver import NullDriver, null_driver
-from vpt_fast.ops import operators
+from vpt_fast.kernels.runtime import launch_plan
+from vpt_fast.kernels.runtime.launch import Launch, run
+from vpt_fast.kernels.runtime.launch_plan import Launcher
+from vpt_fast.ops.block import implementations as operators
 
 
 class Recorded(NamedTuple):

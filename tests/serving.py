@@ -22,7 +22,7 @@ from examples.serve.connections import make_server
 from examples.serve.settings import Settings
 from examples.serve.trial import picture, write_adapters
 from vpt_fast import PromptBank
-from vpt_fast.train.bank_folder import open_bank
+from vpt_fast.train.run.bank_folder import open_bank
 
 
 def make_bank(folder: Path, tasks: int = 3) -> PromptBank:

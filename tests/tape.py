@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vpt_fast.graphs.capture import Replay, recording
+from vpt_fast.models.graphs.capture import Replay, recording
 
 
 class Tape(TorchDispatchMode):

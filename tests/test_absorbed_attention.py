@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.ops.absorbed_attention import absorbed_attention
-from vpt_fast.ops.attention import prompt_attention
+from vpt_fast.ops.attention.absorbed import absorbed_attention
+from vpt_fast.ops.attention.operator import prompt_attention
 
 HEADS, DIM, WIDTH = 3, 4, 10
 

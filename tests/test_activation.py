@@ -7,7 +7,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from vpt_fast.ops.activation import KINDS, activation, activation_backward
+from vpt_fast.ops.rowwise.activation import KINDS, activation, activation_backward
 
 OPS = torch.ops.vpt_fast
 MODULES = {

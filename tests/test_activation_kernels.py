@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from vpt_fast.kernels import activation as kernels
 
-from vpt_fast.ops.activation import KINDS, reference, reference_backward
+from vpt_fast.kernels.rowwise import activation as kernels
+from vpt_fast.ops.rowwise.activation import KINDS, reference, reference_backward
 
 pytest_plugins = ("kernel_device",)
 

@@ -26,7 +26,7 @@ from vpt_fast import (
     save_adapter,
     trainable_parameters,
 )
-from vpt_fast.adapter_files import read_config
+from vpt_fast.adapter.files import read_config
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAMES = [f"class {letter}" for letter in "abcde"]
@@ -190,7 +190,7 @@ import sys
 sys.modules["triton"] = None  # as on a machine that has none
 import timm, torch
 from vpt_fast import load_adapter
-from vpt_fast.adapter_files import read_config
+from vpt_fast.adapter.files import read_config
 directory, weights, stored = sys.argv[1:]
 model = read_config(directory)["model"]
 base = timm.create_model(model["name"], **model["args"])

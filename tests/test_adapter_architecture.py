@@ -21,13 +21,13 @@ from timm.layers import QuickGELU, RmsNorm
 from torch import nn
 
 from vpt_fast import VAPT, LinearProbe, MLPHead, PromptBank, VPTDeep, VPTShallow, prompt_tune
-from vpt_fast.adapter import load_adapter, save_adapter
-from vpt_fast.adapter_files import read_config
-from vpt_fast.architecture import describe, different_architecture
-from vpt_fast.fingerprint import fingerprint
-from vpt_fast.fixed_image import seen_in_fixed_image
+from vpt_fast.adapter.adapter import load_adapter, save_adapter
+from vpt_fast.adapter.architecture import describe, different_architecture
+from vpt_fast.adapter.files import read_config
+from vpt_fast.adapter.fingerprint import fingerprint
+from vpt_fast.adapter.fixed_image import seen_in_fixed_image
 from vpt_fast.methods import METHODS
-from vpt_fast.train.backbone import backbone_of_adapter
+from vpt_fast.train.backbones.build import backbone_of_adapter
 
 
 def _each(part: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:

@@ -16,7 +16,7 @@ from test_adapter import CONFIG, NAMES, TENSORS, save, trained
 from test_adapter_refusals import plain
 
 from vpt_fast import VPTDeep, load_adapter
-from vpt_fast.adapter_files import read_adapter, read_config
+from vpt_fast.adapter.files import read_adapter, read_config
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from test_adapter import CONFIG, TENSORS, save, trained
 from test_tune_lifecycle import assert_unchanged, snapshot
 from torch import nn
 
-from vpt_fast import VPTDeep, atomic, load_adapter, prompt_tune, save_adapter
-from vpt_fast.adapter_files import read_config
+from vpt_fast import VPTDeep, load_adapter, prompt_tune, save_adapter
+from vpt_fast.adapter import atomic
+from vpt_fast.adapter.files import read_config
 
 
 def plain(**changes: Any) -> nn.Module:

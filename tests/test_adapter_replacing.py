@@ -15,8 +15,9 @@ from families import TOKEN
 from test_adapter import CONFIG, TENSORS, save, trained
 from test_adapter_refusals import plain
 
-from vpt_fast import VPTDeep, atomic, load_adapter
-from vpt_fast.adapter_files import read_adapter, read_config
+from vpt_fast import VPTDeep, load_adapter
+from vpt_fast.adapter import atomic
+from vpt_fast.adapter.files import read_adapter, read_config
 
 KILLED = Path(__file__).parent / "kill_while_saving.py"
 
@@ -120,7 +121,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 WRITERS = """
 import sys
 from pathlib import Path
-from vpt_fast.atomic import atomic_file, atomic_folder
+from vpt_fast.adapter.atomic import atomic_file, atomic_folder
 root = Path(sys.argv[1])
 sys.stdin.readline()
 for _ in range(300):

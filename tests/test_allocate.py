@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vpt_fast.kernels.allocate import empty
+
+from vpt_fast.kernels.runtime.allocate import empty
 
 SHAPES = [(), (0,), (3,), (2, 3), (3, 0, 5), (0, 4, 0), (4, 1, 5, 1, 2), torch.Size((2, 7, 16))]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.ops import attention_reference as reference
-from vpt_fast.ops.attention import (
+from vpt_fast.ops.attention import reference
+from vpt_fast.ops.attention.operator import (
     attention_operator,
     attention_operator_backward,
     prompt_attention,

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from on_device import differs_by_one_rounding
-from vpt_fast.kernels.attention import attention_backward, attention_forward
-from vpt_fast.kernels.layouts import split, split_prompts
+
+from vpt_fast.kernels.attention.launches import attention_backward, attention_forward
+from vpt_fast.kernels.attention.layouts import split, split_prompts
 
 pytest_plugins = ("kernel_device",)
 

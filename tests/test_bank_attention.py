@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vpt_fast.kernels.layouts import split
 
-from vpt_fast.ops import attention_reference
-from vpt_fast.ops import bank_attention_reference as reference
-from vpt_fast.ops.bank_attention import bank_attention, bank_attention_operator
+from vpt_fast.kernels.attention.layouts import split
+from vpt_fast.ops.attention import ragged_reference as reference
+from vpt_fast.ops.attention import reference as attention_reference
+from vpt_fast.ops.attention.ragged import bank_attention, bank_attention_operator
 
 LOG2_E = 1.4426950408889634
 SCALE = 0.3

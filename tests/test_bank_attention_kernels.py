@@ -15,13 +15,13 @@ import torch
 import triton
 from on_device import differs_by_one_rounding
 from torch import Tensor
-from vpt_fast.kernels import bank_attention as kernels
-from vpt_fast.kernels.attention import attention_forward
-from vpt_fast.kernels.launch import Target
-from vpt_fast.kernels.layouts import split
 
 from bench import offline
-from vpt_fast.ops.bank_attention import bank_attention
+from vpt_fast.kernels.attention import ragged as kernels
+from vpt_fast.kernels.attention.launches import attention_forward
+from vpt_fast.kernels.attention.layouts import split
+from vpt_fast.kernels.runtime.launch import Target
+from vpt_fast.ops.attention.ragged import bank_attention
 
 pytest_plugins = ("kernel_device",)
 
@@ -264,7 +264,7 @@ def test_the_operator_takes_the_kernel(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors are on the CPU under ttsem, so the choice is made for it."""
-    from vpt_fast.ops import bank_attention as operator
+    from vpt_fast.ops.attention import ragged as operator
 
     monkeypatch.setattr(operator, "uses_kernels", lambda t: True)
     case = Case(TASKS[:3], heads=1)

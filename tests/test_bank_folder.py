@@ -15,8 +15,8 @@ from adapter_editing import rewrite_config, rewrite_tensors
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 from examples.serve.trial import write_adapters
-from vpt_fast.adapter_files import CONFIG_FILE, TENSORS_FILE
-from vpt_fast.train.bank_folder import open_bank
+from vpt_fast.adapter.files import CONFIG_FILE, TENSORS_FILE
+from vpt_fast.train.run.bank_folder import open_bank
 
 
 def _config(**values: Any) -> Callable[[Path], None]:

@@ -13,12 +13,12 @@ import itertools
 import pytest
 import torch
 from slower import JUDGED_VERSION, need_compiler, slower
-from vpt_fast.kernels.plan import AttentionProblem
 
 from bench import kernel_report
 from bench.heads_report import HeadsProblem, heads_launch, heads_report, verdicts
 from bench.offline import compile_kernel
 from bench.problems import attention_launches
+from vpt_fast.kernels.plan import AttentionProblem
 
 pytestmark = JUDGED_VERSION
 

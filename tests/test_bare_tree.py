@@ -11,7 +11,7 @@ import pytest
 import torch
 from on_device import differs_by_one_rounding, poisoned_empty
 
-from vpt_fast.kernels import allocate
+from vpt_fast.kernels.runtime import allocate
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +25,7 @@ def test_a_bare_tree_finds_its_kernels(tmp_path: Path) -> None:
         "import sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
         "sys.modules.update(dict.fromkeys(('optuna', 'fastapi', 'ttsem')))\n"
-        "import bench.gpu, vpt_fast.kernels.launch as launch; print(launch.__file__)"
+        "import bench.gpu, vpt_fast.kernels.runtime.launch as launch; print(launch.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False

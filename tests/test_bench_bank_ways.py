@@ -147,7 +147,8 @@ def test_what_a_gpu_measures() -> None:
 
 def test_the_kernels_hold(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under ttsem tensors are on the CPU, so the choice is made for the operators."""
-    from vpt_fast.ops import bank_attention, grouped_heads
+    from vpt_fast.ops.attention import ragged as bank_attention
+    from vpt_fast.ops.rowwise import grouped_heads
 
     for operator in (bank_attention, grouped_heads):
         monkeypatch.setattr(operator, "uses_kernels", lambda t: True)

@@ -27,7 +27,7 @@ from bench.gpu.device import (
 )
 from bench.gpu.measure import KernelCheck, measure
 from bench.providers import OURS, provide
-from vpt_fast.ops import activation
+from vpt_fast.ops.rowwise import activation
 
 pytest_plugins = ("kernel_device",)
 

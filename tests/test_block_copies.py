@@ -36,8 +36,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vpt_fast import VPTDeep, prompt_tune, remove_prompts
-from vpt_fast.block_reading import BlockReading
-from vpt_fast.ops.block_parts import BlockWeights
+from vpt_fast.models.fusion.block_reading import BlockReading
+from vpt_fast.ops.block.parts import BlockWeights
 
 
 @pytest.mark.parametrize("method", METHODS)

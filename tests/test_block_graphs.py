@@ -36,9 +36,9 @@ from vpt_fast import (
     remove_prompts,
     save_adapter,
 )
-from vpt_fast.graphs import block_graphs
-from vpt_fast.graphs.block_graphs import BlockGraphs
-from vpt_fast.graphs.capture import is_recording
+from vpt_fast.models.graphs import block_graphs
+from vpt_fast.models.graphs.block_graphs import BlockGraphs
+from vpt_fast.models.graphs.capture import is_recording
 
 METHODS = [
     VPTDeep(2, dropout=0.5),

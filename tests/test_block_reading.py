@@ -22,7 +22,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 from vpt_fast import VAPT, VPTDeep, fold_backbone, prompt_tune
-from vpt_fast.fold import unfold_backbone
+from vpt_fast.models.fold import unfold_backbone
 
 METHODS: dict[str, Any] = {"deep": VPTDeep(3), "vapt": VAPT(3)}
 MIDDLE = 1  # the block that is changed, of three

@@ -19,11 +19,11 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune
-from vpt_fast.ops.block_body import BlockSteps
-from vpt_fast.ops.block_function import run_blocks
-from vpt_fast.ops.block_parts import BlockConfig
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.function import run_blocks
+from vpt_fast.ops.block.implementations import REFERENCE_SITES
+from vpt_fast.ops.block.parts import BlockConfig
 from vpt_fast.ops.memory_modes import MEMORY_MODES
-from vpt_fast.ops.operators import REFERENCE_SITES
 
 METHODS: dict[str, Any] = {
     "deep": VPTDeep(3),

@@ -18,7 +18,7 @@ from plain import distance
 from test_block_reading import assert_as_read_anew, autocast, images, tuned
 from torch import Tensor, nn
 
-from vpt_fast.graphs.watched import Watched
+from vpt_fast.models.graphs.watched import Watched
 
 
 def used(model: Any, image: Tensor) -> Tensor:

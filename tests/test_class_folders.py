@@ -15,9 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vpt_fast.cli import app
-from vpt_fast.train.class_folders import find_images, natural
-from vpt_fast.train.data import ImageFolders
-from vpt_fast.train.sources import open_source
+from vpt_fast.train.data.class_folders import find_images, natural
+from vpt_fast.train.data.images import ImageFolders
+from vpt_fast.train.data.sources import open_source
 
 
 def blank(image: Image.Image) -> torch.Tensor:

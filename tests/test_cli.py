@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from vpt_fast import prompt_tune
 from vpt_fast.cli import app
 from vpt_fast.cli_common import block_indices
-from vpt_fast.train import run as run_module
+from vpt_fast.train.run import folder_run as run_module
 
 MODEL = ["--model", "test_vit", "--img-size", "32"]
 

@@ -11,16 +11,16 @@ from test_cli import call, error_of
 from test_data import CONFIG
 
 from vpt_fast import LinearProbe, VPTDeep
-from vpt_fast.train.augmentation import Augmentation
-from vpt_fast.train.image_loaders import Loading
-from vpt_fast.train.image_options import RESIZES
-from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.recipes import LEARNING_RATES, WEIGHT_DECAYS
-from vpt_fast.train.sources import open_source
-from vpt_fast.train.sweep_data import SourceData
-from vpt_fast.train.sweep_plan import candidate
-from vpt_fast.train.sweep_preset import demo_candidates
-from vpt_fast.train.sweep_task import SweepTask
+from vpt_fast.train.common.paper_settings import LEARNING_RATES, WEIGHT_DECAYS
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_loaders import Loading
+from vpt_fast.train.data.image_options import RESIZES
+from vpt_fast.train.data.sources import open_source
+from vpt_fast.train.sweep.data import SourceData
+from vpt_fast.train.sweep.plan import candidate
+from vpt_fast.train.sweep.preset import demo_candidates
+from vpt_fast.train.sweep.task import SweepTask
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from pictures import backbone
 from torch.nn import functional as F
 
 from vpt_fast import VAPT, AdapterTuning, VPTDeep, prompt_tune
-from vpt_fast.graphs.block_graphs import BlockGraphs
-from vpt_fast.train.data import Batch
-from vpt_fast.train.graphed_step import StepGraphs
-from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.step import TrainStep
+from vpt_fast.models.graphs.block_graphs import BlockGraphs
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data.images import Batch
+from vpt_fast.train.loop.graphed_step import StepGraphs
+from vpt_fast.train.loop.step import TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

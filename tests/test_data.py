@@ -10,7 +10,7 @@ import torch
 from pictures import CLASSES, make_folders, write_image
 from PIL import Image
 
-from vpt_fast.train.data import (
+from vpt_fast.train.data.images import (
     ArrayImages,
     ImageFolders,
     SkippedImage,

@@ -15,22 +15,18 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from vpt_fast.kernels import (
-    activation,
-    attention,
-    bank_attention,
-    grouped_heads,
-    prompt_expert,
-    residual_norm,
-    window_attention,
-)
-from vpt_fast.kernels.expert_inputs import FeatureInputs
-from vpt_fast.kernels.launch import Launch, Target
 
 from bench import declared
 from bench.declared import DECLARATIONS, Declaration, Parameter, product_flop
 from bench.trace import distinct_bytes, regions_of
 from bench.traffic import counted
+from vpt_fast.kernels.attention import launches as attention
+from vpt_fast.kernels.attention import ragged as bank_attention
+from vpt_fast.kernels.experts import launches as prompt_expert
+from vpt_fast.kernels.experts.inputs import FeatureInputs
+from vpt_fast.kernels.rowwise import activation, grouped_heads, residual_norm
+from vpt_fast.kernels.runtime.launch import Launch, Target
+from vpt_fast.kernels.window_attention import launches as window_attention
 
 pytest_plugins = ("kernel_device",)
 pytestmark = pytest.mark.skipif(

@@ -12,15 +12,17 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from vpt_fast.adapter_files import read_config
+from vpt_fast.adapter.files import read_config
 from vpt_fast.cli import app
-from vpt_fast.train import demo, demo_study, demo_task
-from vpt_fast.train.backbone import data_config_of
-from vpt_fast.train.data import eval_transform
-from vpt_fast.train.demo import main
-from vpt_fast.train.demo_backbone import demo_backbone
-from vpt_fast.train.pictures import load_image
-from vpt_fast.train.report import format_bytes, format_table
+from vpt_fast.train.backbones.build import data_config_of
+from vpt_fast.train.backbones.demo_backbone import demo_backbone
+from vpt_fast.train.common.curves import format_bytes, format_table
+from vpt_fast.train.data.images import eval_transform
+from vpt_fast.train.data.pictures import load_image
+from vpt_fast.train.demo import demo
+from vpt_fast.train.demo import study as demo_study
+from vpt_fast.train.demo import task as demo_task
+from vpt_fast.train.demo.demo import main
 
 METHODS = ("linear", "vpt-shallow", "vpt-deep", "vapt")
 

@@ -13,7 +13,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from vpt_fast.train import pretrain_demo
-from vpt_fast.train.demo_backbone import (
+from vpt_fast.train.backbones.demo_backbone import (
     DEMO_ARGS,
     DEMO_CHECKPOINT,
     DEMO_MEAN,

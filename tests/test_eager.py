@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune, trainable_parameters
-from vpt_fast.eager import ConcatenatedExperts, concatenated, freeze, without_prompts
 from vpt_fast.methods import Method
+from vpt_fast.reference.vit import ConcatenatedExperts, concatenated, freeze, without_prompts
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
 

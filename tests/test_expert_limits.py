@@ -14,14 +14,15 @@ import itertools
 import pytest
 import torch
 from slower import JUDGED_VERSION, need_compiler, slower
-from vpt_fast.kernels import expert_mix, expert_plan
-from vpt_fast.kernels.expert_features import features_launch
-from vpt_fast.kernels.expert_plan import ExpertProblem
-from vpt_fast.kernels.launch import Target
 
 from bench import expert_report, kernel_report
 from bench.expert_report import KERNELS, verdicts
 from bench.traffic import counted
+from vpt_fast.kernels import expert_plan
+from vpt_fast.kernels.expert_plan import ExpertProblem
+from vpt_fast.kernels.experts import mix as expert_mix
+from vpt_fast.kernels.experts.features import features_launch
+from vpt_fast.kernels.runtime.launch import Target
 
 pytestmark = JUDGED_VERSION
 

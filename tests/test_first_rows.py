@@ -16,21 +16,15 @@ from plain import assert_same, distance, pair, redraw_prompts, tuned_gradients
 from plain_vapt import ACTING, seeded, vapt_pair, weigh_down
 from torch import Tensor
 
-from vpt_fast import (
-    VAPT,
-    AdapterTuning,
-    LinearProbe,
-    VPTDeep,
-    blocks,
-    models,
-    prompt_tune,
-)
-from vpt_fast.ops.block_body import BlockSteps
-from vpt_fast.ops.block_function import run_blocks, run_traced
-from vpt_fast.ops.block_parts import BlockConfig, BlockWeights
+from vpt_fast import VAPT, AdapterTuning, LinearProbe, VPTDeep, prompt_tune
+from vpt_fast.models.vit import blocks
+from vpt_fast.models.vit import model as models
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.function import run_blocks, run_traced
+from vpt_fast.ops.block.implementations import OPERATOR_SITES, REFERENCE_SITES
+from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
+from vpt_fast.ops.block.prompt_source import GIVEN_KEYS, ExpertPrompts, StaticPrompts
 from vpt_fast.ops.memory_modes import MEMORY_MODES
-from vpt_fast.ops.operators import OPERATOR_SITES, REFERENCE_SITES
-from vpt_fast.ops.prompt_source import GIVEN_KEYS, ExpertPrompts, StaticPrompts
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from vpt_fast import (
     prompt_tune,
     remove_prompts,
 )
-from vpt_fast.fingerprint import fingerprint
-from vpt_fast.train.data import make_loader
-from vpt_fast.train.evaluate import evaluate
-from vpt_fast.train.frozen_cast import FrozenCast, frozen_weights
-from vpt_fast.train.loop import fit
-from vpt_fast.train.recipe import Recipe, init_head, resolve_amp_dtype
+from vpt_fast.adapter.fingerprint import fingerprint
+from vpt_fast.train.common.recipe import Recipe, init_head, resolve_amp_dtype
+from vpt_fast.train.data.images import make_loader
+from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.loop.evaluate import evaluate
+from vpt_fast.train.loop.frozen_cast import FrozenCast, frozen_weights
 
 METHODS = [
     VPTDeep(2),

@@ -15,8 +15,8 @@ from plain import distance, gradients, redraw_prompts, tuned_gradients
 from torch import Tensor
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune
+from vpt_fast.ops.block.prompt_kv import KeyWeights, prompt_keys
 from vpt_fast.ops.memory_modes import MEMORY_MODES
-from vpt_fast.ops.prompt_keys import KeyWeights, prompt_keys
 
 METHODS: dict[str, Any] = {
     "deep": VPTDeep(3),

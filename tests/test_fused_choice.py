@@ -17,7 +17,8 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, fused_block
+from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow
+from vpt_fast.models.fusion import fused_block
 
 CHANGED = 1
 OTHERS = {0, 2}

@@ -13,12 +13,12 @@ from tape import TapeCapture
 from test_loop import pictures
 
 from vpt_fast import VAPT, FullTuning, VPTDeep, prompt_tune
-from vpt_fast.train import graphed_step
-from vpt_fast.train.data import make_loader
-from vpt_fast.train.frozen_cast import FrozenCast
-from vpt_fast.train.graphed_step import StepGraphs, check_cuda_graphs
-from vpt_fast.train.recipe import Recipe, init_head
-from vpt_fast.train.step import TrainStep
+from vpt_fast.train.common.recipe import Recipe, init_head
+from vpt_fast.train.data.images import make_loader
+from vpt_fast.train.loop import graphed_step
+from vpt_fast.train.loop.frozen_cast import FrozenCast
+from vpt_fast.train.loop.graphed_step import StepGraphs, check_cuda_graphs
+from vpt_fast.train.loop.step import TrainStep
 
 
 def steps(method=None, memory="speed", **recipe):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.grouped_heads import grouped_heads, grouped_heads_operator
+from vpt_fast.ops.rowwise.grouped_heads import grouped_heads, grouped_heads_operator
 
 HEADS = {
     "mixed": ([0, 4, 0, 9, 2], [4, 5, 4, 0, 3]),

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vpt_fast.kernels import grouped_heads as kernels
 
-from vpt_fast.ops import grouped_heads as operator
+from vpt_fast.kernels.rowwise import grouped_heads as kernels
+from vpt_fast.ops.rowwise import grouped_heads as operator
 
 pytest_plugins = ("kernel_device",)
 

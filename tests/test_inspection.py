@@ -18,8 +18,13 @@ from plain_vapt import vapt_pair
 from typer.testing import CliRunner
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune, save_adapter
+from vpt_fast.analysis.attention_shares import (
+    attention_shares,
+    mixing_maps,
+    query_name,
+    uniform_share,
+)
 from vpt_fast.cli import app
-from vpt_fast.inspection import attention_shares, mixing_maps, query_name, uniform_share
 from vpt_fast.inspection_report import image_names
 
 CASES = {

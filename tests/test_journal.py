@@ -12,9 +12,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from test_sweep import LINEAR, SEEDS, FakeTask, lines
 
-from vpt_fast.train import sweep
-from vpt_fast.train.journal import CheckedJournal
-from vpt_fast.train.sweep import JOURNAL, Result, Sweep
+from vpt_fast.train.sweep import sweep
+from vpt_fast.train.sweep.journal import CheckedJournal
+from vpt_fast.train.sweep.sweep import JOURNAL, Result, Sweep
 
 RUNS = 3 * 2 + len(SEEDS)
 

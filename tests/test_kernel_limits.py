@@ -13,7 +13,6 @@ from collections import Counter
 import pytest
 import torch
 from slower import JUDGED_VERSION, need_compiler, slower
-from vpt_fast.kernels.plan import AttentionProblem
 
 from bench import kernel_report
 from bench.attention_report import entry_of, verdicts
@@ -22,6 +21,7 @@ from bench.limits import PROBLEMS, limits
 from bench.offline import Binary, compile_kernel
 from bench.problems import KERNELS, OTHER_KERNELS, attention_launches, useful_flop
 from bench.report import LaunchReport, launch_report
+from vpt_fast.kernels.plan import AttentionProblem
 
 pytestmark = JUDGED_VERSION
 

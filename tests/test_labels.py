@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from pictures import make_folders, write_image
 
-from vpt_fast.train.labels import are_words, consecutive, name_of, read_list, whole, word
-from vpt_fast.train.run_record import _digest
-from vpt_fast.train.sources import open_source
+from vpt_fast.train.data.labels import are_words, consecutive, name_of, read_list, whole, word
+from vpt_fast.train.data.sources import open_source
+from vpt_fast.train.run.record import _digest
 
 HUGE = 5000 * "9"
 

@@ -22,10 +22,13 @@ from plain_vapt import ACTING
 from recording_driver import LAUNCHES, RecordingDriver, compared, recording
 from torch import Tensor
 from triton.runtime.jit import JITFunction
-from vpt_fast.kernels import activation, attention, launch_plan, prompt_expert, residual_norm
-from vpt_fast.kernels.residual_norm import residual_norm_launch
 
 from vpt_fast import VAPT, VPTDeep, VPTShallow, kernels, prompt_tune
+from vpt_fast.kernels.attention import launches as attention
+from vpt_fast.kernels.experts import launches as prompt_expert
+from vpt_fast.kernels.rowwise import activation, residual_norm
+from vpt_fast.kernels.rowwise.residual_norm import residual_norm_launch
+from vpt_fast.kernels.runtime import launch_plan
 
 BF16 = torch.bfloat16
 EPS = 1e-6

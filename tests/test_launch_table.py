@@ -6,15 +6,15 @@ import itertools
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
-from vpt_fast.kernels import launch_tiles
-from vpt_fast.kernels.launch import Target
-from vpt_fast.kernels.launch_table import MEASURED, TABLE
-from vpt_fast.kernels.launch_tiles import ARCHITECTURES, DTYPE_NAMES, HEAD_DIMS, KERNELS, look_up
-from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 
 from bench.offline import compile_kernel
 from bench.problems import launch_target
 from bench.table_file import TABLE_FILE, table_text
+from vpt_fast.kernels.attention import tiles as launch_tiles
+from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE
+from vpt_fast.kernels.attention.tiles import ARCHITECTURES, DTYPE_NAMES, HEAD_DIMS, KERNELS, look_up
+from vpt_fast.kernels.plan import AttentionProblem, attention_plan
+from vpt_fast.kernels.runtime.launch import Target
 
 DTYPES = tuple(DTYPE_NAMES)
 TARGETS = (80, 86, 89, 90, 100, 120, "gfx942")

@@ -10,15 +10,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import pytest
-from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
-from vpt_fast.kernels.launch import Launch, Target
-from vpt_fast.kernels.plan import AttentionProblem, attention_plan
-from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 
 from bench.heads_report import HeadsProblem, heads_launch
 from bench.offline import gpu_target, specialise, variant
 from bench.problems import ragged_launch
 from bench.row_problems import RowProblem, row_launch
+from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
+from vpt_fast.kernels.plan import AttentionProblem, attention_plan
+from vpt_fast.kernels.runtime.launch import Launch, Target
+from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 
 TARGET = Target(90)
 ROWS = (

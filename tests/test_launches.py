@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vpt_fast.kernels.launch import Launch
 
 from bench.launches import counted, main, of_a_block, providers
+from vpt_fast.kernels.runtime.launch import Launch
 
 FORWARD, BACKWARD = 9, 13
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vpt_fast import VAPT, VPTDeep, VPTShallow, prompt_tune
+from vpt_fast.ops.block.prompt_kv import KeyWeights
 from vpt_fast.ops.memory_modes import MEMORY_MODES
-from vpt_fast.ops.prompt_keys import KeyWeights
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 
 from vpt_fast import LinearProbe, VPTDeep, load_adapter, prompt_tune, save_adapter
-from vpt_fast.train.checkpoint import load_checkpoint
-from vpt_fast.train.data import SkippedImage, make_loader
-from vpt_fast.train.evaluate import TrainingError, evaluate, resolve_device
-from vpt_fast.train.interrupts import uninterrupted
-from vpt_fast.train.loop import fit
-from vpt_fast.train.loss_watch import LOOK_EVERY, LossWatch
-from vpt_fast.train.recipe import Recipe, init_head
-from vpt_fast.train.step import TrainStep
+from vpt_fast.train.common.interrupts import uninterrupted
+from vpt_fast.train.common.recipe import Recipe, init_head
+from vpt_fast.train.data.images import SkippedImage, make_loader
+from vpt_fast.train.loop.checkpoint import load_checkpoint
+from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.loop.evaluate import TrainingError, evaluate, resolve_device
+from vpt_fast.train.loop.loss_watch import LOOK_EVERY, LossWatch
+from vpt_fast.train.loop.step import TrainStep
 
 BROKEN = SkippedImage("broken.png", "broken.png cannot be decoded (cut)")
 

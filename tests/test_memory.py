@@ -11,8 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, memory
-from vpt_fast.memory import (
+from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow
+from vpt_fast.analysis import activation_memory as memory
+from vpt_fast.analysis.activation_memory import (
     EAGER,
     PLAIN,
     PROVIDERS,

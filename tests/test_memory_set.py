@@ -13,17 +13,18 @@ from test_data import CONFIG, damaged_files
 from test_restart import Stopped, endings
 
 from vpt_fast import VPTDeep, prompt_tune, save_adapter
-from vpt_fast.train import image_loaders, parallel
-from vpt_fast.train.augmentation import Augmentation
-from vpt_fast.train.data import eval_transform, make_loader, train_transform
-from vpt_fast.train.image_loaders import Loading
-from vpt_fast.train.image_options import ImageOptions, to_uint8
-from vpt_fast.train.loop import fit
-from vpt_fast.train.memory_set import MemoryLoader, bytes_in_memory
-from vpt_fast.train.random_crops import Crops, RandomCrops, crop_and_resize, rescaled
-from vpt_fast.train.recipe import Recipe, init_head
-from vpt_fast.train.run import tune_on_folder
-from vpt_fast.train.split import SplitImages, split_of_files
+from vpt_fast.train.common import parallel
+from vpt_fast.train.common.recipe import Recipe, init_head
+from vpt_fast.train.data import image_loaders
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_loaders import Loading
+from vpt_fast.train.data.image_options import ImageOptions, to_uint8
+from vpt_fast.train.data.images import eval_transform, make_loader, train_transform
+from vpt_fast.train.data.memory_set import MemoryLoader, bytes_in_memory
+from vpt_fast.train.data.random_crops import Crops, RandomCrops, crop_and_resize, rescaled
+from vpt_fast.train.data.split import SplitImages, split_of_files
+from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.run.folder_run import tune_on_folder
 
 CROPS = RandomCrops((0.7, 1.0), 0.5)
 

@@ -26,7 +26,7 @@ from vpt_fast.train.page_evaluation import EvaluationOptions, evaluate_run
 from vpt_fast.train.page_experts import expert_use
 from vpt_fast.train.page_mistakes import worst_mistakes
 from vpt_fast.train.page_runs import read_runs
-from vpt_fast.train.sweep_report import HEADER
+from vpt_fast.train.sweep.report import HEADER
 
 CLASSES = ("<script>alert(1)<", "a & b", '"red"')
 

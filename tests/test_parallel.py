@@ -18,11 +18,11 @@ from test_loop import BROKEN, pictures
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from vpt_fast import VPTDeep, prompt_tune, save_adapter
-from vpt_fast.train.data import make_loader
-from vpt_fast.train.evaluate import evaluate
-from vpt_fast.train.loop import fit
-from vpt_fast.train.parallel import PartOfBatches, gathered, process_group, summed
-from vpt_fast.train.recipe import Recipe, init_head
+from vpt_fast.train.common.parallel import PartOfBatches, gathered, process_group, summed
+from vpt_fast.train.common.recipe import Recipe, init_head
+from vpt_fast.train.data.images import make_loader
+from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.loop.evaluate import evaluate
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=2.0, warmup_epochs=0)
 ITEMS: dict[str, Any] = {
@@ -87,7 +87,7 @@ def test_two_processes_equal_one(items: str, accumulation: int, tmp_path: Path) 
 
 
 def test_parts_make_up_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vpt_fast.train import parallel
+    from vpt_fast.train.common import parallel
 
     batches = BatchSampler(SequentialSampler(range(10)), 3, drop_last=False)
     assert list(PartOfBatches(batches)) == list(batches)

@@ -15,8 +15,9 @@ from timm.layers import PatchEmbed
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from vpt_fast import VPTDeep, patches, prompt_tune
-from vpt_fast.patches import by_product, embedded_patches, is_one_product
+from vpt_fast import VPTDeep, prompt_tune
+from vpt_fast.models import patches
+from vpt_fast.models.patches import by_product, embedded_patches, is_one_product
 
 
 def module(**arguments: Any) -> PatchEmbed:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from vpt_fast.train.data import eval_transform
-from vpt_fast.train.pictures import EXTENSIONS, FORMATS, as_picture, load_image, reading
-from vpt_fast.train.split import SplitImages, split_of_files
+from vpt_fast.train.data.images import eval_transform
+from vpt_fast.train.data.pictures import EXTENSIONS, FORMATS, as_picture, load_image, reading
+from vpt_fast.train.data.split import SplitImages, split_of_files
 
 SIDES = (12, 9)
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16")

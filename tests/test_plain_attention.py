@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vpt_fast.kernels.plan import AttentionProblem
 
 from bench.attention_report import attention_entry
 from bench.plain_attention import PlainTiles, plain_launches
 from bench.plain_report import comparison, copy_cycles, plain_entry, together
+from vpt_fast.kernels.plan import AttentionProblem
 
 pytest_plugins = ("kernel_device",)
 

@@ -11,11 +11,11 @@ from pictures import backbone
 from test_loop import BROKEN, pictures
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune
-from vpt_fast.train.data import make_loader
-from vpt_fast.train.evaluate import TrainingError, evaluate
-from vpt_fast.train.loop import fit
-from vpt_fast.train.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
-from vpt_fast.train.recipe import Recipe, init_head
+from vpt_fast.train.common.recipe import Recipe, init_head
+from vpt_fast.train.data.images import make_loader
+from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.loop.evaluate import TrainingError, evaluate
+from vpt_fast.train.loop.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=2.0, warmup_epochs=0)
 LAST = VPTDeep(2, blocks=range(4, 6))

@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vpt_fast.kernels import prompt_expert as kernels
-from vpt_fast.kernels import residual_norm as norm_kernels
-from vpt_fast.kernels.expert_inputs import FeatureInputs
 
-from vpt_fast.ops import prompt_expert_reference as reference
-from vpt_fast.ops import residual_norm_reference as norm_reference
+from vpt_fast.kernels.experts import launches as kernels
+from vpt_fast.kernels.experts.inputs import FeatureInputs
+from vpt_fast.kernels.rowwise import residual_norm as norm_kernels
+from vpt_fast.ops.experts import reference
+from vpt_fast.ops.rowwise import residual_norm_reference as norm_reference
 
 pytest_plugins = ("kernel_device",)
 

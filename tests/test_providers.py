@@ -27,7 +27,7 @@ from bench.providers import (
     values,
 )  # fmt: skip
 from vpt_fast import VAPT, VPTDeep
-from vpt_fast.tuned import blocks_of
+from vpt_fast.models.tuned import blocks_of
 
 METHODS = {
     "vpt-deep": VPTDeep(3),

@@ -10,7 +10,13 @@ from pictures import backbone
 from torch import nn
 
 from vpt_fast import FullTuning, VPTDeep, prompt_tune, trainable_parameters
-from vpt_fast.train.recipe import Recipe, head_layers, init_head, make_optimizer, make_scheduler
+from vpt_fast.train.common.recipe import (
+    Recipe,
+    head_layers,
+    init_head,
+    make_optimizer,
+    make_scheduler,
+)
 
 
 def tuned(**arguments):

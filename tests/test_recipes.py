@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 from vpt_fast import VAPT, AdapterTuning, LinearProbe, VPTDeep, VPTShallow
 from vpt_fast.cli import app
 from vpt_fast.methods import METHODS
-from vpt_fast.train.augmentation import Augmentation
-from vpt_fast.train.data import eval_transform
-from vpt_fast.train.image_loaders import Loading
-from vpt_fast.train.image_options import RESIZES, ImageOptions
-from vpt_fast.train.memory_set import MemoryLoader
-from vpt_fast.train.recipes import RECIPES, default_optimizer, paper_settings
-from vpt_fast.train.split import split_of_files
+from vpt_fast.train.common.paper_settings import RECIPES, default_optimizer, paper_settings
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_loaders import Loading
+from vpt_fast.train.data.image_options import RESIZES, ImageOptions
+from vpt_fast.train.data.images import eval_transform
+from vpt_fast.train.data.memory_set import MemoryLoader
+from vpt_fast.train.data.split import split_of_files
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.ops.residual_norm import residual_norm, residual_norm_backward
+from vpt_fast.ops.rowwise.residual_norm import residual_norm, residual_norm_backward
 
 OPS = torch.ops.vpt_fast
 EPS, EXPERT_EPS = 0.2, 0.1

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vpt_fast.kernels import residual_norm as kernels
 
-from vpt_fast.ops import residual_norm_reference as reference
+from vpt_fast.kernels.rowwise import residual_norm as kernels
+from vpt_fast.ops.rowwise import residual_norm_reference as reference
 
 pytest_plugins = ("kernel_device",)
 

@@ -18,12 +18,12 @@ from pictures import backbone
 from test_loop import pictures
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune, save_adapter
-from vpt_fast.adapter_files import TENSORS_FILE
-from vpt_fast.train.checkpoint import FILE, load_checkpoint, save_checkpoint
-from vpt_fast.train.data import Batch, make_loader
-from vpt_fast.train.digest import digest
-from vpt_fast.train.loop import fit
-from vpt_fast.train.recipe import Recipe, init_head
+from vpt_fast.adapter.files import TENSORS_FILE
+from vpt_fast.train.common.digest import digest
+from vpt_fast.train.common.recipe import Recipe, init_head
+from vpt_fast.train.data.images import Batch, make_loader
+from vpt_fast.train.loop.checkpoint import FILE, load_checkpoint, save_checkpoint
+from vpt_fast.train.loop.epochs import fit
 
 RECIPE = Recipe(epochs=5, batch_size=7, lr=2.0, warmup_epochs=1, accumulation=2)
 
@@ -83,7 +83,7 @@ class Stopped(Exception):
 def test_a_run_that_stopped_goes_on_to_the_same_bits(
     after: int, tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vpt_fast.train import step
+    from vpt_fast.train.loop import step
 
     call, taken = step.TrainStep.__call__, 0
 

@@ -18,12 +18,12 @@ from test_first_rows import BATCH, HEADS, KINDS, ROWS, WIDTH, rand, sources, wei
 from torch import Tensor
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune
-from vpt_fast.ops import operators
-from vpt_fast.ops.block_body import BlockSteps
-from vpt_fast.ops.block_function import run_blocks
-from vpt_fast.ops.block_parts import BlockConfig, BlockWeights
-from vpt_fast.ops.operators import REFERENCE_SITES, PlannedSites, Sites
-from vpt_fast.ops.window_attention_rows import Windows
+from vpt_fast.ops.block import implementations as operators
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.function import run_blocks
+from vpt_fast.ops.block.implementations import REFERENCE_SITES, PlannedSites, Sites
+from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
+from vpt_fast.ops.window_attention.rows import Windows
 
 pytest_plugins = ("kernel_device",)
 

@@ -15,14 +15,19 @@ import pytest
 import torch
 import triton
 from slower import JUDGED_VERSION, slower
-from vpt_fast.kernels import residual_norm
-from vpt_fast.kernels.row_table import RowTiles, element_tiles, row_gradient_tiles, row_tiles
 
 from bench import kernel_report, offline, row_report
 from bench.limits import HIDDEN, WIDTHS
 from bench.row_problems import ACTIVATION_KERNELS, NORM_KERNELS, RowProblem, row_launch
 from bench.row_report import Access, verdicts
 from bench.sass import Instruction, access_bytes
+from vpt_fast.kernels.rowwise import residual_norm
+from vpt_fast.kernels.runtime.row_tiles import (
+    RowTiles,
+    element_tiles,
+    row_gradient_tiles,
+    row_tiles,
+)
 
 pytestmark = JUDGED_VERSION
 

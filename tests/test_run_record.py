@@ -13,15 +13,15 @@ import torch
 from pictures import CLASSES, make_folders, write_checkpoint
 
 from vpt_fast import VAPT, VPTDeep
-from vpt_fast.adapter_files import TENSORS_FILE
-from vpt_fast.train import loop
-from vpt_fast.train import run as run_module
-from vpt_fast.train.augmentation import Augmentation
-from vpt_fast.train.evaluate import TrainingError
-from vpt_fast.train.image_options import ImageOptions
-from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.run import tune_on_folder
-from vpt_fast.train.run_record import (
+from vpt_fast.adapter.files import TENSORS_FILE
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_options import ImageOptions
+from vpt_fast.train.loop import epochs as loop
+from vpt_fast.train.loop.evaluate import TrainingError
+from vpt_fast.train.run import folder_run as run_module
+from vpt_fast.train.run.folder_run import tune_on_folder
+from vpt_fast.train.run.record import (
     FAILED,
     FILE,
     FINISHED,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vpt_fast.train.data import make_loader
+from vpt_fast.train.data.images import make_loader
 
 
 class Drawn(torch.utils.data.Dataset):

@@ -16,9 +16,9 @@ import pytest
 from vpt_fast import LinearProbe, VPTDeep
 from vpt_fast.cli_common import make_method
 from vpt_fast.methods import Method
-from vpt_fast.train.evaluate import TrainingError
-from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.sweep import Candidate, Outcome, Sweep
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.loop.evaluate import TrainingError
+from vpt_fast.train.sweep.sweep import Candidate, Outcome, Sweep
 
 LRS, DECAYS, PROMPTS = (0.1, 1.0, 10.0), (0.0, 0.01), (1, 5)
 DEEP = Candidate(VPTDeep(), Recipe(epochs=2), LRS, DECAYS, PROMPTS)

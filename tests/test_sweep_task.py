@@ -12,13 +12,13 @@ from PIL import Image
 from test_loop import pictures
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep
-from vpt_fast.train import sweep_data
-from vpt_fast.train.evaluate import TrainingError
-from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.sweep import Candidate, Outcome, Result, Sweep
-from vpt_fast.train.sweep_data import ArrayData
-from vpt_fast.train.sweep_report import HEADER, mean_and_deviation, table, write
-from vpt_fast.train.sweep_task import SweepTask
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.loop.evaluate import TrainingError
+from vpt_fast.train.sweep import data as sweep_data
+from vpt_fast.train.sweep.data import ArrayData
+from vpt_fast.train.sweep.report import HEADER, mean_and_deviation, table, write
+from vpt_fast.train.sweep.sweep import Candidate, Outcome, Result, Sweep
+from vpt_fast.train.sweep.task import SweepTask
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=2.0)
 

@@ -10,9 +10,14 @@ from plain_swin import PlainSwin, build, images, pair
 from torch import Tensor
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, fold_backbone, prompt_tune
-from vpt_fast.inspection import attention_shares, mixing_maps, query_name, uniform_share
+from vpt_fast.analysis.attention_shares import (
+    attention_shares,
+    mixing_maps,
+    query_name,
+    uniform_share,
+)
 from vpt_fast.memory_report import report_memory
-from vpt_fast.train.prefix_cache import frozen_blocks
+from vpt_fast.train.loop.prefix_cache import frozen_blocks
 
 
 class Recording(PlainSwin):

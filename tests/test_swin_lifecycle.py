@@ -33,8 +33,8 @@ from vpt_fast import (
     save_adapter,
     trainable_parameters,
 )
-from vpt_fast.eager import concatenated, without_prompts
-from vpt_fast.memory import kept_bytes, step_inputs
+from vpt_fast.analysis.activation_memory import kept_bytes, step_inputs
+from vpt_fast.reference.vit import concatenated, without_prompts
 
 METHODS: dict[str, Any] = {
     "deep": VPTDeep(3),

@@ -10,7 +10,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vpt_fast.kernels.launch import Launch
 
 from bench import launches
 from bench.fusion import fused
@@ -18,6 +17,7 @@ from bench.providers import provide
 from bench.step_trace import CLASSES, step_ops
 from bench.trace import Op, counts, traced
 from vpt_fast import VPTDeep
+from vpt_fast.kernels.runtime.launch import Launch
 
 TINY, VIT_B = "vit_tiny_patch16_224", "vit_base_patch16_224"
 BF16 = torch.bfloat16

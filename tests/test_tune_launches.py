@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from vpt_fast.kernels.launch_table import MEASURED, TABLE
-from vpt_fast.kernels.launch_tiles import ARCHITECTURES, HEAD_DIMS, KERNELS
 
 from bench import times, tune
 from bench.candidates import (
@@ -22,6 +20,8 @@ from bench.candidates import (
     summary,
 )
 from bench.table_file import read_table, table_text, write_table
+from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE
+from vpt_fast.kernels.attention.tiles import ARCHITECTURES, HEAD_DIMS, KERNELS
 
 A, B, C = (128, 64, 4, 2), (64, 64, 4, 2), (128, 128, 8, 2)
 KEY = ("dkdv", 32, "bf16", 80)

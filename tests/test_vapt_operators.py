@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block_entry import Mix, Norm, OpenSum, enter_block
-from vpt_fast.ops.prompt_expert import FeatureInputs, fold_convolution, project_features
+from vpt_fast.ops.block.add_norm import Mix, Norm, OpenSum, enter_block
+from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution, project_features
 
 OPS = torch.ops.vpt_fast
 DTYPES = [torch.float32, torch.float64]

@@ -16,8 +16,8 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor
 
-from vpt_fast.ops import window_attention_reference as reference
-from vpt_fast.ops.window_attention import (
+from vpt_fast.ops.window_attention import reference
+from vpt_fast.ops.window_attention.operator import (
     window_attention,
     window_attention_operator,
     window_attention_operator_backward,

@@ -15,7 +15,8 @@ import torch
 from on_device import differs_by_one_rounding
 from plain_windows import plain_window_attention
 from torch import Tensor
-from vpt_fast.kernels.window_attention import (
+
+from vpt_fast.kernels.window_attention.launches import (
     window_attention_backward,
     window_attention_forward,
 )

@@ -12,13 +12,6 @@ import itertools
 import pytest
 import torch
 from slower import JUDGED_VERSION, need_compiler, slower
-from vpt_fast.kernels.window_plan import WindowProblem
-from vpt_fast.kernels.window_table import (
-    whole_backward_tiles,
-    whole_tiles,
-    windows_of_a_program,
-    windows_of_a_sum,
-)
 
 from bench import kernel_report
 from bench.offline import compile_kernel
@@ -31,6 +24,13 @@ from bench.window_report import (
     verdicts,
     window_report,
 )
+from vpt_fast.kernels.window_attention.tiles import (
+    whole_backward_tiles,
+    whole_tiles,
+    windows_of_a_program,
+    windows_of_a_sum,
+)
+from vpt_fast.kernels.window_plan import WindowProblem
 
 pytestmark = JUDGED_VERSION
 

@@ -1,9 +1,10 @@
 """Fast visual prompt tuning for timm vision transformers."""
 
-from vpt_fast.adapter import load_adapter, save_adapter
-from vpt_fast.bake import bake
+from vpt_fast.adapter.adapter import load_adapter, save_adapter
 from vpt_fast.bank import PromptBank
-from vpt_fast.baselines import (
+from vpt_fast.export.bake import bake
+from vpt_fast.methods import VAPT, VPTDeep, VPTShallow
+from vpt_fast.methods.baselines import (
     AdapterTuning,
     BiasTuning,
     FullTuning,
@@ -11,8 +12,7 @@ from vpt_fast.baselines import (
     MLPHead,
     PartialTuning,
 )
-from vpt_fast.fold import fold_backbone
-from vpt_fast.methods import VAPT, VPTDeep, VPTShallow
+from vpt_fast.models.fold import fold_backbone
 from vpt_fast.tune import (
     count_parameters,
     print_trainable_parameters,

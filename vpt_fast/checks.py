@@ -9,14 +9,14 @@ from timm.layers import Attention, DropPath
 from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
-from vpt_fast.baselines import AdapterTuning, BiasTuning, MLPHead, PartialTuning
-from vpt_fast.check_parts import Parts, check_apart, check_parts, name_of, refuse
 from vpt_fast.methods import VAPT, Method
-from vpt_fast.models import TUNED_CLASS
-from vpt_fast.row_by_row import ROW_NORMS
-from vpt_fast.swin_checks import check_swin
-from vpt_fast.swin_models import TUNED_CLASS as TUNED_SWIN
-from vpt_fast.tuned import blocks_of, check_pooling, is_tuned
+from vpt_fast.methods.baselines import AdapterTuning, BiasTuning, MLPHead, PartialTuning
+from vpt_fast.models.check_parts import Parts, check_apart, check_parts, name_of, refuse
+from vpt_fast.models.swin.checks import check_swin
+from vpt_fast.models.swin.model import TUNED_CLASS as TUNED_SWIN
+from vpt_fast.models.tuned import blocks_of, check_pooling, is_tuned
+from vpt_fast.models.vit.model import TUNED_CLASS
+from vpt_fast.modules.row_by_row import ROW_NORMS
 
 _BLOCK_PARTS: Parts = {
     "norm1": ROW_NORMS,

@@ -49,11 +49,9 @@ from vpt_fast.cli_predict import predict
 from vpt_fast.cli_report import report
 from vpt_fast.cli_sweep import sweep
 from vpt_fast.methods import METHODS
-from vpt_fast.train.augmentation import Augmentation
-from vpt_fast.train.evaluate import resolve_device
-from vpt_fast.train.image_options import ImageOptions
-from vpt_fast.train.parallel import process_group, rank
-from vpt_fast.train.recipe import (
+from vpt_fast.train.common.paper_settings import default_optimizer, paper_settings
+from vpt_fast.train.common.parallel import process_group, rank
+from vpt_fast.train.common.recipe import (
     AMP_DTYPES,
     AUTO,
     DEFAULT_LR,
@@ -61,9 +59,11 @@ from vpt_fast.train.recipe import (
     Recipe,
     resolve_amp_dtype,
 )
-from vpt_fast.train.recipes import default_optimizer, paper_settings
-from vpt_fast.train.run import tune_on_folder
-from vpt_fast.train.sources import check_format
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_options import ImageOptions
+from vpt_fast.train.data.sources import check_format
+from vpt_fast.train.loop.evaluate import resolve_device
+from vpt_fast.train.run.folder_run import tune_on_folder
 
 
 def train(

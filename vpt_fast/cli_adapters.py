@@ -17,15 +17,15 @@ from vpt_fast.cli_common import (
     one_line_errors,
     report_skipped,
 )
-from vpt_fast.train import data
-from vpt_fast.train.class_folders import CLASS_ORDERS
-from vpt_fast.train.evaluate import evaluate, resolve_device
-from vpt_fast.train.pictures import reading
-from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.run import folder_loader
-from vpt_fast.train.sources import FORMATS, check_format, open_source
-from vpt_fast.train.split import ImageSource, SplitImages
-from vpt_fast.train.tuned_model import load_tuned
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data import images as data
+from vpt_fast.train.data.class_folders import CLASS_ORDERS
+from vpt_fast.train.data.pictures import reading
+from vpt_fast.train.data.sources import FORMATS, check_format, open_source
+from vpt_fast.train.data.split import ImageSource, SplitImages
+from vpt_fast.train.loop.evaluate import evaluate, resolve_device
+from vpt_fast.train.run.folder_run import folder_loader
+from vpt_fast.train.run.tuned_model import load_tuned
 
 Adapter = Annotated[
     Path,

@@ -12,9 +12,9 @@ import torch
 import typer
 
 from vpt_fast.methods import METHODS, Method
-from vpt_fast.train import data
-from vpt_fast.train.evaluate import TrainingError
-from vpt_fast.train.recipe import AMP_DTYPES
+from vpt_fast.train.common.recipe import AMP_DTYPES
+from vpt_fast.train.data import images as data
+from vpt_fast.train.loop.evaluate import TrainingError
 
 CHECKPOINT_HELP = "File with the backbone's weights (.safetensors, or what torch.save wrote)."
 DEVICE_HELP = "auto, cpu, cuda or cuda:<index>; auto takes a GPU if there is one."

@@ -11,14 +11,14 @@ import typer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vpt_fast.atomic import atomic_file
-from vpt_fast.bake import bake
+from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.cli_adapters import Adapter
 from vpt_fast.cli_common import Checkpoint, Device, one_line_errors
+from vpt_fast.export.bake import bake
 from vpt_fast.methods import to_dict
-from vpt_fast.train.evaluate import resolve_device
-from vpt_fast.train.recipe import AMP_DTYPES
-from vpt_fast.train.tuned_model import TunedModel, load_tuned
+from vpt_fast.train.common.recipe import AMP_DTYPES
+from vpt_fast.train.loop.evaluate import resolve_device
+from vpt_fast.train.run.tuned_model import TunedModel, load_tuned
 
 SUFFIX = ".pt2"
 TASK_FILE = "task.json"

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from vpt_fast.analysis.activation_memory import DTYPES
 from vpt_fast.cli_common import make_method, one_line_errors
-from vpt_fast.memory import DTYPES
 from vpt_fast.methods import METHODS
 
 NUM_PROMPTS = 50

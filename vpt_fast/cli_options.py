@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from vpt_fast.ops.memory_modes import MEMORY_MODES
-from vpt_fast.train.image_options import INTERPOLATIONS, NORMALISATIONS
-from vpt_fast.train.recipe import OPTIMIZERS
-from vpt_fast.train.recipes import RECIPES
-from vpt_fast.train.sources import FORMATS
+from vpt_fast.train.common.paper_settings import RECIPES
+from vpt_fast.train.common.recipe import OPTIMIZERS
+from vpt_fast.train.data.image_options import INTERPOLATIONS, NORMALISATIONS
+from vpt_fast.train.data.sources import FORMATS
 
 MODEL = "vit_base_patch16_224.orig_in21k"
 

@@ -13,13 +13,13 @@ import typer
 from torch import Tensor
 
 from vpt_fast.cli_common import AmpDtype, Checkpoint, Device, fail, one_line_errors
-from vpt_fast.train import data
-from vpt_fast.train.bank_folder import open_bank
-from vpt_fast.train.evaluate import autocast, resolve_device
-from vpt_fast.train.pictures import load_image, reading
-from vpt_fast.train.ranking import most_probable
-from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.tuned_model import load_tuned
+from vpt_fast.train.common.ranking import most_probable
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data import images as data
+from vpt_fast.train.data.pictures import load_image, reading
+from vpt_fast.train.loop.evaluate import autocast, resolve_device
+from vpt_fast.train.run.bank_folder import open_bank
+from vpt_fast.train.run.tuned_model import load_tuned
 
 _BATCH = 64
 """Images that a bank answers for at a time."""

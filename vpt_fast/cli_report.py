@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from vpt_fast.cli_common import Checkpoint, Device, Workers, one_line_errors, report_skipped
-from vpt_fast.train.evaluate import resolve_device
-from vpt_fast.train.recipe import AMP_DTYPES
+from vpt_fast.train.common.recipe import AMP_DTYPES
+from vpt_fast.train.loop.evaluate import resolve_device
 
 
 def report(

@@ -39,11 +39,7 @@ from vpt_fast.cli_options import (
     Scale,
 )
 from vpt_fast.methods import METHODS
-from vpt_fast.train.augmentation import Augmentation
-from vpt_fast.train.evaluate import resolve_device
-from vpt_fast.train.image_options import ImageOptions
-from vpt_fast.train.recipe import Recipe
-from vpt_fast.train.recipes import (
+from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
     PROMPT_COUNTS,
     SEEDS,
@@ -51,7 +47,11 @@ from vpt_fast.train.recipes import (
     default_optimizer,
     paper_settings,
 )
-from vpt_fast.train.sources import check_format
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_options import ImageOptions
+from vpt_fast.train.data.sources import check_format
+from vpt_fast.train.loop.evaluate import resolve_device
 
 Value = TypeVar("Value", int, float, str)
 
@@ -158,10 +158,10 @@ def sweep(
     the same command.
     """
     # Optuna and matplotlib take a second to import, which the other commands need not wait for.
-    from vpt_fast.train.sweep import Candidate
-    from vpt_fast.train.sweep_plan import SweepPlan, candidate, run_plan
-    from vpt_fast.train.sweep_preset import EPOCHS, demo_plan
-    from vpt_fast.train.sweep_report import table, write
+    from vpt_fast.train.sweep.plan import SweepPlan, candidate, run_plan
+    from vpt_fast.train.sweep.preset import EPOCHS, demo_plan
+    from vpt_fast.train.sweep.report import table, write
+    from vpt_fast.train.sweep.sweep import Candidate
 
     with one_line_errors():
         where = resolve_device(device)

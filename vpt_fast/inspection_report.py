@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vpt_fast.inspection import attention_shares, mixing_maps, query_name, uniform_share
+from vpt_fast.analysis.attention_shares import (
+    attention_shares,
+    mixing_maps,
+    query_name,
+    uniform_share,
+)
 from vpt_fast.inspection_pictures import Mixing, Shares, save_attention, save_mixing
-from vpt_fast.report_folder import ReportFolder, write_csv
-from vpt_fast.train import data
-from vpt_fast.train.pictures import load_image, reading
-from vpt_fast.train.report import format_table
+from vpt_fast.train.common.curves import format_table
+from vpt_fast.train.common.output_folder import ReportFolder, write_csv
+from vpt_fast.train.data import images as data
+from vpt_fast.train.data.pictures import load_image, reading
 
 ATTENTION_FILE, MIXING_FILE, PICTURE_FILE = "attention.csv", "mixing.csv", "attention.png"
 ATTENTION_HEADER = ("image", "block", "head", "prompt", "share")

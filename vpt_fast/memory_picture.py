@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from vpt_fast.memory import EAGER, PLAIN, PROVIDERS
-from vpt_fast.train.report import COLOURS, GRID, INK, MUTED
+from vpt_fast.analysis.activation_memory import EAGER, PLAIN, PROVIDERS
+from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
 
 _DPI = 130
 # Of the figure and of a panel's place in it, in inches.

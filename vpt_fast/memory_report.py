@@ -10,9 +10,15 @@ from typing import Any
 import timm
 import torch
 
-from vpt_fast.memory import DTYPES, EAGER, PLAIN, PROVIDERS, KeptBytes, MeasuredPeaks
-from vpt_fast.memory_picture import Panel, format_size, save_panels
-from vpt_fast.memory_profile import (
+from vpt_fast.analysis.activation_memory import (
+    DTYPES,
+    EAGER,
+    PLAIN,
+    PROVIDERS,
+    KeptBytes,
+    MeasuredPeaks,
+)
+from vpt_fast.analysis.memory_profile import (
     ALL,
     COUNTED,
     FIRST,
@@ -27,11 +33,12 @@ from vpt_fast.memory_profile import (
     prompts_in_words,
     words,
 )
+from vpt_fast.memory_picture import Panel, format_size, save_panels
 from vpt_fast.methods import VAPT, Method, VPTDeep
-from vpt_fast.report_folder import ReportFolder, write_csv
-from vpt_fast.train import backbone as backbones
-from vpt_fast.train.report import format_table
-from vpt_fast.tuned import blocks_of
+from vpt_fast.models.tuned import blocks_of
+from vpt_fast.train.backbones import build as backbones
+from vpt_fast.train.common.curves import format_table
+from vpt_fast.train.common.output_folder import ReportFolder, write_csv
 
 TABLE_FILE, PICTURE_FILE = "memory.csv", "memory.png"
 HEADER = (
@@ -72,7 +79,7 @@ def report_memory(
             prompts, with the gradient flowing through all of those blocks nevertheless.
         batch_size: images of a step.
         img_size: side of the images in pixels; None takes the model's own.
-        dtype: of weights and images, one of `vpt_fast.memory.DTYPES`.
+        dtype: of weights and images, one of `vpt_fast.analysis.activation_memory.DTYPES`.
         progress: whether to show a bar on a terminal.
         log: called with lines of text.
 

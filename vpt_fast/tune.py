@@ -9,18 +9,19 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from vpt_fast import models, swin_models
-from vpt_fast.all_or_nothing import all_or_nothing
-from vpt_fast.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
-from vpt_fast.baselines import AdapterTuning, Baseline, MLPHead
 from vpt_fast.checks import check_model
-from vpt_fast.fold import unfold_backbone
-from vpt_fast.graphs.block_graphs import BlockGraphs
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
+from vpt_fast.methods.baselines import AdapterTuning, Baseline, MLPHead
+from vpt_fast.models.all_or_nothing import all_or_nothing
+from vpt_fast.models.fold import unfold_backbone
+from vpt_fast.models.graphs.block_graphs import BlockGraphs
+from vpt_fast.models.sharing import check_latest, check_own_blocks, remember
+from vpt_fast.models.swin import model as swin_models
+from vpt_fast.models.tuned import Tuned, TuneRecord, blocks_of, is_tuned, take_out
+from vpt_fast.models.vit import model as models
+from vpt_fast.modules.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
+from vpt_fast.modules.prompt_tokens import PromptTokens, init_bound, new_projection, new_tokens
 from vpt_fast.ops.memory_modes import check_memory_mode
-from vpt_fast.prompts import PromptTokens, init_bound, new_projection, new_tokens
-from vpt_fast.sharing import check_latest, check_own_blocks, remember
-from vpt_fast.tuned import Tuned, TuneRecord, blocks_of, is_tuned, take_out
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -20,8 +20,8 @@ from bench.bank_ways import BankAttentionCase, HeadsCase, check_heads, run_heads
 from bench.correctness import Check, Results, budget, largest_error
 from bench.expert_ways import ExpertCase
 from bench.providers import OURS
-from vpt_fast.ops.activation import KINDS, activation, activation_backward
-from vpt_fast.ops.residual_norm import residual_norm, residual_norm_backward
+from vpt_fast.ops.rowwise.activation import KINDS, activation, activation_backward
+from vpt_fast.ops.rowwise.residual_norm import residual_norm, residual_norm_backward
 
 EPS = 1e-6
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-import vpt_fast.kernels
 from triton.runtime.jit import JITFunction
+
+import vpt_fast.kernels
 
 
 def stable_keys() -> None:

@@ -21,7 +21,7 @@ from bench.cases import STEP
 from bench.gpu.counted import Counted
 from bench.plots import COLOUR, Row, most_varied, select
 from bench.providers import GPU_PROVIDERS, OURS, PUBLISHED
-from vpt_fast.train.report import GRID, INK, MUTED
+from vpt_fast.train.common.curves import GRID, INK, MUTED
 
 _GRAPH_ALPHA = 0.45
 _PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")

@@ -32,7 +32,7 @@ _TESTS_SHARE = 0.75
 """Of what models, steps and operators leave, for the tests; the sanitizer has the rest."""
 
 _PROGRAMS = "programs.log"
-_DEMO = "import bench, sys, vpt_fast.train.demo as demo; sys.exit(demo.main())"
+_DEMO = "import bench, sys, vpt_fast.train.demo.demo as demo; sys.exit(demo.main())"
 """The demo of a tree that need not be installed."""
 
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from vpt_fast.kernels.launch import Launch
-from vpt_fast.kernels.launch_tiles import KERNELS, Key
-
 from bench.gpu.device import Device
 from bench.gpu.keys import stable_keys
 from bench.gpu.outcome import Tell
 from bench.times import Row, measure, median_milliseconds, write_times
+from vpt_fast.kernels.attention.tiles import KERNELS, Key
+from vpt_fast.kernels.runtime.launch import Launch
 
 KEYS: list[Key] = [(kernel, 64, "bf16", 90) for kernel in KERNELS]
 """Their architecture gives way to the device's own."""

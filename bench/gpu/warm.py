@@ -28,7 +28,6 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.compiler import ASTSource
-from vpt_fast.kernels.launch import Launch, Target
 
 from bench import attention_ways, bank_ways, expert_ways
 from bench.attention_ways import AttentionCase
@@ -48,6 +47,7 @@ from bench.step_trace import without_values
 from bench.times import STAGES
 from bench.trace import Trace, traced
 from bench.turns import inference, step
+from vpt_fast.kernels.runtime.launch import Launch, Target
 
 
 class Kernel(NamedTuple):
@@ -155,7 +155,7 @@ def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
 
 def tile_launches(capability: int) -> list[Launch]:
     """Launches of attention's candidate tiles at 64 channels in bf16."""
-    from vpt_fast.kernels.launch_tiles import KERNELS
+    from vpt_fast.kernels.attention.tiles import KERNELS
 
     found = []
     for kernel in KERNELS:

@@ -28,8 +28,8 @@ from examples.serve.refusals import Refusal, refuse
 from examples.serve.settings import Settings
 from examples.serve.uploads import prepare
 from vpt_fast.bank import BankTask, PromptBank
-from vpt_fast.train.pictures import FORMATS
-from vpt_fast.train.ranking import most_probable
+from vpt_fast.train.common.ranking import most_probable
+from vpt_fast.train.data.pictures import FORMATS
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ import typer
 
 from examples.serve.load_clients import Tally, bad_cases, good_cases, memory_of, press
 from examples.serve.trial import server_process, write_adapters
-from vpt_fast.train.bank_folder import open_bank
+from vpt_fast.train.run.bank_folder import open_bank
 
 UPLOAD_BYTES = 200_000
 

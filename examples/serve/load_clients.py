@@ -18,7 +18,7 @@ import torch
 from examples.serve.trial import picture
 from examples.serve.uploads import prepare
 from vpt_fast.bank import PromptBank
-from vpt_fast.train.ranking import names_of
+from vpt_fast.train.common.ranking import names_of
 
 TOLERANCE = 1e-4
 """Of a probability; results of different batch sizes differ by rounding."""

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from examples.serve.refusals import Refusal
-from vpt_fast.train.data import eval_transform
-from vpt_fast.train.pictures import FORMATS, check_shape, load_image, reading
+from vpt_fast.train.data.images import eval_transform
+from vpt_fast.train.data.pictures import FORMATS, check_shape, load_image, reading
 
 
 def prepare(file: IO[bytes], inputs: Mapping[str, Any], max_pixels: int) -> Tensor:

@@ -16,12 +16,12 @@ from vpt_fast.bank.memory import BankMemory, Resident, State
 from vpt_fast.bank.places import find_places
 from vpt_fast.bank.read_task import Backbone, BankTask, TaskTensors, read_task
 from vpt_fast.bank.shared_pass import features
-from vpt_fast.baselines import LinearProbe
 from vpt_fast.checks import check_model
-from vpt_fast.hooks import has_hooks, has_own_forward
-from vpt_fast.models import TUNED_CLASS
+from vpt_fast.methods.baselines import LinearProbe
+from vpt_fast.models.vit.model import TUNED_CLASS
+from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.grouped_heads import grouped_heads
+from vpt_fast.ops.rowwise.grouped_heads import grouped_heads
 
 
 class PromptBank:

@@ -15,16 +15,16 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 from torch.nn.functional import linear
 
-from vpt_fast.adapter_checks import check_computation, check_dimensions, check_weights
-from vpt_fast.adapter_files import TENSORS_FILE, read_adapter
-from vpt_fast.architecture import describe
-from vpt_fast.attention_inputs import packed_prompts
+from vpt_fast.adapter.architecture import describe
+from vpt_fast.adapter.checks import check_computation, check_dimensions, check_weights
+from vpt_fast.adapter.files import TENSORS_FILE, read_adapter
+from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.bank.task_experts import ExpertTensors, TaskExperts
-from vpt_fast.baselines import LinearProbe
-from vpt_fast.fingerprint import fingerprint
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, from_dict
+from vpt_fast.methods.baselines import LinearProbe
+from vpt_fast.models.attention_inputs import packed_prompts
 from vpt_fast.ops.backend import statistics_dtype
-from vpt_fast.ops.prompt_expert import fold_convolution
+from vpt_fast.ops.experts.operator import fold_convolution
 
 
 @dataclass(frozen=True)

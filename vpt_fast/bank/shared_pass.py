@@ -16,27 +16,27 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vpt_fast.attention_inputs import attention_tokens, packed_prompts
 from vpt_fast.bank.places import Places
 from vpt_fast.bank.task_experts import ExpertGroup
-from vpt_fast.blocks import is_fusable
-from vpt_fast.experts import EPS
-from vpt_fast.fused_block import Use, block_config, block_weights
-from vpt_fast.head_rows import rows_read
-from vpt_fast.norms import is_layer_norm, norm_of
+from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
+from vpt_fast.models.fusion.fused_block import Use, block_config, block_weights
+from vpt_fast.models.patches import embedded_patches
+from vpt_fast.models.vit.blocks import is_fusable
+from vpt_fast.models.vit.head_rows import rows_read
+from vpt_fast.modules.experts import EPS
+from vpt_fast.modules.norms import is_layer_norm, norm_of
+from vpt_fast.ops.attention.ragged import bank_attention
 from vpt_fast.ops.backend import (
     computing_dtype,
     in_full_precision,
     statistics_dtype,
     uses_kernels,
 )
-from vpt_fast.ops.bank_attention import bank_attention
-from vpt_fast.ops.block_body import BlockSteps
-from vpt_fast.ops.block_entry import OpenSum, Saved
-from vpt_fast.ops.block_parts import BlockConfig, BlockWeights
-from vpt_fast.ops.operators import OPERATOR_SITES
-from vpt_fast.ops.residual_norm import residual_norm
-from vpt_fast.patches import embedded_patches
+from vpt_fast.ops.block.add_norm import OpenSum, Saved
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.implementations import OPERATOR_SITES
+from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
+from vpt_fast.ops.rowwise.residual_norm import residual_norm
 
 
 def features(model: Any, images: Tensor, places: Places) -> Tensor:

@@ -16,9 +16,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vpt_fast import __version__
-from vpt_fast.atomic import atomic_file
-from vpt_fast.train.data import SkippedImage
-from vpt_fast.train.evaluate import TrainingError
+from vpt_fast.adapter.atomic import atomic_file
+from vpt_fast.train.common.curves import format_bytes
+from vpt_fast.train.data.images import SkippedImage
+from vpt_fast.train.loop.evaluate import TrainingError
 from vpt_fast.train.page_classes import (
     MAX_SHOWN,
     class_rows,
@@ -39,7 +40,6 @@ from vpt_fast.train.page_text import (
     settings_of,
     test_accuracy,
 )
-from vpt_fast.train.report import format_bytes
 
 GENERATOR = "vpt-fast report"
 _MARK = f'<meta name="generator" content="{GENERATOR}'

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vpt_fast.train import data
-from vpt_fast.train.evaluate import Evaluation, evaluate
-from vpt_fast.train.image_loaders import folder_loader
+from vpt_fast.train.common.recipe import AMP_DTYPES
+from vpt_fast.train.data import images as data
+from vpt_fast.train.data.image_loaders import folder_loader
+from vpt_fast.train.data.pictures import reading
+from vpt_fast.train.data.sources import open_source
+from vpt_fast.train.data.split import Split, SplitImages
+from vpt_fast.train.loop.evaluate import Evaluation, evaluate
 from vpt_fast.train.page_runs import RunFolder
-from vpt_fast.train.pictures import reading
-from vpt_fast.train.recipe import AMP_DTYPES
-from vpt_fast.train.sources import open_source
-from vpt_fast.train.split import Split, SplitImages
-from vpt_fast.train.tuned_model import TunedModel, load_tuned
+from vpt_fast.train.run.tuned_model import TunedModel, load_tuned
 
 # Tried in this order: what nothing was selected on comes first.
 SPLIT_ORDER = ("test", "val", "train")

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from vpt_fast.inspection import attention_shares, query_name, uniform_share
-from vpt_fast.train.image_loaders import folder_loader
+from vpt_fast.analysis.attention_shares import attention_shares, query_name, uniform_share
+from vpt_fast.train.data.image_loaders import folder_loader
 from vpt_fast.train.page_evaluation import EvaluatedRun, EvaluationOptions
 
 SEED = 0

@@ -16,9 +16,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from vpt_fast.train.metrics import Epoch
+from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
+from vpt_fast.train.common.metrics import Epoch
 from vpt_fast.train.page_experts import ExpertUse
-from vpt_fast.train.report import COLOURS, GRID, INK, MUTED
 
 # Ink, muted text and grid become variables of the page's style, which has a dark form of each. The
 # colours of the runs stay: they are told apart on both.

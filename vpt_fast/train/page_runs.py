@@ -13,12 +13,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from vpt_fast.adapter_files import TENSORS_FILE, read_config
-from vpt_fast.train.loop import FitResult
-from vpt_fast.train.metrics import Epoch
-from vpt_fast.train.report import directory_size
-from vpt_fast.train.run_record import FINISHED, INTERRUPTED, RunRecord, read_record
-from vpt_fast.train.tuned_model import adapter_folder
+from vpt_fast.adapter.files import TENSORS_FILE, read_config
+from vpt_fast.train.common.curves import directory_size
+from vpt_fast.train.common.metrics import Epoch
+from vpt_fast.train.loop.epochs import FitResult
+from vpt_fast.train.run.record import FINISHED, INTERRUPTED, RunRecord, read_record
+from vpt_fast.train.run.tuned_model import adapter_folder
 
 METRICS_FILE = "metrics.csv"
 # Names of `Epoch` in the header that timm's writer makes.

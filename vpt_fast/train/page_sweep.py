@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from vpt_fast.train.report import format_bytes
-from vpt_fast.train.sweep_report import HEADER, PICTURE, TABLE, mean_and_deviation
+from vpt_fast.train.common.curves import format_bytes
+from vpt_fast.train.sweep.report import HEADER, PICTURE, TABLE, mean_and_deviation
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vpt_fast.train.demo_backbone import DEMO_ARGS, DEMO_MEAN, DEMO_MODEL, DEMO_STD
+from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_MEAN, DEMO_MODEL, DEMO_STD
 from vpt_fast.train.glyphs import CLASSES, FONTS, HELD_OUT_FONTS, glyph_bank, render
 from vpt_fast.train.muon import Muon
 

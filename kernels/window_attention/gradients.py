@@ -1,0 +1,320 @@
+"""Attention inside windows, backward pass: the launches, in order, and the sums that they leave."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from ..runtime.allocate import empty
+from ..runtime.launch import Launch, Target
+from .backward import window_backward_kernel
+from .backward_tiled import window_dkdv_kernel, window_dq_kernel
+from .grid import Pair, WindowGrid, shared_arguments, shared_constexprs, window_grid
+from .tiles import (
+    WindowTiles,
+    bias_tiles,
+    dq_tiles,
+    key_tiles,
+    whole_backward_tiles,
+    whole_stages,
+    windows_of_a_sum,
+)
+
+
+class Sums(NamedTuple):
+    """How windows are grouped: each program sums gradients over at most `chunk` windows.
+
+    Attributes:
+        lists: of images that are summed together: one of them all, or one for each image.
+        images: of a list.
+        chunk: windows of a sum.
+        of_list: sums that a list takes.
+    """
+
+    lists: int
+    images: int
+    chunk: int
+    of_list: int
+
+    @property
+    def total(self) -> int:
+        """Sums of all lists."""
+        return self.lists * self.of_list
+
+
+def sums_of(grid: WindowGrid) -> Sums:
+    """The sums of a problem; those of an image's own prompts do not depend on its batch."""
+    if grid.shared:
+        chunk = windows_of_a_sum(grid.batch * grid.windows, grid.num_heads)
+        return Sums(1, grid.batch, chunk, grid.sums(grid.batch, chunk))
+    chunk = windows_of_a_sum(grid.windows, grid.num_heads)
+    return Sums(grid.batch, 1, chunk, grid.sums(1, chunk))
+
+
+class Gradients(NamedTuple):
+    """What a backward pass writes; None where it is not asked for.
+
+    Attributes:
+        qkv: as qkv.
+        prompts: (sums, p, 2, h, d) fp32, over the windows of each sum.
+        scores: (sums, h, area, area) fp32: dS of the tokens, likewise.
+        delta: (B, h, H, W) fp32, row sums of dO * O, which launches pass on to later ones.
+    """
+
+    qkv: Tensor | None
+    prompts: Tensor | None
+    scores: Tensor | None
+    delta: Tensor | None = None
+
+
+def empty_gradients(
+    qkv: Tensor, grid: WindowGrid, needs_tokens: bool, needs_prompts: bool, needs_table: bool
+) -> Gradients:
+    """Memory for the gradients that are asked for."""
+    sums, heads = sums_of(grid).total, grid.num_heads
+
+    def fp32(*shape: int) -> Tensor:
+        return empty(shape, torch.float32, qkv.device)
+
+    asked = needs_tokens or (needs_prompts and grid.num_prompts) or needs_table
+    whole = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
+    return Gradients(
+        torch.empty_like(qkv) if needs_tokens else None,
+        fp32(sums, grid.num_prompts, 2, heads, grid.head_dim)
+        if needs_prompts and grid.num_prompts
+        else None,
+        fp32(sums, heads, grid.area, grid.area) if needs_table else None,
+        fp32(grid.batch, heads, grid.height, grid.width) if asked and whole is None else None,
+    )
+
+
+def backward_launches(
+    qkv: Tensor,
+    pad: Tensor | None,
+    table: Tensor,
+    prompts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    gradients: Gradients,
+    window: Pair,
+    shift: Pair,
+    scale: float,
+    target: Target,
+) -> list[Launch]:
+    """The launches of one backward pass, in order; all tensors contiguous.
+
+    Args:
+        qkv, pad, table, prompts, out, lse: what the forward pass took and returned.
+        gradients: what to write.
+        target: what to tune for.
+    """
+    if gradients.qkv is gradients.prompts is gradients.scores is None:
+        return []
+    grid = window_grid(qkv, prompts, window, shift)
+    sums = sums_of(grid)
+    used = prompts if grid.num_prompts else None
+    common: dict[str, Any] = {
+        **shared_arguments(grid, qkv, pad, table, prompts),
+        "grad_out_ptr": grad_out,
+        "lse_ptr": lse,
+        "scale": scale,
+    }
+    written = {
+        "grad_qkv_ptr": qkv if gradients.qkv is None else gradients.qkv,
+        "grad_prompts_ptr": lse if gradients.prompts is None else gradients.prompts,
+        "grad_scores_ptr": lse if gradients.scores is None else gradients.scores,
+        "chunk": sums.chunk,
+        "sums_of_list": sums.of_list,
+        "images_of_list": sums.images,
+    }
+    constexprs = {
+        **shared_constexprs(grid, pad, qkv, used, out, grad_out, gradients.qkv),
+        "PRECISION": "ieee",
+    }
+    needs = {
+        "NEEDS_TOKENS": gradients.qkv is not None,
+        "NEEDS_PROMPTS": gradients.prompts is not None,
+        "NEEDS_TABLE": gradients.scores is not None,
+    }
+    whole = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
+    if whole is not None:
+        whole = whole._replace(num_stages=whole_stages(target))
+        arguments = {**common, **written, "out_ptr": out if whole.tail else grad_out}
+        return [
+            _whole_launch(name, grid, sums, arguments, {**constexprs, **asked}, whole)
+            for name, asked in _whole_parts(needs).items()
+        ]
+    delta = gradients.delta
+    if delta is None:
+        raise ValueError("gradients.delta is None; windows in tiles need it (see empty_gradients)")
+    launches = [_dq_launch(grid, common, constexprs, written, out, delta, needs["NEEDS_TOKENS"])]
+    common = {**common, **written, "delta_ptr": delta}
+    shape = (grid.area, grid.keys, grid.head_dim, qkv.dtype)
+    if needs["NEEDS_TOKENS"] or needs["NEEDS_PROMPTS"]:
+        tiles = key_tiles(*shape)
+        first = 0 if needs["NEEDS_PROMPTS"] else grid.num_prompts // tiles.keys
+        last = triton.cdiv(grid.keys if needs["NEEDS_TOKENS"] else grid.num_prompts, tiles.keys)
+        launches.append(
+            _keys_launch(
+                "window_dkdv",
+                grid,
+                sums,
+                common,
+                {**constexprs, **needs, "NEEDS_TABLE": False},
+                tiles,
+                range(first, last),
+                1,
+            )  # fmt: skip
+        )
+    if needs["NEEDS_TABLE"]:
+        tiles = bias_tiles(grid.area, grid.head_dim, qkv.dtype)
+        only = {"NEEDS_TOKENS": False, "NEEDS_PROMPTS": False, "NEEDS_TABLE": True}
+        used_tiles = range(grid.num_prompts // tiles.keys, triton.cdiv(grid.keys, tiles.keys))
+        launches.append(
+            _keys_launch(
+                "window_dbias",
+                grid,
+                sums,
+                common,
+                {**constexprs, **only},
+                tiles,
+                used_tiles,
+                triton.cdiv(grid.area, tiles.queries),
+            )  # fmt: skip
+        )
+    return launches
+
+
+def _whole_parts(needs: dict[str, bool]) -> dict[str, dict[str, bool]]:
+    """The launches over whole windows by name, and what each computes.
+
+    The sums of dS have one to themselves: beside the others they do not fit in registers.
+    """
+    only = dict.fromkeys(needs, False)
+    parts = {}
+    if needs["NEEDS_TOKENS"] or needs["NEEDS_PROMPTS"]:
+        parts["window_backward"] = {**needs, "NEEDS_TABLE": False}
+    if needs["NEEDS_TABLE"]:
+        parts["window_backward_dbias"] = {**only, "NEEDS_TABLE": True}
+    return parts
+
+
+def _whole_launch(
+    name: str,
+    grid: WindowGrid,
+    sums: Sums,
+    arguments: dict[str, Any],
+    constexprs: dict[str, Any],
+    tiles: WindowTiles,
+) -> Launch:
+    """Fills the gradients that its constexprs ask for, of windows that fit in one tile."""
+    return Launch(
+        name=name,
+        kernel=window_backward_kernel,
+        grid=(grid.num_heads * sums.total, 1, 1),
+        arguments=arguments,
+        constexprs={
+            **constexprs,
+            "BLOCK_M": tiles.queries,
+            "BLOCK_N": tiles.keys,
+            "BLOCK_P": tiles.tail,
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        trips={"windows": sums.chunk},
+    )
+
+
+def _dq_launch(
+    grid: WindowGrid,
+    common: dict[str, Any],
+    constexprs: dict[str, Any],
+    written: dict[str, Any],
+    out: Tensor,
+    delta: Tensor,
+    needs_tokens: bool,
+) -> Launch:
+    """Fills dq, if tokens need a gradient, and delta."""
+    tiles = dq_tiles(grid.area, grid.head_dim, out.dtype)
+    return Launch(
+        name="window_dq" if needs_tokens else "window_delta",
+        kernel=window_dq_kernel,
+        grid=(
+            grid.num_heads * grid.batch * grid.windows * triton.cdiv(grid.area, tiles.queries),
+            1,
+            1,
+        ),
+        arguments={
+            **common,
+            "out_ptr": out,
+            "delta_ptr": delta,
+            "grad_qkv_ptr": written["grad_qkv_ptr"],
+        },
+        constexprs={
+            **constexprs,
+            "BLOCK_M": tiles.queries,
+            "BLOCK_N": tiles.keys,
+            "NEEDS_TOKENS": needs_tokens,
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        trips={"keys": triton.cdiv(grid.keys, tiles.keys)} if needs_tokens else {},
+    )
+
+
+def _keys_launch(
+    name: str,
+    grid: WindowGrid,
+    sums: Sums,
+    common: dict[str, Any],
+    constexprs: dict[str, Any],
+    tiles: WindowTiles,
+    key_tiles: range,
+    query_tiles: int,
+) -> Launch:
+    """Fills the gradients of the keys of some tiles, or the sums of dS."""
+    queries = 1 if query_tiles > 1 else triton.cdiv(grid.area, tiles.queries)
+    return Launch(
+        name=name,
+        kernel=window_dkdv_kernel,
+        grid=(grid.num_heads * sums.total * len(key_tiles) * query_tiles, 1, 1),
+        arguments={**common, "first_tile": key_tiles.start, "num_tiles": len(key_tiles)},
+        constexprs={**constexprs, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys},
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        trips={"windows": sums.chunk, "queries": queries},
+    )
+
+
+def prompt_gradient(partial: Tensor, prompts: Tensor) -> Tensor:
+    """The prompts' gradient from the sums (sums, p, 2, h, d): in their dtype, in a fixed order."""
+    if not len(prompts):
+        return torch.empty_like(prompts)
+    lists = partial.unflatten(0, (len(prompts), len(partial) // len(prompts)))
+    return lists.sum(1).to(prompts.dtype)
+
+
+def table_gradient(partial: Tensor, window: Pair) -> Tensor:
+    """The position-bias table's gradient, fp32, from the sums of dS (sums, h, area, area).
+
+    Every entry sums dS over the pairs at its offset, which lie on a diagonal of the rows' and of
+    the columns' coordinates.
+    """
+    grad = partial.sum(0).unflatten(2, window).unflatten(1, window)  # (h, yq, xq, yk, xk)
+    grad = _diagonal_sums(grad.permute(0, 2, 4, 1, 3))  # (h, xq, xk, rows)
+    return _diagonal_sums(grad.permute(0, 3, 1, 2)).flatten(1).T.contiguous()
+
+
+def _diagonal_sums(square: Tensor) -> Tensor:
+    """(..., n, n) -> (..., 2n - 1): entry t sums those at (a, b) with a - b + n - 1 = t.
+
+    With the columns reversed and every row moved on by its number, diagonals become columns.
+    """
+    size = square.shape[-1]
+    moved = F.pad(square.flip(-1), (0, size)).flatten(-2)[..., : size * (2 * size - 1)]
+    return moved.unflatten(-1, (size, 2 * size - 1)).sum(-2)

@@ -1,0 +1,139 @@
+"""The two files of an adapter: their names, and how they are read and checked for damage.
+
+Format 2 has a checksum of the configuration too. Format 1 had none, and neither the description of
+the architecture nor what the model makes of a fixed image: it is read as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from vpt_fast.adapter.config import check_config
+
+TENSORS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+FORMAT_VERSION = 2
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PATIENCE = 1.0
+"""Seconds that an adapter is read again for, where its files are those of two savings."""
+
+
+def sha256(content: bytes) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def config_sha256(config: dict[str, Any]) -> str:
+    """Of a configuration's values, whatever their order and the space between them."""
+    rest = {key: value for key, value in config.items() if key != "config_sha256"}
+    return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+
+
+def check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    """Raise ValueError if a value is not finite; `where` says whose tensors they are."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} of {where} has values that are not finite")
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The adapter's configuration, checked value by value (see `check_config`).
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is not there.
+        ValueError: the configuration is damaged, was changed, or is of a newer format.
+    """
+    directory = Path(directory)
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} is not an adapter: it has no {name}")
+    path = directory / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(config).__name__}, not an object")
+    version = config.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {version}, this vpt_fast reads up to {FORMAT_VERSION}; upgrade it"
+        )
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if version != 1 and config.get("config_sha256") != config_sha256(config):
+        raise ValueError(
+            f"{path} is damaged, or was changed after it was saved: its checksum is another; load "
+            "the original and save it with what is to be changed"
+        )
+    return config
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON's")
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of one saving, also while the adapter is being replaced.
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is not there.
+        ValueError: one of them is damaged, or they do not belong together.
+    """
+    end = time.monotonic() + _PATIENCE
+    while True:
+        before = _identity(directory)
+        try:
+            config = read_config(directory)
+            return config, read_tensors(directory, config)
+        except (ValueError, OSError):
+            if _identity(directory) == before or time.monotonic() > end:
+                raise
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Tells the folder of one saving from that of another."""
+    try:
+        found = os.stat(directory)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def read_tensors(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The adapter's tensors by name, on the CPU.
+
+    Args:
+        directory: of the adapter.
+        config: what `read_config` returned for it.
+
+    Raises:
+        ValueError: the file is damaged, is not the configuration's, or has values that are not
+            finite.
+    """
+    path = directory / TENSORS_FILE
+    # Read once: a mapped file would change what is in memory when it is written to.
+    content = path.read_bytes()
+    if sha256(content) != config["tensors_sha256"]:
+        raise ValueError(f"{path} is damaged or not the file that {CONFIG_FILE} belongs to")
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} of {path} is {tensor.dtype}, not a type that is trained")
+    check_finite(tensors, str(path))
+    return tensors

@@ -1,0 +1,192 @@
+"""What the prompts of a tuned model do: the attention they get, and the patches they are made of.
+
+Prompts as keys and values of frozen attention are the experts of a mixture that the attention
+weights gate ("Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts", ICLR 2026,
+arXiv 2501.18936, sections 3 and 4): the share of a prompt is what its expert adds to the mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+
+from vpt_fast.analysis.swin_attention_shares import window_shares
+from vpt_fast.methods.baselines import Baseline, LinearProbe
+from vpt_fast.models.attention_inputs import projected
+from vpt_fast.models.prompt_rows import insert_rows, strip_rows
+from vpt_fast.models.tuned import blocks_of, is_tuned
+from vpt_fast.models.vit.blocks import PromptedBlock
+from vpt_fast.modules.experts import PromptExperts
+from vpt_fast.ops.backend import in_full_precision
+
+
+@dataclass(frozen=True)
+class PromptAttention:
+    """Where the attention of one block goes, for the query that the head reads.
+
+    Attributes:
+        block: index of the block.
+        prompts: share of each prompt (B, H, p).
+        tokens: share (B, H) of all prefix tokens and patches together, 1 - prompts.sum(-1).
+    """
+
+    block: int
+    prompts: Tensor
+    tokens: Tensor
+
+
+def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
+    """Shares of attention that go to the prompts of each block, softmax(q k^T * scale).
+
+    The keys are those of the block: its prompts, or live prompt rows that pass through it as
+    tokens, and all tokens. The query is the [CLS] row if the head reads it (the mean over [CLS]
+    and the distillation row for distilled DeiT); for heads that pool, shares are averaged over the
+    queries of all patches; so they are for Swin, where the tokens are those of the query's window.
+    The model computes as in eval mode, without gradients, and is left in
+    the mode it was in. Scores and softmax are fp32 at least, fp64 for a model in fp64.
+
+    Args:
+        model: tuned with prompts (`prompt_tune`, `load_adapter`).
+        images: (B, C, H, W), as the model takes them, of its dtype and device.
+
+    Returns:
+        One entry per block whose keys include prompts, in ascending order.
+
+    Raises:
+        TypeError: `images` is no tensor.
+        ValueError: `images` is not (B, C, H, W), or `model` has no prompts.
+    """
+    tuned = _check_prompts(model)
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor (B, C, H, W), got {type(images).__name__}")
+    if images.ndim != 4:
+        raise ValueError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
+    found = []
+    with torch.no_grad(), _eval_mode(tuned):
+        if isinstance(tuned, SwinTransformer):
+            windows = window_shares(tuned, images)
+            return [PromptAttention(index, p, 1 - p.sum(dim=-1)) for index, p in windows]
+        x = tuned.norm_pre(tuned.patch_drop(tuned._pos_embed(tuned.patch_embed(images))))
+        for index, block in enumerate(tuned.blocks):
+            rows, count = _with_prompts(block, x)
+            if count:
+                found.append(_shares(tuned, index, rows, count))
+            x = block(x)
+    return found
+
+
+def mixing_maps(model: nn.Module) -> dict[int, Tensor]:
+    """The token mixing maps of VAPT's prompt experts: what each patch weighs in each prompt.
+
+    Convolution and token-wise projector as one matrix over the patches; it is trained and does not
+    depend on the image. Prompts of block 0, of VPT-Deep and of VPT-Shallow mix no patches.
+
+    Args:
+        model: tuned with prompts.
+
+    Returns:
+        Block index to weights (p, gh, gw) over the patch grid; empty if no prompt mixes patches.
+
+    Raises:
+        ValueError: `model` has no prompts.
+    """
+    tuned = _check_prompts(model)
+    with torch.no_grad():
+        return {
+            index: block.prompt.token_mixing()
+            for index, block in enumerate(blocks_of(tuned))
+            if isinstance(getattr(block, "prompt", None), PromptExperts)
+        }
+
+
+def query_name(model: Any) -> str:
+    """What the query of `attention_shares` is called in text."""
+    if not _reads_first_rows(model):
+        return "patch queries"
+    return f"[CLS]{' and distillation' if _first_rows(model) == 2 else ''} query"
+
+
+def uniform_share(model: Any) -> float:
+    """Share that a block's prompts would get together, at the model's image size, if attention
+    were uniform; of Swin's first block, and of all whose windows are as large."""
+    tuned = _check_prompts(model)
+    prompts = tuned.tune_record.method.num_prompts
+    if isinstance(tuned, SwinTransformer):
+        tokens = blocks_of(tuned)[0].window_area
+    else:
+        tokens = tuned.num_prefix_tokens + tuned.patch_embed.num_patches
+    return prompts / (prompts + tokens)
+
+
+def _check_prompts(model: Any) -> Any:
+    if not is_tuned(model):
+        raise ValueError(
+            f"this {type(model).__name__} is not tuned and has no prompts; load an adapter first"
+        )
+    method = model.tune_record.method
+    if isinstance(method, Baseline):
+        what = "a linear probe" if isinstance(method, LinearProbe) else f"method {method.name!r}"
+        raise ValueError(f"{what} has no prompts to inspect; take an adapter of another method")
+    if not method.num_prompts:
+        raise ValueError(f"num_prompts is 0 in {method}: there are no prompts to inspect")
+    return model
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _with_prompts(block: Any, x: Tensor) -> tuple[Tensor, int]:
+    """The rows whose keys the block attends to, prompts after the prefix, and their number p."""
+    if not isinstance(block, PromptedBlock):
+        return x, 0
+    rows = block.rows
+    if block.prompt is None:
+        return x, rows.entering
+    x = strip_rows(x, rows.entering, rows.prefix)
+    prompts = block.prompt(x)
+    return insert_rows(x, prompts, rows.prefix), prompts.shape[1]
+
+
+def _shares(model: Any, index: int, rows: Tensor, count: int) -> PromptAttention:
+    block = model.blocks[index]
+    attn, prefix = block.attn, block.rows.prefix
+    # Past the hooks of norm1 and qkv, which are for what the block itself computes.
+    y = block.norm1.forward(rows)
+    queries = y[:, : _first_rows(model)] if _reads_first_rows(model) else y[:, prefix + count :]
+    width = attn.num_heads * attn.head_dim
+    q = attn.q_norm.forward(_heads(attn, projected(attn, queries, slice(0, width))))
+    k = attn.k_norm.forward(_heads(attn, projected(attn, y, slice(width, 2 * width))))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with in_full_precision(y):
+        scores = attn.scale * q.to(dtype) @ k.to(dtype).transpose(-2, -1)
+    shares = scores.softmax(dim=-1).mean(dim=-2)  # (B, H, N + p)
+    prompts = shares[..., prefix : prefix + count]
+    tokens = shares[..., :prefix].sum(dim=-1) + shares[..., prefix + count :].sum(dim=-1)
+    return PromptAttention(index, prompts, tokens)
+
+
+def _heads(attn: Any, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+
+
+def _reads_first_rows(model: Any) -> bool:
+    return model.global_pool == "token" and model.attn_pool is None
+
+
+def _first_rows(model: Any) -> int:
+    return 2 if isinstance(model, VisionTransformerDistilled) else 1

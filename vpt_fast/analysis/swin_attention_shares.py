@@ -1,0 +1,63 @@
+"""Shares of attention that go to the prompts of a tuned SwinTransformer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpt_fast.models.swin.blocks import LiveRows, windows_of
+from vpt_fast.models.swin.stages import merge_rows
+from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.window_attention.operator import window_attention_operator
+from vpt_fast.ops.window_attention.rows import padding_of
+
+LOG2E = math.log2(math.e)
+
+
+def window_shares(model: Any, images: Tensor) -> list[tuple[int, Tensor]]:
+    """Shares (B, H, p) of each prompt, mean over the tokens' queries, by index of the block.
+
+    Every window of an image reads the same prompts; a token's share is that within its window,
+    exp(scale * q k - lse).
+
+    Args:
+        model: tuned with prompts, in eval mode.
+        images: (B, C, H, W), as the model takes them.
+    """
+    found: list[tuple[int, Tensor]] = []
+    x, live, index = model.patch_embed(images), LiveRows(), 0
+    for stage in model.layers:
+        x = stage.downsample(x)
+        if live.rows is not None:
+            live.rows = merge_rows(stage.downsample, live.rows)
+        for block in stage.blocks:
+            prompts = live.rows
+            if block.prompt is not None:
+                prompts = block.prompt(x.flatten(1, 2)).to(x.dtype)
+            if prompts is not None:
+                found.append((index, _shares(block, x, prompts)))
+            x = block(x, live=live)
+            index += 1
+    return found
+
+
+def _shares(block: Any, x: Tensor, prompts: Tensor) -> Tensor:
+    attn = block.attn
+    # Past the hooks of norm1 and qkv, which are for what the block itself computes.
+    rows = attn.qkv.forward(block.norm1.forward(prompts))
+    keys = rows.unflatten(-1, (3, attn.num_heads, -1))[:, :, 1:].contiguous()
+    qkv = attn.qkv.forward(block.norm1.forward(x)).unflatten(-1, (3, attn.num_heads, -1))
+    windows = windows_of(block, (x.shape[1], x.shape[2]))
+    pad = padding_of(windows, attn.qkv_of_zeros(x), qkv)
+    _, lse = window_attention_operator(
+        qkv, pad, attn.relative_position_bias_table, keys,
+        list(windows.window), list(windows.shift), attn.scale,
+    )  # fmt: skip
+    dtype = statistics_dtype(qkv.dtype)
+    q = qkv[:, :, :, 0].to(dtype).flatten(1, 2).transpose(1, 2)  # (B, H, N, d)
+    k = keys[:, :, 0].to(dtype).transpose(1, 2)  # (B or 1, H, p, d)
+    scores = attn.scale * LOG2E * (q @ k.transpose(-2, -1)) - lse.to(dtype).flatten(2).unsqueeze(-1)
+    return torch.exp2(scores).mean(dim=2)

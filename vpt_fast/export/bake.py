@@ -1,0 +1,195 @@
+"""`bake`: a tuned model as a plain module for inference, its prompts as constants."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vpt_fast.export.baked import (
+    BakedAttention,
+    BakedBlock,
+    BakedExperts,
+    BakedVisionTransformer,
+    BakedVisionTransformerDistilled,
+)
+from vpt_fast.models.fold import unfold_backbone
+from vpt_fast.models.tuned import TuneRecord, is_tuned, take_out
+from vpt_fast.models.vit.blocks import PromptedBlock
+from vpt_fast.models.vit.model import PLAIN_PARTS, TUNED_CLASS
+from vpt_fast.modules.experts import PromptExperts
+from vpt_fast.modules.hooks import has_hooks, has_own_forward
+
+_PLAIN_CLASS: dict[type[Any], type[VisionTransformer]] = {
+    tuned: plain for plain, tuned in TUNED_CLASS.items()
+}
+_BAKED_CLASS: dict[type[VisionTransformer], type[VisionTransformer]] = {
+    VisionTransformer: BakedVisionTransformer,
+    VisionTransformerDistilled: BakedVisionTransformerDistilled,
+}
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """A tuned model as a new module for inference, in plain PyTorch and without prompt parameters.
+
+    The new module has timm's parameter names and computes the logits of `model` in eval mode. It
+    is in eval mode, nothing in it requires a gradient, and it shares nothing with `model`, which
+    stays as it is: every weight is copied (ViT-B/16 in fp32: 340 MB).
+
+    - VPT: `blocks.{i}.attn.prompt_keys` and `.prompt_values` (H, p, d), the prompts after norm1 and
+      the qkv projection; prompt rows that live on as tokens (VPT-Shallow, an unprompted block after
+      a prompted one, `pool_prompts`) are `blocks.{i}.prompt_rows` (1, p, D).
+    - VAPT: block 0 as VPT; later blocks have `blocks.{i}.experts.*`, of which `mix` (p, patches) is
+      convolution and token-wise projector in one.
+    - `LinearProbe`, `BiasTuning`, `PartialTuning`, `FullTuning`: timm's own class with the trained
+      values. `MLPHead`: the same, `head` is the whole MLP. `AdapterTuning`:
+      `blocks.{i}.adapter.*`.
+
+    Constants are computed in the dtype of `model`: bake first and cast afterwards for constants
+    that are rounded once. A model that `fold_backbone` has folded is baked with its weights from
+    before. Loading other backbone weights into the module leaves the constants as they are: load a
+    whole state dict of a baked model. `torch.export.export` and `torch.compile(fullgraph=True)`
+    take the module, for any batch size; an exported program needs torch alone.
+
+    Args:
+        model: what `prompt_tune` or `load_adapter` has tuned: a timm `VisionTransformer` or
+            `VisionTransformerDistilled`.
+
+    Returns:
+        The module: (B, channels, height, width) -> logits (B, classes).
+
+    Raises:
+        ValueError: `model` is not tuned, is a SwinTransformer, or a module in it has hooks or a
+            forward of its own.
+    """
+    _check(model)
+    with torch.inference_mode(False), torch.no_grad():
+        baked: Any = _copy(model)
+        grid, hidden = _expert_grid(baked), baked._modules.get("head_hidden")
+        parts = [_part(baked, block) for block in baked.blocks]
+        take_out(baked, PLAIN_PARTS)
+        del baked.tune_record
+        baked.__class__ = _PLAIN_CLASS[type(baked)]
+        if hidden is not None and not isinstance(baked.head, nn.Identity):
+            baked.head = nn.Sequential(*hidden, baked.head)
+        if any(part is not None and part.changes for part in parts):
+            baked.__class__ = _BAKED_CLASS[type(baked)]
+            baked.expert_grid = grid
+            baked.carries_rows = any(part is not None and part.rows is not None for part in parts)
+            for block, part in zip(baked.blocks, parts, strict=True):
+                if part is not None:
+                    _bake_block(block, part, baked.num_prefix_tokens)
+        baked.grad_checkpointing = False
+        return baked.eval().requires_grad_(False)
+
+
+def _check(model: Any) -> None:
+    name = type(model).__name__
+    if not is_tuned(model):
+        raise ValueError(
+            f"this {name} is not tuned, so there is nothing to bake; call prompt_tune(model, "
+            "method) or load_adapter(model, directory) first, and bake before torch.compile"
+        )
+    if type(model) not in _PLAIN_CLASS:
+        raise ValueError(
+            f"a {name} cannot be baked: prompts in windows have no plain form here; only a tuned "
+            "VisionTransformer or VisionTransformerDistilled can be"
+        )
+    for where, module in model.named_modules():
+        if has_hooks(module) or has_own_forward(module):
+            what = "hooks" if has_hooks(module) else "a forward of its own"
+            raise ValueError(
+                f"cannot bake this model: {where or name} has {what}, which may change what it "
+                "computes; remove them"
+            )
+
+
+def _copy(model: Any) -> Any:
+    """A copy of a tuned model in eval mode, unfolded, without what `remove_prompts` would need."""
+    record: TuneRecord = model.tune_record
+    fold = record.fold
+    if fold is not None:  # unfolding empties the copy's record, not the model's
+        fold = replace(fold, originals=dict(fold.originals), scales=dict(fold.scales))
+    copied = copy.deepcopy(model, {id(record): replace(record, originals={}, fold=fold)})
+    unfold_backbone(copied)
+    return copied.eval()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a block of a tuned model becomes.
+
+    Attributes:
+        prompts: static prompts (1, p, D) that are keys and values only, before norm1.
+        rows: static prompts (1, p, D) that live on as tokens.
+        experts: what makes prompts from the block's tokens.
+        dead: prompt rows that enter and that nobody reads after it.
+        adapter: the bottleneck after its MLP.
+    """
+
+    prompts: Tensor | None
+    rows: Tensor | None
+    experts: BakedExperts | None
+    dead: int
+    adapter: nn.Module | None
+
+    @property
+    def changes(self) -> bool:
+        """Whether the block computes anything else than timm's."""
+        made = (self.prompts, self.rows, self.experts, self.adapter)
+        return self.dead > 0 or any(item is not None for item in made)
+
+
+def _part(model: Any, block: Any) -> _Part | None:
+    """None for a block that is timm's own."""
+    if not isinstance(block, PromptedBlock):
+        return None
+    prompt: Any = block.prompt
+    prompts = rows = experts = None
+    if isinstance(prompt, PromptExperts):
+        experts = _bake_experts(prompt, model.prompt_projector)
+    elif prompt is not None:
+        tokens = prompt.draw(1)[0].detach().clone()
+        prompts, rows = (None, tokens) if block.rows.leaving else (tokens, None)
+    dead = block.rows.entering if prompt is None and not block.rows.leaving else 0
+    return _Part(prompts, rows, experts, dead, block._modules.get("adapter"))
+
+
+def _bake_experts(experts: Any, projector: Any) -> BakedExperts:
+    mix = experts.token_mixing().flatten(1)
+    norm, bias = experts.norm, experts.mix.bias
+    shift = mix.sum(1)[:, None] * norm.bias.to(mix.dtype)
+    if bias is not None:
+        shift = shift + bias.to(mix.dtype)[:, None]
+    down, up = projector.down.weight, projector.up.weight
+    return BakedExperts(mix, norm.weight, shift, down, up, norm.eps, experts.residual)
+
+
+def _expert_grid(model: Any) -> tuple[int, int] | None:
+    grids = [b.prompt.grid for b in model.blocks if isinstance(_prompt(b), PromptExperts)]
+    return grids[0] if grids else None
+
+
+def _prompt(block: Any) -> Any:
+    return getattr(block, "prompt", None)
+
+
+def _bake_block(block: Any, part: _Part, prefix: int) -> None:
+    """Give a plain block what `part` says."""
+    block.__class__ = BakedBlock
+    block.attn.__class__ = BakedAttention
+    keys = values = None
+    if part.prompts is not None:
+        made = block.attn.keys_and_values(block.norm1(part.prompts))
+        keys, values = (tensor.squeeze(0).contiguous() for tensor in made)
+    block.attn.register_buffer("prompt_keys", keys)
+    block.attn.register_buffer("prompt_values", values)
+    block.register_buffer("prompt_rows", part.rows)
+    block.experts, block.prefix, block.dead = part.experts, prefix, part.dead
+    if part.adapter is not None:
+        block.adapter = part.adapter

@@ -1,0 +1,259 @@
+"""Tuned models for inference: timm's classes with constants where prompts were.
+
+Everything here is plain PyTorch, so that a program that is exported from these classes needs
+nothing but torch. `vpt_fast.export.bake` makes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from vpt_fast.kernels.attention.layouts import split
+from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
+from vpt_fast.models.prompt_rows import insert_rows, strip_rows
+from vpt_fast.models.vit.head_rows import rows_read
+from vpt_fast.ops.backend import statistics_dtype
+
+
+class BakedAttention(Attention):
+    """timm's Attention whose queries also read keys and values that are constants.
+
+    Attributes:
+        prompt_keys: buffer (H, p, d) of keys, after k_norm where there is one; or None.
+        prompt_values: buffer (H, p, d) of values, or None.
+    """
+
+    prompt_keys: Tensor | None
+    prompt_values: Tensor | None
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        prompts: Tensor | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from every row of x, or from `queries`, to the prompts and to every row of x.
+
+        Args:
+            x: normalised tokens (B, N, D).
+            attn_mask: refused, as by `BakedBlock`.
+            is_causal: refused.
+            prompts: normalised prompts (B, p, D) to be used in place of the buffers.
+            queries: normalised query rows (B, M, D), if not those of x.
+
+        Returns:
+            (B, N or M, D).
+
+        Raises:
+            ValueError: an `attn_mask`, or `is_causal` is True.
+        """
+        refuse_mask(attn_mask, is_causal)
+        q, k, v = (t.transpose(1, 2) for t in split(attention_tokens(self, x, queries)))
+        keys, values = self.prompt_keys, self.prompt_values
+        if prompts is not None:
+            keys, values = self.keys_and_values(prompts)
+        if keys is not None and values is not None:
+            k = torch.cat([keys.to(k.dtype).expand(k.shape[0], -1, -1, -1), k], 2)
+            v = torch.cat([values.to(v.dtype).expand(v.shape[0], -1, -1, -1), v], 2)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def keys_and_values(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, p, d) of normalised prompts (B, p, D)."""
+        keys, values = packed_prompts(self, prompts).unbind(2)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+class BakedExperts(nn.Module):
+    """VAPT's prompts of one block, P = g + up relu(down g) with g = weight * (mix n) + shift.
+
+    n is the LayerNorm of the block's patches without its affine; convolution, token-wise projector
+    and what depends on no image are folded into `mix` and `shift`. The paper's variant has no g in
+    the sum.
+
+    Args:
+        mix: (p, patches).
+        weight: of the experts' LayerNorm (D,).
+        shift: (p, D).
+        down: of the feature projector (r, D).
+        up: of the feature projector (D, r).
+        eps: of the experts' LayerNorm.
+        residual: whether g is in the sum.
+    """
+
+    mix: Tensor
+    weight: Tensor
+    shift: Tensor
+    down: Tensor
+    up: Tensor
+
+    def __init__(
+        self,
+        mix: Tensor,
+        weight: Tensor,
+        shift: Tensor,
+        down: Tensor,
+        up: Tensor,
+        eps: float,
+        residual: bool,
+    ) -> None:
+        super().__init__()
+        named = {"mix": mix, "weight": weight, "shift": shift, "down": down, "up": up}
+        for name, tensor in named.items():
+            self.register_buffer(name, tensor.detach().clone())
+        self.eps = eps
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Prompts (B, p, D) of a block's input x (B, N, D), whose last rows are its patches.
+
+        They are computed in fp32 at least, and so returned.
+        """
+        wide = statistics_dtype(x.dtype)
+        patches = x[:, x.shape[1] - self.mix.shape[1] :].to(wide)
+        mixed = self.mix.to(wide) @ F.layer_norm(patches, x.shape[-1:], eps=self.eps)
+        g = torch.addcmul(self.shift.to(wide), mixed.to(wide), self.weight.to(wide))
+        product = F.linear(F.linear(g, self.down.to(wide)).relu(), self.up.to(wide)).to(wide)
+        return g + product if self.residual else product
+
+    def extra_repr(self) -> str:
+        return f"prompts={self.mix.shape[0]}, residual={self.residual}"
+
+
+class BakedBlock(Block):
+    """timm's Block with the prompts of its attention, or with prompt rows among its tokens.
+
+    A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum.
+
+    Attributes:
+        experts: module that makes its prompts from its tokens, or None.
+        prompt_rows: buffer (1, p, D) of rows that join its tokens and stay there, or None.
+        prefix: number of prefix tokens; prompt rows come right after them.
+        dead: prompt rows among its tokens that nobody reads after it.
+    """
+
+    attn: BakedAttention
+    experts: BakedExperts | None
+    prompt_rows: Tensor | None
+    prefix: int
+    dead: int
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        first: int | None = None,
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D), with `prompt_rows` added, without the `dead` ones.
+
+        Args:
+            x: tokens.
+            attn_mask: refused.
+            is_causal: refused.
+            first: compute that many first rows of the output only, (B, first, D).
+
+        Raises:
+            ValueError: an `attn_mask`, or `is_causal` is True.
+        """
+        refuse_mask(attn_mask, is_causal)
+        if self.prompt_rows is not None:
+            x = insert_rows(x, self.prompt_rows, self.prefix)
+        y, queries = self.norm1(x), None
+        prompts = None if self.experts is None else self.norm1(self.experts(x).to(x.dtype))
+        if first is not None:
+            x, queries = x[:, :first], y[:, :first]
+        elif self.dead:
+            x = strip_rows(x, self.dead, self.prefix)
+            queries = strip_rows(y, self.dead, self.prefix)
+        y = self.attn(y, prompts=prompts, queries=queries)
+        x = x + self.drop_path1(self.ls1(y))
+        h = self.ls2(self.mlp(self.norm2(x)))
+        adapter = self._modules.get("adapter")
+        return x + self.drop_path2(h if adapter is None else adapter(h))
+
+
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise ValueError if there is a mask."""
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "a baked model takes neither attn_mask nor is_causal=True; use the tuned model that "
+            "it was baked from"
+        )
+
+
+class _BakedModel(VisionTransformer):
+    """What both baked classes override.
+
+    Attributes:
+        expert_grid: the patch grid that VAPT's prompts mix, or None.
+        carries_rows: whether prompt rows pass through its blocks as tokens.
+    """
+
+    expert_grid: tuple[int, int] | None
+    carries_rows: bool
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        """Logits, as timm's; the last block computes only the rows that the head reads."""
+        count = rows_read(self, BakedBlock)
+        if count is None or attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        *earlier, last = self.blocks
+        for block in earlier:
+            x = block(x)
+        return self.forward_head(self.norm(last(x, first=count)))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's; refuses a patch grid that VAPT's prompts were not made for."""
+        if self.expert_grid is not None:
+            grid = tuple(x.shape[1:3]) if x.ndim == 4 else tuple(self.patch_embed.grid_size)
+            if grid != self.expert_grid:
+                raise ValueError(
+                    f"the prompts mix a {self.expert_grid[0]} x {self.expert_grid[1]} grid of "
+                    f"patches, but this image has {grid[0]} x {grid[1]}; resize it to the size "
+                    "that the model was tuned with"
+                )
+        return super()._pos_embed(x)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """As timm's; refused where prompt rows pass through the blocks as tokens.
+
+        Raises:
+            ValueError: they do.
+        """
+        self._refuse_rows("forward_intermediates")
+        return super().forward_intermediates(*args, **kwargs)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """As timm's; refused where prompt rows pass through the blocks as tokens.
+
+        Raises:
+            ValueError: they do.
+        """
+        self._refuse_rows("prune_intermediate_layers")
+        return super().prune_intermediate_layers(*args, **kwargs)
+
+    def _refuse_rows(self, name: str) -> None:
+        if self.carries_rows:
+            raise ValueError(
+                f"{name} is not for a baked model whose prompt rows pass through its blocks as "
+                "tokens; use the tuned model that it was baked from"
+            )
+
+
+class BakedVisionTransformer(_BakedModel):
+    """timm's VisionTransformer with the prompts of a task as constants."""
+
+
+class BakedVisionTransformerDistilled(_BakedModel, VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled with the prompts of a task as constants."""

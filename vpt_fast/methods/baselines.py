@@ -1,0 +1,137 @@
+"""The methods that the papers compare prompts with: one frozen dataclass each, none has prompts.
+
+Which ones, and what each trains, is section 4.1 of "Visual Prompt Tuning" (ECCV 2022, arXiv
+2203.12119). All of them train the classifier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vpt_fast.methods.fields import check_count
+
+# timm's names of what comes after the blocks: final norm, attention pooling, norm of the pooled.
+_AFTER_BLOCKS = ("norm.", "attn_pool.", "fc_norm.")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method without prompts."""
+
+    name: ClassVar[str]
+    num_prompts: ClassVar[int] = 0
+
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """No block of the `depth` blocks gets prompts."""
+        return ()
+
+    def trains(self, name: str, depth: int) -> bool:
+        """Whether it trains, in place, the parameter `name` of a backbone of `depth` blocks."""
+        return False
+
+
+@dataclass(frozen=True)
+class LinearProbe(Baseline):
+    """Train the classifier only; the backbone's features stay as they are."""
+
+    name: ClassVar[str] = "linear"
+
+
+@dataclass(frozen=True)
+class FullTuning(Baseline):
+    """Train every parameter of the model."""
+
+    name: ClassVar[str] = "full"
+
+    def trains(self, name: str, depth: int) -> bool:
+        """As `Baseline.trains`: everything."""
+        return True
+
+
+@dataclass(frozen=True)
+class PartialTuning(Baseline):
+    """Train the last blocks and what follows them: final norm, attention pooling, classifier.
+
+    Args:
+        num_blocks: number k of blocks that are trained ("Partial-k"), from 1 to the model's depth.
+
+    Raises:
+        TypeError, ValueError: `num_blocks` is no int or less than 1.
+    """
+
+    num_blocks: int = 1
+
+    name: ClassVar[str] = "partial"
+
+    def __post_init__(self) -> None:
+        check_count("num_blocks", self.num_blocks, 1)
+
+    def trains(self, name: str, depth: int) -> bool:
+        """As `Baseline.trains`: the last `num_blocks` blocks and what follows them."""
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            return int(rest.partition(".")[0]) >= depth - self.num_blocks
+        return name.startswith(_AFTER_BLOCKS)
+
+
+@dataclass(frozen=True)
+class BiasTuning(Baseline):
+    """Train every bias, those of the patch embedding and of LayerNorms included, and the head.
+
+    "BitFit", arXiv 2106.10199, section 3.
+    """
+
+    name: ClassVar[str] = "bias"
+
+    def trains(self, name: str, depth: int) -> bool:
+        """As `Baseline.trains`: what is called bias."""
+        return name.rpartition(".")[2] == "bias"
+
+
+@dataclass(frozen=True)
+class AdapterTuning(Baseline):
+    """A bottleneck after every block's MLP, h + up(gelu(down(h))), and the classifier.
+
+    One adapter per block, just before the residual sum (after LayerScale, where there is one), is
+    the placement of Pfeiffer et al. (arXiv 2005.00247); no LayerNorm is added or trained. `up`
+    starts at zero, so that step 0 is the pretrained function exactly: Houlsby et al. (arXiv
+    1902.00751, section 2) ask for a near-identity start.
+
+    Args:
+        reduction: the bottleneck has D // reduction channels; from 1 to the model's width D.
+
+    Raises:
+        TypeError, ValueError: `reduction` is no int or less than 1.
+    """
+
+    reduction: int = 8
+
+    name: ClassVar[str] = "adapter"
+
+    def __post_init__(self) -> None:
+        check_count("reduction", self.reduction, 1)
+
+
+@dataclass(frozen=True)
+class MLPHead(Baseline):
+    """Train a classifier that is an MLP with ReLU ("Mlp-k"); the backbone stays as it is.
+
+    Args:
+        num_layers: Linears of the classifier, its last one included; at least 2, as 1 is
+            `LinearProbe`.
+        hidden_dim: width of its hidden layers; None takes the model's.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+
+    num_layers: int = 3
+    hidden_dim: int | None = None
+
+    name: ClassVar[str] = "mlp-head"
+
+    def __post_init__(self) -> None:
+        check_count("num_layers", self.num_layers, 2)
+        if self.hidden_dim is not None:
+            check_count("hidden_dim", self.hidden_dim, 1)

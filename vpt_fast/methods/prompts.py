@@ -1,0 +1,170 @@
+"""The prompt methods: one frozen dataclass each.
+
+VPT-Shallow and VPT-Deep are section 3.2 of "Visual Prompt Tuning" (ECCV 2022, arXiv 2203.12119);
+where prompts stand and how deep they go is ablated in its section 4.3. VAPT is section 4 of
+"Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vpt_fast.methods.fields import check_count, check_dropout, check_flag
+
+
+def _check_prompts(method: VPTShallow | VPTDeep) -> None:
+    check_count("num_prompts", method.num_prompts, 0)
+    check_dropout("dropout", method.dropout)
+    if method.project_dim is not None:
+        check_count("project_dim", method.project_dim, 1)
+    check_flag("pool_prompts", method.pool_prompts)
+
+
+@dataclass(frozen=True)
+class VPTShallow:
+    """Prompts join the sequence before block 0 and pass through every block as tokens.
+
+    Args:
+        num_prompts: number of prompts p, at least 0.
+        dropout: probability of prompt dropout, an independent mask per image; in [0, 1).
+        project_dim: width of the stored prompts, mapped to the model's width by one Linear;
+            None stores prompts of the model's width.
+        pool_prompts: keep the prompt rows of the last block's output, so that average, max and
+            attention pooling read them too (what the published MAE runs do).
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+
+    num_prompts: int = 10
+    dropout: float = 0.0
+    project_dim: int | None = None
+    pool_prompts: bool = False
+
+    name: ClassVar[str] = "vpt-shallow"
+    shared: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_prompts(self)
+
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """Indices of the blocks, of `depth`, before which prompts are inserted."""
+        return (0,) if self.num_prompts else ()
+
+
+@dataclass(frozen=True)
+class VPTDeep:
+    """Prompts of its own for every chosen block, which replace the prompt rows before it.
+
+    Args:
+        num_prompts: number of prompts p of each block, at least 0.
+        dropout: probability of prompt dropout, an independent mask per image and block; in [0, 1).
+        project_dim: width of the stored prompts, mapped to the model's width by one Linear that
+            all blocks share; None stores prompts of the model's width.
+        blocks: indices of the prompted blocks, a range or a list, counted on through all stages
+            where there are stages; None means all. Prompt rows of a prompted block that is followed
+            by an unprompted one live on as tokens.
+        shared: one set of prompts for all prompted blocks.
+        pool_prompts: keep the prompt rows of the last block's output for the pooling.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range; `blocks` is empty or
+            names a block twice.
+    """
+
+    num_prompts: int = 10
+    dropout: float = 0.0
+    project_dim: int | None = None
+    blocks: Iterable[int] | None = None
+    shared: bool = False
+    pool_prompts: bool = False
+
+    name: ClassVar[str] = "vpt-deep"
+
+    def __post_init__(self) -> None:
+        _check_prompts(self)
+        check_flag("shared", self.shared)
+        if self.blocks is None:
+            return
+        if isinstance(self.blocks, (str, bytes)) or not isinstance(self.blocks, Iterable):
+            raise TypeError(f"blocks must be a range or a list of block indices: {self.blocks!r}")
+        blocks = tuple(self.blocks)
+        if not blocks:
+            raise ValueError("blocks is empty; name at least one block, or None for all of them")
+        for index in blocks:
+            check_count("blocks: every index", index, 0)
+        repeated = sorted({i for i in blocks if blocks.count(i) > 1})
+        if repeated:
+            raise ValueError(f"blocks names block {repeated[0]} more than once: {list(blocks)}")
+        object.__setattr__(self, "blocks", tuple(sorted(blocks)))
+
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """Indices of the blocks, of `depth`, that get prompts, in ascending order.
+
+        Raises:
+            ValueError: `blocks` names a block that a model of this depth does not have.
+        """
+        blocks = tuple(range(depth)) if self.blocks is None else tuple(self.blocks)
+        if blocks and blocks[-1] >= depth:
+            raise ValueError(
+                f"blocks names block {blocks[-1]}, but the model has {depth} blocks "
+                f"(0 to {depth - 1})"
+            )
+        return blocks if self.num_prompts else ()
+
+
+VAPT_VARIANTS = ("code", "paper")
+
+
+@dataclass(frozen=True)
+class VAPT:
+    """Prompts that depend on the image: experts that mix the patches of each block's input.
+
+    Block 0 has static prompts. From block 1 on, the block's input is normalised (LayerNorm), its
+    patches are convolved with one `kernel_size` x `kernel_size` kernel that all channels share,
+    mixed into p prompts by a token-wise projector, and passed through a feature projector that all
+    blocks share.
+
+    Args:
+        num_prompts: number of prompts p of each block, at least 0.
+        dropout: probability of prompt dropout in block 0, an independent mask per image; in [0, 1).
+        kernel_size: height and width K of the convolution; the patch grid must not be smaller.
+        hidden_dim: width r of the feature projector's hidden layer.
+        projector_dropout: dropout of that hidden layer, in [0, 1).
+        channel_dropout: probability of dropping a channel of an image from the mix, in [0, 1).
+        variant: "code", which the published figures come from, or "paper", as the paper's
+            equations have it: no residual around the feature projector, no bias of the token-wise
+            projector.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+
+    num_prompts: int = 10
+    dropout: float = 0.0
+    kernel_size: int = 2
+    hidden_dim: int = 8
+    projector_dropout: float = 0.1
+    channel_dropout: float = 0.1
+    variant: str = "code"
+
+    name: ClassVar[str] = "vapt"
+    shared: ClassVar[bool] = False
+    project_dim: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        check_count("num_prompts", self.num_prompts, 0)
+        check_count("kernel_size", self.kernel_size, 1)
+        check_count("hidden_dim", self.hidden_dim, 1)
+        for name in ("dropout", "projector_dropout", "channel_dropout"):
+            check_dropout(name, getattr(self, name))
+        if self.variant not in VAPT_VARIANTS:
+            raise ValueError(
+                f"variant must be one of {', '.join(VAPT_VARIANTS)}; got {self.variant!r}"
+            )
+
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """Indices of the blocks, of `depth`, that get prompts: all of them."""
+        return tuple(range(depth)) if self.num_prompts else ()

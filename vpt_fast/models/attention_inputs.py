@@ -1,0 +1,119 @@
+"""What timm's Attention makes of its input: queries, keys and values of tokens and of prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpt_fast.modules.hooks import has_hooks, has_own_forward
+
+
+def is_normed(attn: Any) -> bool:
+    """Whether an attention normalises its queries or keys."""
+    return not (_does_nothing(attn.q_norm) and _does_nothing(attn.k_norm))
+
+
+def _does_nothing(norm: nn.Module) -> bool:
+    return type(norm) is nn.Identity and not has_hooks(norm) and not has_own_forward(norm)
+
+
+def computes_as_timms(attn: Any, head_dim: int) -> bool:
+    """Whether an attention's scale and heads are those that timm's forward goes by.
+
+    Its fused form leaves the scale to PyTorch, and so has none but 1 / sqrt(head_dim); a scale that
+    `fold_backbone` has put in place is that one.
+    """
+    own = vars(attn)
+    if own.get("head_dim", head_dim) != head_dim:
+        return False
+    return not own["fused_attn"] or own["scale"] == own.get("folded_scale", head_dim**-0.5)
+
+
+def check_attention(attn: Any, head_dim: int) -> None:
+    """Raise ValueError if dropout is at work in an attention, or its scale would be ignored.
+
+    Args:
+        attn: timm's Attention or WindowAttention.
+        head_dim: channels of a head, as the qkv projection gives them.
+    """
+    dropout = getattr(attn.attn_drop, "p", 0.0)
+    if dropout and (attn.training or attn.attn_drop.training):
+        raise ValueError(
+            f"attention dropout {dropout} is active, but prompt attention has none; keep the "
+            "frozen blocks in eval mode, as model.train() does"
+        )
+    if not computes_as_timms(attn, head_dim):
+        raise ValueError(
+            f"attention with scale {attn.scale} and {attn.num_heads} heads of {head_dim} channels "
+            f"is not what timm's fused attention computes, which scales by {head_dim**-0.5:.6g}; "
+            "put the scale into the weights of the queries, or set num_heads and head_dim back"
+        )
+
+
+def reads_plainly(linear: nn.Module) -> bool:
+    """Whether a projection is its weight and bias and nothing else: it may be taken in parts.
+
+    Anything else, an adapter of low rank or a quantised Linear, is called whole.
+    """
+    return type(linear) is nn.Linear and not has_own_forward(linear)
+
+
+def projected(attn: Any, x: Tensor, part: slice) -> Tensor:
+    """Columns `part` of the qkv projection of x (..., D), past hooks."""
+    if not reads_plainly(attn.qkv):
+        whole: Tensor = attn.qkv.forward(x)
+        return whole[..., part]
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[part]
+    return F.linear(x, attn.qkv.weight[part], bias)
+
+
+def attention_tokens(attn: Any, x: Tensor, queries: Tensor | None = None) -> list[Tensor]:
+    """Queries, keys and values of normalised tokens, packed as `ops.attention` takes them.
+
+    Args:
+        attn: timm's Attention.
+        x: (B, N, D).
+        queries: normalised query rows (B, M, D), if not those of x.
+
+    Returns:
+        [qkv (B, N, 3, H, d)], [q (B, M, H, d), kv (B, N, 2, H, d)], or q, k and v apart.
+    """
+    heads, dim = attn.num_heads, attn.head_dim
+    if queries is None:
+        tokens = [attn.qkv(x).unflatten(-1, (3, heads, dim))]
+    else:
+        width = heads * dim
+        q = projected(attn, queries, slice(0, width)).unflatten(-1, (heads, dim))
+        kv = projected(attn, x, slice(width, None)).unflatten(-1, (2, heads, dim))
+        tokens = [q, kv]
+    if not is_normed(attn):
+        return tokens
+    q, k, v = tokens[0].unbind(2) if queries is None else (tokens[0], *tokens[1].unbind(2))
+    return [attn.q_norm(q), attn.k_norm(k), v]
+
+
+def prompt_keys_values(attn: Any, prompts: Tensor) -> list[Tensor]:
+    """Keys and values of normalised prompts, packed as `ops.attention` takes them.
+
+    Args:
+        attn: timm's Attention.
+        prompts: (B or 1, p, D).
+
+    Returns:
+        [kv (B or 1, p, 2, H, d)], or k and v apart.
+    """
+    kv = projected(attn, prompts, slice(attn.num_heads * attn.head_dim, None))
+    kv = kv.unflatten(-1, (2, attn.num_heads, attn.head_dim))
+    if _does_nothing(attn.k_norm):
+        return [kv]
+    k, v = kv.unbind(2)
+    return [attn.k_norm.forward(k), v]
+
+
+def packed_prompts(attn: Any, prompts: Tensor) -> Tensor:
+    """`prompt_keys_values` as one tensor (B or 1, p, 2, H, d)."""
+    keys = prompt_keys_values(attn, prompts)
+    return keys[0] if len(keys) == 1 else torch.stack(keys, 2)

@@ -1,0 +1,286 @@
+"""Fold a frozen backbone's per-channel factors and biases into the Linears beside them.
+
+    LayerNorm    W (gamma * n + beta) + b  =  (W diag(gamma)) n + (b + W beta)
+    LayerScale   gamma * (W x + b)         =  (diag(gamma) W) x + gamma * b
+    scale        goes into the queries' rows of the qkv projection
+    key bias     adds the same to all scores of a query, prompts' included: the softmax drops it
+    value bias   softmax rows sum to 1, so it is a constant of the output projection
+
+The function stays the same; what is folded is computed in fp64 and rounded once, to the weight's
+dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import LayerScale
+from torch import Tensor, nn
+
+from vpt_fast.models.attention_inputs import reads_plainly
+from vpt_fast.modules.hooks import has_hooks, has_own_forward
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Folds:
+    """What `fold_backbone` folds; the fields are its arguments."""
+
+    norm: bool = True
+    layer_scale: bool = True
+    attention_scale: bool = True
+    bias: bool = True
+
+
+@dataclass
+class FoldRecord:
+    """What was folded, and what is needed to undo it.
+
+    Attributes:
+        folds: what was asked for.
+        originals: the weights from before by name, in host memory.
+        scales: `attn.scale` from before by block index.
+    """
+
+    folds: Folds
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[int, float] = field(default_factory=dict)
+
+
+def fold_backbone(
+    model: Model,
+    *,
+    norm: bool = True,
+    layer_scale: bool = True,
+    attention_scale: bool = True,
+    bias: bool = True,
+) -> Model:
+    """Fold the frozen blocks of a tuned model, in place; `remove_prompts` undoes it bit for bit.
+
+    Nothing is folded where the function would change: the attention scale and the key bias under
+    qk-norm, the attention scale of a block that is still timm's own (it leaves the scale to
+    PyTorch's default), a LayerNorm's shift into a Linear without bias, a value bias into an output
+    projection without bias, MLPs other than timm's `Mlp`. Norms and LayerScales that are folded
+    become ones and zeros, which the fused blocks pass by.
+
+    The original weights of what is changed are kept in host memory, since a rounded product cannot
+    be divided back exactly: as much as the blocks' Linears take (ViT-B/16 in fp32: 340 MB).
+    `model.state_dict()` gives those originals, and a state dict that is loaded is folded again, so
+    that checkpoints are timm's with or without folding.
+
+    Args:
+        model: a model that `prompt_tune` has tuned.
+        norm: fold the affine of norm1 and norm2 into qkv and fc1.
+        layer_scale: fold LayerScale into proj and fc2.
+        attention_scale: fold the scale of the scores into the queries' projection.
+        bias: drop the key bias and fold the value bias into proj.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: `model` is not tuned or is folded already, or a parameter that would be folded
+            is trained or its module hooked. Nothing has been changed then.
+    """
+    record = getattr(model, "tune_record", None)
+    if record is None:
+        raise ValueError(
+            f"this {type(model).__name__} is not tuned: call prompt_tune(model, method) first, so "
+            "that remove_prompts can undo the folding"
+        )
+    tuned: Any = model
+    if record.fold is not None:
+        raise ValueError(f"this model is folded already, with {record.fold.folds}")
+    if not hasattr(tuned, "blocks"):
+        raise ValueError(
+            f"a {type(tuned).__name__} cannot be folded: what its windows are padded with is the "
+            "projection's bias, which folding norm1 would change; leave it as it is"
+        )
+    _check(tuned)
+    record.fold = FoldRecord(Folds(norm, layer_scale, attention_scale, bias))
+    _fold(tuned)
+    tuned.register_load_state_dict_post_hook(_fold_after_loading)
+    return model
+
+
+def unfold_backbone(model: Any) -> None:
+    """Put the original weights back; no-op for a model that is not folded."""
+    if model.tune_record.fold is None:
+        return
+    _unfold(model)
+    model.tune_record.fold = None
+    hooks = model._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is _fold_after_loading]:
+        del hooks[key]
+
+
+def folded_parts(block: Any) -> frozenset[str]:
+    """Names of a block's parts that folding has made ones and zeros."""
+    found: frozenset[str] = block.__dict__.get("folded", frozenset())
+    return found
+
+
+def _check(model: Any) -> None:
+    for index, block in enumerate(model.blocks):
+        for name, module in _parts(block):
+            where = f"blocks.{index}.{name}"
+            if has_hooks(module):
+                raise ValueError(
+                    f"cannot fold {where}: it is hooked, and what the hook sees would change; "
+                    "remove the hook or do not fold"
+                )
+            if has_own_forward(module) or (name in _LINEARS and not reads_plainly(module)):
+                raise ValueError(
+                    f"cannot fold {where}: what it computes is not told by its weights, it is a "
+                    f"{type(module).__name__}; merge it into a plain Linear, or do not fold"
+                )
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    raise ValueError(
+                        f"cannot fold {where}.{leaf}: it is on the meta device and has no values; "
+                        "fill the model first"
+                    )
+                if parameter.requires_grad:
+                    raise ValueError(
+                        f"cannot fold {where}.{leaf}: it is trained (requires_grad=True); freeze "
+                        "it or do not fold"
+                    )
+
+
+_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def _parts(block: Any) -> Iterator[tuple[str, nn.Module]]:
+    names = ["norm1", "attn.qkv", "attn.proj", "ls1", "norm2", "ls2"]
+    if type(block.mlp) is Mlp:
+        names += ["mlp.fc1", "mlp.fc2"]
+    for name in names:
+        yield name, block.get_submodule(name)
+
+
+def _fold(model: Any) -> None:
+    record: FoldRecord = model.tune_record.fold
+    with torch.no_grad():
+        for index, block in enumerate(model.blocks):
+            changes, scale, passed = _folded_block(block, record.folds)
+            if scale is not None:
+                record.scales[index], block.attn.scale = block.attn.scale, scale
+                block.attn.folded_scale = scale
+            block.folded = passed
+            for name, value in changes.items():
+                parameter = block.get_parameter(name)
+                record.originals[f"blocks.{index}.{name}"] = parameter.detach().cpu().clone()
+                # Another model may have the same parameter: it keeps it as it is.
+                place, _, leaf = name.rpartition(".")
+                folded = torch.empty_like(parameter).copy_(value)
+                setattr(block.get_submodule(place), leaf, nn.Parameter(folded, False))
+
+
+def _unfold(model: Any) -> None:
+    record: FoldRecord = model.tune_record.fold
+    with torch.no_grad():
+        for name, original in record.originals.items():
+            model.get_parameter(name).copy_(original)
+    for index, scale in record.scales.items():
+        model.blocks[index].attn.scale = scale
+        del model.blocks[index].attn.folded_scale
+    for block in model.blocks:
+        block.__dict__.pop("folded", None)
+    record.originals.clear()
+    record.scales.clear()
+
+
+def _fold_after_loading(model: Any, _: Any) -> None:
+    """Hook: `unfold_before_loading` has put plain weights in place for the loading."""
+    if not model.tune_record.fold.originals:
+        _fold(model)
+
+
+def unfold_before_loading(model: Any) -> None:
+    """Make place for plain weights; the hook of `fold_backbone` folds what has been loaded."""
+    if model.tune_record.fold is not None:
+        _unfold(model)
+
+
+class _Folded:
+    """A block's tensors in fp64 on their way to new values."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        self.values: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.values:
+            return self.block.get_parameter(name).double()
+        return self.values[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.values[name] = value
+
+
+def _folded_block(
+    block: Any, folds: Folds
+) -> tuple[dict[str, Tensor], float | None, frozenset[str]]:
+    """New values by name in the block, the new `attn.scale`, and what fused blocks now pass by."""
+    attn, mlp = block.attn, block.mlp
+    new = _Folded(block)
+    passed: set[str] = set()
+    plain_mlp = type(mlp) is Mlp
+    normed = not all(type(m) is nn.Identity for m in (attn.q_norm, attn.k_norm))
+    width = attn.num_heads * attn.head_dim
+    if folds.norm:
+        targets = [("norm1", "attn.qkv")] + ([("norm2", "mlp.fc1")] if plain_mlp else [])
+        passed.update(norm for norm, linear in targets if _fold_norm(new, norm, linear))
+    scale = None
+    if folds.attention_scale and not normed and type(attn) is not Attention:
+        factor = torch.ones_like(new["attn.qkv.weight"][:, 0])
+        factor[:width] = attn.scale
+        _scale_rows(new, "attn.qkv", factor)
+        scale = 1.0
+    if folds.bias and attn.qkv.bias is not None:
+        bias = new["attn.qkv.bias"].clone()
+        if not normed:
+            bias[width : 2 * width] = 0
+        if attn.proj.bias is not None and type(attn.norm) is nn.Identity:
+            shift = new["attn.proj.weight"] @ bias[2 * width :]
+            new["attn.proj.bias"] = new["attn.proj.bias"] + shift
+            bias[2 * width :] = 0
+        new["attn.qkv.bias"] = bias
+    if folds.layer_scale:
+        for part, linear in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+            if type(block.get_submodule(part)) is not LayerScale or (
+                part == "ls2" and not plain_mlp
+            ):
+                continue
+            _scale_rows(new, linear, new[f"{part}.gamma"])
+            new[f"{part}.gamma"] = torch.ones_like(new[f"{part}.gamma"])
+            passed.add(part)
+    return new.values, scale, frozenset(passed)
+
+
+def _fold_norm(new: _Folded, norm: str, linear: str) -> bool:
+    module, target = new.block.get_submodule(norm), new.block.get_submodule(linear)
+    if not isinstance(module, nn.LayerNorm) or module.weight is None:
+        return False
+    if module.bias is not None and target.bias is None:
+        return False
+    if module.bias is not None:
+        new[f"{linear}.bias"] = (
+            new[f"{linear}.bias"] + new[f"{linear}.weight"] @ new[f"{norm}.bias"]
+        )
+        new[f"{norm}.bias"] = torch.zeros_like(new[f"{norm}.bias"])
+    new[f"{linear}.weight"] = new[f"{linear}.weight"] * new[f"{norm}.weight"]
+    new[f"{norm}.weight"] = torch.ones_like(new[f"{norm}.weight"])
+    return True
+
+
+def _scale_rows(new: _Folded, linear: str, factor: Tensor) -> None:
+    """Multiply the outputs of a Linear by `factor` (out,)."""
+    new[f"{linear}.weight"] = new[f"{linear}.weight"] * factor[:, None]
+    if new.block.get_submodule(linear).bias is not None:
+        new[f"{linear}.bias"] = new[f"{linear}.bias"] * factor

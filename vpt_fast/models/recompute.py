@@ -1,0 +1,99 @@
+"""Activation checkpointing that leaves the random generator alone where nothing is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from vpt_fast.models.graphs.capture import CannotRecord, is_recording
+from vpt_fast.modules.baseline_layers import BottleneckAdapter
+from vpt_fast.modules.experts import FeatureProjector, PromptExperts
+from vpt_fast.modules.prompt_tokens import PromptTokens
+from vpt_fast.ops.frozen import check_versions, versions_of
+from vpt_fast.ops.tracing import is_transformed
+
+# Modules that draw nothing in training either; their children are looked at apart.
+_QUIET = (
+    nn.Identity,
+    nn.Linear,
+    nn.LayerNorm,
+    nn.Conv2d,
+    nn.GELU,
+    nn.Sequential,
+    BottleneckAdapter,
+)
+
+
+def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, of which only the arguments are kept for backward.
+
+    The generator's state is kept too where the function draws, and nowhere else: it cannot be read
+    while a CUDA graph is recorded.
+
+    Args:
+        module: All that the function runs is below it.
+        function: What is computed, and computed again in backward.
+        args: What it is given.
+
+    Raises:
+        CannotRecord: A CUDA graph is being recorded, and something draws.
+        RuntimeError: In backward, if a weight below the module has changed since.
+    """
+    if is_transformed():
+        return function(*args)  # torch.func knows no hooks on saved tensors
+    if not torch.compiler.is_compiling() and not is_recording():
+        function = _of_the_same_weights(module, function)
+    draws = any(_draws(part) for part in module.modules())
+    if draws and is_recording():
+        raise CannotRecord(
+            "dropout is drawn in a block that is computed again in backward, which a recording "
+            "cannot repeat; use memory='speed', or no dropout"
+        )
+    return checkpoint(function, *args, preserve_rng_state=draws)
+
+
+def _of_the_same_weights(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which from its second call on refuses other weights than those of its first."""
+    before: tuple[list[Tensor], list[int]] | None = None
+
+    def checked(*args: Any) -> Any:
+        nonlocal before
+        # Inference tensors have no version, and on the meta device stands what is lent for a call.
+        every = chain(module.parameters(), module.buffers())
+        weights = [t for t in every if not t.is_inference() and not t.is_meta]
+        if before is None:
+            before = weights, versions_of(weights)
+            return function(*args)
+        if [*map(id, weights)] != [*map(id, before[0])]:
+            raise RuntimeError(
+                "weights of a block were replaced between its forward pass and its backward pass, "
+                "which computes with them again; replace them before the one or after the other"
+            )
+        check_versions(*before)
+        return function(*args)
+
+    return checked
+
+
+def _draws(module: Any) -> bool:
+    """Whether a module draws random numbers; one that is not known does in training."""
+    if isinstance(module, PromptExperts):
+        projector = module._owner[0].prompt_projector
+        drops = module.training and module.channel_dropout
+        return bool(drops or (projector.training and projector.dropout))
+    if not module.training or isinstance(module, _QUIET):
+        return False
+    if isinstance(module, _DropoutNd):
+        return bool(module.p)
+    if isinstance(module, DropPath):
+        return bool(module.drop_prob)
+    if isinstance(module, PromptTokens | FeatureProjector):
+        return bool(module.dropout)
+    return True

@@ -1,0 +1,218 @@
+"""timm's SwinTransformer, tuned: the class that models are given, and where their prompts stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models._features import feature_take_indices
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
+from torch import Tensor, nn
+
+from vpt_fast.methods import VAPT
+from vpt_fast.models.graphs.block_graphs import replayed
+from vpt_fast.models.patches import embedded_patches
+from vpt_fast.models.prompt_rows import PromptRows
+from vpt_fast.models.swin.blocks import (
+    LiveRows,
+    PromptedSwinBlock,
+    PromptedWindowAttention,
+    check_blocks,
+)
+from vpt_fast.models.swin.stages import PromptedSwinStage
+from vpt_fast.models.tuned import Tuned, blocks_of, check_pooling
+from vpt_fast.modules.baseline_layers import new_classifier
+from vpt_fast.modules.experts import FeatureProjector, PromptExperts
+from vpt_fast.modules.hooks import is_taken_over
+from vpt_fast.ops.tracing import any_derivative, is_transformed
+
+
+class PromptedSwinTransformer(Tuned, SwinTransformer):
+    """timm's SwinTransformer, tuned. Its features are images without prompt rows; but where those
+    are pooled they are (B, 1, p + H * W, D), prompt rows first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, as timm's."""
+        if not is_transformed():
+            return super().forward(x)
+        with any_derivative():
+            return super().forward(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """As timm's: the final norm of the last stage's output."""
+        static = tuple(stage.grad_checkpointing for stage in self.layers)
+        x = embedded_patches(self.patch_embed, x)
+        return self.norm(replayed(self.tune_record.graphs, self, self._through, x, *static))
+
+    def _through(self, x: Tensor, *static: bool) -> Tensor:
+        """What the head pools, from the first stage's input (B, H, W, D)."""
+        if not self._has_live_rows():
+            return self.layers(x)
+        if type(self.layers) is not nn.Sequential or is_taken_over(self.layers):
+            raise ValueError(
+                "`layers` is hooked, compiled or not timm's, but prompt rows pass beside what it "
+                "sees; hook or compile its stages instead"
+            )
+        live = LiveRows()
+        for stage in self.layers:
+            x = stage(x, live=live)
+        return self._with_rows(x, live)
+
+    def _has_live_rows(self) -> bool:
+        blocks = blocks_of(self)
+        check_blocks(blocks)
+        return any(block.rows.entering or block.rows.leaving for block in blocks)
+
+    def _with_rows(self, x: Tensor, live: LiveRows) -> Tensor:
+        """What the head pools: x (B, H, W, D), with the rows that have left the last block."""
+        if live.rows is None or not self.pools_prompts():
+            return x
+        return torch.cat([live.rows.to(x.dtype), x.flatten(1, 2)], 1).unsqueeze(1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """As timm's; hidden layers of an MLP head stand between pooled features and `head.fc`."""
+        hidden = self._modules.get("head_hidden")
+        if hidden is None or isinstance(self.head.fc, nn.Identity):
+            return super().forward_head(x, pre_logits=pre_logits)
+        pooled = self.head(x, pre_logits=True)
+        return pooled if pre_logits else self.head.fc(hidden(pooled))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """As timm's: outputs of stages (B, D, H, W), without prompt rows.
+
+        Raises:
+            ValueError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}; Swin's features are NCHW only")
+        stages: Any = list(self.layers)
+        taken, last = feature_take_indices(len(stages), indices)
+        live, intermediates = LiveRows(), []
+        x = embedded_patches(self.patch_embed, x)
+        for index, stage in enumerate(stages[: last + 1] if stop_early else stages):
+            x = stage(x, live=live)
+            if index in taken:
+                final = norm and index == len(stages) - 1
+                found = self.norm(x) if final else x
+                intermediates.append(found.permute(0, 3, 1, 2).contiguous())
+        if intermediates_only:
+            return intermediates
+        if not stop_early or last == len(stages) - 1:
+            x = self.norm(self._with_rows(x, live))
+        return x, intermediates
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's; refused if the new pooling cannot read the prompts that it has to.
+
+        Of an MLP head its last layer is replaced.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        if num_classes:
+            check_pooling(self.tune_record.method, pool)
+        super().reset_classifier(num_classes, global_pool)
+        hidden = self._modules.get("head_hidden")
+        if isinstance(hidden, nn.Sequential) and isinstance(self.head.fc, nn.Linear):
+            linear: Any = hidden[-2]  # the last one is a ReLU
+            fc = new_classifier(linear.out_features, self.head.fc)
+            self.head.fc = fc.train(self.training)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """As timm's; the block that is now the last one keeps its prompt rows to itself."""
+        taken = super().prune_intermediate_layers(*args, **kwargs)
+        place_prompts(self)
+        return taken
+
+
+def add_experts(model: Any, method: VAPT, blocks: tuple[int, ...]) -> None:
+    """Prompt experts for the given blocks, and a feature projector for each of their stages.
+
+    VAPT is published for ViT only; this is its form for Swin: experts mix the grid of their own
+    block, and the feature projector is shared by the blocks of one width.
+    """
+    index, grids = 0, grids_of(model)
+    for stage in model.layers:
+        for block in stage.blocks:
+            if index in blocks:
+                like = block.attn.qkv.weight
+                width = block.attn.qkv.in_features
+                if "prompt_projector" not in stage._modules:
+                    stage.prompt_projector = FeatureProjector(
+                        width, method.hidden_dim, method.projector_dropout, like
+                    )
+                block.prompt = PromptExperts(method, stage, grids[index], width, like)
+            index += 1
+
+
+def grids_of(model: Any) -> list[tuple[int, int]]:
+    """Height and width of every block's input, in tokens, for images of the model's own size."""
+    height, width = model.patch_embed.grid_size
+    grids = []
+    for stage in model.layers:
+        if isinstance(stage.downsample, PatchMerging):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        grids += [(height, width)] * len(stage.blocks)
+    return grids
+
+
+def place_prompts(model: Any) -> None:
+    """Give all blocks and stages their classes, and every block its prompt rows."""
+    method = model.tune_record.method
+    blocks = blocks_of(model)
+    prompted = [getattr(block, "prompt", None) is not None for block in blocks]
+    pool = bool(getattr(method, "pool_prompts", False))
+    entering = 0
+    for index, block in enumerate(blocks):
+        leaving = method.num_prompts if prompted[index] else entering
+        if index + 1 < len(blocks):
+            leaving = 0 if prompted[index + 1] else leaving
+        else:
+            leaving = leaving if pool else 0
+        block.__class__ = PromptedSwinBlock
+        block.attn.__class__ = PromptedWindowAttention
+        block.prompt = getattr(block, "prompt", None)
+        block.rows = PromptRows(0, entering, leaving)
+        block.memory = model.tune_record.memory
+        entering = leaving
+    for stage in model.layers:
+        stage.__class__ = PromptedSwinStage
+
+
+def name_as_block(model: Any, name: str) -> str:
+    """A parameter's name as a model without stages would have it: `blocks.{i}.`, counted on.
+
+    A patch merging counts as the last block before it: it is between two blocks, and trained where
+    both are.
+    """
+    if not name.startswith("layers."):
+        return name
+    _, stage, part, rest = name.split(".", 3)
+    before = sum(len(layer.blocks) for layer in model.layers[: int(stage)])
+    if part == "blocks":
+        number, _, rest = rest.partition(".")
+        return f"blocks.{before + int(number)}.{rest}"
+    return f"blocks.{before - 1}.{part}.{rest}"
+
+
+TUNED_CLASS: dict[type[nn.Module], type[Tuned]] = {SwinTransformer: PromptedSwinTransformer}
+"""Plain class -> tuned class. The type of a model is looked up exactly."""
+
+PLAIN_PARTS: dict[type, type] = {
+    PromptedSwinStage: SwinTransformerStage,
+    PromptedSwinBlock: SwinTransformerBlock,
+    PromptedWindowAttention: WindowAttention,
+}
+"""Class of a tuned model's part -> timm's."""

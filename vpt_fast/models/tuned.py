@@ -1,0 +1,193 @@
+"""What all tuned models have in common, of whatever timm class: modes, records, state dicts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+from torch import Tensor, nn
+
+from vpt_fast.methods import Method
+from vpt_fast.models.fold import FoldRecord, unfold_before_loading
+from vpt_fast.models.fusion.block_reading import forget
+from vpt_fast.models.graphs.block_graphs import BlockGraphs
+from vpt_fast.models.sharing import remember
+from vpt_fast.modules.baseline_layers import BottleneckAdapter
+from vpt_fast.modules.experts import FeatureProjector, PromptExperts
+from vpt_fast.modules.prompt_tokens import PromptTokens
+
+ADDED = ("prompt_projection", "prompt_projector", "head_hidden")
+"""What methods add to the model itself, beside the parameter `prompt_tokens`."""
+
+AnyTuned = TypeVar("AnyTuned", bound="Tuned")
+
+
+@dataclass
+class TuneRecord:
+    """What `prompt_tune` did to a model, and what `remove_prompts` needs to undo it.
+
+    Attributes:
+        method: the method it was tuned with.
+        memory: what blocks keep for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+        requires_grad: the parameters' flags before, by name.
+        training: the modules' modes before, by name.
+        originals: copies of the weights that are trained in place, from before, by name, in host
+            memory; the classifier's at least.
+        fold: what `fold_backbone` did, or None.
+        graphs: CUDA graphs of the blocks; None if they are not asked for. Copies have none yet.
+        inputs: how images are prepared, of a model that an adapter was loaded onto.
+    """
+
+    method: Method
+    memory: str
+    requires_grad: dict[str, bool]
+    training: dict[str, bool]
+    originals: dict[str, Tensor]
+    fold: FoldRecord | None = None
+    graphs: BlockGraphs | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Tuned(nn.Module):
+    """A timm model that `prompt_tune` has been applied to; mixed into its class."""
+
+    tune_record: TuneRecord
+
+    def trained_modules(self) -> list[nn.Module]:
+        """The modules that follow `train()`: what the method has added, head and its dropout."""
+        names = (*ADDED, "head_drop", "head", "head_dist")
+        modules = [getattr(self, name) for name in names if hasattr(self, name)]
+        added = (PromptTokens, PromptExperts, FeatureProjector, BottleneckAdapter)
+        return modules + [m for m in self.modules() if isinstance(m, added)]
+
+    def train(self: AnyTuned, mode: bool = True) -> AnyTuned:
+        """Set the mode of prompts, adapters and head; the backbone stays in eval mode, trained or
+        frozen."""
+        super().train(False)
+        self.training = mode
+        for module in self.trained_modules():
+            module.train(mode)
+        return self
+
+    def pools_prompts(self) -> bool:
+        """Whether the pooling reads the prompt rows that leave the last block."""
+        return bool(getattr(self.tune_record.method, "pool_prompts", False))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first."""
+        raise ValueError("a tuned model cannot be scripted; call remove_prompts(model) first")
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """What nn.DataParallel calls first on several GPUs."""
+        raise ValueError(
+            "a tuned model cannot be replicated by nn.DataParallel; use DistributedDataParallel, "
+            "which is faster"
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What copies and pickles are made by."""
+        super().__setstate__(state)
+        remember(self)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What `to`, `half`, `cuda` and their like call."""
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _forget(self) -> None:
+        """Let go of what blocks have read of their weights."""
+        for block in blocks_of(self):
+            forget(block)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As timm's; of folded weights the originals."""
+        state = super().state_dict(*args, **kwargs)
+        if self.tune_record.fold is not None:
+            prefix = kwargs.get("prefix", "")
+            for name, original in self.tune_record.fold.originals.items():
+                key = f"{prefix}{name}"
+                state[key] = original.to(state[key])
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As every module's. With `strict` a plain backbone's checkpoint loads too: what the method
+        added stays, and a warning says so. Without, it is among the missing keys."""
+        self._lists_missing = not strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            del self._lists_missing
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        unfold_before_loading(self)
+        self._forget()  # of weights that are loaded over, or instead of others
+        added = {f"{prefix}{name}": value for name, value in self._added_parameters().items()}
+        # PyTorch passes `strict` on to no module.
+        lists = vars(self).get("_lists_missing", False)
+        if added and not lists and added.keys().isdisjoint(state_dict):
+            warnings.warn(
+                f"this state dict has nothing of what {self.tune_record.method} added "
+                f"({next(iter(added))}, {len(added)} in all): that stays as it is",
+                stacklevel=2,
+            )
+            state_dict.update(added)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _added_parameters(self) -> dict[str, nn.Parameter]:
+        """What the method has added, by name: prompts and what makes them, adapters, layers."""
+        kinds = (PromptTokens, PromptExperts, FeatureProjector, BottleneckAdapter)
+        places = [f"{name}." for name, part in self.named_modules() if isinstance(part, kinds)]
+        within = (*places, *(f"{name}." for name in ADDED))
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name == "prompt_tokens" or name.startswith(within)
+        }
+
+
+def is_tuned(model: Any) -> bool:
+    """True if `prompt_tune` has been applied to `model`."""
+    return isinstance(model, Tuned)
+
+
+def take_out(model: nn.Module, plain: Mapping[type, type]) -> None:
+    """Take out what a method has added, and give the parts that were given a class theirs back.
+
+    Args:
+        model: tuned.
+        plain: the class of each part before, by the one that it was given.
+    """
+    for name in ADDED:
+        model._modules.pop(name, None)
+    model._parameters.pop("prompt_tokens", None)
+    model.__dict__.pop("_head_reading", None)
+    for part in [*model.modules()]:  # below whatever others have put around them
+        forget(part)
+        if type(part) in plain:
+            part.__class__ = plain[type(part)]
+            for name in ("prompt", "adapter", "prompt_projector"):
+                part._modules.pop(name, None)
+            for name in ("prompt", "rows", "memory"):
+                part.__dict__.pop(name, None)
+
+
+def blocks_of(model: Any) -> list[Any]:
+    """The blocks of a timm model in their order, those of all stages where there are stages."""
+    if hasattr(model, "blocks"):
+        return list(model.blocks)
+    return [block for stage in model.layers for block in stage.blocks]
+
+
+def check_pooling(method: Method, global_pool: str) -> None:
+    """Raise ValueError if `method` pools prompts and a head with `global_pool` reads no prompts."""
+    if getattr(method, "pool_prompts", False) and global_pool in ("", "token", "prr"):
+        raise ValueError(
+            f"pool_prompts=True needs a head that pools tokens, but global_pool is "
+            f"{global_pool!r}; use global_pool='avg' or pool_prompts=False"
+        )

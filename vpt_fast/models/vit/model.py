@@ -1,0 +1,282 @@
+"""timm's VisionTransformer and its distilled form, tuned: the classes that models are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention
+from timm.models._features import feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from vpt_fast.methods import VAPT
+from vpt_fast.models.fusion.fused_block import Use, run_together
+from vpt_fast.models.fusion.look_ahead import look_ahead
+from vpt_fast.models.graphs.block_graphs import replayed
+from vpt_fast.models.patches import embedded_patches
+from vpt_fast.models.prompt_rows import PromptRows, strip_rows
+from vpt_fast.models.tuned import Tuned, check_pooling
+from vpt_fast.models.vit.attention import PromptedAttention
+from vpt_fast.models.vit.blocks import PromptedBlock, fused, through_block
+from vpt_fast.models.vit.head_rows import HeadReading
+from vpt_fast.modules.baseline_layers import new_classifier
+from vpt_fast.modules.experts import FeatureProjector, PromptExperts
+from vpt_fast.modules.hooks import is_taken_over
+from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.block.add_norm import OpenSum
+from vpt_fast.ops.tracing import any_derivative, is_transformed
+
+
+class _PromptedModel(Tuned, VisionTransformer):
+    """What both tuned classes override. Blocks make and strip prompt rows; the rest is timm's."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        """Logits, as timm's; the last block computes only the rows that the head reads."""
+        if is_transformed():
+            with any_derivative():
+                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        count = self._rows_read()
+        if count is None or attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self._head_of(OpenSum(self._embedded(x)), 0, count)
+
+    def forward_until(self, x: Tensor, first: int) -> Tensor:
+        """What enters block `first` (B, N, D), from images (B, 3, height, width)."""
+        blocks: Any = self.blocks
+        return self._through(list(blocks[:first]), OpenSum(self._embedded(x))).closed()
+
+    def forward_from(self, x: Tensor, first: int) -> Tensor:
+        """Logits (B, classes) from what enters block `first`, (B, N, D).
+
+        With `forward_until` before it, this is the model.
+        """
+        return self._head_of(OpenSum(x), first, self._rows_read())
+
+    def _head_of(self, total: OpenSum, first: int, count: int | None) -> Tensor:
+        """Logits from what enters block `first`; of the last block `count` rows, None for all."""
+        graphs, static = self.tune_record.graphs, (first, count, self._memory())
+        x = replayed(graphs, self, self._rows_from, total.closed(), *static)
+        return self.forward_head(self.norm(x))
+
+    def _rows_from(self, x: Tensor, first: int, count: int | None, memory: str) -> Tensor:
+        """What leaves the last block from what enters block `first`: `count` rows, None for all."""
+        total, blocks = OpenSum(x), list(self.blocks)[first:]
+        if count is None or not blocks:
+            return self._without_late_rows(self._through(blocks, total).closed())
+        if uses_kernels(x):
+            return self._through(blocks, total, count).closed()
+        # Where the last block is not fused it has no part in what is made for all.
+        total = self._through(blocks[:-1], total)
+        last: Any = blocks[-1]
+        return last.forward_first(total, count, memory)
+
+    def forward_features(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """As timm's: the final norm of the last block's rows (B, N, D)."""
+        blocks: Any = self.blocks
+        apart = type(blocks) is not nn.Sequential or is_taken_over(blocks)
+        if attn_mask is not None or is_causal or apart:
+            x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            return self._without_late_rows(x)
+        static = (0, None, self._memory())
+        x = replayed(self.tune_record.graphs, self, self._rows_from, self._embedded(x), *static)
+        return self.norm(x)
+
+    def _without_late_rows(self, x: Tensor) -> Tensor:
+        """x without prompt rows that the last block leaves: those after it were taken away."""
+        late = self._rows_leaving(-1) if len(self.blocks) and not self.pools_prompts() else 0
+        return strip_rows(x, late, self.num_prefix_tokens)
+
+    def _memory(self) -> str:
+        return "minimal" if self.grad_checkpointing else self.tune_record.memory
+
+    def _embedded(self, images: Tensor) -> Tensor:
+        """What enters the first block (B, N, D), from images (B, 3, height, width)."""
+        patches = embedded_patches(self.patch_embed, images)
+        return self.norm_pre(self.patch_drop(self._pos_embed(patches)))
+
+    def _through(self, blocks: list[Any], total: OpenSum, count: int | None = None) -> OpenSum:
+        """Tokens through the given blocks; of the last one `count` rows, None for all."""
+        memory, last = self._memory(), len(blocks) - 1
+        ahead = look_ahead(blocks, total.residual, fused)
+        if ahead is not None:
+            uses = [Use(memory, queries=count if i == last else None) for i in range(last + 1)]
+            return run_together(*ahead, total, uses)
+        for index, block in enumerate(blocks):
+            if index == last and count is not None:
+                return OpenSum(block.forward_first(total, count, memory))
+            total = through_block(block, total, memory)
+        return total
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's; refuses a patch grid that prompt experts were not made for."""
+        experts = getattr(self.blocks[-1], "prompt", None)
+        if isinstance(experts, PromptExperts):
+            grid = tuple(x.shape[1:3]) if x.ndim == 4 else tuple(self.patch_embed.grid_size)
+            if grid != experts.grid:
+                raise ValueError(
+                    f"the prompt experts mix a {experts.grid[0]} x {experts.grid[1]} grid of "
+                    f"patches, but this image has {grid[0]} x {grid[1]}; resize it to the size "
+                    "that the model was tuned with"
+                )
+        return super()._pos_embed(x)
+
+    def _rows_read(self) -> int | None:
+        """Rows of the last block that the head reads, if they are its first and nobody looks."""
+        reading = self.__dict__.get("_head_reading")
+        if reading is None:
+            reading = self.__dict__["_head_reading"] = HeadReading(PromptedBlock)
+        rows: int | None = reading.rows(self)
+        return rows
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As timm's, with the live prompt rows stripped from every entry."""
+        height, width = x.shape[-2:]
+        result: Any = super().forward_intermediates(
+            x,
+            indices,
+            return_prefix_tokens=True,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt="NLC" if output_fmt == "NCHW" else output_fmt,
+            intermediates_only=intermediates_only,
+            output_dict=True,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        patches = [
+            entry[:, self._rows_leaving(index) :]
+            for index, entry in zip(sorted(taken), result["image_intermediates"], strict=True)
+        ]
+        if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size((height, width))
+            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
+        result["image_intermediates"] = patches
+        if not intermediates_only:
+            stop = last if stop_early else len(self.blocks) - 1
+            pooled = stop == len(self.blocks) - 1 and self.pools_prompts()
+            count = 0 if pooled else self._rows_leaving(stop)
+            result["image_features"] = strip_rows(
+                result["image_features"], count, self.num_prefix_tokens
+            )
+        if output_dict:
+            if not return_prefix_tokens:
+                result.pop("image_intermediates_prefix", None)
+            return result
+        if return_prefix_tokens and self.num_prefix_tokens:
+            patches = list(zip(patches, result["image_intermediates_prefix"], strict=True))
+        return patches if intermediates_only else (result["image_features"], patches)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """As timm's; hidden layers of an MLP head come between the pooled features and `head`."""
+        hidden = self._modules.get("head_hidden")
+        if hidden is None or isinstance(self.head, nn.Identity):
+            return super().forward_head(x, pre_logits=pre_logits)
+        pooled = super().forward_head(x, pre_logits=True)
+        return pooled if pre_logits else self.head(hidden(pooled))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's; refused if the new pooling cannot read the prompts that it has to.
+
+        Of an MLP head its last layer is replaced.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        if num_classes:
+            check_pooling(self.tune_record.method, pool)
+        super().reset_classifier(num_classes, global_pool)
+        width = getattr(self.tune_record.method, "hidden_dim", None)
+        if (
+            width is not None
+            and isinstance(self.head, nn.Linear)
+            and "head_hidden" in self._modules
+        ):
+            self.head = new_classifier(width, self.head).train(self.training)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """As timm's; the block that is now the last one strips the prompt rows."""
+        taken = super().prune_intermediate_layers(*args, **kwargs)
+        place_prompts(self)
+        return taken
+
+    def _rows_leaving(self, index: int) -> int:
+        block = self.blocks[index]
+        return block.rows.leaving if isinstance(block, PromptedBlock) else 0
+
+
+class PromptedVisionTransformer(_PromptedModel):
+    """timm's VisionTransformer, tuned."""
+
+
+class PromptedVisionTransformerDistilled(_PromptedModel, VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled (DeiT with a distillation token), tuned."""
+
+
+# Plain class -> tuned class. The type of a model is looked up exactly.
+TUNED_CLASS: dict[type[VisionTransformer], type[_PromptedModel]] = {
+    VisionTransformer: PromptedVisionTransformer,
+    VisionTransformerDistilled: PromptedVisionTransformerDistilled,
+}
+
+
+PLAIN_PARTS: dict[type, type] = {PromptedBlock: Block, PromptedAttention: Attention}
+"""Class of a tuned model's part -> timm's."""
+
+
+def name_as_block(model: Any, name: str) -> str:
+    """A parameter's name with its block's number, `blocks.{i}.`: the name itself."""
+    return name
+
+
+def add_experts(model: Any, method: VAPT, blocks: tuple[int, ...]) -> None:
+    """Prompt experts for the given blocks, and the feature projector that they share."""
+    if not blocks:
+        return
+    like, width = model.blocks[0].attn.qkv.weight, model.embed_dim
+    model.prompt_projector = FeatureProjector(
+        width, method.hidden_dim, method.projector_dropout, like
+    )
+    for index in blocks:
+        grid = model.patch_embed.grid_size
+        model.blocks[index].prompt = PromptExperts(method, model, grid, width, like)
+
+
+def place_prompts(model: _PromptedModel) -> None:
+    """Give every block that meets prompts or has an adapter its class, and its prompt rows.
+
+    The last block is always given its class, so that it can compute the rows the head reads.
+    """
+    method = model.tune_record.method
+    blocks: Any = model.blocks
+    depth = len(blocks)
+    pool = bool(getattr(method, "pool_prompts", False))
+    prompted = [getattr(block, "prompt", None) is not None for block in blocks]
+    entering = 0
+    for index, block in enumerate(blocks):
+        count = method.num_prompts if prompted[index] else entering
+        if index + 1 < depth:
+            leaving = 0 if prompted[index + 1] else count
+        else:
+            leaving = count if pool else 0
+        adapted = "adapter" in block._modules
+        if prompted[index] or entering or adapted or index + 1 == depth:
+            block.__class__ = PromptedBlock
+            block.attn.__class__ = PromptedAttention
+            block.prompt = getattr(block, "prompt", None)
+            block.rows = PromptRows(model.num_prefix_tokens, entering, leaving)
+            block.memory = model.tune_record.memory
+        entering = leaving

@@ -1,0 +1,102 @@
+"""Frozen blocks one after the other of which nothing is kept: all of one layout share memory.
+
+What a block computes is of no use once the next one has read it, so that the next one may write
+over it: norms, attention, activation and Linears allocate for the first block of a layout only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.implementations import Function, PlannedSites, Sites
+
+_OVER_THE_LAST = ("residual_norm", "attention", "window_attention")
+"""Operations whose kernels take results of theirs to write over."""
+
+
+def run_forward(
+    blocks: Sequence[BlockSteps],
+    residual: Tensor,
+    branch: Tensor | None,
+    sources: Sequence[tuple[Tensor | None, ...]],
+) -> tuple[Tensor, Any]:
+    """As `block_function.run_blocks`, without a way back."""
+    shared: _Shared | None = None
+    for steps, own in zip(blocks, sources, strict=True):
+        if isinstance(steps.sites, PlannedSites):
+            if shared is None or shared.sites is not steps.sites:
+                shared = _Shared(steps.sites)
+            steps = _SharingSteps(steps, shared)
+        residual, branch, _ = steps.forward(residual, branch, own)
+    return residual, branch
+
+
+class _Shared(dict[tuple[str, str], Function]):
+    """Sites whose results share memory, for blocks of one layout, one call and one stream.
+
+    Attributes:
+        sites: the kernels' own.
+        linears: of each Linear its input and its result as rows, and the result.
+    """
+
+    def __init__(self, sites: Sites) -> None:
+        super().__init__()
+        self.sites = sites
+        self.linears: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __missing__(self, site: tuple[str, str]) -> Function:
+        operation, _ = site
+        function: Function
+        if operation == "activation":
+            function = functools.partial(self.sites[operation, "in place"], in_place=True)
+        elif operation in _OVER_THE_LAST:
+            function = _over_the_last(self.sites[site])
+        else:
+            function = self.sites[site]
+        self[site] = function
+        return function
+
+
+def _over_the_last(function: Function) -> Function:
+    last: Any = None
+
+    def write(*arguments: Any) -> Any:
+        nonlocal last
+        last = function(*arguments, out=last)
+        return last
+
+    return write
+
+
+class _SharingSteps(BlockSteps):
+    """The steps of a block, with results in shared memory."""
+
+    __slots__ = ("_results",)
+
+    def __init__(self, steps: BlockSteps, shared: _Shared) -> None:
+        self._take(steps, shared)
+        self._results = shared.linears
+
+    def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        known = self._results.get(name)
+        if known is None or known[0].data_ptr() != x.data_ptr():
+            result = F.linear(x, weight, bias)
+            # The views hold their memory: nothing else comes to lie there.
+            self._results[name] = x.view(-1, x.shape[-1]), result.view(-1, result.shape[-1]), result
+            return result
+        flat, flat_result, result = known
+        transposed = self.transposed.get(name)
+        if transposed is None:
+            transposed = self.transposed[name] = weight.t()
+        if bias is None:
+            torch.mm(flat, transposed, out=flat_result)
+        else:
+            torch.addmm(bias, flat, transposed, out=flat_result)
+        return result

@@ -1,0 +1,114 @@
+"""Bias and activation of an MLP's hidden layer as operators of PyTorch's, without autograd.
+
+    activation           f(h + bias)
+    activation_backward  grad *= f'(h + bias), in place
+
+f is exact GELU (Gaussian Error Linear Units, arXiv 1606.08415, section 2), its tanh and sigmoid
+(QuickGELU) forms, or SiLU. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.rowwise.activation`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.registration import operator
+
+KINDS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
+
+_QUICK = 1.702
+
+
+@operator("vpt_fast::activation")
+def activation(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """The activation of a hidden layer.
+
+    Args:
+        h: (..., C).
+        bias: added to h, (C,), or None.
+        kind: one of `KINDS`.
+
+    Returns:
+        (..., C) in h's dtype.
+
+    Raises:
+        ValueError: another kind.
+    """
+    _check(kind)
+    if uses_kernels(h):
+        from vpt_fast.kernels.rowwise import activation as kernels  # triton is not everywhere
+
+        return kernels.activation(h, bias, kind)
+    return activate(h, bias, kind)
+
+
+@activation.register_fake
+def _(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return h.new_empty(h.shape)
+
+
+@operator("vpt_fast::activation_backward", mutates_args=("grad",))
+def activation_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> None:
+    """Multiply the gradient of the activation by its derivative.
+
+    Args:
+        h, bias, kind: what `activation` was given.
+        grad: gradient of its result, (..., C), contiguous; overwritten by the gradient of h.
+
+    Raises:
+        ValueError: another kind.
+    """
+    _check(kind)
+    if uses_kernels(h):
+        from vpt_fast.kernels.rowwise import activation as kernels  # triton is not everywhere
+
+        kernels.activation_backward(h, bias, grad, kind)
+    else:
+        activate_backward(h, bias, grad, kind)
+
+
+@activation_backward.register_fake
+def _(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> None:
+    return None
+
+
+def _check(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"activation {kind!r}: use one of {', '.join(KINDS)}")
+
+
+def _with_bias(h: Tensor, bias: Tensor | None) -> Tensor:
+    return h if bias is None else h + bias.to(h.dtype)
+
+
+def activate(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """f(h + bias) in plain PyTorch."""
+    return reference(_with_bias(h, bias), kind)
+
+
+def activate_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> None:
+    """Multiply `grad` by f'(h + bias) in plain PyTorch."""
+    reference_backward(_with_bias(h, bias), grad, kind)
+
+
+def reference(h: Tensor, kind: str) -> Tensor:
+    """The activation in plain PyTorch."""
+    if kind == "quick_gelu":
+        return h * torch.sigmoid(_QUICK * h)
+    if kind == "silu":
+        return F.silu(h)
+    return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def reference_backward(h: Tensor, grad: Tensor, kind: str) -> None:
+    """The gradient of the activation in plain PyTorch, in place."""
+    if kind == "quick_gelu":
+        sigmoid = torch.sigmoid(_QUICK * h)
+        grad.mul_(sigmoid + _QUICK * h * sigmoid * (1 - sigmoid))
+    elif kind == "silu":
+        torch.ops.aten.silu_backward.grad_input(grad, h, grad_input=grad)
+    else:
+        approximate = "tanh" if kind == "gelu_tanh" else "none"
+        torch.ops.aten.gelu_backward.grad_input(grad, h, approximate=approximate, grad_input=grad)

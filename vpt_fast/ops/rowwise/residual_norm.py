@@ -1,0 +1,126 @@
+"""The residual sum and its LayerNorm as operators of PyTorch's; they have no autograd of their own.
+
+    residual_norm           x = residual + scale * branch, LayerNorm(x), row statistics
+    residual_norm_backward  LayerNorm's gradient plus the sum's own, and what of it the branch gets
+
+Layer Normalization (arXiv 1607.06450), section 3. The affine is frozen and has no gradient. CUDA
+tensors go to the Triton kernels of `vpt_fast.kernels.rowwise.residual_norm`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vpt_fast.ops.backend import statistics_dtype, uses_kernels
+from vpt_fast.ops.registration import operator
+from vpt_fast.ops.rowwise import residual_norm_reference as reference
+
+
+def _implementation(tensor: Tensor) -> ModuleType:
+    if uses_kernels(tensor):
+        from vpt_fast.kernels.rowwise import residual_norm as kernels  # triton is not everywhere
+
+        return kernels
+    return reference
+
+
+@operator("vpt_fast::residual_norm")
+def residual_norm(
+    residual: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float,
+    expert_eps: float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of a residual and a branch, and its LayerNorm.
+
+    Args:
+        residual: (B, N, D).
+        branch: (B, N, D), or None: the residual is the sum.
+        scale: LayerScale of the branch, (D,), or None.
+        weight, bias: the LayerNorm's, (D,) or None.
+        norm_eps: the LayerNorm's epsilon.
+        expert_eps: epsilon of a third row statistic, for VAPT's experts; or None.
+        dtype: of the normalised rows.
+
+    Returns:
+        The sum (B, N, D), empty without a branch; the normalised sum (B, N, D); and row statistics
+        (2 or 3, B, N), fp32 at least: mean, 1 / sqrt(variance + norm_eps), and the same with
+        `expert_eps`. They are those of the sum as it is rounded.
+    """
+    total, y, statistics = _implementation(residual).residual_norm(
+        residual, branch, scale, weight, bias, norm_eps, expert_eps, dtype
+    )
+    return residual.new_empty(0) if branch is None else total, y, statistics
+
+
+@residual_norm.register_fake
+def _(
+    residual: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float,
+    expert_eps: float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = residual.new_empty(0)
+    if branch is not None:
+        kind = torch.promote_types(residual.dtype, branch.dtype)
+        total = residual.new_empty(residual.shape, dtype=kind)
+    rows = (2 if expert_eps is None else 3, *residual.shape[:-1])
+    return (
+        total,
+        residual.new_empty(residual.shape, dtype=dtype),
+        residual.new_empty(rows, dtype=statistics_dtype(residual.dtype)),
+    )
+
+
+@operator("vpt_fast::residual_norm_backward")
+def residual_norm_backward(
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    branch_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Gradient of the sum x, and of the branch that is in it.
+
+    Args:
+        x: the sum (B, N, D).
+        statistics: its row statistics (2 or 3, B, N).
+        weight: the LayerNorm's, (D,) or None.
+        scale: LayerScale of the branch, (D,), or None.
+        grad_y: gradient of the normalised sum, (B, N, D).
+        grad_sum: the sum's own gradient (B, N, D), or None for 0.
+        branch_dtype: of the branch's gradient; None if it is not asked for.
+
+    Returns:
+        [grad_x (B, N, D) in x's dtype], and scale * grad_x if it is asked for.
+    """
+    return _implementation(x).residual_norm_backward(
+        x, statistics, weight, scale, grad_y, grad_sum, branch_dtype
+    )
+
+
+@residual_norm_backward.register_fake
+def _(
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    branch_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    dtypes = [x.dtype, *([] if branch_dtype is None else [branch_dtype])]
+    return [x.new_empty(x.shape, dtype=dtype) for dtype in dtypes]

@@ -1,0 +1,261 @@
+"""The published formulation in eager PyTorch: prompt rows concatenated into timm's own blocks.
+
+What everything here is compared with. Nothing is skipped: prompt rows pass through the whole of
+every block that they stand before, with timm's fused scaled-dot-product attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
+from vpt_fast.methods.baselines import Baseline, LinearProbe
+from vpt_fast.models.tuned import blocks_of
+from vpt_fast.modules.prompt_tokens import init_bound
+from vpt_fast.reference.swin import ConcatenatedWindows, use_fused_attention
+
+Model = TypeVar("Model", bound=nn.Module)
+
+Rows = Callable[[int, Tensor], Tensor]
+"""From a block's index and its input (B, N, D) without prompts to its prompts (B or 1, p, D)."""
+
+
+class ConcatenatedPrompts(nn.Module):
+    """VPT-Shallow and VPT-Deep as they are usually run: prompt rows in the sequence.
+
+    Rows that are put in before a prompted block replace those that stand there; they live on as
+    tokens until then, and are dropped before the final norm.
+
+    Args:
+        model: a timm vision transformer; it is frozen, its head is trained.
+        method: without projection, sharing and pooling of prompts.
+
+    Attributes:
+        prompts: parameter (prompted blocks, p, D).
+
+    Raises:
+        ValueError: `method` has a field that is not in this formulation.
+    """
+
+    def __init__(self, model: VisionTransformer, method: VPTShallow | VPTDeep) -> None:
+        super().__init__()
+        _check_plain(method)
+        self.model: Any = freeze(model)
+        self.dropout = method.dropout
+        self.blocks = method.prompted_blocks(len(self.model.blocks))
+        self.prompts = _tokens(self.model, len(self.blocks), method.num_prompts)
+
+    def train(self, mode: bool = True) -> ConcatenatedPrompts:
+        """Set the mode of the prompts' dropout; the model stays in eval mode."""
+        return _train_around(self, mode)
+
+    def rows(self) -> Rows:
+        """Where the prompts of one forward pass come from."""
+        # Taken apart once: a slice for each block would be a gradient of all blocks for each.
+        own = dict(zip(self.blocks, self.prompts.unbind(), strict=True))
+
+        def rows_of(index: int, x: Tensor) -> Tensor:
+            if not (self.dropout and self.training):
+                return own[index][None]
+            return F.dropout(own[index].expand(len(x), -1, -1), self.dropout)
+
+        return rows_of
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, height, width)."""
+        vit, count, rows_of = self.model, 0, self.rows()
+        x = _embedded(vit, images)
+        for index, block in enumerate(vit.blocks):
+            if index in self.blocks:
+                rows = rows_of(index, x).expand(len(x), -1, -1)
+                x = _replaced(x, rows, vit, count)
+                count = rows.shape[1]
+            x = block(x)
+        return _classified(vit, x, count)
+
+
+class ConcatenatedExperts(nn.Module):
+    """VAPT as its equations are written: a normalised copy, a grid, a convolution, concatenation.
+
+    Initial values are PyTorch's own, not the published ones.
+
+    Args:
+        model: a timm vision transformer; it is frozen, its head is trained.
+        method: its sizes, dropouts and variant.
+    """
+
+    def __init__(self, model: VisionTransformer, method: VAPT) -> None:
+        super().__init__()
+        self.model: Any = freeze(model)
+        self.method = method
+        vit = self.model
+        width, self.grid = vit.embed_dim, vit.patch_embed.grid_size
+        count, kernel = len(vit.blocks) - 1, method.kernel_size
+        positions = (self.grid[0] - kernel + 1) * (self.grid[1] - kernel + 1)
+        like = _weight(vit)
+        own: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        plain = {"bias": False, **own}
+        mixing = {"bias": method.variant == "code", **own}
+        self.tokens = _tokens(vit, method.num_prompts)
+        self.norms = nn.ModuleList([nn.LayerNorm(width, **own) for _ in range(count)])
+        self.convs = nn.ModuleList([nn.Conv2d(1, 1, kernel, **plain) for _ in range(count)])
+        self.mixes = nn.ModuleList(
+            [nn.Linear(positions, method.num_prompts, **mixing) for _ in range(count)]
+        )
+        self.down = nn.Linear(width, method.hidden_dim, **plain)
+        self.up = nn.Linear(method.hidden_dim, width, **plain)
+
+    def train(self, mode: bool = True) -> ConcatenatedExperts:
+        """Set the mode of the experts' dropouts; the model stays in eval mode."""
+        return _train_around(self, mode)
+
+    def experts(self, index: int, x: Tensor) -> Tensor:
+        """Prompts (B, p, D) of block `index` >= 1 from its input x (B, N, D)."""
+        batch, _, width = x.shape
+        y = self.norms[index - 1](x)[:, self.model.num_prefix_tokens :]
+        y = y.transpose(1, 2).reshape(batch * width, 1, *self.grid)
+        y = self.convs[index - 1](y).view(batch, width, -1)
+        y = F.dropout1d(y, self.method.channel_dropout, self.training)
+        g = self.mixes[index - 1](y).transpose(1, 2)
+        h = F.dropout(self.down(g).relu(), self.method.projector_dropout, self.training)
+        return g + self.up(h) if self.method.variant == "code" else self.up(h)
+
+    def rows(self) -> Rows:
+        """Where the prompts of one forward pass come from."""
+        return self._rows_of
+
+    def _rows_of(self, index: int, x: Tensor) -> Tensor:
+        if index:
+            return self.experts(index, x)
+        rows = self.tokens.expand(len(x), -1, -1)
+        return F.dropout(rows, self.method.dropout, self.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, 3, height, width)."""
+        vit, count, rows_of = self.model, len(self.tokens), self.rows()
+        x = _embedded(vit, images)
+        for index, block in enumerate(vit.blocks):
+            rows = rows_of(index, _stripped(x, vit, count) if index else x)
+            x = block(_replaced(x, rows, vit, count if index else 0))
+        return _classified(vit, x, count)
+
+
+def concatenated(model: VisionTransformer | SwinTransformer, method: Method) -> nn.Module:
+    """Eager PyTorch's form of a timm model tuned with `method`; freezes `model` in place.
+
+    Returns:
+        A module around `model`, in training mode; `model` itself if no block has prompts.
+
+    Raises:
+        TypeError: `method` is not a method.
+        ValueError: `method` has a field that is not in this formulation, or trains a backbone or
+            layers of its own instead of prompts.
+    """
+    method = check_method(method)
+    check_compared(method)
+    if isinstance(method, Baseline) or not method.num_prompts:
+        return freeze(model)
+    if isinstance(model, SwinTransformer):
+        return _concatenated_windows(model, method)
+    if isinstance(method, VAPT):
+        return ConcatenatedExperts(model, method)
+    return ConcatenatedPrompts(model, method)
+
+
+def _concatenated_windows(
+    model: SwinTransformer, method: VPTShallow | VPTDeep | VAPT
+) -> ConcatenatedWindows:
+    if isinstance(method, VAPT):
+        raise ValueError(
+            "VAPT has no published form on Swin to compare with; compare vpt-shallow or vpt-deep"
+        )
+    _check_plain(method)
+    return ConcatenatedWindows(freeze(model), method)
+
+
+def _check_plain(method: VPTShallow | VPTDeep) -> None:
+    for field in ("project_dim", "shared", "pool_prompts"):
+        if value := getattr(method, field):
+            raise ValueError(f"{field}={value!r} is not in the eager baseline; leave it out")
+
+
+def check_compared(method: Method) -> None:
+    """Raise ValueError for a baseline that is more than a linear probe: it has no second form."""
+    if isinstance(method, Baseline) and not isinstance(method, LinearProbe):
+        raise ValueError(
+            f"method {method.name!r} has no prompts to compute in different ways; compare one of "
+            "linear, vpt-shallow, vpt-deep and vapt"
+        )
+
+
+def freeze(model: Model) -> Model:
+    """Freeze everything but the classifier, in place, and set eval mode."""
+    model.requires_grad_(False)
+    classifier: Any = model
+    heads = classifier.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        head.requires_grad_(True)
+    return model.eval()
+
+
+def without_prompts(model: Model, first: int = 0) -> Model:
+    """The frozen model with a gradient through its blocks from `first` on, in place.
+
+    The norm1 of that block requires a gradient, so that the gradient flows as it does with prompts.
+    A SwinTransformer's attention is set to PyTorch's fused one, which other models have by default.
+    """
+    freeze(model)
+    if isinstance(model, SwinTransformer):
+        use_fused_attention(model)
+    require_gradient(model, first)
+    return model
+
+
+def require_gradient(model: Any, first: int) -> None:
+    """Make the norm1 of block `first` require a gradient, in place."""
+    blocks_of(model)[first].norm1.requires_grad_(True)
+
+
+def _weight(model: Any) -> Tensor:
+    """A frozen weight whose device and dtype are the model's."""
+    return model.blocks[0].attn.qkv.weight
+
+
+def _tokens(model: Any, *shape: int) -> nn.Parameter:
+    """Prompts (*shape, D) as VPT initialises them, with the device and dtype of the model."""
+    width = model.embed_dim
+    bound = init_bound(model.patch_embed.patch_size, width)
+    return nn.Parameter(_weight(model).new_empty(*shape, width).uniform_(-bound, bound))
+
+
+def _train_around(module: Any, mode: bool) -> Any:
+    nn.Module.train(module, mode)
+    module.model.eval()
+    return module
+
+
+def _embedded(vit: Any, images: Tensor) -> Tensor:
+    return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+
+
+def _stripped(x: Tensor, vit: Any, count: int) -> Tensor:
+    """x (B, N + count, D) without the prompt rows after its prefix tokens."""
+    prefix = vit.num_prefix_tokens
+    return torch.cat([x[:, :prefix], x[:, prefix + count :]], dim=1)
+
+
+def _replaced(x: Tensor, rows: Tensor, vit: Any, count: int) -> Tensor:
+    """x (B, N + count, D) with `rows` (B, p, D) in place of its `count` prompt rows."""
+    prefix = vit.num_prefix_tokens
+    return torch.cat([x[:, :prefix], rows, x[:, prefix + count :]], dim=1)
+
+
+def _classified(vit: Any, x: Tensor, count: int) -> Tensor:
+    return vit.forward_head(vit.norm(_stripped(x, vit, count)))

@@ -1,0 +1,167 @@
+"""From the splits of a data set to batches: transforms, workers, and what is kept in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from vpt_fast.train.backbones import build as backbones
+from vpt_fast.train.data import images as data
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_options import ImageOptions
+from vpt_fast.train.data.memory_set import LIMIT, MemoryLoader, bytes_in_memory, can_crop
+from vpt_fast.train.data.pictures import reading
+from vpt_fast.train.data.random_crops import RandomCrops
+from vpt_fast.train.data.split import Split, SplitImages
+
+CACHES = ("auto", "memory", "stream")
+"""Where training and validation images come from: auto keeps up to 1 GiB of each in memory."""
+
+
+def set_data_config(net: nn.Module, options: ImageOptions) -> dict[str, Any]:
+    """The model's data configuration with the options; the model gets it too, for adapters.
+
+    Args:
+        net: A timm model; its `pretrained_cfg` is replaced.
+        options: How images are resized and normalised.
+    """
+    config = backbones.data_config_of(net)
+    changes = {**options.changes(config), "exif_transpose": options.exif}
+    vit: Any = net
+    vit.pretrained_cfg = {**vit.pretrained_cfg, **changes}
+    return {**config, **changes, "antialias": options.antialias}
+
+
+def folder_loader(
+    dataset: Dataset,
+    batch_size: int,
+    device: torch.device,
+    workers: int | None = None,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> DataLoader:
+    """Returns a loader for images on disk; `workers` None takes 0 on the CPU, up to 4 on a GPU."""
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(4, os.cpu_count() or 1)
+    return data.make_loader(
+        dataset,
+        batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the images of a data set become batches.
+
+    Attributes:
+        config: Of `set_data_config`.
+        augmentation: Of training images.
+        device: Where images that are kept are kept.
+        workers: Processes that load images, or threads that decode those that are kept.
+        cache: One of `CACHES`.
+
+    Raises:
+        ValueError: If `cache` is unknown or cannot be had, or `workers` is negative.
+    """
+
+    config: dict[str, Any]
+    augmentation: Augmentation
+    device: torch.device
+    workers: int | None = None
+    cache: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_loading(self.workers, self.cache)
+        if self.cache == "memory" and self._crops_plainly():
+            raise ValueError("plain crops are made of the files; choose cache auto or stream")
+
+    def images(
+        self, split: Split, class_names: Sequence[str], training: bool = False
+    ) -> SplitImages:
+        """The split with its transform: random ones if `training`, unless they are switched off."""
+        transform = self._training() if training else data.eval_transform(self.config)
+        return SplitImages(split, transform, class_names, **reading(self.config))
+
+    def loader(
+        self,
+        split: Split,
+        class_names: Sequence[str],
+        batch_size: int,
+        *,
+        training: bool = False,
+        keep: bool = True,
+        seed: int = 0,
+    ) -> Any:
+        """A loader of `data.Batch`.
+
+        Args:
+            split: Of a source.
+            class_names: In the order of the labels.
+            batch_size: Images per batch.
+            training: Whether images are shuffled and augmented.
+            keep: Whether they may be kept in memory.
+            seed: Of their order and augmentation.
+        """
+        images = self.images(split, class_names, training)
+        crops = self._crops() if training else None
+        if keep and self._keeps(images, crops, training):
+            return MemoryLoader(
+                images,
+                batch_size,
+                crops=crops,
+                device=self.device,
+                threads=self.workers or None,
+                shuffle=training,
+                seed=seed,
+            )
+        return folder_loader(
+            images, batch_size, self.device, self.workers, shuffle=training, seed=seed
+        )
+
+    def _training(self) -> data.Transform:
+        augmentation, config = self.augmentation, self.config
+        if augmentation.no_aug and config.get("crop_mode") == "squash":
+            return data.eval_transform(config)
+        if self._crops_plainly():
+            return data.plain_crops(config, augmentation.hflip)
+        return data.train_transform(
+            config,
+            scale=augmentation.scale,
+            hflip=augmentation.hflip,
+            no_aug=augmentation.no_aug,
+        )
+
+    def _crops_plainly(self) -> bool:
+        return not self.augmentation.no_aug and self.augmentation.crops == "plain"
+
+    def _crops(self) -> RandomCrops | None:
+        if self.augmentation.no_aug or self._crops_plainly():
+            return None
+        return RandomCrops(self.augmentation.scale, self.augmentation.hflip)
+
+    def _keeps(self, images: SplitImages, crops: RandomCrops | None, training: bool) -> bool:
+        if training and self._crops_plainly():
+            return False
+        if self.cache != "auto":
+            return self.cache == "memory"
+        fits = bytes_in_memory(images, crops) <= LIMIT
+        return fits and (crops is None or can_crop(images))
+
+
+def check_loading(workers: int | None, cache: str) -> None:
+    """Raises ValueError if `workers` is negative or `cache` is none of `CACHES`."""
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers is {workers}; it must be at least 0")
+    if cache not in CACHES:
+        raise ValueError(f"cache is {cache!r}; choose one of {', '.join(CACHES)}")

@@ -1,0 +1,162 @@
+"""Evaluation of a model on a set of images, and what it shares with training."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils import accuracy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vpt_fast.train.common.parallel import gathered, rank
+from vpt_fast.train.data.images import SkippedImage
+
+
+class TrainingError(RuntimeError):
+    """Training or evaluation cannot go on; the message says where it stopped and what is left."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on a set of images; percentages are of the images that could be decoded.
+
+    `logits` (images, classes), fp32 on the CPU, are there if they were asked for.
+    """
+
+    loss: float
+    top1: float
+    top5: float
+    images: int
+    predictions: torch.Tensor
+    labels: torch.Tensor
+    skipped: tuple[SkippedImage, ...] = ()
+    logits: torch.Tensor | None = None
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Returns the device that `name` ("auto", "cpu", "cuda", "cuda:1") stands for.
+
+    Raises:
+        ValueError: If `name` is none of these, or CUDA is asked for and absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; choose auto, cpu, cuda or cuda:<index>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs; "
+            "use --device cpu, or install a driver and a PyTorch build that match the GPU"
+        )
+    return device
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Returns torch.autocast for `dtype`, switched off for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of the model's first parameter."""
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: DataLoader,
+    *,
+    amp_dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+    description: str = "evaluating",
+    keep_logits: bool = False,
+) -> Evaluation:
+    """Evaluates `model` in eval mode and puts it back into the mode that it was in.
+
+    Several processes evaluate a part each, and all of them return the whole; predictions, labels
+    and logits are then in the order of the processes.
+
+    Args:
+        model: On the device that it should run on.
+        batches: Of `make_loader`.
+        amp_dtype: What torch.autocast computes in.
+        progress: Whether to show a bar on a terminal.
+        description: The bar's label.
+        keep_logits: Whether the logits of all images are returned too.
+
+    Raises:
+        TrainingError: If no image could be decoded.
+    """
+    device, was_training = device_of(model), model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    predictions: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
+    skipped: list[SkippedImage] = []
+    try:
+        for batch in progress_bar(batches, description, progress and not rank(), leave=False):
+            skipped.extend(batch.skipped)
+            if not len(batch.labels):
+                continue
+            target = batch.labels.to(device, non_blocking=True)
+            with autocast(device, amp_dtype):
+                logits = model(batch.images.to(device, non_blocking=True))
+            logits = logits.float()
+            percents = accuracy(logits, target, topk=(1, 5))
+            means = [F.cross_entropy(logits, target), *percents]
+            sums += len(target) * torch.stack([torch.as_tensor(m, device=device) for m in means])
+            predictions.append(logits.argmax(dim=1))
+            labels.append(batch.labels)
+            if keep_logits:
+                kept.append(logits.cpu())
+    finally:
+        model.train(was_training)
+    found = gathered((sums.cpu(), [some.cpu() for some in predictions], labels, kept, skipped))
+    all_labels = [some for _, _, theirs, *_ in found for some in theirs]
+    all_logits = [some for *_, theirs, _ in found for some in theirs]
+    all_skipped = [item for *_, items in found for item in items]
+    if not all_labels:
+        raise TrainingError(nothing_decoded(all_skipped))
+    count = sum(map(len, all_labels))
+    loss, top1, top5 = (float(v) / count for v in sum(theirs for theirs, *_ in found))
+    return Evaluation(
+        loss=loss,
+        top1=top1,
+        top5=top5,
+        images=count,
+        predictions=torch.cat([some for _, theirs, *_ in found for some in theirs]),
+        labels=torch.cat(all_labels),
+        skipped=tuple(all_skipped),
+        logits=torch.cat(all_logits) if keep_logits else None,
+    )
+
+
+def progress_bar(
+    batches: Any, description: str, progress: bool, leave: bool, total: int | None = None
+) -> tqdm:
+    """Returns tqdm's bar on stderr; without a terminal (or `progress`) it shows nothing."""
+    return tqdm(
+        batches,
+        total=total,
+        desc=description,
+        leave=leave,
+        dynamic_ncols=True,
+        disable=None if progress else True,
+        file=sys.stderr,
+    )
+
+
+def nothing_decoded(skipped: list[SkippedImage]) -> str:
+    """Returns the message for a data set of which no image could be decoded."""
+    first = f"; the first: {skipped[0].reason}" if skipped else ""
+    return f"none of the {len(skipped)} images could be decoded{first}"

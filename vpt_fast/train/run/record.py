@@ -1,0 +1,274 @@
+"""`run.json`: what a run was told and what became of it, in its output folder.
+
+It is written when training begins and again whenever more is known, so that the folder of a run
+that was interrupted or killed can be understood as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from vpt_fast import __version__, count_parameters
+from vpt_fast.adapter.atomic import atomic_file
+from vpt_fast.methods import Method, to_dict
+from vpt_fast.train.common.digest import digest
+from vpt_fast.train.common.parallel import rank
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data.split import ImageSource
+from vpt_fast.train.loop.checkpoint import FILE as CHECKPOINT
+from vpt_fast.train.loop.epochs import FitResult
+from vpt_fast.train.loop.evaluate import Evaluation
+
+FILE = "run.json"
+FORMAT_VERSION = 1
+RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run, in JSON values.
+
+    Attributes:
+        state: RUNNING until training ends (for good, if the run is killed); INTERRUPTED by Ctrl-C;
+            FAILED if it could not go on, with `error`; else FINISHED.
+        data: "directory", absolute; "format", one of `sources.FORMATS`; and a "digest" of the
+            images' names, labels and sizes.
+        images: Number of images of each split.
+        class_names: In the order of the labels.
+        model: "name" as the user gave it, "checkpoint" (absolute, or None), "pretrained",
+            "img_size", and a digest of the backbone's "weights".
+        method: As `methods.to_dict` writes it.
+        recipe: Fields of `Recipe`; learning rate and warm-up are those that None stood for.
+        augmentation: Of the training images.
+        image_options: Fields of `ImageOptions`.
+        options: Whatever else the run was told.
+        parameters: "trained" and "total".
+        versions: Of vpt_fast, timm, torch and Python.
+        kept_epoch: Epoch of the adapter that was kept; None while that is not known.
+        test: "loss", "top1" and "top5" in percent, and "images" of the evaluation on test images;
+            None without one.
+        skipped: Number of training and validation images that could not be decoded.
+        error: Why a run failed.
+    """
+
+    state: str
+    data: dict[str, str]
+    images: dict[str, int]
+    class_names: list[str]
+    model: dict[str, Any]
+    method: dict[str, Any]
+    recipe: dict[str, Any]
+    augmentation: dict[str, Any]
+    image_options: dict[str, Any]
+    options: dict[str, Any]
+    parameters: dict[str, int]
+    versions: dict[str, str]
+    kept_epoch: int | None = None
+    test: dict[str, Any] | None = None
+    skipped: int = 0
+    error: str | None = None
+
+    def ended(self, result: FitResult) -> RunRecord:
+        """The record of the run when training has ended."""
+        return replace(
+            self,
+            state=INTERRUPTED if result.interrupted else FINISHED,
+            kept_epoch=result.kept,
+            skipped=len(result.skipped),
+        )
+
+    def failed(self, error: Exception) -> RunRecord:
+        """The record of the run when training could not go on."""
+        return replace(self, state=FAILED, error=str(error))
+
+    def tested(self, test: Evaluation) -> RunRecord:
+        """The record with what the kept epoch has on test images."""
+        found = {name: getattr(test, name) for name in ("loss", "top1", "top5", "images")}
+        return replace(self, test=found)
+
+
+def new_record(
+    directory: Path,
+    source: ImageSource,
+    net: nn.Module,
+    model: Mapping[str, Any],
+    method: Method,
+    recipe: Recipe,
+    augmentation: Any,
+    image_options: Any,
+    options: Mapping[str, Any],
+) -> RunRecord:
+    """The record of a run that begins.
+
+    Args:
+        directory: Of the data.
+        source: What was found there.
+        net: The tuned model.
+        model: "name", "checkpoint" (a path or None), "pretrained", "img_size" and "weights".
+        method: What is tuned.
+        recipe: How it is trained.
+        augmentation, image_options: Dataclasses.
+        options: Anything else that the run was told, as JSON values.
+    """
+    checkpoint = model["checkpoint"]
+    trained, total = count_parameters(net)
+    return RunRecord(
+        state=RUNNING,
+        data={
+            "directory": str(directory.resolve()),
+            "format": source.format,
+            "digest": _digest(directory, source),
+        },
+        images={name: len(split) for name, split in source.splits.items()},
+        class_names=list(source.class_names),
+        model={**model, "checkpoint": None if checkpoint is None else str(checkpoint.resolve())},
+        method=to_dict(method),
+        recipe={**asdict(recipe), "lr": recipe.base_lr, "warmup_epochs": recipe.warmup},
+        augmentation=asdict(augmentation),
+        image_options=asdict(image_options),
+        options=dict(options),
+        parameters={"trained": trained, "total": total},
+        versions={
+            "vpt_fast": __version__,
+            "timm": str(timm.__version__),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _digest(directory: Path, source: ImageSource) -> str:
+    """Of names, labels and sizes in bytes; they may lie elsewhere when a run goes on."""
+    return digest(
+        {
+            name: [
+                [os.path.relpath(path, directory), label, _size(path)]
+                for path, label in zip(split.names, split.labels, strict=True)
+            ]
+            for name, split in source.splits.items()
+        }
+    )
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return None  # a row of a table, missing, or a name that no file can have
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Writes a record; a process that is killed meanwhile leaves the one from before.
+
+    Args:
+        folder: The existing output folder of the run.
+        record: What to write.
+    """
+    # File names that are no UTF-8 are in the names of classes as escapes, which ASCII keeps.
+    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(record)}, indent=2) + "\n"
+    with atomic_file(folder / FILE, "w", encoding="ascii") as file:
+        file.write(text)
+
+
+@contextmanager
+def recording(folder: Path, record: RunRecord) -> Iterator[None]:
+    """While training runs, its record is in `folder`; process 0 writes it.
+
+    If training cannot go on, for whatever reason, the record says so; if it cannot begin (the
+    checkpoint to resume from is of another run), the record that was there before is put back.
+
+    Args:
+        folder: The existing output folder of the run.
+        record: Of the run that begins.
+    """
+    if rank():
+        yield
+        return
+    path = folder / FILE
+    earlier = path.read_bytes() if path.is_file() else None
+    began = _last_epoch(folder)
+    write_record(folder, record)
+    try:
+        yield
+    except Exception as error:
+        cannot_begin = isinstance(error, ValueError | TypeError) and began == _last_epoch(folder)
+        if not cannot_begin:
+            with suppress(OSError):  # on a disk that is full the record of before stays
+                write_record(folder, record.failed(error))
+        elif earlier is None:
+            path.unlink(missing_ok=True)
+        else:
+            with atomic_file(path, "wb") as file:
+                file.write(earlier)
+        raise
+
+
+def _last_epoch(folder: Path) -> int | None:
+    """Tells the checkpoint of one epoch from that of another."""
+    path = folder / CHECKPOINT
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """Reads the record of a run; None if there is none.
+
+    Args:
+        folder: The output folder of the run.
+
+    Raises:
+        ValueError: If the file is damaged or of a newer version.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(values).__name__}, not an object")
+    version = values.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {version}, this vpt_fast reads up to {FORMAT_VERSION}; upgrade it"
+        )
+    for name, types in _TYPES.items():
+        if not isinstance(values.get(name), types):
+            what = f"{name} is {values[name]!r}" if name in values else f"it has no {name!r}"
+            raise ValueError(f"{path} is damaged: {what}")
+    known = {field.name for field in fields(RunRecord)}
+    return RunRecord(**{name: value for name, value in values.items() if name in known})
+
+
+_TYPES: dict[str, Any] = {
+    "state": str,
+    "data": dict,
+    "images": dict,
+    "class_names": list,
+    "kept_epoch": (int, type(None)),
+    "test": (dict, type(None)),
+    "error": (str, type(None)),
+} | dict.fromkeys(
+    (
+        "model",
+        "method",
+        "recipe",
+        "augmentation",
+        "image_options",
+        "options",
+        "parameters",
+        "versions",
+    ),
+    dict,
+)

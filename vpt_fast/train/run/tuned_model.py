@@ -1,0 +1,93 @@
+"""A tuned model as the evaluating commands need it, from the folder of an adapter or a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vpt_fast import load_adapter
+from vpt_fast.adapter.files import CONFIG_FILE, read_config
+from vpt_fast.train.backbones import build as backbones
+from vpt_fast.train.common.recipe import head_layers
+from vpt_fast.train.data.class_folders import CLASS_ORDERS, natural
+from vpt_fast.train.loop.epochs import BEST, LAST
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A tuned model in eval mode, its input configuration and its class names, if it has any."""
+
+    net: nn.Module
+    inputs: dict[str, Any]
+    num_classes: int
+    class_names: list[str] | None
+
+    def class_order(
+        self, directory: Path, names: Sequence[str], order: str | None = None
+    ) -> list[str]:
+        """The classes of a data set in the order of the adapter's outputs.
+
+        Args:
+            directory: Of the data set, for messages.
+            names: Its classes, in its order.
+            order: One of `CLASS_ORDERS`, for an adapter that does not name its classes; None takes
+                the data set's where both are the same.
+
+        Raises:
+            ValueError: If the adapter has other classes, or it cannot be known which of its outputs
+                is which.
+        """
+        if order is not None and order not in CLASS_ORDERS:
+            raise ValueError(f"--class-order is {order!r}; choose one of {', '.join(CLASS_ORDERS)}")
+        if self.class_names is not None:
+            if order is not None:
+                raise ValueError("the adapter names its classes; leave --class-order out")
+            return list(names)
+        if len(names) != self.num_classes:
+            raise ValueError(
+                f"{directory} has {len(names)} classes, but the adapter has {self.num_classes} "
+                "classes and no names of them"
+            )
+        by_value, sorted_names = natural(names), sorted(names)
+        # Other orders are of the data set itself, such as numbers from 0.
+        if order is None and list(names) == sorted_names != by_value:
+            first = next(
+                i for i, pair in enumerate(zip(names, by_value, strict=True)) if len(set(pair)) > 1
+            )
+            raise ValueError(
+                f"the adapter does not name its classes, and class {first} of {directory} is "
+                f"{names[first]!r} by strings and {by_value[first]!r} by numbers in names; say how "
+                "they were sorted with eval --class-order strings or natural"
+            )
+        return {"strings": sorted_names, "natural": by_value}.get(order or "", list(names))
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder of the adapter that a run kept; `path` itself if it is one, or holds none."""
+    candidates = (path, path / BEST, path / LAST)
+    return next((c for c in candidates if (c / CONFIG_FILE).is_file()), path)
+
+
+def load_tuned(adapter: Path, checkpoint: Path | None, device: torch.device) -> TunedModel:
+    """Builds the backbone of an adapter and loads it.
+
+    Args:
+        adapter: Folder of an adapter, or the output folder of a run.
+        checkpoint: The backbone's weights; None takes timm's, or those of this package.
+        device: Where the model is to run.
+
+    Raises:
+        FileNotFoundError: If there is no adapter or no checkpoint.
+        ValueError: If the adapter is damaged, or is not for this backbone.
+    """
+    folder = adapter_folder(adapter)
+    config = read_config(folder)
+    net = load_adapter(backbones.backbone_of_adapter(config, checkpoint), folder)
+    inputs = {**backbones.data_config_of(net), **config["input"]}
+    num_classes = head_layers(net)[0].out_features
+    return TunedModel(net.to(device).eval(), inputs, num_classes, config["class_names"])

@@ -1,0 +1,220 @@
+"""A sweep from the command line to its results: one plan, in one process or in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import random_seed
+
+from vpt_fast.methods import Method
+from vpt_fast.train.backbones import build as backbones
+from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
+from vpt_fast.train.common.paper_settings import (
+    LEARNING_RATES,
+    SEEDS,
+    WEIGHT_DECAYS,
+    default_optimizer,
+)
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_loaders import Loading, set_data_config
+from vpt_fast.train.data.image_options import ImageOptions
+from vpt_fast.train.data.sources import open_source
+from vpt_fast.train.demo.task import CLASS_NAMES, load_splits
+from vpt_fast.train.sweep.data import ArrayData, SourceData, SweepData
+from vpt_fast.train.sweep.sweep import Candidate, Result, Sweep
+from vpt_fast.train.sweep.task import SweepTask
+
+ADAPTERS = "adapters"
+"""Folder of the final runs' adapters, in that of the sweep."""
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """All that a process needs to take part in a sweep.
+
+    Attributes:
+        output: folder of the sweep.
+        candidates: methods with their grids.
+        directory: of the data set; None takes the demo's digits and its backbone.
+        data_format: one of `sources.FORMATS`.
+        model, checkpoint, pretrained, img_size: the backbone, as `run.tune_on_folder` takes it.
+        seeds: of the final runs.
+        augmentation: of training images.
+        image_options: how images are resized and normalised.
+        memory: what blocks keep for backward.
+        cache, workers: as `image_loaders.Loading` takes them.
+        device: to train on.
+    """
+
+    output: Path
+    candidates: tuple[Candidate, ...]
+    directory: Path | None = None
+    data_format: str = "auto"
+    model: str = ""
+    checkpoint: Path | None = None
+    pretrained: bool = False
+    img_size: int | None = None
+    seeds: tuple[int, ...] = SEEDS
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    image_options: ImageOptions = field(default_factory=ImageOptions)
+    memory: str = "speed"
+    cache: str = "auto"
+    workers: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for results to belong to one sweep."""
+        return {
+            "data": "demo" if self.directory is None else self.directory.resolve().name,
+            "format": self.data_format,
+            "model": self.model,
+            "checkpoint": self.checkpoint.name if self.checkpoint else None,
+            "img_size": self.img_size,
+            "augmentation": asdict(self.augmentation),
+            "images": asdict(self.image_options),
+        }
+
+
+def candidate(
+    method: Method,
+    recipe: Recipe,
+    lrs: Mapping[str, tuple[float, ...]] | None = None,
+    weight_decays: tuple[float, ...] = WEIGHT_DECAYS,
+    prompts: tuple[int, ...] = (),
+    opt: str | None = None,
+    paper: str | None = None,
+) -> Candidate:
+    """A method with the papers' optimizer for it, and their grids where none is given.
+
+    Args:
+        method: what is trained.
+        recipe: how; its optimizer is replaced.
+        lrs: base learning rates by optimizer.
+        weight_decays: to choose from.
+        prompts: numbers of prompts to choose from; none takes the method's own.
+        opt: the optimizer, if it should not be the papers'.
+        paper: as `Candidate` has it.
+    """
+    opt = default_optimizer(method) if opt is None else opt
+    grid = {**LEARNING_RATES, **(lrs or {})}
+    return Candidate(method, replace(recipe, opt=opt), grid[opt], weight_decays, prompts, paper)
+
+
+def run_plan(
+    plan: SweepPlan, processes: int = 1, log: Callable[[str], None] = print, progress: bool = True
+) -> list[Result]:
+    """Trains what is missing of a sweep, here and in `processes - 1` more processes.
+
+    Each process holds the backbone and the images. They share the journal, as processes on other
+    machines would that are started with the same plan.
+
+    Args:
+        plan: what to train.
+        processes: on this machine; the CPU's threads are divided among them.
+        log: called with a line for every run.
+        progress: whether a single process shows bars on a terminal.
+
+    Raises:
+        ValueError: `processes` is less than 1, or the plan does not fit the data, the model or the
+            journal.
+        TrainingError: no run of a method's selection has ended.
+    """
+    if processes < 1:
+        raise ValueError(f"processes is {processes}; it must be at least 1")
+    with _threads(processes):
+        # Before others are started, so that what is wrong is said once.
+        sweep = _sweep(plan, log, progress and processes == 1)
+        context = multiprocessing.get_context("spawn")
+        others = [
+            context.Process(target=_take_part, args=(plan, processes), daemon=True)
+            for _ in range(processes - 1)
+        ]
+        for other in others:
+            other.start()
+        try:
+            results = sweep.run(plan.candidates)
+        finally:
+            for other in others:
+                other.terminate()
+                other.join()
+    return results
+
+
+def _take_part(plan: SweepPlan, processes: int) -> None:
+    """One of the other processes; its runs are in the journal, and it says what it has done."""
+    with _threads(processes):
+        _sweep(plan, _say, progress=False).run(plan.candidates)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def _threads(processes: int) -> Iterator[None]:
+    """The CPU's threads, divided among processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _sweep(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> Sweep:
+    task = _demo_task(plan, progress) if plan.directory is None else _task(plan, log, progress)
+    return Sweep(plan.output, task, plan.seeds, log, plan.identity())
+
+
+def _demo_task(plan: SweepPlan, progress: bool) -> SweepTask:
+    digits = load_splits()
+    random_seed(plan.seeds[0])
+    net = demo_backbone(num_classes=len(CLASS_NAMES)).to(plan.device)
+    options = {"class_names": CLASS_NAMES, "model_args": DEMO_ARGS}
+    options["checkpoint"] = DEMO_CHECKPOINT.name
+    data = ArrayData(digits.train, digits.val, digits.test)
+    return _made(plan, net, data, progress, options)
+
+
+def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepTask:
+    if plan.directory is None:
+        raise ValueError("the plan has no data")
+    name, weights, model_args = backbones.resolve_name(plan.model, plan.checkpoint, plan.img_size)
+    source = open_source(plan.directory, plan.data_format)
+    classes = source.class_names
+    if ":" not in name:
+        for one in plan.candidates:
+            backbones.tunable_on_meta(name, len(classes), one.method, model_args)
+    random_seed(plan.seeds[0])
+    net: Any = backbones.create_backbone(
+        name,
+        len(classes),
+        pretrained=plan.pretrained,
+        checkpoint=weights,
+        model_args=model_args,
+    )
+    config = set_data_config(net, plan.image_options)
+    loading = Loading(config, plan.augmentation, plan.device, plan.workers, plan.cache)
+    data = SourceData(source, loading)
+    for line in source.warnings:
+        log(f"warning: {line}")
+    options = {
+        "class_names": classes,
+        "model_args": model_args,
+        "checkpoint": weights.name if weights else None,
+    }
+    return _made(plan, net.to(plan.device), data, progress, options)
+
+
+def _made(
+    plan: SweepPlan, net: Any, data: SweepData, progress: bool, options: dict[str, Any]
+) -> SweepTask:
+    adapters = plan.output / ADAPTERS
+    return SweepTask(net, data, progress, adapters, options, plan.memory)

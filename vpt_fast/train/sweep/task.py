@@ -1,0 +1,127 @@
+"""What a sweep trains: one backbone and one data set, used for run after run."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import random_seed
+from torch import nn
+
+from vpt_fast import count_parameters, prompt_tune, remove_prompts, save_adapter
+from vpt_fast.methods import Method
+from vpt_fast.models.tuned import is_tuned
+from vpt_fast.train.common.curves import directory_size
+from vpt_fast.train.common.recipe import Recipe, init_head
+from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.loop.evaluate import TrainingError, evaluate
+from vpt_fast.train.loop.prefix_cache import (
+    Activations,
+    PrefixCache,
+    SuffixModel,
+    activation_loader,
+    frozen_blocks,
+)
+from vpt_fast.train.sweep.data import SweepData
+from vpt_fast.train.sweep.sweep import Outcome
+
+_EVAL_BATCH = 100
+
+
+class SweepTask:
+    """Runs that share a backbone and images.
+
+    A run begins with the backbone as it was given, so that its outcome does not depend on the runs
+    before it. What enters the first block that is trained or has prompts is computed once for all
+    runs of the methods that begin there, if images are not augmented.
+
+    Args:
+        backbone: a plain timm model, on the device to train on; it is left as it was.
+        data: images by part.
+        progress: whether to show bars on a terminal.
+        adapters: where the adapters of final runs are kept, as <method>/seed-<seed>; None keeps
+            none.
+        save_options: what `save_adapter` takes beside model and directory.
+        memory: what blocks keep for backward, as `vpt_fast.prompt_tune` takes it.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        data: SweepData,
+        progress: bool = True,
+        adapters: Path | None = None,
+        save_options: Mapping[str, Any] | None = None,
+        memory: str = "speed",
+    ) -> None:
+        self.backbone, self.data, self.progress = backbone, data, progress
+        self.adapters, self.save_options = adapters, dict(save_options or {})
+        self.memory = memory
+        self._prefixes: dict[tuple[int, torch.dtype, str], Activations] = {}
+
+    def run(self, method: Method, recipe: Recipe, final: bool) -> Outcome:
+        """As `vpt_fast.train.sweep.sweep.Task.run`."""
+        start, model = time.perf_counter(), self.backbone
+        random_seed(recipe.seed)
+        try:
+            prompt_tune(model, method, self.memory)
+            # After prompt_tune, which keeps the head that it finds for remove_prompts.
+            init_head(model)
+            first = 0 if self.data.augmented else frozen_blocks(model)
+            net = SuffixModel(model, first) if first else model
+            result = fit(
+                model,
+                self._training(recipe, first, "both" if final else "train"),
+                recipe,
+                net=net,
+                progress=self.progress,
+                description=f"{method.name:<12}",
+            )
+            if result.interrupted:
+                raise KeyboardInterrupt
+            if final:
+                net, images = model, self.data.batches("test", _EVAL_BATCH)
+            elif first:
+                kept = self._activations("val", recipe, first)
+                images = activation_loader(kept, _EVAL_BATCH, shuffle=False)
+            else:
+                images = self.data.batches("val", _EVAL_BATCH)
+            found = evaluate(net, images, amp_dtype=recipe.autocast_dtype, progress=False)
+            trained, _ = count_parameters(model)
+            size = self._save(method, recipe.seed) if final else 0
+        finally:
+            if is_tuned(model):
+                remove_prompts(model)
+        if not torch.isfinite(torch.tensor(found.loss)):
+            raise TrainingError(f"the loss is {found.loss} after training")
+        seconds = time.perf_counter() - start
+        return Outcome(found.top1, found.loss, trained, size, seconds)
+
+    def _training(self, recipe: Recipe, first: int, part: str) -> Any:
+        if not first:
+            return self.data.batches(part, recipe.batch_size, recipe.seed)
+        kept = self._activations(part, recipe, first)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        return activation_loader(kept, recipe.batch_size, shuffle=True, generator=generator)
+
+    def _activations(self, part: str, recipe: Recipe, first: int) -> Activations:
+        """What enters block `first`; the backbone is frozen before it."""
+        key = first, recipe.autocast_dtype, part
+        if key not in self._prefixes:
+            cache = PrefixCache(
+                self.backbone, first, amp_dtype=recipe.autocast_dtype, progress=False
+            )
+            images = self.data.batches(part, _EVAL_BATCH)
+            self._prefixes[key] = cache.activations(images, self.data.count(part))
+        return self._prefixes[key]
+
+    def _save(self, method: Method, seed: int) -> int:
+        """Saves a final run's adapter, for good if there is a place; returns its bytes."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = (self.adapters or Path(folder)) / method.name / f"seed-{seed}"
+            save_adapter(self.backbone, path, overwrite=True, **self.save_options)
+            return directory_size(path)
