@@ -1,7 +1,10 @@
-"""MkDocs hook: a public name that the API page lacks, or that has no docstring, fails the build.
+"""MkDocs hooks: the API page is whole, and pictures of results come from `bench/results`.
 
-A name is public where it is in the `__all__` of one of `PUBLIC_MODULES`; so are the methods of a
-public class that do not begin with an underscore. Nothing is imported: griffe reads the source.
+A public name that the page lacks, or that has no docstring, fails the build.
+
+A name is public where it is in the `__all__` of one of `PUBLIC_MODULES` or is one of
+`PUBLIC_NAMES`; so are the methods of a public class that do not begin with an underscore. Nothing
+is imported: griffe reads the source.
 """
 
 from __future__ import annotations
@@ -13,12 +16,19 @@ from functools import lru_cache
 from pathlib import Path
 
 import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-PUBLIC_MODULES = ("vpt_fast", "vpt_fast.bank", "vpt_fast.analysis")
+PUBLIC_MODULES = ("vpt_fast", "vpt_fast.bank")
+PUBLIC_NAMES = tuple(
+    f"vpt_fast.analysis.attention_shares.{name}"
+    for name in ("attention_shares", "mixing_maps", "PromptAttention")
+)
 PAGE = "api.md"
 
-log = logging.getLogger("mkdocs.hooks.check_api")
+log = logging.getLogger("mkdocs.hooks.site_hooks")
 
 
 @lru_cache(1)
@@ -27,7 +37,7 @@ def _package() -> griffe.Object | griffe.Alias:
 
 
 def public_names() -> list[str]:
-    """Return the full name of everything in the public modules' `__all__`.
+    """Return the full names of everything that is public, each thing once.
 
     Raises:
         KeyError: A public module does not exist.
@@ -38,7 +48,9 @@ def public_names() -> list[str]:
         below = module.partition(".")[2]
         found = package[below] if below else package
         names.update({f"{module}.{name}": None for name in found.exports or ()})
-    return list(names)
+    short = [name.rpartition(".")[2] for name in names]
+    once = [name for i, name in enumerate(names) if short[i] not in short[:i]]
+    return [*once, *PUBLIC_NAMES]
 
 
 def _undocumented(name: str) -> Iterator[str]:
@@ -74,9 +86,16 @@ def faults(markdown: str) -> list[str]:
     return found + [f"{name} is public and has no docstring" for name in undocumented(names)]
 
 
-def on_page_markdown(markdown: str, page: object, **_: object) -> str:
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pictures of `bench/results`, which pages show where they lie."""
+    for path in sorted((ROOT / "bench" / "results").glob("*.png")):
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Warn about every fault of the API page; a strict build then fails."""
-    if getattr(page, "file").src_uri == PAGE:  # noqa: B009
+    if page.file.src_uri == PAGE:
         for fault in faults(markdown):
             log.warning(fault)
-    return markdown
+    return markdown.replace("../bench/results/", "results/")
