@@ -50,8 +50,8 @@ docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-json=$(RUN) --benchmark-columns=median,iqr,min,max,rounds
-	$(BIN)/python -m bench.plots "$$($(BIN)/python -m bench.collect $(RUN))"
+	$(BIN)/python -m pytest bench/compare -q --benchmark-enable --benchmark-json=$(RUN) --benchmark-columns=median,iqr,min,max,rounds
+	$(BIN)/python -m bench.compare.plots "$$($(BIN)/python -m bench.compare.collect $(RUN))"
 
 # A GPU that is lent for minutes comes without a network: there $(PYTHON) itself is taken, if it has
 # what the benchmark needs.
@@ -63,14 +63,14 @@ bench-gpu:
 bench-host: $(INSTALLED)
 	$(BIN)/python -m bench.host
 	$(BIN)/python -m bench.host_page
-	$(BIN)/python -m bench.roofline_page
+	$(BIN)/python -m bench.counted.roofline_page
 
 roofline: $(INSTALLED)
-	$(BIN)/python -m bench.roofline
+	$(BIN)/python -m bench.counted.roofline
 
 kernel-report: $(INSTALLED)
 	$(BIN)/python -m bench.kernel_report
-	$(BIN)/python -m bench.launches
+	$(BIN)/python -m bench.counted.launches
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache build site *.egg-info

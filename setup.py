@@ -56,5 +56,5 @@ setup(
             "websockets>=14",
         ],
     },
-    entry_points={"console_scripts": ["vpt-fast = vpt_fast.cli:main"]},
+    entry_points={"console_scripts": ["vpt-fast = vpt_fast.cli.app:main"]},
 )

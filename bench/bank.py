@@ -11,7 +11,7 @@ Measured on this machine, in turns, in inference:
                 task's images alone
 
 Every answer of the bank is held against the tuned model's first. Then launches and bytes of the
-same work on a GPU, in bf16: counted by `bench.trace`, not run.
+same work on a GPU, in bf16: counted by `bench.counted.trace`, not run.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench.interleave import interleave
-from bench.trace import traced
+from bench.compare.interleave import interleave
+from bench.counted.trace import traced
 from vpt_fast import VAPT, PromptBank, VPTDeep, prompt_tune, save_adapter, trainable_parameters
 from vpt_fast.adapter.files import TENSORS_FILE
 

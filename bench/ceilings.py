@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.device_timer import repeats
+from bench.compare.device_timer import repeats
 from bench.gpu.device import Device
 
 SIZES = {"cuda": (8192, 2**30), "cpu": (256, 2**20)}

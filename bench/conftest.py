@@ -2,7 +2,7 @@
 
     python -m pytest bench --benchmark-enable [--rounds 5] [-k EXPRESSION]
 
-By default `bench.cases.cpu_cases`. Any of the options below replaces them by their product.
+By default `bench.compare.cases.cpu_cases`. Any of the options below replaces them by their product.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from bench.cases import DTYPES, INFERENCE, METHODS, STEP, Case, cpu_cases
-from bench.facts import facts
-from bench.providers import EAGER, PROVIDERS
-from bench.recorded import record
-from bench.turns import Turn, take_turns
+from bench.compare.cases import DTYPES, INFERENCE, METHODS, STEP, Case, cpu_cases
+from bench.compare.facts import facts
+from bench.compare.recorded import record
+from bench.compare.rounds import Turn, take_turns
+from bench.providers.models import EAGER, PROVIDERS
 
 __all__ = ["record"]
 

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 
 from bench import host_calls
-from bench.collect import FACTS, RESULTS
-from bench.facts import facts, file_stem
+from bench.compare.collect import FACTS, RESULTS
+from bench.compare.facts import facts, file_stem
 from bench.host_subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.null_driver import NullLauncher, null_driver
-from bench.providers import OURS, WITHOUT
+from bench.providers.models import OURS, WITHOUT
 
 FIRST = "first"
 PARTS = ("forward", "backward", "whole", FIRST)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from bench.host_subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.null_driver import null_driver
-from bench.providers import OURS, WITHOUT
+from bench.providers.models import OURS, WITHOUT
 
 DEPTHS = {"swin": (8, 10)}
 """Blocks of the two models; Swin's blocks come in pairs, whole and shifted windows."""

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.collect import RESULTS
+from bench.compare.collect import RESULTS
+from bench.compare.tables import replaced
 from bench.host import FIRST
 from bench.host_subjects import DEPTH, INFERENCE
-from bench.providers import OURS
-from bench.readme import replaced
+from bench.providers.models import OURS
 
 MARKS = "<!-- host tables: made by bench.host_page -->", "<!-- end of host tables -->"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"

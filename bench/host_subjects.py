@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.providers import OURS, WITHOUT, provide
+from bench.providers.models import OURS, WITHOUT, provide
 from vpt_fast import VAPT, VPTDeep, prompt_tune
 
 STEP, INFERENCE = "step", "inference"
@@ -33,7 +33,7 @@ class Subject:
 
     Attributes:
         model: a key of `MODELS`.
-        provider: of `bench.providers`.
+        provider: of `bench.providers.models`.
         method: "vpt-deep" or "vapt".
         work: `STEP` or `INFERENCE`.
         memory: of ours.

@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bench.facts import processor
-from bench.turns import step
+from bench.compare.facts import processor
+from bench.compare.rounds import step
 from vpt_fast import VPTDeep, prompt_tune, save_adapter
 from vpt_fast.train.common.recipe import Recipe, init_head, make_optimizer
 from vpt_fast.train.data.augmentation import Augmentation

@@ -1,6 +1,6 @@
 """The window-attention kernels: figures, limits, and how the report shows them.
 
-Useful MMA FLOP of a launch are `bench.window_traffic.window_flop`.
+Useful MMA FLOP of a launch are `bench.counted.window_traffic.window_flop`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from bench.counted.window_traffic import window_flop
 from bench.entry import Entry, LoopEntry
 from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
 from bench.limits import (
@@ -26,7 +27,6 @@ from bench.limits import (
 from bench.memory import memory_rate
 from bench.offline import Architecture, compile_kernel
 from bench.problems import launch_target
-from bench.window_traffic import window_flop
 from vpt_fast.kernels.runtime.launch import Launch
 from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 

@@ -9,15 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bank_model_ways, bank_ways
-from bench.bank_model_ways import BankModelCase, entrant
-from bench.bank_ways import GATHERED, ONE_BY_ONE, OWN_NAMES, BankAttentionCase, HeadsCase
+from bench.counted.trace import counts, traced
 from bench.gpu.cases import Plan, only, timed_subjects
 from bench.gpu.checks import check_kernel, kernel_cases
 from bench.gpu.device import CpuDevice
 from bench.gpu.measure import KernelCheck, measure
-from bench.providers import OURS
-from bench.trace import counts, traced
+from bench.providers import bank_attention as bank_ways
+from bench.providers import bank_models as bank_model_ways
+from bench.providers.bank_attention import (
+    GATHERED,
+    ONE_BY_ONE,
+    OWN_NAMES,
+    BankAttentionCase,
+    HeadsCase,
+)
+from bench.providers.bank_models import BankModelCase, entrant
+from bench.providers.models import OURS
 from vpt_fast import PromptBank
 
 pytest_plugins = ("kernel_device",)

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention_ways, correctness, expert_ways
-from bench.attention_ways import AttentionCase
-from bench.cases import Case, cpu_cases
-from bench.correctness import Check, Truth, largest_error, norm_gradients
-from bench.expert_ways import ExpertCase
-from bench.providers import EAGER, OURS, PROVIDERS
-from bench.turns import take_turns, timed
+from bench.compare import correctness
+from bench.compare.cases import Case, cpu_cases
+from bench.compare.correctness import Check, Truth, largest_error, norm_gradients
+from bench.compare.rounds import take_turns, timed
+from bench.providers import attention as attention_ways
+from bench.providers import experts as expert_ways
+from bench.providers.attention import AttentionCase
+from bench.providers.experts import ExpertCase
+from bench.providers.models import EAGER, OURS, PROVIDERS
 
 SMALL: dict[str, Any] = {"model": "test_vit", "batch": 2, "prompts": 3, "image_size": 32}
 

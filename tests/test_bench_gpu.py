@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import correctness
-from bench.attention_ways import AttentionCase
-from bench.bank_ways import ONE_BY_ONE, OWN_NAMES
-from bench.cases import SWIN, Case
-from bench.collect import read
+from bench.compare import correctness
+from bench.compare.cases import SWIN, Case
+from bench.compare.collect import read
 from bench.gpu.cases import (
     DTYPES,
     Plan,
@@ -30,7 +28,9 @@ from bench.gpu.run import main
 from bench.gpu.stages import STAGES
 from bench.gpu.steps import StepCheck
 from bench.gpu.subjects import CeilingsWanted, KernelCheck
-from bench.providers import COMPILED, CUDNN, EAGER, OURS, PUBLISHED, WITHOUT, provide
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import ONE_BY_ONE, OWN_NAMES
+from bench.providers.models import COMPILED, CUDNN, EAGER, OURS, PUBLISHED, WITHOUT, provide
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat16")

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from bench.attention_ways import AttentionCase
-from bench.cases import Case
-from bench.collect import read
+from bench.compare.cases import Case
+from bench.compare.collect import read
 from bench.gpu import page
 from bench.gpu.counted import Counted
 from bench.gpu.counts import add_counts, counted, subject_of
 from bench.gpu.record import FIELDS, write
 from bench.gpu.run import main
 from bench.gpu.subjects import facts_of
-from bench.providers import GPU_PROVIDERS, OURS, PUBLISHED
+from bench.providers.attention import AttentionCase
+from bench.providers.models import GPU_PROVIDERS, OURS, PUBLISHED
 
 SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat16")
 PNG = b"\x89PNG"

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import correctness
-from bench.attention_ways import AttentionCase
-from bench.cases import Case
-from bench.device_timer import CpuTimer, CudaTimer, repeats
+from bench.compare import correctness
+from bench.compare.cases import Case
+from bench.compare.device_timer import CpuTimer, CudaTimer, repeats
 from bench.gpu import measure as measuring
 from bench.gpu.checks import ActivationCase, NormCase, check_kernel
 from bench.gpu.device import (
@@ -26,7 +25,8 @@ from bench.gpu.device import (
     replay_error,
 )
 from bench.gpu.measure import KernelCheck, measure
-from bench.providers import OURS, provide
+from bench.providers.attention import AttentionCase
+from bench.providers.models import OURS, provide
 from vpt_fast.ops.rowwise import activation
 
 pytest_plugins = ("kernel_device",)

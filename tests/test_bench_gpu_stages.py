@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from bench.cases import Case
 from bench.ceilings import Ceilings
-from bench.collect import read
-from bench.facts import facts
+from bench.compare.cases import Case
+from bench.compare.collect import read
+from bench.compare.facts import facts
 from bench.gpu import session as sessions
 from bench.gpu import stages
 from bench.gpu.cases import Plan
@@ -28,7 +28,7 @@ from bench.gpu.session import Budget, Session
 from bench.gpu.stages import STAGES, Run
 from bench.gpu.subjects import CeilingsWanted, FactsWanted, KernelCheck, facts_of
 from bench.gpu.worker import Lost, Worker
-from bench.providers import COMPILED, GPU_PROVIDERS, OURS
+from bench.providers.models import COMPILED, GPU_PROVIDERS, OURS
 
 SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat16")
 Event = tuple[str, Any]

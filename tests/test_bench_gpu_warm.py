@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention_ways
-from bench.attention_ways import AttentionCase
-from bench.cases import Case
+from bench.compare.cases import Case
 from bench.gpu.checks import ActivationCase, HeadsCase, NormCase
 from bench.gpu.models import ModelCheck
 from bench.gpu.subjects import KernelCheck
 from bench.gpu.warm import kernels_of, noted, tile_launches
-from bench.providers import OURS
+from bench.providers import attention as attention_ways
+from bench.providers.attention import AttentionCase
+from bench.providers.models import OURS
 
 ROOT = Path(__file__).parent.parent
 STEP = Case(model="test_vit", batch=4, prompts=3, image_size=32, dtype="bfloat16")
@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from bench.gpu.keys import stable_keys
 from bench.gpu.warm import noted
 from bench import attention_ways
-from bench.attention_ways import AttentionCase
+from bench.providers.attention import AttentionCase
 
 class Driver:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)

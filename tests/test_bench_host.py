@@ -21,7 +21,7 @@ from bench import host, host_page
 from bench.host_calls import Calls, counted
 from bench.host_subjects import Subject
 from bench.null_driver import NullDriver, null_driver
-from bench.providers import OURS, WITHOUT
+from bench.providers.models import OURS, WITHOUT
 from vpt_fast.ops import backend
 
 ROOT = Path(__file__).parent.parent

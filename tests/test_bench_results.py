@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bench import collect, kept, plots, readme
-from bench.collect import read, rows_of
-from bench.facts import facts, file_stem
-from bench.interleave import interleave
-from bench.providers import EAGER, OURS
-from bench.recorded import RecordedClock
+from bench.compare import collect, plots
+from bench.compare import saved_bytes as kept
+from bench.compare import tables as readme
+from bench.compare.collect import read, rows_of
+from bench.compare.facts import facts, file_stem
+from bench.compare.interleave import interleave
+from bench.compare.recorded import RecordedClock
+from bench.providers.models import EAGER, OURS
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +30,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run of the benchmarks, in a process of its own as `make bench` has it."""
     path = tmp_path_factory.mktemp("run") / "run.json"
     command = [
-        sys.executable, "-m", "pytest", "bench/bench_step.py", "bench/bench_inference.py", "-q",
+        sys.executable, "-m", "pytest", "bench/compare/bench_step.py", "bench/compare/bench_inference.py", "-q",
         "--benchmark-enable", f"--benchmark-json={path}", "--rounds", "3",
         "--models", "test_vit", "--batches", "2", "3", "--prompts", "2", "4", "--image-sizes", "32",
         "-k", "not (p4 and b3)",

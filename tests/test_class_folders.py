@@ -14,7 +14,7 @@ from pictures import make_folders, write_checkpoint, write_image
 from PIL import Image
 from typer.testing import CliRunner
 
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 from vpt_fast.train.data.class_folders import find_images, natural
 from vpt_fast.train.data.images import ImageFolders
 from vpt_fast.train.data.sources import open_source

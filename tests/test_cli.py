@@ -19,8 +19,8 @@ from pictures import CLASSES, make_folders, write_checkpoint
 from typer.testing import CliRunner
 
 from vpt_fast import prompt_tune
-from vpt_fast.cli import app
-from vpt_fast.cli_common import block_indices
+from vpt_fast.cli.app import app
+from vpt_fast.cli.common import block_indices
 from vpt_fast.train.run import folder_run as run_module
 
 MODEL = ["--model", "test_vit", "--img-size", "32"]

@@ -17,7 +17,7 @@ from plain import distance, redraw_prompts
 from typer.testing import CliRunner
 
 from vpt_fast import VAPT, VPTDeep, load_adapter, prompt_tune, save_adapter
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 
 METHODS: dict[str, Any] = {"deep": VPTDeep(3, shared=True), "vapt": VAPT(2)}
 

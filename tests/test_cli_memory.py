@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 
 SMALL = ["--model", "test_vit", "--img-size", "32", "-b", "2"]
 

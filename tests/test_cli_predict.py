@@ -9,7 +9,7 @@ import pytest
 from pictures import CLASSES, make_folders, write_checkpoint
 from typer.testing import CliRunner
 
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 
 MODEL = ["--model", "test_vit", "--img-size", "32"]
 TASKS = {

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import declared
-from bench.declared import DECLARATIONS, Declaration, Parameter, product_flop
-from bench.trace import distinct_bytes, regions_of
-from bench.traffic import counted
+from bench.counted import declared
+from bench.counted.declared import DECLARATIONS, Declaration, Parameter, product_flop
+from bench.counted.trace import distinct_bytes, regions_of
+from bench.counted.traffic import counted
 from vpt_fast.kernels.attention import launches as attention
 from vpt_fast.kernels.attention import ragged as bank_attention
 from vpt_fast.kernels.experts import launches as prompt_expert

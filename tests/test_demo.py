@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vpt_fast.adapter.files import read_config
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 from vpt_fast.train.backbones.build import data_config_of
 from vpt_fast.train.backbones.demo_backbone import demo_backbone
 from vpt_fast.train.common.curves import format_bytes, format_table

@@ -12,7 +12,7 @@ from pictures import CLASSES, make_folders, write_checkpoint
 from PIL import Image
 from typer.testing import CliRunner
 
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 
 
 def call(*arguments):

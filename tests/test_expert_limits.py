@@ -16,8 +16,8 @@ import torch
 from slower import JUDGED_VERSION, need_compiler, slower
 
 from bench import expert_report, kernel_report
+from bench.counted.traffic import counted
 from bench.expert_report import KERNELS, verdicts
-from bench.traffic import counted
 from vpt_fast.kernels import expert_plan
 from vpt_fast.kernels.expert_plan import ExpertProblem
 from vpt_fast.kernels.experts import mix as expert_mix

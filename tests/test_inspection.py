@@ -24,8 +24,8 @@ from vpt_fast.analysis.attention_shares import (
     query_name,
     uniform_share,
 )
-from vpt_fast.cli import app
-from vpt_fast.inspection_report import image_names
+from vpt_fast.cli.app import app
+from vpt_fast.reports.inspection import image_names
 
 CASES = {
     "shallow": VPTShallow(3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.launches import counted, main, of_a_block, providers
+from bench.counted.launches import counted, main, of_a_block, providers
 from vpt_fast.kernels.runtime.launch import Launch
 
 FORWARD, BACKWARD = 9, 13

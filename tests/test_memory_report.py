@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, memory_report
+from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow
 from vpt_fast.analysis.activation_memory import EAGER, PLAIN, PROVIDERS
 from vpt_fast.analysis.memory_profile import Point, points_of, words
-from vpt_fast.memory_picture import _apart
-from vpt_fast.memory_report import HEADER, report_memory
 from vpt_fast.methods import Method
+from vpt_fast.reports import memory as memory_report
+from vpt_fast.reports.memory import HEADER, report_memory
+from vpt_fast.reports.memory_picture import _apart
 
 OPTIONS: dict[str, Any] = {"img_size": 32, "batch_size": 4, "progress": False}
 

@@ -15,17 +15,17 @@ import pytest
 from pictures import make_folders, write_checkpoint, write_image
 from typer.testing import CliRunner
 
-from vpt_fast.cli import app
-from vpt_fast.train.page_classes import (
+from vpt_fast.cli.app import app
+from vpt_fast.reports.page.classes import (
     class_rows,
     count_confusions,
     frequent_confusions,
     shown_matrix,
 )
-from vpt_fast.train.page_evaluation import EvaluationOptions, evaluate_run
-from vpt_fast.train.page_experts import expert_use
-from vpt_fast.train.page_mistakes import worst_mistakes
-from vpt_fast.train.page_runs import read_runs
+from vpt_fast.reports.page.evaluation import EvaluationOptions, evaluate_run
+from vpt_fast.reports.page.experts import expert_use
+from vpt_fast.reports.page.mistakes import worst_mistakes
+from vpt_fast.reports.page.runs import read_runs
 from vpt_fast.train.sweep.report import HEADER
 
 CLASSES = ("<script>alert(1)<", "a & b", '"red"')

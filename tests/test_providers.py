@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.providers import (
+from bench.providers.models import (
     COMPILED,
     CUDNN,
     CUDNN_FIRST,

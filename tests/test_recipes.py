@@ -13,7 +13,7 @@ from test_data import CONFIG
 from typer.testing import CliRunner
 
 from vpt_fast import VAPT, AdapterTuning, LinearProbe, VPTDeep, VPTShallow
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 from vpt_fast.methods import METHODS
 from vpt_fast.train.common.paper_settings import RECIPES, default_optimizer, paper_settings
 from vpt_fast.train.data.augmentation import Augmentation

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import host, host_page, roofline, roofline_page
-from bench.gpus import DEFAULT, GPUS, Assumptions, gpu_of
-from bench.providers import COMPILED, PROVIDERS
-from bench.roofline import beside, main, shrinks
-from bench.step_model import (
+from bench import host, host_page
+from bench.counted import roofline, roofline_page
+from bench.counted.gpus import DEFAULT, GPUS, Assumptions, gpu_of
+from bench.counted.roofline import beside, main, shrinks
+from bench.counted.step_model import (
     DEVICE,
     HOST,
     Case,
@@ -24,7 +24,8 @@ from bench.step_model import (
     modelled_case,
     work,
 )
-from bench.trace import Op, Region
+from bench.counted.trace import Op, Region
+from bench.providers.models import COMPILED, PROVIDERS
 
 TINY = "vit_tiny_patch16_224"
 H100 = GPUS["H100"]

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from examples.serve.uploads import prepare
 from vpt_fast import PromptBank
-from vpt_fast.cli import app as command
+from vpt_fast.cli.app import app as command
 from vpt_fast.train.data.pictures import FORMATS
 
 UPLOAD = 100_000

@@ -13,7 +13,7 @@ from pictures import CLASSES, make_folders, write_checkpoint, write_image
 from PIL import Image
 from typer.testing import CliRunner
 
-from vpt_fast.cli import app
+from vpt_fast.cli.app import app
 from vpt_fast.train.data.fgvc import read_fgvc
 from vpt_fast.train.data.images import SkippedImage, make_loader
 from vpt_fast.train.data.sources import FORMATS, open_source

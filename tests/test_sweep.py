@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from vpt_fast import LinearProbe, VPTDeep
-from vpt_fast.cli_common import make_method
+from vpt_fast.cli.common import make_method
 from vpt_fast.methods import Method
 from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.loop.evaluate import TrainingError

@@ -16,7 +16,7 @@ from vpt_fast.analysis.attention_shares import (
     query_name,
     uniform_share,
 )
-from vpt_fast.memory_report import report_memory
+from vpt_fast.reports.memory import report_memory
 from vpt_fast.train.loop.prefix_cache import frozen_blocks
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import launches
-from bench.fusion import fused
-from bench.providers import provide
-from bench.step_trace import CLASSES, step_ops
-from bench.trace import Op, counts, traced
+from bench.counted import launches
+from bench.counted.fusion import fused
+from bench.counted.step_trace import CLASSES, step_ops
+from bench.counted.trace import Op, counts, traced
+from bench.providers.models import provide
 from vpt_fast import VPTDeep
 from vpt_fast.kernels.runtime.launch import Launch
 

@@ -6,17 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from bench.attention_ways import AttentionCase
-from bench.bank_model_ways import BankModelCase
-from bench.bank_ways import OWN_NAMES, BankAttentionCase
-from bench.cases import INFERENCE, SWIN, Case
-from bench.expert_ways import PROVIDERS as EXPERT_PROVIDERS
-from bench.expert_ways import ExpertCase
+from bench.compare.cases import INFERENCE, SWIN, Case
 from bench.gpu.checks import kernel_cases
 from bench.gpu.models import ModelCheck
 from bench.gpu.steps import KINDS, StepCheck
 from bench.gpu.subjects import CeilingsWanted, Comparison, FactsWanted, Job, KernelCheck, Subject
-from bench.providers import COMPILED, CUDNN, GPU_EAGER, GPU_PROVIDERS, OURS, PUBLISHED, WITHOUT
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import OWN_NAMES, BankAttentionCase
+from bench.providers.bank_models import BankModelCase
+from bench.providers.experts import PROVIDERS as EXPERT_PROVIDERS
+from bench.providers.experts import ExpertCase
+from bench.providers.models import (
+    COMPILED,
+    CUDNN,
+    GPU_EAGER,
+    GPU_PROVIDERS,
+    OURS,
+    PUBLISHED,
+    WITHOUT,
+)
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 _SECONDS = {

@@ -14,12 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import attention_ways, bank_ways, expert_ways
-from bench.attention_ways import AttentionCase
-from bench.bank_ways import BankAttentionCase, HeadsCase, check_heads, run_heads
-from bench.correctness import Check, Results, budget, largest_error
-from bench.expert_ways import ExpertCase
-from bench.providers import OURS
+from bench.compare.correctness import Check, Results, budget, largest_error
+from bench.providers import (
+    attention as attention_ways,
+)
+from bench.providers import (
+    bank_attention as bank_ways,
+)
+from bench.providers import (
+    experts as expert_ways,
+)
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import BankAttentionCase, HeadsCase, check_heads, run_heads
+from bench.providers.experts import ExpertCase
+from bench.providers.models import OURS
 from vpt_fast.ops.rowwise.activation import KINDS, activation, activation_backward
 from vpt_fast.ops.rowwise.residual_norm import residual_norm, residual_norm_backward
 

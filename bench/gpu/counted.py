@@ -1,6 +1,6 @@
 """Counted FLOP and bytes of what was timed, and the time that a model gives it.
 
-The one place that asks `bench.trace` and `bench.step_model` for the GPU benchmark.
+The one place that asks `bench.counted.trace` and `bench.counted.step_model` for the GPU benchmark.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import attention_ways, fusion, host_page, step_model
-from bench.attention_ways import AttentionCase
-from bench.cases import DTYPES, STEP, Case
-from bench.collect import Row
-from bench.gpus import Assumptions, gpu_of
-from bench.providers import COMPILED, PUBLISHED, base
-from bench.step_trace import CLASSES, step_ops
-from bench.trace import Op, traced
+from bench import host_page
+from bench.compare.cases import DTYPES, STEP, Case
+from bench.compare.collect import Row
+from bench.counted import fusion, step_model
+from bench.counted.gpus import Assumptions, gpu_of
+from bench.counted.step_trace import CLASSES, step_ops
+from bench.counted.trace import Op, traced
+from bench.providers import attention as attention_ways
+from bench.providers.attention import AttentionCase
+from bench.providers.models import COMPILED, PUBLISHED, base
 
 
 class Counted(NamedTuple):
@@ -33,7 +35,7 @@ def count(subject: object, provider: str, dtype: str, device: str) -> Counted | 
 
     Args:
         subject: what was timed.
-        provider: of `bench.providers`; compiled ones after ideal fusion.
+        provider: of `bench.providers.models`; compiled ones after ideal fusion.
         dtype: of attention; a `Case` says its own.
         device: its name; a time is modelled where its peaks are known.
 

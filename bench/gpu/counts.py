@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench import collect, fusion
-from bench.attention_ways import AttentionCase
-from bench.cases import STEP, Case
+from bench.compare import collect
+from bench.compare.cases import STEP, Case
+from bench.counted import fusion
 from bench.gpu import page
 from bench.gpu.counted import Counted, count, rates
 from bench.gpu.record import FIELDS, write
+from bench.providers.attention import AttentionCase
 
 Task = tuple[Case | AttentionCase, str, str, str]
 """Arguments of `bench.gpu.counted.count`."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench.correctness import Results, largest_error
-from bench.device_timer import CpuTimer, CudaTimer, Run, Timer
+from bench.compare.correctness import Results, largest_error
+from bench.compare.device_timer import CpuTimer, CudaTimer, Run, Timer
 
 HOST_ROUNDS = 9
 LOAD_SECONDS = 0.15

@@ -15,17 +15,14 @@ from typing import Any
 
 import torch
 
-from bench import attention_ways, bank_model_ways, bank_ways, expert_ways
-from bench.attention_ways import AttentionCase
-from bench.bank_model_ways import BankModelCase
-from bench.bank_ways import BankAttentionCase
-from bench.cases import DTYPES, INFERENCE, Case
 from bench.ceilings import measure_ceilings
-from bench.collect import Row, percentiles, ratios
-from bench.correctness import SLACK, Check, Truth
-from bench.device_timer import Run, Timer, repeats, times_of
-from bench.expert_ways import ExpertCase
-from bench.facts import facts
+from bench.compare.cases import DTYPES, INFERENCE, Case
+from bench.compare.collect import Row, percentiles, ratios
+from bench.compare.correctness import SLACK, Check, Truth
+from bench.compare.device_timer import Run, Timer, repeats, times_of
+from bench.compare.facts import facts
+from bench.compare.interleave import Times
+from bench.compare.rounds import work
 from bench.gpu.checks import check_kernel
 from bench.gpu.device import Device, replay_error
 from bench.gpu.outcome import Outcome, Tell, nobody
@@ -38,9 +35,23 @@ from bench.gpu.subjects import (
     Subject,
     facts_of,
 )
-from bench.interleave import Times
-from bench.providers import COMPILED, OURS
-from bench.turns import work
+from bench.providers import (
+    attention as attention_ways,
+)
+from bench.providers import (
+    bank_attention as bank_ways,
+)
+from bench.providers import (
+    bank_models as bank_model_ways,
+)
+from bench.providers import (
+    experts as expert_ways,
+)
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import BankAttentionCase
+from bench.providers.bank_models import BankModelCase
+from bench.providers.experts import ExpertCase
+from bench.providers.models import COMPILED, OURS
 
 ROUNDS = {"cuda": 15, "cpu": 3}
 GRAPH_ROUNDS = {"cuda": 10, "cpu": 0}

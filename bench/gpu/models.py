@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.cases import Case
-from bench.correctness import Truth
+from bench.compare.cases import Case
+from bench.compare.correctness import Truth
 from bench.gpu.device import Device
 from bench.gpu.outcome import Tell
-from bench.providers import OURS
+from bench.providers.models import OURS
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.ceilings import Ceilings
-from bench.collect import Row
+from bench.compare.collect import Row
 
 Tell = Callable[[str, Any], None]
 """tell(kind, value): an event of `Outcome.take`."""

@@ -1,7 +1,7 @@
 """One page of plots of a GPU benchmark's results.
 
 Times, memory and ceilings are measured, FLOP and bytes counted, and the times on the last
-diagram's horizontal axis modelled (`bench.roofline`), for GPUs whose peaks are known.
+diagram's horizontal axis modelled (`bench.counted.roofline`), for GPUs whose peaks are known.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bench.cases import STEP
+from bench.compare.cases import STEP
+from bench.compare.plots import COLOUR, Row, most_varied, select
 from bench.gpu.counted import Counted
-from bench.plots import COLOUR, Row, most_varied, select
-from bench.providers import GPU_PROVIDERS, OURS, PUBLISHED
+from bench.providers.models import GPU_PROVIDERS, OURS, PUBLISHED
 from vpt_fast.train.common.curves import GRID, INK, MUTED
 
 _GRAPH_ALPHA = 0.45

@@ -13,11 +13,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
-from bench.cases import DTYPES, Case
+from bench.compare.cases import DTYPES, Case
+from bench.compare.rounds import work
 from bench.gpu.device import Device
 from bench.gpu.outcome import Tell
-from bench.providers import OURS, provide
-from bench.turns import work
+from bench.providers.models import OURS, provide
 
 COLUMNS = (
     "provider", "what", "name", "calls", "us", "share", "tflops", "gb_per_s", "shapes",

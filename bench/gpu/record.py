@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 
-from bench import collect
-from bench.collect import Row
-from bench.facts import file_stem
+from bench.compare import collect
+from bench.compare.collect import Row
+from bench.compare.facts import file_stem
 
 BESIDE = ("host_ms", "sm_mhz", "watts", "memory", "tokens", "heads", "head_dim")
 """What only a GPU's results have beside a time: the host's own time until the last launch, clock

@@ -6,7 +6,7 @@
 
 It runs from the source tree, installed or not, and ends in its minutes whatever hangs. Every row
 and line is written as soon as it is there. Every provider is held against fp64 on the device before
-it is timed (`bench.correctness`). Times are of CUDA events, in turns; `graph_p50_ms` is a replay of
+it is timed (`bench.compare.correctness`). Times are of CUDA events, in turns; `graph_p50_ms` is a replay of
 the same step as a CUDA graph, `host_ms` the host's time until its last launch. Ceilings are
 measured in the same run. Peak memory is what a provider's own model, images and step need: what
 else is on the device is subtracted. What there was no time for is printed. The exit status is 1 if
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from bench.collect import RESULTS
-from bench.facts import facts
+from bench.compare.collect import RESULTS
+from bench.compare.facts import facts
 from bench.gpu.cases import TINY, Plan
 from bench.gpu.counts import add_counts
 from bench.gpu.record import Record
@@ -33,7 +33,7 @@ from bench.gpu.session import DTYPE, Budget, Session
 from bench.gpu.stages import STAGES, Run, run_stages
 from bench.gpu.subjects import FactsWanted
 from bench.gpu.worker import InProcess, Worker
-from bench.providers import EAGER, GPU_PROVIDERS
+from bench.providers.models import EAGER, GPU_PROVIDERS
 
 _END_SECONDS = 20.0
 """After its minutes a run that is still there ends, wherever it is."""

@@ -14,12 +14,12 @@ from functools import partial
 
 import torch
 
-from bench.cases import DTYPES, SWIN, Case
+from bench.compare.cases import DTYPES, SWIN, Case
+from bench.compare.rounds import work
 from bench.gpu.cases import TINY
 from bench.gpu.checks import kernel_cases, launches_alone
 from bench.gpu.keys import stable_keys
-from bench.providers import OURS, provide
-from bench.turns import work
+from bench.providers.models import OURS, provide
 
 
 def _step(case: Case, device: str) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bench.ceilings import Ceilings
-from bench.collect import Row
+from bench.compare.collect import Row
 from bench.gpu.cases import guessed_seconds, only
 from bench.gpu.outcome import Outcome
 from bench.gpu.record import Record
 from bench.gpu.subjects import Comparison, Job, KernelCheck, Subject, facts_of
 from bench.gpu.worker import InProcess, Lost, Worker
-from bench.providers import COMPILED, OURS
+from bench.providers.models import COMPILED, OURS
 
 _PATIENCE = 2.0
 """A job that takes so many times what it was guessed to is stopped."""

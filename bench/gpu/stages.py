@@ -25,7 +25,7 @@ from bench.gpu.profile import ProfileWanted
 from bench.gpu.programs import run_program
 from bench.gpu.session import Budget, Session
 from bench.gpu.tiles import TilesWanted
-from bench.providers import COMPILED, OURS, PUBLISHED, WITHOUT
+from bench.providers.models import COMPILED, OURS, PUBLISHED, WITHOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _TESTS_SHARE = 0.75

@@ -16,12 +16,12 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.cases import Case
-from bench.correctness import SLACK, Results, Truth, largest_error
+from bench.compare.cases import Case
+from bench.compare.correctness import SLACK, Results, Truth, largest_error
+from bench.compare.rounds import step
 from bench.gpu.device import Device, replay_error
 from bench.gpu.outcome import Tell
-from bench.providers import OURS, provide
-from bench.turns import step
+from bench.providers.models import OURS, provide
 
 KINDS = ("graph", "parallel", "compile")
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from bench.attention_ways import AttentionCase
-from bench.bank_model_ways import BankModelCase
-from bench.bank_ways import BankAttentionCase
-from bench.cases import Case
-from bench.collect import Row
-from bench.expert_ways import ExpertCase
+from bench.compare.cases import Case
+from bench.compare.collect import Row
 from bench.gpu.checks import KernelCase
 from bench.gpu.device import Device
 from bench.gpu.outcome import Tell
 from bench.gpu.record import FIELDS
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import BankAttentionCase
+from bench.providers.bank_models import BankModelCase
+from bench.providers.experts import ExpertCase
 
 
 @dataclass(frozen=True)

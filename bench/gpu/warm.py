@@ -29,12 +29,11 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.compiler import ASTSource
 
-from bench import attention_ways, bank_ways, expert_ways
-from bench.attention_ways import AttentionCase
-from bench.bank_ways import BankAttentionCase
 from bench.candidates import SHAPES, candidates, current, launch_of
-from bench.cases import DTYPES, INFERENCE, Case
-from bench.expert_ways import ExpertCase
+from bench.compare.cases import DTYPES, INFERENCE, Case
+from bench.compare.rounds import inference, step
+from bench.counted.step_trace import without_values
+from bench.counted.trace import Trace, traced
 from bench.gpu.cases import Plan, correctness_subjects, first_subjects, timed_subjects
 from bench.gpu.checks import launches_alone
 from bench.gpu.keys import stable_keys
@@ -42,11 +41,20 @@ from bench.gpu.models import ModelCheck
 from bench.gpu.steps import StepCheck
 from bench.gpu.subjects import KernelCheck, Subject
 from bench.offline import gpu_target, specialise
-from bench.providers import OURS, provide
-from bench.step_trace import without_values
+from bench.providers import (
+    attention as attention_ways,
+)
+from bench.providers import (
+    bank_attention as bank_ways,
+)
+from bench.providers import (
+    experts as expert_ways,
+)
+from bench.providers.attention import AttentionCase
+from bench.providers.bank_attention import BankAttentionCase
+from bench.providers.experts import ExpertCase
+from bench.providers.models import OURS, provide
 from bench.times import STAGES
-from bench.trace import Trace, traced
-from bench.turns import inference, step
 from vpt_fast.kernels.runtime.launch import Launch, Target
 
 

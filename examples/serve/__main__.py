@@ -11,7 +11,7 @@ import typer
 from examples.serve.app import create_app
 from examples.serve.connections import make_server
 from examples.serve.settings import Settings
-from vpt_fast.cli_common import CHECKPOINT_HELP, Device
+from vpt_fast.cli.common import CHECKPOINT_HELP, Device
 from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.loop.evaluate import resolve_device
 from vpt_fast.train.run.bank_folder import open_bank

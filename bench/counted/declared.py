@@ -1,0 +1,289 @@
+"""What each kernel of ours loads and stores, and the FLOP of its matrix products, declared.
+
+A launch passes some tensors that it does not touch (a tensor stands in for an optional one that is
+absent) and parts of others. Here is written which, per kernel, from its source; each byte counts
+once, however many programs load it: repeated loads are the caches' work. The declarations are held
+against what the kernels load and store when their IR is executed on the CPU
+(tests/test_declared_traffic.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bench.counted import bank_traffic, window_traffic
+from bench.problems import useful_flop
+from vpt_fast.kernels.plan import AttentionProblem
+from vpt_fast.kernels.runtime.launch import Launch
+
+Part = Callable[[Launch, Tensor], Tensor]
+
+
+class Touched(NamedTuple):
+    """Views of the tensors that a launch loads from and stores to."""
+
+    loads: list[Tensor]
+    stores: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One pointer of a kernel.
+
+    Attributes:
+        name: without "_ptr".
+        needs: constexprs without which the kernel does not touch it.
+        part: what of the tensor it touches; all of it by default.
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    part: Part | None = None
+
+    def of(self, launch: Launch) -> Tensor | None:
+        """The view that `launch` touches, or None."""
+        if not all(launch.constexprs[flag] for flag in self.needs):
+            return None
+        tensor = launch.arguments[f"{self.name}_ptr"]
+        return tensor if self.part is None else self.part(launch, tensor)
+
+
+class Declaration(NamedTuple):
+    """Parameters that a kernel loads, and those that it stores to."""
+
+    loads: tuple[Parameter, ...]
+    stores: tuple[Parameter, ...]
+
+
+def _some(names: str) -> tuple[Parameter, ...]:
+    """Parameters by name; `name?` is touched where the launch's HAS_NAME is set."""
+    found = []
+    for word in names.split():
+        name = word.rstrip("?")
+        found.append(Parameter(name, (f"HAS_{name.upper()}",) if word != name else ()))
+    return tuple(found)
+
+
+def _patch_columns(launch: Launch, matrix: Tensor) -> Tensor:
+    """Columns of the patches of a matrix (p, padded); the last tile's padding is loaded too."""
+    patches, step = launch.arguments["num_patches"], launch.constexprs["BLOCK_T"]
+    left = patches % step
+    return matrix[:, : patches - left + (launch.constexprs["BLOCK_TAIL"] if left else 0)]
+
+
+def _patches(launch: Launch, matrix: Tensor) -> Tensor:
+    return matrix[:, : launch.arguments["num_patches"]]
+
+
+def _grid(launch: Launch, matrix: Tensor) -> Tensor:
+    """Columns of a matrix (p, padded) that are patches of the grid."""
+    outer = [launch.constexprs[f"INNER_{n}"] + launch.constexprs["SIZE"] - 1 for n in _AXES]
+    return matrix[:, : math.prod(outer)]
+
+
+_AXES = ("ROWS", "COLUMNS")
+
+
+def _patch_rows(launch: Launch, x: Tensor) -> Tensor:
+    return x[:, x.shape[1] - launch.arguments["num_patches"] :]
+
+
+def _patch_statistics(launch: Launch, statistics: Tensor) -> Tensor:
+    """Mean and the experts' rstd of the patches; norm1's rstd, between them, is not read."""
+    return statistics[::2, :, statistics.shape[2] - launch.arguments["num_patches"] :]
+
+
+def _mix_backward_statistics(launch: Launch, statistics: Tensor) -> Tensor:
+    """norm1's rstd is for the gradient of x only."""
+    return statistics if launch.constexprs["NEEDS_X"] else statistics[::2]
+
+
+_PROMPTS = tuple(Parameter(name, ("HAS_PROMPTS",)) for name in ("prompt_k", "prompt_v"))
+_KEY_GRADIENTS = Declaration(_some("q k v grad_out lse delta"), _some("dk dv"))
+_WINDOW_PROMPTS = Parameter("prompts", ("HAS_PROMPTS",))
+_WINDOW_PADDING = Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.keys_and_values)
+_WINDOWS_FORWARD = Declaration(
+    (*_some("qkv table"), _WINDOW_PADDING, _WINDOW_PROMPTS), _some("out lse")
+)
+_WINDOWS_BACKWARD = Declaration(
+    (
+        Parameter("qkv", part=window_traffic.queries),
+        Parameter("qkv", part=window_traffic.keys_beside_queries),
+        Parameter("table", part=window_traffic.table_beside_queries),
+        Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_beside_queries),
+        Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_beside_tokens),
+        Parameter("out", ("BLOCK_P",)),
+        *_some("grad_out lse"),
+    ),
+    (
+        Parameter("grad_qkv", ("NEEDS_TOKENS",)),
+        Parameter("grad_prompts", ("NEEDS_PROMPTS",)),
+        Parameter("grad_scores", ("NEEDS_TABLE",)),
+    ),
+)
+_WINDOWS_KEYS = (
+    Parameter("qkv", part=window_traffic.queries),
+    Parameter("qkv", part=window_traffic.keys_of_tiles),
+    Parameter("table", part=window_traffic.table_of_tiles),
+    Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_of_tiles),
+    Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_of_tiles),
+    *_some("grad_out lse delta"),
+)
+_FEATURES = "mixed mix_sum weight shift bias? channels? down up"
+
+DECLARATIONS = {
+    "forward": Declaration((*_some("q k v"), *_PROMPTS), _some("out lse")),
+    "ragged_forward": Declaration(
+        (
+            *_some("q k v starts counts"),
+            *(Parameter(f"prompt_{part}", part=bank_traffic.prompts_at_rest) for part in "kv"),
+            *(Parameter(f"made_{part}", part=bank_traffic.prompts_made) for part in "kv"),
+        ),
+        _some("out lse"),
+    ),
+    "grouped_heads": Declaration(
+        (
+            *_some("starts counts offsets"),
+            Parameter("features", part=bank_traffic.features_of_heads),
+            Parameter("weight", part=bank_traffic.rows_of_heads),
+            Parameter("bias", part=bank_traffic.rows_of_heads),
+        ),
+        _some("out"),
+    ),
+    "dq": Declaration((*_some("q k v out grad_out lse"), *_PROMPTS), _some("delta dq")),
+    "delta": Declaration(_some("out grad_out"), _some("delta")),
+    "token_dkdv": _KEY_GRADIENTS,
+    "prompt_dkdv": _KEY_GRADIENTS,
+    "shared_prompt_dkdv": _KEY_GRADIENTS,
+    "window_forward": _WINDOWS_FORWARD,
+    "window_forward_tiled": _WINDOWS_FORWARD,
+    "window_backward": _WINDOWS_BACKWARD,
+    "window_backward_dbias": _WINDOWS_BACKWARD,
+    "window_dq": Declaration(
+        (*_some("qkv table out grad_out lse"), _WINDOW_PADDING, _WINDOW_PROMPTS),
+        (*_some("delta"), Parameter("grad_qkv", part=window_traffic.queries)),
+    ),
+    "window_delta": Declaration(_some("out grad_out"), _some("delta")),
+    "window_dkdv": Declaration(
+        _WINDOWS_KEYS,
+        (
+            Parameter("grad_qkv", ("NEEDS_TOKENS",), window_traffic.keys_and_values),
+            Parameter("grad_prompts", ("NEEDS_PROMPTS",)),
+        ),
+    ),
+    "window_dbias": Declaration(_WINDOWS_KEYS, _some("grad_scores")),
+    "fold": Declaration(_some("weight kernel"), _some("mix sum")),
+    "fold_backward": Declaration(
+        (*_some("weight kernel grad_sum"), Parameter("grad_mix", part=_grid)),
+        _some("grad_weight grad_kernel"),
+    ),
+    "mix": Declaration(
+        (
+            Parameter("x", part=_patch_rows),
+            Parameter("mix", part=_patch_columns),
+            Parameter("statistics", part=_patch_statistics),
+        ),
+        _some("mixed"),
+    ),
+    "mix_backward": Declaration(
+        (
+            *_some("x grad_mixed"),
+            Parameter("statistics", part=_mix_backward_statistics),
+            Parameter("mix", ("NEEDS_X",), _patches),
+            Parameter("weight", ("NEEDS_X", "HAS_WEIGHT")),
+            Parameter("grad_y", ("NEEDS_X",)),
+            Parameter("grad_sum", ("NEEDS_X", "HAS_SUM")),
+        ),
+        (Parameter("grad_x", ("NEEDS_X",)), Parameter("grad_mix", ("NEEDS_MIX",))),
+    ),
+    "features": Declaration(
+        _some(f"{_FEATURES} hidden? norm_weight? norm_bias?"), _some("out mean rstd")
+    ),
+    "features_backward": Declaration(
+        _some(f"{_FEATURES} hidden? norm_weight? mean rstd grad"), _some("grad_mixed units sums")
+    ),
+    "weight_gradient": Declaration(
+        (
+            *_some(f"{_FEATURES} norm_weight? mean rstd grad units"),
+            Parameter("sums", part=lambda _, sums: sums[2:]),
+        ),
+        _some("out"),
+    ),
+    "residual_norm": Declaration(
+        (
+            *_some("residual branch? weight? bias?"),
+            Parameter("scale", ("HAS_BRANCH", "HAS_SCALE")),
+        ),
+        (Parameter("sum", ("HAS_BRANCH",)), *_some("y statistics")),
+    ),
+    "residual_norm_backward": Declaration(
+        (
+            *_some("x weight? grad_y"),
+            Parameter("grad_sum", ("HAS_SUM",)),
+            Parameter("statistics", part=lambda _, statistics: statistics[:2]),
+            Parameter("scale", ("NEEDS_BRANCH", "HAS_SCALE")),
+        ),
+        (*_some("grad_x"), Parameter("grad_branch", ("NEEDS_BRANCH",))),
+    ),
+    "activation": Declaration(_some("h bias?"), _some("out")),
+    "activation_backward": Declaration(_some("h bias? grad"), _some("grad")),
+}
+"""By the name of the launch."""
+
+
+def declared(launch: Launch) -> Touched:
+    """What a launch loads and stores.
+
+    Raises:
+        ValueError: the kernel is not declared.
+    """
+    if launch.name not in DECLARATIONS:
+        raise ValueError(
+            f"kernel {launch.name!r} has no declaration; add it to bench.counted.declared.DECLARATIONS"
+        )
+    loads, stores = DECLARATIONS[launch.name]
+    return Touched(_views(launch, loads), _views(launch, stores))
+
+
+def _views(launch: Launch, parameters: tuple[Parameter, ...]) -> list[Tensor]:
+    views = (parameter.of(launch) for parameter in parameters)
+    return [view for view in views if view is not None]
+
+
+def product_flop(launch: Launch) -> int:
+    """FLOP of the matrix products that a launch is for, without padding and repeated parts.
+
+    Attention's are `bench.problems.useful_flop`, what it computes again in the backward pass
+    included: seven products where a backward pass in one kernel takes five; that in windows
+    `bench.counted.window_traffic.window_flop`, and those for many tasks `bench.counted.bank_traffic.bank_flop`.
+    Passes over rows have none.
+    """
+    given: Any = launch.arguments
+    if launch.name in ("forward", "dq", "token_dkdv", "prompt_dkdv", "shared_prompt_dkdv"):
+        batch, queries, heads, dim = given["q_ptr"].shape
+        prompts = given.get("num_prompts", 0)
+        keys = given.get("num_keys", 0)
+        if launch.name == "prompt_dkdv":
+            prompts, keys = keys, 0
+        problem = AttentionProblem(
+            keys, prompts, dim, num_queries=queries, batch=batch, num_heads=heads
+        )
+        return useful_flop(launch.name, problem)
+    if launch.name.startswith("window_"):
+        return window_traffic.window_flop(launch)
+    if launch.name in ("ragged_forward", "grouped_heads"):
+        return bank_traffic.bank_flop(launch)
+    if launch.name in ("mix", "mix_backward"):
+        products = 1 if launch.name == "mix" else 1 + bool(launch.constexprs["NEEDS_X"])
+        batch, _, width = given["x_ptr"].shape
+        return 2 * products * batch * given["num_prompts"] * given["num_patches"] * width
+    if launch.name in ("features", "features_backward", "weight_gradient"):
+        products = 2 if launch.name == "features" else 4
+        hidden, width = given["down_ptr"].shape
+        return 2 * products * given["num_rows"] * hidden * width
+    return 0

@@ -1,0 +1,117 @@
+"""Ideal fusion of a trace: a lower bound for what torch.compile makes of eager PyTorch.
+
+Matrix products and attention stay as they are. Between two of them, whatever passes over memory
+and shares a tensor becomes one launch. It reads once what was made outside of it, and writes only
+what is read outside of it, or by nobody: that is a result of the step. A compiler may do worse
+(sums over rows and over the batch do not always fit in one kernel); it may do better only where it
+moves a pass to the other side of a product, or makes it again in place of keeping its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.counted.trace import Op, Region
+
+NAME = "ideal fusion, a lower bound for torch.compile"
+
+Readers = dict[tuple[int, int], set[int]]
+"""Operators that read what an operator wrote to an allocation, by the two."""
+
+
+def fused(ops: Sequence[Op]) -> list[Op]:
+    """The launches of a whole step after ideal fusion (see the module).
+
+    Args:
+        ops: of a whole step, in order: what is read later has to be in it.
+    """
+    makers = _makers(ops)
+    result: list[Op] = []
+    run: list[int] = []
+    readers = _readers(ops, makers)
+    for index, op in enumerate(ops):
+        if op.kind == "elementwise":
+            run.append(index)
+            continue
+        result += _fuse_run(ops, run, makers, readers)
+        result.append(op)
+        run = []
+    return result + _fuse_run(ops, run, makers, readers)
+
+
+def _makers(ops: Sequence[Op]) -> list[list[set[int]]]:
+    """For every region that an operator reads, the operators that wrote it."""
+    written: dict[int, list[tuple[int, Region]]] = {}
+    found = []
+    for index, op in enumerate(ops):
+        found.append([_writers(written.get(r.storage, []), r) for r in op.reads])
+        for region in op.writes:
+            written.setdefault(region.storage, []).append((index, region))
+    return found
+
+
+def _writers(history: list[tuple[int, Region]], region: Region) -> set[int]:
+    """Who wrote a region: those since the last that wrote all of it."""
+    found = set()
+    for index, written in reversed(history):
+        found.add(index)
+        if written.layout == region.layout or written.nbytes == written.whole:
+            break
+    return found
+
+
+def _readers(ops: Sequence[Op], makers: list[list[set[int]]]) -> Readers:
+    found: Readers = {}
+    for reader, op in enumerate(ops):
+        for region, made_by in zip(op.reads, makers[reader], strict=True):
+            for maker in made_by:
+                found.setdefault((maker, region.storage), set()).add(reader)
+    return found
+
+
+def _fuse_run(
+    ops: Sequence[Op],
+    run: list[int],
+    makers: list[list[set[int]]],
+    readers: Readers,
+) -> list[Op]:
+    return [_kernel(ops, group, makers, readers) for group in _groups(ops, run)]
+
+
+def _groups(ops: Sequence[Op], run: list[int]) -> list[list[int]]:
+    """Operators of a run in groups that share tensors, each in order."""
+    groups: list[tuple[set[int], list[int]]] = []
+    for index in run:
+        touched = {r.storage for r in (*ops[index].reads, *ops[index].writes)}
+        members = [index]
+        for group in [g for g in groups if g[0] & touched]:
+            groups.remove(group)
+            touched |= group[0]
+            members = group[1] + members
+        groups.append((touched, members))
+    return [sorted(members) for _, members in groups]
+
+
+def _kernel(
+    ops: Sequence[Op],
+    group: list[int],
+    makers: list[list[set[int]]],
+    readers: Readers,
+) -> Op:
+    """One launch in place of a group."""
+    if len(group) == 1:
+        return ops[group[0]]
+    inside = set(group)
+    reads = tuple(
+        region
+        for index in group
+        for region, made_by in zip(ops[index].reads, makers[index], strict=True)
+        if not made_by or made_by - inside
+    )
+    writes = tuple(
+        region
+        for index in group
+        for region in ops[index].writes
+        if not (read_by := readers.get((index, region.storage))) or read_by - inside
+    )
+    return Op("fused", "elementwise", reads, writes)

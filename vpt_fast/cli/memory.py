@@ -1,0 +1,94 @@
+"""The command of `vpt-fast` that shows what a training step keeps in memory."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vpt_fast.analysis.activation_memory import DTYPES
+from vpt_fast.cli.common import make_method, one_line_errors
+from vpt_fast.methods import METHODS
+
+NUM_PROMPTS = 50
+PROMPTS = "0,10,50,100,200"
+
+
+def memory_profile(
+    model: Annotated[
+        str, typer.Option(help="timm's name of a vision transformer, or vpt_fast_demo.")
+    ] = "vit_base_patch16_224",
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "vpt-deep",
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts of each block where the number of prompted blocks varies (vpt-deep "
+            f"only); by default {NUM_PROMPTS}."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P,P,...",
+            help="Numbers of prompts where all of the method's blocks are prompted; 0 is the model "
+            f"without prompts and with the gradient through all blocks. By default {PROMPTS}.",
+        ),
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Prompt dropout, in [0, 1); by default 0.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images per step.")] = 64,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="Image size in pixels; by default the model's.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help=f"Of weights and images: {', '.join(DTYPES)}.")
+    ] = "bfloat16",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for memory.csv and memory.png: new, empty or of an earlier memory, whose "
+            "files are replaced; by default output/memory-<model>-<method>.",
+        ),
+    ] = None,
+) -> None:
+    """Shows the bytes a training step keeps for backward, by prompted blocks and by prompts.
+
+    Counted for eager PyTorch and every memory mode, without running anything, so no GPU is needed.
+    With a CUDA GPU the peak memory of a real step is measured as well.
+    """
+    # matplotlib takes long to import, and the other commands do not draw.
+    from vpt_fast.reports.memory import report_memory
+
+    with one_line_errors():
+        chosen = make_method(method, {"dropout": dropout})
+        if num_prompts is not None and method != "vpt-deep":
+            raise ValueError(
+                f"--num-prompts is for the number of prompted blocks, which --method {method} does "
+                "not vary; use --prompts"
+            )
+        if prompts is not None and "num_prompts" not in {field.name for field in fields(chosen)}:
+            raise ValueError(f"--method {method} has no option --prompts; leave it out")
+        report_memory(
+            model,
+            chosen,
+            output or Path("output") / f"memory-{model}-{method}",
+            num_prompts=NUM_PROMPTS if num_prompts is None else num_prompts,
+            prompts=_numbers(PROMPTS if prompts is None else prompts),
+            batch_size=batch_size,
+            img_size=img_size,
+            dtype=dtype,
+            log=typer.echo,
+        )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"--prompts is {text!r}; give numbers with commas between them, such as {PROMPTS}"
+        ) from error

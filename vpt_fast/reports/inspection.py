@@ -1,0 +1,247 @@
+"""The folder that `vpt-fast inspect` writes: shares and mixing maps as CSV and as pictures."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vpt_fast.analysis.attention_shares import (
+    attention_shares,
+    mixing_maps,
+    query_name,
+    uniform_share,
+)
+from vpt_fast.reports.inspection_pictures import Mixing, Shares, save_attention, save_mixing
+from vpt_fast.train.common.curves import format_table
+from vpt_fast.train.common.output_folder import ReportFolder, write_csv
+from vpt_fast.train.data import images as data
+from vpt_fast.train.data.pictures import load_image, reading
+
+ATTENTION_FILE, MIXING_FILE, PICTURE_FILE = "attention.csv", "mixing.csv", "attention.png"
+ATTENTION_HEADER = ("image", "block", "head", "prompt", "share")
+MIXING_HEADER = ("block", "prompt", "row", "column", "weight")
+FOLDER = ReportFolder(
+    "inspect",
+    re.compile(r"attention\.csv|mixing\.csv|attention(_.+)?\.png|mixing_.+_block\d+\.png"),
+    ATTENTION_FILE,
+    ATTENTION_HEADER,
+)
+# In characters of up to 4 bytes; file systems take 255 bytes.
+_NAME_LENGTH = 56
+
+
+@dataclass(frozen=True)
+class _Inspected:
+    """One image: its path and name in file names, its pixels (H, W, 3), shares (blocks, H, p).
+
+    Where blocks have fewer heads than others, those that they lack are NaN.
+    """
+
+    path: Path
+    name: str
+    pixels: np.ndarray
+    shares: np.ndarray
+
+
+def inspect_images(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    paths: Sequence[Path],
+    output: Path,
+    log: Callable[[str], None] = print,
+) -> list[str]:
+    """Writes what the prompts of a tuned model do with images, and says what it found.
+
+    Args:
+        model: tuned with prompts, on any device.
+        inputs: input configuration, as timm.data.resolve_model_data_config returns it.
+        paths: image files; a path that is given twice counts once.
+        output: a folder that is new, empty or of an earlier call.
+        log: called with lines of text.
+
+    Returns:
+        Why images could not be decoded, one line each. If none could, nothing has been written.
+
+    Raises:
+        ValueError: the model has no prompts, or there are no paths.
+        FileExistsError: `output` holds something else.
+    """
+    if not paths:
+        raise ValueError("there are no images to inspect; give at least one path")
+    FOLDER.check(output)
+    maps = {index: weights.cpu().numpy() for index, weights in mixing_maps(model).items()}
+    transform, how = data.eval_transform(inputs), reading(inputs)
+    names = image_names(list(dict.fromkeys(paths)))
+    found: list[_Inspected] = []
+    failed: list[str] = []
+    blocks: list[int] = []
+    for path, name in names.items():
+        try:
+            image = load_image(path, **how)
+        except ValueError as error:
+            failed.append(str(error))
+            continue
+        tensor = transform(image)
+        records = attention_shares(model, _like(model, tensor[None]))
+        blocks = [record.block for record in records]
+        shares = _stacked([record.prompts[0].cpu().numpy() for record in records])
+        found.append(_Inspected(path, name, _pixels(tensor, inputs), shares))
+    if found:
+        FOLDER.claim(output)
+        _write_tables(output, found, blocks, maps)
+        pictures = _draw(output, model, found, blocks, maps)
+        log(_summary(model, found, blocks, maps))
+        log(f"written to {output}: {_listing(pictures, maps)}")
+    return failed
+
+
+def image_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """A name of its own for each path: its stem, with the folder's name if stems are equal."""
+    stems = Counter(path.stem.casefold() for path in paths)
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        equal = stems[path.stem.casefold()] > 1
+        folder = path.resolve().parent.name
+        base = (f"{folder}_{path.stem}" if equal else path.stem)[-_NAME_LENGTH:]
+        name, number = base, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{base}_{number}"
+        taken.add(name.casefold())
+        names[path] = name
+    return names
+
+
+def _like(model: nn.Module, images: Tensor) -> Tensor:
+    weight = next(model.parameters())
+    return images.to(weight.device, weight.dtype)
+
+
+def _pixels(tensor: Tensor, inputs: dict[str, Any]) -> np.ndarray:
+    """The image as the model sees it, (H, W, 3) in [0, 1]."""
+    mean, std = (torch.tensor(inputs[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
+    image = (tensor * std + mean).clamp(0, 1).expand(3, -1, -1)
+    return image.permute(1, 2, 0).numpy()
+
+
+def _stacked(shares: Sequence[np.ndarray]) -> np.ndarray:
+    """(blocks, H, p) of blocks' shares (heads, p), NaN where a block has fewer heads than H."""
+    heads = max(len(values) for values in shares)
+    return np.stack(
+        [np.pad(v, ((0, heads - len(v)), (0, 0)), constant_values=np.nan) for v in shares]
+    )
+
+
+def _write_tables(
+    output: Path, found: Sequence[_Inspected], blocks: Sequence[int], maps: dict[int, np.ndarray]
+) -> None:
+    attention = (
+        (image.path, blocks[block], head, prompt, f"{share:.9g}")
+        for image in found
+        for (block, head, prompt), share in np.ndenumerate(image.shares)
+        if not np.isnan(share)
+    )
+    write_csv(output / ATTENTION_FILE, ATTENTION_HEADER, attention)
+    if maps:
+        mixing = (
+            (block, *place, f"{weight:.9g}")
+            for block, weights in maps.items()
+            for place, weight in np.ndenumerate(weights)
+        )
+        write_csv(output / MIXING_FILE, MIXING_HEADER, mixing)
+
+
+def _draw(
+    output: Path,
+    model: Any,
+    found: Sequence[_Inspected],
+    blocks: Sequence[int],
+    maps: dict[int, np.ndarray],
+) -> int:
+    """Draws all pictures and returns how many."""
+    count = len(found)
+    mean = np.mean([image.shares for image in found], axis=0)
+    title = "Attention to prompts"
+    whose = f"mean over {count} images" if count > 1 else found[0].name
+    subtitle = f"Share of the attention of the {query_name(model)}, "
+    uniform = uniform_share(model)
+    pixels = None if count > 1 else found[0].pixels
+    everything = Shares("", blocks, mean)
+    save_attention(output / PICTURE_FILE, [everything], title, subtitle + whose, uniform, pixels)
+    for image in found if count > 1 else []:
+        save_attention(
+            output / f"attention_{image.name}.png",
+            [Shares("this image", blocks, image.shares), Shares(f"mean of {count}", blocks, mean)],
+            f"{title}: {image.name}",
+            f"{subtitle}in this image and as the mean over {count} images",
+            uniform,
+            image.pixels,
+        )
+    for image in tqdm(found, desc="pictures", unit="image", leave=False, disable=None):
+        for block, weights in maps.items():
+            shares = np.nanmean(image.shares[blocks.index(block)], axis=0)
+            side = [
+                pixels // n
+                for pixels, n in zip(image.pixels.shape, weights.shape[1:], strict=False)
+            ]
+            mixing = Mixing(block, weights, (side[0], side[1]), shares, image.pixels, image.name)
+            save_mixing(output / f"mixing_{image.name}_block{block:02}.png", mixing)
+    return 1 + (count if count > 1 else 0) + count * len(maps)
+
+
+def _summary(
+    model: Any, found: Sequence[_Inspected], blocks: Sequence[int], maps: dict[int, np.ndarray]
+) -> str:
+    method = model.tune_record.method
+    mean = np.mean([image.shares for image in found], axis=0)  # (blocks, H, p)
+    rows = []
+    for block, shares in zip(blocks, mean, strict=True):
+        heads, prompts = shares.sum(axis=1), np.nanmean(shares, axis=0)
+        heads = heads[~np.isnan(heads)]
+        best = int(prompts.argmax())
+        rows.append(
+            [
+                str(block),
+                f"{100 * heads.mean():.2f}%",
+                f"{100 * heads.min():.2f}% to {100 * heads.max():.2f}%",
+                f"{best} ({100 * prompts[best]:.2f}%)",
+                *([_spread(maps.get(block))] if maps else []),
+            ]
+        )
+    header = ["block", "share of prompts", "over heads", "largest prompt"]
+    header += ["maps differ by"] if maps else []
+    return (
+        f"{method.name}, {_count(method.num_prompts, 'prompt')}, "
+        f"{_count(len(found), 'image')}: share of the attention of the "
+        f"{query_name(model)} (uniform attention: {100 * uniform_share(model):.2f}%)\n"
+        f"{format_table(header, rows)}"
+    )
+
+
+def _spread(weights: np.ndarray | None) -> str:
+    """How much of a block's mixing maps is not common to all prompts: 0% if all are equal."""
+    if weights is None:
+        return "static"
+    size = float(np.linalg.norm(weights))
+    if not size:
+        return "all zero"
+    return f"{100 * float(np.linalg.norm(weights - weights.mean(axis=0))) / size:.3g}%"
+
+
+def _listing(pictures: int, maps: dict[int, np.ndarray]) -> str:
+    tables = [ATTENTION_FILE, *([MIXING_FILE] if maps else [])]
+    return f"{', '.join(tables)}, {_count(pictures, 'picture')} (PNG)"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

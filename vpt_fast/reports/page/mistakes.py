@@ -1,0 +1,105 @@
+"""The worst mistakes of a model, as small pictures inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from vpt_fast.reports.page.evaluation import EvaluatedRun
+
+SHOWN = 12
+"""Mistakes of each kind."""
+_SIDE = 160  # pixels; at twice the density of its place on the page
+_LARGE = 64  # smaller images are kept as they are, to the pixel
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that was taken for another class.
+
+    Attributes:
+        name: Of its file.
+        label, prediction: Names of classes.
+        label_probability, probability: What the model gave to each of them, in [0, 1].
+        loss: Cross-entropy.
+        picture: A data: URI.
+        width, height: Of the picture in pixels.
+        pixelated: Whether it is so small that pixels should be seen as such.
+    """
+
+    name: str
+    label: str
+    prediction: str
+    label_probability: float
+    probability: float
+    loss: float
+    picture: str
+    width: int
+    height: int
+    pixelated: bool
+
+
+@dataclass(frozen=True)
+class WorstMistakes:
+    """The mistakes of the highest loss, and of the others those the model was surest of."""
+
+    total: int
+    highest_loss: list[Mistake]
+    most_confident: list[Mistake]
+
+
+def worst_mistakes(run: EvaluatedRun, count: int = SHOWN) -> WorstMistakes:
+    """Chooses and decodes the worst mistakes.
+
+    Args:
+        run: What was evaluated.
+        count: Largest number of each kind.
+    """
+    labels, predictions = run.evaluation.labels, run.evaluation.predictions
+    wrong = (labels != predictions).nonzero().flatten()
+    by_loss = _first(wrong, run.losses[wrong], count)
+    others = wrong[~torch.isin(wrong, torch.tensor(by_loss, dtype=torch.int64))]
+    sure = run.probabilities[others, predictions[others]]
+    by_confidence = _first(others, sure, count)
+    return WorstMistakes(
+        len(wrong),
+        [_mistake(run, row) for row in by_loss],
+        [_mistake(run, row) for row in by_confidence],
+    )
+
+
+def _first(rows: torch.Tensor, values: torch.Tensor, count: int) -> list[int]:
+    """The rows of the largest values; of equals the first."""
+    order = torch.sort(values, descending=True, stable=True).indices
+    return [int(row) for row in rows[order[:count]]]
+
+
+def _mistake(run: EvaluatedRun, row: int) -> Mistake:
+    label, prediction = int(run.evaluation.labels[row]), int(run.evaluation.predictions[row])
+    image = run.images.load(run.indices[row])
+    image.thumbnail((_SIDE, _SIDE))
+    names = run.images.classes
+    return Mistake(
+        run.name(row),
+        names[label],
+        names[prediction],
+        float(run.probabilities[row, label]),
+        float(run.probabilities[row, prediction]),
+        float(run.losses[row]),
+        data_uri(image),
+        image.width,
+        image.height,
+        max(image.size) < _LARGE,
+    )
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a data: URI, PNG if it is small and JPEG otherwise."""
+    buffer = io.BytesIO()
+    kind = "png" if max(image.size) < _LARGE else "jpeg"
+    image.save(buffer, kind, **({} if kind == "png" else {"quality": 85}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

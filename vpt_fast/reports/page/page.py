@@ -1,0 +1,240 @@
+"""One self-contained HTML page about runs of training: curves, mistakes, use of prompt experts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vpt_fast import __version__
+from vpt_fast.adapter.atomic import atomic_file
+from vpt_fast.reports.page.classes import (
+    MAX_SHOWN,
+    class_rows,
+    count_confusions,
+    frequent_confusions,
+    shown_matrix,
+)
+from vpt_fast.reports.page.evaluation import EvaluatedRun, EvaluationOptions, evaluate_run
+from vpt_fast.reports.page.experts import SEED, ExpertUse, expert_use
+from vpt_fast.reports.page.mistakes import worst_mistakes
+from vpt_fast.reports.page.plots import Curve, Line, expert_map, learning_curves, line_of
+from vpt_fast.reports.page.runs import RunFolder, read_runs
+from vpt_fast.reports.page.sweep import is_sweep, read_sweep
+from vpt_fast.reports.page.text import (
+    describe_method,
+    describe_recipe,
+    differences,
+    settings_of,
+    test_accuracy,
+)
+from vpt_fast.train.common.curves import format_bytes
+from vpt_fast.train.data.images import SkippedImage
+from vpt_fast.train.loop.evaluate import TrainingError
+
+GENERATOR = "vpt-fast report"
+_MARK = f'<meta name="generator" content="{GENERATOR}'
+_TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """What the page says of a run.
+
+    Attributes:
+        run: What its folder holds.
+        line: How it is drawn in the plots of all runs.
+        found: Its evaluation, in numbers and without the model; None if there could be none.
+        parts: Values for the template, of the evaluation: matrix, classes, confusions, mistakes,
+            experts.
+        notes: What is missing or worth knowing, in sentences.
+    """
+
+    run: RunFolder
+    line: Line
+    found: dict[str, Any] | None
+    parts: dict[str, Any]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class WrittenPage:
+    """Where the page is, and the images that are missing from its figures."""
+
+    path: Path
+    skipped: tuple[SkippedImage, ...]
+
+
+def write_page(
+    folders: Sequence[Path],
+    output: Path,
+    options: EvaluationOptions | None = None,
+    log: Callable[[str], None] = print,
+) -> WrittenPage:
+    """Writes a page about runs and sweeps; each run that has its data is evaluated once.
+
+    Args:
+        folders: Output folders of `vpt-fast train` and of sweeps.
+        output: The file; new, or of an earlier call.
+        options: How to evaluate.
+        log: Called with lines of text.
+
+    Raises:
+        FileExistsError: If `output` is something else.
+        FileNotFoundError: If a folder is missing, or is neither a run's nor a sweep's.
+        ValueError: If there are no folders, or a sweep's table is damaged.
+    """
+    options = options or EvaluationOptions()
+    if not folders:
+        raise ValueError("there are no runs to report on; give at least one output folder")
+    check_page(output)
+    sweeps = [read_sweep(folder) for folder in dict.fromkeys(folders) if is_sweep(folder)]
+    runs = read_runs([folder for folder in folders if not is_sweep(folder)])
+    skipped: list[SkippedImage] = []
+    sections = [_section(run, i, options, skipped, log) for i, run in enumerate(runs)]
+    curves = [
+        Curve(s.run.epochs, s.line, s.run.kept.epoch if s.run.kept else None) for s in sections
+    ]
+    script = _asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    html = (
+        _environment()
+        .get_template(_TEMPLATE)
+        .render(
+            sections=sections,
+            sweeps=sweeps,
+            curves=learning_curves(curves),
+            differences=differences([(s.run, s.found) for s in sections]),
+            max_shown=MAX_SHOWN,
+            seed=SEED,
+            generator=f"{GENERATOR}, vpt_fast {__version__}",
+            versions=f"vpt_fast {__version__}, timm {timm.__version__}, torch {torch.__version__}",
+            today=date.today().isoformat(),
+            script=Markup(script),
+            script_hash=digest,
+        )
+    )
+    _write(output, html)
+    log(f"written to {output}: {format_bytes(output.stat().st_size)}")
+    return WrittenPage(output, tuple(skipped))
+
+
+def check_page(output: Path) -> None:
+    """Raises FileExistsError unless `output` is new or a page of an earlier call."""
+    if not output.exists():
+        return
+    if output.is_file():
+        with output.open(encoding="utf-8", errors="replace") as file:
+            if _MARK in file.read(2000):
+                return
+    raise FileExistsError(
+        f"{output} exists and is not of an earlier report; choose another --output"
+    )
+
+
+def _section(
+    run: RunFolder,
+    index: int,
+    options: EvaluationOptions,
+    skipped: list[SkippedImage],
+    log: Callable[[str], None],
+) -> RunSection:
+    notes = list(run.notes)
+    if run.adapter is None:
+        log(f"{run.name}: not evaluated: there is no adapter")
+        return RunSection(run, line_of(index), None, {}, notes)
+    try:
+        evaluated = evaluate_run(run, options)
+    except (ValueError, TypeError, OSError, TrainingError) as error:
+        reason = " ".join(str(error).split())
+        notes.append(
+            f"Not evaluated, so there is nothing about its mistakes and prompts: {reason}."
+        )
+        log(f"{run.name}: not evaluated: {reason}")
+        return RunSection(run, line_of(index), None, {}, notes)
+    result = evaluated.evaluation
+    missing = (*evaluated.split.refused, *result.skipped)
+    skipped += [item for item in missing if item not in skipped]
+    log(f"{run.name}: {evaluated.split_name}, {result.images:,} images, top-1 {result.top1:.2f}%")
+    found = {
+        "split": evaluated.split_name,
+        "directory": str(evaluated.directory),
+        "amp_dtype": evaluated.amp_dtype,
+        "images": result.images,
+        "entries": len(evaluated.split),
+        "loss": result.loss,
+        "top1": result.top1,
+        "top5": result.top5,
+        "skipped": [item.reason for item in missing],
+        "names": hashlib.sha256(
+            "\n".join(evaluated.name(row) for row in range(result.images)).encode(
+                "utf-8", "surrogateescape"
+            )
+        ).hexdigest(),
+    }
+    parts = {**_classes(evaluated), "mistakes": worst_mistakes(evaluated)}
+    parts |= _experts(evaluated, options, f"experts-{index}")
+    return RunSection(run, line_of(index), found, parts, notes)
+
+
+def _classes(run: EvaluatedRun) -> dict[str, Any]:
+    names = run.images.classes
+    labels = run.evaluation.labels.numpy()
+    predictions = run.evaluation.predictions.numpy()
+    counts = count_confusions(labels, predictions, len(names))
+    return {
+        "matrix": shown_matrix(counts, names),
+        "classes": class_rows(labels, predictions, counts, names),
+        "confusions": frequent_confusions(counts, names),
+    }
+
+
+def _experts(run: EvaluatedRun, options: EvaluationOptions, name: str) -> dict[str, Any]:
+    net: Any = run.tuned.net
+    method = net.tune_record.method
+    if not method.num_prompts:
+        reason = f"Method {method.name} has no prompts, so there are no prompt experts to look at."
+        return {"experts": None, "no_experts": reason}
+    try:
+        use: ExpertUse = expert_use(run, options)
+    except (ValueError, TypeError) as error:
+        return {"experts": None, "no_experts": f"Not available: {error}."}
+    return {"experts": use, "expert_map": expert_map(use, name), "no_experts": ""}
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("vpt_fast", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": format_bytes,
+        "method": describe_method,
+        "recipe": describe_recipe,
+        "settings": settings_of,
+        "test": test_accuracy,
+    }
+    return environment
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parents[2] / "assets" / name).read_text(encoding="utf-8")
+
+
+def _write(output: Path, html: str) -> None:
+    """Whole or not at all; what is no UTF-8 in a file's name becomes a question mark."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(output, "w", encoding="utf-8", errors="replace") as file:
+        file.write(html)

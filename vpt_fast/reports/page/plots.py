@@ -1,0 +1,201 @@
+"""Plots as SVG inside the page: their text is text, and their colours follow the page's."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from vpt_fast.reports.page.experts import ExpertUse
+from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
+from vpt_fast.train.common.metrics import Epoch
+
+# Ink, muted text and grid become variables of the page's style, which has a dark form of each. The
+# colours of the runs stay: they are told apart on both.
+_VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
+_DASHES = ("", "6 3", "2 2", "8 3 2 3")
+# Small enough for one column of a phone; wider screens show several of them.
+_PANEL = (4.2, 2.7)
+
+
+@dataclass(frozen=True)
+class Line:
+    """How a run is drawn in all plots: colour and dashes, as in SVG's stroke-dasharray."""
+
+    colour: str
+    dashes: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's epochs, its line, and the epoch that was kept."""
+
+    epochs: Sequence[Epoch]
+    line: Line
+    kept: int | None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot, and what it shows in words."""
+
+    title: str
+    svg: Markup
+
+
+def line_of(index: int) -> Line:
+    """The line of the run of this number; 24 differ."""
+    colour = COLOURS[index % len(COLOURS)]
+    return Line(colour, _DASHES[index // len(COLOURS) % len(_DASHES)])
+
+
+def learning_curves(curves: Sequence[Curve]) -> list[Plot]:
+    """Loss and accuracy in training and on validation, and the learning rate; what there is."""
+    panels = (
+        ("val_top1", "Validation accuracy (%)"),
+        ("val_loss", "Validation loss"),
+        ("train_top1", "Training accuracy (%)"),
+        ("train_loss", "Training loss"),
+        ("lr", "Learning rate"),
+    )
+    plots = []
+    for name, title in panels:
+        if any(getattr(row, name) is not None for curve in curves for row in curve.epochs):
+            plots.append(Plot(title, _curves(curves, name)))
+    return plots
+
+
+def _curves(curves: Sequence[Curve], name: str) -> Markup:
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        positive = True
+        for curve in curves:
+            points = [(row.epoch, getattr(row, name)) for row in curve.epochs]
+            points = [(epoch, value) for epoch, value in points if value is not None]
+            if not points:
+                continue
+            positive = positive and all(value > 0 for _, value in points)
+            x, y = zip(*points, strict=True)
+            style: Any = "-" if not curve.line.dashes else (0, _numbers(curve.line.dashes))
+            axes.plot(
+                x, y, color=curve.line.colour, linestyle=style, linewidth=1.8,
+                marker="" if len(points) > 1 else ".",
+            )  # fmt: skip
+            kept = [(epoch, value) for epoch, value in points if epoch == curve.kept]
+            if kept and name.startswith("val_"):
+                axes.plot(*kept[0], "o", color=curve.line.colour, markersize=6)
+        if name.endswith("_loss") and positive:
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_xlabel("epoch", color=MUTED)
+        _plain(axes)
+
+    return _svg(draw, _PANEL, name)
+
+
+def expert_map(use: ExpertUse, name: str) -> Markup:
+    """Blocks x prompts: the share of each prompt; beside it all prompts of a block together.
+
+    Args:
+        use: What to show.
+        name: Of the plot, not used by another one of the page.
+    """
+    blocks, prompts = use.shares.shape
+    height = float(np.clip(0.22 * blocks, 0.8, 5.0)) + 1.0
+
+    def draw(figure: Figure) -> None:
+        share, together = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+        highest = float(use.shares.max()) or 1.0
+        image = share.imshow(
+            100 * use.shares, cmap=_BLUES, vmin=0, vmax=100 * highest, aspect="auto",
+            interpolation="nearest", extent=(-0.5, prompts - 0.5, blocks - 0.5, -0.5),
+        )  # fmt: skip
+        share.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        share.set_yticks(range(blocks), [str(block) for block in use.blocks])
+        share.set_xlabel("prompt", color=MUTED)
+        share.set_ylabel("block", color=MUTED)
+        bar = figure.colorbar(image, ax=share, location="top", aspect=40, pad=0.03)
+        bar.set_label("share of attention, %", color=MUTED)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(colors=MUTED, length=3)
+        together.barh(range(blocks), 100 * use.shares.sum(axis=1), color=COLOURS[0], height=0.7)
+        together.axvline(100 * use.uniform, color=COLOURS[5], linewidth=1.5, linestyle="--")
+        together.tick_params(labelleft=False)
+        together.xaxis.set_major_locator(MaxNLocator(nbins=3, min_n_ticks=2))
+        together.set_xlim(left=0)
+        together.set_xlabel("all prompts, %", color=MUTED)
+        together.grid(axis="x", color=GRID, linewidth=0.8)
+        for axes in (share, together):
+            _plain(axes)
+
+    return _svg(draw, (6.4, height), name)
+
+
+_BLUES = LinearSegmentedColormap.from_list("blues", ["#e8f1f8", "#56B4E9", "#0072B2", "#00334f"])
+
+
+def _numbers(dashes: str) -> list[float]:
+    return [float(part) / 1.8 for part in dashes.split()]
+
+
+def _plain(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, length=3)
+
+
+def _svg(draw: Callable[[Figure], None], size: tuple[float, float], name: str) -> Markup:
+    """Draws a figure and returns it as an element of the page, hidden from screen readers: what it
+    shows is said beside it."""
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.0}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.patch.set_alpha(0)
+        draw(figure)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+        buffer = io.StringIO()
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    return Markup(_inline(buffer.getvalue(), name))
+
+
+def _inline(text: str, name: str) -> str:
+    """A file of matplotlib's as an element among others: without prolog, with ids of its own."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+    text = re.sub(
+        r' id="([^"]+)"',
+        lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "",
+        text,
+    )
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
+    # Sizes are the page's business: the picture is as wide as its place.
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+    # The page's font and strokes; a style inside would be one of the whole page.
+    text = re.sub(r" font-family: [^;]*;", "", text)
+    text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.S)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text

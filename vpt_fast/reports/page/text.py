@@ -1,0 +1,127 @@
+"""What a report says of runs in words: methods, recipes, and where runs cannot be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vpt_fast.reports.page.runs import RunFolder
+
+# What `describe_recipe` says in words of its own.
+_TOLD = {
+    "opt", "lr", "batch_size", "weight_decay", "epochs", "warmup_epochs", "amp_dtype", "seed",
+    "momentum",
+}  # fmt: skip
+_PLAIN = {"schedule": "epoch", "accumulation": 1}
+
+
+def describe_method(method: Mapping[str, Any]) -> str:
+    """A method's fields that are set: "num_prompts 10, dropout 0.1"; empty if it has none."""
+    fields = [(name, value) for name, value in method.items() if name != "name"]
+    return ", ".join(f"{name} {_value(value)}" for name, value in fields if _is_set(value))
+
+
+def describe_recipe(recipe: Mapping[str, Any]) -> str:
+    """A recipe in one line; fields that are not what they usually are follow by name."""
+    parts = []
+    if "opt" in recipe:
+        parts.append(str(recipe["opt"]))
+    if "lr" in recipe and "batch_size" in recipe:
+        parts.append(f"lr {_value(recipe['lr'])} × {recipe['batch_size']} / 256")
+    if "weight_decay" in recipe:
+        parts.append(f"weight decay {_value(recipe['weight_decay'])}")
+    if "epochs" in recipe:
+        warmup = recipe.get("warmup_epochs")
+        parts.append(f"{recipe['epochs']} epochs" + (f" ({warmup} of warm-up)" if warmup else ""))
+    parts += [str(recipe[name]) for name in ("amp_dtype",) if name in recipe]
+    if "seed" in recipe:
+        parts.append(f"seed {recipe['seed']}")
+    parts += [
+        f"{name} {_value(value)}"
+        for name, value in recipe.items()
+        if name not in _TOLD and _PLAIN.get(name) != value and _is_set(value)
+    ]
+    return ", ".join(parts)
+
+
+def settings_of(run: RunFolder) -> list[tuple[str, str]]:
+    """All that was recorded of how a run was made, by name."""
+    record = run.record
+    if record is None:
+        return []
+    groups: dict[str, Mapping[str, Any]] = {
+        "model": record.model,
+        "method": record.method,
+        "recipe": record.recipe,
+        "augmentation": record.augmentation,
+        "images": record.image_options,
+        "options": record.options,
+        "data": record.data,
+        "number of images": record.images,
+        "versions": record.versions,
+    }
+    return [
+        (group, ", ".join(f"{name} {_value(value)}" for name, value in values.items()))
+        for group, values in groups.items()
+    ]
+
+
+def test_accuracy(run: RunFolder, found: Mapping[str, Any] | None) -> float | None:
+    """Accuracy on test in percent: what the run recorded, else what was found now."""
+    if run.record is not None and run.record.test is not None:
+        return float(run.record.test["top1"])
+    return found["top1"] if found is not None and found["split"] == "test" else None
+
+
+def differences(runs: Sequence[tuple[RunFolder, Mapping[str, Any] | None]]) -> list[str]:
+    """Why figures of these runs cannot be compared, or not with what they recorded; sentences.
+
+    Args:
+        runs: With the evaluation of each: split, directory, images, top1 and a digest of the names
+            of its images.
+    """
+    notes = []
+    found = [(run, now) for run, now in runs if now is not None]
+    classes = {tuple(run.class_names) for run, _ in runs if run.class_names is not None}
+    if len(classes) > 1:
+        notes.append("The runs have different classes: their accuracies cannot be compared.")
+    splits = {now["split"] for _, now in found}
+    if len(splits) > 1:
+        which = ", ".join(f"{run.name} on {now['split']}" for run, now in found)
+        notes.append(f"The runs are evaluated on different splits ({which}).")
+    elif len({now["names"] for _, now in found}) > 1:
+        which = ", ".join(
+            f"{run.name} {now['images']:,} of {now['directory']}" for run, now in found
+        )
+        notes.append(f"The runs are evaluated on different images ({which}).")
+    counts = {tuple(run.record.images.items()) for run, _ in runs if run.record is not None}
+    if len(counts) > 1:
+        notes.append("The runs were trained with different numbers of images.")
+    missing = [run.name for run, now in runs if now is None]
+    if missing and found:
+        notes.append(f"Not evaluated here: {', '.join(missing)}; see there.")
+    for run, now in found:
+        if run.record is None or run.record.test is None or now["split"] != "test":
+            continue
+        recorded = run.record.test
+        if recorded["images"] != now["images"] or abs(recorded["top1"] - now["top1"]) > 0.005:
+            notes.append(
+                f"{run.name} recorded {recorded['top1']:.2f}% on {recorded['images']:,} test "
+                f"images when it was trained, and has {now['top1']:.2f}% on {now['images']:,} now: "
+                "data, weights or precision are not the same."
+            )
+    return notes
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_value, value))
+    return "none" if value is None else str(value)
