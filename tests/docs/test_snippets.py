@@ -10,6 +10,7 @@ import re
 import runpy
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,12 @@ create_model = timm.create_model
 
 
 def _small_model(name: str, pretrained: bool = False, **options: Any) -> Any:
-    """A ViT of the same class as `name`, small and with random values."""
-    torch.manual_seed(0)
-    return create_model(name, pretrained=False, **SMALL, **options)
+    """A small ViT of the same class, whose values depend on the parameters' names only."""
+    model = create_model(name, pretrained=False, **SMALL, **options)
+    for parameter_name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(parameter_name.encode()))
+        torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    return model
 
 
 def _adapters() -> None:
