@@ -62,14 +62,14 @@ bench-gpu:
 
 bench-host: $(INSTALLED)
 	$(BIN)/python -m bench.host
-	$(BIN)/python -m bench.host_page
+	$(BIN)/python -m bench.host.page
 	$(BIN)/python -m bench.counted.roofline_page
 
 roofline: $(INSTALLED)
 	$(BIN)/python -m bench.counted.roofline
 
 kernel-report: $(INSTALLED)
-	$(BIN)/python -m bench.kernel_report
+	$(BIN)/python -m bench.machine_code.kernel_report
 	$(BIN)/python -m bench.counted.launches
 
 clean:

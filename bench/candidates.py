@@ -1,12 +1,12 @@
 """Candidate tiles of an attention kernel: compiled without a GPU, and the best by stated rules.
 
 Everything is static: what the compiler says of the code, and issue cycles modelled from it as
-`bench.figures` defines them, averaged over `SHAPES`. The rules of `choose`, in order:
+`bench.machine_code.figures` defines them, averaged over `SHAPES`. The rules of `choose`, in order:
 
 1. Shared memory fits, and loads are ahead of their use (two pipeline stages).
 2. Fewest bytes spilled by any shape: none, wherever a candidate spills none.
 3. Fewest limits broken: none, likewise. Everywhere, `MIN_WARPS` resident warps, since issue cycles
-   know nothing of latency; where they apply, all of `bench.attention_report.verdicts`.
+   know nothing of latency; where they apply, all of `bench.machine_code.reports.attention.verdicts`.
 4. Fewest issue cycles of the whole launch per useful 1,048,576 MMA FLOP. Within 2% of the fewest,
    the highest occupancy, and then the fewest registers.
 
@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 
 from triton.errors import TritonError
 
-from bench.attention_report import verdicts
-from bench.figures import kernel_figures
-from bench.limits import MIN_STAGES, MIN_WARPS
-from bench.offline import compile_kernel
-from bench.problems import launch_target
-from bench.report import LaunchReport
+from bench.machine_code.figures import kernel_figures
+from bench.machine_code.limits import MIN_STAGES, MIN_WARPS
+from bench.machine_code.offline import compile_kernel
+from bench.machine_code.problems.attention import launch_target
+from bench.machine_code.reports.attention import verdicts
+from bench.machine_code.reports.report import LaunchReport
 from vpt_fast.kernels.attention.launch_table import TABLE
 from vpt_fast.kernels.attention.tiles import (
     DTYPE_NAMES,

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from bench.candidates import DTYPES, Score, candidates, choose, current, finalists, score
-from bench.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
-from bench.offline import Architecture
+from bench.machine_code.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
+from bench.machine_code.offline import Architecture
 from bench.table_file import TABLE_FILE, write_table
 from bench.times import best_of, measure, read_times, write_times
 from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE

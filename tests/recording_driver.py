@@ -1,7 +1,7 @@
 """A driver that launches nothing and records what it was to launch.
 
 What a remembered launch passes to its kernel can so be compared with a launch that is built anew
-for the same tensors, without a GPU. As with `bench.null_driver`, on which it stands, Triton
+for the same tensors, without a GPU. As with `bench.host.null_driver`, on which it stands, Triton
 compiles for sm_90, and vpt_fast takes its kernels for tensors on the CPU.
 """
 
@@ -16,7 +16,7 @@ from unittest import mock
 import triton
 from torch import Tensor
 
-from bench.null_driver import NullDriver, null_driver
+from bench.host.null_driver import NullDriver, null_driver
 from vpt_fast.kernels.runtime import launch_plan
 from vpt_fast.kernels.runtime.launch import Launch, run
 from vpt_fast.kernels.runtime.launch_plan import Launcher

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench.figures import KernelFigures, LoopFigures
-from bench.limits import limits, no_limits
+from bench.machine_code.figures import KernelFigures, LoopFigures
+from bench.machine_code.limits import limits, no_limits
 
 JUDGED_VERSION = pytest.mark.skipif(bool(no_limits()), reason=no_limits() or "limits are known")
 """Of test modules that hold figures against the limits of the Triton that is installed."""

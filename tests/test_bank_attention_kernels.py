@@ -16,7 +16,7 @@ import triton
 from on_device import differs_by_one_rounding
 from torch import Tensor
 
-from bench import offline
+from bench.machine_code import offline
 from vpt_fast.kernels.attention import ragged as kernels
 from vpt_fast.kernels.attention.launches import attention_forward
 from vpt_fast.kernels.attention.layouts import split

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import triton
 
-from bench import host, host_page
-from bench.host_calls import Calls, counted
-from bench.host_subjects import Subject
-from bench.null_driver import NullDriver, null_driver
+from bench.host import host
+from bench.host import page as host_page
+from bench.host.calls import Calls, counted
+from bench.host.null_driver import NullDriver, null_driver
+from bench.host.subjects import Subject
 from bench.providers.models import OURS, WITHOUT
 from vpt_fast.ops import backend
 
@@ -148,5 +149,5 @@ def test_a_table_has_every_subject(taken: Any, tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert text.count("\n| ") == 1 + len({row["subject"] for row in taken[1]})
     assert host_page.latest(tmp_path) == path
-    with pytest.raises(ValueError, match="no results file of bench.host"):
+    with pytest.raises(ValueError, match="no results file of bench.host.host"):
         host_page.read(page)

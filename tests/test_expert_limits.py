@@ -15,9 +15,10 @@ import pytest
 import torch
 from slower import JUDGED_VERSION, need_compiler, slower
 
-from bench import expert_report, kernel_report
 from bench.counted.traffic import counted
-from bench.expert_report import KERNELS, verdicts
+from bench.machine_code import kernel_report
+from bench.machine_code.reports import experts as expert_report
+from bench.machine_code.reports.experts import KERNELS, verdicts
 from vpt_fast.kernels import expert_plan
 from vpt_fast.kernels.expert_plan import ExpertProblem
 from vpt_fast.kernels.experts import mix as expert_mix

@@ -14,13 +14,18 @@ import pytest
 import torch
 from slower import JUDGED_VERSION, need_compiler, slower
 
-from bench import kernel_report
-from bench.attention_report import entry_of, verdicts
-from bench.figures import KernelFigures, LoopFigures
-from bench.limits import PROBLEMS, limits
-from bench.offline import Binary, compile_kernel
-from bench.problems import KERNELS, OTHER_KERNELS, attention_launches, useful_flop
-from bench.report import LaunchReport, launch_report
+from bench.machine_code import kernel_report
+from bench.machine_code.figures import KernelFigures, LoopFigures
+from bench.machine_code.limits import PROBLEMS, limits
+from bench.machine_code.offline import Binary, compile_kernel
+from bench.machine_code.problems.attention import (
+    KERNELS,
+    OTHER_KERNELS,
+    attention_launches,
+    useful_flop,
+)
+from bench.machine_code.reports.attention import entry_of, verdicts
+from bench.machine_code.reports.report import LaunchReport, launch_report
 from vpt_fast.kernels.plan import AttentionProblem
 
 pytestmark = JUDGED_VERSION

@@ -7,8 +7,8 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from bench.offline import compile_kernel
-from bench.problems import launch_target
+from bench.machine_code.offline import compile_kernel
+from bench.machine_code.problems.attention import launch_target
 from bench.table_file import TABLE_FILE, table_text
 from vpt_fast.kernels.attention import tiles as launch_tiles
 from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from bench.heads_report import HeadsProblem, heads_launch
-from bench.offline import gpu_target, specialise, variant
-from bench.problems import ragged_launch
-from bench.row_problems import RowProblem, row_launch
+from bench.machine_code.offline import gpu_target, specialise, variant
+from bench.machine_code.problems.attention import ragged_launch
+from bench.machine_code.problems.rowwise import RowProblem, row_launch
+from bench.machine_code.reports.grouped_heads import HeadsProblem, heads_launch
 from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
 from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.runtime.launch import Launch, Target

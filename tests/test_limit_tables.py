@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from bench import attention_report, kernel_report, limits, window_report
-from bench.expert_report import KERNELS as EXPERTS
-from bench.limit_tables import LIMITS
-from bench.problems import KERNELS, OTHER_KERNELS
-from bench.row_problems import KERNELS as ROWS
-from bench.window_report import KERNELS as WINDOWS
+from bench.machine_code import kernel_report, limits
+from bench.machine_code.limit_tables import LIMITS
+from bench.machine_code.problems.attention import KERNELS, OTHER_KERNELS
+from bench.machine_code.problems.rowwise import KERNELS as ROWS
+from bench.machine_code.reports import (
+    attention as attention_report,
+)
+from bench.machine_code.reports import (
+    window_attention as window_report,
+)
+from bench.machine_code.reports.experts import KERNELS as EXPERTS
+from bench.machine_code.reports.window_attention import KERNELS as WINDOWS
 
 UNKNOWN = "2.99.0"
 

@@ -10,9 +10,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.attention_report import attention_entry
-from bench.plain_attention import PlainTiles, plain_launches
-from bench.plain_report import comparison, copy_cycles, plain_entry, together
+from bench.machine_code.plain_attention import PlainTiles, plain_launches
+from bench.machine_code.reports.attention import attention_entry
+from bench.machine_code.reports.plain_attention import (
+    comparison,
+    copy_cycles,
+    plain_entry,
+    together,
+)
 from vpt_fast.kernels.plan import AttentionProblem
 
 pytest_plugins = ("kernel_device",)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from bench import host, host_page
 from bench.counted import roofline, roofline_page
 from bench.counted.gpus import DEFAULT, GPUS, Assumptions, gpu_of
 from bench.counted.roofline import beside, main, shrinks
@@ -25,6 +24,8 @@ from bench.counted.step_model import (
     work,
 )
 from bench.counted.trace import Op, Region
+from bench.host import host
+from bench.host import page as host_page
 from bench.providers.models import COMPILED, PROVIDERS
 
 TINY = "vit_tiny_patch16_224"
@@ -112,7 +113,7 @@ def test_the_hosts_time_is_what_was_measured_for_as_many_blocks(hosts: Hosts) ->
 def test_results_that_are_not_the_hosts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("bench,device\nstep,x\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no results file of bench.host"):
+    with pytest.raises(ValueError, match="no results file of bench.host.host"):
         Hosts(path)
     with pytest.raises(ValueError, match="`python -m bench.host` makes one"):
         host_page.latest(tmp_path)

@@ -16,11 +16,17 @@ import torch
 import triton
 from slower import JUDGED_VERSION, slower
 
-from bench import kernel_report, offline, row_report
-from bench.limits import HIDDEN, WIDTHS
-from bench.row_problems import ACTIVATION_KERNELS, NORM_KERNELS, RowProblem, row_launch
-from bench.row_report import Access, verdicts
-from bench.sass import Instruction, access_bytes
+from bench.machine_code import kernel_report, offline
+from bench.machine_code.limits import HIDDEN, WIDTHS
+from bench.machine_code.problems.rowwise import (
+    ACTIVATION_KERNELS,
+    NORM_KERNELS,
+    RowProblem,
+    row_launch,
+)
+from bench.machine_code.reports import rowwise as row_report
+from bench.machine_code.reports.rowwise import Access, verdicts
+from bench.machine_code.sass import Instruction, access_bytes
 from vpt_fast.kernels.rowwise import residual_norm
 from vpt_fast.kernels.runtime.row_tiles import (
     RowTiles,

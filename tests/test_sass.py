@@ -2,11 +2,11 @@
 
 import pytest
 
-from bench.control_flow import find_loops
-from bench.figures import kernel_figures, launch_issue_cycles
-from bench.multiprocessor import MULTIPROCESSORS, resident_blocks
-from bench.offline import Binary
-from bench.sass import Instruction, classify, copy_bytes, mix, mma_flop, parse
+from bench.machine_code.control_flow import find_loops
+from bench.machine_code.figures import kernel_figures, launch_issue_cycles
+from bench.machine_code.multiprocessor import MULTIPROCESSORS, resident_blocks
+from bench.machine_code.offline import Binary
+from bench.machine_code.sass import Instruction, classify, copy_bytes, mix, mma_flop, parse
 
 
 def listing(*rows: str) -> str:

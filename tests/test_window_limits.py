@@ -13,9 +13,9 @@ import pytest
 import torch
 from slower import JUDGED_VERSION, need_compiler, slower
 
-from bench import kernel_report
-from bench.offline import compile_kernel
-from bench.window_report import (
+from bench.machine_code import kernel_report
+from bench.machine_code.offline import compile_kernel
+from bench.machine_code.reports.window_attention import (
     FEW,
     KERNELS,
     WIDE,

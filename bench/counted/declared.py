@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bench.counted import bank_traffic, window_traffic
-from bench.problems import useful_flop
+from bench.machine_code.problems.attention import useful_flop
 from vpt_fast.kernels.plan import AttentionProblem
 from vpt_fast.kernels.runtime.launch import Launch
 
@@ -258,7 +258,7 @@ def _views(launch: Launch, parameters: tuple[Parameter, ...]) -> list[Tensor]:
 def product_flop(launch: Launch) -> int:
     """FLOP of the matrix products that a launch is for, without padding and repeated parts.
 
-    Attention's are `bench.problems.useful_flop`, what it computes again in the backward pass
+    Attention's are `bench.machine_code.problems.attention.useful_flop`, what it computes again in the backward pass
     included: seven products where a backward pass in one kernel takes five; that in windows
     `bench.counted.window_traffic.window_flop`, and those for many tasks `bench.counted.bank_traffic.bank_flop`.
     Passes over rows have none.

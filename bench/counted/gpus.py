@@ -71,7 +71,7 @@ class Assumptions:
             None.
         memory: part of the published bandwidth.
         driver_us: microseconds of the host per launch in the driver, 3 to 9 where people report
-            them; what Python and PyTorch take comes on top of it (`bench.host`).
+            them; what Python and PyTorch take comes on top of it (`bench.host.host`).
         replay_us: microseconds of the host per replay of a CUDA graph.
         gap_us: microseconds between two kernels, in a CUDA graph too.
     """

@@ -4,7 +4,7 @@
         [--gpu NAME ...] [--host CSV] [--measured CSV] [--output CSV]
 
 Per provider of `bench.providers.models` that the model has, and by the formula of `bench.counted.step_model`.
-Nothing is timed here: the host's time is that of a results file of `bench.host`, by default of the
+Nothing is timed here: the host's time is that of a results file of `bench.host.host`, by default of the
 newest in bench/results. Each row says which of host and device bounds it.
 
 A step is forward, cross-entropy and backward, without the optimizer's, which is the same for all
@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import host_page
 from bench.compare.cases import STEP
 from bench.counted import fusion
 from bench.counted.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
@@ -35,6 +34,7 @@ from bench.counted.step_model import (
     work,
 )
 from bench.counted.trace import KINDS
+from bench.host import page as host_page
 from bench.providers.models import COMPILED, CUDNN, OURS, PROVIDERS, PUBLISHED
 from vpt_fast.analysis.activation_memory import DTYPES
 
@@ -61,7 +61,7 @@ def stated(gpus: Sequence[Gpu], assumed: Assumptions, hosts: Hosts) -> list[str]
         f"Assumed efficiencies: products {assumed.gemm:.0%} of the peak, memory "
         f"{assumed.memory:.0%} of the bandwidth, attention "
         + ", ".join(f"{share:.0%} of the peak on {name}" for name, share in shares.items()),
-        f"Host time of an eager step: measured by bench.host on {known['device']} with torch "
+        f"Host time of an eager step: measured by bench.host.host on {known['device']} with torch "
         f"{known['torch']}, kernels launched into nothing, by blocks; and assumed for the driver "
         f"{assumed.driver_us:g} us per launch. One replay of a CUDA graph, assumed: "
         f"{assumed.replay_us:g} us. Gap between kernels, in a graph too: {assumed.gap_us:g} us",
@@ -242,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=_positive, nargs="+", default=[10, 50, 100, 200])
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--gpu", nargs="+", choices=tuple(GPUS), default=list(DEFAULT))
-    parser.add_argument("--host", type=Path, help="results of bench.host; default: the newest")
+    parser.add_argument("--host", type=Path, help="results of bench.host.host; default: the newest")
     parser.add_argument("--measured", type=Path, help=f"CSV with {', '.join(MEASURED_FIELDS)}")
     parser.add_argument("--output", type=Path, help="CSV of the table; must not exist")
     for field in dataclasses.fields(Assumptions):

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import host_page
 from bench.compare.tables import replaced
 from bench.counted.gpus import GPUS, Assumptions
 from bench.counted.step_model import (
@@ -25,6 +24,7 @@ from bench.counted.step_model import (
     providers_of,
     work,
 )
+from bench.host import page as host_page
 from bench.providers.models import COMPILED, PUBLISHED
 
 MARKS = "<!-- bounds: made by bench.counted.roofline_page -->", "<!-- end of bounds -->"
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.counted.roofline_page", description=__doc__
     )
-    parser.add_argument("--host", type=Path, help="results of bench.host; default: the newest")
+    parser.add_argument("--host", type=Path, help="results of bench.host.host; default: the newest")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)

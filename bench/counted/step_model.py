@@ -1,7 +1,7 @@
 """A training step's work, counted, and its time on a GPU, modelled.
 
 What is counted comes from a trace on tensors without values (`bench.counted.trace`); what is modelled from
-the peaks and assumptions of `bench.counted.gpus`, and from the host's time as `bench.host` measured it:
+the peaks and assumptions of `bench.counted.gpus`, and from the host's time as `bench.host.host` measured it:
 
     time of a launch  max(FLOP / (peak * efficiency), bytes / (bandwidth * efficiency)) + gap
     device            the sum of those
@@ -20,12 +20,12 @@ from typing import NamedTuple
 import timm
 import torch
 
-from bench import host_page
 from bench.counted import fusion
 from bench.counted.gpus import Assumptions, Gpu
 from bench.counted.step_trace import step_ops
 from bench.counted.trace import KINDS, Op
-from bench.host_subjects import DEPTH, Subject
+from bench.host import page as host_page
+from bench.host.subjects import DEPTH, Subject
 from bench.providers.models import COMPILED, PROVIDERS, PUBLISHED, WITHOUT, base
 from vpt_fast import VPTDeep
 from vpt_fast.analysis.activation_memory import DTYPES
@@ -62,10 +62,10 @@ class Modelled(NamedTuple):
 
 
 class Hosts:
-    """The host's milliseconds of a step, without the driver's, as `bench.host` measured them.
+    """The host's milliseconds of a step, without the driver's, as `bench.host.host` measured them.
 
     Args:
-        path: a results file of `bench.host`.
+        path: a results file of `bench.host.host`.
 
     Raises:
         ValueError: the file is none, or lacks a provider's step.
@@ -83,13 +83,13 @@ class Hosts:
         kind, depth = blocks_of_model(model)
         subject = str(Subject(kind, provider, method))
         if subject not in self._steps:
-            raise ValueError(f"the results of bench.host have no {subject}; make them again")
+            raise ValueError(f"the results of bench.host.host have no {subject}; make them again")
         return self._steps[subject] * depth / DEPTH
 
 
 @functools.cache
 def blocks_of_model(model: str) -> tuple[str, int]:
-    """The kind of a model of timm's, as `bench.host` has it, and its number of blocks.
+    """The kind of a model of timm's, as `bench.host.host` has it, and its number of blocks.
 
     Raises:
         ValueError: it has neither blocks nor stages of them.

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import host_page
 from bench.compare.cases import DTYPES, STEP, Case
 from bench.compare.collect import Row
 from bench.counted import fusion, step_model
 from bench.counted.gpus import Assumptions, gpu_of
 from bench.counted.step_trace import CLASSES, step_ops
 from bench.counted.trace import Op, traced
+from bench.host import page as host_page
 from bench.providers import attention as attention_ways
 from bench.providers.attention import AttentionCase
 from bench.providers.models import COMPILED, PUBLISHED, base

@@ -40,7 +40,7 @@ from bench.gpu.keys import stable_keys
 from bench.gpu.models import ModelCheck
 from bench.gpu.steps import StepCheck
 from bench.gpu.subjects import KernelCheck, Subject
-from bench.offline import gpu_target, specialise
+from bench.machine_code.offline import gpu_target, specialise
 from bench.providers import (
     attention as attention_ways,
 )

@@ -1,9 +1,9 @@
 """What the machine code of the kernels must not exceed, and how figures are held against it.
 
-All figures are static, as `bench.figures` and `bench.entry` define them, and compared as they are
-printed. What depends on the compiler is in `bench.limit_tables`, by version of Triton: `limits()`
-are those of the one that is installed. `bench.attention_report`, `bench.expert_report`,
-`bench.heads_report`, `bench.row_report` and `bench.window_report` say which of them apply to a
+All figures are static, as `bench.machine_code.figures` and `bench.machine_code.reports.entry` define them, and compared as they are
+printed. What depends on the compiler is in `bench.machine_code.limit_tables`, by version of Triton: `limits()`
+are those of the one that is installed. `bench.machine_code.reports.attention`, `bench.machine_code.reports.experts`,
+`bench.machine_code.reports.grouped_heads`, `bench.machine_code.reports.rowwise` and `bench.machine_code.reports.window_attention` say which of them apply to a
 launch.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import triton
 
-from bench.limit_tables import LARGE, LIMITS, MANY, SMALL, Limits
+from bench.machine_code.limit_tables import LARGE, LIMITS, MANY, SMALL, Limits
 from vpt_fast.kernels.plan import AttentionProblem
 
 JUDGED_TARGETS = (80, 90)
@@ -66,8 +66,8 @@ def no_limits(version: str = triton.__version__) -> str:
     if _minor(version) in LIMITS:
         return ""
     return (
-        f"no limits for Triton {version}: bench/limit_tables.py has those of "
-        f"{' and '.join(LIMITS)}; use one of them, or add its own from bench.kernel_report"
+        f"no limits for Triton {version}: bench/machine_code/limit_tables.py has those of "
+        f"{' and '.join(LIMITS)}; use one of them, or add its own from bench.machine_code.kernel_report"
     )
 
 

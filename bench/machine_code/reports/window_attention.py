@@ -12,9 +12,8 @@ from functools import cached_property
 import torch
 
 from bench.counted.window_traffic import window_flop
-from bench.entry import Entry, LoopEntry
-from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
-from bench.limits import (
+from bench.machine_code.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
+from bench.machine_code.limits import (
     MIN_STAGES,
     MIN_WARPS,
     Verdict,
@@ -24,9 +23,10 @@ from bench.limits import (
     limits,
     resources,
 )
-from bench.memory import memory_rate
-from bench.offline import Architecture, compile_kernel
-from bench.problems import launch_target
+from bench.machine_code.memory import memory_rate
+from bench.machine_code.offline import Architecture, compile_kernel
+from bench.machine_code.problems.attention import launch_target
+from bench.machine_code.reports.entry import Entry, LoopEntry
 from vpt_fast.kernels.runtime.launch import Launch
 from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 

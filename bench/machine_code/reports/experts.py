@@ -1,7 +1,7 @@
 """The prompt experts' kernels: their figures, their limits, how the report shows them.
 
 Memory cycles come from the bytes that a launch has to move and the published bandwidth, as
-`bench.memory` and `bench.multiprocessor` define them.
+`bench.machine_code.memory` and `bench.machine_code.multiprocessor` define them.
 
 Useful MMA FLOP of a launch, for B images of n patches, p prompts, D channels and r hidden units, of
 the products that the formulas need (each once, however many parts an operand is taken in):
@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from bench.entry import Entry, LoopEntry
-from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
-from bench.limits import (
+from bench.machine_code.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
+from bench.machine_code.limits import (
     MIN_STAGES,
     MIX_LIMIT,
     MIX_PROMPTS,
@@ -34,9 +33,10 @@ from bench.limits import (
     limits,
     resources,
 )
-from bench.memory import memory_rate, tensor_bytes
-from bench.offline import Architecture, compile_kernel
-from bench.problems import launch_target
+from bench.machine_code.memory import memory_rate, tensor_bytes
+from bench.machine_code.offline import Architecture, compile_kernel
+from bench.machine_code.problems.attention import launch_target
+from bench.machine_code.reports.entry import Entry, LoopEntry
 from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
 from vpt_fast.kernels.runtime.launch import Launch
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.offline import Architecture
+from bench.machine_code.offline import Architecture
 from vpt_fast.kernels.attention.ragged import bank_attention_launch
 from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.runtime.launch import Launch, Target

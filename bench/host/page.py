@@ -1,6 +1,6 @@
-"""The tables of host time in docs/benchmarks/host.md, made from the results of `bench.host`.
+"""The tables of host time in docs/benchmarks/host.md, made from the results of `bench.host.host`.
 
-    python -m bench.host_page [bench/results/host_*.csv ...] [--page PAGE] [--check]
+    python -m bench.host.page [bench/results/host_*.csv ...] [--page PAGE] [--check]
 
 Replaces what stands between the two marks: a table per file, every subject of it a row.
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from bench.compare.collect import RESULTS
 from bench.compare.tables import replaced
-from bench.host import FIRST
-from bench.host_subjects import DEPTH, INFERENCE
+from bench.host.host import FIRST
+from bench.host.subjects import DEPTH, INFERENCE
 from bench.providers.models import OURS
 
-MARKS = "<!-- host tables: made by bench.host_page -->", "<!-- end of host tables -->"
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "host.md"
+MARKS = "<!-- host tables: made by bench.host.page -->", "<!-- end of host tables -->"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "host.md"
 PATTERN = "host_*.csv"
 
 MODELS = {
@@ -40,7 +40,7 @@ Row = Mapping[str, str]
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a results file of `bench.host`.
+    """Rows of a results file of `bench.host.host`.
 
     Raises:
         ValueError: it is none.
@@ -48,7 +48,7 @@ def read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or rows[0].get("bench") != "host":
-        raise ValueError(f"{path} is no results file of bench.host")
+        raise ValueError(f"{path} is no results file of bench.host.host")
     return rows
 
 
@@ -126,7 +126,7 @@ def finish(page: Path, old: str, new: str, check: bool) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page; with --check only say whether it is up to date (1 if not)."""
-    parser = argparse.ArgumentParser(prog="python -m bench.host_page", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.host.page", description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", help=f"default {PATTERN} of {RESULTS}")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="change nothing")

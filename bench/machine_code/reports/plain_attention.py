@@ -1,7 +1,7 @@
 """Plain flash attention on concatenated keys and values in the report, beside prompt attention.
 
 Both are counted over the same useful MMA FLOP: what N queries with N + p keys need
-(`bench.problems`). So rows of queries that belong to prompts, whose output nobody reads, are waste
+(`bench.machine_code.problems.attention`). So rows of queries that belong to prompts, whose output nobody reads, are waste
 as padding is. In a column of their own stand the cycles that device memory takes for the copies
 around plain attention: keys and values read and written once to be concatenated, and their
 gradients once to be taken apart. The sums of shared prompts' gradients over the batch, or over
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.entry import Entry, LoopEntry, architecture_name, cell
-from bench.figures import PIPES, UNIT_FLOP, kernel_figures
-from bench.memory import memory_rate, tensor_bytes
-from bench.offline import Architecture, compile_kernel
-from bench.plain_attention import PlainTiles, plain_launches
-from bench.problems import attention_launches, useful_flop
+from bench.machine_code.figures import PIPES, UNIT_FLOP, kernel_figures
+from bench.machine_code.memory import memory_rate, tensor_bytes
+from bench.machine_code.offline import Architecture, compile_kernel
+from bench.machine_code.plain_attention import PlainTiles, plain_launches
+from bench.machine_code.problems.attention import attention_launches, useful_flop
+from bench.machine_code.reports.entry import Entry, LoopEntry, architecture_name, cell
 from vpt_fast.kernels.plan import AttentionProblem
 from vpt_fast.kernels.runtime.launch import Launch
 

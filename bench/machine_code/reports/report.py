@@ -6,10 +6,16 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from bench.figures import UNIT_FLOP, KernelFigures, LoopFigures, issue_cycles, kernel_figures
-from bench.memory import memory_rate, tensor_bytes
-from bench.offline import Architecture, compile_kernel
-from bench.problems import attention_launches, useful_flop
+from bench.machine_code.figures import (
+    UNIT_FLOP,
+    KernelFigures,
+    LoopFigures,
+    issue_cycles,
+    kernel_figures,
+)
+from bench.machine_code.memory import memory_rate, tensor_bytes
+from bench.machine_code.offline import Architecture, compile_kernel
+from bench.machine_code.problems.attention import attention_launches, useful_flop
 from vpt_fast.kernels.plan import AttentionProblem
 from vpt_fast.kernels.runtime.launch import Launch
 
@@ -37,7 +43,7 @@ class LaunchReport:
 
     @property
     def kernel(self) -> str:
-        """Name of the kernel, one of `bench.problems.KERNELS` or `OTHER_KERNELS`."""
+        """Name of the kernel, one of `bench.machine_code.problems.attention.KERNELS` or `OTHER_KERNELS`."""
         return self.launch.name
 
     @property
@@ -125,7 +131,7 @@ def launch_report(
     """Compiles one launch of a problem and reads its machine code.
 
     Args:
-        kernel: one of `bench.problems.KERNELS` or `OTHER_KERNELS`.
+        kernel: one of `bench.machine_code.problems.attention.KERNELS` or `OTHER_KERNELS`.
         problem: shapes and dtype.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
 

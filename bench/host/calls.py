@@ -15,8 +15,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
-from bench.host_subjects import INFERENCE, WARMUP, Subject, Work, one_thread
-from bench.null_driver import null_driver
+from bench.host.null_driver import null_driver
+from bench.host.subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.providers.models import OURS, WITHOUT
 
 DEPTHS = {"swin": (8, 10)}

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import torch
 
-from bench.multiprocessor import MULTIPROCESSORS
-from bench.offline import Architecture
+from bench.machine_code.multiprocessor import MULTIPROCESSORS
+from bench.machine_code.offline import Architecture
 from vpt_fast.kernels.runtime.launch import Launch
 
 RATED_TARGETS = [a for a, sm in MULTIPROCESSORS.items() if sm.memory is not None]

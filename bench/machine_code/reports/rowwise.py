@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.entry import Entry
-from bench.figures import KernelFigures, issue_cycles, kernel_figures
-from bench.limits import (
+from bench.machine_code.figures import KernelFigures, issue_cycles, kernel_figures
+from bench.machine_code.limits import (
     ISSUE_LIMIT,
     MIN_OCCUPANCY,
     WIDE,
@@ -26,10 +25,11 @@ from bench.limits import (
     limits,
     resources,
 )
-from bench.memory import memory_rate, tensor_bytes
-from bench.offline import Architecture, compile_kernel
-from bench.row_problems import ACTIVATION_KERNELS, RowProblem, row_launch
-from bench.sass import Instruction, access_bytes, classify, parse
+from bench.machine_code.memory import memory_rate, tensor_bytes
+from bench.machine_code.offline import Architecture, compile_kernel
+from bench.machine_code.problems.rowwise import ACTIVATION_KERNELS, RowProblem, row_launch
+from bench.machine_code.reports.entry import Entry
+from bench.machine_code.sass import Instruction, access_bytes, classify, parse
 from vpt_fast.kernels.runtime.launch import Launch
 
 STATISTICS = "statistics_ptr"
@@ -103,7 +103,7 @@ def row_report(kernel: str, problem: RowProblem, architecture: Architecture) -> 
     """Compile one launch of a problem and read its machine code.
 
     Args:
-        kernel: one of `bench.row_problems.KERNELS`.
+        kernel: one of `bench.machine_code.problems.rowwise.KERNELS`.
         problem: shapes and dtypes.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
     """

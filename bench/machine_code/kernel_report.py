@@ -1,16 +1,16 @@
 """Static report of every kernel: its machine code, judged without a GPU.
 
-    python -m bench.kernel_report [--family attention plain experts rows heads windows]
+    python -m bench.machine_code.kernel_report [--family attention plain experts rows heads windows]
         [--target 80 90] [--kernel forward] [--head-dim 64] [--width 768] [--dtype bf16]
         [--shape 197,50] [--all] [--output report.csv]
 
 Every launch is compiled as the launcher would launch it, with the tiles that the launch table gives
 it. Registers, spills, shared memory and occupancy are the compiler's; cycles are modelled from the
-instructions and published rates, as `bench.figures` and `bench.entry` define them. Nothing is run
-and nothing is timed. Limits are those of the Triton that is installed (`bench.limit_tables`).
+instructions and published rates, as `bench.machine_code.figures` and `bench.machine_code.reports.entry` define them. Nothing is run
+and nothing is timed. Limits are those of the Triton that is installed (`bench.machine_code.limit_tables`).
 Without options: what they are for, bf16 on sm_80 and sm_90. `--all`: every head dimension, width,
 dtype and target, which takes hours the first time. Windows have shapes and a head dimension of
-their own (`bench.window_report`).
+their own (`bench.machine_code.reports.window_attention`).
 """
 
 from __future__ import annotations
@@ -22,18 +22,31 @@ from pathlib import Path
 
 import torch
 
-from bench import expert_report, heads_report, plain_report, problems, row_problems, window_report
-from bench.attention_report import attention_entry
-from bench.entry import Entry, csv_rows, format_entry, header, write_csv
-from bench.expert_report import expert_entry
-from bench.heads_report import HeadsProblem, heads_entry
-from bench.limits import JUDGED_TARGETS, PROBLEMS, WIDTHS, no_limits
-from bench.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
-from bench.offline import Architecture
-from bench.plain_report import comparison, plain_entry
-from bench.row_problems import ACTIVATION_KERNELS, RowProblem
-from bench.row_report import row_entry
-from bench.window_report import window_entry
+from bench.machine_code.limits import JUDGED_TARGETS, PROBLEMS, WIDTHS, no_limits
+from bench.machine_code.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
+from bench.machine_code.offline import Architecture
+from bench.machine_code.problems import attention as problems
+from bench.machine_code.problems import rowwise as row_problems
+from bench.machine_code.problems.rowwise import ACTIVATION_KERNELS, RowProblem
+from bench.machine_code.reports import (
+    experts as expert_report,
+)
+from bench.machine_code.reports import (
+    grouped_heads as heads_report,
+)
+from bench.machine_code.reports import (
+    plain_attention as plain_report,
+)
+from bench.machine_code.reports import (
+    window_attention as window_report,
+)
+from bench.machine_code.reports.attention import attention_entry
+from bench.machine_code.reports.entry import Entry, csv_rows, format_entry, header, write_csv
+from bench.machine_code.reports.experts import expert_entry
+from bench.machine_code.reports.grouped_heads import HeadsProblem, heads_entry
+from bench.machine_code.reports.plain_attention import comparison, plain_entry
+from bench.machine_code.reports.rowwise import row_entry
+from bench.machine_code.reports.window_attention import window_entry
 from vpt_fast.kernels.expert_plan import ExpertProblem
 from vpt_fast.kernels.plan import AttentionProblem
 
@@ -61,7 +74,7 @@ loops       SM cycles of each pipe per iteration of one block, its instruction c
             cycles per 1,048,576 MMA FLOP of the loop; narrow tiles of attention are counted over
             the usual tiles that they take the place of
 -           not known: gfx942's machine code is not read, sm_100's does not tell its MMA FLOP;
-            memory cycles are for the targets whose bandwidth bench/multiprocessor.py has"""
+            memory cycles are for the targets whose bandwidth bench/machine_code/multiprocessor.py has"""
 BESIDE = """\
 Beside a plain flash attention on concatenated keys and values: SM cycles of each pipe per useful
 1,048,576 MMA FLOP, the same FLOP for all; copies: memory cycles of concatenating and splitting."""
@@ -97,7 +110,7 @@ def _positive(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
-        prog="python -m bench.kernel_report",
+        prog="python -m bench.machine_code.kernel_report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """One launch of any kernel as the report shows it: lines of text, and rows of a CSV file.
 
-Cycles of a launch are those of all its programs, as `bench.figures` defines them, in two measures:
+Cycles of a launch are those of all its programs, as `bench.machine_code.figures` defines them, in two measures:
 
 - per unit: over the useful MMA FLOP / 1,048,576, for kernels of matrix products;
 - over memory: over the cycles that device memory takes, at its published bandwidth, for the bytes
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.figures import (
+from bench.machine_code.figures import (
     PIPES,
     UNIT_FLOP,
     KernelFigures,
@@ -28,9 +28,9 @@ from bench.figures import (
     program_cycles,
     program_flop,
 )
-from bench.limits import Verdict
-from bench.memory import memory_rate
-from bench.offline import Architecture
+from bench.machine_code.limits import Verdict
+from bench.machine_code.memory import memory_rate
+from bench.machine_code.offline import Architecture
 from vpt_fast.kernels.runtime.launch import Launch
 
 Pipes = dict[str, float | None]

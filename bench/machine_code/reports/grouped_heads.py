@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench.entry import Entry, LoopEntry
-from bench.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
-from bench.limits import (
+from bench.machine_code.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
+from bench.machine_code.limits import (
     WIDE,
     Verdict,
     at_most,
@@ -21,9 +20,10 @@ from bench.limits import (
     limits,
     resources,
 )
-from bench.memory import memory_rate, tensor_bytes
-from bench.offline import Architecture, compile_kernel
-from bench.sass import Instruction, access_bytes, classify, parse
+from bench.machine_code.memory import memory_rate, tensor_bytes
+from bench.machine_code.offline import Architecture, compile_kernel
+from bench.machine_code.reports.entry import Entry, LoopEntry
+from bench.machine_code.sass import Instruction, access_bytes, classify, parse
 from vpt_fast.kernels.rowwise.grouped_heads import grouped_heads_launch
 from vpt_fast.kernels.runtime.launch import Launch
 

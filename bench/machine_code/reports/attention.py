@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bench.entry import Entry, LoopEntry
-from bench.limit_tables import LoopLimit
-from bench.limits import (
+from bench.machine_code.limit_tables import LoopLimit
+from bench.machine_code.limits import (
     MIN_STAGES,
     MIN_WARPS,
     Verdict,
@@ -16,10 +15,11 @@ from bench.limits import (
     limits,
     resources,
 )
-from bench.multiprocessor import MULTIPROCESSORS
-from bench.offline import Architecture
-from bench.problems import useful_flop
-from bench.report import FULL_LOOPS, LaunchReport, launch_report
+from bench.machine_code.multiprocessor import MULTIPROCESSORS
+from bench.machine_code.offline import Architecture
+from bench.machine_code.problems.attention import useful_flop
+from bench.machine_code.reports.entry import Entry, LoopEntry
+from bench.machine_code.reports.report import FULL_LOOPS, LaunchReport, launch_report
 from vpt_fast.kernels.plan import AttentionProblem
 
 
@@ -27,7 +27,7 @@ def attention_entry(kernel: str, problem: AttentionProblem, architecture: Archit
     """Compile one launch of a problem and hold it against its limits.
 
     Args:
-        kernel: one of `bench.problems.KERNELS` or `OTHER_KERNELS`.
+        kernel: one of `bench.machine_code.problems.attention.KERNELS` or `OTHER_KERNELS`.
         problem: shapes and dtype; prompt_dkdv is that of prompts that each image has for itself.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
     """

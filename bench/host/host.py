@@ -5,7 +5,7 @@
     python -m bench.host --calls
 
 CPU time of one thread on tensors so small that PyTorch's own kernels, which run on the CPU here,
-hardly count; all subjects in one process, in turns. Ours launch into nothing (`bench.null_driver`):
+hardly count; all subjects in one process, in turns. Ours launch into nothing (`bench.host.null_driver`):
 the driver's own time of a launch is in no figure, neither ours nor PyTorch's. A step is forward,
 cross-entropy and backward, without the optimizer's. In its turn a subject runs twice, as in a loop
 where the step before is the same model's; the first time, which finds caches as another model has
@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from bench import host_calls
 from bench.compare.collect import FACTS, RESULTS
 from bench.compare.facts import facts, file_stem
-from bench.host_subjects import INFERENCE, WARMUP, Subject, Work, one_thread
-from bench.null_driver import NullLauncher, null_driver
+from bench.host import calls as host_calls
+from bench.host.null_driver import NullLauncher, null_driver
+from bench.host.subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.providers.models import OURS, WITHOUT
 
 FIRST = "first"
@@ -234,7 +234,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(path)
     show(rows)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bench.control_flow import Loop, find_loops
-from bench.multiprocessor import (
+from bench.machine_code.control_flow import Loop, find_loops
+from bench.machine_code.multiprocessor import (
     AMD_SHARED_BLOCK,
     MULTIPROCESSORS,
     SCHEDULERS,
@@ -30,8 +30,8 @@ from bench.multiprocessor import (
     Multiprocessor,
     resident_blocks,
 )
-from bench.offline import Binary
-from bench.sass import Instruction, classify, copy_bytes, is_mma, mix, mma_flop, parse
+from bench.machine_code.offline import Binary
+from bench.machine_code.sass import Instruction, classify, copy_bytes, is_mma, mix, mma_flop, parse
 
 UNIT_FLOP = 1 << 20
 """The 1,048,576 MMA FLOP that issue cycles are counted over."""
@@ -185,7 +185,7 @@ def kernel_figures(name: str, binary: Binary) -> KernelFigures:
 
     Args:
         name: of the kernel, for tables.
-        binary: from `bench.offline.compile_kernel`.
+        binary: from `bench.machine_code.offline.compile_kernel`.
 
     Returns:
         Its figures. AMD machine code is not read: resources only.

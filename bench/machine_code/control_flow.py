@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.sass import Instruction
+from bench.machine_code.sass import Instruction
 
 _JUMPS = frozenset({"BRA", "JMP", "BRX", "BRXU", "JMX"})
 _ENDS = frozenset({"EXIT", "RET", "KILL"})

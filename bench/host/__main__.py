@@ -1,0 +1,7 @@
+"""`python -m bench.host`."""
+
+import sys
+
+from bench.host.host import main
+
+sys.exit(main())
