@@ -67,7 +67,7 @@ def table(hosts: Hosts) -> str:
     return "\n".join(
         [
             f"{GPU.name}, bf16, {PROMPTS} prompts; host measured on {known['device']} with torch "
-            f"{known['torch']} ({known['date']}) and {assumed.driver_us:g} us per launch assumed.",
+            f"{known['torch']} ({known['date']})\nand {assumed.driver_us:g} us per launch assumed.",
             "",
             "| | launches | host ms | eager ms | bound by | graph ms | bound by |",
             "|---|---:|---:|---:|---|---:|---|",

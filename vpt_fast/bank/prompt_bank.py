@@ -31,8 +31,8 @@ class PromptBank:
     computed once, when it is added; for VAPT (arXiv 2501.18936) that is block 0, and the experts of
     the later blocks are computed in the call, each image with the weights of its own task. All
     keys and values lie in one buffer, where an image finds its own by their row offset, and all
-    heads in another. An image's logits do not depend on the other images and tasks of the batch, but for
-    rounding.
+    heads in another. An image's logits do not depend on the other images and tasks of the batch,
+    but for rounding.
 
     A bank may be called, and added to, from several threads at once. Its model must stay as it is:
     cached keys and values belong to the weights from when they were added. The parts of the model
@@ -100,8 +100,8 @@ class PromptBank:
 
         Args:
             name: Name that is not yet in use.
-            directory: Folder that `save_adapter` wrote, for this backbone; tuned with `VPTDeep` in all
-                or the last blocks, `VAPT` or `LinearProbe`.
+            directory: Folder that `save_adapter` wrote, for this backbone; tuned with `VPTDeep` in
+                all or the last blocks, `VAPT` or `LinearProbe`.
 
         Returns:
             What is known of the task.
