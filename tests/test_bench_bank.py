@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bank
+from bench.studies import bank
 
 SMALL = ["--model", "test_vit", "--prompts", "4", "--tasks", "3", "--images", "6", "--rounds", "1"]
 

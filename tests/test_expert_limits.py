@@ -17,10 +17,10 @@ from slower import JUDGED_VERSION, need_compiler, slower
 
 from bench.counted.traffic import counted
 from bench.machine_code import kernel_report
+from bench.machine_code.problems import experts as expert_plan
+from bench.machine_code.problems.experts import ExpertProblem
 from bench.machine_code.reports import experts as expert_report
 from bench.machine_code.reports.experts import KERNELS, verdicts
-from vpt_fast.kernels import expert_plan
-from vpt_fast.kernels.expert_plan import ExpertProblem
 from vpt_fast.kernels.experts import mix as expert_mix
 from vpt_fast.kernels.experts.features import features_launch
 from vpt_fast.kernels.runtime.launch import Target

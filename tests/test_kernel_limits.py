@@ -24,9 +24,9 @@ from bench.machine_code.problems.attention import (
     attention_launches,
     useful_flop,
 )
+from bench.machine_code.problems.attention_launches import AttentionProblem
 from bench.machine_code.reports.attention import entry_of, verdicts
 from bench.machine_code.reports.report import LaunchReport, launch_report
-from vpt_fast.kernels.plan import AttentionProblem
 
 pytestmark = JUDGED_VERSION
 

@@ -9,11 +9,11 @@ from triton.runtime.jit import JITFunction
 
 from bench.machine_code.offline import compile_kernel
 from bench.machine_code.problems.attention import launch_target
-from bench.table_file import TABLE_FILE, table_text
+from bench.machine_code.problems.attention_launches import AttentionProblem, attention_plan
+from bench.tiles.table_file import TABLE_FILE, table_text
 from vpt_fast.kernels.attention import tiles as launch_tiles
 from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE
 from vpt_fast.kernels.attention.tiles import ARCHITECTURES, DTYPE_NAMES, HEAD_DIMS, KERNELS, look_up
-from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.runtime.launch import Target
 
 DTYPES = tuple(DTYPE_NAMES)
@@ -43,7 +43,9 @@ def numbered_table() -> dict:
 
 def test_the_table_is_data_as_the_tool_writes_it():
     text = TABLE_FILE.read_text(encoding="utf-8")
-    assert text == table_text(TABLE, MEASURED), "edited by hand: run python -m bench.tune --write"
+    assert text == table_text(TABLE, MEASURED), (
+        "edited by hand: run python -m bench.tiles.tune --write"
+    )
     assert not [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
 
 

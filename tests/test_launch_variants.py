@@ -13,12 +13,12 @@ import pytest
 
 from bench.machine_code.offline import gpu_target, specialise, variant
 from bench.machine_code.problems.attention import ragged_launch
+from bench.machine_code.problems.attention_launches import AttentionProblem, attention_plan
+from bench.machine_code.problems.experts import ExpertProblem, expert_plan
 from bench.machine_code.problems.rowwise import RowProblem, row_launch
+from bench.machine_code.problems.window_attention import WindowProblem, window_plan
 from bench.machine_code.reports.grouped_heads import HeadsProblem, heads_launch
-from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
-from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.runtime.launch import Launch, Target
-from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 
 TARGET = Target(90)
 ROWS = (

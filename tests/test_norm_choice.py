@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench import norm_choice
-from bench.norm_choice import CHOSEN, DATAFLOW, INPUTS, WAYS, errors, rows_moved
+from bench.studies import norm_choice
+from bench.studies.norm_choice import CHOSEN, DATAFLOW, INPUTS, WAYS, errors, rows_moved
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench.machine_code.plain_attention import PlainTiles, plain_launches
+from bench.machine_code.problems.attention_launches import AttentionProblem
 from bench.machine_code.reports.attention import attention_entry
 from bench.machine_code.reports.plain_attention import (
     comparison,
@@ -18,7 +19,6 @@ from bench.machine_code.reports.plain_attention import (
     plain_entry,
     together,
 )
-from vpt_fast.kernels.plan import AttentionProblem
 
 pytest_plugins = ("kernel_device",)
 

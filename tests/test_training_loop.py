@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.training_loop import main
+from bench.studies.training_loop import main
 
 
 def test_both_parts_are_measured(capsys: Any) -> None:

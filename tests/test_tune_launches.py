@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import times, tune
-from bench.candidates import (
+from bench.tiles import times, tune
+from bench.tiles.candidates import (
     Score,
     candidates,
     choose,
@@ -19,7 +19,7 @@ from bench.candidates import (
     score,
     summary,
 )
-from bench.table_file import read_table, table_text, write_table
+from bench.tiles.table_file import read_table, table_text, write_table
 from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE
 from vpt_fast.kernels.attention.tiles import ARCHITECTURES, HEAD_DIMS, KERNELS
 
@@ -151,7 +151,7 @@ def test_a_static_choice_is_printed_and_written(monkeypatch, tmp_path, capsys):
 def test_a_better_candidate_takes_the_place_of_the_tables_own(monkeypatch, tmp_path, capsys):
     path, worse = tmp_path / "table.py", (32, 16, 4, 2)
     better = TABLE[KEY]
-    for module in ("bench.candidates", "bench.tune"):
+    for module in ("bench.tiles.candidates", "bench.tiles.tune"):
         monkeypatch.setattr(f"{module}.TABLE", {**TABLE, KEY: worse})
     monkeypatch.setattr(tune, "candidates", lambda key: [better])
     tune.main([*NAME, "--write", str(path)])

@@ -15,6 +15,7 @@ from slower import JUDGED_VERSION, need_compiler, slower
 
 from bench.machine_code import kernel_report
 from bench.machine_code.offline import compile_kernel
+from bench.machine_code.problems.window_attention import WindowProblem
 from bench.machine_code.reports.window_attention import (
     FEW,
     KERNELS,
@@ -30,7 +31,6 @@ from vpt_fast.kernels.window_attention.tiles import (
     windows_of_a_program,
     windows_of_a_sum,
 )
-from vpt_fast.kernels.window_plan import WindowProblem
 
 pytestmark = JUDGED_VERSION
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.counted import bank_traffic, window_traffic
 from bench.machine_code.problems.attention import useful_flop
-from vpt_fast.kernels.plan import AttentionProblem
+from bench.machine_code.problems.attention_launches import AttentionProblem
 from vpt_fast.kernels.runtime.launch import Launch
 
 Part = Callable[[Launch, Tensor], Tensor]

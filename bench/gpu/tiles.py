@@ -1,4 +1,4 @@
-"""Times of attention's candidate tiles, 64 channels, bf16, as `bench.tune --measure` has them."""
+"""Times of attention's candidate tiles, 64 channels, bf16, as `bench.tiles.tune --measure` has them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.gpu.device import Device
 from bench.gpu.keys import stable_keys
 from bench.gpu.outcome import Tell
-from bench.times import Row, measure, median_milliseconds, write_times
+from bench.tiles.times import Row, measure, median_milliseconds, write_times
 from vpt_fast.kernels.attention.tiles import KERNELS, Key
 from vpt_fast.kernels.runtime.launch import Launch
 

@@ -29,7 +29,6 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.compiler import ASTSource
 
-from bench.candidates import SHAPES, candidates, current, launch_of
 from bench.compare.cases import DTYPES, INFERENCE, Case
 from bench.compare.rounds import inference, step
 from bench.counted.step_trace import without_values
@@ -54,7 +53,8 @@ from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase
 from bench.providers.experts import ExpertCase
 from bench.providers.models import OURS, provide
-from bench.times import STAGES
+from bench.tiles.candidates import SHAPES, candidates, current, launch_of
+from bench.tiles.times import STAGES
 from vpt_fast.kernels.runtime.launch import Launch, Target
 
 
@@ -248,7 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--capability", type=int, help="of the GPU; its own by default, or 90")
     parser.add_argument("--quick", action="store_true", help="the kernels of --cases quick")
     parser.add_argument("--trial", action="store_true", help="only a few, to show that it works")
-    parser.add_argument("--tiles", action="store_true", help="candidate tiles of `bench.tune`")
+    parser.add_argument(
+        "--tiles", action="store_true", help="candidate tiles of `bench.tiles.tune`"
+    )
     options = parser.parse_args(arguments)
     capability = options.capability or _capability()
     stable_keys()

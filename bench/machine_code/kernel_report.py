@@ -27,6 +27,8 @@ from bench.machine_code.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
 from bench.machine_code.offline import Architecture
 from bench.machine_code.problems import attention as problems
 from bench.machine_code.problems import rowwise as row_problems
+from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.experts import ExpertProblem
 from bench.machine_code.problems.rowwise import ACTIVATION_KERNELS, RowProblem
 from bench.machine_code.reports import (
     experts as expert_report,
@@ -47,8 +49,6 @@ from bench.machine_code.reports.grouped_heads import HeadsProblem, heads_entry
 from bench.machine_code.reports.plain_attention import comparison, plain_entry
 from bench.machine_code.reports.rowwise import row_entry
 from bench.machine_code.reports.window_attention import window_entry
-from vpt_fast.kernels.expert_plan import ExpertProblem
-from vpt_fast.kernels.plan import AttentionProblem
 
 KERNELS = {
     "attention": (*problems.KERNELS, *problems.OTHER_KERNELS),

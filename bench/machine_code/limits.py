@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import triton
 
 from bench.machine_code.limit_tables import LARGE, LIMITS, MANY, SMALL, Limits
-from vpt_fast.kernels.plan import AttentionProblem
+from bench.machine_code.problems.attention_launches import AttentionProblem
 
 JUDGED_TARGETS = (80, 90)
 """Architectures that the limits are for. Shared memory has to fit on every one."""

@@ -1,10 +1,10 @@
-"""Launch table of the attention kernels, written by `python -m bench.tune --write`.
+"""Launch table of the attention kernels, written by `python -m bench.tiles.tune --write`.
 
 (kernel, head dimension, dtype, architecture): (rows, rows per loop iteration, warps, stages)
 
 `launch_tiles` says what the rows are, which shapes narrow them, and which entry other head
 dimensions and architectures take. Entries are chosen from static figures, without a GPU (compiled
-code, and issue cycles modelled from it, by the rules of `bench.candidates`); those that `MEASURED`
+code, and issue cycles modelled from it, by the rules of `bench.tiles.candidates`); those that `MEASURED`
 names, from times measured on a GPU.
 """
 

@@ -2,7 +2,7 @@
 
 Nothing is tuned at run time, so the same inputs always run the same program. The batch is no
 argument: an image's result may not depend on how many others there are. `launch_table` holds the
-choices, which `python -m bench.tune` makes.
+choices, which `python -m bench.tiles.tune` makes.
 """
 
 from __future__ import annotations

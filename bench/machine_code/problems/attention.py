@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 
 from bench.machine_code.offline import Architecture
+from bench.machine_code.problems.attention_launches import AttentionProblem, attention_plan
 from vpt_fast.kernels.attention.ragged import bank_attention_launch
-from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.runtime.launch import Launch, Target
 
 KERNELS = ("forward", "dq", "token_dkdv", "shared_prompt_dkdv")

@@ -18,9 +18,9 @@ from bench.machine_code.limits import (
 from bench.machine_code.multiprocessor import MULTIPROCESSORS
 from bench.machine_code.offline import Architecture
 from bench.machine_code.problems.attention import useful_flop
+from bench.machine_code.problems.attention_launches import AttentionProblem
 from bench.machine_code.reports.entry import Entry, LoopEntry
 from bench.machine_code.reports.report import FULL_LOOPS, LaunchReport, launch_report
-from vpt_fast.kernels.plan import AttentionProblem
 
 
 def attention_entry(kernel: str, problem: AttentionProblem, architecture: Architecture) -> Entry:

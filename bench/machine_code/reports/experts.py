@@ -36,8 +36,8 @@ from bench.machine_code.limits import (
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
 from bench.machine_code.problems.attention import launch_target
+from bench.machine_code.problems.experts import ExpertProblem, expert_plan
 from bench.machine_code.reports.entry import Entry, LoopEntry
-from vpt_fast.kernels.expert_plan import ExpertProblem, expert_plan
 from vpt_fast.kernels.runtime.launch import Launch
 
 KERNELS = (

@@ -19,8 +19,8 @@ from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
 from bench.machine_code.plain_attention import PlainTiles, plain_launches
 from bench.machine_code.problems.attention import attention_launches, useful_flop
+from bench.machine_code.problems.attention_launches import AttentionProblem
 from bench.machine_code.reports.entry import Entry, LoopEntry, architecture_name, cell
-from vpt_fast.kernels.plan import AttentionProblem
 from vpt_fast.kernels.runtime.launch import Launch
 
 KERNELS = ("plain_forward", "plain_dq", "plain_dkdv")

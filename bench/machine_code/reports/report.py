@@ -16,7 +16,7 @@ from bench.machine_code.figures import (
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
 from bench.machine_code.problems.attention import attention_launches, useful_flop
-from vpt_fast.kernels.plan import AttentionProblem
+from bench.machine_code.problems.attention_launches import AttentionProblem
 from vpt_fast.kernels.runtime.launch import Launch
 
 FULL_LOOPS = frozenset({"prompts", "tokens", "queries"})

@@ -26,9 +26,9 @@ from bench.machine_code.limits import (
 from bench.machine_code.memory import memory_rate
 from bench.machine_code.offline import Architecture, compile_kernel
 from bench.machine_code.problems.attention import launch_target
+from bench.machine_code.problems.window_attention import WindowProblem, window_plan
 from bench.machine_code.reports.entry import Entry, LoopEntry
 from vpt_fast.kernels.runtime.launch import Launch
-from vpt_fast.kernels.window_plan import WindowProblem, window_plan
 
 KERNELS = (
     "window_forward", "window_backward", "window_backward_dbias",

@@ -1,7 +1,7 @@
 """What training costs beyond its steps: data, metrics, adapters and checkpoints.
 
-    python -m bench.training_loop                    ViT-S/16, 1,000 images, batch 64
-    python -m bench.training_loop --model vit_tiny_patch16_224 --rounds 5
+    python -m bench.studies.training_loop                    ViT-S/16, 1,000 images, batch 64
+    python -m bench.studies.training_loop --model vit_tiny_patch16_224 --rounds 5
 
 1,000 image files, as many as a VTAB-1k set has, go through an epoch as `vpt-fast train` runs it:
 decoded once, cropped and flipped anew (or not, with --no-aug), with metrics.csv, TensorBoard, an
@@ -125,9 +125,9 @@ def measure(whole: Loop, rounds: int) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m bench.training_loop`."""
+    """Entry point of `python -m bench.studies.training_loop`."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.training_loop", description=(__doc__ or "").splitlines()[0]
+        prog="python -m bench.studies.training_loop", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", default="vit_small_patch16_224", help="vit_small_patch16_224")
     parser.add_argument("--images", type=int, default=1000, help="1000")

@@ -1,6 +1,6 @@
 """One batch over many tasks: a bank beside one task alone, and beside switching adapters.
 
-    python -m bench.bank [--model M] [--method vpt-deep|vapt] [--prompts P] [--tasks T]
+    python -m bench.studies.bank [--model M] [--method vpt-deep|vapt] [--prompts P] [--tasks T]
         [--images B] [--rounds R]
 
 Measured on this machine, in turns, in inference:
@@ -158,7 +158,7 @@ def counted(run: Callable[[], object]) -> tuple[int, int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints times, ratios and counts; 1 if the bank's answers are wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.bank", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m bench.studies.bank", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--model", default=BankCase.model)
     parser.add_argument("--method", default=BankCase.method, help="vpt-deep or vapt")

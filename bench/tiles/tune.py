@@ -1,12 +1,12 @@
 """Chooses the tiles of the attention kernels: from static figures now, from times on a GPU later.
 
-    python -m bench.tune --head-dim 64 --target 80 90           # print choices, change nothing
-    python -m bench.tune --head-dim 64 --target 80 90 --write   # and write the launch table
-    python -m bench.tune --measure times.csv                    # on a GPU: time candidates
-    python -m bench.tune --times times.csv --write              # choose from measured times
+    python -m bench.tiles.tune --head-dim 64 --target 80 90           # print choices, change nothing
+    python -m bench.tiles.tune --head-dim 64 --target 80 90 --write   # and write the launch table
+    python -m bench.tiles.tune --measure times.csv                    # on a GPU: time candidates
+    python -m bench.tiles.tune --times times.csv --write              # choose from measured times
 
 Without `--times`, candidates are compiled without a GPU and chosen by the rules of
-`bench.candidates`: issue cycles are modelled, nothing is run or timed. With it, only entries with
+`bench.tiles.candidates`: issue cycles are modelled, nothing is run or timed. With it, only entries with
 measured times are chosen, and they stay as they are in later runs without it. Nothing is tuned when
 a model runs: the kernels read `kernels/attention/launch_table.py`.
 """
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from bench.candidates import DTYPES, Score, candidates, choose, current, finalists, score
 from bench.machine_code.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
 from bench.machine_code.offline import Architecture
-from bench.table_file import TABLE_FILE, write_table
-from bench.times import best_of, measure, read_times, write_times
+from bench.tiles.candidates import DTYPES, Score, candidates, choose, current, finalists, score
+from bench.tiles.table_file import TABLE_FILE, write_table
+from bench.tiles.times import best_of, measure, read_times, write_times
 from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE
 from vpt_fast.kernels.attention.tiles import ARCHITECTURES, HEAD_DIMS, KERNELS, Choice, Key
 
@@ -93,7 +93,7 @@ def _architecture(text: str) -> Architecture:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.tune",
+        prog="python -m bench.tiles.tune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

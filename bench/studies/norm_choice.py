@@ -1,6 +1,6 @@
 """How a block's LayerNorm may reach the next product: error and bytes of each way.
 
-    python -m bench.norm_choice
+    python -m bench.studies.norm_choice
 
 The LayerNorm's affine folds into a frozen Linear, Wg = diag(gamma) W, b' = b + beta W, and with s
 the column sums of Wg, LayerNorm(x) W + b = rstd * (x Wg - mean * s) + b'. So instead of writing the

@@ -25,6 +25,7 @@ from bench.machine_code.figures import kernel_figures
 from bench.machine_code.limits import MIN_STAGES, MIN_WARPS
 from bench.machine_code.offline import compile_kernel
 from bench.machine_code.problems.attention import launch_target
+from bench.machine_code.problems.attention_launches import AttentionProblem, attention_plan
 from bench.machine_code.reports.attention import verdicts
 from bench.machine_code.reports.report import LaunchReport
 from vpt_fast.kernels.attention.launch_table import TABLE
@@ -34,7 +35,6 @@ from vpt_fast.kernels.attention.tiles import (
     Key,
     look_up,
 )
-from vpt_fast.kernels.plan import AttentionProblem, attention_plan
 from vpt_fast.kernels.runtime.launch import Launch
 
 SHAPES = ((197, 10), (197, 50), (577, 50))

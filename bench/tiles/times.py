@@ -1,7 +1,7 @@
 """Measured times of candidate tiles: a CSV file of them, and how a CUDA GPU writes it.
 
 One row is one candidate of one entry of the launch table; `milliseconds` is the geometric mean,
-over the shapes of `bench.candidates.SHAPES`, of its launch's median time, 64 images of 12 heads.
+over the shapes of `bench.tiles.candidates.SHAPES`, of its launch's median time, 64 images of 12 heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import triton.testing
 from triton.errors import TritonError
 
-from bench.candidates import DTYPES, SHAPES, TIE, candidates, current, launch_of
+from bench.tiles.candidates import DTYPES, SHAPES, TIE, candidates, current, launch_of
 from vpt_fast.kernels.attention.tiles import HEAD_DIMS, KERNELS, Choice, Key
 from vpt_fast.kernels.runtime.launch import Launch, target_of
 
