@@ -17,7 +17,7 @@ import pytest
 import torch
 from on_device import poisoned_empty
 
-from bench.gpu.keys import stable_keys
+from bench.gpu.jobs.keys import stable_keys
 
 # Asked once: while ttsem is at work, torch says that there is a GPU.
 HAS_GPU = torch.cuda.is_available()

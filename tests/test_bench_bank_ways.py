@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bench.counted.trace import counts, traced
-from bench.gpu.cases import Plan, only, timed_subjects
-from bench.gpu.checks import check_kernel, kernel_cases
 from bench.gpu.device import CpuDevice
-from bench.gpu.measure import KernelCheck, measure
+from bench.gpu.jobs.cases import Plan, only, timed_subjects
+from bench.gpu.jobs.checks import check_kernel, kernel_cases
+from bench.gpu.jobs.measure import KernelCheck, measure
 from bench.providers import bank_attention as bank_ways
 from bench.providers import bank_models as bank_model_ways
 from bench.providers.bank_attention import (

@@ -13,7 +13,8 @@ import torch
 from bench.compare import correctness
 from bench.compare.cases import SWIN, Case
 from bench.compare.collect import read
-from bench.gpu.cases import (
+from bench.gpu.device import CpuDevice
+from bench.gpu.jobs.cases import (
     DTYPES,
     Plan,
     correctness_subjects,
@@ -21,13 +22,12 @@ from bench.gpu.cases import (
     guessed_seconds,
     timed_subjects,
 )
-from bench.gpu.device import CpuDevice
-from bench.gpu.measure import measure
-from bench.gpu.models import ModelCheck
+from bench.gpu.jobs.measure import measure
+from bench.gpu.jobs.models import ModelCheck
+from bench.gpu.jobs.steps import StepCheck
+from bench.gpu.jobs.subjects import CeilingsWanted, KernelCheck
 from bench.gpu.run import main
 from bench.gpu.stages import STAGES
-from bench.gpu.steps import StepCheck
-from bench.gpu.subjects import CeilingsWanted, KernelCheck
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import ONE_BY_ONE, OWN_NAMES
 from bench.providers.models import COMPILED, CUDNN, EAGER, OURS, PUBLISHED, WITHOUT, provide

@@ -10,12 +10,12 @@ import pytest
 
 from bench.compare.cases import Case
 from bench.compare.collect import read
-from bench.gpu import page
-from bench.gpu.counted import Counted
-from bench.gpu.counts import add_counts, counted, subject_of
-from bench.gpu.record import FIELDS, write
+from bench.gpu.jobs.subjects import facts_of
+from bench.gpu.results import page
+from bench.gpu.results.counted import Counted
+from bench.gpu.results.counts import add_counts, counted, subject_of
+from bench.gpu.results.record import FIELDS, write
 from bench.gpu.run import main
-from bench.gpu.subjects import facts_of
 from bench.providers.attention import AttentionCase
 from bench.providers.models import GPU_PROVIDERS, OURS, PUBLISHED
 

@@ -14,8 +14,6 @@ import torch
 from bench.compare import correctness
 from bench.compare.cases import Case
 from bench.compare.device_timer import CpuTimer, CudaTimer, repeats
-from bench.gpu import measure as measuring
-from bench.gpu.checks import ActivationCase, NormCase, check_kernel
 from bench.gpu.device import (
     HOST_ROUNDS,
     WARM_UP,
@@ -24,7 +22,9 @@ from bench.gpu.device import (
     CudaDevice,
     replay_error,
 )
-from bench.gpu.measure import KernelCheck, measure
+from bench.gpu.jobs import measure as measuring
+from bench.gpu.jobs.checks import ActivationCase, NormCase, check_kernel
+from bench.gpu.jobs.measure import KernelCheck, measure
 from bench.providers.attention import AttentionCase
 from bench.providers.models import OURS, provide
 from vpt_fast.ops.rowwise import activation

@@ -18,15 +18,15 @@ from bench.compare.collect import read
 from bench.compare.facts import facts
 from bench.gpu import session as sessions
 from bench.gpu import stages
-from bench.gpu.cases import Plan
-from bench.gpu.checks import NormCase
+from bench.gpu.jobs.cases import Plan
+from bench.gpu.jobs.checks import NormCase
+from bench.gpu.jobs.subjects import CeilingsWanted, FactsWanted, KernelCheck, facts_of
 from bench.gpu.outcome import Tell
 from bench.gpu.programs import run_program
-from bench.gpu.record import Record
+from bench.gpu.results.record import Record
 from bench.gpu.run import measure
 from bench.gpu.session import Budget, Session
 from bench.gpu.stages import STAGES, Run
-from bench.gpu.subjects import CeilingsWanted, FactsWanted, KernelCheck, facts_of
 from bench.gpu.worker import Lost, Worker
 from bench.providers.models import COMPILED, GPU_PROVIDERS, OURS
 

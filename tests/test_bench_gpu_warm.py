@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from bench.compare.cases import Case
-from bench.gpu.checks import ActivationCase, HeadsCase, NormCase
-from bench.gpu.models import ModelCheck
-from bench.gpu.subjects import KernelCheck
-from bench.gpu.warm import kernels_of, noted, tile_launches
+from bench.gpu.jobs.checks import ActivationCase, HeadsCase, NormCase
+from bench.gpu.jobs.models import ModelCheck
+from bench.gpu.jobs.subjects import KernelCheck
+from bench.gpu.jobs.warm import kernels_of, noted, tile_launches
 from bench.providers import attention as attention_ways
 from bench.providers.attention import AttentionCase
 from bench.providers.models import OURS
@@ -27,8 +27,8 @@ LAUNCH_AGAIN = """
 import torch, triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from bench.gpu.keys import stable_keys
-from bench.gpu.warm import noted
+from bench.gpu.jobs.keys import stable_keys
+from bench.gpu.jobs.warm import noted
 from bench import attention_ways
 from bench.providers.attention import AttentionCase
 
@@ -69,7 +69,7 @@ def test_launches_find_what_was_compiled_beforehand(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    said = run("-m", "bench.gpu.warm", "--trial", "--jobs", "2", "--capability", "90")
+    said = run("-m", "bench.gpu.jobs.warm", "--trial", "--jobs", "2", "--capability", "90")
     assert "4 kernels compiled for sm_90" in said
     assert run("-c", LAUNCH_AGAIN).strip() == "4 [True, True, True, True]"
 

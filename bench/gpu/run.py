@@ -26,12 +26,12 @@ import torch
 
 from bench.compare.collect import RESULTS
 from bench.compare.facts import facts
-from bench.gpu.cases import TINY, Plan
-from bench.gpu.counts import add_counts
-from bench.gpu.record import Record
+from bench.gpu.jobs.cases import TINY, Plan
+from bench.gpu.jobs.subjects import FactsWanted
+from bench.gpu.results.counts import add_counts
+from bench.gpu.results.record import Record
 from bench.gpu.session import DTYPE, Budget, Session
 from bench.gpu.stages import STAGES, Run, run_stages
-from bench.gpu.subjects import FactsWanted
 from bench.gpu.worker import InProcess, Worker
 from bench.providers.models import EAGER, GPU_PROVIDERS
 

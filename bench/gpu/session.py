@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from bench.ceilings import Ceilings
 from bench.compare.collect import Row
-from bench.gpu.cases import guessed_seconds, only
+from bench.gpu.jobs.cases import guessed_seconds, only
+from bench.gpu.jobs.subjects import Comparison, Job, KernelCheck, Subject, facts_of
 from bench.gpu.outcome import Outcome
-from bench.gpu.record import Record
-from bench.gpu.subjects import Comparison, Job, KernelCheck, Subject, facts_of
+from bench.gpu.results.record import Record
 from bench.gpu.worker import InProcess, Lost, Worker
 from bench.providers.models import COMPILED, OURS
 

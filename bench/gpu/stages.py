@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu.cases import Plan, correctness_subjects, first_subjects, timed_subjects
-from bench.gpu.profile import ProfileWanted
+from bench.gpu.jobs.cases import Plan, correctness_subjects, first_subjects, timed_subjects
+from bench.gpu.jobs.profile import ProfileWanted
+from bench.gpu.jobs.tiles import TilesWanted
 from bench.gpu.programs import run_program
 from bench.gpu.session import Budget, Session
-from bench.gpu.tiles import TilesWanted
 from bench.providers.models import COMPILED, OURS, PUBLISHED, WITHOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -84,7 +84,7 @@ class Run:
 
 def warm(run: Run, budget: Budget, tiles: bool = False) -> None:
     """Compile kernels: those of the plan, or candidate tiles."""
-    command = [sys.executable, "-m", "bench.gpu.warm", *(["--tiles"] if tiles else [])]
+    command = [sys.executable, "-m", "bench.gpu.jobs.warm", *(["--tiles"] if tiles else [])]
     if run.plan.trial:
         command += ["--trial"]
     elif not run.plan.full:
@@ -139,7 +139,7 @@ def _verdicts(lines: Sequence[str]) -> tuple[int, list[str]]:
 
 def _memcheck(run: Run, budget: Budget) -> None:
     """Small launches of every operator under compute-sanitizer, where there is one."""
-    launches = [sys.executable, "-m", "bench.gpu.sanitized", "--device", run.device]
+    launches = [sys.executable, "-m", "bench.gpu.jobs.sanitized", "--device", run.device]
     tool = shutil.which("compute-sanitizer")
     if tool is None and run.device == "cuda":
         run.session.skipped.append("memcheck: no compute-sanitizer on PATH")

@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from bench.gpu.device import DEVICES
-from bench.gpu.keys import stable_keys
-from bench.gpu.measure import Subject, measure
+from bench.gpu.jobs.keys import stable_keys
+from bench.gpu.jobs.measure import Subject, measure
 from bench.gpu.outcome import Tell
 
 Measure = Callable[[Subject, Any, str, Tell], object]
@@ -36,7 +36,7 @@ class InProcess:
 
     Args:
         device: name of the device.
-        dtype: as `bench.gpu.measure.measure` takes it.
+        dtype: as `bench.gpu.jobs.measure.measure` takes it.
     """
 
     def __init__(self, device: str, dtype: str) -> None:
@@ -55,7 +55,7 @@ class Worker:
 
     Args:
         device: name of the device.
-        dtype: as `bench.gpu.measure.measure` takes it.
+        dtype: as `bench.gpu.jobs.measure.measure` takes it.
         function: what is called there; it must be found by its name.
     """
 

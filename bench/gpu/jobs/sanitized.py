@@ -1,6 +1,6 @@
 """Small launches of every operator and of a step, for a program that watches them.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m bench.gpu.sanitized
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m bench.gpu.jobs.sanitized
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 
 from bench.compare.cases import DTYPES, SWIN, Case
 from bench.compare.rounds import work
-from bench.gpu.cases import TINY
-from bench.gpu.checks import kernel_cases, launches_alone
-from bench.gpu.keys import stable_keys
+from bench.gpu.jobs.cases import TINY
+from bench.gpu.jobs.checks import kernel_cases, launches_alone
+from bench.gpu.jobs.keys import stable_keys
 from bench.providers.models import OURS, provide
 
 
@@ -30,7 +30,7 @@ def _step(case: Case, device: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Launch it all; 1 if something failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu.sanitized",
+        prog="python -m bench.gpu.jobs.sanitized",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

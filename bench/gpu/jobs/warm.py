@@ -1,6 +1,6 @@
 """Compiles, by all cores at once, the kernels that a run of the benchmark will launch.
 
-    python -m bench.gpu.warm [--jobs N] [--capability 90] [--quick] [--tiles] [--trial]
+    python -m bench.gpu.jobs.warm [--jobs N] [--capability 90] [--quick] [--tiles] [--trial]
 
 They go to Triton's own cache (TRITON_CACHE_DIR), where every later process finds them. No GPU is
 needed: models run on tensors without values, and launches are noted instead of made. A cache that
@@ -33,12 +33,12 @@ from bench.compare.cases import DTYPES, INFERENCE, Case
 from bench.compare.rounds import inference, step
 from bench.counted.step_trace import without_values
 from bench.counted.trace import Trace, traced
-from bench.gpu.cases import Plan, correctness_subjects, first_subjects, timed_subjects
-from bench.gpu.checks import launches_alone
-from bench.gpu.keys import stable_keys
-from bench.gpu.models import ModelCheck
-from bench.gpu.steps import StepCheck
-from bench.gpu.subjects import KernelCheck, Subject
+from bench.gpu.jobs.cases import Plan, correctness_subjects, first_subjects, timed_subjects
+from bench.gpu.jobs.checks import launches_alone
+from bench.gpu.jobs.keys import stable_keys
+from bench.gpu.jobs.models import ModelCheck
+from bench.gpu.jobs.steps import StepCheck
+from bench.gpu.jobs.subjects import KernelCheck, Subject
 from bench.machine_code.offline import gpu_target, specialise
 from bench.providers import (
     attention as attention_ways,
@@ -240,7 +240,7 @@ def _capability() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, and say what did not."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu.warm",
+        prog="python -m bench.gpu.jobs.warm",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

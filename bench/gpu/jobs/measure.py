@@ -23,10 +23,9 @@ from bench.compare.device_timer import Run, Timer, repeats, times_of
 from bench.compare.facts import facts
 from bench.compare.interleave import Times
 from bench.compare.rounds import work
-from bench.gpu.checks import check_kernel
 from bench.gpu.device import Device, replay_error
-from bench.gpu.outcome import Outcome, Tell, nobody
-from bench.gpu.subjects import (
+from bench.gpu.jobs.checks import check_kernel
+from bench.gpu.jobs.subjects import (
     CeilingsWanted,
     Comparison,
     FactsWanted,
@@ -35,6 +34,7 @@ from bench.gpu.subjects import (
     Subject,
     facts_of,
 )
+from bench.gpu.outcome import Outcome, Tell, nobody
 from bench.providers import (
     attention as attention_ways,
 )

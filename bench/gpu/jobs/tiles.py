@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from bench.gpu.device import Device
-from bench.gpu.keys import stable_keys
+from bench.gpu.jobs.keys import stable_keys
 from bench.gpu.outcome import Tell
 from bench.tiles.times import Row, measure, median_milliseconds, write_times
 from vpt_fast.kernels.attention.tiles import KERNELS, Key

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from bench.compare.cases import STEP
 from bench.compare.plots import COLOUR, Row, most_varied, select
-from bench.gpu.counted import Counted
+from bench.gpu.results.counted import Counted
 from bench.providers.models import GPU_PROVIDERS, OURS, PUBLISHED
 from vpt_fast.train.common.curves import GRID, INK, MUTED
 

@@ -7,10 +7,10 @@ from typing import Protocol, runtime_checkable
 
 from bench.compare.cases import Case
 from bench.compare.collect import Row
-from bench.gpu.checks import KernelCase
 from bench.gpu.device import Device
+from bench.gpu.jobs.checks import KernelCase
 from bench.gpu.outcome import Tell
-from bench.gpu.record import FIELDS
+from bench.gpu.results.record import FIELDS
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase
 from bench.providers.bank_models import BankModelCase

@@ -7,10 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from bench.compare.cases import INFERENCE, SWIN, Case
-from bench.gpu.checks import kernel_cases
-from bench.gpu.models import ModelCheck
-from bench.gpu.steps import KINDS, StepCheck
-from bench.gpu.subjects import CeilingsWanted, Comparison, FactsWanted, Job, KernelCheck, Subject
+from bench.gpu.jobs.checks import kernel_cases
+from bench.gpu.jobs.models import ModelCheck
+from bench.gpu.jobs.steps import KINDS, StepCheck
+from bench.gpu.jobs.subjects import (
+    CeilingsWanted,
+    Comparison,
+    FactsWanted,
+    Job,
+    KernelCheck,
+    Subject,
+)
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import OWN_NAMES, BankAttentionCase
 from bench.providers.bank_models import BankModelCase

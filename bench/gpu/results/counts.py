@@ -11,13 +11,13 @@ from pathlib import Path
 from bench.compare import collect
 from bench.compare.cases import STEP, Case
 from bench.counted import fusion
-from bench.gpu import page
-from bench.gpu.counted import Counted, count, rates
-from bench.gpu.record import FIELDS, write
+from bench.gpu.results import page
+from bench.gpu.results.counted import Counted, count, rates
+from bench.gpu.results.record import FIELDS, write
 from bench.providers.attention import AttentionCase
 
 Task = tuple[Case | AttentionCase, str, str, str]
-"""Arguments of `bench.gpu.counted.count`."""
+"""Arguments of `bench.gpu.results.counted.count`."""
 
 
 def subject_of(row: dict[str, str]) -> Case | AttentionCase | None:
