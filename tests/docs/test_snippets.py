@@ -119,12 +119,12 @@ def _help(name: str, needed: bool) -> str:
     """What `python -m name --help` prints; a program without options is not run."""
     spec = importlib.util.find_spec(f"{name}.__main__" if _is_package(name) else name)
     assert spec is not None and spec.origin is not None, name
-    source = Path(spec.origin).read_text()
-    if "argparse" not in source and "ArgumentParser" not in source:
-        text = "".join(f.read_text() for f in Path(spec.origin).parent.glob("*.py"))
-        assert "argparse" in text or not needed, name
-        if "argparse" not in text:
-            return ""
+    files = [Path(spec.origin)]
+    if files[0].name == "__main__.py":
+        files = sorted(files[0].parent.glob("*.py"))
+    if not any(word in file.read_text() for file in files for word in ("argparse", "typer")):
+        assert not needed, name
+        return ""
     out = io.StringIO()
     with _arguments("--help"), contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
