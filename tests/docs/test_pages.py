@@ -44,6 +44,13 @@ def test_files_and_functions_that_a_page_names_exist(page: Path) -> None:
 
 
 @every_page
+def test_methods_that_a_page_names_exist(page: Path) -> None:
+    for name, member in re.findall(r"`([A-Z]\w+)\.(\w+)`", page.read_text()):
+        if name in _classes():
+            assert member in _classes()[name], f"{page.name}: {name}.{member}"
+
+
+@every_page
 def test_modules_that_a_page_names_exist(page: Path) -> None:
     for name in MODULE.findall(_without_links(page)):
         assert _is_there(name), f"{page.name}: {name}"
@@ -101,6 +108,19 @@ def _definitions(path: str) -> set[str]:
             members = [n for n in node.body if isinstance(n, ast.FunctionDef)]
             names |= {f"{node.name}.{member.name}" for member in members}
     return names
+
+
+@lru_cache
+def _classes() -> dict[str, set[str]]:
+    """Names in the body of every class of the package."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "vpt_fast").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                inside = [n for n in ast.walk(node) if isinstance(n, ast.FunctionDef | ast.Name)]
+                names = {n.name if isinstance(n, ast.FunctionDef) else n.id for n in inside}
+                found.setdefault(node.name, set()).update(names)
+    return found
 
 
 @lru_cache
