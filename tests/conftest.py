@@ -7,8 +7,6 @@ import os
 import pytest
 import torch
 
-import bench  # noqa: F401  so that `vpt_fast.kernels` is found in a tree that is not installed
-
 # Of tests that execute kernels; see `kernel_device`.
 KERNEL_FIXTURES = {"kernel_device", "kernel_device_large", "kernel_device_sm80"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_device import differs_by_one_rounding, poisoned_empty
+from support.on_device import differs_by_one_rounding, poisoned_empty
 
 from vpt_fast.kernels.runtime import allocate
 
@@ -31,7 +31,7 @@ def test_a_bare_tree_finds_its_kernels(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).resolve() == tmp_path / "kernels" / "launch.py"
+    assert Path(done.stdout.strip()).resolve() == tmp_path / "kernels" / "runtime" / "launch.py"
 
 
 def allocated(like: torch.Tensor) -> torch.Tensor:

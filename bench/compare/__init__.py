@@ -1,0 +1,1 @@
+"""Providers side by side: checked, timed in interleaved rounds, collected."""

@@ -1,9 +1,9 @@
 """What the kernels of a batch of many tasks touch of their tensors, and the FLOP of their products.
 
-Parts of tensors for `bench.counted.declared`. What an image reads depends on its `starts` and `counts`: a
-view stands for as many rows as are read, each row once, however many images share it. On tensors
-without values every image is taken to have rows of its own, at rest, and as many as the launch is
-made for.
+Parts of tensors for `bench.counted.declared`. What an image reads depends on its `starts` and
+`counts`: a view stands for as many rows as are read, each row once, however many images share it.
+On tensors without values every image is taken to have rows of its own, at rest, and as many as the
+launch is made for.
 
 FLOP, for B images of M queries, N tokens and p_b prompts each, H heads of d channels, F features:
 

@@ -4,7 +4,7 @@ A launch passes some tensors that it does not touch (a tensor stands in for an o
 absent) and parts of others. Here is written which, per kernel, from its source; each byte counts
 once, however many programs load it: repeated loads are the caches' work. The declarations are held
 against what the kernels load and store when their IR is executed on the CPU
-(tests/test_declared_traffic.py).
+(tests/bench/counted/test_declared_traffic.py).
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ def declared(launch: Launch) -> Touched:
     """
     if launch.name not in DECLARATIONS:
         raise ValueError(
-            f"kernel {launch.name!r} has no declaration; add it to bench.counted.declared.DECLARATIONS"
+            f"kernel {launch.name!r} has no declaration; add it to DECLARATIONS in "
+            "bench/counted/declared.py"
         )
     loads, stores = DECLARATIONS[launch.name]
     return Touched(_views(launch, loads), _views(launch, stores))
@@ -258,10 +259,9 @@ def _views(launch: Launch, parameters: tuple[Parameter, ...]) -> list[Tensor]:
 def product_flop(launch: Launch) -> int:
     """FLOP of the matrix products that a launch is for, without padding and repeated parts.
 
-    Attention's are `bench.machine_code.problems.attention.useful_flop`, what it computes again in the backward pass
-    included: seven products where a backward pass in one kernel takes five; that in windows
-    `bench.counted.window_traffic.window_flop`, and those for many tasks `bench.counted.bank_traffic.bank_flop`.
-    Passes over rows have none.
+    Attention's are those of `useful_flop`, what backward recomputes included: seven products where
+    a backward pass in one kernel takes five. Those in windows are `window_flop`, those for many
+    tasks `bank_flop`. Passes over rows have none.
     """
     given: Any = launch.arguments
     if launch.name in ("forward", "dq", "token_dkdv", "prompt_dkdv", "shared_prompt_dkdv"):

@@ -3,9 +3,10 @@
     python -m bench.counted.roofline [--model M] [--batch B] [--prompts P ...] [--dtype bfloat16]
         [--gpu NAME ...] [--host CSV] [--measured CSV] [--output CSV]
 
-Per provider of `bench.providers.models` that the model has, and by the formula of `bench.counted.step_model`.
-Nothing is timed here: the host's time is that of a results file of `bench.host.host`, by default of the
-newest in bench/results. Each row says which of host and device bounds it.
+Per provider of `bench.providers.models` that the model has, and by the formula of
+`bench.counted.step_model`. Nothing is timed here: the host's time is that of a results file of
+`bench.host.host`, by default of the newest in bench/results. Each row says which of host and device
+bounds it.
 
 A step is forward, cross-entropy and backward, without the optimizer's, which is the same for all
 prompted providers. Every launch reads and writes device memory: hits in L2 are not modelled.

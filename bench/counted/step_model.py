@@ -1,7 +1,8 @@
 """A training step's work, counted, and its time on a GPU, modelled.
 
-What is counted comes from a trace on tensors without values (`bench.counted.trace`); what is modelled from
-the peaks and assumptions of `bench.counted.gpus`, and from the host's time as `bench.host.host` measured it:
+What is counted comes from a trace on tensors without values (`bench.counted.trace`); what is
+modelled from the peaks and assumptions of `bench.counted.gpus`, and from the host's time as
+`bench.host.host` measured it:
 
     time of a launch  max(FLOP / (peak * efficiency), bytes / (bandwidth * efficiency)) + gap
     device            the sum of those

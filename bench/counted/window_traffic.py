@@ -1,7 +1,7 @@
 """What the window-attention kernels touch of their tensors, and the FLOP of their products.
 
-Parts of tensors for `bench.counted.declared`. A view stands for as many bytes as a launch touches: where a
-launch reads the keys of some tokens of every window, it is a view of as many tokens.
+Parts of tensors for `bench.counted.declared`. A view stands for as many bytes as a launch touches:
+where a launch reads the keys of some tokens of every window, it is a view of as many tokens.
 
 FLOP of a launch, for B images of n tokens in windows of a places, p prompts and h heads of d
 channels, of the products that the formulas need, without the padding of tiles; a key counts where

@@ -6,9 +6,9 @@
 
 It runs from the source tree, installed or not, and ends in its minutes whatever hangs. Every row
 and line is written as soon as it is there. Every provider is held against fp64 on the device before
-it is timed (`bench.compare.correctness`). Times are of CUDA events, in turns; `graph_p50_ms` is a replay of
-the same step as a CUDA graph, `host_ms` the host's time until its last launch. Ceilings are
-measured in the same run. Peak memory is what a provider's own model, images and step need: what
+it is timed (`bench.compare.correctness`). Times are of CUDA events, in turns; `graph_p50_ms` is a
+replay of the same step as a CUDA graph, `host_ms` the host's time until its last launch. Ceilings
+are measured in the same run. Peak memory is what a provider's own model, images and step need: what
 else is on the device is subtracted. What there was no time for is printed. The exit status is 1 if
 anything was wrong.
 """

@@ -5,12 +5,13 @@
     python -m bench.host --calls
 
 CPU time of one thread on tensors so small that PyTorch's own kernels, which run on the CPU here,
-hardly count; all subjects in one process, in turns. Ours launch into nothing (`bench.host.null_driver`):
-the driver's own time of a launch is in no figure, neither ours nor PyTorch's. A step is forward,
-cross-entropy and backward, without the optimizer's. In its turn a subject runs twice, as in a loop
-where the step before is the same model's; the first time, which finds caches as another model has
-left them, is a part of its own. Writes one CSV per machine and set of versions; the last line gives
-host time over that of the same model without prompts, least over least.
+hardly count; all subjects in one process, in turns. Ours launch into nothing
+(`bench.host.null_driver`): the driver's own time of a launch is in no figure, neither ours nor
+PyTorch's. A step is forward, cross-entropy and backward, without the optimizer's. In its turn a
+subject runs twice, as in a loop where the step before is the same model's; the first time, which
+finds caches as another model has left them, is a part of its own. Writes one CSV per machine and
+set of versions; the last line gives host time over that of the same model without prompts, least
+over least.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import datetime
 import gc
 import pstats
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,1 @@
+"""The kernels' machine code, read without a GPU and held against limits."""

@@ -6,11 +6,12 @@
 
 Every launch is compiled as the launcher would launch it, with the tiles that the launch table gives
 it. Registers, spills, shared memory and occupancy are the compiler's; cycles are modelled from the
-instructions and published rates, as `bench.machine_code.figures` and `bench.machine_code.reports.entry` define them. Nothing is run
-and nothing is timed. Limits are those of the Triton that is installed (`bench.machine_code.limit_tables`).
-Without options: what they are for, bf16 on sm_80 and sm_90. `--all`: every head dimension, width,
-dtype and target, which takes hours the first time. Windows have shapes and a head dimension of
-their own (`bench.machine_code.reports.window_attention`).
+instructions and published rates, as `bench.machine_code.figures` and
+`bench.machine_code.reports.entry` define them. Nothing is run and nothing is timed. Limits are
+those of the Triton that is installed (`bench.machine_code.limit_tables`). Without options: what
+they are for, bf16 on sm_80 and sm_90. `--all`: every head dimension, width, dtype and target, which
+takes hours the first time. Windows have shapes and a head dimension of their own
+(`bench.machine_code.reports.window_attention`).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ loops       SM cycles of each pipe per iteration of one block, its instruction c
             cycles per 1,048,576 MMA FLOP of the loop; narrow tiles of attention are counted over
             the usual tiles that they take the place of
 -           not known: gfx942's machine code is not read, sm_100's does not tell its MMA FLOP;
-            memory cycles are for the targets whose bandwidth bench/machine_code/multiprocessor.py has"""
+            memory cycles are for the targets whose bandwidth multiprocessor.py has"""
 BESIDE = """\
 Beside a plain flash attention on concatenated keys and values: SM cycles of each pipe per useful
 1,048,576 MMA FLOP, the same FLOP for all; copies: memory cycles of concatenating and splitting."""

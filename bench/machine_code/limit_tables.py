@@ -1,4 +1,4 @@
-"""Limits that depend on the compiler, by version of Triton; `bench.machine_code.limits` says how they are used.
+"""Limits that depend on the compiler, by version of Triton; `limits.py` says how they are used.
 
 They lie 2 to 3% above the figures of the day that they were set, so that a kernel that gets slower
 is named. Triton 3.6 is what PyTorch 2.11 brings. Its code is worse in places: a few registers

@@ -1,10 +1,11 @@
 """What the machine code of the kernels must not exceed, and how figures are held against it.
 
-All figures are static, as `bench.machine_code.figures` and `bench.machine_code.reports.entry` define them, and compared as they are
-printed. What depends on the compiler is in `bench.machine_code.limit_tables`, by version of Triton: `limits()`
-are those of the one that is installed. `bench.machine_code.reports.attention`, `bench.machine_code.reports.experts`,
-`bench.machine_code.reports.grouped_heads`, `bench.machine_code.reports.rowwise` and `bench.machine_code.reports.window_attention` say which of them apply to a
-launch.
+All figures are static, as `bench.machine_code.figures` and `bench.machine_code.reports.entry`
+define them, and compared as they are printed. What depends on the compiler is in
+`bench.machine_code.limit_tables`, by version of Triton: `limits()` are those of the one that is
+installed. `bench.machine_code.reports.attention`, `bench.machine_code.reports.experts`,
+`bench.machine_code.reports.grouped_heads`, `bench.machine_code.reports.rowwise` and
+`bench.machine_code.reports.window_attention` say which of them apply to a launch.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def no_limits(version: str = triton.__version__) -> str:
         return ""
     return (
         f"no limits for Triton {version}: bench/machine_code/limit_tables.py has those of "
-        f"{' and '.join(LIMITS)}; use one of them, or add its own from bench.machine_code.kernel_report"
+        f"{' and '.join(LIMITS)}; use one of them, or add its own from "
+        "bench.machine_code.kernel_report"
     )
 
 

@@ -1,0 +1,1 @@
+"""Who is compared: the same work in several implementations."""

@@ -1,8 +1,8 @@
 """What a block does with VAPT's experts before attention, in the ways that are compared.
 
 norm1 of the tokens and of the prompts that the experts make of them, forward and backward. "concat"
-is the equations as they are written (`vpt_fast.reference.vit.ConcatenatedExperts`); the other names are
-those of `bench.providers.models`.
+is the equations as they are written (`vpt_fast.reference.vit.ConcatenatedExperts`); the other names
+are those of `bench.providers.models`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Tiles of the attention kernels: candidates, times, the choice."""

@@ -6,7 +6,8 @@ Everything is static: what the compiler says of the code, and issue cycles model
 1. Shared memory fits, and loads are ahead of their use (two pipeline stages).
 2. Fewest bytes spilled by any shape: none, wherever a candidate spills none.
 3. Fewest limits broken: none, likewise. Everywhere, `MIN_WARPS` resident warps, since issue cycles
-   know nothing of latency; where they apply, all of `bench.machine_code.reports.attention.verdicts`.
+   know nothing of latency; where they apply, all of
+   `bench.machine_code.reports.attention.verdicts`.
 4. Fewest issue cycles of the whole launch per useful 1,048,576 MMA FLOP. Within 2% of the fewest,
    the highest occupancy, and then the fewest registers.
 

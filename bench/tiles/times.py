@@ -1,7 +1,8 @@
 """Measured times of candidate tiles: a CSV file of them, and how a CUDA GPU writes it.
 
 One row is one candidate of one entry of the launch table; `milliseconds` is the geometric mean,
-over the shapes of `bench.tiles.candidates.SHAPES`, of its launch's median time, 64 images of 12 heads.
+over the shapes of `bench.tiles.candidates.SHAPES`, of its launch's median time, 64 images of 12
+heads.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Chooses the tiles of the attention kernels: from static figures now, from times on a GPU later.
 
-    python -m bench.tiles.tune --head-dim 64 --target 80 90           # print choices, change nothing
-    python -m bench.tiles.tune --head-dim 64 --target 80 90 --write   # and write the launch table
-    python -m bench.tiles.tune --measure times.csv                    # on a GPU: time candidates
-    python -m bench.tiles.tune --times times.csv --write              # choose from measured times
+    python -m bench.tiles.tune --head-dim 64 --target 80 90           # print choices, change
+    nothing python -m bench.tiles.tune --head-dim 64 --target 80 90 --write   # and write the launch
+    table python -m bench.tiles.tune --measure times.csv                    # on a GPU: time
+    candidates python -m bench.tiles.tune --times times.csv --write              # choose from
+    measured times
 
 Without `--times`, candidates are compiled without a GPU and chosen by the rules of
-`bench.tiles.candidates`: issue cycles are modelled, nothing is run or timed. With it, only entries with
-measured times are chosen, and they stay as they are in later runs without it. Nothing is tuned when
-a model runs: the kernels read `kernels/attention/launch_table.py`.
+`bench.tiles.candidates`: issue cycles are modelled, nothing is run or timed. With it, only entries
+with measured times are chosen, and they stay as they are in later runs without it. Nothing is tuned
+when a model runs: the kernels read `kernels/attention/launch_table.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Attention with prompts beside the tokens: softmax(q [K_p; K]^T scale) [V_p; V]."""

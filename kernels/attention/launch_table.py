@@ -2,10 +2,10 @@
 
 (kernel, head dimension, dtype, architecture): (rows, rows per loop iteration, warps, stages)
 
-`launch_tiles` says what the rows are, which shapes narrow them, and which entry other head
+`tiles` says what the rows are, which shapes narrow them, and which entry other head
 dimensions and architectures take. Entries are chosen from static figures, without a GPU (compiled
-code, and issue cycles modelled from it, by the rules of `bench.tiles.candidates`); those that `MEASURED`
-names, from times measured on a GPU.
+code, and issue cycles modelled from it, by the rules of `bench.tiles.candidates`); those that
+`MEASURED` names, from times measured on a GPU.
 """
 
 Key = tuple[str, int, str, int | str]

@@ -1,0 +1,1 @@
+"""What every kernel is launched with: plans, memory, chunks of a batch, loads."""

@@ -1,0 +1,1 @@
+"""What prompts do, and what training saves for backward."""

@@ -1,0 +1,1 @@
+"""The published formulation: prompts concatenated, in eager PyTorch."""

@@ -4,7 +4,7 @@ Each glyph is drawn once per font into a small bitmap (`GlyphBank`); `render` th
 batches from those bitmaps with tensor operations only: random affine maps, elastic wobble,
 stroke thickness, low resolution, colours, backgrounds, noise and occlusion.
 
-No class contains a digit in any form (`CLASSES` is checked by `tests/test_glyphs.py` with
+No class contains a digit in any form (`CLASSES` is checked by `tests/examples/test_glyphs.py` with
 `unicodedata`). Letters that only resemble a digit, such as O, I, Z, S and B, are letters and stay.
 """
 

@@ -1,4 +1,4 @@
-"""Times of attention's candidate tiles, 64 channels, bf16, as `bench.tiles.tune --measure` has them."""
+"""Times of attention's candidate tiles, 64 channels, bf16: what `bench.tiles.tune` measures."""
 
 from __future__ import annotations
 

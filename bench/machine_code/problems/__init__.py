@@ -1,0 +1,1 @@
+"""The launches of a problem, for tensors without memory."""

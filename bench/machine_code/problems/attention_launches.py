@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from ....vpt_fast.kernels.attention.forward import forward_launch
-from ....vpt_fast.kernels.attention.gradients import backward_launches
-from ....vpt_fast.kernels.attention.launch_table import TABLE
-from ....vpt_fast.kernels.attention.layouts import split, split_prompts
-from ....vpt_fast.kernels.attention.tiles import Table
-from ....vpt_fast.kernels.runtime.chunks import chunk_count
-from ....vpt_fast.kernels.runtime.launch import Launch, Target
+from vpt_fast.kernels.attention.forward import forward_launch
+from vpt_fast.kernels.attention.gradients import backward_launches
+from vpt_fast.kernels.attention.launch_table import TABLE
+from vpt_fast.kernels.attention.layouts import split, split_prompts
+from vpt_fast.kernels.attention.tiles import Table
+from vpt_fast.kernels.runtime.chunks import chunk_count
+from vpt_fast.kernels.runtime.launch import Launch, Target
 
 
 class AttentionProblem(NamedTuple):

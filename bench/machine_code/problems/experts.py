@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from ....vpt_fast.kernels.experts.features import features_backward_launches, features_launch
-from ....vpt_fast.kernels.experts.fold import fold_backward_launch, fold_launch
-from ....vpt_fast.kernels.experts.mix import mix_launch
-from ....vpt_fast.kernels.experts.mix_backward import mix_backward_launch
-from ....vpt_fast.kernels.runtime.chunks import chunk_count
-from ....vpt_fast.kernels.runtime.launch import Launch, Target
+from vpt_fast.kernels.experts.features import features_backward_launches, features_launch
+from vpt_fast.kernels.experts.fold import fold_backward_launch, fold_launch
+from vpt_fast.kernels.experts.mix import mix_launch
+from vpt_fast.kernels.experts.mix_backward import mix_backward_launch
+from vpt_fast.kernels.runtime.chunks import chunk_count
+from vpt_fast.kernels.runtime.launch import Launch, Target
 
 _SM_80 = Target(80)
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from ....vpt_fast.kernels.runtime.launch import Launch, Target
-from ....vpt_fast.kernels.window_attention.forward import forward_launch
-from ....vpt_fast.kernels.window_attention.gradients import backward_launches, empty_gradients
-from ....vpt_fast.kernels.window_attention.grid import Pair, window_grid
+from vpt_fast.kernels.runtime.launch import Launch, Target
+from vpt_fast.kernels.window_attention.forward import forward_launch
+from vpt_fast.kernels.window_attention.gradients import backward_launches, empty_gradients
+from vpt_fast.kernels.window_attention.grid import Pair, window_grid
 
 
 class WindowProblem(NamedTuple):

@@ -1,6 +1,7 @@
 """One launch of any kernel as the report shows it: lines of text, and rows of a CSV file.
 
-Cycles of a launch are those of all its programs, as `bench.machine_code.figures` defines them, in two measures:
+Cycles of a launch are those of all its programs, as `bench.machine_code.figures` defines them, in
+two measures:
 
 - per unit: over the useful MMA FLOP / 1,048,576, for kernels of matrix products;
 - over memory: over the cycles that device memory takes, at its published bandwidth, for the bytes

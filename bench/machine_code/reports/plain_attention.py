@@ -1,11 +1,11 @@
 """Plain flash attention on concatenated keys and values in the report, beside prompt attention.
 
 Both are counted over the same useful MMA FLOP: what N queries with N + p keys need
-(`bench.machine_code.problems.attention`). So rows of queries that belong to prompts, whose output nobody reads, are waste
-as padding is. In a column of their own stand the cycles that device memory takes for the copies
-around plain attention: keys and values read and written once to be concatenated, and their
-gradients once to be taken apart. The sums of shared prompts' gradients over the batch, or over
-chunks of it, are not counted for either.
+(`bench.machine_code.problems.attention`). So rows of queries that belong to prompts, whose output
+nobody reads, are waste as padding is. In a column of their own stand the cycles that device memory
+takes for the copies around plain attention: keys and values read and written once to be
+concatenated, and their gradients once to be taken apart. The sums of shared prompts' gradients over
+the batch, or over chunks of it, are not counted for either.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class LaunchReport:
 
     @property
     def kernel(self) -> str:
-        """Name of the kernel, one of `bench.machine_code.problems.attention.KERNELS` or `OTHER_KERNELS`."""
+        """Name of the kernel, one of `problems.attention.KERNELS` or `OTHER_KERNELS`."""
         return self.launch.name
 
     @property
@@ -131,7 +131,7 @@ def launch_report(
     """Compiles one launch of a problem and reads its machine code.
 
     Args:
-        kernel: one of `bench.machine_code.problems.attention.KERNELS` or `OTHER_KERNELS`.
+        kernel: one of `problems.attention.KERNELS` or `OTHER_KERNELS`.
         problem: shapes and dtype.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
 

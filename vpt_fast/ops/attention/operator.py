@@ -1,8 +1,8 @@
 """Prompt attention as an operator of PyTorch's: softmax(q [K_p; K_x]^T * scale) [V_p; V_x].
 
 `[K_p; K_x]` is a virtual concatenation: the kernels read the prompts' keys and values beside the
-tokens' own. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.attention.launches`, anything else
-to `attention_reference`.
+tokens' own. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.attention.launches`,
+anything else to the reference.
 """
 
 from __future__ import annotations

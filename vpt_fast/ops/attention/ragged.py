@@ -2,7 +2,7 @@
 
 Every task's prompt keys and values lie in one pool, and an image says where its own start and how
 many there are. CUDA tensors go to the Triton kernel of `vpt_fast.kernels.attention.ragged`, which
-reads them there, anything else to `bank_attention_reference`. For inference: there is no backward.
+reads them there, anything else to the reference. For inference: there is no backward.
 """
 
 from __future__ import annotations

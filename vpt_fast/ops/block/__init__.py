@@ -1,0 +1,1 @@
+"""A frozen block, and several in a row, as one autograd function."""

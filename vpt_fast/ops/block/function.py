@@ -1,4 +1,4 @@
-"""Frozen blocks, one or several in a row, as one autograd function; `block_body` has the steps.
+"""Frozen blocks, one or several in a row, as one autograd function; `core` has the steps.
 
 The frozen weights are no inputs of the function: they get no gradients, and what depends on them
 only is cheaper looked at than recorded. Where somebody traces, who must see them, a block is a

@@ -1,0 +1,1 @@
+"""VAPT's prompt experts."""

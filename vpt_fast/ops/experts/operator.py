@@ -4,8 +4,8 @@
     project_features   affine, dropouts, feature projector and norm1 of the p rows
 
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936),
-section 4. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.experts.launches`, anything else
-to `prompt_expert_reference`. Statistics and everything of the prompts are fp32 at least.
+section 4. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.experts.launches`, anything
+else to the reference. Statistics and everything of the prompts are fp32 at least.
 """
 
 from __future__ import annotations

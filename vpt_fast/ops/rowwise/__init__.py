@@ -1,0 +1,1 @@
+"""What goes over rows once: residual sums with LayerNorm, activations, classifiers."""

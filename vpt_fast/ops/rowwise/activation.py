@@ -4,7 +4,8 @@
     activation_backward  grad *= f'(h + bias), in place
 
 f is exact GELU (Gaussian Error Linear Units, arXiv 1606.08415, section 2), its tanh and sigmoid
-(QuickGELU) forms, or SiLU. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.rowwise.activation`.
+(QuickGELU) forms, or SiLU. CUDA tensors go to the Triton kernels of
+`vpt_fast.kernels.rowwise.activation`.
 """
 
 from __future__ import annotations

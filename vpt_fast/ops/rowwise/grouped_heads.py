@@ -1,8 +1,8 @@
 """Linear classifiers of many tasks over one batch: every image goes through its own task's head.
 
 All heads' rows lie in one matrix, and an image says where its own start and how many there are.
-CUDA tensors go to the Triton kernel of `vpt_fast.kernels.rowwise.grouped_heads`; elsewhere there is one
-product per task. For inference: there is no backward.
+CUDA tensors go to the Triton kernel of `vpt_fast.kernels.rowwise.grouped_heads`; elsewhere there is
+one product per task. For inference: there is no backward.
 """
 
 from __future__ import annotations

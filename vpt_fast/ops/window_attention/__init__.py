@@ -1,0 +1,1 @@
+"""Attention in Swin's shifted windows, with prompts."""

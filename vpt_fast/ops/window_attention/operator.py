@@ -2,7 +2,7 @@
 
 Tokens stay where they are in the image: the operator takes the packed projection of the unpadded,
 unshifted, uncut tokens and returns rows in the same order. CUDA tensors go to the Triton kernels of
-`vpt_fast.kernels.window_attention.launches`, anything else to `window_attention_reference`.
+`vpt_fast.kernels.window_attention.launches`, anything else to the reference.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The pretrained models that are tuned."""

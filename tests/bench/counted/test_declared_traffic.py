@@ -1,0 +1,331 @@
+"""What kernels are declared to load and store, held against what they do, byte by byte.
+
+Every launch of every kernel runs on the CPU under ttsem, which sees each address. The distinct
+bytes of all loads, and of all stores, have to be exactly those declared: masks are honoured, and
+padding moves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.counted import declared
+from bench.counted.declared import DECLARATIONS, Declaration, Parameter, product_flop
+from bench.counted.trace import distinct_bytes, regions_of
+from bench.counted.traffic import counted
+from vpt_fast.kernels.attention import launches as attention
+from vpt_fast.kernels.attention import ragged as bank_attention
+from vpt_fast.kernels.experts import launches as prompt_expert
+from vpt_fast.kernels.experts.inputs import FeatureInputs
+from vpt_fast.kernels.rowwise import activation, grouped_heads, residual_norm
+from vpt_fast.kernels.runtime.launch import Launch, Target
+from vpt_fast.kernels.window_attention import launches as window_attention
+
+pytest_plugins = ("support.kernel_device",)
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="counted by ttsem, which runs kernels on the CPU"
+)
+
+BF16, FP32 = torch.bfloat16, torch.float32
+Bytes = dict[str, tuple[int, int]]
+"""Bytes loaded and stored by the name of the launch."""
+
+
+@contextlib.contextmanager
+def both() -> Iterator[tuple[Bytes, Bytes]]:
+    """Declared and executed bytes of the launches inside, each kernel at most once."""
+    said: Bytes = {}
+    done: Bytes = {}
+    run = Launch.run
+
+    def counting(launch: Launch) -> None:
+        assert launch.name not in said
+        touched = declared.declared(launch)
+        said[launch.name] = (
+            distinct_bytes(regions_of(touched.loads)),
+            distinct_bytes(regions_of(touched.stores)),
+        )
+        with counted() as traffic:
+            run(launch)
+        done[launch.name] = traffic.distinct("load"), traffic.distinct("store")
+
+    with mock.patch.object(Launch, "run", counting):
+        yield said, done
+
+
+class Draw:
+    """Seeded random tensors on a device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = BF16) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        values = torch.randn(*shape, generator=self.generator)
+        return values.to(dtype or self.dtype).to(self.device)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared", "queries", "needs_tokens", "launches"),
+    [
+        (5, True, None, True, {"forward", "dq", "token_dkdv", "shared_prompt_dkdv"}),
+        (70, True, None, True, {"forward", "dq", "token_dkdv", "shared_prompt_dkdv"}),
+        (3, False, None, True, {"forward", "dq", "token_dkdv", "prompt_dkdv"}),
+        (5, True, 1, True, {"forward", "dq", "token_dkdv", "shared_prompt_dkdv"}),
+        (5, True, None, False, {"forward", "delta", "shared_prompt_dkdv"}),
+        (0, True, None, True, {"forward", "dq", "token_dkdv"}),
+    ],
+)
+def test_attention(
+    prompts: int,
+    shared: bool,
+    queries: int | None,
+    needs_tokens: bool,
+    launches: set[str],
+    kernel_device: torch.device,
+) -> None:
+    draw, batch, rows, heads, dim = Draw(kernel_device), 3, 37, 2, 24
+    tokens = [draw(batch, rows, 3, heads, dim)]
+    if queries is not None:
+        tokens = [draw(batch, queries, heads, dim), draw(batch, rows, 2, heads, dim)]
+    keys = [draw(1 if shared else batch, prompts, 2, heads, dim)] if prompts else []
+    with both() as (said, done):
+        out, lse = attention.attention_forward(tokens, keys, dim**-0.5)
+        attention.attention_backward(
+            tokens, keys, out, lse, draw(*out.shape), dim**-0.5, needs_tokens, bool(keys)
+        )
+    assert set(done) == launches
+    assert said == done
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_residual_norm(plain: bool, kernel_device: torch.device) -> None:
+    draw, shape, width = Draw(kernel_device), (2, 9, 72), 72
+    branch, scale, weight, bias = (
+        [None] * 4 if plain else [draw(*shape), draw(width), draw(width), draw(width)]
+    )
+    with both() as (said, done):
+        x, y, statistics = residual_norm.residual_norm(
+            draw(*shape), branch, scale, weight, bias, 1e-6, None if plain else 1e-5, BF16
+        )
+        residual_norm.residual_norm_backward(
+            y if plain else x, statistics, weight, scale, draw(*shape),
+            None if plain else draw(*shape), None if plain else BF16,
+        )  # fmt: skip
+    assert set(done) == {"residual_norm", "residual_norm_backward"}
+    assert said == done
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_activation(biased: bool, kernel_device: torch.device) -> None:
+    draw, shape = Draw(kernel_device), (2, 9, 100)
+    h, bias = draw(*shape), draw(100) if biased else None
+    with both() as (said, done):
+        activation.activation(h, bias, "gelu")
+        activation.activation_backward(h, bias, draw(*shape), "gelu")
+    assert set(done) == {"activation", "activation_backward"}
+    assert said == done
+
+
+@pytest.mark.parametrize("grid", [(5, 5), (8, 4)])
+def test_fold(grid: tuple[int, int], kernel_device: torch.device) -> None:
+    draw, prompts = Draw(kernel_device), 3
+    weight, kernel = draw(prompts, (grid[0] - 1) * (grid[1] - 1)), draw(1, 1, 2, 2)
+    with both() as (said, done):
+        mix, mix_sum = prompt_expert.fold_forward(weight, kernel, grid, 64)
+        prompt_expert.fold_backward(weight, kernel, mix, mix_sum, grid)
+    assert set(done) == {"fold", "fold_backward"}
+    assert said == done
+
+
+@pytest.mark.parametrize(
+    ("patches", "needs_x", "needs_mix", "options"),
+    [(25, True, True, True), (64, True, False, False), (100, False, True, True)],
+)
+def test_mix(
+    patches: int, needs_x: bool, needs_mix: bool, options: bool, kernel_device: torch.device
+) -> None:
+    draw, prompts, width = Draw(kernel_device), 5, 72
+    x = draw(2, 1 + patches, width)
+    mix = torch.zeros(prompts, -(-patches // 64) * 64).to(kernel_device)
+    mix[:, :patches] = draw(prompts, patches, dtype=FP32)
+    statistics = draw(3, 2, 1 + patches, dtype=FP32)
+    with both() as (said, done):
+        mixed = prompt_expert.mix_forward(x, mix, patches, statistics)
+        prompt_expert.mix_backward(
+            x, mix, patches, draw(width) if options else None, statistics, draw(*x.shape), mixed,
+            draw(*x.shape) if options else None, needs_x, needs_mix,
+        )  # fmt: skip
+    assert set(done) == {"mix", "mix_backward"}
+    assert said == done
+
+
+@pytest.mark.parametrize("options", [True, False])
+def test_features(options: bool, kernel_device: torch.device) -> None:
+    draw, batch, prompts, width, hidden = Draw(kernel_device), 2, 5, 72, 8
+
+    def optional(*shape: int, dtype: torch.dtype = BF16) -> Tensor | None:
+        return draw(*shape, dtype=dtype) if options else None
+
+    inputs = FeatureInputs(
+        draw(batch, prompts, width, dtype=FP32),
+        draw(prompts, dtype=FP32),
+        draw(width),
+        draw(width),
+        optional(prompts),
+        optional(batch, width, dtype=FP32),
+        draw(hidden, width),
+        draw(width, hidden),
+        optional(batch, prompts, hidden, dtype=FP32),
+    )
+    norm = optional(width), optional(width)
+    with both() as (said, done):
+        out, mean, rstd = prompt_expert.features_forward(inputs, options, *norm, 1e-6, BF16)
+        prompt_expert.features_backward(
+            inputs, options, norm[0], mean, rstd, draw(batch, prompts, width)
+        )
+    assert set(done) == {"features", "features_backward", "weight_gradient"}
+    assert said == done
+
+
+TOKENS, PROMPTS, TABLE = (True, False, False), (False, True, False), (False, False, True)
+ALL = (True, True, True)
+WHOLE = {"window_backward"}
+TILED = {"window_dq", "window_dkdv"}
+APART = {"window_delta", "window_dkdv"}
+SCORES = {"window_backward_dbias"}
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "shift", "prompts", "shared", "pad", "dim", "needs", "launches"),
+    [
+        ((9, 10), (7, 7), (3, 3), 5, True, True, 24, (True, True, False), WHOLE),
+        ((4, 6), (4, 3), (0, 1), 0, True, False, 32, ALL, WHOLE | SCORES),
+        ((5, 7), (7, 7), (3, 3), 20, False, False, 32, ALL, WHOLE | SCORES),
+        ((5, 7), (7, 7), (3, 3), 20, True, True, 32, TOKENS, WHOLE),
+        ((5, 7), (7, 7), (3, 3), 20, True, True, 32, PROMPTS, WHOLE),
+        ((5, 7), (7, 7), (3, 3), 20, True, True, 32, TABLE, SCORES),
+        ((10, 13), (9, 9), (4, 4), 50, True, True, 16, ALL, TILED | {"window_dbias"}),
+        ((10, 9), (9, 9), (4, 0), 70, True, True, 16, TOKENS, TILED),
+        # the keys of the last tile of prompts are of the first 3, 31 and no tokens of a window
+        ((10, 9), (9, 9), (4, 0), 61, False, True, 16, PROMPTS, APART),
+        ((8, 9), (9, 9), (4, 0), 33, True, True, 16, PROMPTS, APART),
+        ((6, 9), (9, 9), (0, 0), 64, True, True, 16, PROMPTS, APART),
+        ((10, 9), (9, 9), (4, 0), 5, True, False, 16, TABLE, {"window_delta", "window_dbias"}),
+    ],
+)  # fmt: skip
+def test_window_attention(
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    prompts: int,
+    shared: bool,
+    pad: bool,
+    dim: int,
+    needs: tuple[bool, bool, bool],
+    launches: set[str],
+    kernel_device: torch.device,
+) -> None:
+    draw, batch, heads = Draw(kernel_device), 2, 2
+    qkv = draw(batch, *size, 3, heads, dim)
+    padding = draw(3, heads, dim) if pad else None
+    table = draw((2 * window[0] - 1) * (2 * window[1] - 1), heads)
+    keys = draw(1 if shared else batch, prompts, 2, heads, dim) if prompts else None
+    given = qkv, padding, table, keys
+    geometry = window, shift, dim**-0.5
+    with both() as (said, done):
+        out, lse = window_attention.window_attention_forward(*given, *geometry)
+        window_attention.window_attention_backward(
+            *given, out, lse, draw(*out.shape), *geometry, *needs
+        )
+    forward = "window_forward" if launches <= WHOLE | SCORES else "window_forward_tiled"
+    assert set(done) == {forward, *launches}
+    assert said == done
+
+
+@pytest.mark.parametrize(
+    ("tasks", "layout"),
+    [
+        # both pools, one task twice, rows that two tasks share, no prompts, more than a whole tile
+        (((3, 5), (~2, 9), (3, 5), (6, 4), (0, 0), (20, 70)), "packed"),
+        (((3, 5), (9, 1)), "kv"),
+        (((~0, 4), (~4, 6)), "apart"),
+    ],
+)
+def test_bank_attention(
+    tasks: tuple[tuple[int, int], ...], layout: str, kernel_device: torch.device
+) -> None:
+    draw, batch, rows, heads, dim = Draw(kernel_device), len(tasks), 37, 2, 24
+    tokens = {
+        "packed": [draw(batch, rows, 3, heads, dim)],
+        "kv": [draw(batch, 1, heads, dim), draw(batch, rows, 2, heads, dim)],
+        "apart": [draw(batch, rows, heads, dim) for _ in range(3)],
+    }[layout]
+    starts, counts = (torch.tensor(n).to(kernel_device) for n in zip(*tasks, strict=True))
+    pools = draw(90, 2, heads, dim), draw(12, 2, heads, dim)
+    most = max(count for _, count in tasks)
+    with both() as (said, done):
+        bank_attention.bank_attention_forward(tokens, *pools, starts, counts, most, 0.2)
+    assert set(done) == {"ragged_forward"}
+    assert said == done
+
+
+def test_grouped_heads(kernel_device: torch.device) -> None:
+    draw, heads = Draw(kernel_device), ((3, 5), (30, 0), (3, 5), (6, 21), (39, 1))
+    starts, counts = (torch.tensor(n).to(kernel_device) for n in zip(*heads, strict=True))
+    offsets, total = counts.cumsum(0) - counts, int(counts.sum())
+    with both() as (said, done):
+        grouped_heads.grouped_heads_forward(
+            draw(5, 72), draw(40, 72), draw(40), starts, counts, offsets, total, 30
+        )
+    assert set(done) == {"grouped_heads"}
+    assert said == done
+
+
+def test_flop_of_a_bank() -> None:
+    """Of what each image has where that is known, else of the most that one may have."""
+    pool = torch.zeros(20, 2, 2, 8)
+    for device, prompts in (("cpu", 3 + 5), ("meta", 2 * 6)):
+        starts, counts = (torch.tensor(n, device=device) for n in ((0, 4), (3, 5)))
+        launch = bank_attention.bank_attention_launch(
+            [torch.zeros(2, 7, 3, 2, 8)], pool, pool, starts, counts, 6, torch.zeros(2, 7, 16),
+            torch.zeros(2, 2, 7), 0.3, Target(80),
+        )  # fmt: skip
+        assert product_flop(launch) == 4 * 7 * (2 * 7 + prompts) * 8 * 2
+        assert len(declared.declared(launch).loads) == 9
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        # the prompts' keys are read where there are some
+        DECLARATIONS["forward"]._replace(loads=DECLARATIONS["forward"].loads[:-1]),
+        # lse is stored, not loaded
+        Declaration(DECLARATIONS["forward"].loads, DECLARATIONS["forward"].stores[:1]),
+        DECLARATIONS["forward"]._replace(
+            loads=(*DECLARATIONS["forward"].loads, Parameter("lse"))
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_declaration_is_found(
+    wrong: Declaration, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(declared.DECLARATIONS, "forward", wrong)
+    draw = Draw(kernel_device)
+    with both() as (said, done):
+        attention.attention_forward([draw(1, 9, 3, 1, 16)], [draw(1, 3, 2, 1, 16)], 0.25)
+    assert said != done
+
+
+def test_a_kernel_without_a_declaration_is_refused() -> None:
+    unknown: Any = Launch("new", None, (1, 1, 1), {}, {}, 4, 1)
+    with pytest.raises(ValueError, match="'new' has no declaration"):
+        declared.declared(unknown)
+    assert product_flop(unknown) == 0

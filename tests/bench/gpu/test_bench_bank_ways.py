@@ -1,0 +1,164 @@
+"""The GPU benchmark's batches of many tasks, on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.counted.trace import counts, traced
+from bench.gpu.device import CpuDevice
+from bench.gpu.jobs.cases import Plan, only, timed_subjects
+from bench.gpu.jobs.checks import check_kernel, kernel_cases
+from bench.gpu.jobs.measure import KernelCheck, measure
+from bench.providers import bank_attention as bank_ways
+from bench.providers import bank_models as bank_model_ways
+from bench.providers.bank_attention import (
+    GATHERED,
+    ONE_BY_ONE,
+    OWN_NAMES,
+    BankAttentionCase,
+    HeadsCase,
+)
+from bench.providers.bank_models import BankModelCase, entrant
+from bench.providers.models import OURS
+from vpt_fast import PromptBank
+
+pytest_plugins = ("support.kernel_device",)
+
+EQUAL = BankAttentionCase(5, 4, 17, 2, 16)
+MIXED = replace(EQUAL, prompts=9, batch=7, mixed=True)
+SMALL = BankModelCase("test_vit", 3, 4, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [EQUAL, MIXED], ids=str)
+def test_all_ways_compute_the_same(case: BankAttentionCase, dtype: torch.dtype) -> None:
+    checks = bank_ways.checks(case, dtype)
+    assert set(checks) == {*OWN_NAMES, OURS}
+    assert all(check.holds and check.error > 0 for check in checks.values())
+    outs = {name: run()["out"] for name, run in bank_ways.functions(case, dtype).items()}
+    shape = (case.batch, case.tokens, case.heads * case.head_dim)
+    for out in outs.values():
+        assert out.shape == shape and out.dtype == dtype
+        tolerance = 2e-6 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(out, outs[OURS], rtol=0, atol=tolerance)
+
+
+def test_a_mixed_batch_has_everything() -> None:
+    """Tasks of every kind, whose prompts do not lie in the order of the images in one pool."""
+    spans = MIXED.spans()
+    assert {0, 1, 3, 9} == {count for _, count in spans}
+    assert any(start < 0 and count for start, count in spans)
+    given = MIXED.inputs(torch.float32)
+    assert given.most == 9 and given.starts.tolist() == [start for start, _ in spans]
+    assert len(EQUAL.inputs(torch.float32).made) == 0
+
+
+@pytest.mark.parametrize("case", [MIXED, EQUAL], ids=str)
+def test_prompts_of_another_task_are_noticed(
+    case: BankAttentionCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = bank_ways.bank_attention
+
+    def wrong(tokens: Any, rest: Tensor, made: Tensor, starts: Tensor, *others: Any) -> Any:
+        return right(tokens, rest.roll(1, 0), made, starts, *others)
+
+    monkeypatch.setattr(bank_ways, "bank_attention", wrong)
+    checks = bank_ways.checks(case, torch.bfloat16)
+    assert {name for name, check in checks.items() if not check.holds} == {OURS}
+
+
+@pytest.mark.parametrize("case", [MIXED, EQUAL], ids=str)
+def test_one_launch_for_all_tasks(case: BankAttentionCase) -> None:
+    """As they would be made on a GPU, counted."""
+    launched = {}
+    for name, run in bank_ways.functions(case, torch.bfloat16).items():
+        with traced() as ops:
+            run()
+        launched[name] = ops
+    (ours,) = launched[OURS]
+    assert (ours.name, ours.kind, ours.launches) == ("ragged_forward", "attention", 1)
+    assert counts(launched[ONE_BY_ONE]) == {"forward": case.batch, "cat": 1}
+    gathered = counts(launched[GATHERED])
+    assert gathered["index"] == 1 and gathered["cat"] >= 1
+    one_by_one = sum(op.flop for op in launched[ONE_BY_ONE])
+    assert ours.flop == one_by_one <= sum(op.flop for op in launched[GATHERED])
+    assert ours.nbytes < sum(op.nbytes for op in launched[GATHERED])
+
+
+def test_a_head_of_another_task_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_kernel(HeadsCase(40), torch.bfloat16, "cpu").holds
+    right = bank_ways.grouped_heads
+    monkeypatch.setattr(bank_ways, "grouped_heads", lambda x, w, *a: right(x, w.roll(1, 0), *a))
+    assert not check_kernel(HeadsCase(40), torch.bfloat16, "cpu").holds
+
+
+@pytest.mark.parametrize("name", [ONE_BY_ONE, OURS])
+def test_a_model_of_many_tasks(name: str) -> None:
+    check, run = entrant(SMALL, name, torch.float32, "cpu")
+    assert check.holds and 0 < check.error < 1e-4
+    assert run()["logits"].shape == (3, 100)
+
+
+def test_answers_of_another_task_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mixed(PromptBank):
+        def __call__(self, images: Tensor, tasks: Any) -> list[Tensor]:
+            return super().__call__(images, tasks[::-1])
+
+    monkeypatch.setattr(bank_model_ways, "PromptBank", Mixed)
+    case = replace(SMALL, batch=2)
+    assert not entrant(case, OURS, torch.float32, "cpu")[0].holds
+
+
+def test_rows_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank is not captured as a graph: it would answer for the tasks of its capture."""
+
+    def capture(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(CpuDevice, "capture", capture)
+    outcome = measure(SMALL, CpuDevice(), "float32")
+    assert not outcome.wrong
+    assert [row["provider"] for row in outcome.rows] == [ONE_BY_ONE, OURS]
+    for row in outcome.rows:
+        assert row["p50_ms"] and row["ratio_p50"] and not row.get("note")
+        assert (row["model"], row["batch"], row["prompts"]) == ("test_vit", 3, 4)
+    monkeypatch.undo()
+    rows = measure(EQUAL, CpuDevice(), "float32").rows
+    assert {row["bench"] for row in rows} == {"attention of many tasks"}
+
+
+def test_what_a_gpu_measures() -> None:
+    subjects = timed_subjects(Plan())
+    (attention,) = [s for s in subjects if isinstance(s, BankAttentionCase)]
+    (model,) = [s for s in subjects if isinstance(s, BankModelCase)]
+    assert attention == BankAttentionCase(50, 64, 197, 12, 64) and not attention.mixed
+    assert model == BankModelCase("vit_base_patch16_224", 64, 50)
+    assert attention.providers == (*OWN_NAMES, OURS) and model.providers == (ONE_BY_ONE, OURS)
+    # Only beside ours; and by name, as where one of them is lost.
+    others = timed_subjects(Plan(providers=("concat",)))
+    assert not any(isinstance(s, BankAttentionCase | BankModelCase) for s in others)
+    assert only(attention, [ONE_BY_ONE]).providers == (ONE_BY_ONE,)
+    checked = [c for c in kernel_cases() if isinstance(c, BankAttentionCase | HeadsCase)]
+    assert {str(KernelCheck(c)) for c in checked} == {
+        "check bank_attention-p70-mixed-b7-n197-heads 3x64",
+        "check bank_attention-p5-mixed-b7-n50-heads 2x80",
+        "check grouped_heads-f776",
+        "check grouped_heads-f33",
+    }
+
+
+def test_the_kernels_hold(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ttsem tensors are on the CPU, so the choice is made for the operators."""
+    from vpt_fast.ops.attention import ragged as bank_attention
+    from vpt_fast.ops.rowwise import grouped_heads
+
+    for operator in (bank_attention, grouped_heads):
+        monkeypatch.setattr(operator, "uses_kernels", lambda t: True)
+    case = replace(MIXED, providers=(OURS,))
+    for checked in (case, HeadsCase(72)):
+        assert check_kernel(checked, torch.bfloat16, kernel_device).holds

@@ -1,0 +1,112 @@
+"""Kernels are compiled beforehand into the cache where launches find them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.compare.cases import Case
+from bench.gpu.jobs.checks import ActivationCase, HeadsCase, NormCase
+from bench.gpu.jobs.models import ModelCheck
+from bench.gpu.jobs.subjects import KernelCheck
+from bench.gpu.jobs.warm import kernels_of, noted, tile_launches
+from bench.providers import attention as attention_ways
+from bench.providers.attention import AttentionCase
+from bench.providers.models import OURS
+
+ROOT = Path(__file__).parents[3]
+STEP = Case(model="test_vit", batch=4, prompts=3, image_size=32, dtype="bfloat16")
+
+LAUNCH_AGAIN = """
+import torch, triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from bench.gpu.jobs.keys import stable_keys
+from bench.gpu.jobs.warm import noted
+from bench import attention_ways
+from bench.providers.attention import AttentionCase
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+triton.runtime.driver.set_active(Driver())
+hits = []
+knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
+stable_keys()
+with noted(90) as found:
+    case = AttentionCase(3, 2, 17, 2, 32, ("vpt_fast",))
+    attention_ways.functions(case, torch.bfloat16)["vpt_fast"]()
+for launch in reversed(found):
+    launch.kernel.warmup(
+        **launch.arguments, **launch.constexprs, grid=launch.grid,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )
+print(len(found), hits)
+"""
+
+
+def test_launches_find_what_was_compiled_beforehand(tmp_path: Path) -> None:
+    """In another process, in another order, with tensors that have values."""
+    environment = {
+        **os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *command], cwd=ROOT, env=environment,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = run("-m", "bench.gpu.jobs.warm", "--trial", "--jobs", "2", "--capability", "90")
+    assert "4 kernels compiled for sm_90" in said
+    assert run("-c", LAUNCH_AGAIN).strip() == "4 [True, True, True, True]"
+
+
+@pytest.mark.parametrize(
+    ("subject", "names"),
+    [
+        (STEP, {"forward", "dq", "token_dkdv", "shared_prompt_dkdv", "residual_norm"}),
+        (replace(STEP, work="inference"), {"forward", "residual_norm", "activation"}),
+        (ModelCheck(replace(STEP, method="vapt", dtype="float32")), {"mix", "features"}),
+        (AttentionCase(3, 2, 17, 2, 32), {"forward", "dq"}),
+        (KernelCheck(HeadsCase(33), "float16"), {"grouped_heads"}),
+        (KernelCheck(NormCase(72)), {"residual_norm", "residual_norm_backward"}),
+        (KernelCheck(ActivationCase("silu")), {"activation", "activation_backward"}),
+        (replace(STEP, providers=("concat",)), set()),
+    ],
+    # Sets have no order of their own, and processes that share the tests must agree on their names.
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
+)
+def test_kernels_of_a_subject(subject: object, names: set[str]) -> None:
+    found = kernels_of(subject, 90)  # type: ignore[arg-type]
+    assert not isinstance(found, str), found
+    assert names <= {kernel.launch for kernel in found} and bool(found) == bool(names)
+
+
+def test_what_cannot_be_found_beforehand_is_said() -> None:
+    found = kernels_of(replace(STEP, image_size=33), 90)
+    assert isinstance(found, str) and found.startswith(f"{STEP}: ")
+
+
+def test_the_target_is_the_gpus_own() -> None:
+    """Launches are those of the GPU that they are compiled for, not of the CPU that finds them."""
+    warps = {}
+    for capability in (80, 90):
+        with noted(capability) as found:
+            case = AttentionCase(3, 2, 300, 2, 64, (OURS,))
+            attention_ways.functions(case, torch.float16)[OURS]()
+        warps[capability] = [(x.name, x.constexprs, x.num_warps) for x in found]
+    assert warps[80] != warps[90]
+    assert {launch.kernel.__name__ for launch in tile_launches(90)} >= {"attention_forward_kernel"}

@@ -1,0 +1,173 @@
+"""A block that somebody has changed is not fused past the change.
+
+As in `test_fused_choice`, block 1 of three is changed, in the tuned model and in its plain twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support import families
+from support.families import AVERAGE
+from support.fusion import indices
+from support.plain import assert_same, distance, pair
+from support.plain_vapt import vapt_pair
+from test_fused_choice import CHANGED, METHODS, OTHERS, make_pair, ran
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vpt_fast import VPTDeep
+
+__all__ = ["ran"]  # a fixture
+
+
+class Doubling(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class LowRank(nn.Linear):
+    """A Linear with something beside it, as adapters put there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+class Shifted(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.3
+
+
+class HalfAttention(Attention):
+    def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return 0.5 * super().forward(x, *arguments, **named)
+
+
+class Wrapper(nn.Module):
+    """As FSDP and others wrap a block: attributes are the block's, the call is its own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["block"], name)
+
+    def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return self.block(x, *arguments, **named) * 1.5
+
+
+def _patch(module: nn.Module) -> None:
+    """Replaces forward on the instance, as recipes for attention maps do."""
+    forward = type(module).forward
+    module.forward = lambda *arguments, **named: 0.5 * forward(module, *arguments, **named)
+
+
+def _wrap(model: nn.Module) -> None:
+    model.blocks[CHANGED] = Wrapper(model.blocks[CHANGED])
+
+
+def _replace(where: str, kind: type[nn.Module]) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        model.blocks[CHANGED].get_submodule(where).__class__ = kind
+
+    return change
+
+
+def _activation(module: nn.Module) -> Callable[[nn.Module], None]:
+    return lambda model: setattr(model.blocks[CHANGED].mlp, "act", module)
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "relu": _activation(nn.ReLU()),
+    "leaky": _activation(nn.LeakyReLU(0.2)),
+    "linear": _replace("attn.proj", LowRank),
+    "mlp_linear": _replace("mlp.fc2", LowRank),
+    "norm": _replace("norm2", Shifted),
+    "norm1": _replace("norm1", Shifted),
+    "parametrized": lambda m: parametrize.register_parametrization(
+        m.blocks[CHANGED].attn.qkv, "weight", Doubling()
+    ),
+    "mlp_forward": lambda m: _patch(m.blocks[CHANGED].mlp),
+    "act_forward": lambda m: _patch(m.blocks[CHANGED].mlp.act),
+    "proj_forward": lambda m: _patch(m.blocks[CHANGED].attn.proj),
+    "scale_forward": lambda m: _patch(m.blocks[CHANGED].ls2),
+    "norm_forward": lambda m: _patch(m.blocks[CHANGED].norm2),
+}
+# Of timm's own block before the first prompted one, whose class nobody swapped.
+FROZEN_CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "attention": _replace("attn", HalfAttention),
+    "attention_forward": lambda m: _patch(m.blocks[CHANGED].attn),
+    "block_forward": lambda m: _patch(m.blocks[CHANGED]),
+    "wrapper": _wrap,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        *[("deep", change) for change in CHANGES],
+        *[pytest.param("code", change, marks=pytest.mark.full) for change in CHANGES],
+        *[pytest.param("late", change, marks=pytest.mark.full) for change in CHANGES],
+        *[("late", change) for change in FROZEN_CHANGES],
+    ],
+)
+def test_changes_are_not_passed_by(method: str, change: str, ran: list[nn.Module]) -> None:
+    tuned, plain = make_pair(METHODS[method])
+    image = families.images(AVERAGE)
+    before = plain(image)
+    for model in (tuned, plain.model):
+        {**CHANGES, **FROZEN_CHANGES}[change](model)
+        for parameter in model.blocks[CHANGED].parameters():
+            if any(parameter is p for p in plain.model.parameters()):
+                parameter.requires_grad_(False)
+    tuned.blocks[CHANGED].eval()
+    expected = plain(image)
+    assert distance(before, expected) > 1e-3, "the change changes nothing"
+    output = tuned(image)
+    assert indices(tuned, ran) == OTHERS
+    assert_same(tuned, plain, output, expected)
+
+
+@pytest.mark.parametrize("where", ["", "attn", "mlp", "norm2"])
+def test_a_replaced_forward_in_the_last_block_sees_all_rows(where: str) -> None:
+    """Where a head reads one row, the last block computes one; but not past a replaced forward."""
+    tuned, plain = pair(families.build(families.TOKEN), VPTDeep(3))
+    image = families.images(families.TOKEN)
+    module, twin = (m.blocks[-1].get_submodule(where) for m in (tuned, plain.model))
+    rows: list[int] = []
+    forward = type(module).forward
+
+    def replaced(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        rows.append(x.shape[1])
+        return 0.5 * forward(module, x, *arguments, **named)
+
+    module.forward = replaced
+    _patch(twin)
+    assert_same(tuned, plain, tuned(image), plain(image))
+    # On a part it may do anything with the rows, so that it sees the prompts too.
+    assert rows == [10 + (3 if where else 0)]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("qk_norm", "q_norm"), ("dinov2_swiglu", "GluMlp"), ("aimv2", "RmsNorm")],
+)
+@pytest.mark.parametrize("method", ["shallow", "deep", "code"])
+def test_kinds_of_blocks_that_are_not_fused(
+    family: str, name: str, method: str, ran: list[nn.Module]
+) -> None:
+    base = families.build(family)
+    assert name in repr(base)
+    pairs = vapt_pair if method == "code" else pair
+    tuned, plain = pairs(base, METHODS[method])
+    image = families.images(family)
+    output = tuned.train()(image)
+    assert not ran
+    assert_same(tuned, plain, output, plain(image))

@@ -1,0 +1,1 @@
+"""Plain references, independent of the library, and what tests share."""

@@ -1,0 +1,108 @@
+"""The device that kernel tests run on: a CUDA GPU, or the CPU under ttsem's sanitizer.
+
+ttsem executes the compiler's own IR of every launch on the CPU. It finds accesses out of bounds,
+races between programs and, because `torch.empty` is filled with NaN, outputs that nobody wrote. A
+test module says `pytest_plugins = ("support.kernel_device",)`, asks for the fixture
+`kernel_device` and makes its tensors on it. With a GPU the kernels run there, and what PyTorch
+allocates without values is filled with NaN all the same, inside of operators too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from bench.gpu.jobs.keys import stable_keys
+from support.on_device import poisoned_empty
+
+# Asked once: while ttsem is at work, torch says that there is a GPU.
+HAS_GPU = torch.cuda.is_available()
+
+# Accesses of one launch that are kept to look for races: the largest shapes fit, and take minutes.
+_LARGE_BUDGET = 50_000_000
+# The GPU that kernels are compiled for when there is none.
+CPU_CAPABILITY = 90
+
+
+@contextlib.contextmanager
+def sanitized_kernels(
+    capability: int = CPU_CAPABILITY, access_budget: int | None = None
+) -> Iterator[Any]:
+    """While open, Triton launches run on the CPU under ttsem, and "cuda" means the CPU.
+
+    Args:
+        capability: of the GPU that kernels are compiled for.
+        access_budget: accesses of a launch that are kept to look for races; ttsem's own by default.
+
+    Yields:
+        ttsem's session: its `launches`, and `races_unchecked`, launches that were too large to be
+        checked for races.
+    """
+    from ttsem import _fakedriver, harness, memory, mlir, sanitize
+
+    texts: dict[str, str] = {}
+
+    def ir_up_to(record: Any, stage: str, target: Any) -> str:
+        key = (
+            f"{record.fn_name} {harness._specialize(record.fn, record.args, record.kwargs, target)}"
+        )
+        if key not in texts:
+            texts[key] = mlir.to_generic(harness._stage_text(record, stage, target), None)
+        return texts[key]
+
+    mlir.enable_generic_printing()
+    original = harness.ir_for_launch
+    # ttsem compiles each kernel down to machine code and then takes an early stage of it. Stopping
+    # at that stage gives the same text hundreds of times faster for fp32 kernels.
+    harness.ir_for_launch = ir_up_to
+    budget = memory.ACCESS_BUDGET
+    memory.ACCESS_BUDGET = access_budget or budget
+    try:
+        with sanitize.session(cc=capability) as session:
+            yield session
+    finally:
+        harness.ir_for_launch, memory.ACCESS_BUDGET = original, budget
+        _fakedriver.unstub_torch_cuda()
+
+
+@pytest.fixture
+def kernel_device_sm80() -> Iterator[torch.device]:
+    """As `kernel_device`, with the kernels that an A100 would run; only without a GPU."""
+    if HAS_GPU:
+        pytest.skip("a GPU runs its own kernels")
+    _need_ttsem()
+    with sanitized_kernels(80) as session:
+        yield torch.device("cuda")
+        assert session.races_unchecked == 0, "launches too large to be checked for races"
+
+
+@pytest.fixture
+def kernel_device() -> Iterator[torch.device]:
+    """Where to make tensors for a kernel; without a GPU its launches are sanitized."""
+    yield from _device(None)
+
+
+@pytest.fixture
+def kernel_device_large() -> Iterator[torch.device]:
+    """As `kernel_device`, for launches too large for ttsem's own budget; it takes minutes."""
+    yield from _device(_LARGE_BUDGET)
+
+
+def _device(access_budget: int | None) -> Iterator[torch.device]:
+    if HAS_GPU:
+        stable_keys()
+        with poisoned_empty():
+            yield torch.device("cuda")
+        return
+    _need_ttsem()
+    with sanitized_kernels(access_budget=access_budget) as session:
+        yield torch.device("cuda")  # which is the CPU while the session is open
+        assert session.races_unchecked == 0, "launches too large to be checked for races"
+
+
+def _need_ttsem() -> None:
+    pytest.importorskip("ttsem", reason="neither a GPU nor ttsem, which runs kernels on the CPU")

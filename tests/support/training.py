@@ -1,0 +1,72 @@
+"""Small runs of training: items, damaged files, and what a run leaves."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vpt_fast import save_adapter
+from vpt_fast.adapter.files import TENSORS_FILE
+from vpt_fast.train.data.images import SkippedImage, make_loader
+from vpt_fast.train.loop.epochs import fit
+
+BROKEN = SkippedImage("broken.png", "broken.png cannot be decoded (cut)")
+
+
+def pictures(count=24, seed=0):
+    """Items (3, 32, 32) whose mean colour tells their class."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = [i % 3 for i in range(count)]
+    noise = torch.randn(count, 3, 32, 32, generator=rng)
+    for image, label in zip(noise, labels, strict=True):
+        image[label] += 2
+    return list(zip(noise, labels, strict=True))
+
+
+def save(model, directory):
+    return save_adapter(model, directory, overwrite=True)
+
+
+def train(model, recipe, items=None, **arguments):
+    loader = make_loader(items or pictures(), recipe.batch_size, shuffle=True, seed=recipe.seed)
+    return fit(model, loader, recipe, progress=False, **arguments)
+
+
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+
+
+def damaged_files(folder):
+    """Name -> file: no image, empty, cut PNG and JPEG, broken PNG chunk, cut TIFF."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    files = {"text.png": b"not an image", "empty.jpg": b""}
+    for name, form in (("cut.png", "PNG"), ("cut.jpg", "JPEG"), ("cut.tiff", "TIFF")):
+        stream = io.BytesIO()
+        picture.save(stream, form)
+        data = stream.getvalue()
+        files[name] = data[: len(data) // 2]
+        if form == "PNG":
+            files["chunk.png"] = data[:60] + b"\0\0\0\0\0\0\0\0" + data[68:]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in files]
+
+
+def endings(folder: Path) -> dict[str, bytes]:
+    """The bytes of everything that a run leaves and that holds no time."""
+    return {name: (folder / name / TENSORS_FILE).read_bytes() for name in ("best", "last")}
+
+
+class Stopped(Exception):
+    """Ends a run as if the process had gone away."""
