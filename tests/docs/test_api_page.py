@@ -7,7 +7,7 @@ import importlib.util
 from types import ModuleType
 
 import pytest
-from doc_pages import ROOT
+from support.doc_pages import ROOT
 
 import vpt_fast
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from doc_pages import NAMES, PAGES, ROOT, anchors, blocks, links, prose
+from support.doc_pages import NAMES, PAGES, ROOT, anchors, blocks, links, prose
 
 PATH = re.compile(
     r"(?<![\w/.<-])((?:kernels|vpt_fast|bench|tests|examples|docs)/[\w./-]*\w/?)(?::([\w.]+\w))?"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import io
 import re
@@ -19,11 +18,12 @@ import pytest
 import timm
 import torch
 import typer
-from doc_pages import NAMES, PAGES, ROOT, blocks, commands
 from PIL import Image
+from support.doc_pages import NAMES, PAGES, ROOT, blocks, commands
 from typer.testing import CliRunner
 
 import vpt_fast
+from vpt_fast.cli.app import app
 
 EVERY = list(zip(PAGES, NAMES, strict=True))
 PYTHON = [(page, name) for page, name in EVERY if blocks(page.read_text(), "python")]
@@ -83,20 +83,13 @@ def test_the_python_of_a_page_runs(
         exec(compile(block, f"{name}, block {number}", "exec"), names)
 
 
-def _cli() -> Any:
-    where = re.search(r"vpt-fast = ([\w.]+):", (ROOT / "setup.py").read_text())
-    assert where is not None
-    found = importlib.import_module(where[1])
-    app = getattr(found, "app", None) or importlib.import_module("vpt_fast.cli").app
-    return typer.main.get_command(app)
-
-
 def _options(words: list[str]) -> list[str]:
     return [word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)]
 
 
 def _check_cli(words: list[str]) -> None:
-    command = _cli().commands[words[0]]
+    group: Any = typer.main.get_command(app)
+    command = group.commands[words[0]]
     known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
     assert set(_options(words[1:])) <= known, words
 
@@ -145,6 +138,7 @@ def _arguments(*words: str) -> Iterator[None]:
         yield
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(("page", "name"), SHELL, ids=[name for _, name in SHELL])
 def test_the_commands_of_a_page_exist(page: Path, name: str) -> None:
     """Programs, targets and extras exist, and every option is one that they take."""
@@ -196,7 +190,6 @@ def _stand_in(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_the_first_commands_run(name: str, photos: Path) -> None:
     """What a newcomer types, on a small folder of images."""
-    app = importlib.import_module("vpt_fast.cli").app
     ran = 0
     for words in commands((ROOT / name).read_text()):
         if words[0] != "vpt-fast":
