@@ -104,8 +104,8 @@ def table(rows: Sequence[Row]) -> str:
         [
             f"Measured on {known['device']}, Python {known['python']}, torch {known['torch']}, "
             f"Triton {known['triton']}, timm {known['timm']}, {known['date']}.",
-            f"CPU time of the thread in ms, least of {known['rounds']} rounds (median); over the same",
-            "model without prompts: least over least (median of the rounds' ratios).",
+            f"CPU time of the thread in ms, least of {known['rounds']} rounds (median); over the",
+            "same model without prompts: least over least (median of the rounds' ratios).",
             "",
             "| | forward | backward | whole | over no prompts | first call | our kernels |",
             "|---|---:|---:|---:|---:|---:|---:|",
