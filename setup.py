@@ -4,20 +4,68 @@
 mypy and import-linter all follow without any code of ours.
 """
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# What the command `vpt-fast` and its training need. Every extra with a command holds these too, so
+# that it is enough by itself.
+TRAIN = [
+    "pillow>=10.1",
+    "tensorboard>=2.16",
+    "torchvision>=0.21",
+    "tqdm>=4.66",
+    "typer>=0.12",
+]
+# Of `inspect`, `memory`, `report` and the demo.
+REPORTS = [
+    *TRAIN,
+    "jinja2>=3.1",
+    "matplotlib>=3.8",
+    "scikit-learn>=1.4",
+]
+# Of `sweep`, its picture and its preset's data.
+SWEEP = [
+    *TRAIN,
+    "matplotlib>=3.8",
+    "optuna>=4",
+    "scikit-learn>=1.4",
+]
+# Of examples/serve; they need Python 3.11.
 SERVE = [
+    *TRAIN,
     "fastapi>=0.165",
     "prometheus-client>=0.21",
     "python-multipart>=0.0.20",
     "uvicorn>=0.54",
 ]
+DOCS = [
+    "mkdocs-material>=9",
+    "mkdocstrings[python]>=1",
+]
+DEV = [
+    *REPORTS,
+    *SWEEP,
+    *SERVE,
+    *DOCS,
+    "build>=1",
+    "httpx2>=2.16",
+    "mypy>=1.10",
+    "playwright>=1.49",
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.7",
+    "ruff>=0.6",
+    # Wheels are built in tests, without a network.
+    "setuptools>=77",
+    "types-tqdm",
+]
 
 setup(
     name="vpt-fast",
-    version="0.1.0",
+    # Of a file, as importing the package would need PyTorch.
+    version=runpy.run_path("vpt_fast/version.py")["__version__"],
     description="Visual prompt tuning of timm vision transformers with Triton kernels",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -27,34 +75,18 @@ setup(
     package_data={"vpt_fast": ["py.typed", "assets/*"]},
     install_requires=[
         "torch>=2.6",
-        "torchvision>=0.21",
         "triton>=3.2; platform_system == 'Linux'",
         "timm>=1.0.29,<1.1",
         "numpy>=1.26",
         "safetensors>=0.4",
-        "pillow>=10.1",
-        "matplotlib>=3.8",
-        "scikit-learn>=1.4",
-        "jinja2>=3.1",
-        "tensorboard>=2.16",
-        "optuna>=4",
-        "tqdm>=4.66",
-        "typer>=0.12",
     ],
     extras_require={
-        # Of examples/serve; they need Python 3.11.
+        "train": TRAIN,
+        "reports": REPORTS,
+        "sweep": SWEEP,
         "serve": SERVE,
-        "dev": [
-            *SERVE,
-            "httpx2>=2.16",
-            "mypy>=1.10",
-            "pytest>=8",
-            "pytest-benchmark>=4",
-            "pytest-xdist>=3.7",
-            "ruff>=0.6",
-            "types-tqdm",
-            "websockets>=14",
-        ],
+        "docs": DOCS,
+        "dev": list(dict.fromkeys(DEV)),
     },
-    entry_points={"console_scripts": ["vpt-fast = vpt_fast.cli.app:main"]},
+    entry_points={"console_scripts": ["vpt-fast = vpt_fast.__main__:main"]},
 )

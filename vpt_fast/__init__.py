@@ -20,8 +20,7 @@ from vpt_fast.tune import (
     remove_prompts,
     trainable_parameters,
 )
-
-__version__ = "0.1.0"
+from vpt_fast.version import __version__
 
 __all__ = [
     "VAPT",
@@ -34,6 +33,7 @@ __all__ = [
     "PromptBank",
     "VPTDeep",
     "VPTShallow",
+    "__version__",
     "bake",
     "count_parameters",
     "fold_backbone",

@@ -17,6 +17,7 @@ from support.families import AVERAGE, FAMILIES, TOKEN
 from support.plain import VARIANTS, prompt_names, redraw_prompts
 from torch import Tensor, nn
 
+import vpt_fast
 from vpt_fast import (
     LinearProbe,
     VPTDeep,
@@ -160,6 +161,7 @@ def test_the_configuration(tmp_path: Path) -> None:
     assert stored["interpolation"] == expected["interpolation"]
     assert stored["crop_pct"] == expected["crop_pct"]
     assert config["class_names"] == NAMES
+    assert config["versions"]["vpt_fast"] == vpt_fast.__version__
     assert config["versions"]["torch"] == torch.__version__
     assert config["versions"]["timm"] == timm.__version__
     assert config["fingerprint"]

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from vpt_fast.train import pretrain_demo
+from examples.pretrain_demo import __main__ as pretrain_demo
+from examples.pretrain_demo.glyphs import CLASSES, HELD_OUT_FONTS
+from examples.pretrain_demo.muon import Muon
 from vpt_fast.train.backbones.demo_backbone import (
     DEMO_ARGS,
     DEMO_CHECKPOINT,
@@ -21,8 +23,6 @@ from vpt_fast.train.backbones.demo_backbone import (
     DEMO_STD,
     demo_backbone,
 )
-from vpt_fast.train.glyphs import CLASSES, HELD_OUT_FONTS
-from vpt_fast.train.muon import Muon
 
 
 def test_the_shipped_file_is_small_half_precision_and_documented() -> None:

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 import torch
 
-from vpt_fast.train.glyphs import (
+from examples.pretrain_demo.glyphs import (
     BITMAP_SIZE,
     CLASSES,
     FONTS,

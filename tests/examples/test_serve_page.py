@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
-from support.chromium import Page, browser, find_chromium
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright.sync_api import Browser, Page, expect
 from support.serving import Held, make_bank, picture, post, serving
 
 from vpt_fast import PromptBank
+
+pytest_plugins = ("support.browser",)
 
 UPLOAD = 100_000
 
 
 @pytest.fixture(scope="module")
-def bank(tmp_path_factory: pytest.TempPathFactory) -> PromptBank:
-    find_chromium()
+def bank(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> PromptBank:
+    """Made only where there is a browser to show it."""
     return make_bank(tmp_path_factory.mktemp("adapters"))
 
 
@@ -29,19 +33,35 @@ def client(bank: PromptBank) -> Iterator[httpx2.Client]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def shared_page(bank: PromptBank, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with browser(tmp_path_factory.mktemp("profile")) as page:
-        yield page
+@pytest.fixture
+def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Makes empty pages in contexts of their own."""
+    made = []
+
+    def new(width: int = 1200, height: int = 900, scheme: str = "light") -> Page:
+        context = browser.new_context(
+            viewport={"width": width, "height": height},
+            is_mobile=width < 600,
+            color_scheme=scheme,  # type: ignore[arg-type]
+        )
+        context.set_default_timeout(60_000)
+        made.append(context)
+        return context.new_page()
+
+    yield new
+    for context in made:
+        context.close()
+
+
+def open_page(page: Page, client: httpx2.Client) -> Page:
+    page.goto(str(client.base_url))
+    expect(page.locator("#task option")).to_have_count(3)
+    return page
 
 
 @pytest.fixture
-def page(shared_page: Page, client: httpx2.Client) -> Page:
-    shared_page.show(1200, 900)
-    shared_page.events.clear()
-    shared_page.open(str(client.base_url))
-    shared_page.wait("document.querySelector('#task').options.length === 3")
-    return shared_page
+def page(new_page: Callable[..., Page], client: httpx2.Client) -> Page:
+    return open_page(new_page(), client)
 
 
 @pytest.fixture
@@ -51,21 +71,20 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def text(page: Page, selector: str) -> str:
-    return str(page.run(f"document.querySelector({selector!r}).innerText"))
+def classify(page: Page, image: Path, classes: int = 3) -> None:
+    page.set_input_files("#image", image)
+    expect(page.locator("#classes li")).to_have_count(classes)
 
 
 def shown(page: Page) -> list[list[str]]:
     """Names and shares of the classes."""
-    rows: list[list[str]] = page.run(
-        "[...document.querySelectorAll('#classes li')].map(row =>"
-        " [row.querySelector('.name').textContent, row.querySelector('.share').textContent])"
-    )
-    return rows
+    names = page.locator("#classes .name").all_text_contents()
+    shares = page.locator("#classes .share").all_text_contents()
+    return [list(row) for row in zip(names, shares, strict=True)]
 
 
 def settled(page: Page) -> None:
-    page.wait("!document.querySelector('section').hasAttribute('aria-busy')")
+    expect(page.locator("section")).not_to_have_attribute("aria-busy", re.compile(""))
 
 
 def expected(client: httpx2.Client, task: str, topk: int = 5) -> list[list[str]]:
@@ -78,127 +97,123 @@ def share(probability: float) -> str:
 
 
 def test_it_shows_what_the_server_answers(page: Page, client: httpx2.Client, image: Path) -> None:
-    assert page.run("document.querySelector('#send').disabled")
-    assert "3 classes, tuned with vpt-deep at 32 x 32 pixels." in text(page, "#about")
-    assert "Up to 97.7 KiB and 25 megapixels: JPEG, PNG" in text(page, "#limits")
-    page.choose_file("#image", image)
-    page.wait("document.querySelectorAll('#classes li').length === 3")
+    expect(page.locator("#send")).to_be_disabled()
+    about = page.locator("#about")
+    expect(about).to_contain_text("3 classes, tuned with vpt-deep at 32 x 32 pixels.")
+    limits = "Up to 97.7 KiB and 25 megapixels: JPEG, PNG"
+    expect(page.locator("#limits")).to_contain_text(limits)
+    classify(page, image)
     assert shown(page) == expected(client, "task-0")
     first = shown(page)[0]
-    assert text(page, "#status") == f"task-0: most likely {first[0]}, {first[1]}"
-    assert " ms from the upload to the answer, in a batch of its own." in text(page, "#cost")
-    bars = page.run(
+    expect(page.locator("#status")).to_have_text(f"task-0: most likely {first[0]}, {first[1]}")
+    cost = " ms from the upload to the answer, in a batch of its own."
+    expect(page.locator("#cost")).to_contain_text(cost)
+    bars = page.evaluate(
         "[...document.querySelectorAll('.bar')].map(bar => parseFloat(bar.style.width))"
     )
     assert bars == pytest.approx([float(row[1].rstrip(" %")) for row in shown(page)], abs=0.06)
-    assert page.wait("!document.querySelector('#preview').hidden")
-    assert text(page, "#prompt").startswith("image.png, ")
+    expect(page.locator("#preview")).to_be_visible()
+    expect(page.locator("#prompt")).to_contain_text("image.png, ")
 
-    page.run("task.value = 'task-1'; task.dispatchEvent(new Event('change')); topk.value = 2; 0")
+    page.select_option("#task", "task-1")
+    page.fill("#topk", "2")
     settled(page)
-    page.run("document.querySelector('#send').click()")
-    page.wait("document.querySelectorAll('#classes li').length === 2")
+    page.click("#send")
+    expect(page.locator("#classes li")).to_have_count(2)
     assert shown(page) == expected(client, "task-1", 2)
-    assert "4 classes, tuned with vapt" in text(page, "#about")
+    expect(about).to_contain_text("4 classes, tuned with vapt")
 
 
 def test_an_image_can_be_dropped(page: Page, client: httpx2.Client) -> None:
-    bytes_ = json.dumps(list(picture(0)))
-    page.run(
-        f"""(() => {{
+    page.evaluate(
+        """bytes => {
             const data = new DataTransfer();
-            data.items.add(new File([new Uint8Array({bytes_})], "dropped.png"));
+            data.items.add(new File([new Uint8Array(bytes)], "dropped.png"));
             for (const kind of ["dragenter", "dragover", "drop"])
-                drop.dispatchEvent(new DragEvent(kind, {{
-                    dataTransfer: data, bubbles: true, cancelable: true }}));
-        }})()"""
+                drop.dispatchEvent(new DragEvent(kind, {
+                    dataTransfer: data, bubbles: true, cancelable: true }));
+        }""",
+        list(picture(0)),
     )
-    page.wait("document.querySelectorAll('#classes li').length === 3")
+    expect(page.locator("#classes li")).to_have_count(3)
     assert shown(page) == expected(client, "task-0")
-    assert text(page, "#prompt").startswith("dropped.png, ")
-    assert not page.run("drop.classList.contains('over')")
+    expect(page.locator("#prompt")).to_contain_text("dropped.png, ")
+    expect(page.locator("#drop")).not_to_have_class(re.compile(r"\bover\b"))
 
 
 def test_errors_are_told_in_words(page: Page, image: Path, tmp_path: Path) -> None:
-    def complaint() -> str:
+    error = page.locator("#error")
+
+    def complains(text: str) -> None:
         settled(page)
-        page.wait("!document.querySelector('#error').hidden")
-        assert shown(page) == [] and text(page, "#status") == ""
-        return text(page, "#error")
+        expect(error).to_be_visible()
+        expect(error).to_contain_text(text)
+        assert shown(page) == []
+        expect(page.locator("#status")).to_be_empty()
 
     def send() -> None:
-        page.run("document.querySelector('#error').hidden = true")
-        page.run("document.querySelector('#send').click()")
+        page.evaluate("document.querySelector('#error').hidden = true")
+        page.click("#send")
 
     (tmp_path / "notes.txt").write_text("not an image")
-    page.choose_file("#image", tmp_path / "notes.txt")
-    assert "The file is not an image of a format that the server takes" in complaint()
-    assert page.run("document.querySelector('#preview').hidden")
+    page.set_input_files("#image", tmp_path / "notes.txt")
+    complains("The file is not an image of a format that the server takes")
+    expect(page.locator("#preview")).to_be_hidden()
     (tmp_path / "large.png").write_bytes(bytes(2 * UPLOAD))
-    page.choose_file("#image", tmp_path / "large.png")
-    page.wait("document.querySelector('#error').innerText.includes('KiB')")
-    assert complaint() == (
-        "The file has 195.3 KiB; the server takes up to 97.7 KiB. Choose a smaller one."
-    )
-    page.choose_file("#image", image)
-    page.wait("document.querySelectorAll('#classes li').length === 3")
-    assert page.run("document.querySelector('#error').hidden")
-    page.run("topk.value = 0; 0")
+    page.set_input_files("#image", tmp_path / "large.png")
+    complains("The file has 195.3 KiB; the server takes up to 97.7 KiB. Choose a smaller one.")
+    classify(page, image)
+    expect(error).to_be_hidden()
+    page.fill("#topk", "0")
     send()
-    assert complaint() == "Classes to show must be a whole number, at least 1."
-    page.run("topk.value = 1; task.options[0].value = 'gone'; 0")
+    complains("Classes to show must be a whole number, at least 1.")
+    page.fill("#topk", "1")
+    page.evaluate("task.options[0].value = 'gone'")
     send()
-    assert complaint() == "The server has no task 'gone'; GET /tasks lists them."
-    offline = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    page.call("Network.emulateNetworkConditions", **offline)
+    complains("The server has no task 'gone'; GET /tasks lists them.")
+    page.context.set_offline(True)
     send()
-    said = complaint()
-    page.call("Network.emulateNetworkConditions", **{**offline, "offline": False})
-    assert said.startswith("The server cannot be reached.")
+    complains("The server cannot be reached.")
 
 
 def test_a_newer_request_takes_the_place_of_an_older_one(
-    shared_page: Page, bank: PromptBank, image: Path
+    new_page: Callable[..., Page], bank: PromptBank, image: Path
 ) -> None:
-    held, page = Held(bank), shared_page
+    held = Held(bank)
     with serving(held, max_wait=0.0) as (client, _):
-        page.open(str(client.base_url))
-        page.wait("document.querySelector('#task').options.length === 3")
-        page.choose_file("#image", image)
-        page.wait("document.querySelector('section').getAttribute('aria-busy') === 'true'")
+        page = open_page(new_page(), client)
+        page.set_input_files("#image", image)
+        expect(page.locator("section")).to_have_attribute("aria-busy", "true")
         assert held.entered.wait(10)
-        assert text(page, "#status") == "Classifying …"
-        page.run("task.value = 'task-2'; task.dispatchEvent(new Event('change')); 0")
+        expect(page.locator("#status")).to_have_text("Classifying …")
+        page.select_option("#task", "task-2")
         held.go.set()
-        page.wait("document.querySelectorAll('#classes li').length === 5")
+        expect(page.locator("#classes li")).to_have_count(5)
         settled(page)
-        assert text(page, "#status").startswith("task-2: ")
+        expect(page.locator("#status")).to_contain_text("task-2: ")
 
 
 def test_it_can_be_used_by_keyboard_and_screen_reader(page: Page, image: Path) -> None:
-    page.choose_file("#image", image)
-    page.wait("document.querySelectorAll('#classes li').length === 3")
+    classify(page, image)
     order = []
     for _ in range(4):
-        page.press("Tab", 9)
-        order.append(page.run("document.activeElement.id"))
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("document.activeElement.id"))
     assert order == ["task", "topk", "image", "send"]
-    assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    page.run("results.replaceChildren()")
-    page.press("Enter", 13)
-    page.wait("document.querySelectorAll('#classes li').length === 3")
-    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.evaluate("results.replaceChildren()")
+    page.keyboard.press("Enter")
+    expect(page.locator("#classes li")).to_have_count(3)
     names: dict[str, list[str]] = {}
-    for node in nodes:
-        if not node["ignored"]:
-            role, name = node["role"]["value"], node.get("name", {}).get("value", "")
-            names.setdefault(role, []).append(name)
+    for line in page.locator("body").aria_snapshot().splitlines():
+        if found := re.match(r'- (\w+)(?: "(.*?)")?', line.strip()):
+            names.setdefault(found[1], []).append(found[2] or "")
     assert names["combobox"] == ["Task"] and names["spinbutton"] == ["Classes to show"]
     assert names["heading"] == ["Classify an image", "Image", "Classes"]
     assert "Classify" in names["button"] and all(names["button"])
-    assert names["image"] == ["Preview of image.png"]
+    assert names["img"] == ["Preview of image.png"]
     assert "status" in names and len(names["listitem"]) == 3
-    assert page.run("document.documentElement.lang") == "en"
+    expect(page.locator("html")).to_have_attribute("lang", "en")
 
 
 CONTRAST = """(() => {
@@ -225,49 +240,51 @@ CONTRAST = """(() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_narrow_screens_and_is_legible(page: Page, image: Path, scheme: str) -> None:
+def test_it_fits_narrow_screens_and_is_legible(
+    new_page: Callable[..., Page], client: httpx2.Client, image: Path, scheme: str
+) -> None:
     for width in (360, 1200):
-        page.show(width, 800, scheme)
-        page.choose_file("#image", image)
-        page.wait("document.querySelectorAll('#classes li').length === 3")
-        assert page.run("document.documentElement.scrollWidth") <= width
-        inside = page.run(
-            "[...document.querySelectorAll('main *')].every(node =>"
-            f" node.getBoundingClientRect().right <= {width})"
+        page = open_page(new_page(width, 800, scheme), client)
+        classify(page, image)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(
+            """width => [...document.querySelectorAll("main *")].every(
+                node => node.getBoundingClientRect().right <= width)""",
+            width,
         )
-        assert inside
-        targets = page.run(
+        targets = page.evaluate(
             "[task, topk, drop, send].map(node => node.getBoundingClientRect().height)"
         )
         assert min(targets) >= 44
         # What was found comes into view.
-        page.wait("document.querySelector('#cost').getBoundingClientRect().bottom <= 801")
-    paper = page.run("getComputedStyle(document.body).backgroundColor")
+        page.wait_for_function("element('cost').getBoundingClientRect().bottom <= 801")
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 29)")
-    page.run("complain('wrong')")
-    contrast: dict[str, float] = page.run(CONTRAST)
+    page.evaluate("complain('wrong')")
+    contrast: dict[str, float] = page.evaluate(CONTRAST)
     assert len(contrast) > 8 and min(contrast.values()) >= 4.5, contrast
 
 
 def test_it_loads_nothing_from_elsewhere_and_logs_no_error(
-    page: Page, client: httpx2.Client, image: Path
+    new_page: Callable[..., Page], client: httpx2.Client, image: Path
 ) -> None:
-    page.choose_file("#image", image)
-    page.wait("document.querySelectorAll('#classes li').length === 3")
-    asked, wrong = _network_and_errors(page)
+    page = new_page()
+    asked: list[str] = []
+    wrong: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "console",
+        lambda message: (
+            wrong.append(message.text) if message.type in ("error", "warning", "assert") else None
+        ),
+    )
+    classify(open_page(page, client), image)
     own = str(client.base_url).rstrip("/")
     assert f"{own}/predict" in asked and f"{own}/static/page.js" in asked
     assert all(url.startswith((own, f"blob:{own}")) for url in asked), asked
     assert not wrong, wrong
-
-
-def _network_and_errors(page: Page) -> tuple[list[str], list[Any]]:
-    asked = [p["request"]["url"] for m, p in page.events if m == "Network.requestWillBeSent"]
-    wrong = [
-        p
-        for m, p in page.events
-        if m == "Runtime.exceptionThrown"
-        or (m == "Log.entryAdded" and p["entry"]["level"] in ("error", "warning"))
-        or (m == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning", "assert"))
-    ]
-    return asked, wrong
+    # And would have been told of one.
+    with page.expect_console_message(lambda message: message.type == "error"):
+        page.evaluate("fetch('nowhere').then(() => 0)")
+    assert "404" in wrong[0]

@@ -41,6 +41,7 @@ from vpt_fast.checks import check_model
 from vpt_fast.methods import from_dict, to_dict
 from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.tune import host_copy, prompt_tune, remove_prompts, trainable_parameters
+from vpt_fast.version import __version__
 
 Model = TypeVar("Model", bound=nn.Module)
 _EQUAL = 1e-6  # relative to the norm: between fingerprints of the same weights
@@ -183,7 +184,7 @@ def save_adapter(
             "exif_transpose": data.get("exif_transpose", False),
         },
         "class_names": None if class_names is None else [str(name) for name in class_names],
-        "versions": {"vpt_fast": _version(), "torch": torch.__version__, "timm": _timm()},
+        "versions": {"vpt_fast": __version__, "torch": torch.__version__, "timm": _timm()},
         "architecture": describe(model),
         "fixed_image": seen_in_fixed_image(model),
         "fingerprint": frozen,
@@ -205,12 +206,6 @@ def _told(model: Any, key: str) -> dict[str, Any]:
     """A value of the model's configuration that timm does not resolve."""
     config = getattr(model, "pretrained_cfg", None) or {}
     return {key: config[key]} if key in config else {}
-
-
-def _version() -> str:
-    from vpt_fast import __version__  # the package imports this module
-
-    return __version__
 
 
 def _timm() -> str:

@@ -1,5 +1,5 @@
-"""`python -m vpt_fast.cli`."""
+"""`python -m vpt_fast.cli`, as `python -m vpt_fast`."""
 
-from vpt_fast.cli.app import main
+from vpt_fast.__main__ import main
 
 main()

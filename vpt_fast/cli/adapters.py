@@ -17,6 +17,7 @@ from vpt_fast.cli.common import (
     one_line_errors,
     report_skipped,
 )
+from vpt_fast.extras import require_extra
 from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.class_folders import CLASS_ORDERS
@@ -142,10 +143,11 @@ def inspect_adapter(
     device: Device = "auto",
 ) -> None:
     """Shows what prompts do: the attention that each one gets, and the patches that VAPT mixes."""
-    # matplotlib takes long to import, and the other commands do not draw.
-    from vpt_fast.reports.inspection import FOLDER, inspect_images
-
     with one_line_errors():
+        require_extra("reports")
+        # matplotlib takes long to import, and the other commands do not draw.
+        from vpt_fast.reports.inspection import FOLDER, inspect_images
+
         where = resolve_device(device)
         FOLDER.check(output)
         loaded = load_tuned(adapter, checkpoint, where)

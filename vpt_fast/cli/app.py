@@ -64,6 +64,7 @@ from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.data.sources import check_format
 from vpt_fast.train.loop.evaluate import resolve_device
 from vpt_fast.train.run.folder_run import tune_on_folder
+from vpt_fast.version import __version__
 
 
 def train(
@@ -196,7 +197,7 @@ def train(
     """Tunes a pretrained model on a folder of images.
 
     Ctrl-C ends training early and leaves a usable adapter. On several GPUs: torchrun
-    --nproc-per-node 2 -m vpt_fast.cli train ...; --batch-size is that of all GPUs together.
+    --nproc-per-node 2 -m vpt_fast train ...; --batch-size is that of all GPUs together.
     """
     with one_line_errors(), process_group(resolve_device(device)) as where:
         tuned = make_method(
@@ -277,11 +278,28 @@ def train(
 
 app = typer.Typer(
     name="vpt-fast",
-    help=__doc__,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"vpt-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Options of `vpt-fast` itself."""
+
+
 app.command()(train)
 app.command(name="eval")(evaluate_adapter)
 app.command()(predict)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
+from vpt_fast.extras import MissingExtraError
 from vpt_fast.methods import METHODS, Method
 from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.data import images as data
@@ -38,7 +39,7 @@ def one_line_errors() -> Iterator[None]:
     """Inside, what a user can mend becomes one line and status 2, or 1 once training has begun."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, MissingExtraError) as error:
         fail(error, 2)
     except TrainingError as error:
         fail(error, 1)

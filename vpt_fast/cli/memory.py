@@ -10,6 +10,7 @@ import typer
 
 from vpt_fast.analysis.activation_memory import DTYPES
 from vpt_fast.cli.common import make_method, one_line_errors
+from vpt_fast.extras import require_extra
 from vpt_fast.methods import METHODS
 
 NUM_PROMPTS = 50
@@ -60,10 +61,11 @@ def memory_profile(
     Counted for eager PyTorch and every memory mode, without running anything, so no GPU is needed.
     With a CUDA GPU the peak memory of a real step is measured as well.
     """
-    # matplotlib takes long to import, and the other commands do not draw.
-    from vpt_fast.reports.memory import report_memory
-
     with one_line_errors():
+        require_extra("reports")
+        # matplotlib takes long to import, and the other commands do not draw.
+        from vpt_fast.reports.memory import report_memory
+
         chosen = make_method(method, {"dropout": dropout})
         if num_prompts is not None and method != "vpt-deep":
             raise ValueError(

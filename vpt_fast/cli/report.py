@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vpt_fast.cli.common import Checkpoint, Device, Workers, one_line_errors, report_skipped
+from vpt_fast.extras import require_extra
 from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.loop.evaluate import resolve_device
 
@@ -49,11 +50,12 @@ def report(
 
     Each run is evaluated once. What is missing, such as the data of a run, is said on the page.
     """
-    # matplotlib takes long to import, and the other commands do not draw.
-    from vpt_fast.reports.page.evaluation import EvaluationOptions
-    from vpt_fast.reports.page.page import write_page
-
     with one_line_errors():
+        require_extra("reports")
+        # matplotlib takes long to import, and the other commands do not draw.
+        from vpt_fast.reports.page.evaluation import EvaluationOptions
+        from vpt_fast.reports.page.page import write_page
+
         options = EvaluationOptions(
             directory=directory,
             checkpoint=checkpoint,

@@ -38,6 +38,7 @@ from vpt_fast.cli.options import (
     Resize,
     Scale,
 )
+from vpt_fast.extras import require_extra
 from vpt_fast.methods import METHODS
 from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
@@ -157,13 +158,14 @@ def sweep(
     tested once, after the last epoch. What is done is kept: a sweep that was killed goes on with
     the same command.
     """
-    # Optuna and matplotlib take a second to import, which the other commands need not wait for.
-    from vpt_fast.train.sweep.plan import SweepPlan, candidate, run_plan
-    from vpt_fast.train.sweep.preset import EPOCHS, demo_plan
-    from vpt_fast.train.sweep.report import table, write
-    from vpt_fast.train.sweep.sweep import Candidate
-
     with one_line_errors():
+        require_extra("sweep")
+        # Optuna and matplotlib take a second to import, which the other commands need not wait for.
+        from vpt_fast.train.sweep.plan import SweepPlan, candidate, run_plan
+        from vpt_fast.train.sweep.preset import EPOCHS, demo_plan
+        from vpt_fast.train.sweep.report import table, write
+        from vpt_fast.train.sweep.sweep import Candidate
+
         where = resolve_device(device)
         final_seeds = tuple(_values("seeds", seeds, int))
         if preset is not None:

@@ -15,7 +15,6 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vpt_fast import __version__
 from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.reports.page.classes import (
     MAX_SHOWN,
@@ -40,6 +39,7 @@ from vpt_fast.reports.page.text import (
 from vpt_fast.train.common.curves import format_bytes
 from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.loop.evaluate import TrainingError
+from vpt_fast.version import __version__
 
 GENERATOR = "vpt-fast report"
 _MARK = f'<meta name="generator" content="{GENERATOR}'

@@ -2,9 +2,8 @@
 
 `vpt_fast/assets/demo_vit.safetensors` holds a plain timm `VisionTransformer` (32 x 32 pixels in
 patches of 8, so 16 patches and a [CLS] token; width 128, 6 blocks, 4 heads) that
-`vpt_fast.train.pretrain_demo` trained to classify letters and symbols drawn by
-`vpt_fast.train.glyphs`. It is stored in fp16 with its pretraining head. `demo_vit.md` beside it is
-its model card.
+`examples/pretrain_demo` trained to classify drawn letters and symbols. It is stored in fp16 with
+its pretraining head. `demo_vit.md` beside it is its model card.
 
 `timm.create_model(DEMO_MODEL, **DEMO_ARGS)` makes the same architecture with random weights.
 """
@@ -54,8 +53,8 @@ def demo_backbone(num_classes: int | None = 10, checkpoint: str | Path | None = 
 
     Args:
         num_classes: outputs of a new, randomly initialised head; 0 for none; None keeps the
-            pretraining head (one output per entry of `vpt_fast.train.glyphs.CLASSES`).
-        checkpoint: a file that `vpt_fast.train.pretrain_demo` wrote; the shipped one by default.
+            pretraining head (one output per letter or symbol).
+        checkpoint: a file that `examples/pretrain_demo` wrote; the shipped one by default.
 
     Returns:
         A timm `VisionTransformer` in training mode, fp32, on the CPU. It takes images
@@ -70,7 +69,8 @@ def demo_backbone(num_classes: int | None = 10, checkpoint: str | Path | None = 
     path = DEMO_CHECKPOINT if checkpoint is None else Path(checkpoint)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no demo backbone at {path}; `python -m vpt_fast.train.pretrain_demo` makes one"
+            f"no demo backbone at {path}; `python -m examples.pretrain_demo`, in a clone of the "
+            "repository, makes one"
         )
     try:
         state = {name: tensor.float() for name, tensor in load_file(path).items()}

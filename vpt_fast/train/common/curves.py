@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from vpt_fast.extras import require_extra
 from vpt_fast.train.common.metrics import Epoch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -88,6 +91,10 @@ def save_picture(
         title: First line.
         subtitle: Second line.
     """
+    require_extra("reports", "matplotlib")
+    # Only pictures need it; tables and sizes do not.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 6.4), dpi=150, facecolor="white", layout=None)
     figure.text(0.045, 0.945, title, fontsize=17, fontweight="bold", color=INK, va="center")
     figure.text(0.045, 0.893, subtitle, fontsize=10.5, color=MUTED, va="center")
@@ -99,6 +106,8 @@ def save_picture(
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Epoch]], what: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
     for (name, epochs), colour in zip(curves.items(), COLOURS, strict=False):
         x = [epoch.epoch for epoch in epochs]
         y = [getattr(epoch, what) for epoch in epochs]

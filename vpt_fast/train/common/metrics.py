@@ -8,6 +8,8 @@ from pathlib import Path
 
 from timm.utils import update_summary
 
+from vpt_fast.extras import require_extra
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -36,6 +38,7 @@ class MetricsWriter:
         self._writer = None
         if output is None or self._csv is None:
             return
+        require_extra("train", "tensorboard")
         # Takes a second to import; runs that write nothing need not wait for it.
         from torch.utils.tensorboard import SummaryWriter
 

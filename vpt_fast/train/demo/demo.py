@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vpt_fast import __version__, count_parameters, load_adapter, save_adapter
+from vpt_fast import count_parameters, load_adapter, save_adapter
+from vpt_fast.extras import MissingExtraError, require_extra
 from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.train.common.curves import (
     ShownImages,
@@ -49,6 +50,7 @@ from vpt_fast.train.demo.task import (
     train_once,
 )
 from vpt_fast.train.loop.evaluate import Evaluation, TrainingError, evaluate, resolve_device
+from vpt_fast.version import __version__
 
 RESULTS_FILE = "demo.json"
 PICTURE_FILE = "demo.png"
@@ -212,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # also gives the same figures whatever the number of cores.
     torch.set_num_threads(1)
     try:
+        require_extra("reports")
         if options.seeds:
             run_seeds(options.methods, options.epochs or 100, options.seeds, options.device)
         elif options.select:
@@ -227,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_demo(
                 options.output, options.methods, options.epochs or 20, options.seed, options.device
             )
-    except (ValueError, OSError, TrainingError) as error:
+    except (ValueError, OSError, TrainingError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

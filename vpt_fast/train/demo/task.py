@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune
+from vpt_fast.extras import require_extra
 from vpt_fast.methods import Method
 from vpt_fast.train.backbones.build import data_config_of
 from vpt_fast.train.backbones.demo_backbone import demo_backbone
@@ -71,6 +70,10 @@ class Digits:
 
 def load_splits() -> Digits:
     """Loads the digits as inputs of the demo backbone: 800, 200 and 797 images."""
+    require_extra("reports", "sklearn")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     labels = digits.target
     rest, test = train_test_split(

@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import nn
 
-from vpt_fast import __version__, count_parameters
+from vpt_fast import count_parameters
 from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.methods import Method, to_dict
 from vpt_fast.train.common.digest import digest
@@ -29,6 +29,7 @@ from vpt_fast.train.data.split import ImageSource
 from vpt_fast.train.loop.checkpoint import FILE as CHECKPOINT
 from vpt_fast.train.loop.epochs import FitResult
 from vpt_fast.train.loop.evaluate import Evaluation
+from vpt_fast.version import __version__
 
 FILE = "run.json"
 FORMAT_VERSION = 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from vpt_fast.extras import require_extra
 from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED, format_bytes, format_table
 from vpt_fast.train.common.output_folder import write_csv
-from vpt_fast.train.sweep.sweep import Result
+
+if TYPE_CHECKING:
+    from vpt_fast.train.sweep.sweep import Result
 
 TABLE, PICTURE = "sweep.csv", "sweep.png"
 _COLOURS = (*COLOURS, INK)
@@ -76,6 +79,9 @@ def write(folder: Path, results: Sequence[Result], title: str) -> tuple[Path, Pa
 
 def _draw(path: Path, results: Sequence[Result], title: str) -> None:
     """Test accuracy of every final run by method, and its mean over the trained parameters."""
+    require_extra("sweep", "matplotlib")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained")
     figure.suptitle(title, color=INK, fontsize=11)
     seeds, sizes = figure.subplots(1, 2)

@@ -1,11 +1,10 @@
 """Pretrains the demo backbone on rendered letters and symbols.
 
-    python -m vpt_fast.train.pretrain_demo --output demo_vit.safetensors
+    python -m examples.pretrain_demo --output demo_vit.safetensors
 
-draws every batch anew (`vpt_fast.train.glyphs.render`), so there is no data set to download and
-no image is seen twice. The run is seeded: batches depend on the seed and the step alone, not on the
-number of threads, and a run that was stopped goes on from `OUTPUT.ckpt`, which is written after
-every epoch.
+draws every batch anew (`glyphs.render`), so there is no data set to download and no image is seen
+twice. The run is seeded: batches depend on the seed and the step alone, not on the number of
+threads, and a run that was stopped goes on from `OUTPUT.ckpt`, which is written after every epoch.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.pretrain_demo.glyphs import CLASSES, FONTS, HELD_OUT_FONTS, glyph_bank, render
+from examples.pretrain_demo.muon import Muon
 from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_MEAN, DEMO_MODEL, DEMO_STD
-from vpt_fast.train.glyphs import CLASSES, FONTS, HELD_OUT_FONTS, glyph_bank, render
-from vpt_fast.train.muon import Muon
 
 STEPS_PER_EPOCH = 250
 """Steps between two checkpoints."""

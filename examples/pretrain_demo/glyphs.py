@@ -4,8 +4,8 @@ Each glyph is drawn once per font into a small bitmap (`GlyphBank`); `render` th
 batches from those bitmaps with tensor operations only: random affine maps, elastic wobble,
 stroke thickness, low resolution, colours, backgrounds, noise and occlusion.
 
-No class contains a digit in any form (`CLASSES` is checked by `tests/examples/test_glyphs.py` with
-`unicodedata`). Letters that only resemble a digit, such as O, I, Z, S and B, are letters and stay.
+No class contains a digit in any form (a test goes through `CLASSES` with `unicodedata`). Letters
+that only resemble a digit, such as O, I, Z, S and B, are letters and stay.
 """
 
 from __future__ import annotations

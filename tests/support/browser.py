@@ -1,0 +1,44 @@
+"""A Chromium without a window, for tests of pages: Playwright drives the one that is installed.
+
+A test module says `pytest_plugins = ("browser",)` and asks for the fixture `browser`. Without
+Playwright or without a Chromium its tests are skipped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright.sync_api import Browser, Playwright, expect, sync_playwright
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+MILLISECONDS = 60_000
+
+
+def find_chromium(playwright: Playwright) -> str | None:
+    """Path of a Chromium: of the system, or the one that `playwright install` brought."""
+    own = playwright.chromium.executable_path
+    found = (path for name in NAMES if (path := shutil.which(name)))
+    return next(found, own if Path(own).is_file() else None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A browser; tests open contexts of their own in it."""
+    with sync_playwright() as playwright:
+        path = find_chromium(playwright)
+        if path is None:
+            pytest.skip(
+                f"no Chromium: looked for {', '.join(NAMES)}, and for Playwright's own "
+                "(python -m playwright install chromium)"
+            )
+        expect.set_options(timeout=MILLISECONDS)
+        # A proxy of the environment is not for pages of this machine.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-proxy-server"])
+        yield browser
+        browser.close()

@@ -1,0 +1,3 @@
+"""The version, which `setup.py` reads too: this module imports nothing."""
+
+__version__ = "0.1.0"
