@@ -12,6 +12,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").rglob("*.md")),
+    ROOT / "vpt_fast" / "assets" / "demo_vit.md",
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
