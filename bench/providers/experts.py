@@ -20,7 +20,7 @@ from bench.compare.correctness import WORST, Check, Results, budget, largest_err
 from bench.compare.rounds import Turn, timed
 from bench.providers.models import OURS, provide, set_values, trained, values
 from vpt_fast import VAPT
-from vpt_fast.ops.block.add_norm import OpenSum
+from vpt_fast.ops.block.add_norm import DeferredSum
 
 PROVIDERS = ("concat", "concat_compiled", OURS)
 _BLOCK = 1
@@ -67,7 +67,7 @@ def _eager(module: Any) -> Make:
 
 def _ours(module: Any) -> Make:
     block = module.blocks[_BLOCK]
-    return lambda x: block.prompt.with_norm(OpenSum(x), block.norm1)[1:]
+    return lambda x: block.prompt.with_norm(DeferredSum(x), block.norm1)[1:]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vpt_fast import VAPT, VPTDeep, VPTShallow, prompt_tune
-from vpt_fast.ops.block.prompt_kv import KeyWeights
+from vpt_fast.ops.block.prompt_kv import KVWeights
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 
@@ -31,13 +31,13 @@ from vpt_fast.ops.memory_modes import MEMORY_MODES
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many blocks keys were made together, by call."""
     counts: list[int] = []
-    make = KeyWeights.make
+    make = KVWeights.make
 
-    def spy(self: KeyWeights, dtype: torch.dtype, tokens: Any) -> Any:
+    def spy(self: KVWeights, dtype: torch.dtype, tokens: Any) -> Any:
         counts.append(len(tokens))
         return make(self, dtype, tokens)
 
-    monkeypatch.setattr(KeyWeights, "make", spy)
+    monkeypatch.setattr(KVWeights, "make", spy)
     return counts
 
 
