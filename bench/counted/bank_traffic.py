@@ -36,7 +36,7 @@ def _distinct(runs: list[tuple[int, int]]) -> int:
     return len({row for start, count in runs for row in range(start, start + count)})
 
 
-def prompts_at_rest(launch: Launch, pool: Tensor) -> Tensor:
+def cached_prompts(launch: Launch, pool: Tensor) -> Tensor:
     """As many rows of a pool (1, rows, H, d) as are read of the one at rest."""
     runs = _runs(launch)
     if runs is None:
@@ -44,19 +44,19 @@ def prompts_at_rest(launch: Launch, pool: Tensor) -> Tensor:
     return pool[:, : _distinct([run for run in runs if run[0] >= 0])]
 
 
-def prompts_made(launch: Launch, pool: Tensor) -> Tensor:
+def computed_prompts(launch: Launch, pool: Tensor) -> Tensor:
     """The same of those that were made for the batch."""
     runs = _runs(launch) or []
     return pool[:, : _distinct([(~start, count) for start, count in runs if start < 0])]
 
 
-def rows_of_heads(launch: Launch, rows: Tensor) -> Tensor:
+def head_rows(launch: Launch, rows: Tensor) -> Tensor:
     """As many rows of weight or bias as are read."""
     runs = _runs(launch)
     return rows if runs is None else rows[: _distinct(runs)]
 
 
-def features_of_heads(launch: Launch, features: Tensor) -> Tensor:
+def head_features(launch: Launch, features: Tensor) -> Tensor:
     """Features of as many images as have classes."""
     runs = _runs(launch)
     return features if runs is None else features[: sum(count > 0 for _, count in runs)]

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bench.counted import bank_traffic, window_traffic
-from bench.machine_code.problems.attention import useful_flop
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem, useful_flop
 from vpt_fast.kernels.runtime.launch import Launch
 
 Part = Callable[[Launch, Tensor], Tensor]
@@ -113,10 +112,10 @@ _WINDOWS_FORWARD = Declaration(
 _WINDOWS_BACKWARD = Declaration(
     (
         Parameter("qkv", part=window_traffic.queries),
-        Parameter("qkv", part=window_traffic.keys_beside_queries),
-        Parameter("table", part=window_traffic.table_beside_queries),
-        Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_beside_queries),
-        Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_beside_tokens),
+        Parameter("qkv", part=window_traffic.kv_of_whole_windows),
+        Parameter("table", part=window_traffic.table_of_whole_windows),
+        Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_of_whole_windows),
+        Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_of_whole_windows),
         Parameter("out", ("BLOCK_P",)),
         *_some("grad_out lse"),
     ),
@@ -128,7 +127,7 @@ _WINDOWS_BACKWARD = Declaration(
 )
 _WINDOWS_KEYS = (
     Parameter("qkv", part=window_traffic.queries),
-    Parameter("qkv", part=window_traffic.keys_of_tiles),
+    Parameter("qkv", part=window_traffic.kv_of_tiles),
     Parameter("table", part=window_traffic.table_of_tiles),
     Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_of_tiles),
     Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_of_tiles),
@@ -141,17 +140,17 @@ DECLARATIONS = {
     "ragged_forward": Declaration(
         (
             *_some("q k v starts counts"),
-            *(Parameter(f"prompt_{part}", part=bank_traffic.prompts_at_rest) for part in "kv"),
-            *(Parameter(f"made_{part}", part=bank_traffic.prompts_made) for part in "kv"),
+            *(Parameter(f"prompt_{part}", part=bank_traffic.cached_prompts) for part in "kv"),
+            *(Parameter(f"made_{part}", part=bank_traffic.computed_prompts) for part in "kv"),
         ),
         _some("out lse"),
     ),
     "grouped_heads": Declaration(
         (
             *_some("starts counts offsets"),
-            Parameter("features", part=bank_traffic.features_of_heads),
-            Parameter("weight", part=bank_traffic.rows_of_heads),
-            Parameter("bias", part=bank_traffic.rows_of_heads),
+            Parameter("features", part=bank_traffic.head_features),
+            Parameter("weight", part=bank_traffic.head_rows),
+            Parameter("bias", part=bank_traffic.head_rows),
         ),
         _some("out"),
     ),

@@ -25,21 +25,21 @@ def fused(ops: Sequence[Op]) -> list[Op]:
     Args:
         ops: of a whole step, in order: what is read later has to be in it.
     """
-    makers = _makers(ops)
+    producers = _producers(ops)
     result: list[Op] = []
     run: list[int] = []
-    readers = _readers(ops, makers)
+    readers = _readers(ops, producers)
     for index, op in enumerate(ops):
         if op.kind == "elementwise":
             run.append(index)
             continue
-        result += _fuse_run(ops, run, makers, readers)
+        result += _fuse_run(ops, run, producers, readers)
         result.append(op)
         run = []
-    return result + _fuse_run(ops, run, makers, readers)
+    return result + _fuse_run(ops, run, producers, readers)
 
 
-def _makers(ops: Sequence[Op]) -> list[list[set[int]]]:
+def _producers(ops: Sequence[Op]) -> list[list[set[int]]]:
     """For every region that an operator reads, the operators that wrote it."""
     written: dict[int, list[tuple[int, Region]]] = {}
     found = []
@@ -60,22 +60,22 @@ def _writers(history: list[tuple[int, Region]], region: Region) -> set[int]:
     return found
 
 
-def _readers(ops: Sequence[Op], makers: list[list[set[int]]]) -> Readers:
+def _readers(ops: Sequence[Op], producers: list[list[set[int]]]) -> Readers:
     found: Readers = {}
     for reader, op in enumerate(ops):
-        for region, made_by in zip(op.reads, makers[reader], strict=True):
-            for maker in made_by:
-                found.setdefault((maker, region.storage), set()).add(reader)
+        for region, produced_by in zip(op.reads, producers[reader], strict=True):
+            for producer in produced_by:
+                found.setdefault((producer, region.storage), set()).add(reader)
     return found
 
 
 def _fuse_run(
     ops: Sequence[Op],
     run: list[int],
-    makers: list[list[set[int]]],
+    producers: list[list[set[int]]],
     readers: Readers,
 ) -> list[Op]:
-    return [_kernel(ops, group, makers, readers) for group in _groups(ops, run)]
+    return [_kernel(ops, group, producers, readers) for group in _groups(ops, run)]
 
 
 def _groups(ops: Sequence[Op], run: list[int]) -> list[list[int]]:
@@ -95,7 +95,7 @@ def _groups(ops: Sequence[Op], run: list[int]) -> list[list[int]]:
 def _kernel(
     ops: Sequence[Op],
     group: list[int],
-    makers: list[list[set[int]]],
+    producers: list[list[set[int]]],
     readers: Readers,
 ) -> Op:
     """One launch in place of a group."""
@@ -105,8 +105,8 @@ def _kernel(
     reads = tuple(
         region
         for index in group
-        for region, made_by in zip(ops[index].reads, makers[index], strict=True)
-        if not made_by or made_by - inside
+        for region, produced_by in zip(ops[index].reads, producers[index], strict=True)
+        if not produced_by or produced_by - inside
     )
     writes = tuple(
         region

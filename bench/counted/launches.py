@@ -34,7 +34,7 @@ def counted() -> Iterator[Counter[str]]:
     found.update(counts(ops))
 
 
-def of_a_step(model: nn.Module, images: torch.Tensor) -> tuple[Counter[str], Counter[str]]:
+def launches_of_step(model: nn.Module, images: torch.Tensor) -> tuple[Counter[str], Counter[str]]:
     """Launches of a forward and of a backward pass of a model's sum of logits, by name."""
     with counted() as forward:
         loss = model(images).float().sum()
@@ -43,14 +43,14 @@ def of_a_step(model: nn.Module, images: torch.Tensor) -> tuple[Counter[str], Cou
     return forward, backward
 
 
-def of_a_block(make: Callable[[int], nn.Module]) -> tuple[Counter[str], Counter[str]]:
+def launches_per_block(make: Callable[[int], nn.Module]) -> tuple[Counter[str], Counter[str]]:
     """Launches of one block, forward and backward, by name.
 
     Args:
         make: builds a model of so many blocks, for images of 32 x 32 pixels in bf16.
     """
     images = torch.randn(4, 3, 32, 32).bfloat16()
-    more, less = (of_a_step(make(depth), images) for depth in (5, 4))
+    more, less = (launches_of_step(make(depth), images) for depth in (5, 4))
     for longer, shorter in zip(more, less, strict=True):
         longer.subtract(shorter)
     forward, backward = (+counts for counts in more)
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     print("Kernel launches of one more block, counted; nothing was run on a GPU.")
     for name, make in providers(options.prompts, options.layer_scale).items():
-        forward, backward = of_a_block(make)
+        forward, backward = launches_per_block(make)
         for way, found in (("forward", forward), ("backward", backward)):
             names = ", ".join(f"{n} {c}" if c > 1 else n for n, c in sorted(found.items()))
             print(f"{name:20}{way:10}{found.total():4}   {names}")

@@ -27,7 +27,7 @@ from bench.counted import fusion
 from bench.counted.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
 from bench.counted.step_model import (
     Case,
-    Hosts,
+    HostTimes,
     Modelled,
     case_ops,
     modelled_case,
@@ -39,15 +39,15 @@ from bench.host import page as host_page
 from bench.providers.models import COMPILED, CUDNN, OURS, PROVIDERS, PUBLISHED
 from vpt_fast.analysis.activation_memory import DTYPES
 
-AGAINST = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
-"""What ours is set against in the table of what shrinks, as far as the model has it."""
+BASELINES = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
+"""What ours is set against in the table of what figures_by_provider, as far as the model has it."""
 
 DEEP = "vpt-deep"
 
 MEASURED_FIELDS = ("model", "batch", "prompts", "dtype", "provider", "device", "p50_ms")
 
 
-def stated(gpus: Sequence[Gpu], assumed: Assumptions, hosts: Hosts) -> list[str]:
+def assumption_lines(gpus: Sequence[Gpu], assumed: Assumptions, hosts: HostTimes) -> list[str]:
     """The assumptions, a line each."""
     known = hosts.known
     shares = {gpu.name: assumed.attention or gpu.attention for gpu in gpus}
@@ -75,7 +75,7 @@ def stated(gpus: Sequence[Gpu], assumed: Assumptions, hosts: Hosts) -> list[str]
 
 
 def table(
-    cases: Sequence[Case], gpus: Sequence[Gpu], assumed: Assumptions, hosts: Hosts
+    cases: Sequence[Case], gpus: Sequence[Gpu], assumed: Assumptions, hosts: HostTimes
 ) -> list[dict[str, str]]:
     """Rows of counted work and modelled times, one per case."""
     rows = []
@@ -100,15 +100,15 @@ def table(
     return rows
 
 
-def shrinks(
-    ours: Case, gpu: Gpu, assumed: Assumptions, hosts: Hosts
+def figures_by_provider(
+    ours: Case, gpu: Gpu, assumed: Assumptions, hosts: HostTimes
 ) -> dict[str, dict[str, float]]:
     """Figures of ours and of what it is set against, by quantity and provider.
 
     FLOP in 10^9, bytes in 10^6, times (modelled) in milliseconds.
     """
     found: dict[str, dict[str, float]] = {}
-    for provider in (OURS, *(n for n in AGAINST if n in providers_of(ours.model))):
+    for provider in (OURS, *(n for n in BASELINES if n in providers_of(ours.model))):
         case = ours._replace(provider=provider)
         done, times = work(case_ops(case)), modelled_case(case, gpu, assumed, hosts)
         figures = {
@@ -126,7 +126,7 @@ def shrinks(
     return found
 
 
-class Beside(NamedTuple):
+class MeasuredStep(NamedTuple):
     """A measured time with what was modelled for the same step, in milliseconds."""
 
     case: Case
@@ -135,7 +135,9 @@ class Beside(NamedTuple):
     modelled: Modelled
 
 
-def beside(path: Path, assumed: Assumptions, hosts: Hosts) -> tuple[list[Beside], list[str]]:
+def measured_steps(
+    path: Path, assumed: Assumptions, hosts: HostTimes
+) -> tuple[list[MeasuredStep], list[str]]:
     """Measured rows with their modelled times, and devices of rows that no GPU here stands for.
 
     Of a results file of `bench.gpu` those are VPT-Deep's steps that have a time. A provider that
@@ -164,7 +166,7 @@ def beside(path: Path, assumed: Assumptions, hosts: Hosts) -> tuple[list[Beside]
                 row["model"], int(row["batch"]), int(row["prompts"]), row["dtype"], provider
             )
             times = modelled_case(case, gpu, assumed, hosts)
-            found.append(Beside(case, gpu, float(row["p50_ms"]), times))
+            found.append(MeasuredStep(case, gpu, float(row["p50_ms"]), times))
     return found, list(dict.fromkeys(unknown))
 
 
@@ -203,21 +205,21 @@ def _print_table(rows: Sequence[dict[str, str]], gpus: Sequence[Gpu]) -> None:
         )
 
 
-def _print_shrinks(ours: Case, gpu: Gpu, assumed: Assumptions, hosts: Hosts) -> None:
+def _print_figures(ours: Case, gpu: Gpu, assumed: Assumptions, hosts: HostTimes) -> None:
     print(
         f"\n{ours.model}, batch {ours.batch}, {ours.prompts} prompts, {ours.dtype}: {OURS}, and "
         "the change from each of the others to it"
     )
-    names = [name for name in AGAINST if name in providers_of(ours.model)]
+    names = [name for name in BASELINES if name in providers_of(ours.model)]
     print(f"{'':26}{OURS:>10}" + "".join(f"{name:>22}" for name in names))
-    for quantity, values in shrinks(ours, gpu, assumed, hosts).items():
+    for quantity, values in figures_by_provider(ours, gpu, assumed, hosts).items():
         mine = values[OURS]
         others = (f"{values[n]:,.1f} ({mine / values[n] - 1:+.0%})" for n in names)
         print(f"{quantity:26}{mine:10,.1f}" + "".join(f"{text:>22}" for text in others))
 
 
-def _print_beside(path: Path, assumed: Assumptions, hosts: Hosts) -> None:
-    found, unknown = beside(path, assumed, hosts)
+def _print_measured(path: Path, assumed: Assumptions, hosts: HostTimes) -> None:
+    found, unknown = measured_steps(path, assumed, hosts)
     print(f"\nMeasured ({path.name}) beside modelled, milliseconds:")
     for row in found:
         case = row.case
@@ -263,10 +265,10 @@ def main(arguments: list[str] | None = None) -> int:
     gpus = [GPUS[name] for name in options.gpu]
     try:
         assumed = Assumptions(**{name: getattr(options, name) for name in ASSUMPTION_FIELDS})
-        hosts = Hosts(options.host or host_page.latest())
+        hosts = HostTimes(options.host or host_page.latest())
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(*stated(gpus, assumed, hosts), sep="\n")
+    print(*assumption_lines(gpus, assumed, hosts), sep="\n")
     print(f"\n{options.model}, batch {options.batch}, {options.dtype}")
     ours = [
         Case(options.model, options.batch, prompts, options.dtype, OURS)
@@ -277,9 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
         rows = table(cases, gpus, assumed, hosts)
         _print_table(rows, gpus)
         for case in ours:
-            _print_shrinks(case, GPUS["H100"] if "H100" in options.gpu else gpus[0], assumed, hosts)
+            _print_figures(case, GPUS["H100"] if "H100" in options.gpu else gpus[0], assumed, hosts)
         if options.measured is not None:
-            _print_beside(options.measured, assumed, hosts)
+            _print_measured(options.measured, assumed, hosts)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         parser.error(str(error))
     if options.output is not None:

@@ -17,7 +17,7 @@ from bench.counted.gpus import GPUS, Assumptions
 from bench.counted.step_model import (
     HOST,
     Case,
-    Hosts,
+    HostTimes,
     case_ops,
     host_ms,
     modelled_case,
@@ -38,7 +38,7 @@ CASES = (
 PROMPTS = 50
 
 
-def _line(case: Case, assumed: Assumptions, hosts: Hosts) -> str:
+def _line(case: Case, assumed: Assumptions, hosts: HostTimes) -> str:
     times = modelled_case(case, GPU, assumed, hosts)
     own = host_ms(hosts, case.model, case.provider)
     launches = work(case_ops(case)).launches
@@ -54,7 +54,7 @@ def _line(case: Case, assumed: Assumptions, hosts: Hosts) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table(hosts: Hosts) -> str:
+def table(hosts: HostTimes) -> str:
     """A line per model and provider."""
     assumed, known = Assumptions(), hosts.known
     cases = [
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     try:
-        hosts = Hosts(options.host or host_page.latest())
+        hosts = HostTimes(options.host or host_page.latest())
         old = options.page.read_text(encoding="utf-8")
         new = replaced(old, table(hosts), MARKS)
     except (OSError, ValueError) as error:

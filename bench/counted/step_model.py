@@ -26,7 +26,7 @@ from bench.counted.gpus import Assumptions, Gpu
 from bench.counted.step_trace import step_ops
 from bench.counted.trace import KINDS, Op
 from bench.host import page as host_page
-from bench.host.subjects import DEPTH, Subject
+from bench.host.cases import DEPTH, HostCase
 from bench.providers.models import COMPILED, PROVIDERS, PUBLISHED, WITHOUT, base
 from vpt_fast import VPTDeep
 from vpt_fast.analysis.activation_memory import DTYPES
@@ -62,7 +62,7 @@ class Modelled(NamedTuple):
     graph_bound: str
 
 
-class Hosts:
+class HostTimes:
     """The host's milliseconds of a step, without the driver's, as `bench.host.host` measured them.
 
     Args:
@@ -82,10 +82,10 @@ class Hosts:
     def step(self, model: str, provider: str, method: str = "vpt-deep") -> float:
         """Milliseconds of an eager provider's step; its model's blocks are taken to be alike."""
         kind, depth = blocks_of_model(model)
-        subject = str(Subject(kind, provider, method))
-        if subject not in self._steps:
-            raise ValueError(f"the results of bench.host.host have no {subject}; make them again")
-        return self._steps[subject] * depth / DEPTH
+        case = str(HostCase(kind, provider, method))
+        if case not in self._steps:
+            raise ValueError(f"the results of bench.host.host have no {case}; make them again")
+        return self._steps[case] * depth / DEPTH
 
 
 @functools.cache
@@ -138,7 +138,7 @@ def work(ops: Iterable[Op]) -> Work:
     return Work(flop, nbytes, launches)
 
 
-def host_ms(hosts: Hosts, model: str, provider: str, method: str = "vpt-deep") -> float:
+def host_ms(hosts: HostTimes, model: str, provider: str, method: str = "vpt-deep") -> float:
     """The host's milliseconds of a step beside the driver's.
 
     Compiled code is taken to cost none, as its fusion is taken to be ideal. "published" takes its
@@ -174,6 +174,6 @@ def modelled(ops: Iterable[Op], gpu: Gpu, assumed: Assumptions, host: float) -> 
     )  # fmt: skip
 
 
-def modelled_case(case: Case, gpu: Gpu, assumed: Assumptions, hosts: Hosts) -> Modelled:
+def modelled_case(case: Case, gpu: Gpu, assumed: Assumptions, hosts: HostTimes) -> Modelled:
     """Modelled time of a case's step."""
     return modelled(case_ops(case), gpu, assumed, host_ms(hosts, case.model, case.provider))

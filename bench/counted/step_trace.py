@@ -53,7 +53,7 @@ def step_ops(
     channels = plain.pretrained_cfg["input_size"][0]
     height, width = plain.patch_embed.img_size
     mode = FakeTensorMode()
-    plain = without_values(plain, dtype, mode)
+    plain = fake_copy(plain, dtype, mode)
     with mode:
         module = provide(provider, plain, method)
         images = torch.empty(batch, channels, height, width, dtype=dtype)
@@ -65,7 +65,7 @@ def step_ops(
     return ops
 
 
-def without_values(model: Any, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
+def fake_copy(model: Any, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
     """A copy of a model with fake tensors on the CPU, which stand in for those of a GPU."""
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:

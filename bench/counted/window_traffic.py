@@ -41,22 +41,22 @@ def _only_prompts(launch: Launch) -> bool:
     return bool(sizes["BLOCK_P"]) and not (sizes["NEEDS_TOKENS"] or sizes["NEEDS_TABLE"])
 
 
-def keys_beside_queries(launch: Launch, qkv: Tensor) -> Tensor:
+def kv_of_whole_windows(launch: Launch, qkv: Tensor) -> Tensor:
     """k and v of the tokens, for the backward pass over whole windows."""
     return qkv[:0] if _only_prompts(launch) else keys_and_values(launch, qkv)
 
 
-def padding_beside_queries(launch: Launch, pad: Tensor) -> Tensor:
+def padding_of_whole_windows(launch: Launch, pad: Tensor) -> Tensor:
     """k and v of the padding, likewise."""
     return pad[:0] if _only_prompts(launch) else keys_and_values(launch, pad)
 
 
-def table_beside_queries(launch: Launch, table: Tensor) -> Tensor:
+def table_of_whole_windows(launch: Launch, table: Tensor) -> Tensor:
     """The position bias, likewise."""
     return table[:0] if _only_prompts(launch) else table
 
 
-def prompts_beside_tokens(launch: Launch, prompts: Tensor) -> Tensor:
+def prompts_of_whole_windows(launch: Launch, prompts: Tensor) -> Tensor:
     """The prompts, likewise: the gradient of the table takes none that have their own tile."""
     sizes = launch.constexprs
     unread = sizes["BLOCK_P"] and not (sizes["NEEDS_TOKENS"] or sizes["NEEDS_PROMPTS"])
@@ -87,7 +87,7 @@ def _tokens_of_tiles(launch: Launch) -> int:
     )
 
 
-def keys_of_tiles(launch: Launch, qkv: Tensor) -> Tensor:
+def kv_of_tiles(launch: Launch, qkv: Tensor) -> Tensor:
     """k and v of the tokens whose keys are in the tiles of a launch."""
     tokens = len(qkv) * _tokens_of_tiles(launch)
     return keys_and_values(launch, qkv.flatten(0, 2)[:tokens])

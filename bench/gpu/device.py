@@ -52,7 +52,7 @@ class CpuDevice:
         """Clock and power under load; nothing here."""
         return {}
 
-    def well(self) -> bool:
+    def usable(self) -> bool:
         """Whether the device still computes."""
         return True
 
@@ -94,7 +94,7 @@ class CudaDevice:
         return median(taken)
 
     def load(self, run: Run, seconds: float) -> dict[str, str]:
-        """Clock (MHz) and power (W) of the device while it works; what it does not tell is absent.
+        """Clock (MHz) and power (W) of the device while it works; what it does not emit is absent.
 
         Args:
             run: what it does.
@@ -114,7 +114,7 @@ class CudaDevice:
         torch.cuda.synchronize()
         return found
 
-    def well(self) -> bool:
+    def usable(self) -> bool:
         """Whether the device still computes: after a fault of a kernel it never does."""
         try:
             torch.randn(8, device="cuda").sum().item()

@@ -9,12 +9,12 @@ from typing import Any
 from bench.ceilings import Ceilings
 from bench.compare.collect import Row
 
-Tell = Callable[[str, Any], None]
-"""tell(kind, value): an event of `Outcome.take`."""
+Emit = Callable[[str, Any], None]
+"""emit(kind, value): an event of `Outcome.add`."""
 
 
-def nobody(kind: str, value: Any) -> None:
-    """Tell nobody."""
+def ignore_event(kind: str, value: Any) -> None:
+    """Emit ignore_event."""
 
 
 @dataclass
@@ -24,14 +24,14 @@ class Outcome:
     Attributes:
         by_provider: rows of the results; a later one of a provider replaces its earlier one.
         wrong: results that are wrong, and steps that failed, in words. Too little memory, and what
-            torch.compile or a capture could not do, are only noted in the row.
+            torch.compile or a capture could not do, are only recorded_launches in the row.
         said: what else there is to print.
         ceilings: of the device, if they were asked for.
         facts: of the machine, if they were asked for.
-        doing: providers that are at work.
+        running: providers that are at work.
         faulted: providers one of which left the device so that it no longer computes; what came
             after them has no times.
-        spent: whether the device no longer computes, though all that could be timed was.
+        device_lost: whether the device no longer computes, though all that could be timed was.
     """
 
     by_provider: dict[str, Row] = field(default_factory=dict)
@@ -39,25 +39,25 @@ class Outcome:
     said: list[str] = field(default_factory=list)
     ceilings: Ceilings | None = None
     facts: dict[str, str] = field(default_factory=dict)
-    doing: tuple[str, ...] = ()
+    running: tuple[str, ...] = ()
     faulted: tuple[str, ...] = ()
-    spent: bool = False
+    device_lost: bool = False
 
     @property
     def rows(self) -> list[Row]:
         """Rows of the results."""
         return list(self.by_provider.values())
 
-    def take(self, kind: str, value: Any) -> None:
+    def add(self, kind: str, value: Any) -> None:
         """Note an event.
 
         Args:
-            kind: "row", "wrong" or "said" for one more; else the attribute to set.
+            kind: "row", "wrong" or "message" for one more; else the attribute to set.
             value: of the event.
         """
         if kind == "row":
             self.by_provider[value["provider"]] = value
-        elif kind in ("wrong", "said"):
+        elif kind in ("wrong", "message"):
             getattr(self, kind).append(value)
         else:
             setattr(self, kind, value)

@@ -27,7 +27,7 @@ import torch
 from bench.compare.collect import RESULTS
 from bench.compare.facts import facts
 from bench.gpu.jobs.cases import TINY, Plan
-from bench.gpu.jobs.subjects import FactsWanted
+from bench.gpu.jobs.job import FactsJob
 from bench.gpu.results.counts import add_counts
 from bench.gpu.results.record import Record
 from bench.gpu.session import DTYPE, Budget, Session
@@ -148,7 +148,7 @@ def measure(run: Run, stages: Sequence[str], budget: Budget) -> None:
     """
     names = list(STAGES) if "all" in stages else list(stages)
     if names != ["warm"]:
-        run.session.run([FactsWanted()], budget)
+        run.session.run([FactsJob()], budget)
         record = run.session.record
         if not record.facts:  # the device does not answer; what else there is to say is said
             unnamed = {"device": "unnamed GPU", "cuda": str(torch.version.cuda)}

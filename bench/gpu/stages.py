@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu.jobs.cases import Plan, correctness_subjects, first_subjects, timed_subjects
-from bench.gpu.jobs.profile import ProfileWanted
-from bench.gpu.jobs.tiles import TilesWanted
+from bench.gpu.jobs.cases import Plan, correctness_jobs, first_jobs, timed_jobs
+from bench.gpu.jobs.profile import ProfileJob
+from bench.gpu.jobs.tiles import TilesJob
 from bench.gpu.programs import run_program
 from bench.gpu.session import Budget, Session
 from bench.providers.models import COMPILED, OURS, PUBLISHED, WITHOUT
@@ -95,12 +95,12 @@ def warm(run: Run, budget: Budget, tiles: bool = False) -> None:
 
 def first(run: Run, budget: Budget) -> None:
     """The first times."""
-    run.session.run(first_subjects(run.plan), budget)
+    run.session.run(first_jobs(run.plan), budget)
 
 
 def correctness(run: Run, budget: Budget) -> None:
     """What holds."""
-    run.session.run(correctness_subjects(run.plan), budget)
+    run.session.run(correctness_jobs(run.plan), budget)
     _tests(run, budget.part(_TESTS_SHARE))
     _memcheck(run, budget)
 
@@ -163,7 +163,7 @@ def _memcheck(run: Run, budget: Budget) -> None:
 
 def times(run: Run, budget: Budget) -> None:
     """What is timed."""
-    run.session.run(timed_subjects(run.plan), budget)
+    run.session.run(timed_jobs(run.plan), budget)
 
 
 def profile(run: Run, budget: Budget) -> None:
@@ -178,13 +178,13 @@ def profile(run: Run, budget: Budget) -> None:
         and row["provider"] not in (OURS, WITHOUT, PUBLISHED, *COMPILED)
     }  # fmt: skip
     best = min(others, key=others.__getitem__, default="concat")
-    run.session.run([ProfileWanted(case, name, str(run.folder)) for name in (OURS, best)], budget)
+    run.session.run([ProfileJob(case, name, str(run.folder)) for name in (OURS, best)], budget)
 
 
 def tune(run: Run, budget: Budget) -> None:
     """Times of candidate tiles, as many as there is time for."""
     warm(run, budget.part(0.45), tiles=True)
-    wanted = TilesWanted(str(run.folder / "tiles.csv"), run.plan.trial, 0.4 * budget.left())
+    wanted = TilesJob(str(run.folder / "tiles.csv"), run.plan.trial, 0.4 * budget.left())
     run.session.run([wanted], budget)
 
 

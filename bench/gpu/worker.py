@@ -16,10 +16,10 @@ from typing import Any
 
 from bench.gpu.device import DEVICES
 from bench.gpu.jobs.keys import stable_keys
-from bench.gpu.jobs.measure import Subject, measure
-from bench.gpu.outcome import Tell
+from bench.gpu.jobs.measure import Job, measure
+from bench.gpu.outcome import Emit
 
-Measure = Callable[[Subject, Any, str, Tell], object]
+Measure = Callable[[Job, Any, str, Emit], object]
 _END_SECONDS = 5.0
 _GRACE_SECONDS = 30.0
 """A worker whose parent did not stop it ends itself so much later."""
@@ -27,7 +27,7 @@ _GRACE_SECONDS = 30.0
 _END, _FAILED = "end", "failed"
 
 
-class Lost(Exception):
+class WorkerDied(Exception):
     """A job did not come to its end: its process ended, or was stopped."""
 
 
@@ -42,9 +42,9 @@ class InProcess:
     def __init__(self, device: str, dtype: str) -> None:
         self._device, self._dtype = DEVICES[device](), dtype
 
-    def measure(self, subject: Subject, seconds: float, tell: Tell) -> None:
+    def measure(self, job: Job, seconds: float, emit: Emit) -> None:
         """Run a job; the limit is not kept here."""
-        measure(subject, self._device, self._dtype, tell)
+        measure(job, self._device, self._dtype, emit)
 
     def close(self) -> None:
         """Nothing is left to end."""
@@ -64,39 +64,39 @@ class Worker:
         self._process: Any = None
         self._connection: Any = None
 
-    def measure(self, subject: Subject, seconds: float, tell: Tell) -> None:
+    def measure(self, job: Job, seconds: float, emit: Emit) -> None:
         """Run a job.
 
         Args:
-            subject: what is measured.
+            job: what is measured.
             seconds: after which the process is stopped, its start included.
-            tell: is told what the job tells, as it tells it.
+            emit: is told what the job tells, as it tells it.
 
         Raises:
-            Lost: the process ended, or was stopped.
+            WorkerDied: the process ended, or was stopped.
         """
         end = time.monotonic() + seconds
         if self._process is None or not self._process.is_alive():
             self._start()
         unusable = False
         try:
-            self._connection.send((subject, seconds + _GRACE_SECONDS))
+            self._connection.send((job, seconds + _GRACE_SECONDS))
             while True:
                 if not self._connection.poll(max(0.0, end - time.monotonic())):
-                    raise Lost(f"stopped after {seconds:.0f} s")
+                    raise WorkerDied(f"stopped after {seconds:.0f} s")
                 kind, value = self._connection.recv()
                 if kind == _END:
                     break
                 if kind == _FAILED:
-                    raise Lost(value)
-                tell(kind, value)
-                unusable |= kind in ("faulted", "spent")
+                    raise WorkerDied(value)
+                emit(kind, value)
+                unusable |= kind in ("faulted", "device_lost")
         except (EOFError, OSError):
             self._process.join(_END_SECONDS)
             code = self._process.exitcode
             self.close()
-            raise Lost(f"its process ended with exit status {code}") from None
-        except Lost:
+            raise WorkerDied(f"its process ended with exit status {code}") from None
+        except WorkerDied:
             self.close()
             raise
         if unusable:
@@ -125,21 +125,21 @@ def _serve(connection: Connection, device: str, dtype: str, function: Measure) -
     if device == "cuda":
         stable_keys()
 
-    def tell(kind: str, value: Any) -> None:
+    def emit(kind: str, value: Any) -> None:
         connection.send((kind, value))
 
     while True:
         try:
-            subject, seconds = connection.recv()
+            job, seconds = connection.recv()
         except EOFError:
             return
         # Ends this process from a thread of its own, whatever the driver does.
         faulthandler.dump_traceback_later(seconds, exit=True)
         try:
-            function(subject, made, dtype, tell)
+            function(job, made, dtype, emit)
         except Exception:
-            tell(_FAILED, traceback.format_exc(limit=-3).strip())
+            emit(_FAILED, traceback.format_exc(limit=-3).strip())
             return
         finally:
             faulthandler.cancel_dump_traceback_later()
-        tell(_END, None)
+        emit(_END, None)

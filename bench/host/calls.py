@@ -15,8 +15,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
+from bench.host.cases import INFERENCE, WARMUP, HostCase, Work, one_thread
 from bench.host.null_driver import null_driver
-from bench.host.subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.providers.models import OURS, WITHOUT
 
 DEPTHS = {"swin": (8, 10)}
@@ -24,13 +24,13 @@ DEPTHS = {"swin": (8, 10)}
 DEFAULT_DEPTHS = (4, 5)
 
 METHODS = {
-    "vpt-deep": Subject("vit", OURS),
-    "vpt-deep, balanced": Subject("vit", OURS, memory="balanced"),
-    "vapt": Subject("vit", OURS, "vapt"),
-    "swin vpt-deep": Subject("swin", OURS),
-    "inference": Subject("vit", OURS, work=INFERENCE),
-    "no prompts": Subject("vit", WITHOUT),
-    "concatenation": Subject("vit", "concat"),
+    "vpt-deep": HostCase("vit", OURS),
+    "vpt-deep, balanced": HostCase("vit", OURS, memory="balanced"),
+    "vapt": HostCase("vit", OURS, "vapt"),
+    "swin vpt-deep": HostCase("swin", OURS),
+    "inference": HostCase("vit", OURS, work=INFERENCE),
+    "no prompts": HostCase("vit", WITHOUT),
+    "concatenation": HostCase("vit", "concat"),
 }
 """What is counted, by name; the last two are timm's blocks, to compare with."""
 
@@ -67,7 +67,7 @@ def counted(function: Callable[[], Any]) -> tuple[Any, Calls]:
     return result, Calls(events["call"], events["c_call"] - 1)
 
 
-def of_a_step(work: Work) -> dict[str, Calls]:
+def calls_of_step(work: Work) -> dict[str, Calls]:
     """Calls of one forward and one backward pass (inference: forward alone).
 
     Raises:
@@ -86,10 +86,10 @@ def of_a_step(work: Work) -> dict[str, Calls]:
     return {"forward": forward, "backward": backward}
 
 
-def of_a_block(subject: Subject) -> dict[str, Calls]:
+def calls_per_block(case: HostCase) -> dict[str, Calls]:
     """Calls per block, by part; inside `null_driver()`."""
-    few, more = DEPTHS.get(subject.model, DEFAULT_DEPTHS)
-    less, all_calls = of_a_step(Work(subject, few)), of_a_step(Work(subject, more))
+    few, more = DEPTHS.get(case.model, DEFAULT_DEPTHS)
+    less, all_calls = calls_of_step(Work(case, few)), calls_of_step(Work(case, more))
     return {
         part: Calls(*((a - b) / (more - few) for a, b in zip(calls, less[part], strict=True)))
         for part, calls in all_calls.items()
@@ -99,7 +99,7 @@ def of_a_block(subject: Subject) -> dict[str, Calls]:
 def count_methods() -> dict[str, dict[str, Calls]]:
     """Calls per block by method and part."""
     with one_thread(), null_driver():
-        return {name: of_a_block(subject) for name, subject in METHODS.items()}
+        return {name: calls_per_block(case) for name, case in METHODS.items()}
 
 
 def show(found: dict[str, dict[str, Calls]]) -> None:

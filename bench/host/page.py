@@ -2,7 +2,7 @@
 
     python -m bench.host.page [bench/results/host_*.csv ...] [--page docs/performance.md] [--check]
 
-Replaces what stands between the two marks: a table per file, every subject of it a row.
+Replaces what stands between the two marks: a table per file, every case of it a row.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bench.compare.collect import RESULTS
 from bench.compare.tables import replaced
+from bench.host.cases import DEPTH, INFERENCE
 from bench.host.host import FIRST
-from bench.host.subjects import DEPTH, INFERENCE
 from bench.providers.models import OURS
 
 MARKS = "<!-- host tables: made by bench.host.page -->", "<!-- end of host tables -->"

@@ -31,7 +31,15 @@ from bench.machine_code.multiprocessor import (
     resident_blocks,
 )
 from bench.machine_code.offline import Binary
-from bench.machine_code.sass import Instruction, classify, copy_bytes, is_mma, mix, mma_flop, parse
+from bench.machine_code.sass import (
+    Instruction,
+    classify,
+    copy_bytes,
+    instruction_mix,
+    is_mma,
+    mma_flop,
+    parse,
+)
 
 UNIT_FLOP = 1 << 20
 """The 1,048,576 MMA FLOP that issue cycles are counted over."""
@@ -126,7 +134,7 @@ def _sum_flop(instructions: Sequence[Instruction], warps: int) -> tuple[int | No
 def _loop_figures(
     instructions: Sequence[Instruction], line: int | None, warps: int, sm: Multiprocessor
 ) -> LoopFigures:
-    counts = mix(instructions)
+    counts = instruction_mix(instructions)
     flop, weighted = _sum_flop(instructions, warps)
     lanes = warps * WARP_SIZE
     copies = [(classify(i), copy_bytes(i)) for i in instructions]
@@ -188,7 +196,7 @@ def kernel_figures(name: str, binary: Binary) -> KernelFigures:
         binary: from `bench.machine_code.offline.compile_kernel`.
 
     Returns:
-        Its figures. AMD machine code is not read: resources only.
+        Its figures. AMD machine code is not read: shared_memory_fits only.
 
     Raises:
         ValueError: if the target is unknown or a matrix instruction cannot be read.

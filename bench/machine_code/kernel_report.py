@@ -28,7 +28,7 @@ from bench.machine_code.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
 from bench.machine_code.offline import Architecture
 from bench.machine_code.problems import attention as problems
 from bench.machine_code.problems import rowwise as row_problems
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem
 from bench.machine_code.problems.experts import ExpertProblem
 from bench.machine_code.problems.rowwise import ACTIVATION_KERNELS, RowProblem
 from bench.machine_code.reports import (

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import triton
 
 from bench.machine_code.limit_tables import LARGE, LIMITS, MANY, SMALL, Limits
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem
 
 JUDGED_TARGETS = (80, 90)
 """Architectures that the limits are for. Shared memory has to fit on every one."""
@@ -29,7 +29,7 @@ MIN_STAGES = 2
 MIN_WARPS = 8
 """Fewest resident warps of a multiprocessor: two for each scheduler."""
 
-MIX_LIMIT, MIX_PROMPTS = 0.3, 16
+MIXING_LOOP_LIMIT, MIXING_LOOP_PROMPTS = 0.3, 16
 """Most issue cycles of the experts' mix's loop per memory cycle, for up to so many prompts."""
 
 WIDTHS = (192, 384, 768, 1024, 1280)
@@ -109,11 +109,11 @@ def at_most(figure: str, value: float | None, limit: float, digits: int = 0) -> 
     return Verdict(figure, f"{value:.{digits}f}", asked, round(value, digits) <= limit)
 
 
-def resources(shared: int, shared_limit: int) -> Verdict:
+def shared_memory_fits(shared: int, shared_limit: int) -> Verdict:
     """Whether a block may have the shared memory that it asks for."""
     return Verdict("shared memory", f"{shared} B", f"{shared_limit} B", shared <= shared_limit)
 
 
-def few_spills(spill_bytes: int, most: int = 0) -> Verdict:
+def spills_at_most(spill_bytes: int, most: int = 0) -> Verdict:
     """Whether a kernel's values fit in registers, but for so many bytes."""
     return Verdict("spills", f"{spill_bytes} B", f"{most} B", spill_bytes <= most)

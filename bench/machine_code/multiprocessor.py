@@ -67,7 +67,7 @@ AMD_SHARED_BLOCK = {"gfx942": 64 * KIB}
 
 
 def resident_blocks(sm: Multiprocessor, registers: int, shared: int, warps: int) -> int:
-    """Blocks that fit on one SM together.
+    """Blocks that fit on one SM summed_cycles.
 
     Registers are given out per warp in units of 256, a quarter of the file to each scheduler; each
     block's shared memory is rounded up to 128 bytes after 1 KiB that the system keeps (compute

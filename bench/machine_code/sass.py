@@ -146,7 +146,7 @@ def classify(instruction: Instruction) -> str:
     return "OTHER"
 
 
-def mix(instructions: Iterable[Instruction]) -> Counter[str]:
+def instruction_mix(instructions: Iterable[Instruction]) -> Counter[str]:
     """Number of instructions of each class."""
     return Counter(classify(instruction) for instruction in instructions)
 
@@ -159,7 +159,7 @@ def is_mma(instruction: Instruction) -> bool:
 def mma_flop(instruction: Instruction, warps: int) -> int | None:
     """Multiply and add operations that one block issues when each of its warps issues it once.
 
-    A warp issues HMMA by itself, four warps issue one HGMMA together.
+    A warp issues HMMA by itself, four warps issue one HGMMA summed_cycles.
 
     Args:
         instruction: any instruction.

@@ -25,10 +25,9 @@ from triton.errors import TritonError
 from bench.machine_code.figures import kernel_figures
 from bench.machine_code.limits import MIN_STAGES, MIN_WARPS
 from bench.machine_code.offline import compile_kernel
-from bench.machine_code.problems.attention import launch_target
-from bench.machine_code.problems.attention_launches import AttentionProblem, attention_plan
+from bench.machine_code.problems.attention import AttentionProblem, attention_plan, launch_target
 from bench.machine_code.reports.attention import verdicts
-from bench.machine_code.reports.report import LaunchReport
+from bench.machine_code.reports.attention_launch import LaunchReport
 from vpt_fast.kernels.attention.launch_table import TABLE
 from vpt_fast.kernels.attention.tiles import (
     DTYPE_NAMES,

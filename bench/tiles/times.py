@@ -129,13 +129,13 @@ def measure(
     for key in dict.fromkeys((*key[:3], own) for key in keys):
         for choice in dict.fromkeys((current(key), *candidates(key, STAGES))):
             try:
-                found = [time(_filled(launch_of(key, s, choice, device)[1])) for s in SHAPES]
+                found = [time(_randomized(launch_of(key, s, choice, device)[1])) for s in SHAPES]
             except (RuntimeError, TritonError):  # does not compile, or wants too much of the GPU
                 continue
             yield key, choice, statistics.geometric_mean(found)
 
 
-def _filled(launch: Launch) -> Launch:
+def _randomized(launch: Launch) -> Launch:
     """The launch with random numbers in its tensors, as activations are."""
     for tensor in launch.arguments.values():
         if isinstance(tensor, torch.Tensor):

@@ -8,18 +8,18 @@ from typing import TypeVar
 
 from bench.compare.cases import INFERENCE, SWIN, Case
 from bench.gpu.jobs.checks import kernel_cases
-from bench.gpu.jobs.models import ModelCheck
-from bench.gpu.jobs.steps import KINDS, StepCheck
-from bench.gpu.jobs.subjects import (
-    CeilingsWanted,
+from bench.gpu.jobs.job import (
+    CeilingsJob,
     Comparison,
-    FactsWanted,
+    FactsJob,
     Job,
     KernelCheck,
-    Subject,
+    RunnableJob,
 )
+from bench.gpu.jobs.models import ModelCheck
+from bench.gpu.jobs.steps import KINDS, StepCheck
 from bench.providers.attention import AttentionCase
-from bench.providers.bank_attention import OWN_NAMES, BankAttentionCase
+from bench.providers.bank_attention import BANK_PROVIDERS, BankAttentionCase
 from bench.providers.bank_models import BankModelCase
 from bench.providers.experts import PROVIDERS as EXPERT_PROVIDERS
 from bench.providers.experts import ExpertCase
@@ -35,7 +35,7 @@ from bench.providers.models import (
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 _SECONDS = {
-    KernelCheck: 3.0, CeilingsWanted: 8.0, FactsWanted: 10.0, ExpertCase: 8.0,
+    KernelCheck: 3.0, CeilingsJob: 8.0, FactsJob: 10.0, ExpertCase: 8.0,
     BankAttentionCase: 8.0, BankModelCase: 20.0,
 }  # fmt: skip
 _STEP_SECONDS, _PROVIDER_SECONDS, _COMPILE_SECONDS, _LARGE_FACTOR = 5.0, 1.5, 25.0, 2.5
@@ -80,17 +80,17 @@ class Plan:
         )  # fmt: skip
 
 
-def first_subjects(plan: Plan) -> list[Subject]:
+def first_jobs(plan: Plan) -> list[Job]:
     """One number of each kind, before anything else may fail: ceilings, the step, attention."""
     step = plan.step
-    return [CeilingsWanted(), *_chosen([step, _attention(plan, plan.prompts[0])], plan.providers)]
+    return [CeilingsJob(), *_chosen([step, _attention(plan, plan.prompts[0])], plan.providers)]
 
 
-def correctness_subjects(plan: Plan) -> list[Subject]:
+def correctness_jobs(plan: Plan) -> list[Job]:
     """What is checked on the device besides what is timed: models, steps, operators."""
     step, vit = plan.step, replace(plan.step, batch=4)
     models = [TINY] if plan.trial else ["vit_small_patch16_224", plan.model, SWIN]
-    found: list[Subject] = []
+    found: list[Job] = []
     for dtype in DTYPES:
         for model in models:
             case = replace(vit, model=model, dtype=dtype)
@@ -109,7 +109,7 @@ def correctness_subjects(plan: Plan) -> list[Subject]:
     return found
 
 
-def timed_subjects(plan: Plan) -> list[Subject]:
+def timed_jobs(plan: Plan) -> list[Job]:
     """What is timed, in order; of the compiled providers, which take longest, only the two that
     are compared most come before the end.
     """
@@ -193,9 +193,9 @@ def _compiled(plan: Plan) -> list[Comparison]:
     return found
 
 
-def _chosen(cases: Sequence[Comparison], providers: Sequence[str]) -> list[Subject]:
+def _chosen(cases: Sequence[Comparison], providers: Sequence[str]) -> list[Job]:
     if OURS in providers:  # names that only some cases have are there to be set beside ours
-        providers = (*providers, *OWN_NAMES)
+        providers = (*providers, *BANK_PROVIDERS)
     kept = [only(case, providers) for case in cases]
     # A compiled provider's companion alone was measured before.
     return [
@@ -211,13 +211,13 @@ def only(case: C, providers: Sequence[str]) -> C:
     return replace(case, providers=tuple(n for n in case.providers if n in providers))
 
 
-def guessed_seconds(subject: Subject) -> float:
-    """How long a subject may take; it is skipped where less is left. A guess, not measured."""
-    if isinstance(subject, Job):
-        return subject.seconds
-    if isinstance(subject, Case | AttentionCase):
-        eager = [name for name in subject.providers if name not in COMPILED]
-        compiled = len(subject.providers) - len(eager)
+def estimated_seconds(job: Job) -> float:
+    """How long a job may take; it is skipped where less is left. A guess, not measured."""
+    if isinstance(job, RunnableJob):
+        return job.seconds
+    if isinstance(job, Case | AttentionCase):
+        eager = [name for name in job.providers if name not in COMPILED]
+        compiled = len(job.providers) - len(eager)
         seconds = _STEP_SECONDS + _PROVIDER_SECONDS * len(eager) + _COMPILE_SECONDS * compiled
-        return seconds * (_LARGE_FACTOR if "large" in getattr(subject, "model", "") else 1.0)
-    return _SECONDS[type(subject)]
+        return seconds * (_LARGE_FACTOR if "large" in getattr(job, "model", "") else 1.0)
+    return _SECONDS[type(job)]

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from bench.compare.correctness import Check, Results, budget, largest_error
 from bench.providers import (
-    attention as attention_ways,
+    attention as attention_providers,
 )
 from bench.providers import (
-    bank_attention as bank_ways,
+    bank_attention as bank_attention_providers,
 )
 from bench.providers import (
-    experts as expert_ways,
+    experts as expert_providers,
 )
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase, HeadsCase, check_heads, run_heads
@@ -82,11 +82,11 @@ def kernel_cases(expert_models: Sequence[str] = ("vit_tiny_patch16_224",)) -> li
 def check_kernel(case: KernelCase, dtype: torch.dtype, device: torch.device | str) -> Check:
     """The operator's check."""
     if isinstance(case, AttentionCase):
-        return attention_ways.checks(case, dtype, device)[OURS]
+        return attention_providers.checks(case, dtype, device)[OURS]
     if isinstance(case, ExpertCase):
-        return expert_ways.checks(case, dtype, device)[OURS]
+        return expert_providers.checks(case, dtype, device)[OURS]
     if isinstance(case, BankAttentionCase):
-        return bank_ways.checks(case, dtype, device)[OURS]
+        return bank_attention_providers.checks(case, dtype, device)[OURS]
     if isinstance(case, HeadsCase):
         return check_heads(case, dtype, device)
     given = [t.to(device, dtype) for t in _inputs(case)]
@@ -98,16 +98,14 @@ def check_kernel(case: KernelCase, dtype: torch.dtype, device: torch.device | st
     return Check(OURS, error, worst, budget(eager, kind))
 
 
-def launches_alone(
-    case: KernelCase, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> None:
+def run_operator(case: KernelCase, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
     """An operator of ours, forward and backward, without what it is held against."""
     if isinstance(case, AttentionCase):
-        attention_ways.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
+        attention_providers.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
     elif isinstance(case, ExpertCase):
-        expert_ways.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
+        expert_providers.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
     elif isinstance(case, BankAttentionCase):
-        bank_ways.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
+        bank_attention_providers.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
     elif isinstance(case, HeadsCase):
         run_heads(case, dtype, device)
     else:

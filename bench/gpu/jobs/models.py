@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bench.compare.cases import Case
 from bench.compare.correctness import Truth
 from bench.gpu.device import Device
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.providers.models import OURS
 
 
@@ -26,9 +26,9 @@ class ModelCheck:
     def __str__(self) -> str:
         return f"check {self.case}"
 
-    def run(self, device: Device, tell: Tell) -> None:
+    def run(self, device: Device, emit: Emit) -> None:
         """Check it."""
-        tell("doing", (OURS,))
+        emit("running", (OURS,))
         check = Truth(self.case, device.name, whole=False).check(OURS)
         row = {
             "kind": "measured", "bench": "check", "model": str(self), "dtype": self.case.dtype,
@@ -38,5 +38,5 @@ class ModelCheck:
         if not check.holds:
             note = f"{check.worst} is {check.error:.1e} from fp64, limit {check.limit:.1e}"
             row["note"] = f"wrong: {note}"
-            tell("wrong", f"{self}: {note}")
-        tell("row", row)
+            emit("wrong", f"{self}: {note}")
+        emit("row", row)

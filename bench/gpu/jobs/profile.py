@@ -16,7 +16,7 @@ from torch.profiler import profile as profiler
 from bench.compare.cases import DTYPES, Case
 from bench.compare.rounds import work
 from bench.gpu.device import Device
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.providers.models import OURS, provide
 
 COLUMNS = (
@@ -34,7 +34,7 @@ Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class ProfileWanted:
+class ProfileJob:
     """A provider's step, profiled into `profile.csv`; ours into `trace.json.gz` for Perfetto too.
 
     Attributes:
@@ -52,7 +52,7 @@ class ProfileWanted:
     def __str__(self) -> str:
         return f"profile of {self.provider}, {self.case}"
 
-    def run(self, device: Device, tell: Tell) -> None:
+    def run(self, device: Device, emit: Emit) -> None:
         """Profile it."""
         model = self.case.build().to(DTYPES[self.case.dtype]).to(device.name)
         module = provide(self.provider, model, self.case.settings(), self.case.memory)
@@ -71,7 +71,7 @@ class ProfileWanted:
         if self.provider == OURS:
             found.export_chrome_trace(str(Path(self.folder) / "trace.json.gz"))
         for line in self._lines(found, rows, cuda):
-            tell("said", line)
+            emit("message", line)
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         path = Path(self.folder) / "profile.csv"

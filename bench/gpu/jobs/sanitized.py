@@ -17,7 +17,7 @@ import torch
 from bench.compare.cases import DTYPES, SWIN, Case
 from bench.compare.rounds import work
 from bench.gpu.jobs.cases import TINY
-from bench.gpu.jobs.checks import kernel_cases, launches_alone
+from bench.gpu.jobs.checks import kernel_cases, run_operator
 from bench.gpu.jobs.keys import stable_keys
 from bench.providers.models import OURS, provide
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps.append(replace(step, model=SWIN, image_size=224, batch=1))
     failed = 0
     for case in kernel_cases([TINY]):
-        failed += _fails(case, partial(launches_alone, case, torch.bfloat16, device), device)
+        failed += _fails(case, partial(run_operator, case, torch.bfloat16, device), device)
     for whole in steps:
         failed += _fails(whole, partial(_step, whole, device), device)
     return min(failed, 1)

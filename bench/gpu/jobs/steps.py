@@ -20,7 +20,7 @@ from bench.compare.cases import Case
 from bench.compare.correctness import SLACK, Results, Truth, largest_error
 from bench.compare.rounds import step
 from bench.gpu.device import Device, replay_error
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.providers.models import OURS, provide
 
 KINDS = ("graph", "parallel", "compile")
@@ -50,12 +50,12 @@ class StepCheck:
     def __str__(self) -> str:
         return f"one step by {self.kind}, {self.case}"
 
-    def run(self, device: Device, tell: Tell) -> None:
+    def run(self, device: Device, emit: Emit) -> None:
         """Check it."""
-        tell("doing", (OURS,))
+        emit("running", (OURS,))
         found = self._compiled(device) if self.kind == "compile" else self._error(device)
         if found is None:
-            tell("said", f"not on a {device.name}")
+            emit("message", f"not on a {device.name}")
             return
         error, limit, truth = found
         row = {
@@ -65,8 +65,8 @@ class StepCheck:
         }  # fmt: skip
         if not error <= limit:
             row["note"] = f"wrong: {error:.1e} from {truth}, limit {limit:.1e}"
-            tell("wrong", f"{self}: {row['note']}")
-        tell("row", row)
+            emit("wrong", f"{self}: {row['note']}")
+        emit("row", row)
 
     def _compiled(self, device: Device) -> Found:
         truth = Truth(self.case, device.name, whole=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.gpu.device import Device
 from bench.gpu.jobs.keys import stable_keys
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.tiles.times import Row, measure, median_milliseconds, write_times
 from vpt_fast.kernels.attention.tiles import KERNELS, Key
 from vpt_fast.kernels.runtime.launch import Launch
@@ -22,7 +22,7 @@ _TRIAL_ROWS = 2
 
 
 @dataclass(frozen=True)
-class TilesWanted:
+class TilesJob:
     """Candidate tiles, timed one after another into a file.
 
     Attributes:
@@ -38,7 +38,7 @@ class TilesWanted:
     def __str__(self) -> str:
         return "tiles of attention, 64 channels, bf16"
 
-    def run(self, device: Device, tell: Tell) -> None:
+    def run(self, device: Device, emit: Emit) -> None:
         """Time them; the file grows row by row."""
         stable_keys()
         Path(self.path).unlink(missing_ok=True)
@@ -48,7 +48,7 @@ class TilesWanted:
             rows = islice(rows, _TRIAL_ROWS)
         write_times(Path(self.path), rows)
         count = len(Path(self.path).read_text(encoding="utf-8").splitlines()) - 1
-        tell("said", f"{count} candidates in {Path(self.path).name}")
+        emit("message", f"{count} candidates in {Path(self.path).name}")
 
 
 def _programs(launch: Launch) -> float:

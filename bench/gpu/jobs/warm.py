@@ -3,7 +3,7 @@
     python -m bench.gpu.jobs.warm [--jobs N] [--capability 90] [--quick] [--tiles] [--trial]
 
 They go to Triton's own cache (TRITON_CACHE_DIR), where every later process finds them. No GPU is
-needed: models run on tensors without values, and launches are noted instead of made. A cache that
+needed: models run on tensors without values, and launches are recorded_launches instead of made. A cache that
 was made elsewhere with the same Python, Triton and source is found too: copy the folder.
 """
 
@@ -31,23 +31,23 @@ from triton.compiler import ASTSource
 
 from bench.compare.cases import DTYPES, INFERENCE, Case
 from bench.compare.rounds import inference, step
-from bench.counted.step_trace import without_values
+from bench.counted.step_trace import fake_copy
 from bench.counted.trace import Trace, traced
-from bench.gpu.jobs.cases import Plan, correctness_subjects, first_subjects, timed_subjects
-from bench.gpu.jobs.checks import launches_alone
+from bench.gpu.jobs.cases import Plan, correctness_jobs, first_jobs, timed_jobs
+from bench.gpu.jobs.checks import run_operator
+from bench.gpu.jobs.job import Job, KernelCheck
 from bench.gpu.jobs.keys import stable_keys
 from bench.gpu.jobs.models import ModelCheck
 from bench.gpu.jobs.steps import StepCheck
-from bench.gpu.jobs.subjects import KernelCheck, Subject
 from bench.machine_code.offline import gpu_target, specialise
 from bench.providers import (
-    attention as attention_ways,
+    attention as attention_providers,
 )
 from bench.providers import (
-    bank_attention as bank_ways,
+    bank_attention as bank_attention_providers,
 )
 from bench.providers import (
-    experts as expert_ways,
+    experts as expert_providers,
 )
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase
@@ -78,7 +78,7 @@ class Kernel(NamedTuple):
 
 
 @contextlib.contextmanager
-def noted(capability: int) -> Iterator[list[Launch]]:
+def recorded_launches(capability: int) -> Iterator[list[Launch]]:
     """Note the launches inside, as a GPU of this capability would make them."""
     found: list[Launch] = []
 
@@ -93,23 +93,23 @@ def noted(capability: int) -> Iterator[list[Launch]]:
         yield found
 
 
-def _run(subject: Subject) -> None:
-    """Run ours of a subject on tensors without values; those of whom nothing is ours do nothing."""
-    if isinstance(subject, ModelCheck):
-        return _run_model(replace(subject.case, batch=2))
-    if isinstance(subject, StepCheck):
-        return _run_model(subject.case)
-    if isinstance(subject, Case):
-        return _run_model(subject) if OURS in subject.providers else None
+def _run(job: Job) -> None:
+    """Run ours of a job on tensors without values; those of whom nothing is ours do nothing."""
+    if isinstance(job, ModelCheck):
+        return _run_model(replace(job.case, batch=2))
+    if isinstance(job, StepCheck):
+        return _run_model(job.case)
+    if isinstance(job, Case):
+        return _run_model(job) if OURS in job.providers else None
     dtype = torch.bfloat16
-    if isinstance(subject, KernelCheck):
-        launches_alone(subject.case, DTYPES[subject.dtype or "bfloat16"])
-    elif isinstance(subject, AttentionCase):
-        attention_ways.functions(replace(subject, providers=(OURS,)), dtype)[OURS]()
-    elif isinstance(subject, ExpertCase):
-        expert_ways.functions(replace(subject, providers=(OURS,)), dtype)[OURS]()
-    elif isinstance(subject, BankAttentionCase):
-        bank_ways.functions(replace(subject, providers=(OURS,)), dtype)[OURS]()
+    if isinstance(job, KernelCheck):
+        run_operator(job.case, DTYPES[job.dtype or "bfloat16"])
+    elif isinstance(job, AttentionCase):
+        attention_providers.functions(replace(job, providers=(OURS,)), dtype)[OURS]()
+    elif isinstance(job, ExpertCase):
+        expert_providers.functions(replace(job, providers=(OURS,)), dtype)[OURS]()
+    elif isinstance(job, BankAttentionCase):
+        bank_attention_providers.functions(replace(job, providers=(OURS,)), dtype)[OURS]()
     return None
 
 
@@ -118,7 +118,7 @@ def _run_model(case: Case) -> None:
     with torch.device("meta"):
         plain = timm.create_model(case.model, num_classes=case.classes, img_size=size).eval()
     mode = FakeTensorMode()
-    plain = without_values(plain, dtype, mode)
+    plain = fake_copy(plain, dtype, mode)
     with mode:
         module = provide(OURS, plain, case.settings(), case.memory)
         images = torch.empty(case.batch, 3, size, size, dtype=dtype)
@@ -128,20 +128,23 @@ def _run_model(case: Case) -> None:
             step(module, images, torch.empty(case.batch, dtype=torch.int64))()
 
 
-def kernels_of(subject: Subject, capability: int) -> list[Kernel] | str:
-    """Kernels that ours of a subject launches; or why it could not be run here, in words.
+def kernels_of(job: Job, capability: int) -> list[Kernel] | str:
+    """Kernels that ours of a job launches; or why it could not be run here, in words.
 
     What is not found beforehand is compiled when it is launched.
     """
-    whole = isinstance(subject, Case | ModelCheck | StepCheck | ExpertCase) or (
-        isinstance(subject, KernelCheck) and isinstance(subject.case, ExpertCase)
+    whole = isinstance(job, Case | ModelCheck | StepCheck | ExpertCase) or (
+        isinstance(job, KernelCheck) and isinstance(job.case, ExpertCase)
     )
     try:
-        with noted(capability) as found, contextlib.nullcontext() if whole else FakeTensorMode():
-            _run(subject)
+        with (
+            recorded_launches(capability) as found,
+            contextlib.nullcontext() if whole else FakeTensorMode(),
+        ):
+            _run(job)
         return kernels(found, capability)
     except Exception as error:
-        return f"{subject}: {type(error).__name__}: {error}"[:200]
+        return f"{job}: {type(error).__name__}: {error}"[:200]
 
 
 def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
@@ -200,18 +203,18 @@ def _build_launcher(kernel: Any) -> None:
 
 
 def warm(
-    subjects: Sequence[Subject], given: Sequence[Kernel], capability: int, jobs: int
+    jobs: Sequence[Job], given: Sequence[Kernel], capability: int, processes: int
 ) -> Iterator[str]:
-    """Find the kernels of subjects and compile them, with others that are given, in processes.
+    """Find the kernels of jobs and compile them, with others that are given, in processes.
 
     Yields:
         What is worth saying, as it becomes known.
     """
     start = time.perf_counter()
     context = multiprocessing.get_context("fork")
-    with context.Pool(jobs, torch.set_num_threads, (1,)) as pool:
+    with context.Pool(processes, torch.set_num_threads, (1,)) as pool:
         by_key = {repr(kernel[:-1]): kernel for kernel in given}
-        tasks = [(subject, capability) for subject in subjects]
+        tasks = [(job, capability) for job in jobs]
         for found in pool.starmap(kernels_of, tasks, chunksize=1):
             if isinstance(found, str):
                 yield found
@@ -255,21 +258,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     capability = options.capability or _capability()
     stable_keys()
     given: list[Kernel] = []
-    subjects = _trial() if options.trial else _subjects(Plan(full=not options.quick))
+    jobs = _trial() if options.trial else _jobs(Plan(full=not options.quick))
     if options.tiles:
-        subjects = []
+        jobs = []
         tiles = tile_launches(capability)
         given = kernels(tiles[:_FEW] if options.trial else tiles, capability)
-    for line in warm(subjects, given, capability, options.jobs):
+    for line in warm(jobs, given, capability, options.jobs):
         print(line, flush=True)
     return 0
 
 
-def _subjects(plan: Plan) -> list[Subject]:
-    return [*first_subjects(plan), *timed_subjects(plan), *correctness_subjects(plan)]
+def _jobs(plan: Plan) -> list[Job]:
+    return [*first_jobs(plan), *timed_jobs(plan), *correctness_jobs(plan)]
 
 
-def _trial() -> list[Subject]:
+def _trial() -> list[Job]:
     return [AttentionCase(3, 2, 17, 2, 32, (OURS,))]
 
 

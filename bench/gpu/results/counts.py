@@ -20,7 +20,7 @@ Task = tuple[Case | AttentionCase, str, str, str]
 """Arguments of `bench.gpu.results.counted.count`."""
 
 
-def subject_of(row: dict[str, str]) -> Case | AttentionCase | None:
+def case_of(row: dict[str, str]) -> Case | AttentionCase | None:
     """What a row timed; None if it has no time, or the trace does not reach there."""
     if not row["p50_ms"]:
         return None
@@ -74,14 +74,14 @@ def add_counts(path: Path, processes: int | None = None) -> list[str]:
     missing = set(FIELDS) - set(rows[0])
     if missing:
         raise ValueError(f"{path} has no columns {', '.join(sorted(missing))}")
-    subjects = [subject_of(row) for row in rows]
+    cases = [case_of(row) for row in rows]
     tasks = [
-        (subject, row["provider"], row["dtype"], row["device"])
-        for subject, row in zip(subjects, rows, strict=True)
-        if subject is not None
+        (case, row["provider"], row["dtype"], row["device"])
+        for case, row in zip(cases, rows, strict=True)
+        if case is not None
     ]
     found = iter(counted(tasks, os.cpu_count() or 1 if processes is None else processes))
-    by_row = [None if subject is None else next(found) for subject in subjects]
+    by_row = [None if case is None else next(found) for case in cases]
     for row, work in zip(rows, by_row, strict=True):
         if isinstance(work, Counted):
             row |= rates(row, work)

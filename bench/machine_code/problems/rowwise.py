@@ -34,7 +34,7 @@ class RowProblem(NamedTuple):
         width: channels, D or those of the hidden layer.
         dtype: of what a block computes in.
         residual: dtype of the residual stream and the parameters; None: the same.
-        rows: how many, all images together.
+        rows: how many, all images summed_cycles.
     """
 
     width: int = 768

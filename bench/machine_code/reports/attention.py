@@ -10,17 +10,16 @@ from bench.machine_code.limits import (
     MIN_WARPS,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.multiprocessor import MULTIPROCESSORS
 from bench.machine_code.offline import Architecture
-from bench.machine_code.problems.attention import useful_flop
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem, useful_flop
+from bench.machine_code.reports.attention_launch import FULL_LOOPS, LaunchReport, launch_report
 from bench.machine_code.reports.entry import Entry, LoopEntry
-from bench.machine_code.reports.report import FULL_LOOPS, LaunchReport, launch_report
 
 
 def attention_entry(kernel: str, problem: AttentionProblem, architecture: Architecture) -> Entry:
@@ -89,14 +88,14 @@ def verdicts(report: LaunchReport) -> list[Verdict]:
         One verdict per limit.
     """
     binary, figures = report.figures.binary, report.figures
-    fits = resources(binary.shared, figures.shared_limit)
+    fits = shared_memory_fits(binary.shared, figures.shared_limit)
     if not _is_judged(report):
         return [fits]
     warps = (figures.blocks_per_sm or 0) * figures.warps
     resident = Verdict("resident warps", str(warps), f"at least {MIN_WARPS}", warps >= MIN_WARPS)
     target, shape = int(report.architecture), (report.problem.num_keys, report.problem.num_prompts)
     spilled = limits().spills.get((report.kernel, target), {}).get(shape, 0)
-    everywhere = [fits, few_spills(binary.spill_bytes, spilled), resident]
+    everywhere = [fits, spills_at_most(binary.spill_bytes, spilled), resident]
     if report.kernel == "delta":
         limit = limits().delta[target]
         return [*everywhere, at_most("issue over memory, launch", report.over_memory, limit, 3)]
@@ -132,7 +131,7 @@ def _loads(report: LaunchReport) -> list[Verdict]:
     """Activations arrive in 16-byte pieces, asynchronously in loops over full tiles.
 
     An iteration reads two tiles of `rows` rows; row statistics (fp32) come beside them. Where all
-    threads together need less than 16 bytes each of what is left, their pieces are smaller.
+    threads summed_cycles need less than 16 bytes each of what is left, their pieces are smaller.
     """
     result = []
     constexprs = report.launch.constexprs

@@ -5,7 +5,7 @@ two measures:
 
 - per unit: over the useful MMA FLOP / 1,048,576, for kernels of matrix products;
 - over memory: over the cycles that device memory takes, at its published bandwidth, for the bytes
-  that the launch has to move. Both are of all multiprocessors together, so above 1 the pipe is
+  that the launch has to move. Both are of all multiprocessors summed_cycles, so above 1 the pipe is
   what a launch waits for, below 1 memory is.
 """
 
@@ -154,7 +154,7 @@ def header() -> str:
 
 
 def format_entry(entry: Entry) -> str:
-    """A launch as lines of text: resources, the whole launch, loops, limits that do not hold."""
+    """A launch as lines of text: shared_memory_fits, the whole launch, loops, limits that do not hold."""
     figures, launch, binary = entry.figures, entry.launch, entry.figures.binary
     lines = [
         _HEAD.format(

@@ -24,14 +24,14 @@ import torch
 from bench.machine_code.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
 from bench.machine_code.limits import (
     MIN_STAGES,
-    MIX_LIMIT,
-    MIX_PROMPTS,
+    MIXING_LOOP_LIMIT,
+    MIXING_LOOP_PROMPTS,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
@@ -115,7 +115,7 @@ class ExpertReport:
         return {name: (loop, trips[name]) for name, loop in zip(trips, loops, strict=True)}
 
     def launch_ratio(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together.
+        """Issue cycles of the launch over its memory cycles, both of all SMs summed_cycles.
 
         None where a loop whose trips are not known here is part of it.
         """
@@ -125,9 +125,9 @@ class ExpertReport:
         cycles = issue_cycles(self.figures, list(self.loops.values()))
         return cycles * math.prod(self.launch.grid) * memory / self.memory_bytes
 
-    def mix_loop_ratio(self) -> float | None:
+    def mixing_loop_ratio(self) -> float | None:
         """Issue cycles over memory cycles of x in an iteration of the mix."""
-        memory, loop = memory_rate(self.architecture), self.mix_loop
+        memory, loop = memory_rate(self.architecture), self.mixing_loop
         if memory is None or loop is None:
             return None
         sizes = self.launch.constexprs
@@ -136,7 +136,7 @@ class ExpertReport:
         return issue * memory / (size * self.problem.dtype.itemsize)
 
     @property
-    def mix_loop(self) -> LoopFigures | None:
+    def mixing_loop(self) -> LoopFigures | None:
         """The loop over whole tiles of patches, if it runs on the tensor cores."""
         is_mix = self.launch.name == "mix" and self.figures.loops
         return self.figures.loops[0] if is_mix else None
@@ -184,16 +184,16 @@ def expert_entry(kernel: str, problem: ExpertProblem, architecture: Architecture
 def verdicts(report: ExpertReport) -> list[Verdict]:
     """The limits that apply to a launch: shared memory always, the others for bf16."""
     binary = report.figures.binary
-    result = [resources(binary.shared, report.figures.shared_limit)]
+    result = [shared_memory_fits(binary.shared, report.figures.shared_limit)]
     if report.problem.dtype != torch.bfloat16 or not is_judged(report.architecture):
         return result
-    result.append(few_spills(binary.spill_bytes))
+    result.append(spills_at_most(binary.spill_bytes))
     problem, name = report.problem, report.launch.name
     if problem == ExpertProblem(prompts=problem.prompts):
         limit = limits().experts[name, int(report.architecture)].get(problem.prompts)
         if limit is not None:
             result.append(at_most("issue over memory, launch", report.launch_ratio(), limit, 3))
-    loop, ratio = report.mix_loop, report.mix_loop_ratio()
+    loop, ratio = report.mixing_loop, report.mixing_loop_ratio()
     if loop is None or ratio is None:
         return result
     stages = report.launch.num_stages
@@ -203,6 +203,6 @@ def verdicts(report: ExpertReport) -> list[Verdict]:
     size = sizes["BLOCK_T"] * sizes["BLOCK_D"] * 2
     wide = loop.wide_copy_bytes
     result.append(Verdict("asynchronous 16-byte loads", f"{wide} B", f"{size} B", wide >= size))
-    if problem.prompts <= MIX_PROMPTS and problem.width >= sizes["BLOCK_D"]:
-        result.append(at_most("issue over memory, loop", ratio, MIX_LIMIT, 2))
+    if problem.prompts <= MIXING_LOOP_PROMPTS and problem.width >= sizes["BLOCK_D"]:
+        result.append(at_most("issue over memory, loop", ratio, MIXING_LOOP_LIMIT, 2))
     return result

@@ -15,10 +15,10 @@ from bench.machine_code.limits import (
     WIDE,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
@@ -71,7 +71,7 @@ class HeadsReport:
 
     @property
     def issue_over_memory(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together."""
+        """Issue cycles of the launch over its memory cycles, both of all SMs summed_cycles."""
         rate = memory_rate(self.architecture)
         if rate is None:
             return None
@@ -147,7 +147,7 @@ def heads_entry(problem: HeadsProblem, architecture: Architecture) -> Entry:
 def verdicts(report: HeadsReport) -> list[Verdict]:
     """The limits that apply: shared memory always, the others for 16-bit tensors."""
     figures, problem = report.figures, report.problem
-    fits = resources(figures.binary.shared, figures.shared_limit)
+    fits = shared_memory_fits(figures.binary.shared, figures.shared_limit)
     if problem.dtype == torch.float32 or not is_judged(report.architecture):
         return [fits]
     occupancy, narrow = figures.occupancy or 0.0, ", ".join(report.narrow)
@@ -155,7 +155,7 @@ def verdicts(report: HeadsReport) -> list[Verdict]:
     asked = f"at least {least:.0%}"
     judged = [
         fits,
-        few_spills(figures.binary.spill_bytes),
+        spills_at_most(figures.binary.spill_bytes),
         Verdict("occupancy", f"{occupancy:.0%}", asked, occupancy >= least),
         Verdict("widths of loads of rows", narrow or f"{WIDE} B", f"{WIDE} B", not narrow),
     ]

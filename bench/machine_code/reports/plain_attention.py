@@ -18,8 +18,7 @@ from bench.machine_code.figures import PIPES, UNIT_FLOP, kernel_figures
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
 from bench.machine_code.plain_attention import PlainTiles, plain_launches
-from bench.machine_code.problems.attention import attention_launches, useful_flop
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem, attention_launches, useful_flop
 from bench.machine_code.reports.entry import Entry, LoopEntry, architecture_name, cell
 from vpt_fast.kernels.runtime.launch import Launch
 
@@ -159,7 +158,7 @@ def _line(
         return " ".join(map(str, dict.fromkeys(values)))
 
     single = len(entries) <= 2
-    cycles = together(entries)
+    cycles = summed_cycles(entries)
     return _ROW.format(
         name,
         architecture_name(architecture),
@@ -175,7 +174,7 @@ def _line(
 
 
 def copy_cycles(entries: Sequence[Entry]) -> float | None:
-    """Memory cycles of the copies around launches per useful 1,048,576 MMA FLOP of them together.
+    """Memory cycles of the copies around launches per useful 1,048,576 MMA FLOP of them summed_cycles.
 
     None where the bandwidth is not known.
     """
@@ -189,8 +188,8 @@ def copy_cycles(entries: Sequence[Entry]) -> float | None:
     return moved / rate * UNIT_FLOP / flop if rate else None
 
 
-def together(entries: Sequence[Entry]) -> dict[str, float | None]:
-    """Cycles of each pipe of several launches per useful 1,048,576 MMA FLOP of them together."""
+def summed_cycles(entries: Sequence[Entry]) -> dict[str, float | None]:
+    """Cycles of each pipe of several launches per useful 1,048,576 MMA FLOP of them summed_cycles."""
     flop = sum(entry.useful_flop or 0 for entry in entries)
     result: dict[str, float | None] = {}
     for pipe in PIPES:

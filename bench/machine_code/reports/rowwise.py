@@ -20,10 +20,10 @@ from bench.machine_code.limits import (
     WIDE,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
@@ -69,7 +69,7 @@ class RowReport:
 
     @property
     def issue_over_memory(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together."""
+        """Issue cycles of the launch over its memory cycles, both of all SMs summed_cycles."""
         rate = memory_rate(self.architecture)
         if rate is None:
             return None
@@ -142,10 +142,10 @@ def row_entry(kernel: str, problem: RowProblem, architecture: Architecture) -> E
 def verdicts(report: RowReport) -> list[Verdict]:
     """The limits that apply to a launch: shared memory always, the others for 16-bit tensors."""
     binary = report.figures.binary
-    fits = resources(binary.shared, report.figures.shared_limit)
+    fits = shared_memory_fits(binary.shared, report.figures.shared_limit)
     if report.problem.dtype == torch.float32 or not is_judged(report.architecture):
         return [fits]
-    return [fits, few_spills(binary.spill_bytes), *_rates(report)]
+    return [fits, spills_at_most(binary.spill_bytes), *_rates(report)]
 
 
 def _rates(report: RowReport) -> list[Verdict]:

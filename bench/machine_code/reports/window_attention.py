@@ -18,10 +18,10 @@ from bench.machine_code.limits import (
     MIN_WARPS,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.memory import memory_rate
 from bench.machine_code.offline import Architecture, compile_kernel
@@ -106,7 +106,7 @@ class WindowReport:
         return {name: (loop, trips[name]) for name, loop in zip(trips, found, strict=True)}
 
     def launch_ratio(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together."""
+        """Issue cycles of the launch over its memory cycles, both of all SMs summed_cycles."""
         rate = memory_rate(self.architecture)
         if rate is None or not self.loops:
             return None
@@ -162,7 +162,7 @@ def window_entry(kernel: str, problem: WindowProblem, architecture: Architecture
 def verdicts(report: WindowReport) -> list[Verdict]:
     """The limits that apply to a launch: shared memory always, the others for bf16."""
     figures, launch = report.figures, report.launch
-    result = [resources(figures.binary.shared, figures.shared_limit)]
+    result = [shared_memory_fits(figures.binary.shared, figures.shared_limit)]
     if report.problem.dtype != torch.bfloat16 or not is_judged(report.architecture):
         return result
     target, problem = int(report.architecture), report.problem
@@ -175,7 +175,7 @@ def verdicts(report: WindowReport) -> list[Verdict]:
     stages, asked = launch.num_stages, f"at least {MIN_STAGES}"
     return [
         *result,
-        few_spills(figures.binary.spill_bytes, limits().spills.get(key, {}).get(shape, 0)),
+        spills_at_most(figures.binary.spill_bytes, limits().spills.get(key, {}).get(shape, 0)),
         resident,
         Verdict("pipeline stages", str(stages), asked, stages >= MIN_STAGES),
         *_loads(report),

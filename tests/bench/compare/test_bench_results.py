@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from bench.compare import collect, plots
-from bench.compare import saved_bytes as kept
 from bench.compare import tables as readme
 from bench.compare.collect import read, rows_of
 from bench.compare.facts import facts, file_stem
@@ -47,7 +46,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept, "MODEL", "vit_tiny_patch16_224")
+        patch.setattr(saved_bytes, "MODEL", "vit_tiny_patch16_224")
         assert collect.main([str(run_file), "--output", str(folder)]) == 0
     (path,) = folder.iterdir()
     return path
@@ -118,7 +117,7 @@ def test_the_readme_gets_every_comparison(results: Path, tmp_path: Path) -> None
 
 
 def test_the_readme_of_the_project_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its tables are those of the picture below them."""
+    """The tables and the picture below them come from the same results file."""
     text = (ROOT / "README.md").read_text()
     (name,) = re.findall(r"\(bench/results/(\S+_cpu-\S+)\.png\)", text)
     page = ["--readme", str(ROOT / "README.md"), "--check"]
@@ -165,11 +164,11 @@ def test_the_clock_replays_what_was_recorded() -> None:
     assert (second - first, fourth - third) == (1.0, 2.5)
 
 
-def test_functions_take_turns_in_changing_order() -> None:
+def test_rounds_are_interleaved_in_changing_order() -> None:
     ran: list[str] = []
     functions = {name: lambda name=name: ran.append(name) for name in "abc"}
     times = interleave(functions, rounds=20, warmup=1)
     rounds = [tuple(ran[i : i + 3]) for i in range(0, len(ran), 3)]
-    assert len(rounds) == 21 and all(sorted(turn) == list("abc") for turn in rounds)
+    assert len(rounds) == 21 and all(sorted(order) == list("abc") for order in rounds)
     assert len(set(rounds)) > 2
     assert {len(taken.seconds) for taken in times.values()} == {20}

@@ -298,6 +298,6 @@ def test_launches_of_a_step_are_those_that_are_counted_by_block() -> None:
     images = torch.zeros(4, 3, 32, 32, dtype=BF16)
     with traced() as ops:
         model(images).float().sum().backward()
-    forward, backward = launches.of_a_step(model, images)
+    forward, backward = launches.launches_of_step(model, images)
     found = counts(ops)
     assert found - forward - backward == {} and found.total() >= forward.total()

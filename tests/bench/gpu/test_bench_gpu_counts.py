@@ -10,10 +10,10 @@ import pytest
 
 from bench.compare.cases import Case
 from bench.compare.collect import read
-from bench.gpu.jobs.subjects import facts_of
+from bench.gpu.jobs.job import case_columns
 from bench.gpu.results import page
 from bench.gpu.results.counted import Counted
-from bench.gpu.results.counts import add_counts, counted, subject_of
+from bench.gpu.results.counts import add_counts, case_of, counted
 from bench.gpu.results.record import FIELDS, write
 from bench.gpu.run import main
 from bench.providers.attention import AttentionCase
@@ -26,8 +26,8 @@ PNG = b"\x89PNG"
 def test_counted_work_of_a_row() -> None:
     device = "NVIDIA H100 80GB HBM3"
     larger = dataclasses.replace(SMALL, image_size=64)
-    subjects = (SMALL, AttentionCase(3, 2, 17, 2, 32), larger)
-    step, alone, more = counted([(s, OURS, "bfloat16", device) for s in subjects], 0)
+    cases = (SMALL, AttentionCase(3, 2, 17, 2, 32), larger)
+    step, alone, more = counted([(s, OURS, "bfloat16", device) for s in cases], 0)
     assert isinstance(step, Counted) and step.eager_ms and step.graph_ms
     # Two products forward and five backward, of 17 queries with 20 keys each.
     assert isinstance(alone, Counted) and alone.eager_ms is None
@@ -46,18 +46,18 @@ def test_what_cannot_be_counted_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "subject",
+    "case",
     [dataclasses.replace(SMALL, memory="lean", method="vapt"), AttentionCase(3, 2, 17, 2, 32)],
     ids=str,
 )
-def test_a_row_says_what_it_timed(subject: Any) -> None:
+def test_a_row_says_what_it_timed(case: Any) -> None:
     row = dict.fromkeys(FIELDS, "") | {"p50_ms": "1"}
-    row |= {name: str(value) for name, value in facts_of(subject, "bfloat16").items()}
-    wanted = {name: getattr(subject, name) for name in vars(subject) if name != "providers"}
-    found = subject_of(row)
+    row |= {name: str(value) for name, value in case_columns(case, "bfloat16").items()}
+    wanted = {name: getattr(case, name) for name in vars(case) if name != "providers"}
+    found = case_of(row)
     assert {name: getattr(found, name) for name in wanted} == wanted
-    assert subject_of(row | {"p50_ms": ""}) is None
-    assert subject_of(row | {"bench": "inference"}) is None
+    assert case_of(row | {"p50_ms": ""}) is None
+    assert case_of(row | {"bench": "inference"}) is None
 
 
 @pytest.mark.full

@@ -82,7 +82,7 @@ def test_a_fault_of_the_device_ends_the_case(monkeypatch: pytest.MonkeyPatch) ->
         return provide(name, model, method)
 
     monkeypatch.setattr(correctness, "provide", broken)
-    monkeypatch.setattr(CpuDevice, "well", lambda _: False)
+    monkeypatch.setattr(CpuDevice, "usable", lambda _: False)
     case = dataclasses.replace(SMALL, providers=("keys_concat", OURS, "concat"))
     outcome = measure(case, CpuDevice())
     assert outcome.faulted == (OURS,)
@@ -143,13 +143,13 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert log[-1] == "wait"
             return end.place - self.place
 
-    def noted(name: str, value: Any = None) -> Callable[[], Any]:
+    def recorded_launches(name: str, value: Any = None) -> Callable[[], Any]:
         return lambda: (log.append(name), value)[1]
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", noted("synchronize"))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", noted("reset"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", noted("peak", 77))
+    monkeypatch.setattr(torch.cuda, "synchronize", recorded_launches("synchronize"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", recorded_launches("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", recorded_launches("peak", 77))
     return log
 
 
@@ -236,13 +236,13 @@ def test_a_capture_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None
     outcome = measure(case, CpuDevice())
     for row in outcome.rows:
         assert row["p50_ms"] and row["note"].startswith("graph: RuntimeError: operation not")
-    assert not outcome.wrong and not outcome.spent
+    assert not outcome.wrong and not outcome.device_lost
     # If it leaves no device behind, what was timed stands, and nothing is measured again.
-    monkeypatch.setattr(CpuDevice, "well", lambda _: False)
+    monkeypatch.setattr(CpuDevice, "usable", lambda _: False)
     outcome = measure(case, CpuDevice())
     ours, theirs = outcome.rows
     assert ours["p50_ms"] and ours["note"] == "graph: not tried, another's failed"
-    assert theirs["p50_ms"] and theirs["ratio_p50"] and outcome.spent and not outcome.faulted
+    assert theirs["p50_ms"] and theirs["ratio_p50"] and outcome.device_lost and not outcome.faulted
 
 
 def test_inference_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,13 +270,13 @@ def test_inference_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_are_told_as_they_grow() -> None:
     told: list[tuple[str, Any]] = []
     case = dataclasses.replace(SMALL, providers=("concat", OURS))
-    outcome = measure(case, CpuDevice(), tell=lambda kind, value: told.append((kind, value)))
+    outcome = measure(case, CpuDevice(), emit=lambda kind, value: told.append((kind, value)))
     rows = [value for kind, value in told if kind == "row"]
     assert [row["provider"] for row in rows[:2]] == ["concat", OURS]
     assert "error" in rows[0] and "p50_ms" not in rows[0] and "p50_ms" in rows[-1]
     assert {row["provider"]: row for row in rows} == outcome.by_provider
     # Who is at work is told before it starts.
-    assert told[0] == ("doing", ("concat",)) and ("doing", (OURS,)) in told
+    assert told[0] == ("running", ("concat",)) and ("running", (OURS,)) in told
 
 
 def test_the_host_is_timed_from_an_idle_device(events: list[str]) -> None:

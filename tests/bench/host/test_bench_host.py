@@ -20,8 +20,8 @@ import triton
 from bench.host import host
 from bench.host import page as host_page
 from bench.host.calls import Calls, counted
+from bench.host.cases import HostCase
 from bench.host.null_driver import NullDriver, null_driver
-from bench.host.subjects import Subject
 from bench.providers.models import OURS, WITHOUT
 from vpt_fast.ops import backend
 
@@ -86,9 +86,9 @@ def test_a_row_for_every_part_and_what_it_is_compared_with(
 ) -> None:
     rows = taken[1]
     by = {(row["subject"], row["part"]): row for row in rows}
-    subjects = {str(s) for s in host.RATIOS.values()}
-    subjects |= {str(s.base) for s in host.RATIOS.values()}
-    assert {name for name, part in by if part == "first"} == subjects == {name for name, _ in by}
+    cases = {str(s) for s in host.RATIOS.values()}
+    cases |= {str(s.base) for s in host.RATIOS.values()}
+    assert {name for name, part in by if part == "first"} == cases == {name for name, _ in by}
     for (_, part), row in by.items():
         assert set(row) == set(host.FIELDS) and row["threads"] == "1" and row["rounds"] == 2
         assert 0 < float(row["least_ms"]) <= float(row["p50_ms"])
@@ -125,7 +125,7 @@ def test_a_subject_of_ours_that_launches_nothing_is_not_timed(
 ) -> None:
     monkeypatch.setattr(host, "null_driver", contextlib.nullcontext)
     with pytest.raises(RuntimeError, match="vit-vpt_fast-vpt-deep launched none"):
-        host.measure([Subject("vit", OURS)], 1)
+        host.measure([HostCase("vit", OURS)], 1)
 
 
 def test_no_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

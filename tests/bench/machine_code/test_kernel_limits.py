@@ -21,12 +21,12 @@ from bench.machine_code.offline import Binary, compile_kernel
 from bench.machine_code.problems.attention import (
     KERNELS,
     OTHER_KERNELS,
+    AttentionProblem,
     attention_launches,
     useful_flop,
 )
-from bench.machine_code.problems.attention_launches import AttentionProblem
 from bench.machine_code.reports.attention import entry_of, verdicts
-from bench.machine_code.reports.report import LaunchReport, launch_report
+from bench.machine_code.reports.attention_launch import LaunchReport, launch_report
 
 pytestmark = JUDGED_VERSION
 

@@ -28,7 +28,7 @@ WARMUP = 4
 
 
 @dataclass(frozen=True)
-class Subject:
+class HostCase:
     """What is timed: a provider's step, or its inference.
 
     Attributes:
@@ -53,9 +53,9 @@ class Subject:
         return "-".join(parts)
 
     @property
-    def base(self) -> Subject:
+    def base(self) -> HostCase:
         """The same model and work without prompts."""
-        return Subject(self.model, WITHOUT, work=self.work)
+        return HostCase(self.model, WITHOUT, work=self.work)
 
 
 def _vit(depth: int, init_values: float | None = None) -> Any:
@@ -82,19 +82,19 @@ MODELS: Mapping[str, tuple[Callable[[int], Any], int]] = {
 
 
 class Work:
-    """One subject, ready to run: a call is one step, or one inference."""
+    """One case, ready to run: a call is one step, or one inference."""
 
-    def __init__(self, subject: Subject, depth: int = DEPTH) -> None:
-        make, size = MODELS[subject.model]
+    def __init__(self, case: HostCase, depth: int = DEPTH) -> None:
+        make, size = MODELS[case.model]
         torch.manual_seed(0)
         model = make(depth)
-        kind = VAPT if subject.method == "vapt" else VPTDeep
+        kind = VAPT if case.method == "vapt" else VPTDeep
         method = kind(num_prompts=PROMPTS)
-        if subject.provider == OURS:
-            self.module = prompt_tune(model, method, memory=subject.memory).train()
+        if case.provider == OURS:
+            self.module = prompt_tune(model, method, memory=case.memory).train()
         else:
-            self.module = provide(subject.provider, model, method)
-        self.infers = subject.work == INFERENCE
+            self.module = provide(case.provider, model, method)
+        self.infers = case.work == INFERENCE
         if self.infers:
             self.module.eval()
         self.images = torch.randn(BATCH, 3, size, size)

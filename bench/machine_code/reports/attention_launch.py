@@ -15,8 +15,7 @@ from bench.machine_code.figures import (
 )
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
-from bench.machine_code.problems.attention import attention_launches, useful_flop
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem, attention_launches, useful_flop
 from vpt_fast.kernels.runtime.launch import Launch
 
 FULL_LOOPS = frozenset({"prompts", "tokens", "queries"})
@@ -86,7 +85,7 @@ class LaunchReport:
 
     @property
     def over_memory(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together."""
+        """Issue cycles of the launch over its memory cycles, both of all SMs summed_cycles."""
         rate = memory_rate(self.architecture)
         if rate is None or len(self.loops) != len(self.launch.trips):
             return None

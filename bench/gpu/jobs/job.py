@@ -9,7 +9,7 @@ from bench.compare.cases import Case
 from bench.compare.collect import Row
 from bench.gpu.device import Device
 from bench.gpu.jobs.checks import KernelCase
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.gpu.results.record import FIELDS
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase
@@ -32,7 +32,7 @@ class KernelCheck:
 
 
 @dataclass(frozen=True)
-class CeilingsWanted:
+class CeilingsJob:
     """The device's own ceilings."""
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class CeilingsWanted:
 
 
 @dataclass(frozen=True)
-class FactsWanted:
+class FactsJob:
     """The device's name, and what else results hang on."""
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class FactsWanted:
 
 
 @runtime_checkable
-class Job(Protocol):
+class RunnableJob(Protocol):
     """Anything else that is run on the device.
 
     Attributes:
@@ -58,29 +58,29 @@ class Job(Protocol):
     @property
     def seconds(self) -> float: ...
 
-    def run(self, device: Device, tell: Tell) -> None:
+    def run(self, device: Device, emit: Emit) -> None:
         """Do it."""
         ...
 
 
 Comparison = Case | AttentionCase | ExpertCase | BankAttentionCase | BankModelCase
-Subject = Comparison | KernelCheck | CeilingsWanted | FactsWanted | Job
+Job = Comparison | KernelCheck | CeilingsJob | FactsJob | RunnableJob
 
 
-def facts_of(subject: Comparison | KernelCheck, dtype: str) -> Row:
+def case_columns(job: Comparison | KernelCheck, dtype: str) -> Row:
     """The columns that say what a row is about."""
     row = {"kind": "measured", "dtype": dtype}
-    if isinstance(subject, KernelCheck):
-        return {**row, "dtype": subject.dtype or dtype, "bench": "check", "model": str(subject)}
-    if isinstance(subject, Case):
-        row |= {"bench": subject.work}
-    elif isinstance(subject, AttentionCase):
+    if isinstance(job, KernelCheck):
+        return {**row, "dtype": job.dtype or dtype, "bench": "check", "model": str(job)}
+    if isinstance(job, Case):
+        row |= {"bench": job.work}
+    elif isinstance(job, AttentionCase):
         row |= {"bench": "attention"}
-    elif isinstance(subject, ExpertCase):
+    elif isinstance(job, ExpertCase):
         row |= {"bench": "experts", "method": "vapt"}
-    elif isinstance(subject, BankAttentionCase):
+    elif isinstance(job, BankAttentionCase):
         row |= {"bench": "attention of many tasks"}
-    elif isinstance(subject, BankModelCase):
+    elif isinstance(job, BankModelCase):
         row |= {"bench": "inference of many tasks"}
-    row |= {name: value for name, value in vars(subject).items() if name in FIELDS}
+    row |= {name: value for name, value in vars(job).items() if name in FIELDS}
     return row
