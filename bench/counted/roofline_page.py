@@ -1,8 +1,8 @@
-"""The table of docs/performance.md that says what bounds a step, made from the newest host times.
+"""The table of docs/performance.md that says what bounds a step, from the newest host times.
 
     python -m bench.counted.roofline_page [--host CSV] [--page docs/performance.md] [--check]
 
-Replaces what stands between the two marks.
+Replaces the text between the two marks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CASES = (
     ("vit_tiny_patch16_224", 16),
     ("swin_tiny_patch4_window7_224", 64),
 )
-"""Models of timm's and batches."""
+"""Models in timm, and batch sizes."""
 PROMPTS = 50
 
 
@@ -55,7 +55,7 @@ def _line(case: Case, assumed: Assumptions, hosts: HostTimes) -> str:
 
 
 def table(hosts: HostTimes) -> str:
-    """A line per model and provider."""
+    """Return a line per model and provider."""
     assumed, known = Assumptions(), hosts.known
     cases = [
         Case(model, batch, PROMPTS, "bfloat16", provider)
@@ -76,11 +76,13 @@ def table(hosts: HostTimes) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the page; with --check only say whether it is up to date (1 if not)."""
+    """Rewrite the page; with --check only report whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.counted.roofline_page", description=__doc__
     )
-    parser.add_argument("--host", type=Path, help="results of bench.host.host; default: the newest")
+    parser.add_argument(
+        "--host", type=Path, help="results of bench.host; default: those of the newest torch"
+    )
     parser.add_argument("--page", type=Path, default=host_page.PAGE)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Jobs in order, as many as there is time for; one that fails does not cost the others."""
+"""Runs jobs in order, as many as there is time for; a job that fails does not affect the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from bench.ceilings import Ceilings
 from bench.compare.collect import Row
-from bench.gpu.jobs.cases import estimated_seconds, only
+from bench.gpu.jobs.cases import estimated_seconds, with_providers
 from bench.gpu.jobs.job import Comparison, Job, KernelCheck, RunnableJob, case_columns
 from bench.gpu.outcome import Outcome
 from bench.gpu.results.record import Record
@@ -16,7 +16,7 @@ from bench.gpu.worker import InProcess, Worker, WorkerDied
 from bench.providers.models import COMPILED, OURS
 
 _PATIENCE = 2.0
-"""A job that takes so many times what it was guessed to is stopped."""
+"""A job is stopped when it takes this many times its estimated time."""
 
 _START_SECONDS = 30.0
 _LEAST_SECONDS = 3.0
@@ -29,8 +29,8 @@ class Budget:
     """Time that runs out.
 
     Args:
-        seconds: from now on.
-        clock: seconds that only grow.
+        seconds: Seconds from now.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,26 +38,26 @@ class Budget:
         self._end = clock() + seconds
 
     def left(self) -> float:
-        """Seconds left, 0 at the least."""
+        """Return the remaining seconds, at least 0."""
         return max(0.0, self._end - self._clock())
 
     def part(self, share: float) -> Budget:
-        """A budget of this share of what is left."""
+        """Return a budget of a share of the remaining time."""
         return Budget(share * self.left(), self._clock)
 
 
 @dataclass
 class Session:
-    """What a run measured.
+    """State of a run: what was measured, and what was skipped.
 
     Attributes:
-        runner: of jobs.
-        record: of its files.
-        outcomes: of jobs, in order.
-        wrong: what is wrong, in words.
-        skipped: what there was no time for, in words.
-        ceilings: of the device, or None.
-        pace: seconds that jobs took over those they were guessed to.
+        runner: Runs the jobs.
+        record: Writes the results file and the log.
+        outcomes: Jobs and their outcomes, in order.
+        wrong: Descriptions of wrong results.
+        skipped: Names of jobs that there was no time for.
+        ceilings: Ceilings of the device, or None.
+        pace: Ratio of the time that jobs took to their estimated time.
     """
 
     runner: Runner
@@ -70,7 +70,7 @@ class Session:
 
     @property
     def rows(self) -> list[Row]:
-        """Rows of the results so far, with the ceilings where they are known."""
+        """Rows of the results so far, with the ceilings once they are known."""
         known: Row = {}
         if self.ceilings is not None:
             known["tflops_ceiling"] = f"{self.ceilings.tflops:.4g}"
@@ -78,35 +78,35 @@ class Session:
         return [{**row, **known} for _, outcome in self.outcomes for row in outcome.rows]
 
     def run(self, jobs: Sequence[Job], budget: Budget) -> None:
-        """Do jobs in order, as many as there is time for."""
+        """Run jobs in order, as many as there is time for."""
         for job in jobs:
-            if any(job == done and is_complete(outcome) for done, outcome in self.outcomes):
-                continue  # the first stage's step is the first of the times too
+            if any(job == finished and is_complete(outcome) for finished, outcome in self.outcomes):
+                continue  # the step of the stage "first" is also among those of "times"
             pace = 1.0 if isinstance(job, RunnableJob) else self.pace
-            guess = pace * estimated_seconds(job)
-            if budget.left() < max(guess, _LEAST_SECONDS):
+            estimate = pace * estimated_seconds(job)
+            if budget.left() < max(estimate, _LEAST_SECONDS):
                 self.skipped.append(str(job))
                 self.record.line(
-                    f"{job}: skipped, {budget.left():.0f} s are left and it may take {guess:.0f}"
+                    f"{job}: skipped, {budget.left():.0f} s are left and it may take {estimate:.0f}"
                 )
                 continue
-            self._run(job, budget, guess)
+            self._run(job, budget, estimate)
 
-    def _run(self, job: Job, budget: Budget, guess: float) -> None:
-        """Do a job; if some of its providers spoil it, do it again without them."""
+    def _run(self, job: Job, budget: Budget, estimate: float) -> None:
+        """Run a job; if some of its providers make the device fault, repeat it without them."""
         start, outcome = time.monotonic(), Outcome()
         self.outcomes.append((job, outcome))
 
-        def take(kind: str, value: object) -> None:
+        def on_event(kind: str, value: object) -> None:
             outcome.add(kind, value)
             if kind == "row":
                 self.record.rows(self.rows)
 
-        limit = min(budget.left(), _PATIENCE * guess + _START_SECONDS)
+        limit = min(budget.left(), _PATIENCE * estimate + _START_SECONDS)
         try:
-            self.runner.measure(job, limit, take)
-        except WorkerDied as lost:
-            _note_worker_death(job, outcome, str(lost))
+            self.runner.measure(job, limit, on_event)
+        except WorkerDied as death:
+            _note_worker_death(job, outcome, str(death))
         else:
             taken = (time.monotonic() - start) / estimated_seconds(job)
             self.pace = 0.7 * self.pace + 0.3 * min(max(taken, 0.2), 3.0)
@@ -118,14 +118,14 @@ class Session:
             for name in job.providers
             if name not in outcome.faulted and not outcome.by_provider.get(name, {}).get("p50_ms")
         ]
-        others = only(job, names)
-        if others.providers and budget.left() > guess:
+        others = with_providers(job, names)
+        if others.providers and budget.left() > estimate:
             for name in names:
                 outcome.by_provider.pop(name, None)
-            self._run(others, budget, guess)
+            self._run(others, budget, estimate)
 
     def _close(self, job: Job, outcome: Outcome, seconds: float) -> None:
-        """Write and print what a job gave."""
+        """Write and print the outcome of a job."""
         self.wrong += outcome.wrong
         if outcome.ceilings is not None:
             self.ceilings = outcome.ceilings
@@ -139,14 +139,14 @@ class Session:
 
 
 def is_complete(outcome: Outcome) -> bool:
-    """Whether every provider of a comparison was timed."""
+    """Return whether every provider of a comparison was timed."""
     return bool(outcome.rows) and all(row.get("p50_ms") for row in outcome.rows)
 
 
 def _note_worker_death(job: Job, outcome: Outcome, why: str) -> None:
-    """Note in an outcome that its job was lost with those who were at work.
+    """Record that the worker died, for the providers that were running.
 
-    Compilers may hang, and memory may not suffice them: that is only recorded_launches.
+    For compiled providers it is only a note in the row: compilers may hang or run out of memory.
     """
     named = isinstance(job, Comparison | KernelCheck)
     running = outcome.running or (

@@ -1,9 +1,9 @@
 """Python calls per block of a step, counted: the part of the host's time that does not vary.
 
-A step of a model with more blocks less one with fewer, forward and backward, after the caches are
-filled. Functions of Python (generators count each time that they go on) and builtins apart: an
-operator of PyTorch's is a builtin where its method or function is called, and nothing where it is
-written as `+`.
+Counts are those of a model with more blocks minus those of one with fewer, forward and backward,
+after the caches are full. Calls of Python functions (a generator counts each time that it resumes)
+and of builtins are separate: an operator of PyTorch's is a builtin where it is called as a method
+or function, and is not counted where it is written as `+`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.host.null_driver import null_driver
 from bench.providers.models import OURS, WITHOUT
 
 DEPTHS = {"swin": (8, 10)}
-"""Blocks of the two models; Swin's blocks come in pairs, whole and shifted windows."""
+"""Blocks of the two models; Swin's blocks come in pairs, with regular and shifted windows."""
 DEFAULT_DEPTHS = (4, 5)
 
 METHODS = {
@@ -32,7 +32,7 @@ METHODS = {
     "no prompts": HostCase("vit", WITHOUT),
     "concatenation": HostCase("vit", "concat"),
 }
-"""What is counted, by name; the last two are timm's blocks, to compare with."""
+"""Cases to count, by name; the last two are timm's blocks, for comparison."""
 
 
 class Calls(NamedTuple):
@@ -43,10 +43,10 @@ class Calls(NamedTuple):
 
 
 def counted(function: Callable[[], Any]) -> tuple[Any, Calls]:
-    """What a function returns, and the calls inside it.
+    """Return what a function returns, and the calls inside it.
 
     Raises:
-        RuntimeError: something else is profiling this thread.
+        RuntimeError: If a profiler is already set on this thread.
     """
     if sys.getprofile() is not None:
         raise RuntimeError("a profiler is set already; count calls without one")
@@ -63,15 +63,15 @@ def counted(function: Callable[[], Any]) -> tuple[Any, Calls]:
     finally:
         sys.setprofile(None)
         gc.enable()
-    # The builtin that ends the count is in it.
+    # Excludes the builtin that ends the count.
     return result, Calls(events["call"], events["c_call"] - 1)
 
 
 def calls_of_step(work: Work) -> dict[str, Calls]:
-    """Calls of one forward and one backward pass (inference: forward alone).
+    """Return the calls of one forward and one backward pass (inference: forward only).
 
     Raises:
-        RuntimeError: the backward pass ran in another thread, where nobody counts.
+        RuntimeError: If the backward pass ran in another thread, where calls are not counted.
     """
     for _ in range(WARMUP):
         work()
@@ -87,7 +87,7 @@ def calls_of_step(work: Work) -> dict[str, Calls]:
 
 
 def calls_per_block(case: HostCase) -> dict[str, Calls]:
-    """Calls per block, by part; inside `null_driver()`."""
+    """Return the calls per block, by part; call it inside `null_driver()`."""
     few, more = DEPTHS.get(case.model, DEFAULT_DEPTHS)
     less, all_calls = calls_of_step(Work(case, few)), calls_of_step(Work(case, more))
     return {
@@ -97,7 +97,7 @@ def calls_per_block(case: HostCase) -> dict[str, Calls]:
 
 
 def count_methods() -> dict[str, dict[str, Calls]]:
-    """Calls per block by method and part."""
+    """Return the calls per block by method and part."""
     with one_thread(), null_driver():
         return {name: calls_per_block(case) for name, case in METHODS.items()}
 

@@ -1,17 +1,17 @@
-"""The host's time of a training step and of inference, with kernels launched into nothing.
+"""The host's time of a training step and of inference, with kernels launched by a null driver.
 
     python -m bench.host [--rounds 40] [--only NAME ...] [--output bench/results]
     python -m bench.host --profile NAME
     python -m bench.host --calls
 
 CPU time of one thread on tensors so small that PyTorch's own kernels, which run on the CPU here,
-hardly count; all cases in one process, in turns. Ours launch into nothing
-(`bench.host.null_driver`): the driver's own time of a launch is in no figure, neither ours nor
-PyTorch's. A step is forward, cross-entropy and backward, without the optimizer's. In its turn a
-case runs twice, as in a loop where the step before is the same model's; the first time, which
-finds caches as another model has left them, is a part of its own. Writes one CSV per machine and
-set of versions; the last line gives host time over that of the same model without prompts, least
-over least.
+take negligible time; all cases in one process, in interleaved rounds. Launches of vpt_fast do
+nothing (`bench.host.null_driver`): no figure includes the driver's own time of a launch, neither
+ours nor PyTorch's. A step is forward, cross-entropy and backward, without the optimizer. In each
+round a case runs twice, as in a loop where the step before is the same model's; the first run,
+which finds caches as another model has left them, is a part of its own. Writes one CSV per machine
+and set of versions; the last line gives the host time over that of the same model without prompts,
+least over least.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ FIELDS = (
     *(name for name in FACTS if name != "cuda"),
 )  # fmt: skip
 """Columns. Times are milliseconds of CPU time; a ratio is over the same model, work and part
-without prompts, `ratio_p50` the median of the rounds' ratios. `launches` counts our own kernels.
-The part `first` is a whole call right after another model's."""
+without prompts, `ratio_p50` the median of the rounds' ratios. `launches` counts vpt_fast's kernels.
+The part `first` is a whole call right after another model's.
+"""
 
 ROUNDS = 40
 
@@ -77,25 +78,25 @@ RATIOS = {
     "swin": HostCase("swin", OURS),
     "inference": HostCase("vit", OURS, work=INFERENCE),
 }
-"""What the last line is about."""
+"""Cases of the last line, by the name printed there."""
 
 
 def launches(work: Work) -> int:
-    """How many of our kernels one call launches."""
+    """Return how many of vpt_fast's kernels one call launches."""
     before = NullLauncher.launches
     work()
     return NullLauncher.launches - before
 
 
 def measure(cases: Sequence[HostCase], rounds: int) -> list[Row]:
-    """Rows of all cases and of those without prompts that they are compared with.
+    """Return the rows of all cases, and of the cases without prompts that they are compared with.
 
     Args:
-        cases: what is timed.
-        rounds: of each; every round takes all of them in a new order.
+        cases: Cases to time.
+        rounds: Interleaved rounds; every case runs once in each, in a new order.
 
     Raises:
-        RuntimeError: a case of ours launched no kernel, so that something else was timed.
+        RuntimeError: If a case of vpt_fast launched no kernel, so that something else was timed.
     """
     cases = list(dict.fromkeys(s for case in cases for s in (case.base, case)))
     with one_thread(), null_driver():
@@ -132,10 +133,10 @@ def measure(cases: Sequence[HostCase], rounds: int) -> list[Row]:
 def _take_rounds(
     works: Mapping[HostCase, Work], rounds: int
 ) -> dict[HostCase, dict[str, np.ndarray]]:
-    """Seconds of all rounds, by case and part."""
+    """Return the seconds of all rounds, by case and part."""
     order, names = random.Random(0), list(works)
     seconds: dict[HostCase, dict[str, list[float]]] = {name: {} for name in names}
-    # What is alive now is none of a step's garbage: collections look at the rest only.
+    # Objects alive now are not a step's garbage: exempt them from collection.
     gc.collect()
     gc.freeze()
     try:
@@ -154,7 +155,7 @@ def _take_rounds(
 
 
 def profile(case: HostCase, steps: int = 20) -> None:
-    """Print where Python's time goes, by function, over some calls of a case."""
+    """Print where the time of some calls of a case goes, by Python function."""
     with one_thread(), null_driver():
         work = Work(case)
         for _ in range(WARMUP):
@@ -178,7 +179,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print the rows as a table, a case a line, and the ratios last."""
+    """Print the rows as a table, one line per case, and the ratios last."""
     print(f"{'ms of CPU time, least (median)':34}" + "".join(f"{part:>18}" for part in PARTS))
     by = {(row["subject"], row["part"]): row for row in rows}
     for case in dict.fromkeys(row["subject"] for row in rows):
@@ -204,7 +205,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; write the CSV where all cases were measured."""
+    """Measure and print; write the CSV if all cases were measured."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.host",
         description=__doc__,
@@ -212,10 +213,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     names = {str(case): case for case in CASES}
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="default %(default)s")
-    parser.add_argument("--only", nargs="+", choices=tuple(names), help="writes no file")
-    parser.add_argument("--profile", choices=tuple(names), help="of one case, no times")
     parser.add_argument(
-        "--calls", action="store_true", help="count Python calls per block, no times"
+        "--only",
+        nargs="+",
+        choices=tuple(names),
+        help="measure these cases only, and write no file",
+    )
+    parser.add_argument("--profile", choices=tuple(names), help="profile one case, without times")
+    parser.add_argument(
+        "--calls", action="store_true", help="count Python calls per block, without times"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory")
     options = parser.parse_args(arguments)

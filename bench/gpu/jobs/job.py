@@ -1,4 +1,4 @@
-"""What can be asked of a device: comparisons, checks, and other jobs."""
+"""The types of jobs: comparisons, checks, and others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.providers.experts import ExpertCase
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """An operator that is checked, and not timed; in a dtype of its own if it has one."""
+    """Check of an operator, without times; in its own dtype if it has one."""
 
     case: KernelCase
     dtype: str | None = None
@@ -33,7 +33,7 @@ class KernelCheck:
 
 @dataclass(frozen=True)
 class CeilingsJob:
-    """The device's own ceilings."""
+    """Measurement of the device's ceilings."""
 
     def __str__(self) -> str:
         return "ceilings: one large product, one large copy"
@@ -41,7 +41,7 @@ class CeilingsJob:
 
 @dataclass(frozen=True)
 class FactsJob:
-    """The device's name, and what else results hang on."""
+    """Name of the device, and the versions that results depend on."""
 
     def __str__(self) -> str:
         return "device and versions"
@@ -49,17 +49,17 @@ class FactsJob:
 
 @runtime_checkable
 class RunnableJob(Protocol):
-    """Anything else that is run on the device.
+    """A job that runs itself on the device.
 
     Attributes:
-        seconds: that it may take, a guess.
+        seconds: Estimated seconds.
     """
 
     @property
     def seconds(self) -> float: ...
 
     def run(self, device: Device, emit: Emit) -> None:
-        """Do it."""
+        """Run the job, and emit its results."""
         ...
 
 
@@ -68,7 +68,7 @@ Job = Comparison | KernelCheck | CeilingsJob | FactsJob | RunnableJob
 
 
 def case_columns(job: Comparison | KernelCheck, dtype: str) -> Row:
-    """The columns that say what a row is about."""
+    """Return the columns that identify what a row measured."""
     row = {"kind": "measured", "dtype": dtype}
     if isinstance(job, KernelCheck):
         return {**row, "dtype": job.dtype or dtype, "bench": "check", "model": str(job)}

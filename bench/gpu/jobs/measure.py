@@ -1,8 +1,8 @@
-"""One comparison on a device: every provider checked, then timed in turns, then replayed.
+"""One comparison on a device: every provider checked, timed in interleaved rounds, then replayed.
 
-What goes wrong for a provider (a wrong result, memory that does not suffice, a failure to compile
-or to capture) is written in its row, and the others go on. Everything is told as soon as it is
-known, and who is at work before it starts.
+A provider's failure (a wrong result, lack of memory, a failure to compile or to capture) is written
+to its row, and the others continue. Every event is emitted as soon as it is known, and the running
+providers before they start.
 """
 
 from __future__ import annotations
@@ -82,16 +82,16 @@ class _DeviceFault(Exception):
 def measure(
     job: Job, device: Device, dtype: str = "bfloat16", emit: Emit = ignore_event
 ) -> Outcome:
-    """Check and time a job, or do a job.
+    """Run a job.
 
     Args:
-        job: what.
-        device: where.
-        dtype: of attention, experts and checks; a `Case` says its own.
-        emit: is told everything as it becomes known.
+        job: Job to run.
+        device: Device to run it on.
+        dtype: Dtype of attention, experts and checks; a `Case` has its own.
+        emit: Receives every event as it occurs.
 
     Returns:
-        All that was told.
+        All events.
     """
     outcome = Outcome()
 
@@ -107,11 +107,11 @@ def measure(
         job.run(device, both)
         device.release()
     else:
-        _Measuring(job, device, dtype, both)
+        _Comparing(job, device, dtype, both)
     return outcome
 
 
-class _Measuring:
+class _Comparing:
     def __init__(
         self, job: Comparison | KernelCheck, device: Device, dtype: str, emit: Emit
     ) -> None:
@@ -132,7 +132,7 @@ class _Measuring:
             emit("faulted", fault.names)
 
     def _note(self, name: str, **columns: Any) -> None:
-        """Add to a provider's row, and emit it."""
+        """Add columns to a provider's row, and emit the row."""
         row = self.rows.setdefault(name, {**self.facts, "provider": name, "rounds": 0})
         row |= columns
         self.emit("row", dict(row))
@@ -146,17 +146,17 @@ class _Measuring:
     def _try(
         self, names: tuple[str, ...], what: str, function: Callable[[], Any], wrong: bool = True
     ) -> Any:
-        """The function's result; None, and a note in the providers' rows, if it fails.
+        """Return the function's result; None, and a note in the providers' rows, if it fails.
 
         Raises:
-            _DeviceFault: the device no longer computes.
+            _DeviceFault: If the device no longer computes.
         """
         self.emit("running", names)
         try:
             return function()
         except torch.OutOfMemoryError:
             note, wrong = f"{what}: out of memory", False
-        # Compilers raise whatever their authors chose.
+        # Compilers raise errors of any type.
         except Exception as error:
             note = f"{what}: {one_line(error)}"
         for name in names:
@@ -182,41 +182,41 @@ class _Measuring:
         return check.holds
 
     def _compare(self, job: Comparison) -> bool:
-        """Check, time, replay; whether the device was lost after the times."""
+        """Check, time and replay; return whether the device was lost after the times."""
         prepared: dict[str, _Prepared] = {}
         for name in job.providers:
             self.device.release()
             before, start = self.device.allocated(), perf_counter()
-            prepare = self._try(
+            entry = self._try(
                 (name,), "check", partial(self._enter, job, name), name not in COMPILED
             )
-            if prepare is None or not self._holds(prepare.check):
+            if entry is None or not self._holds(entry.check):
                 continue
             if name in COMPILED:
                 took = perf_counter() - start
                 self.emit("message", f"{name}: {took:.0f} s to compile and check, not counted")
             self.device.release()
-            peak = self._try((name,), "peak memory", partial(_peak, self.device, prepare.run))
+            peak = self._try((name,), "peak memory", partial(_peak, self.device, entry.run))
             if peak is not None and isinstance(self.job, Case):
                 self._note(name, peak_mib=f"{(peak - before) / 2**20:.1f}")
-            prepared[name] = prepare
+            prepared[name] = entry
         self._truth = None
         self.device.release()
         # Ours last: a capture that fails may leave its process without a device.
         timed = sorted(self._time(prepared), key=lambda name: name == OURS)
         if isinstance(job, BankModelCase):
-            return False  # a bank looks its tasks up on the host: a graph would not do it again
+            return False  # a bank looks tasks up on the host, which a graph would not repeat
         return self._replay_all(timed, prepared)
 
     def _replay_all(self, timed: Sequence[str], prepared: dict[str, _Prepared]) -> bool:
-        """Replay those that were timed; whether the device was lost."""
-        for place, name in enumerate(timed):
+        """Replay the providers that were timed; return whether the device was lost."""
+        for index, name in enumerate(timed):
             replay = partial(self._replay, name, prepared.pop(name))
             try:
                 self._try((name,), "graph", replay, wrong=False)
             except _DeviceFault:
-                for other in timed[place + 1 :]:
-                    self._failed(other, "graph: not tried, another's failed", wrong=False)
+                for other in timed[index + 1 :]:
+                    self._failed(other, "graph: not tried, another provider's failed", wrong=False)
                 self.emit("device_lost", True)
                 return True
             del replay
@@ -225,7 +225,7 @@ class _Measuring:
 
     def _enter(self, job: Comparison, name: str) -> _Prepared:
         if name in COMPILED:
-            # Or what another case left behind would make shapes dynamic, or stop compilation.
+            # Compiled code of another case would make shapes dynamic, or stop compilation.
             torch.compiler.reset()
         device, dtype = self.device.name, DTYPES[self.dtype]
         if isinstance(job, Case):
@@ -239,19 +239,19 @@ class _Measuring:
             return _Prepared(check, work(job, module, device), trained)
         if isinstance(job, BankModelCase):
             return _Prepared(*bank_model_providers.prepare(job, name, dtype, device))
-        ways: Any = _PROVIDERS[type(job)]
+        module: Any = _PROVIDERS[type(job)]
         one = replace(job, providers=(name,))
-        check = ways.checks(one, dtype, device)[name]
-        return _Prepared(check, ways.functions(one, dtype, device)[name])
+        check = module.checks(one, dtype, device)[name]
+        return _Prepared(check, module.functions(one, dtype, device)[name])
 
     def _time(self, prepared: Mapping[str, _Prepared]) -> tuple[str, ...]:
-        """Time them in turns; the names of those that have times."""
+        """Time the providers in interleaved rounds; return the names of those that have times."""
         timer, rounds = self.device.timer, ROUNDS[self.device.name]
         counts = {}
-        for name, prepare in prepared.items():
-            count = self._try((name,), "timing", partial(repeats, timer, prepare.run))
+        for name, entry in prepared.items():
+            count = self._try((name,), "timing", partial(repeats, timer, entry.run))
             if count is not None:
-                counts[name] = prepare.run, count
+                counts[name] = entry.run, count
         names = tuple(counts)
         announcing_timer = _AnnouncingTimer(
             timer, self.emit, {run: name for name, (run, _) in counts.items()}
@@ -265,17 +265,17 @@ class _Measuring:
                 columns |= ratios(found.seconds.tolist(), times[OURS].seconds.tolist())
             self._note(name, **columns)
         for name, found in times.items():
-            self._try((name,), "host time", partial(self._beside, name, counts[name][0], found))
+            self._try((name,), "host time", partial(self._add_load, name, counts[name][0], found))
         return tuple(times)
 
-    def _beside(self, name: str, run: Run, found: Times) -> None:
-        """What stands beside a time: the host's own, and the device's clock and power."""
+    def _add_load(self, name: str, run: Run, found: Times) -> None:
+        """Add the host's time, and the device's clock and power, to a provider's row."""
         host = self.device.host_seconds(run)
         columns = {} if host is None else {"host_ms": f"{host * 1e3:.4g}"}
         self._note(name, **columns, **self.device.load(run, found.median))
 
-    def _replay(self, name: str, prepare: _Prepared) -> None:
-        graph = self.device.capture(prepare.run, prepare.parameters)
+    def _replay(self, name: str, entry: _Prepared) -> None:
+        graph = self.device.capture(entry.run, entry.parameters)
         if graph is None:
             return
         error = 0.0 if self._dropout() else replay_error(graph)
@@ -288,19 +288,19 @@ class _Measuring:
         self._note(name, graph_p50_ms=found["p50_ms"])
 
     def _dropout(self) -> bool:
-        """Whether two runs draw different masks."""
+        """Return whether two runs draw different masks."""
         return isinstance(self.job, Case) and self.job.dropout > 0
 
 
 @dataclass
 class _AnnouncingTimer:
-    """A timer that tells whose round it is before it starts: a hang has a name."""
+    """Timer that emits which provider runs before each round, so that a hang can be attributed."""
 
     timer: Timer
     emit: Emit
     names: Mapping[Run, str]
 
-    round_seconds: float = 0.0  # rounds are counted by then
+    round_seconds: float = 0.0  # calls per round are known by then
 
     def seconds(self, run: Run, repeats: int = 1) -> float:
         self.emit("running", (self.names[run],))
@@ -308,7 +308,7 @@ class _AnnouncingTimer:
 
 
 def _peak(device: Device, run: Run) -> int | None:
-    run()  # what is allocated once, and compiled, does not count
+    run()  # excludes one-time allocations and compilation
     return device.peak(run)
 
 
@@ -317,6 +317,6 @@ def _trained(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, for a column of a table."""
+    """Return an error as one line, for a column of a table."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]

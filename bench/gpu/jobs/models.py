@@ -1,4 +1,4 @@
-"""A whole model of ours on the device, against the published formulation in fp64."""
+"""Check of a whole model on the device, against the published formulation in fp64."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bench.providers.models import OURS
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """Logits and every trained gradient of a model, which is not timed.
+    """Check of the logits and every trained gradient of a model, without times.
 
     Attributes:
-        case: the model and its method; two images of it are run.
-        seconds: that it may take, a guess.
+        case: Model and method; two images of it are run.
+        seconds: Estimated seconds.
     """
 
     case: Case
@@ -27,7 +27,7 @@ class ModelCheck:
         return f"check {self.case}"
 
     def run(self, device: Device, emit: Emit) -> None:
-        """Check it."""
+        """Check the model and emit its row."""
         emit("running", (OURS,))
         check = Truth(self.case, device.name, whole=False).check(OURS)
         row = {

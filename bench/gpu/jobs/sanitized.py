@@ -1,4 +1,4 @@
-"""Small launches of every operator and of a step, for a program that watches them.
+"""Small launches of every operator and of a step, to run under compute-sanitizer.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m bench.gpu.jobs.sanitized
 """
@@ -28,7 +28,7 @@ def _step(case: Case, device: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Launch it all; 1 if something failed."""
+    """Launch all operators and steps; return 1 if any failed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.jobs.sanitized",
         description=__doc__,
@@ -50,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fails(name: object, launch: Callable[[], object], device: str) -> bool:
-    """Launch and wait for it; whether it failed, which is printed, and the next is launched."""
+    """Launch and synchronize, print a failure; return whether it failed."""
     try:
         launch()
         if device == "cuda":
             torch.cuda.synchronize()
-    # Whatever it is: what comes after it is wanted too.
+    # Any failure: the launches after it still run.
     except Exception:
         print(f"failed {name}\n{traceback.format_exc()}", flush=True)
         return True

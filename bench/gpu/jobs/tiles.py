@@ -1,4 +1,4 @@
-"""Times of attention's candidate tiles, 64 channels, bf16: what `bench.tiles.tune` measures."""
+"""Times of attention's candidate tiles, 64 channels, bf16, as `bench.tiles.tune` measures them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vpt_fast.kernels.attention.tiles import KERNELS, Key
 from vpt_fast.kernels.runtime.launch import Launch
 
 KEYS: list[Key] = [(kernel, 64, "bf16", 90) for kernel in KERNELS]
-"""Their architecture gives way to the device's own."""
+"""The device's own architecture replaces the one given here."""
 
 _TRIAL_ROWS = 2
 
 
 @dataclass(frozen=True)
 class TilesJob:
-    """Candidate tiles, timed one after another into a file.
+    """Times of candidate tiles, written to a file one after another.
 
     Attributes:
-        path: of the CSV file; an older one is replaced.
-        trial: whether nothing is launched, and programs of a launch stand in for milliseconds.
-        seconds: that it may take.
+        path: CSV file to write; an older one is replaced.
+        trial: Whether to launch nothing, and write the number of programs instead of milliseconds.
+        seconds: Seconds that it may take.
     """
 
     path: str
@@ -39,7 +39,7 @@ class TilesJob:
         return "tiles of attention, 64 channels, bf16"
 
     def run(self, device: Device, emit: Emit) -> None:
-        """Time them; the file grows row by row."""
+        """Time the candidates; the file grows row by row."""
         stable_keys()
         Path(self.path).unlink(missing_ok=True)
         time: Callable[[Launch], float] = _programs if self.trial else median_milliseconds

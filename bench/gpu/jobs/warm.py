@@ -1,10 +1,10 @@
-"""Compiles, by all cores at once, the kernels that a run of the benchmark will launch.
+"""Compiles, on all cores, the kernels that a run of the benchmark will launch.
 
     python -m bench.gpu.jobs.warm [--jobs N] [--capability 90] [--quick] [--tiles] [--trial]
 
 They go to Triton's own cache (TRITON_CACHE_DIR), where every later process finds them. No GPU is
-needed: models run on tensors without values, and launches are recorded_launches instead of made. A cache that
-was made elsewhere with the same Python, Triton and source is found too: copy the folder.
+needed: models run on fake tensors, and launches are recorded instead of made. A cache that was
+filled elsewhere with the same Python, Triton and source is found too: copy the folder.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ from vpt_fast.kernels.runtime.launch import Launch, Target
 
 
 class Kernel(NamedTuple):
-    """What Triton compiles, as one process can hand it to another.
+    """What Triton compiles, in a form that can be sent to another process.
 
     Attributes:
-        module, name: where the function is.
-        signature, constants, attributes: of `triton.compiler.ASTSource`.
-        options: of `triton.compile`.
-        launch: what it computes, for reports.
+        module, name: Module and name of the function.
+        signature, constants, attributes: Arguments of `triton.compiler.ASTSource`.
+        options: Options of `triton.compile`.
+        launch: Name of the launch, for reports.
     """
 
     module: str
@@ -79,7 +79,7 @@ class Kernel(NamedTuple):
 
 @contextlib.contextmanager
 def recorded_launches(capability: int) -> Iterator[list[Launch]]:
-    """Note the launches inside, as a GPU of this capability would make them."""
+    """Record the launches inside, as a GPU of this capability would make them."""
     found: list[Launch] = []
 
     with contextlib.ExitStack() as stack:
@@ -94,7 +94,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
 
 
 def _run(job: Job) -> None:
-    """Run ours of a job on tensors without values; those of whom nothing is ours do nothing."""
+    """Run vpt_fast's part of a job on fake tensors; do nothing for jobs without one."""
     if isinstance(job, ModelCheck):
         return _run_model(replace(job.case, batch=2))
     if isinstance(job, StepCheck):
@@ -129,9 +129,9 @@ def _run_model(case: Case) -> None:
 
 
 def kernels_of(job: Job, capability: int) -> list[Kernel] | str:
-    """Kernels that ours of a job launches; or why it could not be run here, in words.
+    """Return the kernels that a job launches; or why it could not be run here.
 
-    What is not found beforehand is compiled when it is launched.
+    Kernels that are not found here are compiled when they are launched.
     """
     whole = isinstance(job, Case | ModelCheck | StepCheck | ExpertCase) or (
         isinstance(job, KernelCheck) and isinstance(job.case, ExpertCase)
@@ -148,11 +148,11 @@ def kernels_of(job: Job, capability: int) -> list[Kernel] | str:
 
 
 def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
-    """Kernels of launches, each once."""
+    """Return the kernels of launches, each once."""
     target = gpu_target(capability)
     by_key: dict[str, Kernel] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # addresses of tensors without values are asked for
+        warnings.simplefilter("ignore")  # fake tensors are asked for their addresses
         for launch in found:
             source, options = specialise(launch, target)
             function = launch.kernel
@@ -165,7 +165,7 @@ def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
 
 
 def tile_launches(capability: int) -> list[Launch]:
-    """Launches of attention's candidate tiles at 64 channels in bf16."""
+    """Return launches of attention's candidate tiles at 64 channels in bf16."""
     from vpt_fast.kernels.attention.tiles import KERNELS
 
     found = []
@@ -180,21 +180,21 @@ _FEW = 1
 
 
 def _build(kernel: Kernel, capability: int) -> str:
-    """Compile a kernel; what went wrong, in words."""
+    """Compile a kernel; return an error message, "" if there is none."""
     try:
         function = getattr(importlib.import_module(kernel.module), kernel.name)
         source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
         target = gpu_target(capability)
         _build_launcher(triton.compile(source, target=target, options=kernel.options))
-    # Candidates that want too much of the device are among them.
+    # Some candidates exceed the device's resources.
     except Exception as failure:
         return f"{kernel.launch}: {type(failure).__name__}: {failure}"[:160]
     return ""
 
 
 def _build_launcher(kernel: Any) -> None:
-    """Build the C function that launches a kernel, where Triton (up to 3.6) has one for each."""
-    with contextlib.suppress(Exception):  # without CUDA's library it cannot be linked here
+    """Build the C function that launches a kernel, where Triton (up to 3.6) has one per kernel."""
+    with contextlib.suppress(Exception):  # it cannot be linked without CUDA's library
         from triton.backends.nvidia import driver
 
         if hasattr(driver, "make_launcher") and driver.library_dirs():
@@ -205,10 +205,10 @@ def _build_launcher(kernel: Any) -> None:
 def warm(
     jobs: Sequence[Job], given: Sequence[Kernel], capability: int, processes: int
 ) -> Iterator[str]:
-    """Find the kernels of jobs and compile them, with others that are given, in processes.
+    """Find and compile the kernels of jobs, and the given kernels, in parallel processes.
 
     Yields:
-        What is worth saying, as it becomes known.
+        Lines to print, as they become known.
     """
     start = time.perf_counter()
     context = multiprocessing.get_context("fork")
@@ -231,7 +231,7 @@ def warm(
 
 
 def _capability() -> int:
-    """The GPU's own, asked without taking hold of it; 90 where there is none."""
+    """Return the GPU's capability, without opening the device; 90 where there is none."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -241,16 +241,18 @@ def _capability() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, and say what did not."""
+    """Compile kernels, and print which did not compile."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.jobs.warm",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--capability", type=int, help="of the GPU; its own by default, or 90")
+    parser.add_argument(
+        "--capability", type=int, help="compute capability times 10; default that of the GPU, or 90"
+    )
     parser.add_argument("--quick", action="store_true", help="the kernels of --cases quick")
-    parser.add_argument("--trial", action="store_true", help="only a few, to show that it works")
+    parser.add_argument("--trial", action="store_true", help="only a few, to try the code")
     parser.add_argument(
         "--tiles", action="store_true", help="candidate tiles of `bench.tiles.tune`"
     )

@@ -1,6 +1,6 @@
-"""Counted FLOP and bytes of what was timed, and the time that a model gives it.
+"""Counted FLOP and bytes of what was timed, and its modelled time.
 
-The one place that asks `bench.counted.trace` and `bench.counted.step_model` for the GPU benchmark.
+The only module of the GPU benchmark that uses `bench.counted.trace` and `bench.counted.step_model`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def count(case: object, provider: str, dtype: str, device: str) -> Counted | Non
     """Count a provider's step, or attention alone.
 
     Args:
-        case: what was timed.
-        provider: of `bench.providers.models`; compiled ones after ideal fusion.
-        dtype: of attention; a `Case` says its own.
-        device: its name; a time is modelled where its peaks are known.
+        case: Case that was timed.
+        provider: One of `bench.providers.models`; compiled ones are counted after ideal fusion.
+        dtype: Dtype of attention; a `Case` has its own.
+        device: Name of the device; a time is modelled if its peaks are known.
 
     Returns:
-        None where the trace does not reach: inference, and experts alone.
+        None for what cannot be traced: inference, and experts alone.
     """
     ops = _ops(case, provider, dtype)
     if ops is None:
@@ -75,7 +75,7 @@ def _ops(case: object, provider: str, dtype: str) -> list[Op] | None:
 
 
 def rates(row: Row, counted: Counted) -> Row:
-    """Achieved rates of a row that has a time: counted work over measured time."""
+    """Return the achieved rates of a row that has a time: counted work over measured time."""
     seconds = float(row["p50_ms"]) / 1e3
     return {
         "tflops": f"{counted.flop / seconds / 1e12:.4g}",

@@ -19,6 +19,7 @@ from bench.compare.collect import read, rows_of
 from bench.compare.facts import facts, file_stem
 from bench.compare.interleave import interleave
 from bench.compare.recorded import RecordedClock
+from bench.counted import saved_bytes
 from bench.providers.models import EAGER, OURS
 
 ROOT = Path(__file__).parents[3]

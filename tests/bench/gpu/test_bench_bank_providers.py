@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.counted.trace import counts, traced
 from bench.gpu.device import CpuDevice
-from bench.gpu.jobs.cases import Plan, only, timed_jobs
+from bench.gpu.jobs.cases import Plan, with_providers, timed_jobs
 from bench.gpu.jobs.checks import check_kernel, kernel_cases
 from bench.gpu.jobs.measure import KernelCheck, measure
 from bench.providers import bank_attention as bank_attention_providers
@@ -146,7 +146,7 @@ def test_what_a_gpu_measures() -> None:
     # Only beside ours; and by name, as where one of them is lost.
     others = timed_jobs(Plan(providers=("concat",)))
     assert not any(isinstance(s, BankAttentionCase | BankModelCase) for s in others)
-    assert only(attention, [ONE_BY_ONE]).providers == (ONE_BY_ONE,)
+    assert with_providers(attention, [ONE_BY_ONE]).providers == (ONE_BY_ONE,)
     checked = [c for c in kernel_cases() if isinstance(c, BankAttentionCase | HeadsCase)]
     assert {str(KernelCheck(c)) for c in checked} == {
         "check bank_attention-p70-mixed-b7-n197-heads 3x64",
