@@ -79,7 +79,10 @@ class HostTimes:
         }
 
     def step(self, model: str, provider: str, method: str = "vpt-deep") -> float:
-        """Return the milliseconds of an eager provider's step, in proportion to the model's blocks."""
+        """Return the milliseconds of an eager provider's step.
+
+        The time is taken to be proportional to the number of blocks.
+        """
         kind, depth = blocks_of_model(model)
         case = str(HostCase(kind, provider, method))
         if case not in self._steps:

@@ -43,7 +43,7 @@ def run_program(
         except subprocess.TimeoutExpired:
             return None
         finally:
-            # Also kill what the program left running; do not wait for a process that the driver blocks.
+            # Also kill what it left running; do not wait for a process that the driver blocks.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Candidate tiles of an attention kernel, compiled without a GPU, and the rules that choose the best.
+"""Candidate tiles of an attention kernel, compiled without a GPU, and the rules to choose one.
 
 Everything is static: figures of the compiled code, and issue cycles modelled from it as
 `bench.machine_code.figures` defines them, averaged over `SHAPES`. The rules of `choose`, in order:
@@ -82,8 +82,8 @@ def candidates(key: Key, stages: Sequence[int] = (2,)) -> list[Choice]:
     """Return the choices to try for an entry of the launch table.
 
     A warp owns 16 rows of a product with matrix instructions, and four warps share one on sm_90 and
-    sm_100. fp32 products use none, and hold their operands in registers. No shape has enough prompts
-    to make tiles of more than 64 rows of them worthwhile.
+    sm_100. fp32 products use none, and hold their operands in registers. No shape of `SHAPES` has
+    more than 64 prompts, so larger tiles of prompts would be narrowed to 64 rows.
     """
     kernel, _, dtype, architecture = key
     steps: tuple[int, ...]

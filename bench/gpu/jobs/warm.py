@@ -248,9 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--capability", type=int, help="compute capability times 10; default that of the GPU, or 90"
-    )
+    parser.add_argument("--capability", type=int, help="default that of the GPU, or 90")
     parser.add_argument("--quick", action="store_true", help="the kernels of --cases quick")
     parser.add_argument("--trial", action="store_true", help="only a few, to try the code")
     parser.add_argument(

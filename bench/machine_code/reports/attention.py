@@ -23,11 +23,11 @@ from bench.machine_code.reports.entry import Entry, LoopEntry
 
 
 def attention_entry(kernel: str, problem: AttentionProblem, architecture: Architecture) -> Entry:
-    """Compile one launch of a problem and hold it against its limits.
+    """Compile one launch of a problem and compare it with its limits.
 
     Args:
-        kernel: one of `bench.machine_code.problems.attention.KERNELS` or `OTHER_KERNELS`.
-        problem: shapes and dtype; prompt_dkdv is that of prompts that each image has for itself.
+        kernel: One of `bench.machine_code.problems.attention.KERNELS` or `OTHER_KERNELS`.
+        problem: Shapes and dtype; prompt_dkdv implies that each image has its own prompts.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
     """
     if kernel == "prompt_dkdv":
@@ -37,7 +37,7 @@ def attention_entry(kernel: str, problem: AttentionProblem, architecture: Archit
 
 
 def entry_of(report: LaunchReport) -> Entry:
-    """A launch as the report shows it."""
+    """Return a launch as the report shows it."""
     problem, trips = report.problem, report.launch.trips
     return Entry(
         family="attention",
@@ -60,7 +60,7 @@ def entry_of(report: LaunchReport) -> Entry:
 
 
 def tile_sizes(report: LaunchReport) -> str:
-    """Sizes of the launch's tile: rows of queries x rows of keys, and of the narrower tiles."""
+    """Return the launch's tile: rows of queries x rows of keys, and rows of the narrower tiles."""
     sizes = report.launch.constexprs
     narrow = sizes.get("BLOCK_MIX", sizes.get("BLOCK_TAIL"))
     other = sizes.get("BLOCK_N", sizes["BLOCK_D"])
@@ -68,7 +68,7 @@ def tile_sizes(report: LaunchReport) -> str:
 
 
 def _is_judged(report: LaunchReport) -> bool:
-    """Whether every limit applies: to whole blocks, not to the last one's single query."""
+    """Return whether every limit applies: to whole blocks, not to the last one's single query."""
     problem = report.problem
     return (
         is_judged(report.architecture)
@@ -79,14 +79,7 @@ def _is_judged(report: LaunchReport) -> bool:
 
 
 def verdicts(report: LaunchReport) -> list[Verdict]:
-    """Every limit that applies to a launch, held against its figures.
-
-    Args:
-        report: the launch.
-
-    Returns:
-        One verdict per limit.
-    """
+    """Return every limit that applies to a launch, compared with its figures."""
     binary, figures = report.figures.binary, report.figures
     fits = shared_memory_fits(binary.shared, figures.shared_limit)
     if not _is_judged(report):
@@ -113,7 +106,7 @@ def verdicts(report: LaunchReport) -> list[Verdict]:
 
 
 def _matrix_instructions(report: LaunchReport) -> Verdict:
-    """The architecture's own matrix instructions, where a block has the warps that they take."""
+    """Check for the architecture's own matrix instructions, if a block has enough warps for them."""
     mma = MULTIPROCESSORS[int(report.architecture)].mma
     if report.figures.warps < 4:
         mma = "HMMA"
@@ -128,10 +121,10 @@ def _matrix_instructions(report: LaunchReport) -> Verdict:
 
 
 def _loads(report: LaunchReport) -> list[Verdict]:
-    """Activations arrive in 16-byte pieces, asynchronously in loops over full tiles.
+    """Check that activations arrive in 16-byte pieces, asynchronously in loops over full tiles.
 
-    An iteration reads two tiles of `rows` rows; row statistics (fp32) come beside them. Where all
-    threads summed_cycles need less than 16 bytes each of what is left, their pieces are smaller.
+    An iteration reads two tiles of `rows` rows, and row statistics (fp32). If a remainder has less
+    than 16 bytes per thread, its pieces are smaller.
     """
     result = []
     constexprs = report.launch.constexprs
@@ -153,14 +146,14 @@ def _loads(report: LaunchReport) -> list[Verdict]:
 
 
 def _rows_of(kernel: str, loop: str) -> str:
-    """Name of the constexpr that holds the rows of a loop's tile."""
+    """Return the name of the constexpr that holds the rows of a loop's tile."""
     if loop in FULL_LOOPS:
         return "BLOCK_M" if kernel.endswith("dkdv") else "BLOCK_N"
     return {"mixed": "BLOCK_MIX", "tail": "BLOCK_TAIL"}[loop]
 
 
 def _cycles(report: LaunchReport) -> list[Verdict]:
-    """Issue cycles of the launch and of its loops."""
+    """Compare issue cycles of the launch and of its loops with their limits."""
     result = []
     key = (report.kernel, int(report.architecture))
     by_shape = limits().launch.get(key, {})
