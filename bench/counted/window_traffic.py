@@ -33,7 +33,7 @@ def keys_and_values(_: Launch, packed: Tensor) -> Tensor:
 
 
 def _only_prompts(launch: Launch) -> bool:
-    """Return whether a pass over whole windows computes only gradients of prompts in their own tile.
+    """Return whether a pass over whole windows computes only gradients of separately tiled prompts.
 
     It needs no scores of tokens then, and loads nothing for them.
     """

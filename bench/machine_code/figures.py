@@ -166,8 +166,8 @@ def _loop_bodies(
 ) -> tuple[list[_Body], list[_Body]]:
     """Return the loops with a matrix instruction of their own, and the others.
 
-    A loop without one inside such a loop, for example a wait for a barrier, counts as part of it, run
-    once.
+    A loop without one inside such a loop, for example a wait for a barrier, is counted as part of
+    it, run once.
     """
     holds = [any(is_mma(instructions[i]) for i in loop.own) for loop in loops]
     bodies = {number: list(loop.own) for number, loop in enumerate(loops)}

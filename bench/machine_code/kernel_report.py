@@ -76,9 +76,10 @@ loops       SM cycles of each pipe per iteration of one block, its instruction c
             the FLOP of the usual tiles that they replace
 -           unknown: gfx942's machine code is not read, sm_100's does not show its MMA FLOP;
             memory cycles are known for targets whose bandwidth multiprocessor.py has"""
-BESIDE = """\
-Compared with plain flash attention on concatenated keys and values: SM cycles of each pipe per useful
-1,048,576 MMA FLOP, the same FLOP for all; copies: memory cycles of concatenating and splitting."""
+COMPARISON = """\
+Compared with plain flash attention on concatenated keys and values: SM cycles of each pipe per
+useful 1,048,576 MMA FLOP, the same FLOP for all; copies: memory cycles of concatenating and
+splitting."""
 
 
 def _architecture(text: str) -> Architecture:
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(format_entry(entry), flush=True)
     attention = [entry for entry in done if entry.family.endswith("attention")]
     if {entry.family for entry in attention} == {"attention", "plain attention"}:
-        print("", BESIDE, "", comparison(attention), sep="\n")
+        print("", COMPARISON, "", comparison(attention), sep="\n")
     over = sum(not verdict.holds for entry in done for verdict in entry.judged)
     print(f"\n{over} figures over their limits." if over else "\nEvery limit holds.")
     if no_limits():

@@ -154,7 +154,8 @@ def attention_launches(
         needs_tokens: Whether tokens need a gradient.
 
     Returns:
-        Launches on tensors without memory, which count as aligned; that of a batch of many tasks too.
+        Launches on tensors without memory, which count as aligned. With prompts, that of a batch of
+        many tasks is included.
     """
     plan = attention_plan(problem, launch_target(architecture), needs_tokens=needs_tokens)
     launches = {launch.name: launch for launch in (*plan["forward"], *plan["backward"])}

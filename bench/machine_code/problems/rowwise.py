@@ -17,8 +17,8 @@ NORM_KERNELS = (
     "norm", "residual_norm", "residual_norm_scaled",
     "residual_norm_backward", "residual_norm_backward_scaled",
 )  # fmt: skip
-"""norm has no residual sum (prompts; recomputed rows). _scaled has LayerScale, which gives the branch
-its own gradient, and in the forward pass the statistics of VAPT's experts.
+"""norm has no residual sum (prompts; recomputed rows). _scaled has LayerScale, which gives the
+branch its own gradient, and in the forward pass the statistics of VAPT's experts.
 """
 
 KINDS = ("gelu", "gelu_tanh", "quick_gelu", "silu")

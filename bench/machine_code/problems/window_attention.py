@@ -1,4 +1,4 @@
-"""The launches of windowed attention for a problem, without a GPU, to compile and read the kernels."""
+"""The launches of windowed attention for a problem, without a GPU, to read the compiled kernels."""
 
 from __future__ import annotations
 

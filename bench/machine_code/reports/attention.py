@@ -106,7 +106,7 @@ def verdicts(report: LaunchReport) -> list[Verdict]:
 
 
 def _matrix_instructions(report: LaunchReport) -> Verdict:
-    """Check for the architecture's own matrix instructions, if a block has enough warps for them."""
+    """Check for the architecture's own matrix instructions, if a block has enough warps."""
     mma = MULTIPROCESSORS[int(report.architecture)].mma
     if report.figures.warps < 4:
         mma = "HMMA"

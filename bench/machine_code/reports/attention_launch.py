@@ -110,9 +110,9 @@ class LaunchReport:
     def loop_cycles(self, name: str) -> float | None:
         """Return the issue cycles per 1,048,576 MMA FLOP of a loop.
 
-        A tile that is narrower than the usual one is counted over the FLOP of the usual tiles that it
-        replaces: it costs more per FLOP but less in total, and the total matters. The same applies to a
-        loop over the remainder, and to a launch whose rows all fit in one narrow tile.
+        A tile that is narrower than the usual one is counted over the FLOP of the usual tiles that
+        it replaces: it costs more per FLOP but less in total, and the total matters. The same
+        applies to a loop over the remainder, and to a launch whose rows all fit in one narrow tile.
         """
         loop, trips = self.loops[name], self.launch.trips[name]
         if not loop.flop or loop.issue_per_unit is None:

@@ -72,8 +72,8 @@ class WindowReport:
     def memory_bytes(self) -> int:
         """Bytes that the launch has to read and write: each row of d channels once, and fp32.
 
-        Rows are those of q, k, v, out and their gradients, as far as they are used (`_ROWS`); fp32 are
-        lse, delta and the sums over windows.
+        Rows are those of q, k, v, out and their gradients, as far as they are used (`_ROWS`); fp32
+        are lse, delta and the sums over windows.
         """
         given, sizes = self.launch.arguments, self.launch.constexprs
         rows, statistics = _ROWS[self.launch.name]

@@ -1,4 +1,4 @@
-"""The roofline: its formula, what it prints, and modelled beside measured times."""
+"""The roofline: its formula, what it prints, and measured and modelled times."""
 
 from __future__ import annotations
 
@@ -106,16 +106,16 @@ def test_the_hosts_time_is_what_was_measured_for_as_many_blocks(hosts: HostTimes
     assert host_ms(hosts, TINY, "without_prompts", "vapt") == 6.0
     assert host_ms(hosts, TINY, "published") == host_ms(hosts, TINY, "concat") == 9.0
     assert {host_ms(hosts, TINY, name) for name in COMPILED} == {0.0}
-    with pytest.raises(ValueError, match="have no vit-vpt_fast-vapt; make them again"):
+    with pytest.raises(ValueError, match="have no vit-vpt_fast-vapt; measure them again"):
         host_ms(hosts, TINY, "vpt_fast", "vapt")
 
 
 def test_results_that_are_not_the_hosts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("bench,device\nstep,x\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no results file of bench.host.host"):
+    with pytest.raises(ValueError, match="not a results file of bench.host"):
         HostTimes(path)
-    with pytest.raises(ValueError, match="`python -m bench.host` makes one"):
+    with pytest.raises(ValueError, match="`python -m bench.host` creates one"):
         host_page.latest(tmp_path)
 
 

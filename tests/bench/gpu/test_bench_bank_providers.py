@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.counted.trace import counts, traced
 from bench.gpu.device import CpuDevice
-from bench.gpu.jobs.cases import Plan, with_providers, timed_jobs
+from bench.gpu.jobs.cases import Plan, timed_jobs, with_providers
 from bench.gpu.jobs.checks import check_kernel, kernel_cases
 from bench.gpu.jobs.measure import KernelCheck, measure
 from bench.providers import bank_attention as bank_attention_providers

@@ -241,7 +241,7 @@ def test_a_capture_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(CpuDevice, "usable", lambda _: False)
     outcome = measure(case, CpuDevice())
     ours, theirs = outcome.rows
-    assert ours["p50_ms"] and ours["note"] == "graph: not tried, another's failed"
+    assert ours["p50_ms"] and ours["note"] == "graph: not tried, another provider's failed"
     assert theirs["p50_ms"] and theirs["ratio_p50"] and outcome.device_lost and not outcome.faulted
 
 
@@ -267,16 +267,16 @@ def test_inference_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not outcome.wrong and not any(row.get("note") for row in outcome.rows)
 
 
-def test_rows_are_told_as_they_grow() -> None:
-    told: list[tuple[str, Any]] = []
+def test_rows_are_emitted_as_they_grow() -> None:
+    emitted: list[tuple[str, Any]] = []
     case = dataclasses.replace(SMALL, providers=("concat", OURS))
-    outcome = measure(case, CpuDevice(), emit=lambda kind, value: told.append((kind, value)))
-    rows = [value for kind, value in told if kind == "row"]
+    outcome = measure(case, CpuDevice(), emit=lambda kind, value: emitted.append((kind, value)))
+    rows = [value for kind, value in emitted if kind == "row"]
     assert [row["provider"] for row in rows[:2]] == ["concat", OURS]
     assert "error" in rows[0] and "p50_ms" not in rows[0] and "p50_ms" in rows[-1]
     assert {row["provider"]: row for row in rows} == outcome.by_provider
-    # Who is at work is told before it starts.
-    assert told[0] == ("running", ("concat",)) and ("running", (OURS,)) in told
+    # The running provider is emitted before it starts.
+    assert emitted[0] == ("running", ("concat",)) and ("running", (OURS,)) in emitted
 
 
 def test_the_host_is_timed_from_an_idle_device(events: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Kernels are compiled beforehand into the cache where launches find them."""
+"""Kernels are compiled ahead into the cache where launches find them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from bench.gpu.jobs.keys import stable_keys
 from bench.gpu.jobs.warm import recorded_launches
-from bench import attention_providers
+from bench.providers import attention as attention_providers
 from bench.providers.attention import AttentionCase
 
 class Driver:
@@ -86,7 +86,7 @@ def test_launches_find_what_was_compiled_beforehand(tmp_path: Path) -> None:
         (KernelCheck(ActivationCase("silu")), {"activation", "activation_backward"}),
         (replace(STEP, providers=("concat",)), set()),
     ],
-    # Sets have no order of their own, and processes that share the tests must agree on their names.
+    # Sets are unordered, and the processes that share the tests must agree on the names.
     ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_kernels_of_a_subject(job: object, names: set[str]) -> None:

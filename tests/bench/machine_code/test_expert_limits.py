@@ -82,7 +82,7 @@ def test_every_limit_holds(
 
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("prompts", [1, 10, 16])
-def test_the_mix_issues_less_than_a_third_of_what_memory_takes(prompts: int, target: int) -> None:
+def test_mixing_issues_less_than_a_third_of_what_memory_takes(prompts: int, target: int) -> None:
     report = report_of("mix", ExpertProblem(prompts=prompts), target)
     assert "issue over memory, loop" in {v.figure for v in verdicts(report)}
     ratio = report.mixing_loop_ratio()

@@ -266,7 +266,7 @@ def test_one_command_and_one_schema_for_every_family(capsys, tmp_path):
     arguments = ["--target", "90", "--shape", "197,10", "--kernel", *kernels]
     assert kernel_report.main([*arguments, "--output", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "Every limit holds." in text and "Beside a plain flash attention" in text
+    assert "Every limit holds." in text and "Compared with plain flash attention" in text
     with path.open() as file:
         rows = list(csv.DictReader(file))
     families = {"attention", "plain attention", "experts", "rows"}

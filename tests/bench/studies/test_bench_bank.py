@@ -1,4 +1,4 @@
-"""The comparison of a bank with one task and with switching: correct logits, counts, wrong input."""
+"""A bank compared with one task and with switching: correct logits, counts, wrong input."""
 
 from __future__ import annotations
 
