@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the plots, and print the picture's path."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare.plots", description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--output", type=Path, help="PNG (default: beside the results)")
+    parser.add_argument("--output", type=Path, help="PNG (default: next to the results)")
     options = parser.parse_args(arguments)
     path = options.output or options.results.with_suffix(".png")
     try:

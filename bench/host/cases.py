@@ -55,7 +55,7 @@ class HostCase:
 
     @property
     def base(self) -> HostCase:
-        """The same model and work without prompts."""
+        """Case with the same model and work, without prompts."""
         return HostCase(self.model, WITHOUT, work=self.work)
 
 

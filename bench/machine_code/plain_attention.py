@@ -59,7 +59,7 @@ def _forward_step(
     q, k_tile, v_tile, acc, row_max, row_sum, scale_log2, dims, exists,
     HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Lines 8 to 10 of algorithm 1: fold one tile of keys into the running softmax."""
+    """Apply lines 8 to 10 of algorithm 1: fold one tile of keys into the running softmax."""
     k = _load(k_tile, dims, exists, HEAD_DIM, MASKED)
     v = _load(v_tile, dims, exists, HEAD_DIM, MASKED)
     scores = tl.dot(q, tl.trans(k))
@@ -126,7 +126,7 @@ def _dq_step(
     q, grad_out, lse, delta, k_tile, v_tile, dq, scale_log2, dims, exists,
     HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Lines 11, 13, 14 and 15 of algorithm 2 for one tile of keys."""
+    """Apply lines 11, 13, 14 and 15 of algorithm 2 to one tile of keys."""
     k = _load(k_tile, dims, exists, HEAD_DIM, MASKED)
     v = _load(v_tile, dims, exists, HEAD_DIM, MASKED)
     scores = tl.dot(q, tl.trans(k))
@@ -196,7 +196,7 @@ def _dkdv_step(
     k, v, q_tile, grad_out_tile, lse_tile, delta_tile, dk, dv, scale_log2, dims, exists,
     HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Lines 11 to 14 and 16 of algorithm 2 for one tile of queries, transposed: [keys, queries]."""
+    """Apply lines 11 to 14 and 16 of algorithm 2 to a tile of queries; [keys, queries]."""
     q = _load(q_tile, dims, exists, HEAD_DIM, MASKED)
     grad_out = _load(grad_out_tile, dims, exists, HEAD_DIM, MASKED)
     if MASKED:

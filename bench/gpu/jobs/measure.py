@@ -239,10 +239,10 @@ class _Comparing:
             return _Prepared(check, work(job, module, device), trained)
         if isinstance(job, BankModelCase):
             return _Prepared(*bank_model_providers.prepare(job, name, dtype, device))
-        module: Any = _PROVIDERS[type(job)]
+        providers: Any = _PROVIDERS[type(job)]
         one = replace(job, providers=(name,))
-        check = module.checks(one, dtype, device)[name]
-        return _Prepared(check, module.functions(one, dtype, device)[name])
+        check = providers.checks(one, dtype, device)[name]
+        return _Prepared(check, providers.functions(one, dtype, device)[name])
 
     def _time(self, prepared: Mapping[str, _Prepared]) -> tuple[str, ...]:
         """Time the providers in interleaved rounds; return the names of those that have times."""

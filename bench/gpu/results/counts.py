@@ -55,7 +55,7 @@ def counted(tasks: Sequence[Task], processes: int) -> list[Counted | str | None]
 
 
 def add_counts(path: Path, processes: int | None = None) -> list[str]:
-    """Add rates (FLOP and bytes over measured time) to a results file, and draw it beside it.
+    """Add rates (FLOP and bytes over measured time) to a results file, and draw it next to it.
 
     Args:
         path: CSV file, which is rewritten.

@@ -68,7 +68,7 @@ class HeadsReport:
 
     @property
     def loops(self) -> list[tuple[LoopFigures, int]]:
-        """The loop over the features and how often it runs; empty if it is unrolled."""
+        """Loop over the features and how often it runs; empty if it is unrolled."""
         trips = self.launch.trips["features"]
         return [(loop, trips) for loop in self.figures.plain_loops]
 

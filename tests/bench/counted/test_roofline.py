@@ -32,7 +32,7 @@ TINY = "vit_tiny_patch16_224"
 H100 = GPUS["H100"]
 EXACT = Assumptions(gemm=0.5, attention=0.25, memory=1.0, driver_us=10, replay_us=0, gap_us=0)
 
-# Milliseconds of the host that nobody measured, 12 blocks.
+# Invented milliseconds of the host, 12 blocks.
 MADE_UP = {
     "vit-without_prompts": 6.0, "vit-concat-vpt-deep": 9.0, "vit-keys_concat-vpt-deep": 8.0,
     "vit-vpt_fast-vpt-deep": 4.0, "swin-without_prompts": 10.0, "swin-concat-vpt-deep": 20.0,
@@ -229,7 +229,7 @@ ROW = {
 
 
 def made_up(path: Path, *changes: dict[str, str]) -> Path:
-    """A CSV of rows that nobody measured."""
+    """Write a CSV of invented rows."""
     rows = [{**ROW, **change} for change in changes]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))

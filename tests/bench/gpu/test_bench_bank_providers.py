@@ -36,7 +36,7 @@ SMALL = BankModelCase("test_vit", 3, 4, 32)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [EQUAL, MIXED], ids=str)
-def test_all_ways_compute_the_same(case: BankAttentionCase, dtype: torch.dtype) -> None:
+def test_all_providers_compute_the_same(case: BankAttentionCase, dtype: torch.dtype) -> None:
     checks = bank_attention_providers.checks(case, dtype)
     assert set(checks) == {*BANK_PROVIDERS, OURS}
     assert all(check.holds and check.error > 0 for check in checks.values())
@@ -54,10 +54,10 @@ def test_a_mixed_batch_has_everything() -> None:
     """Tasks of every kind, whose prompts do not lie in the order of the images in one pool."""
     spans = MIXED.spans()
     assert {0, 1, 3, 9} == {count for _, count in spans}
-    assert any(start < 0 and count for start, count in spans)
+    assert any(offset < 0 and count for offset, count in spans)
     given = MIXED.inputs(torch.float32)
-    assert given.max_prompts == 9 and given.offsets.tolist() == [start for start, _ in spans]
-    assert len(EQUAL.inputs(torch.float32).made) == 0
+    assert given.max_prompts == 9 and given.offsets.tolist() == [offset for offset, _ in spans]
+    assert len(EQUAL.inputs(torch.float32).computed) == 0
 
 
 @pytest.mark.parametrize("case", [MIXED, EQUAL], ids=str)
@@ -66,8 +66,8 @@ def test_prompts_of_another_task_are_noticed(
 ) -> None:
     right = bank_attention_providers.bank_attention
 
-    def wrong(tokens: Any, rest: Tensor, made: Tensor, starts: Tensor, *others: Any) -> Any:
-        return right(tokens, rest.roll(1, 0), made, starts, *others)
+    def wrong(tokens: Any, cached: Tensor, computed: Tensor, offsets: Tensor, *others: Any) -> Any:
+        return right(tokens, cached.roll(1, 0), computed, offsets, *others)
 
     monkeypatch.setattr(bank_attention_providers, "bank_attention", wrong)
     checks = bank_attention_providers.checks(case, torch.bfloat16)
@@ -76,7 +76,7 @@ def test_prompts_of_another_task_are_noticed(
 
 @pytest.mark.parametrize("case", [MIXED, EQUAL], ids=str)
 def test_one_launch_for_all_tasks(case: BankAttentionCase) -> None:
-    """As they would be made on a GPU, counted."""
+    """Count the launches that a GPU would make."""
     launched = {}
     for name, run in bank_attention_providers.functions(case, torch.bfloat16).items():
         with traced() as ops:
@@ -143,7 +143,7 @@ def test_what_a_gpu_measures() -> None:
     assert attention == BankAttentionCase(50, 64, 197, 12, 64) and not attention.mixed
     assert model == BankModelCase("vit_base_patch16_224", 64, 50)
     assert attention.providers == (*BANK_PROVIDERS, OURS) and model.providers == (ONE_BY_ONE, OURS)
-    # Only beside ours; and by name, as where one of them is lost.
+    # Only together with ours; or by name, as after a provider made the device fault.
     others = timed_jobs(Plan(providers=("concat",)))
     assert not any(isinstance(s, BankAttentionCase | BankModelCase) for s in others)
     assert with_providers(attention, [ONE_BY_ONE]).providers == (ONE_BY_ONE,)
@@ -157,7 +157,7 @@ def test_what_a_gpu_measures() -> None:
 
 
 def test_the_kernels_hold(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under ttsem tensors are on the CPU, so the choice is made for the operators."""
+    """Under ttsem tensors are on the CPU, so the operators are told to use the kernels."""
     from vpt_fast.ops.attention import ragged as bank_attention
     from vpt_fast.ops.rowwise import grouped_heads
 

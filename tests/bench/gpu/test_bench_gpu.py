@@ -57,7 +57,7 @@ def of(rows: list[dict[str, str]], **wanted: str) -> list[dict[str, str]]:
 
 def test_every_stage_runs(tmp_path: Path, capsys: Any) -> None:
     assert main(["--device", "cpu", "--output", str(tmp_path)]) == 0
-    rows, said = results(tmp_path), capsys.readouterr().out
+    rows, printed = results(tmp_path), capsys.readouterr().out
     steps = of(rows, bench="step", method="vpt-deep", dropout="0.0", memory="speed")
     assert {row["prompts"] for row in steps} == {"3", "5"}
     for bench in ("step", "inference", "attention"):
@@ -77,17 +77,17 @@ def test_every_stage_runs(tmp_path: Path, capsys: Any) -> None:
         assert not row["peak_mib"] and not row["graph_p50_ms"] and not row["cuda"]
         assert float(row["tflops_ceiling"]) > 0 and not row["tflops"]
     for stage in STAGES:
-        assert f"== {stage}, " in said
+        assert f"== {stage}, " in printed
     for line in (
         "1 kernels compiled for sm_90", "1 passed, 0 failed, exit status 0", " x aten::",
         "launched step-test_vit-vapt", "2 candidates in tiles.csv",
     ):  # fmt: skip
-        assert line in said, line
-    assert "WRONG" not in said and "Skipped" not in said
+        assert line in printed, line
+    assert "WRONG" not in printed and "Skipped" not in printed
     # What comes back from a machine that is lent is eight files at most.
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"gpu.log", "profile.csv", "tiles.csv", "trace.json.gz"} and len(names) <= 8
-    assert (tmp_path / "gpu.log").read_text() == said
+    assert (tmp_path / "gpu.log").read_text() == printed
 
 
 QUICK = ["--device", "cpu", "--stage", "times", "--cases", "quick", "--prompts", "3"]
@@ -138,8 +138,8 @@ def test_with_no_time_nothing_is_measured(tmp_path: Path, capsys: Any) -> None:
 def test_without_a_gpu_it_says_so(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
-    said = capsys.readouterr()
-    assert "no CUDA GPU here" in said.err and "--device cpu" in said.err and not said.out
+    printed = capsys.readouterr()
+    assert "no CUDA GPU here" in printed.err and "--device cpu" in printed.err and not printed.out
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_counted_work_of_a_row() -> None:
         assert found.flop == wanted.flop
 
 
-def test_what_cannot_be_counted_is_said() -> None:
+def test_what_cannot_be_counted_is_reported() -> None:
     (found,) = counted([(SMALL, "nobody", "bfloat16", "a GPU")], 0)
     assert isinstance(found, str) and "nobody is not counted: " in found
 
@@ -70,7 +70,7 @@ def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Made-up numbers: with graphs, memory, a ceiling, an H100's name, and a row without times."""
 
     def row(name: str, prompts: int, times: bool = True) -> dict[str, Any]:
-        made = {
+        columns = {
             "bench": "step", "model": "test_vit", "method": "vpt-deep", "batch": 2,
             "prompts": prompts, "dropout": 0.0, "dtype": "bfloat16", "image_size": 32,
             "provider": name, "memory": "speed", "device": "NVIDIA H100 80GB HBM3", "cuda": "13.0",
@@ -80,7 +80,7 @@ def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             "p50_ms": 3 * slow, "graph_p50_ms": 2 * slow, "ratio_p50": slow, "peak_mib": 50,
             "tflops": 2, "tflops_ceiling": 9, "gb_per_s": 4, "gb_per_s_ceiling": 8,
         }  # fmt: skip
-        return made | (times_of if times else {"note": "check: out of memory"})
+        return columns | (times_of if times else {"note": "check: out of memory"})
 
     names = (PUBLISHED, "concat", OURS)
     rows = [row(name, p) for p in (3, 5) for name in names] + [row("keys_concat", 3, times=False)]

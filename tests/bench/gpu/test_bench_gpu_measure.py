@@ -246,7 +246,7 @@ def test_a_capture_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_inference_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its results may only be written to under inference mode, where they were made."""
+    """Its results may only be written to in inference mode, in which they were created."""
 
     class Kept(CpuDevice):
         def capture(self, run: Any, parameters: Any) -> Any:
@@ -298,7 +298,7 @@ def test_clock_and_power_are_read_under_load(
 
 
 class Cuda(CpuDevice):
-    """A device that has what stands beside a time."""
+    """A device that reports host time, clock and power."""
 
     def host_seconds(self, run: Any) -> float | None:
         return 0.0123

@@ -1,4 +1,4 @@
-"""A GPU benchmark ends in its minutes, and keeps what it has, whatever hangs or dies."""
+"""A GPU benchmark ends within its time, and its results survive hangs and crashes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def row(name: str, **more: Any) -> Event:
 
 
 class Scripted:
-    """A runner that tells what it is given, and whose jobs take 100 seconds each."""
+    """A runner that emits the given events, and whose jobs take 100 seconds each."""
 
     def __init__(self, *script: list[Event | WorkerDied]) -> None:
         self.script, self.asked, self.now = list(script), [], 0.0
@@ -59,7 +59,7 @@ class Scripted:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Callable[[Any], Session]:
+def make_session(tmp_path: Path) -> Callable[[Any], Session]:
     """Makes a session of a runner."""
 
     def make(runner: Any) -> Session:
@@ -70,9 +70,9 @@ def made(tmp_path: Path) -> Callable[[Any], Session]:
     return make
 
 
-def test_what_does_not_fit_is_skipped_and_said(made: Any) -> None:
+def test_what_does_not_fit_is_skipped_and_reported(make_session: Any) -> None:
     runner = Scripted([("ceilings", Ceilings(1.0, 2.0))], [row(OURS)], [])
-    session = made(runner)
+    session = make_session(runner)
     check = KernelCheck(NormCase(8))
     jobs = [CeilingsJob(), SMALL, dataclasses.replace(SMALL, prompts=9), check]
     session.run(jobs, Budget(207, lambda: runner.now))
@@ -80,19 +80,19 @@ def test_what_does_not_fit_is_skipped_and_said(made: Any) -> None:
     assert runner.asked == [jobs[0], jobs[1], check] and runner.limits[2] == 7
     assert session.skipped == ["step-test_vit-vpt-deep-p9-b2-bfloat16"]
     assert session.ceilings == Ceilings(1.0, 2.0) and len(session.rows) == 1
-    (kept,) = read(session.record.path)
-    assert kept["tflops_ceiling"] == "1" and kept["torch"]
+    (stored,) = read(session.record.path)
+    assert stored["tflops_ceiling"] == "1" and stored["torch"]
 
 
-def test_what_was_timed_whole_is_not_timed_again(made: Any) -> None:
+def test_what_was_timed_whole_is_not_timed_again(make_session: Any) -> None:
     whole = [row("concat", p50_ms="1"), row(OURS, p50_ms="2")]
     runner = Scripted(whole, [row("concat", p50_ms="1"), row(OURS)], whole)
-    session, other = made(runner), dataclasses.replace(SMALL, prompts=9)
+    session, other = make_session(runner), dataclasses.replace(SMALL, prompts=9)
     session.run([SMALL, SMALL, other, other], Budget(900))
     assert runner.asked == [SMALL, other, other]
 
 
-def test_rows_are_kept_before_their_job_ends(made: Any) -> None:
+def test_rows_are_written_before_their_job_ends(make_session: Any) -> None:
     seen: list[list[str]] = []
 
     class Watched(Scripted):
@@ -103,19 +103,19 @@ def test_rows_are_kept_before_their_job_ends(made: Any) -> None:
             emit(*row("concat", error="0.1", p50_ms="3"))
             seen.append([r["p50_ms"] for r in read(session.record.path)])
 
-    session = made(Watched())
+    session = make_session(Watched())
     session.run([SMALL], Budget(900))
     assert seen == [["concat", OURS], ["3", ""]]
 
 
-def test_a_hang_is_its_providers_alone(made: Any) -> None:
-    """Those who were not at work are measured again without it; what was told is kept."""
+def test_a_hang_is_its_providers_alone(make_session: Any) -> None:
+    """The other providers are measured again without it; what was emitted is saved."""
     hung = "concat_compiled"
     runner = Scripted(
         [row("concat"), ("running", (hung,)), WorkerDied("stopped after 9 s")],
         [row(name, p50_ms="1") for name in GPU_PROVIDERS if name != hung],
     )
-    session = made(runner)
+    session = make_session(runner)
     case = dataclasses.replace(SMALL, providers=GPU_PROVIDERS)
     session.run([case], Budget(900, lambda: runner.now))
     assert runner.asked[1].providers == tuple(n for n in GPU_PROVIDERS if n != hung)
@@ -126,10 +126,10 @@ def test_a_hang_is_its_providers_alone(made: Any) -> None:
     assert hung in COMPILED
 
 
-def test_a_hang_in_a_graph_costs_no_times(made: Any) -> None:
+def test_a_hang_in_a_graph_costs_no_times(make_session: Any) -> None:
     timed = [row("concat", p50_ms="2"), row(OURS, p50_ms="1"), ("running", (OURS,))]
     runner = Scripted([*timed, WorkerDied("its process ended with exit status -11")])
-    session = made(runner)
+    session = make_session(runner)
     session.run(
         [dataclasses.replace(SMALL, providers=("concat", OURS))], Budget(900, lambda: runner.now)
     )
@@ -137,10 +137,10 @@ def test_a_hang_in_a_graph_costs_no_times(made: Any) -> None:
     assert session.wrong == [f"{SMALL}, {OURS}: its process ended with exit status -11"]
 
 
-def test_a_fault_does_not_cost_the_others(made: Any) -> None:
+def test_a_fault_does_not_cost_the_others(make_session: Any) -> None:
     first = [row("concat"), ("wrong", "ours, wrong"), row(OURS, note="lost"), ("faulted", (OURS,))]
     runner = Scripted(first, [row("concat", p50_ms="1"), row("keys_concat", p50_ms="1")])
-    session = made(runner)
+    session = make_session(runner)
     case = dataclasses.replace(SMALL, providers=("concat", "keys_concat", OURS))
     session.run([case], Budget(900, lambda: runner.now))
     assert runner.asked[1].providers == ("concat", "keys_concat")
@@ -161,18 +161,18 @@ def hang_or_answer(job: Any, device: Any, dtype: str, emit: Emit) -> None:
 
 
 def test_a_worker_that_ends_or_hangs_is_replaced() -> None:
-    worker, told = Worker("cpu", "float32", hang_or_answer), []
+    worker, messages = Worker("cpu", "float32", hang_or_answer), []
 
     def emit(kind: str, value: Any) -> None:
-        told.append(value)
+        messages.append(value)
 
     check = KernelCheck(NormCase(8))
     try:
         worker.measure(check, 60, emit)
-        assert told == ["check residual_norm-d8-layer_scale on cpu in float32"]
+        assert messages == ["check residual_norm-d8-layer_scale on cpu in float32"]
         with pytest.raises(WorkerDied, match="stopped after 1 s"):
             worker.measure(SMALL, 1.0, emit)
-        assert told[1] == f"{SMALL} on cpu in float32"
+        assert messages[1] == f"{SMALL} on cpu in float32"
         with pytest.raises(WorkerDied, match="ended with exit status 3"):
             worker.measure(CeilingsJob(), 60, emit)
         # A new process, which is stopped before it has even started.
@@ -183,7 +183,7 @@ def test_a_worker_that_ends_or_hangs_is_replaced() -> None:
 
 
 def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
-    made: Any, monkeypatch: pytest.MonkeyPatch
+    make_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every job and every program of it, as a driver that no longer answers would have it."""
     programs: list[str] = []
@@ -198,7 +198,7 @@ def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
     monkeypatch.setattr(sessions, "estimated_seconds", lambda job: 0.1)
     monkeypatch.setattr(sessions, "_LEAST_SECONDS", 0.1)
     worker = Worker("cpu", "bfloat16", hang_or_answer)
-    session = made(worker)
+    session = make_session(worker)
     worker.measure(FactsJob(), 60, lambda kind, value: None)  # its start is not in the minutes
     start, seconds = time.monotonic(), 8.0
     try:
@@ -206,7 +206,7 @@ def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
     finally:
         worker.close()
     assert time.monotonic() - start < seconds + 3
-    # Each stage had its part of the time, and what it lost is said.
+    # Each stage had its share of the time, and reports what it lost.
     assert programs == ["warm", "tests", "memcheck", "warm", "demo"]
     asked = {type(job).__name__ for job, _ in session.outcomes}
     assert {"CeilingsJob", "ModelCheck", "Case", "ProfileJob", "TilesJob"} <= asked

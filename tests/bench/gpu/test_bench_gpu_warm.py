@@ -69,8 +69,8 @@ def test_launches_find_what_was_compiled_beforehand(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    said = run("-m", "bench.gpu.jobs.warm", "--trial", "--jobs", "2", "--capability", "90")
-    assert "4 kernels compiled for sm_90" in said
+    printed = run("-m", "bench.gpu.jobs.warm", "--trial", "--jobs", "2", "--capability", "90")
+    assert "4 kernels compiled for sm_90" in printed
     assert run("-c", LAUNCH_AGAIN).strip() == "4 [True, True, True, True]"
 
 
@@ -95,7 +95,7 @@ def test_kernels_of_a_subject(job: object, names: set[str]) -> None:
     assert names <= {kernel.launch for kernel in found} and bool(found) == bool(names)
 
 
-def test_what_cannot_be_found_beforehand_is_said() -> None:
+def test_what_cannot_be_found_beforehand_is_reported() -> None:
     found = kernels_of(replace(STEP, image_size=33), 90)
     assert isinstance(found, str) and found.startswith(f"{STEP}: ")
 

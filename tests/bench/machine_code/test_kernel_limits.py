@@ -1,7 +1,7 @@
 """The attention kernels' machine code, compiled for GPUs that need not be there, within its limits.
 
 Everything is static: compiled code and figures modelled from it. The first launch of a kernel for a
-target takes a second or two to compile; Triton's cache keeps it.
+target takes a second or two to compile; after that it is in Triton's cache.
 """
 
 import csv

@@ -20,8 +20,8 @@ def test_the_choice_is_no_further_from_fp64_than_eager(measured, kind: float | s
 
 
 def test_a_narrow_product_of_raw_rows_loses_to_an_offset(measured) -> None:
-    lost = measured["rank one, bf16 product"]
-    assert lost[50.0] > 10 * measured[CHOSEN][50.0]
+    errors_bf16 = measured["rank one, bf16 product"]
+    assert errors_bf16[50.0] > 10 * measured[CHOSEN][50.0]
     assert measured["rank one, fp32 product"][50.0] < measured["eager"][50.0]
 
 
