@@ -91,18 +91,18 @@ def prompt_tune(
     classifier's, and with `FullTuning()` those of the whole model.
 
     Args:
-        model: a timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
+        model: A timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
             MAE, CLIP, DINOv2, SigLIP and their like; or a `SwinTransformer` (swin_*), where every
             window of an image reads the prompts.
         method: `VPTShallow(...)`, `VPTDeep(...)`, `VAPT(...)`, or a baseline: `LinearProbe()`,
             `MLPHead(...)`, `PartialTuning(...)`, `BiasTuning()`, `AdapterTuning(...)` or
             `FullTuning()`.
-        memory: what is kept for backward and what is computed again there: "speed", "balanced",
-            "lean" or "minimal" keep 10, 6, 3 or 1 rows of D channels per token and block (see
+        memory: What is saved for backward and what is recomputed there: "speed", "balanced",
+            "lean" or "minimal" save 10, 6, 3 or 1 rows of D channels per token and block (see
             `vpt_fast.ops.memory_modes`). Blocks that cannot be fused (qk-norm, SwiGLU, hooks
-            inside, weights that are trained ...) keep 1 in every mode but "speed". What a
-            bottleneck adapter keeps comes on top.
-        cuda_graphs: whether the blocks, forward and backward, are recorded as CUDA graphs when they
+            inside, weights that are trained ...) save 1 in every mode but "speed". What a
+            bottleneck adapter saves comes on top.
+        cuda_graphs: Whether the blocks, forward and backward, are recorded as CUDA graphs when they
             first run with a shape and a mode, and replayed afterwards. Where that cannot be done
             they run as without, and a warning says why, once. On the CPU nothing changes.
 
@@ -111,7 +111,7 @@ def prompt_tune(
 
     Raises:
         TypeError: `model` is of another class, `method` is not a method, or `cuda_graphs` no bool.
-        ValueError: something in the model cannot be honoured (named by attribute and value), the
+        ValueError: Something in the model cannot be honoured (named by attribute and value), the
             method does not fit it, it is tuned already, or another tuned model has its blocks.
             Whatever is raised, nothing has been changed then.
     """
@@ -255,18 +255,18 @@ def _uninstall(tuned: Any, record: TuneRecord) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Name and parameter of everything that requires a gradient, in the model's order."""
+    """Return name and parameter of everything that requires a gradient, in the model's order."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Number of trained scalars and of all scalars of the model's parameters."""
+    """Return how many scalars are trained, and how many the model's parameters have in all."""
     total = sum(p.numel() for p in model.parameters())
     return sum(p.numel() for _, p in trainable_parameters(model)), total
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters are trained, how many there are, and the share in percent."""
+    """Print how many scalars are trained, how many there are, and the share in percent."""
     trainable, total = count_parameters(model)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable params: {trainable:,} | all params: {total:,} | trainable: {share:.4f}%")

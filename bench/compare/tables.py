@@ -1,6 +1,6 @@
-"""The README's benchmark tables, generated from a results file.
+"""The benchmark tables of docs/benchmarks/cpu.md, generated from a results file.
 
-    python -m bench.compare.tables bench/results/NAME.csv [--readme README.md] [--check]
+    python -m bench.compare.tables bench/results/NAME.csv [--page PAGE] [--check]
 
 Replaces the text between the two marks. The tables show every comparison in the file, including
 those that are slower.
@@ -22,6 +22,7 @@ BEGIN, END = (
     "<!-- benchmark tables: made by bench.compare.tables -->",
     "<!-- end of benchmark tables -->",
 )
+PAGE = Path(__file__).parent.parent.parent / "docs" / "benchmarks" / "cpu.md"
 
 TITLES = {
     "step": "Training step (forward, loss and backward)",
@@ -42,9 +43,10 @@ OWN_HEADS = {"experts": {"concat": "the equations as written"}}
 _TABLE = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     """\
 Measured on {{ facts.device }}, {{ facts.threads }} threads, torch {{ facts.torch }}, timm \
-{{ facts.timm }}, {{ facts.date }}; fp32 unless a row names another dtype.
-A cell is a provider's time divided by ours in the same round (the rounds are interleaved): median
-(20th to 80th percentile) over {{ rounds }} rounds. Above 1, ours is faster.
+{{ facts.timm }}, {{ facts.date }}; fp32 unless a
+row names another dtype. A cell is a provider's time divided by ours in the same round (the rounds
+are interleaved): median (20th to 80th percentile) over {{ rounds }} rounds. Above 1, ours is
+faster.
 
 {% for table in tables %}
 {{ table.title }}:
@@ -152,19 +154,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page; with --check only report whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare.tables", description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     try:
-        old = options.readme.read_text(encoding="utf-8")
+        old = options.page.read_text(encoding="utf-8")
         new = replaced(old, render(read(options.results)))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if options.check:
-        print(f"{options.readme}: {'up to date' if new == old else 'out of date'}")
+        print(f"{options.page}: {'up to date' if new == old else 'out of date'}")
         return int(new != old)
-    options.readme.write_text(new, encoding="utf-8")
-    print(options.readme)
+    options.page.write_text(new, encoding="utf-8")
+    print(options.page)
     return 0
 
 

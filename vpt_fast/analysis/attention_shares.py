@@ -32,9 +32,9 @@ class PromptAttention:
     """Where the attention of one block goes, for the query that the head reads.
 
     Attributes:
-        block: index of the block.
-        prompts: share of each prompt (B, H, p).
-        tokens: share (B, H) of all prefix tokens and patches together, 1 - prompts.sum(-1).
+        block: Index of the block.
+        prompts: Share of each prompt (B, H, p).
+        tokens: Share (B, H) of all prefix tokens and patches together, 1 - prompts.sum(-1).
     """
 
     block: int
@@ -43,7 +43,7 @@ class PromptAttention:
 
 
 def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
-    """Shares of attention that go to the prompts of each block, softmax(q k^T * scale).
+    """Compute the share of attention that each block's prompts get, softmax(q k^T * scale).
 
     The keys are those of the block: its prompts, or live prompt rows that pass through it as
     tokens, and all tokens. The query is the [CLS] row if the head reads it (the mean over [CLS]
@@ -53,7 +53,7 @@ def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
     the mode it was in. Scores and softmax are fp32 at least, fp64 for a model in fp64.
 
     Args:
-        model: tuned with prompts (`prompt_tune`, `load_adapter`).
+        model: Tuned with prompts (`prompt_tune`, `load_adapter`).
         images: (B, C, H, W), as the model takes them, of its dtype and device.
 
     Returns:
@@ -83,13 +83,13 @@ def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
 
 
 def mixing_maps(model: nn.Module) -> dict[int, Tensor]:
-    """The token mixing maps of VAPT's prompt experts: what each patch weighs in each prompt.
+    """Return the token mixing maps of VAPT's experts: the weight of each patch in each prompt.
 
     Convolution and token-wise projector as one matrix over the patches; it is trained and does not
     depend on the image. Prompts of block 0, of VPT-Deep and of VPT-Shallow mix no patches.
 
     Args:
-        model: tuned with prompts.
+        model: Tuned with prompts.
 
     Returns:
         Block index to weights (p, gh, gw) over the patch grid; empty if no prompt mixes patches.

@@ -25,28 +25,28 @@ from vpt_fast.ops.rowwise.grouped_heads import grouped_heads
 
 
 class PromptBank:
-    """Adapters of one frozen backbone, kept ready to answer for images of any of them.
+    """One frozen backbone with many adapters, which answers for images of any of them.
 
     What a task's prompts are in attention, keys and values that do not depend on the image, is
     computed once, when it is added; for VAPT (arXiv 2501.18936) that is block 0, and the experts of
     the later blocks are computed in the call, each image with the weights of its own task. All
-    keys and values lie in one buffer, where an image finds its own by their place, and all heads in
-    another. An image's logits do not depend on the other images and tasks of the batch, but for
-    rounding.
+    keys and values lie in one buffer, where an image finds its own by their row offset, and all
+    heads in another. An image's logits do not depend on the other images and tasks of the batch,
+    but for rounding.
 
     A bank may be called, and added to, from several threads at once. Its model must stay as it is:
-    keys and values at rest belong to the weights from when they were added. The parts of the model
+    cached keys and values belong to the weights from when they were added. The parts of the model
     are called as modules or passed by; hooks on the model, its blocks and attentions are refused.
 
     Args:
-        model: a plain timm VisionTransformer (or the distilled one); frozen and put into eval mode.
+        model: A plain timm VisionTransformer (or the distilled one); frozen and put into eval mode.
             Its own head is not used. Move it to its device and dtype before; under autocast to
             another dtype the tasks of each batch are rounded in each call.
-        memory_limit: bytes of the device's memory that the tasks may take, heads included, the
+        memory_limit: Bytes of the device's memory that the tasks may take, heads included, the
             backbone and a call's activations not; None for no limit. Buffers that are full or too
             scattered for the next task are replaced, and take up to twice their size meanwhile.
-        spill: where a task does not fit any more, leave the least recently used ones in their
-            files, and read them again when they are asked for. Their adapters must stay where they
+        spill: Whether the least recently used tasks are left in their files where one does not fit
+            any more, and read again when they are asked for. Their adapters must stay where they
             are and as they are.
 
     Raises:
@@ -88,10 +88,10 @@ class PromptBank:
         return self._memory.state.nbytes
 
     def task(self, name: str) -> BankTask:
-        """What is known of a task.
+        """Return what is known of a task.
 
         Raises:
-            ValueError: there is no such task.
+            ValueError: There is no such task.
         """
         return self._memory.state.find(name)
 
@@ -99,17 +99,17 @@ class PromptBank:
         """Add the task of an adapter; calls under way go on without it.
 
         Args:
-            name: not yet in use.
-            directory: what `save_adapter` wrote, for this backbone; tuned with `VPTDeep` in all or
-                the last blocks, `VAPT` or `LinearProbe`.
+            name: Name that is not yet in use.
+            directory: Folder that `save_adapter` wrote, for this backbone; tuned with `VPTDeep` in
+                all or the last blocks, `VAPT` or `LinearProbe`.
 
         Returns:
             What is known of the task.
 
         Raises:
-            FileNotFoundError: there is no adapter.
+            FileNotFoundError: There is no adapter.
             TypeError: `name` is no string.
-            ValueError: the name is empty or in use; the adapter is damaged, has values that are not
+            ValueError: The name is empty or in use; the adapter is damaged, has values that are not
                 finite, is of another backbone or of a method that no bank holds; or it does not fit
                 into `memory_limit`. The bank is as it was then.
         """
@@ -136,7 +136,7 @@ class PromptBank:
         """Forget a task; other tasks get its memory when the calls under way have ended.
 
         Raises:
-            ValueError: there is no such task.
+            ValueError: There is no such task.
         """
         with self._lock:
             self._memory.state.find(name)
@@ -144,7 +144,7 @@ class PromptBank:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, tasks: Iterable[str]) -> list[Tensor]:
-        """Logits of images, each for a task of its own.
+        """Compute logits of images, each for a task of its own.
 
         Args:
             images: (B, channels, height, width), on the model's device, prepared as each image's
@@ -156,10 +156,10 @@ class PromptBank:
 
         Raises:
             TypeError: `tasks` is one string, or `images` no tensor.
-            ValueError: an unknown task, another number of names than images, an image size that a
+            ValueError: An unknown task, another number of names than images, an image size that a
                 task's experts were not made for, tasks that do not fit into memory together, an
                 adapter that has changed since it was spilled, a hooked model or one in training.
-            FileNotFoundError: the adapter of a spilled task is not there any more.
+            FileNotFoundError: The adapter of a spilled task is not there any more.
         """
         if isinstance(tasks, str):
             raise TypeError(f"tasks must name one task per image, got the string {tasks!r}")

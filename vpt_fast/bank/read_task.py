@@ -32,14 +32,14 @@ class BankTask:
     """A task of a bank.
 
     Attributes:
-        name: that it was added under.
-        directory: of its adapter.
-        method: that it was tuned with.
-        num_classes: of its head.
-        class_names: names of the classes, or None.
-        inputs: how images are prepared for it: input_size (channels, height, width), mean, std,
+        name: Name that it was added under.
+        directory: Folder of its adapter.
+        method: Method that it was tuned with.
+        num_classes: Number of classes of its head.
+        class_names: Names of the classes, or None.
+        inputs: Preparation of its images: input_size (channels, height, width), mean, std,
             interpolation, crop_pct, crop_mode.
-        nbytes: what it takes of the device's memory while it is there, in bytes; its head too.
+        nbytes: Bytes of the device's memory that it takes while it is there, its head included.
         digest: SHA-256 of the adapter's tensors.
     """
 

@@ -35,7 +35,7 @@ _BAKED_CLASS: dict[type[VisionTransformer], type[VisionTransformer]] = {
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """A tuned model as a new module for inference, in plain PyTorch and without prompt parameters.
+    """Make a new module for inference of a tuned model, in plain PyTorch, prompts as constants.
 
     The new module has timm's parameter names and computes the logits of `model` in eval mode. It
     is in eval mode, nothing in it requires a gradient, and it shares nothing with `model`, which
@@ -57,7 +57,7 @@ def bake(model: nn.Module) -> nn.Module:
     take the module, for any batch size; an exported program needs torch alone.
 
     Args:
-        model: what `prompt_tune` or `load_adapter` has tuned: a timm `VisionTransformer` or
+        model: What `prompt_tune` or `load_adapter` has tuned: a timm `VisionTransformer` or
             `VisionTransformerDistilled`.
 
     Returns:
