@@ -82,12 +82,12 @@ def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, La
     weight = param(prompts, inner[0] * inner[1])
     kernel = param(1, 1, problem.kernel_size, problem.kernel_size)
     mixing_weight = empty(prompts, -(-problem.patches // 64) * 64)
-    column_sums = empty(prompts)
+    mixing_sum = empty(prompts)
     x, y = param(batch, rows, width), param(batch, rows, width)
     statistics, mixed = empty(3, batch, rows), empty(batch, prompts, width)
     out, row = param(batch, prompts, width), empty(batch, prompts)
     tensors: dict[str, torch.Tensor | None] = {
-        "mix_sum": column_sums,
+        "mix_sum": mixing_sum,
         "weight": param(width),
         "shift": param(width),
         "bias": param(prompts),
@@ -98,7 +98,7 @@ def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, La
         "norm_weight": param(width),
     }
     launches = [
-        fold_launch(weight, kernel, problem.grid, mixing_weight, column_sums),
+        fold_launch(weight, kernel, problem.grid, mixing_weight, mixing_sum),
         mix_launch(x, mixing_weight, statistics, mixed, problem.patches, target),
         features_launch(
             mixed, {**tensors, "norm_bias": param(width)}, True, out, row, empty(batch, prompts),
@@ -115,7 +115,7 @@ def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, La
             empty(chunk_count(batch), prompts, problem.patches), target,
         ),
         fold_backward_launch(
-            weight, kernel, problem.grid, mixing_weight, column_sums, param(*weight.shape),
+            weight, kernel, problem.grid, mixing_weight, mixing_sum, param(*weight.shape),
             empty(prompts, kernel.numel()),
         ),
     ]  # fmt: skip
