@@ -12,7 +12,7 @@ help:
 	@echo "make demo           tune a small pretrained ViT to handwritten digits (about 2 minutes)"
 	@echo "make test           the test suite; the kernels run in it, on the CPU where there is no GPU"
 	@echo "make test-full      every shape of every kernel (long)"
-	@echo "make lint           ruff, mypy, and the site built strictly"
+	@echo "make lint           ruff, mypy, import rules, sizes, and the site, built strictly"
 	@echo "make docs           the site of the documents, into site/"
 	@echo "make bench          this machine: compared with eager PyTorch (9 to 14 minutes)"
 	@echo "make bench-gpu      the same on a CUDA GPU, in 9 minutes: docs/benchmarks/gpu.md (ARGS='--minutes 5')"
@@ -44,6 +44,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m bench.studies.sizes
 	$(BIN)/mkdocs build --strict
 
 docs: $(INSTALLED)

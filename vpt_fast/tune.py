@@ -6,32 +6,22 @@ from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vpt_fast.checks import check_model
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.methods.baselines import AdapterTuning, Baseline, MLPHead
 from vpt_fast.models.all_or_nothing import all_or_nothing
+from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
 from vpt_fast.models.sharing import check_latest, check_own_blocks, remember
-from vpt_fast.models.swin import model as swin_models
-from vpt_fast.models.tuned import Tuned, TuneRecord, blocks_of, is_tuned, take_out
-from vpt_fast.models.vit import model as models
+from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned, take_out
 from vpt_fast.modules.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
 from vpt_fast.modules.prompt_tokens import PromptTokens, init_bound, new_projection, new_tokens
 from vpt_fast.ops.memory_modes import check_memory_mode
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_TUNED_CLASS: dict[Any, type[Tuned]] = {**models.TUNED_CLASS, **swin_models.TUNED_CLASS}
-_PLAIN_CLASS = {tuned: plain for plain, tuned in _TUNED_CLASS.items()}
-
-
-def _family(model: Any) -> Any:
-    """The module that knows where prompts stand in a model of this class."""
-    return swin_models if isinstance(model, SwinTransformer) else models
 
 
 def _classifiers(model: Any) -> list[nn.Module]:
@@ -50,15 +40,16 @@ def _head_tensors(model: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named if id(tensor) in heads}
 
 
-def _in_place(model: Any, method: Method) -> dict[str, Tensor]:
+def _in_place(model: Any, method: Method, family: Family) -> dict[str, Tensor]:
     """What `method` trains in place, by name: the classifier (its buffers too), and of the
     backbone what a baseline names."""
     tensors = _head_tensors(model)
     if isinstance(method, Baseline):
-        depth, name_as_block = len(blocks_of(model)), _family(model).name_as_block
-        parameters = model.named_parameters()
+        depth = len(blocks_of(model))
         tensors |= {
-            name: p for name, p in parameters if method.trains(name_as_block(model, name), depth)
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if method.trains(family.name_as_block(model, name), depth)
         }
     return tensors
 
@@ -119,10 +110,21 @@ def prompt_tune(
     check_memory_mode(memory)
     if not isinstance(cuda_graphs, bool):
         raise TypeError(f"cuda_graphs is {cuda_graphs!r}; use True or False")
-    check_model(model, method)
+    return apply_method(model, method, check_model(model, method), memory, cuda_graphs)
+
+
+def apply_method(
+    model: Model, method: Method, family: Family, memory: str = "speed", cuda_graphs: bool = False
+) -> Model:
+    """Do as `prompt_tune` does with a model that `check_model` has found to fit a method.
+
+    Args:
+        model, method, memory, cuda_graphs: Arguments of `prompt_tune`.
+        family: What `check_model` returned.
+    """
     tuned: Any = model
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
-    in_place = _in_place(tuned, method)
+    in_place = _in_place(tuned, method, family)
     record = TuneRecord(
         method=method,
         memory=memory,
@@ -132,23 +134,23 @@ def prompt_tune(
         graphs=BlockGraphs() if cuda_graphs else None,
     )
     with all_or_nothing(tuned):
-        _install(tuned, record, in_place)
+        _install(tuned, family, record, in_place)
     remember(tuned)
     return tuned
 
 
-def _install(tuned: Any, record: TuneRecord, in_place: Collection[str]) -> None:
+def _install(tuned: Any, family: Family, record: TuneRecord, in_place: Collection[str]) -> None:
     """Freeze a model but for the parameters named, and give it what the method adds."""
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(name in in_place)
     training = tuned.training
-    tuned.__class__ = _TUNED_CLASS[type(tuned)]
+    tuned.__class__ = family.tuned
     tuned.tune_record = record
     if isinstance(record.method, Baseline):
         _add_layers(tuned, record.method)
     else:
-        _add_prompts(tuned, record.method)
-    _family(tuned).place_prompts(tuned)
+        _add_prompts(tuned, record.method, family)
+    family.install(tuned)
     tuned.train(training)
 
 
@@ -181,7 +183,7 @@ def _replace_head(model: Any, head: nn.Linear) -> None:
         model.head.fc = head
 
 
-def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT) -> None:
+def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT, family: Family) -> None:
     blocks = blocks_of(model)
     prompted = method.prompted_blocks(len(blocks))
     if not prompted:
@@ -198,7 +200,7 @@ def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT) -> None:
         model.prompt_tokens = new_tokens(method.num_prompts, width, bound, like)
     owner = model if shared or project_dim is not None else None
     if isinstance(method, VAPT):
-        _family(model).add_experts(model, method, prompted[1:])
+        family.add_experts(model, method, prompted[1:])
         prompted = prompted[:1]
     for index in prompted:
         block = blocks[index]
@@ -223,26 +225,27 @@ def remove_prompts(model: Model) -> Model:
         ValueError: `model` is not tuned, or a model that was tuned after it has some of its
             parameters or its blocks. Whatever is raised, it is tuned as before.
     """
-    if not is_tuned(model):
+    family = family_of(model)
+    if not is_tuned(model) or family is None:
         raise ValueError(f"this {type(model).__name__} has no prompts to remove")
     tuned: Any = model
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
     check_latest(tuned, is_tuned)
     with all_or_nothing(tuned):
-        _uninstall(tuned, tuned.tune_record)
+        _uninstall(tuned, family, tuned.tune_record)
     return tuned
 
 
-def _uninstall(tuned: Any, record: TuneRecord) -> None:
+def _uninstall(tuned: Any, family: Family, record: TuneRecord) -> None:
     unfold_backbone(tuned)
     hidden, head = tuned._modules.get("head_hidden"), tuned.get_classifier()
     if hidden is not None and isinstance(head, nn.Linear):
         width = hidden[0].in_features
         if head.in_features != width:
             _replace_head(tuned, new_classifier(width, head))
-    take_out(tuned, _family(tuned).PLAIN_PARTS)
+    take_out(tuned, family.plain_parts)
     del tuned.tune_record
-    tuned.__class__ = _PLAIN_CLASS[type(tuned)]
+    tuned.__class__ = family.plain
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
     for name, module in tuned.named_modules():

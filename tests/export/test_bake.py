@@ -15,11 +15,11 @@ from unittest import mock
 import pytest
 import timm
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import VARIANTS, distance, pair, redraw_prompts
-from support.plain_baselines import BASELINES, baseline_pair
-from support.plain_vapt import vapt_pair
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import VARIANTS, distance, pair, redraw_prompts
+from support.formulations.plain_baselines import BASELINES, baseline_pair
+from support.formulations.plain_vapt import vapt_pair
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -435,4 +435,4 @@ def test_exported_programs_run_without_this_package(tmp_path: Path) -> None:
 
 
 def test_it_is_public() -> None:
-    assert vpt_fast.export.bake is bake and "bake" in vpt_fast.__all__
+    assert vpt_fast.bake is bake and "bake" in vpt_fast.__all__

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE
-from support.plain import distance, gradients, redraw_prompts, tuned_gradients
+from support.formulations import families
+from support.formulations.families import AVERAGE
+from support.formulations.plain import distance, gradients, redraw_prompts, tuned_gradients
 from torch import Tensor
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune

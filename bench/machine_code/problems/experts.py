@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from vpt_fast.kernels.experts.features import features_backward_launches, features_launch
+from vpt_fast.kernels.experts.features import features_launch
+from vpt_fast.kernels.experts.features_backward import features_backward_launches
 from vpt_fast.kernels.experts.fold import fold_backward_launch, fold_launch
 from vpt_fast.kernels.experts.mix import mix_launch
 from vpt_fast.kernels.experts.mix_backward import mix_backward_launch

@@ -28,7 +28,7 @@ from vpt_fast.kernels.rowwise import activation, grouped_heads, residual_norm
 from vpt_fast.kernels.runtime.launch import Launch, Target
 from vpt_fast.kernels.window_attention import launches as window_attention
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counted by ttsem, which runs kernels on the CPU"
 )

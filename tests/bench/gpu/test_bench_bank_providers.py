@@ -28,7 +28,7 @@ from bench.providers.models import OURS
 from vpt_fast import PromptBank
 from vpt_fast.ops import operation
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 EQUAL = BankAttentionCase(5, 4, 17, 2, 16)
 MIXED = replace(EQUAL, prompts=9, batch=7, mixed=True)

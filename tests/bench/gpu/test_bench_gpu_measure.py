@@ -29,7 +29,7 @@ from bench.providers.attention import AttentionCase
 from bench.providers.models import OURS, provide
 from vpt_fast.ops.rowwise import activation
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat16")
 

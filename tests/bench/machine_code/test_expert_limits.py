@@ -13,7 +13,7 @@ import itertools
 
 import pytest
 import torch
-from support.slower import JUDGED_VERSION, need_compiler, slower
+from support.kernels.slower import JUDGED_VERSION, need_compiler, slower
 
 from bench.counted.traffic import counted
 from bench.machine_code import kernel_report
@@ -27,7 +27,7 @@ from vpt_fast.kernels.runtime.launch import Target
 
 pytestmark = JUDGED_VERSION
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -20,7 +20,7 @@ from bench.machine_code.reports.plain_attention import (
     summed_cycles,
 )
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 TILES = {
     "forward": PlainTiles(32, 16, 2, 2),
