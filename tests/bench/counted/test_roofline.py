@@ -238,9 +238,7 @@ def made_up(path: Path, *changes: dict[str, str]) -> Path:
     return path
 
 
-def test_measured_rows_stand_beside_what_is_modelled_for_them(
-    tmp_path: Path, hosts: HostTimes
-) -> None:
+def test_measured_rows_come_with_their_modelled_times(tmp_path: Path, hosts: HostTimes) -> None:
     path = made_up(
         tmp_path / "made_up.csv",
         {},
@@ -258,9 +256,7 @@ def test_measured_rows_stand_beside_what_is_modelled_for_them(
     assert unknown == ["Some GPU"]
 
 
-def test_of_a_gpus_results_the_steps_of_vpt_deep_are_modelled(
-    tmp_path: Path, hosts: HostTimes
-) -> None:
+def test_of_a_gpus_results_only_vpt_deep_is_modelled(tmp_path: Path, hosts: HostTimes) -> None:
     step = {"bench": "step", "method": "vpt-deep"}
     path = made_up(
         tmp_path / "made_up.csv",
