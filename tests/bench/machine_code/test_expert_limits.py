@@ -82,10 +82,10 @@ def test_every_limit_holds(
 
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("prompts", [1, 10, 16])
-def test_the_mix_issues_less_than_a_third_of_what_memory_takes(prompts: int, target: int) -> None:
+def test_mixing_issues_less_than_a_third_of_what_memory_takes(prompts: int, target: int) -> None:
     report = report_of("mix", ExpertProblem(prompts=prompts), target)
     assert "issue over memory, loop" in {v.figure for v in verdicts(report)}
-    ratio = report.mix_loop_ratio()
+    ratio = report.mixing_loop_ratio()
     assert ratio is not None and 0.05 < ratio <= 0.3
 
 
