@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vpt_fast.adapter.atomic import atomic_file
-from vpt_fast.cli.adapters import Adapter
-from vpt_fast.cli.common import Checkpoint, Device, one_line_errors
+from vpt_fast.cli.common import one_line_errors
+from vpt_fast.cli.options import Adapter, Checkpoint, Device
 from vpt_fast.export.bake import bake
 from vpt_fast.methods import to_dict
 from vpt_fast.train.common.recipe import AMP_DTYPES

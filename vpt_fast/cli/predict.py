@@ -12,7 +12,8 @@ import torch
 import typer
 from torch import Tensor
 
-from vpt_fast.cli.common import AmpDtype, Checkpoint, Device, fail, one_line_errors
+from vpt_fast.cli.common import fail, one_line_errors
+from vpt_fast.cli.options import AmpDtype, Checkpoint, Device
 from vpt_fast.train.common.ranking import most_probable
 from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data import images as data

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vpt_fast.cli.common import Checkpoint, Device, Workers, one_line_errors, report_skipped
+from vpt_fast.cli.common import one_line_errors, report_skipped
+from vpt_fast.cli.options import Checkpoint, Device, Workers
 from vpt_fast.extras import require_extra
 from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.loop.evaluate import resolve_device

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from vpt_fast.adapter.files import TENSORS_FILE, read_config
 from vpt_fast.train.common.curves import directory_size
 from vpt_fast.train.common.metrics import Epoch
-from vpt_fast.train.loop.epochs import FitResult
+from vpt_fast.train.loop.fit_result import FitResult
 from vpt_fast.train.run.record import FINISHED, INTERRUPTED, RunRecord, read_record
 from vpt_fast.train.run.tuned_model import adapter_folder
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow
 
-RECIPES = ("vpt", "vapt")
+PAPERS = ("vpt", "vapt")
 LEARNING_RATES = {
     "sgd": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
     "adamw": (0.005, 0.001, 0.0005, 0.0001),
@@ -64,7 +64,7 @@ def paper_settings(
     of 128 for VPT with less than 100 prompts.
 
     Args:
-        name: one of `RECIPES`, or None.
+        name: one of `PAPERS`, or None.
         method: what is trained.
         data_format: of the data set, one of `sources.FORMATS` but "auto".
         chosen: fields of the method that stay as they are.
@@ -74,8 +74,8 @@ def paper_settings(
     """
     if name is None:
         return PaperSettings(method, 64, "model", augment=True, crops="scaled")
-    if name not in RECIPES:
-        raise ValueError(f"recipe is {name!r}; choose one of {', '.join(RECIPES)}")
+    if name not in PAPERS:
+        raise ValueError(f"recipe is {name!r}; choose one of {', '.join(PAPERS)}")
     tuned: Any = method
     if isinstance(method, VPTDeep | VAPT) and "dropout" not in chosen:
         tuned = replace(tuned, dropout=_DEEP_DROPOUT)
@@ -93,7 +93,7 @@ def paper_batch_size(name: str | None, method: Method) -> int:
     """Images per step of a recipe: 64, or 128 for VPT with less than 100 prompts.
 
     Args:
-        name: one of `RECIPES`, or None.
+        name: one of `PAPERS`, or None.
         method: what is trained.
     """
     prompted = isinstance(method, VPTShallow | VPTDeep)

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from torchvision import transforms
 
 from vpt_fast.train.common.parallel import PartOfBatches
-from vpt_fast.train.data import class_folders
+from vpt_fast.train.data.formats import class_folders
 from vpt_fast.train.data.image_options import without_antialias
 from vpt_fast.train.data.pictures import FORMATS, as_picture, load_image
 from vpt_fast.train.data.seeded_images import SeededBatches, SeededImages

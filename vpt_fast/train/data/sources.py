@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vpt_fast.train.data.class_folders import class_names
-from vpt_fast.train.data.fgvc import is_fgvc, read_fgvc
-from vpt_fast.train.data.hf import is_hf, read_hf
+from vpt_fast.train.data.formats.class_folders import class_names
+from vpt_fast.train.data.formats.fgvc import is_fgvc, read_fgvc
+from vpt_fast.train.data.formats.hf import is_hf, read_hf
+from vpt_fast.train.data.formats.vtab import is_vtab, read_vtab, vtab_folder
 from vpt_fast.train.data.images import SPLITS, ImageFolders, find_split, require_split
 from vpt_fast.train.data.overlaps import overlap_warnings
 from vpt_fast.train.data.split import ImageSource, split_of_files
-from vpt_fast.train.data.vtab import is_vtab, read_vtab, vtab_folder
 
 FORMATS = ("auto", "folders", "vtab", "vtab-1000", "fgvc", "hf")
 """vtab trains on train800.txt with val200.txt, vtab-1000 on both without validation."""

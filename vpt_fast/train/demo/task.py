@@ -19,7 +19,8 @@ from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.data.image_loaders import set_data_config
 from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.data.images import ArrayImages, eval_transform, make_loader
-from vpt_fast.train.loop.epochs import FitResult, fit
+from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.loop.fit_result import FitResult
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 NUM_PROMPTS = 10

@@ -21,14 +21,14 @@ from torch import nn
 
 from vpt_fast import count_parameters
 from vpt_fast.adapter.atomic import atomic_file
-from vpt_fast.methods import Method, to_dict
+from vpt_fast.methods import to_dict
 from vpt_fast.train.common.digest import digest
 from vpt_fast.train.common.parallel import rank
-from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data.split import ImageSource
 from vpt_fast.train.loop.checkpoint import FILE as CHECKPOINT
-from vpt_fast.train.loop.epochs import FitResult
 from vpt_fast.train.loop.evaluate import Evaluation
+from vpt_fast.train.loop.fit_result import FitResult
+from vpt_fast.train.run.settings import RunSettings
 from vpt_fast.version import __version__
 
 FILE = "run.json"
@@ -100,45 +100,33 @@ class RunRecord:
 
 
 def new_record(
-    directory: Path,
-    source: ImageSource,
-    net: nn.Module,
-    model: Mapping[str, Any],
-    method: Method,
-    recipe: Recipe,
-    augmentation: Any,
-    image_options: Any,
-    options: Mapping[str, Any],
+    settings: RunSettings, source: ImageSource, net: nn.Module, model: Mapping[str, Any]
 ) -> RunRecord:
-    """The record of a run that begins.
+    """Return the record of a run that begins.
 
     Args:
-        directory: Of the data.
-        source: What was found there.
-        net: The tuned model.
-        model: "name", "checkpoint" (a path or None), "pretrained", "img_size" and "weights".
-        method: What is tuned.
-        recipe: How it is trained.
-        augmentation, image_options: Dataclasses.
-        options: Anything else that the run was told, as JSON values.
+        settings: Settings of the run.
+        source: Data set that was found in its directory.
+        net: Tuned model.
+        model: What `RunSettings.model_record` returns; "checkpoint" is a path or None.
     """
-    checkpoint = model["checkpoint"]
+    checkpoint, recipe = model["checkpoint"], settings.recipe
     trained, total = count_parameters(net)
     return RunRecord(
         state=RUNNING,
         data={
-            "directory": str(directory.resolve()),
+            "directory": str(settings.directory.resolve()),
             "format": source.format,
-            "digest": _digest(directory, source),
+            "digest": _digest(settings.directory, source),
         },
         images={name: len(split) for name, split in source.splits.items()},
         class_names=list(source.class_names),
         model={**model, "checkpoint": None if checkpoint is None else str(checkpoint.resolve())},
-        method=to_dict(method),
+        method=to_dict(settings.method),
         recipe={**asdict(recipe), "lr": recipe.base_lr, "warmup_epochs": recipe.warmup},
-        augmentation=asdict(augmentation),
-        image_options=asdict(image_options),
-        options=dict(options),
+        augmentation=asdict(settings.augmentation),
+        image_options=asdict(settings.image_options),
+        options=settings.options_record(),
         parameters={"trained": trained, "total": total},
         versions={
             "vpt_fast": __version__,

@@ -14,8 +14,8 @@ from vpt_fast import load_adapter
 from vpt_fast.adapter.files import CONFIG_FILE, read_config
 from vpt_fast.train.backbones import build as backbones
 from vpt_fast.train.common.recipe import head_layers
-from vpt_fast.train.data.class_folders import CLASS_ORDERS, natural
-from vpt_fast.train.loop.epochs import BEST, LAST
+from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS, natural
+from vpt_fast.train.loop.fit_result import BEST, LAST
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,8 @@ class Candidate:
         recipe: with a learning rate and a weight decay that the grid replaces.
         lrs, weight_decays: base learning rates and weight decays to choose from.
         prompts: numbers of prompts to choose from; left out for methods without prompts.
-        paper: the one of `recipes.RECIPES` whose batch size goes by the number of prompts; None
-            leaves that of `recipe`.
+        paper: One of `paper_settings.PAPERS`, whose batch size depends on the number of prompts;
+            None leaves that of `recipe`.
     """
 
     method: Method

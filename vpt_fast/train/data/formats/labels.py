@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpt_fast.train.data.class_folders import is_image
+from vpt_fast.train.data.formats.class_folders import is_image
 
 
 class Pairs(list[tuple[str, Any]]):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.train.data.formats.labels import Pairs, are_words, name_of, read_json, short
 from vpt_fast.train.data.images import SPLITS, SkippedImage
-from vpt_fast.train.data.labels import Pairs, are_words, name_of, read_json, short
 from vpt_fast.train.data.split import (
     ImageSource,
     Split,

@@ -12,8 +12,15 @@ from typing import Any
 
 from PIL import Image
 
+from vpt_fast.train.data.formats.labels import (
+    are_words,
+    consecutive,
+    name_of,
+    range_of,
+    short,
+    whole,
+)
 from vpt_fast.train.data.images import SPLITS, SkippedImage
-from vpt_fast.train.data.labels import are_words, consecutive, name_of, range_of, short, whole
 from vpt_fast.train.data.pictures import as_picture, load_image, naming
 from vpt_fast.train.data.split import ImageSource, Split, check_classes, check_left
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpt_fast.train.data.images import SkippedImage
-from vpt_fast.train.data.labels import (
+from vpt_fast.train.data.formats.labels import (
     are_words,
     consecutive,
     name_of,
@@ -19,6 +18,7 @@ from vpt_fast.train.data.labels import (
     read_list,
     short,
 )
+from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.data.split import (
     ImageSource,
     Split,
