@@ -18,7 +18,7 @@ from support.plain_vapt import vapt_pair
 from typer.testing import CliRunner
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune, save_adapter
-from vpt_fast.analysis.attention_shares import (
+from vpt_fast.analysis.shares import (
     attention_shares,
     mixing_maps,
     query_name,

@@ -99,7 +99,7 @@ class _Handle:
         self.tensor = tensor.detach()
 
 
-def kept_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """Bytes that autograd keeps for backward after the forward pass and the loss of one step.
 
     Every storage counts once and whole, however many tensors share it; those of the model's
@@ -129,7 +129,7 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class KeptBytes:
+class SavedBytes:
     """Counts the bytes kept for backward for any method, provider and batch size of one model.
 
     What is counted is the dataflow of the CPU on fake tensors, with the whole model in one dtype.
@@ -172,7 +172,9 @@ class KeptBytes:
                 arguments is out of range.
         """
         with self._mode, provided(self._model, method, provider) as model:
-            return kept_bytes(model, *step_inputs(batch_size, self._input_size, self._dtype, "cpu"))
+            return saved_bytes(
+                model, *step_inputs(batch_size, self._input_size, self._dtype, "cpu")
+            )
 
 
 class MeasuredPeaks:
@@ -198,7 +200,7 @@ class MeasuredPeaks:
         self._device = device
 
     def bytes_of(self, method: Method, provider: str, batch_size: int) -> int:
-        """`measured_peak` in bytes; arguments and errors as those of `KeptBytes.bytes_of`."""
+        """`measured_peak` in bytes; arguments and errors as those of `SavedBytes.bytes_of`."""
         inputs = step_inputs(batch_size, self._input_size, self._dtype, self._device)
         with provided(self._model, method, provider) as model:
             return measured_peak(model, *inputs)

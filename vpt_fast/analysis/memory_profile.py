@@ -20,7 +20,7 @@ class Meter(Protocol):
     """Something that says how many bytes a training step takes."""
 
     def bytes_of(self, method: Method, provider: str, batch_size: int) -> int:
-        """As `vpt_fast.analysis.activation_memory.KeptBytes.bytes_of`."""
+        """As `vpt_fast.analysis.activation_memory.SavedBytes.bytes_of`."""
         ...
 
 

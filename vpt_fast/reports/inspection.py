@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vpt_fast.analysis.attention_shares import (
+from vpt_fast.analysis.shares import (
     attention_shares,
     mixing_maps,
     query_name,

@@ -15,8 +15,8 @@ from vpt_fast.analysis.activation_memory import (
     EAGER,
     PLAIN,
     PROVIDERS,
-    KeptBytes,
     MeasuredPeaks,
+    SavedBytes,
 )
 from vpt_fast.analysis.memory_profile import (
     ALL,
@@ -97,7 +97,7 @@ def report_memory(
     size = (channels, height, width)
     setting = Setting(model, method, len(blocks_of(plain)), batch_size, dtype, (height, width))
     points = points_of(method, setting.depth, num_prompts, prompts)
-    meters: dict[str, Meter] = {COUNTED: KeptBytes(plain, size, DTYPES[dtype])}
+    meters: dict[str, Meter] = {COUNTED: SavedBytes(plain, size, DTYPES[dtype])}
     gpu = gpu_meter(name, model_args, size, DTYPES[dtype])
     if gpu is not None:
         meters[MEASURED] = gpu

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from vpt_fast.analysis.attention_shares import attention_shares, query_name, uniform_share
+from vpt_fast.analysis.shares import attention_shares, query_name, uniform_share
 from vpt_fast.reports.page.evaluation import EvaluatedRun, EvaluationOptions
 from vpt_fast.train.data.image_loaders import folder_loader
 

@@ -17,7 +17,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from vpt_fast.analysis.swin_attention_shares import window_shares
+from vpt_fast.analysis.swin_shares import window_shares
 from vpt_fast.methods.baselines import Baseline, LinearProbe
 from vpt_fast.models.attention_inputs import projected
 from vpt_fast.models.prompt_rows import insert_rows, strip_rows
