@@ -88,7 +88,7 @@ class _BlockPrompts:
         """Return keys and values (rows, 2, H, d) of the prompts that experts compute.
 
         Args:
-            block: timm block.
+            block: Timm block.
             x: Input of the block (B, N, D).
             mean: Mean of every row (B, N), or None in a block without experts.
             rstd: Reciprocal standard deviation of every row (B, N), or None likewise.

@@ -31,7 +31,7 @@ from vpt_fast.train.loop.checkpoint import (
 from vpt_fast.train.loop.evaluate import TrainingError, device_of, evaluate, nothing_decoded
 from vpt_fast.train.loop.fit_result import BEST, LAST, FitResult
 from vpt_fast.train.loop.frozen_cast import FrozenCast
-from vpt_fast.train.loop.loss_watch import LOOK_EVERY, LossWatch
+from vpt_fast.train.loop.loss_watch import CHECK_INTERVAL, LossWatch
 from vpt_fast.train.loop.step import TrainStep
 
 SaveAdapter = Callable[[nn.Module, Path], Any]
@@ -114,7 +114,7 @@ class RunState:
     def train_epoch(self, epoch: int) -> tuple[float, float, float]:
         """Train for one epoch and return the mean loss, the accuracy in percent and images/s."""
         self.model.train()
-        watch = LossWatch(1 if self.device.type == "cpu" else LOOK_EVERY)
+        watch = LossWatch(1 if self.device.type == "cpu" else CHECK_INTERVAL)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         skipped: list[SkippedImage] = []
         first: torch.Tensor | None = None
@@ -127,7 +127,7 @@ class RunState:
                 sums += found
                 first = found if first is None else first
                 self.check_step(watch.add(found[0]), epoch)
-        self.check_step(watch.look(), epoch)
+        self.check_step(watch.check(), epoch)
         skipped = [item for items in gathered(skipped) for item in items]
         self.result.skipped.update(dict(skipped))
         loss, correct, count = sums.tolist()

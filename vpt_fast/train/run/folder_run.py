@@ -244,7 +244,7 @@ def _prepare(settings: RunSettings, progress: bool) -> _PreparedRun:
             source.class_names,
             recipe.batch_size,
             training=split == "train",
-            keep=split != "test",
+            may_cache=split != "test",
             seed=recipe.seed,
         )
         for split, images in source.splits.items()
@@ -264,7 +264,7 @@ def _prepare(settings: RunSettings, progress: bool) -> _PreparedRun:
 
 
 def _ignore(line: str) -> None:
-    """Process 0 alone logs."""
+    """Drop a line of text: process 0 alone logs."""
 
 
 def _holds_something(folder: Path) -> bool:

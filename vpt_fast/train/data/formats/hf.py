@@ -28,13 +28,13 @@ _IMAGE_NAMES, _LABEL_NAMES = ("image", "img"), ("label", "labels")
 
 
 def is_hf(directory: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
+    """Return whether `save_to_disk` wrote the folder."""
     one = (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file()
     return one or (directory / "dataset_dict.json").is_file()
 
 
 def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
-    """Reads a saved DatasetDict, or a saved Dataset as the only split, train.
+    """Read a saved DatasetDict, or a saved Dataset as the only split, train.
 
     The image column is the one of type Image, the label column the one of type ClassLabel, whose
     names become the class names; else the one called label, with whole numbers or with words. A
@@ -42,8 +42,8 @@ def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
     a warning.
 
     Args:
-        directory: What `save_to_disk` wrote.
-        known: Class names of a trained model; they decide the labels then.
+        directory: Folder that `save_to_disk` wrote.
+        known: Class names of a trained model, which then define the labels.
 
     Raises:
         ValueError: If `datasets` is not installed, a column is missing or several could be meant,
@@ -92,7 +92,7 @@ def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
 
 
 def _columns(rows: Any, where: str) -> tuple[str, str]:
-    """The names of the image column and of the label column."""
+    """Return the names of the image column and of the label column."""
     kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
     image = _only([n for n, kind in kinds.items() if kind == "Image"], _IMAGE_NAMES, "image", where)
     labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
@@ -142,18 +142,18 @@ def _split(
 
 
 def _numbered(label: Any, own: Sequence[str]) -> str | None:
-    """The class of a number, or None."""
+    """Return the name of the class with that number, or None."""
     number = whole(label)
     return None if number is None or not 0 <= number < len(own) else own[number]
 
 
 class _RowLoader:
-    """Decodes one row; not a closure, as worker processes may have to be sent it."""
+    """Decoder of one row; not a closure, so that it can be pickled for worker processes."""
 
     def __init__(self, rows: Any, column: str, kept: list[int], names: list[str]) -> None:
         feature = rows.features[column]
         self.mode: str | None = getattr(feature, "mode", None)
-        # Files as they are: `datasets` would turn images by their EXIF orientation, asked or not.
+        # Raw files: `datasets` always rotates images by their EXIF orientation when it decodes.
         if getattr(feature, "decode", False):
             rows = rows.cast_column(column, type(feature)(decode=False))
         self.rows, self.column, self.kept, self.names = rows, column, kept, names
