@@ -1,4 +1,4 @@
-"""Bytes kept for backward: fake tensors against real ones, the order of modes, the limits."""
+"""Bytes saved for backward: fake tensors against real ones, the order of modes, the limits."""
 
 from __future__ import annotations
 

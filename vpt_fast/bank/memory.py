@@ -143,16 +143,16 @@ class BankMemory:
         """Evict the least recently used tasks until one more fits; none if it cannot fit."""
         if self._limit is None:
             return
-        keep = dict(self.state.residents)
-        taken = sum(r.task.nbytes for r in keep.values())
-        idle = sorted(keep.keys() - needed, key=self._used.__getitem__) if self._spill else []
+        remaining = dict(self.state.residents)
+        taken = sum(r.task.nbytes for r in remaining.values())
+        idle = sorted(remaining.keys() - needed, key=self._used.__getitem__) if self._spill else []
         for name in idle:
             if taken + task.nbytes <= self._limit:
                 break
-            taken -= keep.pop(name).task.nbytes
+            taken -= remaining.pop(name).task.nbytes
         if taken + task.nbytes > self._limit:
             raise ValueError(_does_not_fit(task, taken, self._limit, self._spill))
-        self.state = replace(self.state, residents=MappingProxyType(keep))
+        self.state = replace(self.state, residents=MappingProxyType(remaining))
 
     def _store(self, kind: Kind, values: Sequence[torch.Tensor]) -> Extent:
         extent = self._pool_of(kind).store(values)

@@ -81,7 +81,7 @@ class RowPool:
         if not count:
             return Extent(0, 0)
         self._reclaim()
-        # The smallest gap that fits keeps the large ones wgap.
+        # The smallest gap that fits keeps the large ones whole.
         fitting = [(size, start) for start, size in self._gaps if size >= count]
         if not fitting:
             return None

@@ -56,7 +56,7 @@ def memory_profile(
         ),
     ] = None,
 ) -> None:
-    """Show the bytes a training step keeps for backward, by prompted blocks and by prompts.
+    """Show the bytes a training step saves for backward, by prompted blocks and by prompts.
 
     Counted for eager PyTorch and every memory mode, without running anything, so no GPU is needed.
     With a CUDA GPU the peak memory of a real step is measured as well.

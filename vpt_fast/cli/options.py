@@ -126,7 +126,7 @@ Cache = Annotated[
 Memory = Annotated[
     str,
     typer.Option(
-        help=f"What blocks keep for backward, from fastest to smallest: "
+        help=f"What blocks save for backward, from fastest to smallest: "
         f"{', '.join(MEMORY_MODES)}; `vpt-fast memory` shows how much."
     ),
 ]

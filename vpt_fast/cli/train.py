@@ -150,13 +150,13 @@ def train(
             data_format=data_format, memory=memory, cache=cache, prefix_cache=prefix_cache,
             cuda_graphs=cuda_graphs, workers=workers, device=where, resume=resume,
         )  # fmt: skip
-        result = tune_on_folder(settings, log=tqdm.write)
-        if not rank():
-            _report(result, epochs)
+        _report(tune_on_folder(settings, log=tqdm.write), epochs)
 
 
 def _report(result: RunResult, epochs: int) -> None:
-    """Print how a run ended, and end the command with status 130 if Ctrl-C ended the run."""
+    """Print how a run ended, on process 0; exit with status 130 if Ctrl-C ended the run."""
+    if rank():
+        return
     rows, adapter = result.fit.epochs, result.adapter
     if result.fit.warning:
         typer.echo(f"warning: {result.fit.warning}", err=True)

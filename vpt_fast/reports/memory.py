@@ -143,7 +143,7 @@ def _device(kind: str) -> str:
 def _meaning(kind: str) -> str:
     if kind == MEASURED:
         return f"peak of a training step, measured on {_device(kind)}"
-    return "kept for backward, counted on fake tensors"
+    return "saved for backward, counted on fake tensors"
 
 
 def _described(setting: Setting) -> str:
@@ -189,7 +189,7 @@ def _table(setting: Setting, rows: Sequence[Row]) -> str:
 
 def _panels(setting: Setting, rows: Sequence[Row], kind: str) -> list[Panel]:
     plain = next((row.bytes for row in rows if row.provider == PLAIN), None)
-    what = "peak of a step" if kind == MEASURED else "kept for backward"
+    what = "peak of a step" if kind == MEASURED else "saved for backward"
     method, depth = setting.method, setting.depth
     deep = isinstance(method, VPTDeep)
     # Points by depth share one number of prompts; a model of one block has no such points.

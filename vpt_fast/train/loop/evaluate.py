@@ -109,7 +109,7 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     predictions: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
-    kept: list[torch.Tensor] = []
+    stored: list[torch.Tensor] = []
     skipped: list[SkippedImage] = []
     try:
         for batch in progress_bar(batches, description, progress and not rank(), leave=False):
@@ -126,10 +126,10 @@ def evaluate(
             predictions.append(logits.argmax(dim=1))
             labels.append(batch.labels)
             if keep_logits:
-                kept.append(logits.cpu())
+                stored.append(logits.cpu())
     finally:
         model.train(was_training)
-    found = gathered((sums.cpu(), [some.cpu() for some in predictions], labels, kept, skipped))
+    found = gathered((sums.cpu(), [some.cpu() for some in predictions], labels, stored, skipped))
     all_labels = [some for _, _, theirs, *_ in found for some in theirs]
     all_logits = [some for *_, theirs, _ in found for some in theirs]
     all_skipped = [item for *_, items in found for item in items]

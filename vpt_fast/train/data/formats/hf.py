@@ -121,11 +121,11 @@ def _split(
     rank: dict[str, int],
     where: str,
 ) -> Split:
-    kept, mine, refused = [], [], []
+    chosen, mine, refused = [], [], []
     for row, label in enumerate(labels):
         name = words[row] if words is not None else _numbered(label, own)
         if name in rank:
-            kept.append(row)
+            chosen.append(row)
             mine.append(rank[name])
             continue
         where_row = f"{where} row {row}"
@@ -136,8 +136,8 @@ def _split(
         else:
             reason = f"label {short(label)} is out of range, {range_of(own, len(labels))}"
         refused.append(SkippedImage(where_row, f"{where_row}: {reason}"))
-    names = [f"{where} row {row}" for row in kept]
-    split = Split(mine, names, _RowLoader(rows, column, kept, names), tuple(refused))
+    names = [f"{where} row {row}" for row in chosen]
+    split = Split(mine, names, _RowLoader(rows, column, chosen, names), tuple(refused))
     return check_left(split, where)
 
 
@@ -150,18 +150,18 @@ def _numbered(label: Any, own: Sequence[str]) -> str | None:
 class _RowLoader:
     """Decoder of one row; not a closure, so that it can be pickled for worker processes."""
 
-    def __init__(self, rows: Any, column: str, kept: list[int], names: list[str]) -> None:
+    def __init__(self, rows: Any, column: str, indices: list[int], names: list[str]) -> None:
         feature = rows.features[column]
         self.mode: str | None = getattr(feature, "mode", None)
         # Raw files: `datasets` always rotates images by their EXIF orientation when it decodes.
         if getattr(feature, "decode", False):
             rows = rows.cast_column(column, type(feature)(decode=False))
-        self.rows, self.column, self.kept, self.names = rows, column, kept, names
+        self.rows, self.column, self.indices, self.names = rows, column, indices, names
 
     def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
         name = self.names[index]
         with naming(name):
-            found = self.rows[self.kept[index]][self.column]
+            found = self.rows[self.indices[index]][self.column]
         if isinstance(found, dict):
             content, path = found.get("bytes"), found.get("path")
             file = io.BytesIO(content) if content is not None else path
