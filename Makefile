@@ -6,15 +6,16 @@ INSTALLED := $(VENV)/.installed
 RUN := .benchmark.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint bench bench-gpu bench-host roofline kernel-report clean
+.PHONY: help install demo test test-full lint docs bench bench-gpu bench-host roofline kernel-report clean
 
 help:
 	@echo "make demo           tune a small pretrained ViT to handwritten digits (about 2 minutes)"
 	@echo "make test           the test suite; the kernels run in it, on the CPU where there is no GPU"
 	@echo "make test-full      every shape of every kernel (long)"
-	@echo "make lint           ruff and mypy"
+	@echo "make lint           ruff, mypy, and the site built strictly"
+	@echo "make docs           the site of the documents, into site/"
 	@echo "make bench          this machine against eager PyTorch, side by side (9 to 14 minutes)"
-	@echo "make bench-gpu      the same on a CUDA GPU, in 9 minutes: docs/gpu.md (ARGS='--minutes 5')"
+	@echo "make bench-gpu      the same on a CUDA GPU, in 9 minutes: docs/benchmarks/gpu.md (ARGS='--minutes 5')"
 	@echo "make bench-host     the host's time of a step, kernels launched into nothing (needs no GPU)"
 	@echo "make roofline       a training step's work, counted, and its time on named GPUs, modelled"
 	@echo "make kernel-report  the kernels' machine code against its limits (needs no GPU)"
@@ -43,6 +44,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/compare -q --benchmark-enable --benchmark-json=$(RUN) --benchmark-columns=median,iqr,min,max,rounds
@@ -68,4 +73,4 @@ kernel-report: $(INSTALLED)
 	$(BIN)/python -m bench.counted.launches
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache build site *.egg-info

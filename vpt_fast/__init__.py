@@ -2,7 +2,7 @@
 
 from vpt_fast.adapter.adapter import load_adapter, save_adapter
 from vpt_fast.bank import PromptBank
-from vpt_fast.export.bake import bake
+from vpt_fast.export import bake
 from vpt_fast.methods import VAPT, VPTDeep, VPTShallow
 from vpt_fast.methods.baselines import (
     AdapterTuning,

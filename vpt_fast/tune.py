@@ -6,32 +6,22 @@ from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vpt_fast.checks import check_model
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.methods.baselines import AdapterTuning, Baseline, MLPHead
 from vpt_fast.models.all_or_nothing import all_or_nothing
+from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
 from vpt_fast.models.sharing import check_latest, check_own_blocks, remember
-from vpt_fast.models.swin import model as swin_models
-from vpt_fast.models.tuned import Tuned, TuneRecord, blocks_of, is_tuned, take_out
-from vpt_fast.models.vit import model as models
+from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned, take_out
 from vpt_fast.modules.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
 from vpt_fast.modules.prompt_tokens import PromptTokens, init_bound, new_projection, new_tokens
 from vpt_fast.ops.memory_modes import check_memory_mode
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_TUNED_CLASS: dict[Any, type[Tuned]] = {**models.TUNED_CLASS, **swin_models.TUNED_CLASS}
-_PLAIN_CLASS = {tuned: plain for plain, tuned in _TUNED_CLASS.items()}
-
-
-def _family(model: Any) -> Any:
-    """The module that knows where prompts stand in a model of this class."""
-    return swin_models if isinstance(model, SwinTransformer) else models
 
 
 def _classifiers(model: Any) -> list[nn.Module]:
@@ -50,15 +40,16 @@ def _head_tensors(model: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named if id(tensor) in heads}
 
 
-def _in_place(model: Any, method: Method) -> dict[str, Tensor]:
+def _in_place(model: Any, method: Method, family: Family) -> dict[str, Tensor]:
     """What `method` trains in place, by name: the classifier (its buffers too), and of the
     backbone what a baseline names."""
     tensors = _head_tensors(model)
     if isinstance(method, Baseline):
-        depth, name_as_block = len(blocks_of(model)), _family(model).name_as_block
-        parameters = model.named_parameters()
+        depth = len(blocks_of(model))
         tensors |= {
-            name: p for name, p in parameters if method.trains(name_as_block(model, name), depth)
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if method.trains(family.name_as_block(model, name), depth)
         }
     return tensors
 
@@ -91,18 +82,18 @@ def prompt_tune(
     classifier's, and with `FullTuning()` those of the whole model.
 
     Args:
-        model: a timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
+        model: A timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
             MAE, CLIP, DINOv2, SigLIP and their like; or a `SwinTransformer` (swin_*), where every
             window of an image reads the prompts.
         method: `VPTShallow(...)`, `VPTDeep(...)`, `VAPT(...)`, or a baseline: `LinearProbe()`,
             `MLPHead(...)`, `PartialTuning(...)`, `BiasTuning()`, `AdapterTuning(...)` or
             `FullTuning()`.
-        memory: what is kept for backward and what is computed again there: "speed", "balanced",
-            "lean" or "minimal" keep 10, 6, 3 or 1 rows of D channels per token and block (see
+        memory: What is saved for backward and what is recomputed there: "speed", "balanced",
+            "lean" or "minimal" save 10, 6, 3 or 1 rows of D channels per token and block (see
             `vpt_fast.ops.memory_modes`). Blocks that cannot be fused (qk-norm, SwiGLU, hooks
-            inside, weights that are trained ...) keep 1 in every mode but "speed". What a
-            bottleneck adapter keeps comes on top.
-        cuda_graphs: whether the blocks, forward and backward, are recorded as CUDA graphs when they
+            inside, weights that are trained ...) save 1 in every mode but "speed". What a
+            bottleneck adapter saves comes on top.
+        cuda_graphs: Whether the blocks, forward and backward, are recorded as CUDA graphs when they
             first run with a shape and a mode, and replayed afterwards. Where that cannot be done
             they run as without, and a warning says why, once. On the CPU nothing changes.
 
@@ -111,7 +102,7 @@ def prompt_tune(
 
     Raises:
         TypeError: `model` is of another class, `method` is not a method, or `cuda_graphs` no bool.
-        ValueError: something in the model cannot be honoured (named by attribute and value), the
+        ValueError: Something in the model cannot be honoured (named by attribute and value), the
             method does not fit it, it is tuned already, or another tuned model has its blocks.
             Whatever is raised, nothing has been changed then.
     """
@@ -119,10 +110,10 @@ def prompt_tune(
     check_memory_mode(memory)
     if not isinstance(cuda_graphs, bool):
         raise TypeError(f"cuda_graphs is {cuda_graphs!r}; use True or False")
-    check_model(model, method)
+    family = check_model(model, method)
     tuned: Any = model
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
-    in_place = _in_place(tuned, method)
+    in_place = _in_place(tuned, method, family)
     record = TuneRecord(
         method=method,
         memory=memory,
@@ -132,23 +123,23 @@ def prompt_tune(
         graphs=BlockGraphs() if cuda_graphs else None,
     )
     with all_or_nothing(tuned):
-        _install(tuned, record, in_place)
+        _install(tuned, family, record, in_place)
     remember(tuned)
     return tuned
 
 
-def _install(tuned: Any, record: TuneRecord, in_place: Collection[str]) -> None:
+def _install(tuned: Any, family: Family, record: TuneRecord, in_place: Collection[str]) -> None:
     """Freeze a model but for the parameters named, and give it what the method adds."""
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(name in in_place)
     training = tuned.training
-    tuned.__class__ = _TUNED_CLASS[type(tuned)]
+    tuned.__class__ = family.tuned
     tuned.tune_record = record
     if isinstance(record.method, Baseline):
         _add_layers(tuned, record.method)
     else:
-        _add_prompts(tuned, record.method)
-    _family(tuned).place_prompts(tuned)
+        _add_prompts(tuned, record.method, family)
+    family.install(tuned)
     tuned.train(training)
 
 
@@ -181,7 +172,7 @@ def _replace_head(model: Any, head: nn.Linear) -> None:
         model.head.fc = head
 
 
-def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT) -> None:
+def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT, family: Family) -> None:
     blocks = blocks_of(model)
     prompted = method.prompted_blocks(len(blocks))
     if not prompted:
@@ -198,7 +189,7 @@ def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT) -> None:
         model.prompt_tokens = new_tokens(method.num_prompts, width, bound, like)
     owner = model if shared or project_dim is not None else None
     if isinstance(method, VAPT):
-        _family(model).add_experts(model, method, prompted[1:])
+        family.add_experts(model, method, prompted[1:])
         prompted = prompted[:1]
     for index in prompted:
         block = blocks[index]
@@ -223,26 +214,27 @@ def remove_prompts(model: Model) -> Model:
         ValueError: `model` is not tuned, or a model that was tuned after it has some of its
             parameters or its blocks. Whatever is raised, it is tuned as before.
     """
-    if not is_tuned(model):
+    family = family_of(model)
+    if not is_tuned(model) or family is None:
         raise ValueError(f"this {type(model).__name__} has no prompts to remove")
     tuned: Any = model
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
     check_latest(tuned, is_tuned)
     with all_or_nothing(tuned):
-        _uninstall(tuned, tuned.tune_record)
+        _uninstall(tuned, family, tuned.tune_record)
     return tuned
 
 
-def _uninstall(tuned: Any, record: TuneRecord) -> None:
+def _uninstall(tuned: Any, family: Family, record: TuneRecord) -> None:
     unfold_backbone(tuned)
     hidden, head = tuned._modules.get("head_hidden"), tuned.get_classifier()
     if hidden is not None and isinstance(head, nn.Linear):
         width = hidden[0].in_features
         if head.in_features != width:
             _replace_head(tuned, new_classifier(width, head))
-    take_out(tuned, _family(tuned).PLAIN_PARTS)
+    take_out(tuned, family.plain_parts)
     del tuned.tune_record
-    tuned.__class__ = _PLAIN_CLASS[type(tuned)]
+    tuned.__class__ = family.plain
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
     for name, module in tuned.named_modules():
@@ -255,18 +247,18 @@ def _uninstall(tuned: Any, record: TuneRecord) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Name and parameter of everything that requires a gradient, in the model's order."""
+    """Return name and parameter of everything that requires a gradient, in the model's order."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Number of trained scalars and of all scalars of the model's parameters."""
+    """Return how many scalars are trained, and how many the model's parameters have in all."""
     total = sum(p.numel() for p in model.parameters())
     return sum(p.numel() for _, p in trainable_parameters(model)), total
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters are trained, how many there are, and the share in percent."""
+    """Print how many scalars are trained, how many there are, and the share in percent."""
     trainable, total = count_parameters(model)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable params: {trainable:,} | all params: {total:,} | trainable: {share:.4f}%")

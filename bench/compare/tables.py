@@ -1,6 +1,6 @@
-"""The README's benchmark tables, made from a results file.
+"""The tables of docs/benchmarks/cpu.md, made from a results file.
 
-    python -m bench.compare.tables bench/results/NAME.csv [--readme README.md] [--check]
+    python -m bench.compare.tables bench/results/NAME.csv [--page PAGE] [--check]
 
 Replaces what stands between the two marks. Every comparison of the file is in the tables, those
 that lose too.
@@ -22,6 +22,7 @@ BEGIN, END = (
     "<!-- benchmark tables: made by bench.compare.tables -->",
     "<!-- end of benchmark tables -->",
 )
+PAGE = Path(__file__).parent.parent.parent / "docs" / "benchmarks" / "cpu.md"
 
 TITLES = {
     "step": "Training step (forward, loss and backward)",
@@ -43,7 +44,7 @@ _TABLE = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=
     """\
 Measured on {{ facts.device }}, {{ facts.threads }} threads, torch {{ facts.torch }}, timm \
 {{ facts.timm }}, {{ facts.date }}; fp32 if nothing else is said.
-A cell is the other's time divided by ours in the same round, all taken in turns: median (20th to
+A cell is the other's time divided by ours in the same round, rounds interleaved: median (20th to
 80th percentile) over {{ rounds }} rounds. Above 1, ours is faster.
 
 {% for table in tables %}
@@ -152,19 +153,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page; with --check only say whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare.tables", description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     try:
-        old = options.readme.read_text(encoding="utf-8")
+        old = options.page.read_text(encoding="utf-8")
         new = replaced(old, render(read(options.results)))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if options.check:
-        print(f"{options.readme}: {'up to date' if new == old else 'out of date'}")
+        print(f"{options.page}: {'up to date' if new == old else 'out of date'}")
         return int(new != old)
-    options.readme.write_text(new, encoding="utf-8")
-    print(options.readme)
+    options.page.write_text(new, encoding="utf-8")
+    print(options.page)
     return 0
 
 

@@ -1,6 +1,6 @@
-"""The table of docs/performance.md that says what bounds a step, made from the newest host times.
+"""The table of what bounds a step, in docs/benchmarks/roofline.md, from the newest host times.
 
-    python -m bench.counted.roofline_page [--host CSV] [--page docs/performance.md] [--check]
+    python -m bench.counted.roofline_page [--host CSV] [--page PAGE] [--check]
 
 Replaces what stands between the two marks.
 """
@@ -28,6 +28,7 @@ from bench.host import page as host_page
 from bench.providers.models import COMPILED, PUBLISHED
 
 MARKS = "<!-- bounds: made by bench.counted.roofline_page -->", "<!-- end of bounds -->"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "benchmarks" / "roofline.md"
 GPU = GPUS["H100"]
 CASES = (
     ("vit_base_patch16_224", 64),
@@ -66,7 +67,7 @@ def table(hosts: Hosts) -> str:
     return "\n".join(
         [
             f"{GPU.name}, bf16, {PROMPTS} prompts; host measured on {known['device']} with torch "
-            f"{known['torch']} ({known['date']}) and {assumed.driver_us:g} us per launch assumed.",
+            f"{known['torch']} ({known['date']})\nand {assumed.driver_us:g} us per launch assumed.",
             "",
             "| | launches | host ms | eager ms | bound by | graph ms | bound by |",
             "|---|---:|---:|---:|---|---:|---|",
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench.counted.roofline_page", description=__doc__
     )
     parser.add_argument("--host", type=Path, help="results of bench.host.host; default: the newest")
-    parser.add_argument("--page", type=Path, default=host_page.PAGE)
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     try:

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 import vpt_fast
 from vpt_fast import kernels
+from vpt_fast.kernels.attention.layouts import MAX_HEAD_DIM
 from vpt_fast.kernels.runtime.launch import Target
 
 CAPABILITY = 90
@@ -95,8 +96,8 @@ class NullDriver:
         return True
 
 
-def _takes_kernels(tensor: Tensor) -> bool:
-    return tensor.dtype in _DTYPES
+def _takes_kernels(tensor: Tensor, head_dim: int = 0) -> bool:
+    return tensor.dtype in _DTYPES and head_dim <= MAX_HEAD_DIM
 
 
 def _target_of(tensor: Tensor) -> Target:

@@ -1,6 +1,6 @@
-"""The tables of host time in docs/performance.md, made from the results of `bench.host.host`.
+"""The tables of host time in docs/benchmarks/host.md, made from the results of `bench.host.host`.
 
-    python -m bench.host.page [bench/results/host_*.csv ...] [--page docs/performance.md] [--check]
+    python -m bench.host.page [bench/results/host_*.csv ...] [--page PAGE] [--check]
 
 Replaces what stands between the two marks: a table per file, every subject of it a row.
 """
@@ -20,7 +20,7 @@ from bench.host.subjects import DEPTH, INFERENCE
 from bench.providers.models import OURS
 
 MARKS = "<!-- host tables: made by bench.host.page -->", "<!-- end of host tables -->"
-PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "host.md"
 PATTERN = "host_*.csv"
 
 MODELS = {
@@ -103,9 +103,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(
         [
             f"Measured on {known['device']}, Python {known['python']}, torch {known['torch']}, "
-            f"Triton {known['triton']}, timm {known['timm']}, {known['date']}. CPU time of the",
-            f"thread in ms, least of {known['rounds']} rounds (median); over the same model "
-            "without prompts: least over least (median of the rounds' ratios).",
+            f"Triton {known['triton']}, timm {known['timm']}, {known['date']}.",
+            f"CPU time of the thread in ms, least of {known['rounds']} rounds (median); over the",
+            "same model without prompts: least over least (median of the rounds' ratios).",
             "",
             "| | forward | backward | whole | over no prompts | first call | our kernels |",
             "|---|---:|---:|---:|---:|---:|---:|",

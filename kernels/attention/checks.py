@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from .layouts import MAX_HEAD_DIM
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of tokens and prompts."""
-
-MAX_HEAD_DIM = 128
-"""Most channels of a head."""
 
 # CUDA's limit on the second and third axes of a grid, which count heads and images.
 _MAX_GRID = 65535

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+MAX_HEAD_DIM = 128
+"""Most channels of a head that the kernels take."""
+
 Tensors = Sequence[torch.Tensor]
 
 

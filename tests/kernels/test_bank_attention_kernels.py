@@ -21,6 +21,7 @@ from vpt_fast.kernels.attention import ragged as kernels
 from vpt_fast.kernels.attention.launches import attention_forward
 from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.kernels.runtime.launch import Target
+from vpt_fast.ops import operation
 from vpt_fast.ops.attention.ragged import bank_attention
 
 pytest_plugins = ("support.kernel_device",)
@@ -264,9 +265,7 @@ def test_the_operator_takes_the_kernel(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors are on the CPU under ttsem, so the choice is made for it."""
-    from vpt_fast.ops.attention import ragged as operator
-
-    monkeypatch.setattr(operator, "uses_kernels", lambda t: True)
+    monkeypatch.setattr(operation, "uses_kernels", lambda *_: True)
     case = Case(TASKS[:3], heads=1)
     problem = make_problem(case, kernel_device)
     have = bank_attention(*problem.arguments(), case.scale)

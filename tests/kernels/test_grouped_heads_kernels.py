@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vpt_fast.kernels.rowwise import grouped_heads as kernels
+from vpt_fast.ops import operation
 from vpt_fast.ops.rowwise import grouped_heads as operator
 
 pytest_plugins = ("support.kernel_device",)
@@ -134,7 +135,7 @@ def test_the_operator_takes_the_kernel(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors are on the CPU under ttsem, so the choice is made for it."""
-    monkeypatch.setattr(operator, "uses_kernels", lambda t: True)
+    monkeypatch.setattr(operation, "uses_kernels", lambda *_: True)
     problem = make_problem(HEADS, 72, BF16, kernel_device)
     have = operator.grouped_heads(*problem.arguments())
     assert torch.equal(have, kernels.grouped_heads_forward(*problem.arguments()))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vpt_fast.ops.attention import reference
 from vpt_fast.ops.attention.operator import (
+    ATTENTION_BACKWARD,
     attention_operator,
     attention_operator_backward,
     prompt_attention,
@@ -111,13 +112,13 @@ def test_backward_computes_only_what_is_asked(monkeypatch, needs_tokens, needs_p
     tokens[0].requires_grad_(needs_tokens)
     prompts[0].requires_grad_(needs_prompts)
     asked = []
-    backward = reference.attention_backward
+    backward = ATTENTION_BACKWARD.reference
 
     def spy(*args):
         asked.append(args[-2:])
         return backward(*args)
 
-    monkeypatch.setattr(reference, "attention_backward", spy)
+    monkeypatch.setattr(ATTENTION_BACKWARD, "reference", spy)
     prompt_attention(tokens, prompts, 0.3).sum().backward()
     assert asked == [(needs_tokens, needs_prompts)]
 

@@ -20,7 +20,7 @@ from bench.host.null_driver import NullDriver, null_driver
 from vpt_fast.kernels.runtime import launch_plan
 from vpt_fast.kernels.runtime.launch import Launch, run
 from vpt_fast.kernels.runtime.launch_plan import Launcher
-from vpt_fast.ops.block import implementations as operators
+from vpt_fast.ops.block import sites
 
 
 class Recorded(NamedTuple):
@@ -98,7 +98,7 @@ class RecordingDriver(NullDriver):
 def _forget() -> None:
     """Plans of one driver are of no use to another."""
     launch_plan.launcher.cache_clear()
-    operators._kernel_sites.cache_clear()
+    sites.planned_sites.cache_clear()
 
 
 @contextlib.contextmanager

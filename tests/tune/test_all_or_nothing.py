@@ -25,6 +25,8 @@ from vpt_fast import (
     remove_prompts,
 )
 from vpt_fast import tune as tune_module
+from vpt_fast.models.family import family_of
+from vpt_fast.models.tuned import Tuned
 
 METHODS: dict[str, Any] = {
     "linear": LinearProbe(), "shallow projected": VPTShallow(2, project_dim=4),
@@ -63,7 +65,7 @@ def test_tuning_that_runs_out_of_memory(family: str, method: str) -> None:
 STEPS = ("_add_prompts", "_add_layers", "new_tokens", "new_projection", "host_copy", "TuneRecord")
 
 
-@pytest.mark.parametrize("step", [*STEPS, "place_prompts", "train"])
+@pytest.mark.parametrize("step", [*STEPS, "install", "train"])
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_tuning_that_fails_at_a_step(
@@ -72,10 +74,9 @@ def test_tuning_that_fails_at_a_step(
     def fail(*_: Any, **__: Any) -> None:
         raise error("at this step")
 
-    place = tune_module._family(built(family)) if step == "place_prompts" else tune_module
-    place = tune_module.Tuned if step == "train" else place
-    monkeypatch.setattr(place, step, fail)
     model = built(family)
+    owners = {"install": family_of(model), "train": Tuned}
+    monkeypatch.setattr(owners.get(step, tune_module), step, fail)
     method = MLPHead(2) if step == "_add_layers" else VPTShallow(2, project_dim=4)
     before = snapshot(model)
     with pytest.raises(error, match="at this step"):

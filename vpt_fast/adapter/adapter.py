@@ -131,12 +131,12 @@ def save_adapter(
     An adapter that is there is replaced in one moment (see `atomic_folder`); a link stays a link.
 
     Args:
-        model: a tuned model.
-        directory: the adapter's directory; its parents are made.
-        class_names: label names, in the order of the classes.
-        model_args: arguments of `timm.create_model` that the model does not record itself.
-        checkpoint: the file that the backbone's weights came from; its name is kept.
-        overwrite: replace an adapter that is there.
+        model: A tuned model.
+        directory: The adapter's directory; its parents are created.
+        class_names: Label names, in the order of the classes.
+        model_args: Arguments of `timm.create_model` that the model does not record itself.
+        checkpoint: The file that the backbone's weights came from; its name is kept.
+        overwrite: Whether an adapter that is there is replaced.
 
     Returns:
         `directory` as a Path.
@@ -147,7 +147,7 @@ def save_adapter(
         ValueError: `model` is not tuned, nothing in it is trained, a value of it is not finite,
             the number of names is not the number of classes, or the configuration of `model` or
             one of `model_args` is nothing that `load_adapter` takes.
-        OSError: it cannot be written; what was there is still there.
+        OSError: It cannot be written; what was there is still there.
     """
     directory = Path(directory)
     if not is_tuned(model):
@@ -230,16 +230,16 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     """Tune a plain timm model with a saved adapter, in place.
 
     Args:
-        model: a plain model with the backbone that the adapter was trained on; rounding of its
+        model: A plain model with the backbone that the adapter was trained on; rounding of its
             weights to another dtype is accepted. It needs a head of as many classes.
-        directory: what `save_adapter` wrote.
+        directory: Folder that `save_adapter` wrote.
 
     Returns:
         `model` itself, as `prompt_tune` leaves it, with the trained values.
 
     Raises:
-        FileNotFoundError: there is no adapter.
-        ValueError: the adapter is damaged, or belongs to a model of another width, depth, class
+        FileNotFoundError: There is no adapter.
+        ValueError: The adapter is damaged, or belongs to a model of another width, depth, class
             count or other weights, or one that computes something else with them. `model` is
             unchanged then.
         TypeError: `model` is of a class that `prompt_tune` does not know.

@@ -18,7 +18,6 @@ from vpt_fast.bank.read_task import Backbone, BankTask, TaskTensors, read_task
 from vpt_fast.bank.shared_pass import features
 from vpt_fast.checks import check_model
 from vpt_fast.methods.baselines import LinearProbe
-from vpt_fast.models.vit.model import TUNED_CLASS
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.rowwise.grouped_heads import grouped_heads
@@ -256,8 +255,7 @@ def _plain_tensors() -> Iterator[None]:
 
 
 def _check_arguments(model: Any, memory_limit: int | None, spill: bool) -> None:
-    check_model(model, LinearProbe())
-    if type(model) not in TUNED_CLASS:
+    if check_model(model, LinearProbe()).in_stages:
         raise TypeError(
             f"a bank cannot hold tasks of a {type(model).__name__}: the prompts of its stages "
             "differ in width and stand in windows; use a timm VisionTransformer"

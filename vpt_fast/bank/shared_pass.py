@@ -34,8 +34,8 @@ from vpt_fast.ops.backend import (
 )
 from vpt_fast.ops.block.add_norm import OpenSum, Saved
 from vpt_fast.ops.block.core import BlockSteps
-from vpt_fast.ops.block.implementations import OPERATOR_SITES
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
+from vpt_fast.ops.block.sites import OPERATOR_SITES
 from vpt_fast.ops.rowwise.residual_norm import residual_norm
 
 

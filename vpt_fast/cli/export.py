@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.cli.common import one_line_errors
 from vpt_fast.cli.options import Adapter, Checkpoint, Device
-from vpt_fast.export.bake import bake
+from vpt_fast.export import bake
 from vpt_fast.methods import to_dict
 from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.loop.evaluate import resolve_device

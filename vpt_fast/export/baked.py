@@ -1,7 +1,7 @@
 """Tuned models for inference: timm's classes with constants in place of prompts.
 
 Everything here is plain PyTorch, so that a program that is exported from these classes needs
-nothing but torch. `vpt_fast.export.bake` creates them.
+nothing but torch. `vpt_fast.export.baking` creates them.
 """
 
 from __future__ import annotations

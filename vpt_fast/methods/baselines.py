@@ -23,11 +23,11 @@ class Baseline:
     num_prompts: ClassVar[int] = 0
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """No block of the `depth` blocks gets prompts."""
+        """Return (): no block of the `depth` blocks gets prompts."""
         return ()
 
     def trains(self, name: str, depth: int) -> bool:
-        """Whether it trains, in place, the parameter `name` of a backbone of `depth` blocks."""
+        """Return whether the parameter `name` of a backbone of `depth` blocks is trained."""
         return False
 
 
@@ -45,7 +45,7 @@ class FullTuning(Baseline):
     name: ClassVar[str] = "full"
 
     def trains(self, name: str, depth: int) -> bool:
-        """As `Baseline.trains`: everything."""
+        """Return True, for every parameter; see `Baseline.trains`."""
         return True
 
 
@@ -54,7 +54,7 @@ class PartialTuning(Baseline):
     """Train the last blocks and what follows them: final norm, attention pooling, classifier.
 
     Args:
-        num_blocks: number k of blocks that are trained ("Partial-k"), from 1 to the model's depth.
+        num_blocks: Number k of blocks that are trained ("Partial-k"), from 1 to the model's depth.
 
     Raises:
         TypeError, ValueError: `num_blocks` is no int or less than 1.
@@ -68,7 +68,7 @@ class PartialTuning(Baseline):
         check_count("num_blocks", self.num_blocks, 1)
 
     def trains(self, name: str, depth: int) -> bool:
-        """As `Baseline.trains`: the last `num_blocks` blocks and what follows them."""
+        """Return whether it is in the last blocks or after them; see `Baseline.trains`."""
         part, _, rest = name.partition(".")
         if part == "blocks":
             return int(rest.partition(".")[0]) >= depth - self.num_blocks
@@ -85,7 +85,7 @@ class BiasTuning(Baseline):
     name: ClassVar[str] = "bias"
 
     def trains(self, name: str, depth: int) -> bool:
-        """As `Baseline.trains`: what is called bias."""
+        """Return whether the parameter is a bias; see `Baseline.trains`."""
         return name.rpartition(".")[2] == "bias"
 
 
@@ -99,7 +99,7 @@ class AdapterTuning(Baseline):
     1902.00751, section 2) ask for a near-identity start.
 
     Args:
-        reduction: the bottleneck has D // reduction channels; from 1 to the model's width D.
+        reduction: The bottleneck has D // reduction channels; from 1 to the model's width D.
 
     Raises:
         TypeError, ValueError: `reduction` is no int or less than 1.
@@ -120,10 +120,10 @@ class MLPHead(Baseline):
     Args:
         num_layers: Linears of the classifier, its last one included; at least 2, as 1 is
             `LinearProbe`.
-        hidden_dim: width of its hidden layers; None takes the model's.
+        hidden_dim: Width of its hidden layers; None takes the model's.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range.
+        TypeError, ValueError: A field is of the wrong type or out of range.
     """
 
     num_layers: int = 3

@@ -27,15 +27,15 @@ class VPTShallow:
     """Prompts join the sequence before block 0 and pass through every block as tokens.
 
     Args:
-        num_prompts: number of prompts p, at least 0.
-        dropout: probability of prompt dropout, an independent mask per image; in [0, 1).
-        project_dim: width of the stored prompts, mapped to the model's width by one Linear;
+        num_prompts: Number of prompts p, at least 0.
+        dropout: Probability of prompt dropout, an independent mask per image; in [0, 1).
+        project_dim: Width of the stored prompts, mapped to the model's width by one Linear;
             None stores prompts of the model's width.
-        pool_prompts: keep the prompt rows of the last block's output, so that average, max and
-            attention pooling read them too (what the published MAE runs do).
+        pool_prompts: Whether average, max and attention pooling read the prompt rows of the last
+            block's output, too (as the published MAE runs do).
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range.
+        TypeError, ValueError: A field is of the wrong type or out of range.
     """
 
     num_prompts: int = 10
@@ -50,7 +50,7 @@ class VPTShallow:
         _check_prompts(self)
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """Indices of the blocks, of `depth`, before which prompts are inserted."""
+        """Return the indices of the blocks, of `depth`, before which prompts are inserted."""
         return (0,) if self.num_prompts else ()
 
 
@@ -59,18 +59,18 @@ class VPTDeep:
     """Prompts of its own for every chosen block, which replace the prompt rows before it.
 
     Args:
-        num_prompts: number of prompts p of each block, at least 0.
-        dropout: probability of prompt dropout, an independent mask per image and block; in [0, 1).
-        project_dim: width of the stored prompts, mapped to the model's width by one Linear that
+        num_prompts: Number of prompts p of each block, at least 0.
+        dropout: Probability of prompt dropout, an independent mask per image and block; in [0, 1).
+        project_dim: Width of the stored prompts, mapped to the model's width by one Linear that
             all blocks share; None stores prompts of the model's width.
-        blocks: indices of the prompted blocks, a range or a list, counted on through all stages
+        blocks: Indices of the prompted blocks, a range or a list, counted on through all stages
             where there are stages; None means all. Prompt rows of a prompted block that is followed
             by an unprompted one live on as tokens.
-        shared: one set of prompts for all prompted blocks.
-        pool_prompts: keep the prompt rows of the last block's output for the pooling.
+        shared: Whether all prompted blocks have one set of prompts.
+        pool_prompts: Whether the pooling reads the prompt rows of the last block's output, too.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range; `blocks` is empty or
+        TypeError, ValueError: A field is of the wrong type or out of range; `blocks` is empty or
             names a block twice.
     """
 
@@ -101,7 +101,7 @@ class VPTDeep:
         object.__setattr__(self, "blocks", tuple(sorted(blocks)))
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """Indices of the blocks, of `depth`, that get prompts, in ascending order.
+        """Return the indices of the blocks, of `depth`, that get prompts, in ascending order.
 
         Raises:
             ValueError: `blocks` names a block that a model of this depth does not have.
@@ -128,18 +128,18 @@ class VAPT:
     blocks share.
 
     Args:
-        num_prompts: number of prompts p of each block, at least 0.
-        dropout: probability of prompt dropout in block 0, an independent mask per image; in [0, 1).
-        kernel_size: height and width K of the convolution; the patch grid must not be smaller.
-        hidden_dim: width r of the feature projector's hidden layer.
-        projector_dropout: dropout of that hidden layer, in [0, 1).
-        channel_dropout: probability of dropping a channel of an image from the mix, in [0, 1).
+        num_prompts: Number of prompts p of each block, at least 0.
+        dropout: Probability of prompt dropout in block 0, an independent mask per image; in [0, 1).
+        kernel_size: Height and width K of the convolution; the patch grid must not be smaller.
+        hidden_dim: Width r of the feature projector's hidden layer.
+        projector_dropout: Dropout of that hidden layer, in [0, 1).
+        channel_dropout: Probability of dropping a channel of an image from the mix, in [0, 1).
         variant: "code", which the published figures come from, or "paper", as the paper's
             equations have it: no residual around the feature projector, no bias of the token-wise
             projector.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range.
+        TypeError, ValueError: A field is of the wrong type or out of range.
     """
 
     num_prompts: int = 10
@@ -166,5 +166,5 @@ class VAPT:
             )
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """Indices of the blocks, of `depth`, that get prompts: all of them."""
+        """Return the indices of the blocks, of `depth`, that get prompts: all of them."""
         return tuple(range(depth)) if self.num_prompts else ()

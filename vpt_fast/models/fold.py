@@ -68,17 +68,17 @@ def fold_backbone(
     projection without bias, MLPs other than timm's `Mlp`. Norms and LayerScales that are folded
     become ones and zeros, which the fused blocks pass by.
 
-    The original weights of what is changed are kept in host memory, since a rounded product cannot
+    The original weights of what is changed stay in host memory, since a rounded product cannot
     be divided back exactly: as much as the blocks' Linears take (ViT-B/16 in fp32: 340 MB).
     `model.state_dict()` gives those originals, and a state dict that is loaded is folded again, so
     that checkpoints are timm's with or without folding.
 
     Args:
-        model: a model that `prompt_tune` has tuned.
-        norm: fold the affine of norm1 and norm2 into qkv and fc1.
-        layer_scale: fold LayerScale into proj and fc2.
-        attention_scale: fold the scale of the scores into the queries' projection.
-        bias: drop the key bias and fold the value bias into proj.
+        model: A model that `prompt_tune` has tuned.
+        norm: Whether the affine of norm1 and norm2 is folded into qkv and fc1.
+        layer_scale: Whether LayerScale is folded into proj and fc2.
+        attention_scale: Whether the scale of the scores is folded into the queries' projection.
+        bias: Whether the key bias is dropped and the value bias folded into proj.
 
     Returns:
         `model` itself.

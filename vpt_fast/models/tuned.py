@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
@@ -53,6 +53,7 @@ class TuneRecord:
 class Tuned(nn.Module):
     """A timm model that `prompt_tune` has been applied to; mixed into its class."""
 
+    plain_class: ClassVar[type[nn.Module]]
     tune_record: TuneRecord
 
     def trained_modules(self) -> list[nn.Module]:

@@ -8,12 +8,19 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from vpt_fast.kernels.attention.layouts import MAX_HEAD_DIM
+
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def uses_kernels(tensor: Tensor) -> bool:
-    """True where the Triton kernels take `tensor`: on CUDA (or ROCm), in fp32, fp16 or bf16."""
-    return tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES
+def uses_kernels(tensor: Tensor, head_dim: int = 0) -> bool:
+    """True where the Triton kernels take `tensor`: on CUDA (or ROCm), in fp32, fp16 or bf16.
+
+    Args:
+        tensor: Input of an operation.
+        head_dim: Channels of a head, for operations on heads.
+    """
+    return tensor.is_cuda and tensor.dtype in _KERNEL_DTYPES and head_dim <= MAX_HEAD_DIM
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

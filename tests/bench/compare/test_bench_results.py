@@ -1,4 +1,4 @@
-"""From a benchmark run to its CSV file, plots and the README's tables."""
+"""From a benchmark run to its CSV file, plots and the page's tables."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ def test_the_plots_show_every_series(results: Path, tmp_path: Path) -> None:
     assert min(Image.open(path).size) > 400
 
 
-def test_the_readme_gets_every_comparison(results: Path, tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
+def test_the_page_gets_every_comparison(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
     page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    assert readme.main([str(results), "--readme", str(page), "--check"]) == 1
-    assert readme.main([str(results), "--readme", str(page)]) == 0
-    assert readme.main([str(results), "--readme", str(page), "--check"]) == 0
+    assert readme.main([str(results), "--page", str(page), "--check"]) == 1
+    assert readme.main([str(results), "--page", str(page)]) == 0
+    assert readme.main([str(results), "--page", str(page), "--check"]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("| test_vit, vpt-deep, batch ") == 2 * 3
@@ -117,13 +117,12 @@ def test_the_readme_gets_every_comparison(results: Path, tmp_path: Path) -> None
     assert f"| {middle} ({low} - {high}) |" in text
 
 
-def test_the_readme_of_the_project_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_the_project_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     """Its tables are those of the picture below them."""
-    text = (ROOT / "README.md").read_text()
-    (name,) = re.findall(r"\(bench/results/(\S+_cpu-\S+)\.png\)", text)
-    page = ["--readme", str(ROOT / "README.md"), "--check"]
+    text = (ROOT / "docs" / "benchmarks" / "cpu.md").read_text()
+    (name,) = re.findall(r"bench/results/(\S+_cpu-\S+)\.png\)", text)
     results = collect.RESULTS / f"{name}.csv"
-    assert readme.main([str(results), *page]) == 0, capsys.readouterr().out
+    assert readme.main([str(results), "--check"]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tool", [plots, readme])
@@ -152,10 +151,10 @@ def test_runs_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_page_without_marks_is_refused(results: Path, tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
+    page = tmp_path / "page.md"
     page.write_text("no marks")
     with pytest.raises(SystemExit):
-        readme.main([str(results), "--readme", str(page)])
+        readme.main([str(results), "--page", str(page)])
     assert page.read_text() == "no marks"
 
 

@@ -29,7 +29,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from bench.gpu.jobs.keys import stable_keys
 from bench.gpu.jobs.warm import noted
-from bench import attention_ways
+from bench.providers import attention as attention_ways
 from bench.providers.attention import AttentionCase
 
 class Driver:

@@ -39,7 +39,8 @@ TODAY = {
 
 SCRIPT = """
 import json
-from bench import host, host_calls
+from bench.host import calls as host_calls
+from bench.host import host
 calls = host_calls.count_methods()
 print(json.dumps([calls, host.measure(list(host.RATIOS.values()), 2)]))
 """

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from vpt_fast import VAPT, VPTDeep, prompt_tune
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.function import run_blocks
-from vpt_fast.ops.block.implementations import REFERENCE_SITES
 from vpt_fast.ops.block.parts import BlockConfig
+from vpt_fast.ops.block.sites import REFERENCE_SITES
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 METHODS: dict[str, Any] = {

@@ -21,9 +21,9 @@ from vpt_fast.models.vit import blocks
 from vpt_fast.models.vit import model as models
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.function import run_blocks, run_traced
-from vpt_fast.ops.block.implementations import OPERATOR_SITES, REFERENCE_SITES
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
 from vpt_fast.ops.block.prompt_source import GIVEN_KEYS, ExpertPrompts, StaticPrompts
+from vpt_fast.ops.block.sites import OPERATOR_SITES, REFERENCE_SITES
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 

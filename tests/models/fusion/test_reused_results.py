@@ -18,11 +18,11 @@ from test_first_rows import BATCH, HEADS, KINDS, ROWS, WIDTH, rand, sources, wei
 from torch import Tensor
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune
-from vpt_fast.ops.block import implementations as operators
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.function import run_blocks
-from vpt_fast.ops.block.implementations import REFERENCE_SITES, PlannedSites, Sites
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
+from vpt_fast.ops.block.sites import REFERENCE_SITES, PlannedSites, Sites
+from vpt_fast.ops.operation import Operation
 from vpt_fast.ops.window_attention.rows import Windows
 
 pytest_plugins = ("support.kernel_device",)
@@ -47,8 +47,11 @@ def spied(results: Results) -> Sites:
 
         return call
 
-    functions = {name: spy(name, f) for name, f in operators.kernels().items()}
-    return PlannedSites(functions)
+    class Spied(PlannedSites):
+        def implementation(self, operation: Operation) -> Callable[..., Any]:
+            return spy(operation.name, super().implementation(operation))
+
+    return Spied()
 
 
 def row(

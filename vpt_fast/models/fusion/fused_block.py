@@ -26,12 +26,11 @@ from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block.add_norm import OpenSum
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.function import run_blocks, run_traced
-from vpt_fast.ops.block.implementations import sites_for
-from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, contiguous
+from vpt_fast.ops.block.parts import AttentionPattern, BlockConfig, BlockWeights, contiguous
 from vpt_fast.ops.block.prompt_kv import RowKeys
 from vpt_fast.ops.block.prompt_source import PromptSource
+from vpt_fast.ops.block.sites import sites_for
 from vpt_fast.ops.tracing import is_traced, is_transformed
-from vpt_fast.ops.window_attention.rows import Windows
 
 Prompts = tuple[PromptSource | None, tuple[Tensor | None, ...]]
 """Where a block's prompts come from, and the tensors that they are made of."""
@@ -131,7 +130,7 @@ class Use(NamedTuple):
     """
 
     memory: str
-    windows: Windows | None = None
+    windows: AttentionPattern | None = None
     queries: int | None = None
 
 

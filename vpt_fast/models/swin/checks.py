@@ -15,7 +15,7 @@ from torch import nn
 
 from vpt_fast.methods import VAPT, Method
 from vpt_fast.models.check_parts import Parts, check_apart, check_parts, name_of, refuse
-from vpt_fast.models.swin.model import grids_of
+from vpt_fast.models.swin.install import grids_of
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.modules.row_by_row import ROW_NORMS
 

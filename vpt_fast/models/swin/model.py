@@ -7,28 +7,19 @@ from typing import Any
 import torch
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import (
-    PatchMerging,
     SwinTransformer,
-    SwinTransformerBlock,
-    SwinTransformerStage,
-    WindowAttention,
 )
 from torch import Tensor, nn
 
-from vpt_fast.methods import VAPT
 from vpt_fast.models.graphs.block_graphs import replayed
 from vpt_fast.models.patches import embedded_patches
-from vpt_fast.models.prompt_rows import PromptRows
 from vpt_fast.models.swin.blocks import (
     LiveRows,
-    PromptedSwinBlock,
-    PromptedWindowAttention,
     check_blocks,
 )
-from vpt_fast.models.swin.stages import PromptedSwinStage
+from vpt_fast.models.swin.install import install_prompts
 from vpt_fast.models.tuned import Tuned, blocks_of, check_pooling
 from vpt_fast.modules.baseline_layers import new_classifier
-from vpt_fast.modules.experts import FeatureProjector, PromptExperts
 from vpt_fast.modules.hooks import is_taken_over
 from vpt_fast.ops.tracing import any_derivative, is_transformed
 
@@ -36,6 +27,8 @@ from vpt_fast.ops.tracing import any_derivative, is_transformed
 class PromptedSwinTransformer(Tuned, SwinTransformer):
     """timm's SwinTransformer, tuned. Its features are images without prompt rows; but where those
     are pooled they are (B, 1, p + H * W, D), prompt rows first."""
+
+    plain_class = SwinTransformer
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, as timm's."""
@@ -133,86 +126,5 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's; the block that is now the last one keeps its prompt rows to itself."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
-        place_prompts(self)
+        install_prompts(self)
         return taken
-
-
-def add_experts(model: Any, method: VAPT, blocks: tuple[int, ...]) -> None:
-    """Prompt experts for the given blocks, and a feature projector for each of their stages.
-
-    VAPT is published for ViT only; this is its form for Swin: experts mix the grid of their own
-    block, and the feature projector is shared by the blocks of one width.
-    """
-    index, grids = 0, grids_of(model)
-    for stage in model.layers:
-        for block in stage.blocks:
-            if index in blocks:
-                like = block.attn.qkv.weight
-                width = block.attn.qkv.in_features
-                if "prompt_projector" not in stage._modules:
-                    stage.prompt_projector = FeatureProjector(
-                        width, method.hidden_dim, method.projector_dropout, like
-                    )
-                block.prompt = PromptExperts(method, stage, grids[index], width, like)
-            index += 1
-
-
-def grids_of(model: Any) -> list[tuple[int, int]]:
-    """Height and width of every block's input, in tokens, for images of the model's own size."""
-    height, width = model.patch_embed.grid_size
-    grids = []
-    for stage in model.layers:
-        if isinstance(stage.downsample, PatchMerging):
-            height, width = (height + 1) // 2, (width + 1) // 2
-        grids += [(height, width)] * len(stage.blocks)
-    return grids
-
-
-def place_prompts(model: Any) -> None:
-    """Give all blocks and stages their classes, and every block its prompt rows."""
-    method = model.tune_record.method
-    blocks = blocks_of(model)
-    prompted = [getattr(block, "prompt", None) is not None for block in blocks]
-    pool = bool(getattr(method, "pool_prompts", False))
-    entering = 0
-    for index, block in enumerate(blocks):
-        leaving = method.num_prompts if prompted[index] else entering
-        if index + 1 < len(blocks):
-            leaving = 0 if prompted[index + 1] else leaving
-        else:
-            leaving = leaving if pool else 0
-        block.__class__ = PromptedSwinBlock
-        block.attn.__class__ = PromptedWindowAttention
-        block.prompt = getattr(block, "prompt", None)
-        block.rows = PromptRows(0, entering, leaving)
-        block.memory = model.tune_record.memory
-        entering = leaving
-    for stage in model.layers:
-        stage.__class__ = PromptedSwinStage
-
-
-def name_as_block(model: Any, name: str) -> str:
-    """A parameter's name as a model without stages would have it: `blocks.{i}.`, counted on.
-
-    A patch merging counts as the last block before it: it is between two blocks, and trained where
-    both are.
-    """
-    if not name.startswith("layers."):
-        return name
-    _, stage, part, rest = name.split(".", 3)
-    before = sum(len(layer.blocks) for layer in model.layers[: int(stage)])
-    if part == "blocks":
-        number, _, rest = rest.partition(".")
-        return f"blocks.{before + int(number)}.{rest}"
-    return f"blocks.{before - 1}.{part}.{rest}"
-
-
-TUNED_CLASS: dict[type[nn.Module], type[Tuned]] = {SwinTransformer: PromptedSwinTransformer}
-"""Plain class -> tuned class. The type of a model is looked up exactly."""
-
-PLAIN_PARTS: dict[type, type] = {
-    PromptedSwinStage: SwinTransformerStage,
-    PromptedSwinBlock: SwinTransformerBlock,
-    PromptedWindowAttention: WindowAttention,
-}
-"""Class of a tuned model's part -> timm's."""

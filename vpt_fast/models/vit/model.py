@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import Attention
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vpt_fast.methods import VAPT
 from vpt_fast.models.fusion.fused_block import Use, run_together
 from vpt_fast.models.fusion.look_ahead import look_ahead
 from vpt_fast.models.graphs.block_graphs import replayed
 from vpt_fast.models.patches import embedded_patches
-from vpt_fast.models.prompt_rows import PromptRows, strip_rows
+from vpt_fast.models.prompt_rows import strip_rows
 from vpt_fast.models.tuned import Tuned, check_pooling
-from vpt_fast.models.vit.attention import PromptedAttention
 from vpt_fast.models.vit.blocks import PromptedBlock, fused, through_block
 from vpt_fast.models.vit.head_rows import HeadReading
+from vpt_fast.models.vit.install import install_prompts
 from vpt_fast.modules.baseline_layers import new_classifier
-from vpt_fast.modules.experts import FeatureProjector, PromptExperts
+from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import is_taken_over
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import OpenSum
@@ -210,7 +208,7 @@ class _PromptedModel(Tuned, VisionTransformer):
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """As timm's; the block that is now the last one strips the prompt rows."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
-        place_prompts(self)
+        install_prompts(self)
         return taken
 
     def _rows_leaving(self, index: int) -> int:
@@ -221,62 +219,10 @@ class _PromptedModel(Tuned, VisionTransformer):
 class PromptedVisionTransformer(_PromptedModel):
     """timm's VisionTransformer, tuned."""
 
+    plain_class = VisionTransformer
+
 
 class PromptedVisionTransformerDistilled(_PromptedModel, VisionTransformerDistilled):
     """timm's VisionTransformerDistilled (DeiT with a distillation token), tuned."""
 
-
-# Plain class -> tuned class. The type of a model is looked up exactly.
-TUNED_CLASS: dict[type[VisionTransformer], type[_PromptedModel]] = {
-    VisionTransformer: PromptedVisionTransformer,
-    VisionTransformerDistilled: PromptedVisionTransformerDistilled,
-}
-
-
-PLAIN_PARTS: dict[type, type] = {PromptedBlock: Block, PromptedAttention: Attention}
-"""Class of a tuned model's part -> timm's."""
-
-
-def name_as_block(model: Any, name: str) -> str:
-    """A parameter's name with its block's number, `blocks.{i}.`: the name itself."""
-    return name
-
-
-def add_experts(model: Any, method: VAPT, blocks: tuple[int, ...]) -> None:
-    """Prompt experts for the given blocks, and the feature projector that they share."""
-    if not blocks:
-        return
-    like, width = model.blocks[0].attn.qkv.weight, model.embed_dim
-    model.prompt_projector = FeatureProjector(
-        width, method.hidden_dim, method.projector_dropout, like
-    )
-    for index in blocks:
-        grid = model.patch_embed.grid_size
-        model.blocks[index].prompt = PromptExperts(method, model, grid, width, like)
-
-
-def place_prompts(model: _PromptedModel) -> None:
-    """Give every block that meets prompts or has an adapter its class, and its prompt rows.
-
-    The last block is always given its class, so that it can compute the rows the head reads.
-    """
-    method = model.tune_record.method
-    blocks: Any = model.blocks
-    depth = len(blocks)
-    pool = bool(getattr(method, "pool_prompts", False))
-    prompted = [getattr(block, "prompt", None) is not None for block in blocks]
-    entering = 0
-    for index, block in enumerate(blocks):
-        count = method.num_prompts if prompted[index] else entering
-        if index + 1 < depth:
-            leaving = 0 if prompted[index + 1] else count
-        else:
-            leaving = count if pool else 0
-        adapted = "adapter" in block._modules
-        if prompted[index] or entering or adapted or index + 1 == depth:
-            block.__class__ = PromptedBlock
-            block.attn.__class__ = PromptedAttention
-            block.prompt = getattr(block, "prompt", None)
-            block.rows = PromptRows(model.num_prefix_tokens, entering, leaving)
-            block.memory = model.tune_record.memory
-        entering = leaving
+    plain_class = VisionTransformerDistilled

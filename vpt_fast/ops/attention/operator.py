@@ -7,26 +7,17 @@ anything else to the reference.
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
+from typing import Any
 
 from torch import Tensor
 
 from vpt_fast.kernels.attention.layouts import split, split_prompts
 from vpt_fast.ops.attention import reference
-from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype
 from vpt_fast.ops.frozen import of_first_order
+from vpt_fast.ops.operation import Function, Operation
 from vpt_fast.ops.registration import operator
-
-MAX_HEAD_DIM = 128
-"""Most channels of a head that the kernels take."""
-
-
-def _implementation(q: Tensor) -> ModuleType:
-    if uses_kernels(q) and q.shape[-1] <= MAX_HEAD_DIM:
-        from vpt_fast.kernels.attention import launches as kernels  # triton is not everywhere
-
-        return kernels
-    return reference
 
 
 @operator("vpt_fast::attention")
@@ -34,7 +25,7 @@ def attention_operator(
     tokens: list[Tensor], prompts: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (B, M, H * d) of `prompt_attention`, and the base-2 log-sum-exp (B, H, M)."""
-    return _implementation(tokens[0]).attention_forward(tokens, prompts, scale)
+    return ATTENTION.on(tokens[0], tokens[0].shape[-1])(tokens, prompts, scale)
 
 
 @attention_operator.register_fake
@@ -60,7 +51,8 @@ def attention_operator_backward(
     needs_prompts: bool,
 ) -> list[Tensor]:
     """Gradients of the token tensors and of the prompt tensors, those that are asked for."""
-    token_grads, prompt_grads = _implementation(tokens[0]).attention_backward(
+    compute = ATTENTION_BACKWARD.on(tokens[0], tokens[0].shape[-1])
+    token_grads, prompt_grads = compute(
         tokens, prompts, out, lse, grad_out, scale, needs_tokens, needs_prompts
     )
     return [*token_grads, *prompt_grads]
@@ -105,6 +97,29 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 
 
 attention_operator.register_autograd(of_first_order(_backward), setup_context=_setup_context)
+
+
+def _split_gradients(
+    tokens: list[Tensor], prompts: list[Tensor], *others: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    grads = attention_operator_backward(tokens, prompts, *others)
+    count = len(tokens) if others[-2] else 0
+    return grads[:count], grads[count:]
+
+
+@functools.cache
+def _kernels() -> dict[str, Function]:
+    from vpt_fast.kernels.attention.launches import attention_backward, attention_forward
+
+    return {"attention": attention_forward, "attention_backward": attention_backward}
+
+
+ATTENTION = Operation(
+    "attention", _kernels, reference.attention_forward, attention_operator, reuses_output=True
+)
+ATTENTION_BACKWARD = Operation(
+    "attention_backward", _kernels, reference.attention_backward, _split_gradients
+)
 
 
 def prompt_attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> Tensor:

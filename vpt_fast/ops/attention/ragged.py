@@ -7,25 +7,16 @@ reads them there, anything else to the reference. For inference: there is no bac
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
 
 from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.ops.attention import ragged_reference as reference
-from vpt_fast.ops.backend import computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.backend import computing_dtype, statistics_dtype
+from vpt_fast.ops.operation import Function, Operation
 from vpt_fast.ops.registration import operator
-
-_MAX_HEAD_DIM = 128
-
-
-def _implementation(q: Tensor) -> Any:
-    if uses_kernels(q) and q.shape[-1] <= _MAX_HEAD_DIM:
-        from vpt_fast.kernels.attention import ragged as kernels  # triton is not everywhere
-
-        return kernels
-    return reference
 
 
 @operator("vpt_fast::bank_attention")
@@ -39,9 +30,8 @@ def bank_attention_operator(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`bank_attention` of tensors that have been checked."""
-    return _implementation(tokens[0]).bank_attention_forward(
-        tokens, rest, made, starts, counts, most, scale
-    )
+    compute = BANK_ATTENTION.on(tokens[0], tokens[0].shape[-1])
+    return compute(tokens, rest, made, starts, counts, most, scale)
 
 
 @bank_attention_operator.register_fake
@@ -138,3 +128,15 @@ def _check(
         raise ValueError(f"all tensors must be on one device, got {sorted(devices)}")
     if most < 0:
         raise ValueError(f"most must be 0 or more, not {most}")
+
+
+@functools.cache
+def _kernels() -> dict[str, Function]:
+    from vpt_fast.kernels.attention.ragged import bank_attention_forward
+
+    return {"bank_attention": bank_attention_forward}
+
+
+BANK_ATTENTION = Operation(
+    "bank_attention", _kernels, reference.bank_attention_forward, bank_attention_operator
+)

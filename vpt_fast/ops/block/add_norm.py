@@ -17,7 +17,12 @@ from vpt_fast.ops.backend import in_full_precision
 from vpt_fast.ops.experts.token_mixing import mix_tokens as mix_operator
 from vpt_fast.ops.experts.token_mixing import mix_tokens_backward
 from vpt_fast.ops.frozen import once_differentiable
-from vpt_fast.ops.rowwise.residual_norm import residual_norm, residual_norm_backward
+from vpt_fast.ops.rowwise.residual_norm import (
+    RESIDUAL_NORM,
+    RESIDUAL_NORM_BACKWARD,
+    residual_norm,
+    residual_norm_backward,
+)
 
 
 class OpenSum(NamedTuple):
@@ -80,7 +85,7 @@ def enter(
     """
     source = steps.config.source
     eps = None if source is None else source.eps
-    x, y, statistics = steps.sites["residual_norm", "norm1"](
+    x, y, statistics = steps.sites[RESIDUAL_NORM, "norm1"](
         residual, branch, steps.weights.branch_scale, *steps.norm1, eps, steps.dtype
     )
     mixed = () if eps is None else source.mix(steps.sites, sources, x, statistics)
@@ -122,7 +127,7 @@ def entry_gradients(
             return None, None, mixing
         grads = [total, *([_scaled(total, scale, branch_dtype)] if apart else [])]
     else:
-        grads = steps.sites["residual_norm_backward", f"norm1 {some} {apart}"](
+        grads = steps.sites[RESIDUAL_NORM_BACKWARD, f"norm1 {some} {apart}"](
             x, statistics, steps.norm1.weight, scale, grad_y, grad_sum,
             branch_dtype if apart else None,
         )  # fmt: skip

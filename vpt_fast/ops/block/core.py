@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vpt_fast.ops.attention.operator import ATTENTION, ATTENTION_BACKWARD
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import Norm, Saved, enter, entry_gradients
-from vpt_fast.ops.block.implementations import Sites
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, Kept
-from vpt_fast.ops.window_attention.rows import attend_in_windows, windows_gradients
+from vpt_fast.ops.block.sites import Sites
+from vpt_fast.ops.rowwise.activation import ACTIVATION, ACTIVATION_BACKWARD
+from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD
 
 
 class _Projection(NamedTuple):
@@ -150,11 +152,10 @@ class BlockSteps:
         """Output (B, M, A) and base-2 log-sum-exp (B, H, M) of attention."""
         scale, windows, w = self.config.scale, self.config.windows, self.weights
         if windows is None:
-            attention = self.sites["attention", ""]
-            return attention(list(tokens), [] if keys is None else [keys], scale)
-        attention = self.sites["window_attention", ""]
-        bias = _there(w.position_bias)
-        return attend_in_windows(attention, windows, tokens[0], w.qkv_bias, bias, keys, scale)
+            prompts = [] if keys is None else [keys]
+            return self.sites[ATTENTION, ""](list(tokens), prompts, scale)
+        table = _there(w.position_bias)
+        return windows.attend(self.sites, tokens[0], w.qkv_bias, table, keys, scale)
 
     def attention_gradients(
         self, full: Kept, grad_out: Tensor, needs_tokens: bool, needs_prompts: bool
@@ -162,17 +163,15 @@ class BlockSteps:
         """Gradients of the tokens and of the prompts' keys, those that are asked for."""
         keys, out, lse = full.keys, _there(full.out), _there(full.lse)
         scale, windows, w = self.config.scale, self.config.windows, self.weights
-        place = f"{needs_tokens} {needs_prompts}"
         if windows is None:
-            backward = self.sites["attention_backward", place]
+            backward = self.sites[ATTENTION_BACKWARD, f"{needs_tokens} {needs_prompts}"]
             tokens, prompts = backward(
                 list(full.tokens), [] if keys is None else [keys], out, lse, grad_out, scale,
                 needs_tokens, needs_prompts,
             )  # fmt: skip
             return tokens, prompts[0] if prompts else None
-        backward = self.sites["window_attention_backward", place]
-        return windows_gradients(
-            backward, windows, full.tokens[0], w.qkv_bias, _there(w.position_bias), keys, out, lse,
+        return windows.gradients(
+            self.sites, full.tokens[0], w.qkv_bias, _there(w.position_bias), keys, out, lse,
             grad_out, scale, needs_tokens, needs_prompts,
         )  # fmt: skip
 
@@ -187,7 +186,7 @@ class BlockSteps:
         """x', norm2(x') and the row statistics of x'."""
         w = self.weights
         branch = self.linear("proj", out, w.proj_weight, w.proj_bias)
-        return self.sites["residual_norm", "norm2"](
+        return self.sites[RESIDUAL_NORM, "norm2"](
             self.first_rows(x), branch, w.scale1, w.norm2_weight, w.norm2_bias, self.config.eps2,
             None, self.dtype,
         )  # fmt: skip
@@ -195,7 +194,7 @@ class BlockSteps:
     def normalise_middle(self, middle: Tensor) -> Tensor:
         """norm2(x')."""
         w = self.weights
-        return self.sites["residual_norm", "norm2 again"](
+        return self.sites[RESIDUAL_NORM, "norm2 recomputed"](
             middle, None, None, w.norm2_weight, w.norm2_bias, self.config.eps2, None, self.dtype
         )[1]
 
@@ -208,7 +207,7 @@ class BlockSteps:
 
     def contract(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """The MLP's output from its hidden layer."""
-        active = self.sites["activation", ""](hidden, bias, self.config.activation)
+        active = self.sites[ACTIVATION, ""](hidden, bias, self.config.activation)
         return self.linear("fc2", active, self.weights.fc2_weight, self.weights.fc2_bias)
 
     def mlp_gradient(self, grad: Tensor, hidden: Tensor) -> Tensor:
@@ -216,7 +215,7 @@ class BlockSteps:
         w = self.weights
         grad = torch.matmul(grad, w.fc2_weight)
         bias = w.fc1_bias if uses_kernels(hidden) else None
-        self.sites["activation_backward", ""](hidden, bias, grad, self.config.activation)
+        self.sites[ACTIVATION_BACKWARD, ""](hidden, bias, grad, self.config.activation)
         return torch.matmul(grad, w.fc1_weight)
 
     # --- whole -------------------------------------------------------------------------------
@@ -277,7 +276,7 @@ class BlockSteps:
             keys, prompt_statistics = self.prompt_keys(sources, entry.mixed)
         if not tokens:
             tokens = self.project(
-                self.sites["residual_norm", "norm1 again"](
+                self.sites[RESIDUAL_NORM, "norm1 recomputed"](
                     entry.x, None, None, *self.norm1, None, self.dtype
                 )[1]
             )
@@ -335,8 +334,8 @@ class BlockSteps:
         apart = w.scale1 is not None or middle.dtype != self.dtype
         if grad_result is not None:
             grad = self.mlp_gradient(grad_result, _there(full.hidden))
-            place = f"norm2 {apart} {grad_middle is None}"
-            return self.sites["residual_norm_backward", place](
+            site = f"norm2 {apart} {grad_middle is None}"
+            return self.sites[RESIDUAL_NORM_BACKWARD, site](
                 middle, full.statistics, w.norm2_weight, w.scale1, grad, grad_middle,
                 self.dtype if apart else None,
             )  # fmt: skip

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.block.core import BlockSteps
-from vpt_fast.ops.block.implementations import Function, PlannedSites, Sites
-
-_OVER_THE_LAST = ("residual_norm", "attention", "window_attention")
-"""Operations whose kernels take results of theirs to write over."""
+from vpt_fast.ops.block.sites import PlannedSites, Sites
+from vpt_fast.ops.operation import Function, Operation
+from vpt_fast.ops.rowwise.activation import ACTIVATION
 
 
 def run_forward(
@@ -38,7 +37,7 @@ def run_forward(
     return residual, branch
 
 
-class _Shared(dict[tuple[str, str], Function]):
+class _Shared(dict[tuple[Operation, str], Function]):
     """Sites whose results share memory, for blocks of one layout, one call and one stream.
 
     Attributes:
@@ -51,12 +50,12 @@ class _Shared(dict[tuple[str, str], Function]):
         self.sites = sites
         self.linears: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def __missing__(self, site: tuple[str, str]) -> Function:
+    def __missing__(self, site: tuple[Operation, str]) -> Function:
         operation, _ = site
         function: Function
-        if operation == "activation":
+        if operation is ACTIVATION:
             function = functools.partial(self.sites[operation, "in place"], in_place=True)
-        elif operation in _OVER_THE_LAST:
+        elif operation.reuses_output:
             function = _over_the_last(self.sites[site])
         else:
             function = self.sites[site]

@@ -17,9 +17,9 @@ from torch import Tensor
 from vpt_fast.ops.block.add_norm import Saved
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.forward_only import run_forward
-from vpt_fast.ops.block.implementations import OPERATOR_SITES
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, Kept, contiguous
 from vpt_fast.ops.block.prompt_kv import RowKeys, prompt_keys
+from vpt_fast.ops.block.sites import OPERATOR_SITES
 from vpt_fast.ops.frozen import (
     apply_directly,
     check_versions,

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from vpt_fast.ops.block.add_norm import Saved
 from vpt_fast.ops.block.prompt_source import PromptSource
-from vpt_fast.ops.window_attention.rows import Windows
+
+
+class AttentionPattern(Protocol):
+    """Which tokens attend to which, where that is not all to all: `attend` and its `gradients`.
+
+    `vpt_fast.ops.window_attention.rows.Windows` is one, and says what they take and return.
+    """
+
+    @property
+    def attend(self) -> Any:
+        """Attention of the packed projection."""
+
+    @property
+    def gradients(self) -> Any:
+        """Its gradients."""
 
 
 class BlockWeights(NamedTuple):
@@ -66,7 +80,7 @@ class BlockConfig:
     activation: str
     memory: str
     source: PromptSource | None
-    windows: Windows | None = None
+    windows: AttentionPattern | None = None
     queries: int | None = None
 
     def keeps(self, keys: Tensor) -> bool:

@@ -16,8 +16,16 @@ from torch import Tensor
 
 from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.ops.block.add_norm import Norm, Saved
-from vpt_fast.ops.block.implementations import Sites
-from vpt_fast.ops.experts.operator import folded_columns
+from vpt_fast.ops.block.sites import Sites
+from vpt_fast.ops.experts.operator import (
+    FEATURES,
+    FEATURES_BACKWARD,
+    FOLD,
+    FOLD_BACKWARD,
+    folded_columns,
+)
+from vpt_fast.ops.experts.token_mixing import MIX, MIX_BACKWARD
+from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD
 
 Tensors = Sequence[Any]
 Gradients = tuple[list[Tensor | None], tuple[Tensor, ...]]
@@ -139,7 +147,7 @@ class StaticPrompts(_Unmixed):
         dtype: torch.dtype,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `PromptSource`."""
-        normalise = sites["residual_norm", "prompts"]
+        normalise = sites[RESIDUAL_NORM, "prompts"]
         _, out, statistics = normalise(self._prompts(tensors), None, None, *norm, None, dtype)
         return out, (statistics,)
 
@@ -154,7 +162,7 @@ class StaticPrompts(_Unmixed):
     ) -> Gradients:
         """See `PromptSource`."""
         tokens, mask = tensors
-        result = sites["residual_norm_backward", "prompts"](
+        result = sites[RESIDUAL_NORM_BACKWARD, "prompts"](
             self._prompts(tensors), *statistics, norm.weight, None, grad, None, None
         )[0]
         if mask is not None:
@@ -198,9 +206,9 @@ class ExpertPrompts(NamedTuple):
         matrix, mix_sum = tensors[:2]
         if not self.folded:
             columns = folded_columns(matrix, self.grid)
-            matrix, mix_sum = sites["fold", ""](*tensors[:2], self.grid, columns)
+            matrix, mix_sum = sites[FOLD, ""](*tensors[:2], self.grid, columns)
         patches = self.grid[0] * self.grid[1]
-        return matrix, mix_sum, sites["mix", ""](x, matrix, patches, statistics)
+        return matrix, mix_sum, sites[MIX, ""](x, matrix, patches, statistics)
 
     def mix_gradients(
         self,
@@ -217,13 +225,13 @@ class ExpertPrompts(NamedTuple):
         matrix, (grad, grad_mix_sum), x = entry.mixed[0], grad_mixed, entry.x
         if grad_y is None:
             grad_y = torch.zeros_like(x)  # type: ignore[arg-type]
-        *total, grad_matrix = sites["mix_backward", f"{needs_tokens} {grad_sum is None}"](
+        *total, grad_matrix = sites[MIX_BACKWARD, f"{needs_tokens} {grad_sum is None}"](
             x, matrix, self.grid[0] * self.grid[1], norm.weight, entry.statistics, grad_y, grad,
             grad_sum, needs_tokens, True,
         )  # fmt: skip
         first = (grad_matrix, grad_mix_sum)
         if not self.folded:
-            first = sites["fold_backward", ""](*tensors[:2], *first, self.grid)
+            first = sites[FOLD_BACKWARD, ""](*tensors[:2], *first, self.grid)
         return total[0] if total else None, list(first)
 
     def make(
@@ -236,7 +244,7 @@ class ExpertPrompts(NamedTuple):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `PromptSource`."""
         inputs = FeatureInputs(mixed[2], mixed[1], *tensors[2:])
-        out, *statistics = sites["features", ""](inputs, self.residual, *norm, dtype)
+        out, *statistics = sites[FEATURES, ""](inputs, self.residual, *norm, dtype)
         return out, tuple(statistics)
 
     def gradients(
@@ -250,7 +258,7 @@ class ExpertPrompts(NamedTuple):
     ) -> Gradients:
         """See `PromptSource`."""
         inputs = FeatureInputs(mixed[2], mixed[1], *tensors[2:])
-        grad_mixed, grad_mix_sum, *found = sites["features_backward", ""](
+        grad_mixed, grad_mix_sum, *found = sites[FEATURES_BACKWARD, ""](
             inputs, self.residual, norm.weight, *statistics, grad
         )
         if inputs.bias is None:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block.implementations import implementation
-from vpt_fast.ops.experts.operator import folded_columns
+from vpt_fast.ops.experts.operator import FOLD, FOLD_BACKWARD, folded_columns
 from vpt_fast.ops.frozen import apply_directly, exactly, once_differentiable
 
 
@@ -22,7 +21,7 @@ class _Folds(torch.autograd.Function):
     def forward(ctx, grid, columns, *tensors):  # type: ignore[no-untyped-def]
         count = len(tensors) // 2
         weights, kernels = torch.stack(tensors[:count]), torch.stack(tensors[count:])
-        matrices, sums = implementation("fold", weights)(weights, kernels, grid, columns)
+        matrices, sums = FOLD.on(weights)(weights, kernels, grid, columns)
         ctx.grid = grid
         ctx.save_for_backward(*tensors)
         return *matrices[..., : grid[0] * grid[1]].unbind(), *sums.unbind()
@@ -35,8 +34,7 @@ class _Folds(torch.autograd.Function):
         weights, kernels = torch.stack(tensors[:count]), torch.stack(tensors[count:])
         with exactly(weights):
             grad_matrices, grad_sums = torch.stack(grads[:count]), torch.stack(grads[count:])
-            fold_backward = implementation("fold_backward", weights)
-            found = fold_backward(weights, kernels, grad_matrices, grad_sums, ctx.grid)
+            found = FOLD_BACKWARD.on(weights)(weights, kernels, grad_matrices, grad_sums, ctx.grid)
         return None, None, *found[0].unbind(), *found[1].unbind()
 
 

@@ -10,7 +10,7 @@ else to the reference. Statistics and everything of the prompts are fp32 at leas
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype, uses_kernels
 from vpt_fast.ops.experts import reference
 from vpt_fast.ops.frozen import of_first_order
+from vpt_fast.ops.operation import Function, Operation
 from vpt_fast.ops.registration import operator
 from vpt_fast.ops.tracing import is_transformed
 
@@ -28,12 +29,16 @@ _KERNEL_COLUMNS = 64
 """The kernels read the folded matrix in tiles without masks: its rows are padded with zeros."""
 
 
-def _implementation(tensor: Tensor) -> ModuleType:
-    if uses_kernels(tensor):
-        from vpt_fast.kernels.experts import launches as kernels  # triton is not everywhere
+@functools.cache
+def _kernels() -> dict[str, Function]:
+    from vpt_fast.kernels.experts import launches
 
-        return kernels
-    return reference
+    return {
+        "fold": launches.fold_forward,
+        "fold_backward": launches.fold_backward,
+        "features": launches.features_forward,
+        "features_backward": launches.features_backward,
+    }
 
 
 # --- folding ---------------------------------------------------------------------------------
@@ -44,7 +49,7 @@ def fold_operator(
     weight: Tensor, kernel: Tensor, rows: int, columns: int, padded: int
 ) -> tuple[Tensor, Tensor]:
     """The matrix and its row sums of `fold_convolution`; `padded` columns."""
-    return _implementation(weight).fold_forward(weight, kernel, (rows, columns), padded)
+    return FOLD.on(weight)(weight, kernel, (rows, columns), padded)
 
 
 @fold_operator.register_fake
@@ -63,9 +68,7 @@ def fold_operator_backward(
     weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the projector and of the convolution."""
-    return _implementation(weight).fold_backward(
-        weight, kernel, grad_mix, grad_sum, (rows, columns)
-    )
+    return FOLD_BACKWARD.on(weight)(weight, kernel, grad_mix, grad_sum, (rows, columns))
 
 
 @fold_operator_backward.register_fake
@@ -90,6 +93,16 @@ def _fold_gradients(ctx, grad_mix, grad_sum):  # type: ignore[no-untyped-def]
 
 
 fold_operator.register_autograd(of_first_order(_fold_gradients), setup_context=_fold_setup)
+
+
+FOLD = Operation(
+    "fold", _kernels, reference.fold_forward,
+    lambda weight, kernel, grid, padded: fold_operator(weight, kernel, *grid, padded),
+)  # fmt: skip
+FOLD_BACKWARD = Operation(
+    "fold_backward", _kernels, reference.fold_backward,
+    lambda *tensors_and_grid: fold_operator_backward(*tensors_and_grid[:-1], *tensors_and_grid[-1]),
+)  # fmt: skip
 
 
 def fold_convolution(
@@ -150,9 +163,7 @@ def features_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """norm1(P) of `project_features`, and the mean and rstd (B, p) of each prompt."""
     inputs = FeatureInputs(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden)
-    return _implementation(mixed).features_forward(
-        inputs, residual, norm_weight, norm_bias, norm_eps, dtype
-    )
+    return FEATURES.on(mixed)(inputs, residual, norm_weight, norm_bias, norm_eps, dtype)
 
 
 @features_operator.register_fake
@@ -181,9 +192,7 @@ def features_operator_backward(
 ) -> list[Tensor]:
     """Gradients of `mixed`, `mix_sum` and the parameters that there are, in that order."""
     inputs = FeatureInputs(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden)
-    grads = _implementation(mixed).features_backward(
-        inputs, residual, norm_weight, mean, rstd, grad
-    )
+    grads = FEATURES_BACKWARD.on(mixed)(inputs, residual, norm_weight, mean, rstd, grad)
     return [_apart(g) for g in grads]
 
 
@@ -225,6 +234,16 @@ def _project_gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
 features_operator.register_autograd(
     of_first_order(_project_gradients), setup_context=_project_setup
 )
+
+
+FEATURES = Operation(
+    "features", _kernels, reference.features_forward,
+    lambda inputs, *others: features_operator(*inputs, *others),
+)  # fmt: skip
+FEATURES_BACKWARD = Operation(
+    "features_backward", _kernels, reference.features_backward,
+    lambda inputs, *others: features_operator_backward(*inputs, *others),
+)  # fmt: skip
 
 
 def project_features(

@@ -10,21 +10,13 @@ the matrix, and the means are subtracted from the p sums.
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
 
 from torch import Tensor
 
-from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.experts import reference
+from vpt_fast.ops.operation import Function, Operation
 from vpt_fast.ops.registration import operator
-
-
-def _implementation(tensor: Tensor) -> ModuleType:
-    if uses_kernels(tensor):
-        from vpt_fast.kernels.experts import launches as kernels  # triton is not everywhere
-
-        return kernels
-    return reference
 
 
 @operator("vpt_fast::mix_tokens")
@@ -40,7 +32,7 @@ def mix_tokens(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Tens
     Returns:
         (B, p, D), fp32 at least.
     """
-    return _implementation(x).mix_forward(x, mix, patches, statistics)
+    return MIX.on(x)(x, mix, patches, statistics)
 
 
 @mix_tokens.register_fake
@@ -75,7 +67,7 @@ def mix_tokens_backward(
         Those asked for: of x, from the mix, norm1 and `grad_sum` together; of the matrix's columns
         that are not 0, (p, patches).
     """
-    return _implementation(x).mix_backward(
+    return MIX_BACKWARD.on(x)(
         x, mix, patches, weight, statistics, grad_y, grad_mixed, grad_sum, needs_x, needs_mix
     )
 
@@ -97,3 +89,14 @@ def _(
     if needs_mix:
         grads.append(mix.new_empty(mix.shape[0], patches))
     return grads
+
+
+@functools.cache
+def _kernels() -> dict[str, Function]:
+    from vpt_fast.kernels.experts import launches
+
+    return {"mix": launches.mix_forward, "mix_backward": launches.mix_backward}
+
+
+MIX = Operation("mix", _kernels, reference.mix_forward, mix_tokens)
+MIX_BACKWARD = Operation("mix_backward", _kernels, reference.mix_backward, mix_tokens_backward)

@@ -10,11 +10,13 @@ f is exact GELU (Gaussian Error Linear Units, arXiv 1606.08415, section 2), its 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.operation import Function, Operation
 from vpt_fast.ops.registration import operator
 
 KINDS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -38,11 +40,7 @@ def activation(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         ValueError: another kind.
     """
     _check(kind)
-    if uses_kernels(h):
-        from vpt_fast.kernels.rowwise import activation as kernels  # triton is not everywhere
-
-        return kernels.activation(h, bias, kind)
-    return activate(h, bias, kind)
+    return ACTIVATION.on(h)(h, bias, kind)
 
 
 @activation.register_fake
@@ -62,12 +60,7 @@ def activation_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str)
         ValueError: another kind.
     """
     _check(kind)
-    if uses_kernels(h):
-        from vpt_fast.kernels.rowwise import activation as kernels  # triton is not everywhere
-
-        kernels.activation_backward(h, bias, grad, kind)
-    else:
-        activate_backward(h, bias, grad, kind)
+    ACTIVATION_BACKWARD.on(h)(h, bias, grad, kind)
 
 
 @activation_backward.register_fake
@@ -113,3 +106,19 @@ def reference_backward(h: Tensor, grad: Tensor, kind: str) -> None:
     else:
         approximate = "tanh" if kind == "gelu_tanh" else "none"
         torch.ops.aten.gelu_backward.grad_input(grad, h, approximate=approximate, grad_input=grad)
+
+
+@functools.cache
+def _kernels() -> dict[str, Function]:
+    from vpt_fast.kernels.rowwise import activation as launches
+
+    return {
+        "activation": launches.activation,
+        "activation_backward": launches.activation_backward,
+    }
+
+
+ACTIVATION = Operation("activation", _kernels, activate, activation)
+ACTIVATION_BACKWARD = Operation(
+    "activation_backward", _kernels, activate_backward, activation_backward
+)

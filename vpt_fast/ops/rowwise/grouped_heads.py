@@ -7,10 +7,13 @@ one product per task. For inference: there is no backward.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.backend import computing_dtype, uses_kernels
+from vpt_fast.ops.backend import computing_dtype
+from vpt_fast.ops.operation import Function, Operation
 from vpt_fast.ops.registration import operator
 
 
@@ -27,13 +30,7 @@ def grouped_heads_operator(
 ) -> Tensor:
     """`grouped_heads` of tensors that have been checked."""
     arguments = (features, weight, bias, starts, counts, offsets, total, most)
-    if uses_kernels(features):
-        from vpt_fast.kernels.rowwise.grouped_heads import (
-            grouped_heads_forward,  # triton: not everywhere
-        )
-
-        return grouped_heads_forward(*arguments)
-    return grouped_heads_reference(*arguments)
+    return GROUPED_HEADS.on(features)(*arguments)
 
 
 @grouped_heads_operator.register_fake
@@ -164,3 +161,15 @@ def _check(
         raise ValueError(f"all tensors must be on one device, got {sorted(devices)}")
     if total < 0 or most < 0:
         raise ValueError(f"total and most must be 0 or more, not {total} and {most}")
+
+
+@functools.cache
+def _kernels() -> dict[str, Function]:
+    from vpt_fast.kernels.rowwise.grouped_heads import grouped_heads_forward
+
+    return {"grouped_heads": grouped_heads_forward}
+
+
+GROUPED_HEADS = Operation(
+    "grouped_heads", _kernels, grouped_heads_reference, grouped_heads_operator
+)

@@ -9,22 +9,16 @@ tensors go to the Triton kernels of `vpt_fast.kernels.rowwise.residual_norm`.
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.backend import statistics_dtype, uses_kernels
+from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.operation import Function, Operation
 from vpt_fast.ops.registration import operator
 from vpt_fast.ops.rowwise import residual_norm_reference as reference
-
-
-def _implementation(tensor: Tensor) -> ModuleType:
-    if uses_kernels(tensor):
-        from vpt_fast.kernels.rowwise import residual_norm as kernels  # triton is not everywhere
-
-        return kernels
-    return reference
 
 
 @operator("vpt_fast::residual_norm")
@@ -54,7 +48,7 @@ def residual_norm(
         (2 or 3, B, N), fp32 at least: mean, 1 / sqrt(variance + norm_eps), and the same with
         `expert_eps`. They are those of the sum as it is rounded.
     """
-    total, y, statistics = _implementation(residual).residual_norm(
+    total, y, statistics = RESIDUAL_NORM.on(residual)(
         residual, branch, scale, weight, bias, norm_eps, expert_eps, dtype
     )
     return residual.new_empty(0) if branch is None else total, y, statistics
@@ -107,7 +101,7 @@ def residual_norm_backward(
     Returns:
         [grad_x (B, N, D) in x's dtype], and scale * grad_x if it is asked for.
     """
-    return _implementation(x).residual_norm_backward(
+    return RESIDUAL_NORM_BACKWARD.on(x)(
         x, statistics, weight, scale, grad_y, grad_sum, branch_dtype
     )
 
@@ -124,3 +118,26 @@ def _(
 ) -> list[Tensor]:
     dtypes = [x.dtype, *([] if branch_dtype is None else [branch_dtype])]
     return [x.new_empty(x.shape, dtype=dtype) for dtype in dtypes]
+
+
+def _with_its_sum(residual: Tensor, branch: Tensor | None, *others: Any) -> Any:
+    total, y, statistics = residual_norm(residual, branch, *others)
+    return residual if branch is None else total, y, statistics
+
+
+@functools.cache
+def _kernels() -> dict[str, Function]:
+    from vpt_fast.kernels.rowwise import residual_norm as launches
+
+    return {
+        "residual_norm": launches.residual_norm,
+        "residual_norm_backward": launches.residual_norm_backward,
+    }
+
+
+RESIDUAL_NORM = Operation(
+    "residual_norm", _kernels, reference.residual_norm, _with_its_sum, reuses_output=True
+)
+RESIDUAL_NORM_BACKWARD = Operation(
+    "residual_norm_backward", _kernels, reference.residual_norm_backward, residual_norm_backward
+)

@@ -7,26 +7,16 @@ unshifted, uncut tokens and returns rows in the same order. CUDA tensors go to t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
-from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype, uses_kernels
+from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype
 from vpt_fast.ops.frozen import of_first_order
+from vpt_fast.ops.operation import Function, Operation
 from vpt_fast.ops.registration import operator
 from vpt_fast.ops.window_attention import reference
-
-_MAX_HEAD_DIM = 128
-
-
-def _implementation(qkv: Tensor) -> Any:
-    if uses_kernels(qkv) and qkv.shape[-1] <= _MAX_HEAD_DIM:
-        from vpt_fast.kernels.window_attention import (
-            launches as kernels,
-        )  # triton is not everywhere
-
-        return kernels
-    return reference
 
 
 def _pair(values: list[int]) -> tuple[int, int]:
@@ -45,7 +35,7 @@ def window_attention_operator(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, W, h * d) of `window_attention`, and the base-2 log-sum-exp (B, h, H, W)."""
-    return _implementation(qkv).window_attention_forward(
+    return WINDOW_ATTENTION.on(qkv, qkv.shape[-1])(
         qkv, pad, table, prompts, _pair(window), _pair(shift), scale
     )
 
@@ -90,7 +80,7 @@ def window_attention_operator_backward(
     if needs_pad:
         grads = reference.window_attention_backward(*inputs, *asked, True)
     else:
-        grads = _implementation(qkv).window_attention_backward(*inputs, *asked)
+        grads = WINDOW_ATTENTION_BACKWARD.on(qkv, qkv.shape[-1])(*inputs, *asked)
     return [grad for grad in grads if grad is not None]
 
 
@@ -144,6 +134,40 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
 
 
 window_attention_operator.register_autograd(of_first_order(_backward), setup_context=_setup_context)
+
+
+def _from_pairs(*arguments: Any) -> Any:
+    *tensors, window, shift, scale = arguments
+    return window_attention_operator(*tensors, list(window), list(shift), scale)
+
+
+def _backward_from_pairs(*arguments: Any) -> Any:
+    *tensors, window, shift, scale, tokens, prompts, table = arguments
+    grads = window_attention_operator_backward(
+        *tensors, list(window), list(shift), scale, tokens, prompts, table, False
+    )
+    found, asked = iter(grads), (tokens, prompts and tensors[3] is not None, table)
+    return *[next(found) if wanted else None for wanted in asked], None
+
+
+@functools.cache
+def _kernels() -> dict[str, Function]:
+    from vpt_fast.kernels.window_attention import launches
+
+    return {
+        "window_attention": launches.window_attention_forward,
+        "window_attention_backward": launches.window_attention_backward,
+    }
+
+
+WINDOW_ATTENTION = Operation(
+    "window_attention", _kernels, reference.window_attention_forward, _from_pairs,
+    reuses_output=True,
+)  # fmt: skip
+WINDOW_ATTENTION_BACKWARD = Operation(
+    "window_attention_backward", _kernels, reference.window_attention_backward,
+    _backward_from_pairs,
+)  # fmt: skip
 
 
 def window_attention(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.window_attention.layout import is_padded
+from vpt_fast.ops.window_attention.operator import WINDOW_ATTENTION, WINDOW_ATTENTION_BACKWARD
 
 
 class Windows(NamedTuple):
@@ -25,78 +25,78 @@ class Windows(NamedTuple):
     window: tuple[int, int]
     shift: tuple[int, int]
 
+    def attend(
+        self,
+        sites: Any,
+        qkv: Tensor,
+        bias: Tensor | None,
+        table: Tensor,
+        prompt_kv: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return output (B, N, h * d) and base-2 log-sum-exp (B, h, N) of attention.
+
+        Args:
+            sites: Call sites of the block, `vpt_fast.ops.block.sites.Sites`.
+            qkv: Packed projection of the tokens (B, N, 3, h, d), row by row of the image;
+                contiguous.
+            bias: Bias of the qkv projection, (3 h d,), or None.
+            table: Relative-position bias.
+            prompt_kv: Keys and values of the prompts (B or 1, p, 2, h, d), or None.
+            scale: Factor of the scores.
+        """
+        batch, rows, _, heads, dim = qkv.shape
+        out, lse = sites[WINDOW_ATTENTION, ""](
+            qkv.view(batch, *self.grid, *qkv.shape[2:]), padding_of(self, bias, qkv), table,
+            prompt_kv, self.window, self.shift, scale,
+        )  # fmt: skip
+        return out.view(batch, rows, heads * dim), lse.view(batch, heads, rows)
+
+    def gradients(
+        self,
+        sites: Any,
+        qkv: Tensor,
+        bias: Tensor | None,
+        table: Tensor,
+        prompt_kv: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        scale: float,
+        needs_tokens: bool,
+        needs_prompts: bool,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return [gradient of qkv] and that of the prompts' keys and values, where asked for.
+
+        Args:
+            sites, qkv, bias, table, prompt_kv, scale: Arguments of `attend`.
+            out, lse: Results of `attend`.
+            grad_out: Gradient of `out`, (B, N, h * d).
+            needs_tokens, needs_prompts: Whether each gradient is asked for.
+        """
+        (batch, _, _, heads, dim), grid = qkv.shape, self.grid
+        shape = (batch, *grid, heads * dim)
+        grad_qkv, grad_kv, *_ = sites[
+            WINDOW_ATTENTION_BACKWARD, f"{needs_tokens} {needs_prompts}"
+        ](
+            qkv.view(batch, *grid, *qkv.shape[2:]), padding_of(self, bias, qkv), table, prompt_kv,
+            out.view(shape), lse.view(batch, heads, *grid), grad_out.view(shape),
+            self.window, self.shift, scale, needs_tokens, needs_prompts, False,
+        )  # fmt: skip
+        return [] if grad_qkv is None else [grad_qkv.view(qkv.shape)], grad_kv
+
 
 def padding_of(windows: Windows, bias: Tensor | None, qkv: Tensor) -> Tensor | None:
-    """Projection (3, h, d) of a row of zeros, its bias; None where nothing is padded.
+    """Return the projection (3, h, d) of a row of zeros, its bias; None where nothing is padded.
 
     Args:
-        windows: of the block.
-        bias: of the qkv projection, (3 h d,), or None.
-        qkv: (..., 3, h, d), for shape and dtype.
+        windows: Windows that the image is cut into.
+        bias: Bias of the qkv projection, (3 h d,), or None.
+        qkv: Packed projection (..., 3, h, d), for shape and dtype.
     """
     if bias is None or not is_padded(*windows.grid, windows.window):
         return None
     return bias.to(qkv.dtype).view(qkv.shape[-3:])
-
-
-def attend_in_windows(
-    attention: Callable[..., Any],
-    windows: Windows,
-    qkv: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    keys: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, N, h * d) and base-2 log-sum-exp (B, h, N) of qkv (B, N, 3, h, d).
-
-    Args:
-        attention: an implementation of `window_attention_operator`.
-        windows: of the block.
-        qkv: packed projection of the tokens, row by row of the image; contiguous.
-        bias: of the qkv projection, (3 h d,), or None.
-        table: relative-position bias.
-        keys: keys and values of the prompts (B or 1, p, 2, h, d), or None.
-        scale: factor of the scores.
-    """
-    batch, rows, _, heads, dim = qkv.shape
-    out, lse = attention(
-        qkv.view(batch, *windows.grid, *qkv.shape[2:]), padding_of(windows, bias, qkv), table,
-        keys, windows.window, windows.shift, scale,
-    )  # fmt: skip
-    return out.view(batch, rows, heads * dim), lse.view(batch, heads, rows)
-
-
-def windows_gradients(
-    backward: Callable[..., Any],
-    windows: Windows,
-    qkv: Tensor,
-    bias: Tensor | None,
-    table: Tensor,
-    keys: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    scale: float,
-    needs_tokens: bool,
-    needs_prompts: bool,
-) -> tuple[list[Tensor], Tensor | None]:
-    """[gradient of qkv] and that of the prompts' keys, if asked for; see the function above.
-
-    Args:
-        backward: an implementation of `window_attention_operator_backward`.
-        out, lse: what the function above returned.
-        grad_out: gradient of `out`, (B, N, h * d).
-    """
-    (batch, _, _, heads, dim), grid = qkv.shape, windows.grid
-    shape = (batch, *grid, heads * dim)
-    grad_qkv, grad_keys, *_ = backward(
-        qkv.view(batch, *grid, *qkv.shape[2:]), padding_of(windows, bias, qkv), table, keys,
-        out.view(shape), lse.view(batch, heads, *grid), grad_out.view(shape),
-        windows.window, windows.shift, scale, needs_tokens, needs_prompts, False,
-    )  # fmt: skip
-    tokens = [] if grad_qkv is None else [grad_qkv.view(qkv.shape)]
-    return tokens, grad_keys
 
 
 def attend_from_prompts(

@@ -18,16 +18,13 @@ from vpt_fast.export.baked import (
     BakedVisionTransformer,
     BakedVisionTransformerDistilled,
 )
+from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.tuned import TuneRecord, is_tuned, take_out
 from vpt_fast.models.vit.blocks import PromptedBlock
-from vpt_fast.models.vit.model import PLAIN_PARTS, TUNED_CLASS
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 
-_PLAIN_CLASS: dict[type[Any], type[VisionTransformer]] = {
-    tuned: plain for plain, tuned in TUNED_CLASS.items()
-}
 _BAKED_CLASS: dict[type[VisionTransformer], type[VisionTransformer]] = {
     VisionTransformer: BakedVisionTransformer,
     VisionTransformerDistilled: BakedVisionTransformerDistilled,
@@ -67,14 +64,14 @@ def bake(model: nn.Module) -> nn.Module:
         ValueError: If `model` is not tuned, is a SwinTransformer, or a module in it has hooks or a
             forward of its own.
     """
-    _check(model)
+    family = _check(model)
     with torch.inference_mode(False), torch.no_grad():
         baked: Any = _copy(model)
         grid, hidden = _expert_grid(baked), baked._modules.get("head_hidden")
         parts = [_part(baked, block) for block in baked.blocks]
-        take_out(baked, PLAIN_PARTS)
+        take_out(baked, family.plain_parts)
         del baked.tune_record
-        baked.__class__ = _PLAIN_CLASS[type(baked)]
+        baked.__class__ = family.plain
         if hidden is not None and not isinstance(baked.head, nn.Identity):
             baked.head = nn.Sequential(*hidden, baked.head)
         if any(part is not None and part.changes for part in parts):
@@ -88,14 +85,15 @@ def bake(model: nn.Module) -> nn.Module:
         return baked.eval().requires_grad_(False)
 
 
-def _check(model: Any) -> None:
+def _check(model: Any) -> Family:
     name = type(model).__name__
-    if not is_tuned(model):
+    family = family_of(model)
+    if not is_tuned(model) or family is None:
         raise ValueError(
             f"this {name} is not tuned, so there is nothing to bake; call prompt_tune(model, "
             "method) or load_adapter(model, directory) first, and bake before torch.compile"
         )
-    if type(model) not in _PLAIN_CLASS:
+    if family.in_stages:
         raise ValueError(
             f"a {name} cannot be baked: prompts in windows have no plain form here; only a tuned "
             "VisionTransformer or VisionTransformerDistilled can be"
@@ -107,6 +105,7 @@ def _check(model: Any) -> None:
                 f"cannot bake this model: {where or name} has {what}, which may change what it "
                 "computes; remove them"
             )
+    return family
 
 
 def _copy(model: Any) -> Any:

@@ -1,0 +1,61 @@
+"""What there is to know of one timm class: a record per class, looked up once and handed down."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vpt_fast.methods import VAPT, Method
+from vpt_fast.models.tuned import Tuned
+
+# Imported where a model of the class is met, so that the core does without its options.
+_MODULES = {
+    "timm.models.vision_transformer.VisionTransformer": "vpt_fast.models.vit.family",
+    "timm.models.deit.VisionTransformerDistilled": "vpt_fast.models.vit.family",
+    "timm.models.swin_transformer.SwinTransformer": "vpt_fast.models.swin.family",
+}
+
+KNOWN = tuple(name.rpartition(".")[2] for name in _MODULES)
+"""Names of the timm classes that can be tuned."""
+
+
+@dataclass(eq=False)
+class Family:
+    """One timm class, and what is made of it.
+
+    Attributes:
+        plain: timm's class of the model.
+        tuned: Class that a tuned model is given.
+        plain_parts: timm's class of each part of a tuned model, by the class that it is given.
+        check: Raises where a model of this class and a method do not fit each other.
+        install: Gives the blocks of a model their classes and prompt rows.
+        add_experts: Gives blocks VAPT's prompt experts, and their owners the feature projectors.
+        name_as_block: A parameter's name as a model without stages has it, `blocks.{i}.`.
+        in_stages: Whether blocks stand in stages of different widths, with attention in windows.
+    """
+
+    plain: type[nn.Module]
+    tuned: type[Tuned]
+    plain_parts: Mapping[type, type]
+    check: Callable[[Any, Method], None]
+    install: Callable[[Any], None]
+    add_experts: Callable[[Any, VAPT, tuple[int, ...]], None]
+    name_as_block: Callable[[Any, str], str]
+    in_stages: bool
+
+
+def family_of(model: Any) -> Family | None:
+    """Return the record of a plain or tuned model's class; None for any other class.
+
+    The class is looked up exactly: a subclass may compute anything.
+    """
+    plain = getattr(type(model), "plain_class", type(model))
+    module = _MODULES.get(f"{plain.__module__}.{plain.__qualname__}")
+    if module is None:
+        return None
+    families: Mapping[type, Family] = importlib.import_module(module).FAMILIES
+    return families.get(plain)

@@ -1,0 +1,41 @@
+"""The records of timm's VisionTransformer and of its distilled form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+
+from vpt_fast.models.family import Family
+from vpt_fast.models.vit.attention import PromptedAttention
+from vpt_fast.models.vit.blocks import PromptedBlock
+from vpt_fast.models.vit.checks import check_vit
+from vpt_fast.models.vit.install import add_experts, install_prompts
+from vpt_fast.models.vit.model import PromptedVisionTransformer, PromptedVisionTransformerDistilled
+
+
+def _name_as_block(model: Any, name: str) -> str:
+    return name
+
+
+def _family(plain: Any, tuned: Any) -> Family:
+    return Family(
+        plain=plain,
+        tuned=tuned,
+        plain_parts={PromptedBlock: Block, PromptedAttention: Attention},
+        check=check_vit,
+        install=install_prompts,
+        add_experts=add_experts,
+        name_as_block=_name_as_block,
+        in_stages=False,
+    )
+
+
+FAMILIES = {
+    VisionTransformer: _family(VisionTransformer, PromptedVisionTransformer),
+    VisionTransformerDistilled: _family(
+        VisionTransformerDistilled, PromptedVisionTransformerDistilled
+    ),
+}
