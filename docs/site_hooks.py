@@ -2,9 +2,8 @@
 
 A public name that the page lacks, or that has no docstring, fails the build.
 
-A name is public where it is in the `__all__` of one of `PUBLIC_MODULES` or is one of
-`PUBLIC_NAMES`; so are the methods of a public class that do not begin with an underscore. Nothing
-is imported: griffe reads the source.
+A name is public where it is in the `__all__` of one of `PUBLIC_MODULES`; so are the methods of a
+public class that do not begin with an underscore. Nothing is imported: griffe reads the source.
 """
 
 from __future__ import annotations
@@ -21,11 +20,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-PUBLIC_MODULES = ("vpt_fast", "vpt_fast.bank")
-PUBLIC_NAMES = tuple(
-    f"vpt_fast.analysis.attention_shares.{name}"
-    for name in ("attention_shares", "mixing_maps", "PromptAttention")
-)
+PUBLIC_MODULES = ("vpt_fast", "vpt_fast.bank", "vpt_fast.analysis")
 PAGE = "api.md"
 
 log = logging.getLogger("mkdocs.hooks.site_hooks")
@@ -49,8 +44,7 @@ def public_names() -> list[str]:
         found = package[below] if below else package
         names.update({f"{module}.{name}": None for name in found.exports or ()})
     short = [name.rpartition(".")[2] for name in names]
-    once = [name for i, name in enumerate(names) if short[i] not in short[:i]]
-    return [*once, *PUBLIC_NAMES]
+    return [name for i, name in enumerate(names) if short[i] not in short[:i]]
 
 
 def _undocumented(name: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from vpt_fast.adapter.load import load_adapter
 from vpt_fast.adapter.save import save_adapter
 from vpt_fast.bank import PromptBank
-from vpt_fast.export.bake import bake
+from vpt_fast.export import bake
 from vpt_fast.methods import VAPT, VPTDeep, VPTShallow
 from vpt_fast.methods.baselines import (
     AdapterTuning,

@@ -10,7 +10,7 @@ import torch
 
 from bench.providers.models import OURS, WITHOUT
 from vpt_fast import VPTDeep
-from vpt_fast.analysis.activation_memory import EAGER, PLAIN, KeptBytes
+from vpt_fast.analysis.activation_memory import EAGER, PLAIN, SavedBytes
 from vpt_fast.models.tuned import blocks_of
 
 MODEL, BATCH, PROMPTS = "vit_base_patch16_224", 64, 50
@@ -24,7 +24,7 @@ def saved_rows() -> Iterator[dict[str, Any]]:
     """
     with torch.device("meta"):
         model: Any = timm.create_model(MODEL, num_classes=100)
-    meter, depth = KeptBytes(model, (3, 224, 224), torch.bfloat16), len(blocks_of(model))
+    meter, depth = SavedBytes(model, (3, 224, 224), torch.bfloat16), len(blocks_of(model))
     common = {
         "kind": "counted", "bench": "memory", "model": MODEL, "method": "vpt-deep",
         "batch": BATCH, "dtype": "bfloat16", "image_size": 224,

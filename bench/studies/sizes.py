@@ -47,8 +47,19 @@ LIMITS = {"core": 7_500, "swin": 2_000, "bank": 2_000, "export": 2_000}
 ALLOWED = {"core": 9_350, "swin": 2_850}
 """What is not there yet, and must not grow: docs/architecture.md says why."""
 
-_DICTATED = ("jit", "operator", "register_fake", "command", "heuristics")
+_DICTATED = ("jit", "operator", "register_fake")
 """Decorators, by their last name, of functions whose parameters a framework dictates."""
+
+_COMMANDS = (
+    "vpt_fast/cli/train.py:train",
+    "vpt_fast/cli/sweep.py:sweep",
+    "examples/serve/__main__.py:serve",
+)
+_IMPLEMENTATIONS = (
+    "kernels/window_attention/launches.py:window_attention_backward",
+    "vpt_fast/ops/window_attention/reference.py:window_attention_backward",
+)
+"""Others: commands, whose parameters are their options, and what takes an operator's arguments."""
 
 
 def code_lines(path: Path) -> int:
@@ -118,7 +129,8 @@ def _too_long(where: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Itera
     count = len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs])
     if "jit" not in names and lines > FUNCTION_LINES:
         yield f"{where} has {lines} lines; split it ({FUNCTION_LINES})"
-    if names.isdisjoint(_DICTATED) and count > PARAMETERS:
+    dictated = where in (*_COMMANDS, *_IMPLEMENTATIONS) or not names.isdisjoint(_DICTATED)
+    if count > PARAMETERS and not dictated:
         yield f"{where} has {count} parameters; hand down a record ({PARAMETERS})"
 
 

@@ -64,9 +64,9 @@ class GlyphBank:
     """Glyph bitmaps of some fonts.
 
     Attributes:
-        bitmaps: (G, 48, 48) uint8, ink 255 on 0, centred, longer side 36 pixels.
-        labels: (G,) int64, the index into `CLASSES` of each bitmap.
-        rows: per class, the indices of its bitmaps.
+        bitmaps: Bitmaps (G, 48, 48) uint8, ink 255 on 0, centred, longer side 36 pixels.
+        labels: Index into `CLASSES` of each bitmap, (G,) int64.
+        rows: Indices of the bitmaps of each class.
     """
 
     bitmaps: Tensor
@@ -75,7 +75,7 @@ class GlyphBank:
 
 
 def _draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
-    """Draws one character, cropped to its ink and centred; None if it has no ink."""
+    """Draw one character, cropped to its ink and centred; None if it has no ink."""
     left, top, right, bottom = (int(v) for v in font.getbbox(character))
     if right - left < 2 or bottom - top < 2:
         return None
@@ -95,18 +95,18 @@ def _draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
 
 @lru_cache(maxsize=4)
 def glyph_bank(fonts: tuple[str, ...] = FONTS) -> GlyphBank:
-    """Draws every class in every font that has it.
+    """Draw every class in every font that has it.
 
     The Computer Modern fonts have their own encodings and give only the letters A to Z and a to z.
 
     Args:
-        fonts: names of matplotlib's TrueType files without the suffix.
+        fonts: Names of matplotlib's TrueType files without the suffix.
 
     Returns:
         The bitmaps. A class that no font has gets no rows.
 
     Raises:
-        ValueError: a font that this matplotlib does not bundle.
+        ValueError: If this matplotlib does not bundle a font.
     """
     import matplotlib
     from matplotlib.ft2font import FT2Font
@@ -144,7 +144,7 @@ def _chance(batch: int, probability: float, rng: torch.Generator) -> Tensor:
 
 
 def _thicken(ink: Tensor, rng: torch.Generator) -> Tensor:
-    """Moves each image between eroded, plain, dilated and twice dilated strokes."""
+    """Move each image between eroded, plain, dilated and twice dilated strokes."""
     amount = _uniform((len(ink), 1, 1, 1), -0.6, 1.3, rng)
     thin = -F.max_pool2d(-ink, 3, 1, 1)
     thick = F.max_pool2d(ink, 3, 1, 1)
@@ -154,7 +154,7 @@ def _thicken(ink: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def _warp(ink: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """Random affine map and elastic wobble: (B, 1, 48, 48) to (B, 1, 32, 32)."""
+    """Apply a random affine map and elastic wobble: (B, 1, 48, 48) to (B, 1, 32, 32)."""
     batch = len(ink)
     angle = torch.randn(batch, generator=rng) * 0.12 * strength
     shear = torch.randn(batch, generator=rng) * 0.15 * strength
@@ -185,7 +185,7 @@ def _warp(ink: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 
 
 def _occlude(ink: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """Erases a small rectangle of the ink, or inks one, in some images."""
+    """Erase or fill a small rectangle of ink in some images."""
     batch = len(ink)
     axis = torch.arange(IMAGE_SIZE, dtype=torch.float32)
     centre = _uniform((batch, 2, 1), 0, IMAGE_SIZE, rng)
@@ -198,9 +198,9 @@ def _occlude(ink: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 
 
 def _coarsen(ink: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """Reduces some images to 16 or 20 pixels a side and back; blurs some others.
+    """Reduce some images to 16 or 20 pixels a side and back; blur some others.
 
-    Which images is decided by their place in the batch, which is already in random order.
+    A random permutation of the batch decides which images.
     """
     batch = len(ink)
     out = ink.clone()
@@ -221,7 +221,7 @@ def _coarsen(ink: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 
 
 def _colour(ink: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """Paints dark ink on a light ground: (B, 1, 32, 32) to (B, 3, 32, 32), both in [0, 1]."""
+    """Paint dark ink on a light ground: (B, 1, 32, 32) to (B, 3, 32, 32), both in [0, 1]."""
     batch = len(ink)
     contrast = _uniform((batch, 1, 1, 1), 1 - 0.65 * strength, 1.0, rng)
     low = _uniform((batch, 1, 1, 1), 0.0, 1.0, rng) * (1 - contrast)
@@ -249,22 +249,22 @@ def render(
     bank: GlyphBank | None = None,
     strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Makes one batch of random glyph images.
+    """Return a batch of random glyph images.
 
-    Classes are drawn evenly, then a font of the class evenly.
+    Classes are drawn uniformly, then a bitmap of the class uniformly.
 
     Args:
-        batch: number of images B.
-        rng: CPU generator; the same state gives the same batch.
-        bank: bitmaps to draw from, those of `FONTS` by default.
-        strength: 0 for plain centred black glyphs of random thickness on white, 1 for the full
-            augmentation.
+        batch: Number of images B.
+        rng: Generator on the CPU; the same state gives the same batch.
+        bank: Bitmaps to draw from, those of `FONTS` by default.
+        strength: Strength of the augmentation, from 0 for plain centred black glyphs of random
+            thickness on white to 1.
 
     Returns:
         Images (B, 3, 32, 32) float32 in [0, 1] and labels (B,) int64 into `CLASSES`.
 
     Raises:
-        ValueError: `batch` below 1 or `strength` outside [0, 1].
+        ValueError: If `batch` is below 1 or `strength` outside [0, 1].
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
@@ -275,8 +275,8 @@ def render(
     labels = present[torch.randint(len(present), (batch,), generator=rng)]
     counts = torch.tensor([max(1, len(rows)) for rows in bank.rows])
     table = torch.nn.utils.rnn.pad_sequence(list(bank.rows), batch_first=True)
-    place = (torch.rand(batch, generator=rng) * counts[labels]).long()
-    ink = bank.bitmaps[table[labels, place]].float()[:, None] / 255
+    column = (torch.rand(batch, generator=rng) * counts[labels]).long()
+    ink = bank.bitmaps[table[labels, column]].float()[:, None] / 255
     ink = _warp(_thicken(ink, rng), strength, rng)
     ink = _coarsen(_occlude(ink, strength, rng), strength, rng)
     return _colour(ink, strength, rng), labels

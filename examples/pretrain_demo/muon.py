@@ -24,13 +24,13 @@ class Muon(torch.optim.Optimizer):
     qkv projection, is taken as three square ones. Weight decay is decoupled.
 
     Args:
-        params: matrices only.
-        lr: step size; 0.02 is the usual one.
-        momentum: of the running mean of gradients.
-        weight_decay: fraction of W taken away per step, times `lr`.
+        params: Parameters to train, which must be matrices.
+        lr: Step size; 0.02 is the usual one.
+        momentum: Momentum of the running mean of gradients.
+        weight_decay: Fraction of W taken away per step, times `lr`.
 
     Raises:
-        ValueError: a parameter that is not a matrix.
+        ValueError: If a parameter is not a matrix.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Updates every matrix that has a gradient; returns what `closure` returned."""
+        """Update every matrix that has a gradient, and return the result of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

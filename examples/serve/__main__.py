@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -11,7 +11,6 @@ import typer
 from examples.serve.app import create_app
 from examples.serve.connections import make_server
 from examples.serve.settings import Settings
-from vpt_fast.cli.common import CHECKPOINT_HELP, Device
 from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.loop.evaluate import resolve_device
 from vpt_fast.train.run.bank_folder import open_bank
@@ -20,59 +19,64 @@ LIMITS = "Limits"
 DEFAULTS = Settings()
 
 
+Bank = Annotated[
+    Path, typer.Option(metavar="FOLDER", help="Its folders are adapters: one task each.")
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File with the backbone's weights (.safetensors, or what torch.save wrote).",
+    ),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or cuda:<index>; auto takes a GPU if there is one.")
+]
+DType = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(AMP_DTYPES)}.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of the model; PyTorch's choice if none.")
+]
+MemoryLimit = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="MIB", help="Of the tasks; those that do not fit stay in their files."
+    ),
+]
+AccessLog = Annotated[bool, typer.Option("--access-log", help="Log every request.")]
+
+
+def _limit(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=LIMITS)
+
+
 def serve(
-    bank: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Its folders are adapters: one task each.")
-    ],
-    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help=CHECKPOINT_HELP)] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    bank: Bank,
+    checkpoint: Checkpoint = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     device: Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help=f"Of the weights: {', '.join(AMP_DTYPES)}.")
-    ] = "float32",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the model; PyTorch's choice if none.")
-    ] = None,
-    memory_limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="MIB", help="Of the tasks; those that do not fit stay in their files."
-        ),
-    ] = None,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
-    max_upload_bytes: Annotated[
-        int, typer.Option(help="Of a request's body.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.max_upload_bytes,
-    max_pixels: Annotated[
-        int, typer.Option(help="Width times height.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.max_pixels,
-    max_requests: Annotated[
-        int, typer.Option(help="Predictions in progress.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.max_requests,
-    max_queue: Annotated[
-        int, typer.Option(help="Images that wait for the bank.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.max_queue,
-    max_batch: Annotated[
-        int, typer.Option(help="Images of a batch.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.max_batch,
-    max_wait: Annotated[
-        float, typer.Option(help="Seconds that an image waits for others.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.max_wait,
-    upload_seconds: Annotated[
-        float, typer.Option(help="For the upload.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.upload_seconds,
-    request_seconds: Annotated[
-        float, typer.Option(help="From the upload to the answer.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.request_seconds,
-    decode_threads: Annotated[
-        int, typer.Option(help="That decode images.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.decode_threads,
-    max_connections: Annotated[
-        int, typer.Option(help="Open at once.", rich_help_panel=LIMITS)
-    ] = DEFAULTS.max_connections,
+    dtype: DType = "float32",
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
+    access_log: AccessLog = False,
+    max_upload_bytes: Annotated[int, _limit("Of a request's body.")] = DEFAULTS.max_upload_bytes,
+    max_pixels: Annotated[int, _limit("Width times height.")] = DEFAULTS.max_pixels,
+    max_requests: Annotated[int, _limit("Predictions in progress.")] = DEFAULTS.max_requests,
+    max_queue: Annotated[int, _limit("Images that wait for the bank.")] = DEFAULTS.max_queue,
+    max_batch: Annotated[int, _limit("Images of a batch.")] = DEFAULTS.max_batch,
+    max_wait: Annotated[float, _limit("Seconds that an image waits for others.")] = (
+        DEFAULTS.max_wait
+    ),
+    upload_seconds: Annotated[float, _limit("For the upload.")] = DEFAULTS.upload_seconds,
+    request_seconds: Annotated[float, _limit("From the upload to the answer.")] = (
+        DEFAULTS.request_seconds
+    ),
+    decode_threads: Annotated[int, _limit("That decode images.")] = DEFAULTS.decode_threads,
+    max_connections: Annotated[int, _limit("Open at once.")] = DEFAULTS.max_connections,
 ) -> None:
-    """Serves predictions of many tasks of one backbone, batched together."""
+    """Serve predictions of many tasks of one backbone, batched together."""
     try:
         if dtype not in AMP_DTYPES:
             raise ValueError(f"--dtype is {dtype!r}; choose one of {', '.join(AMP_DTYPES)}")

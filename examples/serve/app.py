@@ -1,4 +1,4 @@
-"""The application: predictions for images of different tasks, computed in one batch."""
+"""Application: predictions for images of different tasks, computed in one batch."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-# A form has an image and two fields; a file's name and a task's are short.
+# A form has an image and two fields, with short names of file and task.
 FORM_LIMITS: Any = {"max_files": 1, "max_fields": 8, "max_part_size": 4096}
 REASONS = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
 
 
 class ClassProbability(BaseModel):
-    """A class and the probability that the image shows it."""
+    """Class, and the probability that the image shows it."""
 
     name: str
     probability: float
 
 
 class Answer(BaseModel):
-    """A prediction: the most probable classes, first the most probable one."""
+    """Prediction: the most probable classes, in descending order."""
 
     task: str
     classes: list[ClassProbability]
@@ -60,7 +60,7 @@ class Answer(BaseModel):
 
 
 class TaskInfo(BaseModel):
-    """A task that images can be sent for."""
+    """Task that images can be sent for."""
 
     name: str
     method: str
@@ -69,7 +69,7 @@ class TaskInfo(BaseModel):
 
 
 class Limits(BaseModel):
-    """What an upload must keep to."""
+    """Limits of an upload."""
 
     upload_bytes: int
     pixels: int
@@ -77,7 +77,7 @@ class Limits(BaseModel):
 
 
 class Tasks(BaseModel):
-    """What the server offers."""
+    """Tasks and limits of the server."""
 
     tasks: list[TaskInfo]
     limits: Limits
@@ -99,16 +99,16 @@ def create_app(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> FastAPI:
-    """Builds the application around a bank; tasks may be added and removed while it runs.
+    """Build the application around a bank; tasks may be added and removed while it runs.
 
     Args:
-        bank: What answers.
-        settings: The limits.
-        device: Of the bank's model.
-        dtype: Of the bank's model.
+        bank: Bank that computes the predictions.
+        settings: Limits of the server.
+        device: Device of the bank's model.
+        dtype: Dtype of the bank's model.
 
     Returns:
-        An ASGI application. Its thread starts now and ends with its lifespan.
+        ASGI application, whose thread starts now and ends with its lifespan.
     """
     settings, metrics = settings or Settings(), Metrics()
     batcher = Batcher(bank, settings, device, dtype, metrics.batch)
@@ -124,7 +124,7 @@ def create_app(
         await asyncio.to_thread(batcher.close, settings.request_seconds)
         decoders.shutdown(wait=False, cancel_futures=True)
 
-    # The pages that document the interface load scripts from elsewhere; /openapi.json does not.
+    # FastAPI's documentation pages load scripts from other servers; /openapi.json does not.
     app = FastAPI(title="vpt-fast", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.batcher = batcher
     app.add_middleware(
@@ -150,7 +150,7 @@ def _add_predict(app: FastAPI, parts: _Parts) -> None:
         task: Annotated[str, Form(max_length=200)],
         topk: Annotated[int, Form(ge=1)] = 5,
     ) -> Answer:
-        """The most probable classes of an image (a file) of a task, at most `topk` of them."""
+        """Return the `topk` most probable classes of an image (a file) for a task."""
         began, deadline = time.perf_counter(), _now() + settings.request_seconds
         try:
             entry = parts.bank.task(task)
@@ -180,7 +180,7 @@ def _add_views(app: FastAPI, parts: _Parts) -> None:
 
     @app.get("/tasks")
     async def tasks() -> Tasks:
-        """The tasks, and the limits of an upload."""
+        """Return the tasks, and the limits of an upload."""
         limits = Limits(
             upload_bytes=settings.max_upload_bytes,
             pixels=settings.max_pixels,
@@ -190,7 +190,7 @@ def _add_views(app: FastAPI, parts: _Parts) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Whether the server works: 200, or 503 where its thread has ended."""
+        """Return the state of the server: 200, or 503 if its thread has ended."""
         state = {
             "status": "ok" if batcher.alive else "down",
             "worker_alive": batcher.alive,
@@ -203,7 +203,7 @@ def _add_views(app: FastAPI, parts: _Parts) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Counters and histograms for Prometheus."""
+        """Return counters and histograms for Prometheus."""
         return Response(parts.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
@@ -226,7 +226,7 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        # uvicorn logs the traceback, of which the client gets nothing, and closes the connection.
+        # uvicorn logs the traceback, which the client does not get, and closes the connection.
         response = _respond(Refusal(500, "internal_error", "The server failed."), metrics)
         response.headers["Connection"] = "close"
         return response
@@ -244,7 +244,7 @@ def _now() -> float:
 
 
 async def _gone(request: Request) -> None:
-    """Returns when the client has closed the connection."""
+    """Wait until the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -252,7 +252,11 @@ async def _gone(request: Request) -> None:
 async def _first(
     future: concurrent.futures.Future[T], gone: asyncio.Future[None], deadline: float
 ) -> T:
-    """The result, unless the client goes or the time ends before; then it is not computed."""
+    """Return a future's result, unless the client leaves or the deadline passes first.
+
+    Raises:
+        Refusal: If either happens; the future is cancelled then.
+    """
     result = asyncio.wrap_future(future)
     waited: set[asyncio.Future[Any]] = {result, gone}
     try:
@@ -274,7 +278,7 @@ def _entries(bank: PromptBank) -> list[BankTask]:
     for name in bank.tasks:
         try:
             entries.append(bank.task(name))
-        except ValueError:  # it was removed just now
+        except ValueError:  # it has just been removed
             continue
     return entries
 

@@ -1,4 +1,4 @@
-"""One thread that runs the bank on batches of waiting images, whatever their tasks."""
+"""Thread that runs the bank on batches of waiting images of any tasks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prediction:
-    """The logits (classes,) of one image, fp32 on the CPU, and the size of its batch."""
+    """Logits (classes,) of an image, fp32 on the CPU, and the size of its batch."""
 
     logits: Tensor
     batch_size: int
@@ -38,7 +38,7 @@ class _Waiting:
 
 @dataclass(frozen=True)
 class BatchDone:
-    """A batch that the bank has answered: its images, their tasks and its seconds."""
+    """Computed batch: numbers of images and of distinct tasks, and seconds."""
 
     images: int
     tasks: int
@@ -46,17 +46,17 @@ class BatchDone:
 
 
 class Batcher:
-    """A bounded queue of images and the thread that empties it.
+    """Bounded queue of images, and the thread that empties it.
 
-    A batch begins when there is an image and the bank is free. It takes what waits, up to
-    `max_batch`, and gives the others `max_wait` seconds from the first one's arrival to come.
+    A batch begins when there is an image and the bank is free. It takes up to `max_batch` waiting
+    images, and waits for others until `max_wait` seconds after the first one's arrival.
 
     Args:
-        bank: What answers.
-        settings: `max_queue`, `max_batch` and `max_wait` are used.
-        device: Of the bank's model.
-        dtype: Of the bank's model.
-        on_batch: Called in the thread after every batch that was answered.
+        bank: Bank that computes the predictions.
+        settings: Limits, of which `max_queue`, `max_batch` and `max_wait` are used.
+        device: Device of the bank's model.
+        dtype: Dtype of the bank's model.
+        on_batch: Function called in the thread after every computed batch.
     """
 
     def __init__(
@@ -85,21 +85,24 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Images in the queue."""
+        """Number of images in the queue."""
         return len(self._queue)
 
     @property
     def busy_seconds(self) -> float:
-        """How long the batch that is being computed has taken so far; 0 between batches."""
+        """Seconds since the current batch began; 0 between batches."""
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
     def submit(self, image: Tensor, task: BankTask) -> Future[Prediction]:
-        """Queues an image; a future that is cancelled while it waits leaves the queue.
+        """Queue an image; if its future is cancelled while it waits, it leaves the queue.
 
         Args:
-            image: (C, H, W), as the task's transform makes it.
-            task: Of the bank.
+            image: Image (C, H, W) after the task's transform.
+            task: Task of the bank.
+
+        Returns:
+            Future of the prediction.
 
         Raises:
             Refusal: If the queue is full or closed.
@@ -120,10 +123,10 @@ class Batcher:
         return waiting.future
 
     def close(self, seconds: float = 10.0) -> None:
-        """Takes nothing more, answers what is queued, and refuses what is not done in time.
+        """Stop accepting images, compute the queued ones, and refuse those that are late.
 
         Args:
-            seconds: To wait for the thread.
+            seconds: Time to wait for the thread.
         """
         with self._changed:
             self._closing = True
@@ -153,12 +156,12 @@ class Batcher:
             self._began = time.monotonic()
             try:
                 self._answer(batch)
-            except Exception:  # whatever happens, those who wait hear of it, and the thread lives
+            except Exception:  # every waiting request gets an answer, and the thread survives
                 _fail(batch)
             self._began = None
 
     def _next(self) -> list[_Waiting] | None:
-        """The images of the next batch; None when the queue is closed and empty."""
+        """Return the images of the next batch; None when the queue is closed and empty."""
         settings = self._settings
         with self._changed:
             while True:
@@ -186,12 +189,12 @@ class Batcher:
                 _fail(present)
                 return
             logger.exception("a batch of %d tasks failed; each is tried alone", len(names))
-            # It may be the fault of one task; the others get their answers.
+            # If one task is at fault, the others get their predictions.
             for name in names:
                 self._answer([waiting for waiting in present if waiting.task.name == name])
 
     def _is_current(self, waiting: _Waiting) -> bool:
-        """Whether the task is still the one that the image was prepared for; else it is refused."""
+        """Return whether the image's task is still the same; refuse the image otherwise."""
         name = waiting.task.name
         try:
             same = self._bank.task(name) is waiting.task

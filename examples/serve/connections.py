@@ -1,4 +1,4 @@
-"""uvicorn with a limit on how long a connection may take over a request's head."""
+"""uvicorn with a time limit for the head of a request."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from examples.serve.settings import Settings
 
 
 class TimedProtocol(H11Protocol):
-    """Closes connections that are opened and then say nothing, or say it letter by letter.
+    """Protocol that closes connections which do not send a request's head in time.
 
-    uvicorn itself closes those that are silent after a request.
+    uvicorn itself closes connections that are idle after a request.
     """
 
     header_seconds: ClassVar[float]
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Starts the clock."""
+        """Start the timer."""
         super().connection_made(transport)
         self._set_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Stops the clock when a head is whole, and starts it with the next one's first byte."""
+        """Stop the timer when a head is complete, and start it at the next one's first byte."""
         super().data_received(data)
         self._set_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clock."""
+        """Stop the timer."""
         super().connection_lost(exc)
         self._stop()
 
@@ -57,13 +57,13 @@ def make_server(
     port: int = 8000,
     access_log: bool = False,
 ) -> uvicorn.Server:
-    """A server that is ready to `run()`.
+    """Return a server that is ready to `run()`.
 
     Args:
-        app: Of `create_app`.
-        settings: The limits of connections are used.
+        app: Application that `create_app` returned.
+        settings: Limits, of which those of connections are used.
         host: Address to listen on.
-        port: 0 takes a free one.
+        port: Port to listen on; 0 takes a free one.
         access_log: Whether every request is logged.
     """
 

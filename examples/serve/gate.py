@@ -1,4 +1,4 @@
-"""Lets a bounded number of uploads in, each of bounded size and for a bounded time."""
+"""Admission of a bounded number of uploads, each of bounded size and duration."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from examples.serve.refusals import Refusal
 from examples.serve.settings import Settings
 
 LINGER_SECONDS = 1.0
-"""Time in which a client that was too slow may still read that it was."""
+"""Time that a client that was too slow gets to read the refusal."""
 LINGER_BODIES = 8
-"""What a refused client still sends is thrown away, up to so many times the limit of an upload."""
+"""Bytes of a refused client that are discarded, as a multiple of the limit of an upload."""
 
 
 class Admission:
-    """Counts the predictions in progress.
+    """Counter of the predictions in progress.
 
     Args:
-        limit: The most that may be in progress at once.
+        limit: Largest number of predictions in progress at once.
     """
 
     def __init__(self, limit: int) -> None:
@@ -30,7 +30,7 @@ class Admission:
         self.inside = 0
 
     def enter(self) -> None:
-        """Lets a request in; whoever called this calls `leave` at its end.
+        """Admit a request; the caller calls `leave` at its end.
 
         Raises:
             Refusal: If there is no room.
@@ -44,12 +44,12 @@ class Admission:
         self.inside += 1
 
     def leave(self) -> None:
-        """The request is answered."""
+        """Count an admitted request as answered."""
         self.inside -= 1
 
 
 class Body:
-    """The body of one request, which has to be small enough and to arrive by a deadline."""
+    """Body of a request, with limits of size and time."""
 
     def __init__(self, scope: Scope, receive: Receive, settings: Settings) -> None:
         headers = Headers(scope=scope)
@@ -62,11 +62,11 @@ class Body:
         self._deadline = asyncio.get_running_loop().time() + self._seconds
 
     async def receive(self) -> Message:
-        """The next part.
+        """Return the next part.
 
         Raises:
-            Refusal: If the body is too large, even if that is only announced, or the part is late,
-                or the client has gone.
+            Refusal: If the body is too large, or announced to be, the part is late, or the client
+                has left.
         """
         if self.ended:
             return await self._receive()
@@ -87,9 +87,9 @@ class Body:
         return message
 
     async def discard(self) -> None:
-        """Reads and forgets what still comes, within bounds, as long as an upload may take.
+        """Read and discard the rest of the body, within the limits of an upload.
 
-        Closing a connection with unread bytes would reset it, and the client lose the answer.
+        Closing a connection with unread bytes would reset it, and the client would lose the answer.
         """
         late = asyncio.get_running_loop().time() + LINGER_SECONDS
         deadline, seen = max(late, self._deadline), 0
@@ -116,14 +116,14 @@ class Body:
 
 
 class UploadGate:
-    """ASGI middleware around the whole application: no body is read without a bound.
+    """ASGI middleware that bounds the body of every request and the number of predictions.
 
     Args:
-        app: What is behind it.
-        path: The path that predictions are asked of; the others need no admission.
-        admission: Counts who is inside.
-        settings: The limits.
-        respond: Makes the answer to a request that is not let in.
+        app: Application behind the gate.
+        path: Path of predictions; other paths need no admission.
+        admission: Counter of the predictions in progress.
+        settings: Limits of the server.
+        respond: Function that returns the response to a refused request.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class UploadGate:
         self.respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -163,7 +163,7 @@ class UploadGate:
 
 
 def _answer(send: Send, body: Body) -> Send:
-    """Like `send`; an answer before the body has ended also ends the connection, gently."""
+    """Return a `send` that closes the connection after a response before the body's end."""
     early = False
 
     async def answer(message: Message) -> None:

@@ -1,8 +1,8 @@
-"""`python -m examples.serve.load`: asks a server of this machine for more than it can answer.
+"""`python -m examples.serve.load`: overloads a server on this machine and checks its answers.
 
-Starts a server of its own with untrained adapters, lets many clients ask without pause for a while,
-and holds every answer against the bank's for the image alone. Ends with status 1 if an answer was
-wrong, a request got no answer, or the server did not live on.
+It starts a server of its own with untrained adapters, lets many clients send requests without
+pause for a while, and compares every answer with the bank's for the image alone. It ends with
+status 1 if an answer was wrong, a request got no answer, or the server did not survive.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ UPLOAD_BYTES = 200_000
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a run.
+    """Result of a run.
 
     Attributes:
-        seconds: That it lasted.
-        tally: Of the requests.
-        before: Resident bytes of the server before the clients, after one request of each task.
-        after: And two seconds after them.
-        alive: Whether the server is well afterwards and still answers right.
+        seconds: Duration of the run.
+        tally: Outcomes of the requests.
+        before: Resident bytes of the server before the clients, after one request for each task.
+        after: Resident bytes of the server two seconds after the clients.
+        alive: Whether the server is healthy afterwards and still answers correctly.
     """
 
     seconds: float
@@ -45,19 +45,19 @@ class Report:
 
     @property
     def well(self) -> bool:
-        """Whether all that has to hold held."""
+        """Whether the server passed all checks."""
         return self.alive and not self.tally.wrong and self.tally.outcomes["answered right"] > 0
 
 
 def run_load(folder: Path, seconds: float, clients: int, tasks: int, max_requests: int) -> Report:
-    """One run.
+    """Run clients against a server and return the result.
 
     Args:
-        folder: For the adapters; empty.
-        seconds: How long the clients ask.
-        clients: How many.
-        tasks: Of the bank.
-        max_requests: What the server takes on at once.
+        folder: Empty folder for the adapters.
+        seconds: Time that the clients send requests.
+        clients: Number of clients.
+        tasks: Number of tasks of the bank.
+        max_requests: Largest number of predictions in progress.
     """
     bank, _ = open_bank(write_adapters(folder, tasks))
     good, bad = good_cases(bank), bad_cases(bank.tasks[0], UPLOAD_BYTES)
@@ -88,7 +88,7 @@ def run_load(folder: Path, seconds: float, clients: int, tasks: int, max_request
 
 
 def show(report: Report) -> None:
-    """Prints it."""
+    """Print the result of a run."""
     tally, mib = report.tally, 2**20
     total = sum(tally.outcomes.values()) + len(tally.wrong)
     typer.echo(f"{total:,} requests in {report.seconds:g} s")
@@ -120,7 +120,7 @@ def load(
     tasks: Annotated[int, typer.Option(min=1, help="Tasks of the bank.")] = 8,
     max_requests: Annotated[int, typer.Option(min=1, help="The server's limit.")] = 48,
 ) -> None:
-    """Asks a server of this machine for more than it can answer, and checks what it says."""
+    """Overload a server on this machine, and check its answers."""
     with tempfile.TemporaryDirectory() as folder:
         report = run_load(Path(folder), seconds, clients, tasks, max_requests)
     show(report)

@@ -1,4 +1,4 @@
-"""Clients that ask for more than a server can answer, and check what they get."""
+"""Clients that overload a server and check its answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vpt_fast.bank import PromptBank
 from vpt_fast.train.common.ranking import names_of
 
 TOLERANCE = 1e-4
-"""Of a probability; results of different batch sizes differ by rounding."""
+"""Tolerance of probabilities; results of different batch sizes differ by rounding."""
 
 MEMORY = re.compile(r"^process_resident_memory_bytes (\S+)$", re.MULTILINE)
 CASES = (
@@ -36,13 +36,13 @@ CASES = (
 
 @dataclass(frozen=True)
 class Case:
-    """A request and what the server may answer to it, besides that it has no room.
+    """Request and its expected answer, unless the server refuses for lack of room.
 
     Attributes:
-        kind: What the report calls it.
-        content: The body, as keyword arguments of an HTTP client.
-        status: Of the answer.
-        probabilities: Of the classes by name, where there is a prediction.
+        kind: Name of the kind of request in the report.
+        content: Body, as keyword arguments of an HTTP client.
+        status: HTTP status of the answer.
+        probabilities: Probabilities of the classes by name, if the answer is a prediction.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Case:
 
 @dataclass
 class Tally:
-    """What came of the requests."""
+    """Outcomes of the requests."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     batch_sizes: Counter[int] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ class Tally:
 
 
 def good_cases(bank: PromptBank) -> list[Case]:
-    """Every picture for every task, with what the bank answers to it alone."""
+    """Return a request of every picture for every task, with the bank's answer for it alone."""
     cases = []
     for seed, (size, file_format) in enumerate(CASES):
         file = picture(seed, size, file_format)
@@ -80,7 +80,7 @@ def good_cases(bank: PromptBank) -> list[Case]:
 
 
 def bad_cases(task: str, max_upload_bytes: int) -> list[Case]:
-    """Requests that are wrong, each in a way of its own."""
+    """Return invalid requests, each for another reason."""
     good, cut = picture(0), picture(1, (200, 150), "JPEG")
     form = {"task": task}
     boundary = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -101,14 +101,14 @@ async def press(
     clients: int,
     seconds: float,
 ) -> Tally:
-    """Lets clients ask without pause, one request of each at a time, and at least one.
+    """Send requests without pause, one per client at a time and at least one each.
 
     Args:
-        address: Of the server.
+        address: Address of the server.
         good: Requests that get a prediction.
-        bad: Requests that are wrong; every tenth is one.
-        clients: How many ask at once.
-        seconds: How long.
+        bad: Invalid requests, of which one in ten is sent.
+        clients: Number of concurrent clients.
+        seconds: Time that the clients send requests.
     """
     tally = Tally()
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
@@ -128,7 +128,7 @@ async def _watch_memory(client: httpx2.AsyncClient, tally: Tally) -> None:
 
 
 async def memory_of(client: httpx2.AsyncClient) -> float:
-    """Resident bytes of the server, as its metrics say."""
+    """Return the resident bytes of the server from its metrics."""
     found = MEMORY.search((await client.get("/metrics")).text)
     return float(found.group(1)) if found else float("nan")
 

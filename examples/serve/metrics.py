@@ -1,4 +1,4 @@
-"""What the server counts, in the text format of Prometheus."""
+"""Metrics of the server, in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIX = "vpt_serve"
 
 
 class Metrics:
-    """The counters of one application, in a registry of their own."""
+    """Counters of an application, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -44,26 +44,26 @@ class Metrics:
         )
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A value that is asked for when the metrics are read."""
+        """Register a value that is computed when the metrics are read."""
         Gauge(f"{PREFIX}_{name}", text, registry=self.registry).set_function(value)
 
     def answered(self, task: str, seconds: float) -> None:
-        """Counts a prediction."""
+        """Count a prediction."""
         self._predictions.labels(task).inc()
         self._seconds.observe(seconds)
 
     def refused(self, reason: str) -> None:
-        """Counts a request that got none."""
+        """Count a request that got no prediction."""
         self._refusals.labels(reason).inc()
 
     def batch(self, done: BatchDone) -> None:
-        """Counts a batch."""
+        """Count a batch."""
         self._images.observe(done.images)
         self._tasks.observe(done.tasks)
         self._batch_seconds.observe(done.seconds)
 
     def text(self) -> bytes:
-        """All of it."""
+        """Return all metrics as text."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, label: str) -> Counter:

@@ -1,4 +1,4 @@
-"""How the server says no: a status, a reason for programs and a message for people."""
+"""Refusals of the server: a status, a reason for programs and a message for people."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 RETRY_SECONDS = 1
-"""When a client that was turned away for lack of room may ask again."""
+"""Seconds after which a client that was refused for lack of room may retry."""
 
 
 class Refusal(HTTPException):
-    """A request that gets no prediction.
+    """Refusal of a request.
 
     Args:
-        status: Of HTTP.
-        reason: One word with underscores; the metrics count by it.
-        message: A sentence that says what is wrong and, where there is one, the way out.
+        status: HTTP status.
+        reason: Word with underscores, by which the metrics count.
+        message: Sentence that says what is wrong and, where possible, how to fix it.
     """
 
     def __init__(self, status: int, reason: str, message: str) -> None:
@@ -25,5 +25,5 @@ class Refusal(HTTPException):
 
 
 def refuse(status: int, reason: str, message: str, headers: dict[str, str] | None) -> JSONResponse:
-    """The answer: `{"reason": ..., "message": ...}`."""
+    """Return the response `{"reason": ..., "message": ...}`."""
     return JSONResponse({"reason": reason, "message": message}, status, headers=headers)

@@ -1,4 +1,4 @@
-"""The limits of the server."""
+"""Limits of the server."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Settings:
-    """What one server takes on; everything that it holds in memory is bounded by these.
+    """Limits of a server, which bound everything that it holds in memory.
 
     Attributes:
         max_upload_bytes: Bytes of a request's body: the image and the form around it.
-        max_pixels: Width times height of an image, as its file says before it is decoded.
-        max_requests: Predictions in progress: being uploaded, decoded, waiting or computed.
-        max_queue: Decoded images that wait for the bank.
-        max_batch: Images that the bank gets at once.
+        max_pixels: Width times height of an image, as its header says before it is decoded.
+        max_requests: Number of predictions in progress: being uploaded, decoded, queued or
+            computed.
+        max_queue: Number of decoded images that wait for the bank.
+        max_batch: Number of images of a batch.
         max_wait: Seconds that the first image of a batch waits for others.
-        upload_seconds: Time that a client has to send a request's body.
-        request_seconds: Time from the end of the upload to the answer.
-        decode_threads: Threads that decode images.
-        header_seconds: Time that a client has to send a request's head once it has connected.
-        max_connections: Open connections; beyond them the server answers 503 in plain text.
+        upload_seconds: Seconds that a client has to send a request's body.
+        request_seconds: Seconds from the end of the upload to the answer.
+        decode_threads: Number of threads that decode images.
+        header_seconds: Seconds that a client has to send a request's head once it has connected.
+        max_connections: Number of open connections, beyond which the server answers 503 in plain
+            text.
 
     Raises:
         ValueError: If a limit is out of range.

@@ -1,4 +1,4 @@
-"""Adapters, images and a server process to try the server with; nothing here is trained."""
+"""Untrained adapters, images and a server process to try the server with."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ STARTED = re.compile(r"Uvicorn running on (http://\S+)")
 
 
 def write_adapters(directory: Path, count: int = 6) -> Path:
-    """Adapters of the demo backbone with random values, so that every task answers differently.
+    """Write adapters of the demo backbone with random values, which all answer differently.
 
     Args:
-        directory: Gets folders task-0, task-1, ...
-        count: How many; methods take turns, and each has one class more than the one before.
+        directory: Folder for the adapters task-0, task-1, ...
+        count: Number of adapters; methods alternate, and each adapter has one class more than the
+            one before.
+
+    Returns:
+        `directory`.
     """
     for index in range(count):
         torch.manual_seed(index)
@@ -52,7 +56,7 @@ def write_adapters(directory: Path, count: int = 6) -> Path:
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40), file_format: str = "PNG") -> bytes:
-    """An image file with a smooth random picture of `size` (width, height) pixels."""
+    """Return an image file with a smooth random picture of `size` (width, height) pixels."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 4, 3)).astype(np.uint8)
     image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
     file = io.BytesIO()
@@ -62,17 +66,17 @@ def picture(seed: int, size: tuple[int, int] = (48, 40), file_format: str = "PNG
 
 @contextmanager
 def server_process(bank: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server on a free port of this machine, as (process, address); it is stopped at the end.
+    """Start a server on a free port, yield its process and address, and stop it at the end.
 
     Args:
         bank: Folder of adapters.
-        options: More of `python -m examples.serve`.
+        options: Further options of `python -m examples.serve`.
 
     Raises:
         RuntimeError: If it does not start.
     """
     command = [sys.executable, "-m", "examples.serve", "--bank", str(bank), "--port", "0"]
-    # Not a pipe: nobody would empty it, and a server that logs would stop when it is full.
+    # Not a pipe, which would block the server once it is full.
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [*command, "--device", "cpu", *options], cwd=ROOT, stdout=log, stderr=log

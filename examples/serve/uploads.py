@@ -1,4 +1,4 @@
-"""From an uploaded file to a model's input, as `vpt-fast predict` prepares it."""
+"""From an uploaded file to a model's input, prepared as in `vpt-fast predict`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vpt_fast.train.data.pictures import FORMATS, check_shape, load_image, readi
 
 
 def prepare(file: IO[bytes], inputs: Mapping[str, Any], max_pixels: int) -> Tensor:
-    """Decodes an image and transforms it.
+    """Decode an image and transform it.
 
     Args:
-        file: The upload, at its beginning.
-        inputs: Of the task: size, normalisation, interpolation and crop.
-        max_pixels: Width times height that are decoded at most.
+        file: Uploaded file, at its beginning.
+        inputs: Input configuration of the task: size, normalisation, interpolation and crop.
+        max_pixels: Largest width times height that is decoded.
 
     Returns:
-        (C, H, W), fp32.
+        Image (C, H, W), fp32.
 
     Raises:
         Refusal: If it is no image of a known format, is damaged, or is too large.

@@ -18,7 +18,7 @@ from support.pictures import backbone, make_folders, write_checkpoint
 from typer.testing import CliRunner
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune, save_adapter
-from vpt_fast.analysis.attention_shares import (
+from vpt_fast.analysis.shares import (
     attention_shares,
     mixing_maps,
     query_name,

@@ -1,4 +1,4 @@
-"""Bytes kept for backward: fake tensors against real ones, the order of modes, the limits."""
+"""Bytes saved for backward: fake tensors against real ones, the order of modes, the limits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vpt_fast.analysis.activation_memory import (
     EAGER,
     PLAIN,
     PROVIDERS,
-    KeptBytes,
     MeasuredPeaks,
-    kept_bytes,
+    SavedBytes,
     measured_peak,
     provided,
+    saved_bytes,
     step_inputs,
     training_step,
 )
@@ -39,16 +39,16 @@ def vit() -> Any:
 
 
 @cache
-def small() -> KeptBytes:
-    return KeptBytes(vit(), SIZE, torch.float32)
+def small() -> SavedBytes:
+    return SavedBytes(vit(), SIZE, torch.float32)
 
 
 @cache
-def base() -> KeptBytes:
+def base() -> SavedBytes:
     """ViT-B/16 at 224 px in bf16, from a model without values."""
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224")
-    return KeptBytes(model, (3, 224, 224), torch.bfloat16)
+    return SavedBytes(model, (3, 224, 224), torch.bfloat16)
 
 
 def mib(method: Method, provider: str) -> float:
@@ -68,10 +68,10 @@ def mib(method: Method, provider: str) -> float:
 )
 def test_fake_tensors_keep_what_real_ones_do(method: Method, dtype: torch.dtype) -> None:
     model = vit().to(dtype)
-    fake = KeptBytes(model, SIZE, dtype)
+    fake = SavedBytes(model, SIZE, dtype)
     for provider in (*PROVIDERS, PLAIN):
         with provided(model, method, provider) as real:
-            expected = kept_bytes(real, *step_inputs(2, SIZE, dtype, "cpu"))
+            expected = saved_bytes(real, *step_inputs(2, SIZE, dtype, "cpu"))
         assert fake.bytes_of(method, provider, 2) == expected, provider
 
 
@@ -90,23 +90,23 @@ class Layers(nn.Module):
 def test_a_storage_counts_once_and_whole_and_weights_not_at_all() -> None:
     labels = torch.zeros(2, dtype=torch.int64)
     images = torch.randn(2, 4)
-    plain = kept_bytes(Layers(lambda x: x), images, labels)
+    plain = saved_bytes(Layers(lambda x: x), images, labels)
     # exp keeps its result (2, 4) in fp32.
-    assert kept_bytes(Layers(lambda x: x.exp()), images, labels) - plain == 32
+    assert saved_bytes(Layers(lambda x: x.exp()), images, labels) - plain == 32
     # A view of two columns of it keeps all of it, and a second view nothing more.
-    views = kept_bytes(Layers(lambda x: (y := x.exp())[:, :2] * y[:, 2:]), images, labels)
+    views = saved_bytes(Layers(lambda x: (y := x.exp())[:, :2] * y[:, 2:]), images, labels)
     assert views - plain == 32 - (32 - 16)  # the logits of the loss are half as many
 
 
 def test_what_no_gradient_needs_is_not_kept() -> None:
     images, labels = torch.randn(2, 4), torch.zeros(2, dtype=torch.int64)
-    plain = kept_bytes(Layers(lambda x: x), images, labels)
+    plain = saved_bytes(Layers(lambda x: x), images, labels)
 
     def dropped(x: Tensor) -> Tensor:
         x.exp()  # kept until its graph is gone, which is at once
         return x
 
-    assert kept_bytes(Layers(dropped), images, labels) == plain
+    assert saved_bytes(Layers(dropped), images, labels) == plain
 
 
 @pytest.mark.parametrize("method", [VPTDeep(3), VAPT(3), VPTShallow(3), LinearProbe()], ids=repr)
@@ -194,7 +194,7 @@ def test_wrong_arguments_are_named() -> None:
         small().bytes_of(VPTDeep(3, blocks=[7]), EAGER, 4)
     other = timm.create_model("test_convnext")
     with pytest.raises(TypeError, match="cannot tune a ConvNeXt"):
-        KeptBytes(other, SIZE, torch.float32).bytes_of(LinearProbe(), PLAIN, 4)
+        SavedBytes(other, SIZE, torch.float32).bytes_of(LinearProbe(), PLAIN, 4)
     with pytest.raises(ValueError, match="images are on cpu; a peak can be measured on a CUDA"):
         measured_peak(vit(), *step_inputs(1, SIZE, torch.float32, "cpu"))
 
@@ -238,5 +238,5 @@ def test_peaks_on_a_gpu() -> None:
     meter = MeasuredPeaks(vit(), SIZE, torch.bfloat16, torch.device("cuda"))
     small_batch, large_batch = (meter.bytes_of(VPTDeep(3), "speed", batch) for batch in (4, 256))
     assert 0 < small_batch < large_batch
-    kept = KeptBytes(vit(), SIZE, torch.bfloat16).bytes_of(VPTDeep(3), "speed", 256)
+    kept = SavedBytes(vit(), SIZE, torch.bfloat16).bytes_of(VPTDeep(3), "speed", 256)
     assert large_batch > 0.8 * kept

@@ -10,7 +10,7 @@ from support.formulations.plain_swin import PlainSwin, build, images, pair
 from torch import Tensor
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, fold_backbone, prompt_tune
-from vpt_fast.analysis.attention_shares import (
+from vpt_fast.analysis.shares import (
     attention_shares,
     mixing_maps,
     query_name,

@@ -139,8 +139,8 @@ def test_a_write_that_fails_owns_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "copy_", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            pool.place([torch.ones(3, 2)])
-    assert pool.place([torch.ones(4, 2)]) is not None
+            pool.store([torch.ones(3, 2)])
+    assert pool.store([torch.ones(4, 2)]) is not None
 
 
 def test_autocast(tmp_path: Path) -> None:

@@ -72,9 +72,13 @@ def test_processes_share_the_runs(folder, checkpoint, tmp_path):
     assert alone.exit_code == 0 and shared.exit_code == 0, shared.output
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     for mine, theirs in zip(one, two, strict=True):
-        same = [name for name in mine if name not in ("seconds", "test_loss")]
+        rounded = ("seconds", "test_loss", "adapter_bytes")
+        same = [name for name in mine if name not in rounded]
         assert [mine[name] for name in same] == [theirs[name] for name in same]
         assert float(mine["test_loss"]) == pytest.approx(float(theirs["test_loss"]), rel=1e-4)
+        # An adapter's configuration holds floats as text: with other thread counts a sum may
+        # round differently and print with a digit more or less.
+        assert abs(int(mine["adapter_bytes"]) - int(theirs["adapter_bytes"])) <= 8
 
 
 def test_the_demo_preset_compares_seven_methods_over_five_seeds(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from examples.pretrain_demo import __main__ as pretrain_demo
+from examples.pretrain_demo import training as pretrain_demo
 from examples.pretrain_demo.glyphs import CLASSES, HELD_OUT_FONTS
 from examples.pretrain_demo.muon import Muon
 from vpt_fast.train.backbones.demo_backbone import (

@@ -32,8 +32,8 @@ from vpt_fast import (
     trainable_parameters,
 )
 from vpt_fast.adapter.files import read_config
+from vpt_fast.analysis import attention_shares
 from vpt_fast.analysis.activation_memory import provided
-from vpt_fast.analysis.attention_shares import attention_shares
 from vpt_fast.methods import METHODS, from_dict, to_dict
 from vpt_fast.reference.vit import concatenated
 from vpt_fast.train.common.recipe import HEAD_BIAS, Recipe, head_layers, init_head, make_optimizer

@@ -89,7 +89,7 @@ def test_report_of_deep_prompts(tmp_path: Path) -> None:
     for row in rows:
         assert {key: row[key] for key in same} == same
         assert float(row["mib"]) == pytest.approx(int(row["bytes"]) / 2**20, abs=0.01)
-    assert "test_vit, vpt-deep, batch 4, bfloat16, 32 x 32 px: kept for backward, counted" in said
+    assert "test_vit, vpt-deep, batch 4, bfloat16, 32 x 32 px: saved for backward, counted" in said
     for text in ("0 prompts, all 6 blocks", "3 prompts, first block", "3 prompts, last 4 blocks"):
         assert f"| {text} " in said
     assert f"written to {tmp_path / 'out'}: memory.csv (all 66 rows), memory.png" in said

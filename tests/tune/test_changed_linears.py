@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vpt_fast import VAPT, VPTDeep, bake, fold_backbone, prompt_tune, remove_prompts
-from vpt_fast.analysis.attention_shares import attention_shares
+from vpt_fast.analysis import attention_shares
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 SWIN = "window4"

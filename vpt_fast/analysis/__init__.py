@@ -1,1 +1,5 @@
-"""What prompts do, and what training saves for backward."""
+"""Attention to prompts, token mixing maps, and bytes that training saves for backward."""
+
+from vpt_fast.analysis.shares import PromptAttention, attention_shares, mixing_maps
+
+__all__ = ["PromptAttention", "attention_shares", "mixing_maps"]

@@ -1,7 +1,7 @@
-"""What a training step keeps in memory: counted without running it, and its peak on a GPU.
+"""Memory of a training step: bytes saved for backward without running it, and the peak on a GPU.
 
-Counted are the bytes that autograd keeps for the backward pass. On fake tensors, which have shapes
-and dtypes but no values, that takes a fraction of a second for any batch size.
+The bytes that autograd saves for the backward pass are counted on fake tensors, which have shapes
+and dtypes but no values; that takes a fraction of a second for any batch size.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 EAGER = "eager"
 PLAIN = "without prompts"
 PROVIDERS = (EAGER, *MEMORY_MODES)
-"""Who trains a model: eager PyTorch, or `prompt_tune(model, method, memory=...)` in a mode."""
+"""Implementations: eager PyTorch, and `prompt_tune(model, method, memory=...)` in each mode."""
 
 
 @contextmanager
 def provided(model: Any, method: Method, provider: str) -> Iterator[nn.Module]:
-    """A plain model as `provider` trains it with `method`, inside a with statement.
+    """Yield a plain model as `provider` trains it with `method`.
 
-    With 0 prompts the gradient still flows through every block from the method's first one on, for
-    which that block's norm1 is trained; not for LinearProbe, which needs no gradient there.
+    With 0 prompts the gradient still flows through every block from the method's first one on,
+    because that block's norm1 is trained; not for LinearProbe, which needs no gradient there.
 
     Args:
-        model: a timm model that `prompt_tune` takes; afterwards it has its flags and modes back.
-        method: what to train.
-        provider: one of `PROVIDERS`, or `PLAIN`: timm's own model without prompts, with the
+        model: timm model that `prompt_tune` takes; its flags and modes are restored afterwards.
+        method: Method to train.
+        provider: One of `PROVIDERS`, or `PLAIN`: timm's own model without prompts, with the
             gradient flowing through all of its blocks.
 
     Yields:
         A module that maps images to logits, in training mode.
 
     Raises:
-        TypeError, ValueError: the model, the method or the provider is refused; so are baselines
-            but LinearProbe, which have no prompts that providers could compute differently.
+        TypeError, ValueError: If the model, the method or the provider is refused. Baselines other
+            than LinearProbe are: they have no prompts that providers could compute differently.
     """
     if provider not in (*PROVIDERS, PLAIN):
         known = ", ".join(map(repr, (*PROVIDERS, PLAIN)))
@@ -84,7 +84,7 @@ def provided(model: Any, method: Method, provider: str) -> Iterator[nn.Module]:
 
 
 def _first_block(method: Method) -> int | None:
-    """The block that the gradient reaches down to where there are no prompts to carry it there."""
+    """Return the lowest block with a gradient for a method with 0 prompts; None for others."""
     if method.num_prompts or isinstance(method, Baseline):
         return None
     blocks = method.blocks if isinstance(method, VPTDeep) else None
@@ -92,21 +92,21 @@ def _first_block(method: Method) -> int | None:
 
 
 class _Handle:
-    """What autograd holds in place of a tensor; alive as long as the graph that needs it."""
+    """Stand-in for a tensor that autograd saves; alive as long as the graph that needs it."""
 
     def __init__(self, tensor: Tensor) -> None:
         # A node that saves its own output would be kept alive by it.
         self.tensor = tensor.detach()
 
 
-def kept_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes that autograd keeps for backward after the forward pass and the loss of one step.
+def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Return the bytes that autograd saves for backward in the forward pass and loss of a step.
 
-    Every storage counts once and whole, however many tensors share it; those of the model's
+    Every storage counts once and in full, however many tensors share it; those of the model's
     parameters and buffers do not count.
 
     Args:
-        model: maps images to logits (B, classes).
+        model: Module that maps images to logits (B, classes).
         images: (B, channels, height, width), real or fake.
         labels: (B,) class indices.
     """
@@ -120,25 +120,25 @@ def kept_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     with saved_tensors_hooks(pack, lambda handle: handle.tensor):
         loss = F.cross_entropy(model(images), labels)
     own = {_key(t) for t in (*model.parameters(), *model.buffers())}
-    kept = {_key(handle.tensor): handle.tensor.untyped_storage().nbytes() for handle in handles}
-    del loss  # with it goes the graph, which until here has held what backward needs
-    return sum(count for key, count in kept.items() if key not in own)
+    saved = {_key(handle.tensor): handle.tensor.untyped_storage().nbytes() for handle in handles}
+    del loss  # frees the graph, which has held the saved tensors until here
+    return sum(count for key, count in saved.items() if key not in own)
 
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class KeptBytes:
-    """Counts the bytes kept for backward for any method, provider and batch size of one model.
+class SavedBytes:
+    """Counter of the bytes saved for backward for any method, provider and batch size of a model.
 
-    What is counted is the dataflow of the CPU on fake tensors, with the whole model in one dtype.
+    The CPU's dataflow is counted on fake tensors, with the whole model in one dtype.
 
     Args:
-        model: a plain timm model on any device, the meta device included; it is copied, without
-            its values.
-        input_size: channels, height and width of the images.
-        dtype: of parameters, buffers and images.
+        model: Plain timm model on any device, the meta device included; it is copied without its
+            values.
+        input_size: Channels, height and width of the images.
+        dtype: Dtype of parameters, buffers and images.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class KeptBytes:
         self._input_size = input_size
         self._dtype = dtype
         with self._mode:
-            # deepcopy takes what it finds here for copies that it has made already.
+            # deepcopy treats the tensors in this memo as copied.
             copies = {id(t): self._fake(t) for t in (*model.parameters(), *model.buffers())}
         self._model = copy.deepcopy(model, copies)
 
@@ -160,29 +160,31 @@ class KeptBytes:
         return fake
 
     def bytes_of(self, method: Method, provider: str, batch_size: int) -> int:
-        """Bytes kept for backward by one training step.
+        """Return the bytes that a training step saves for backward.
 
         Args:
-            method: what is trained; 0 prompts as `provided` has them.
-            provider: one of `PROVIDERS`, or `PLAIN`.
-            batch_size: images of the step.
+            method: Method to train; with 0 prompts as in `provided`.
+            provider: One of `PROVIDERS`, or `PLAIN`.
+            batch_size: Number of images of the step.
 
         Raises:
-            TypeError, ValueError: `prompt_tune` refuses the model or the method, or one of the
+            TypeError, ValueError: If `prompt_tune` refuses the model or the method, or one of the
                 arguments is out of range.
         """
         with self._mode, provided(self._model, method, provider) as model:
-            return kept_bytes(model, *step_inputs(batch_size, self._input_size, self._dtype, "cpu"))
+            return saved_bytes(
+                model, *step_inputs(batch_size, self._input_size, self._dtype, "cpu")
+            )
 
 
 class MeasuredPeaks:
-    """Measures the peak of a training step for any method, provider and batch size of one model.
+    """Meter of the peak memory of a step for any method, provider and batch size of a model.
 
     Args:
-        model: a plain timm model; it is moved to the device and the dtype, in place.
-        input_size: channels, height and width of the images.
-        dtype: of parameters, buffers and images.
-        device: a CUDA device.
+        model: Plain timm model; moved to the device and the dtype, in place.
+        input_size: Channels, height and width of the images.
+        dtype: Dtype of parameters, buffers and images.
+        device: CUDA device.
     """
 
     def __init__(
@@ -198,7 +200,7 @@ class MeasuredPeaks:
         self._device = device
 
     def bytes_of(self, method: Method, provider: str, batch_size: int) -> int:
-        """`measured_peak` in bytes; arguments and errors as those of `KeptBytes.bytes_of`."""
+        """Return `measured_peak` in bytes; arguments and errors as in `SavedBytes.bytes_of`."""
         inputs = step_inputs(batch_size, self._input_size, self._dtype, self._device)
         with provided(self._model, method, provider) as model:
             return measured_peak(model, *inputs)
@@ -210,10 +212,10 @@ def step_inputs(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
-    """Images (batch_size, *input_size) of zeros in `dtype`, and labels (batch_size,) in int64.
+    """Return images (batch_size, *input_size) of zeros and labels (batch_size,) in int64.
 
     Raises:
-        ValueError: `batch_size` is less than 1.
+        ValueError: If `batch_size` is less than 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -222,29 +224,28 @@ def step_inputs(
 
 
 def measured_peak(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Peak bytes of a training step on a CUDA device: torch.cuda.max_memory_allocated.
+    """Return the peak bytes of a training step on a CUDA device: max_memory_allocated.
 
-    In it is all that PyTorch's allocator holds at the worst moment of a step (forward,
-    cross-entropy, backward, SGD with momentum on what is trained): the weights, frozen ones too,
-    images, everything kept for backward, temporary tensors, gradients and momentum. Not in it are
-    the CUDA context, memory that the allocator reserves without using it, and what only a first
-    step takes.
+    The peak includes all that PyTorch's allocator holds during a step (forward, cross-entropy,
+    backward, SGD with momentum on the trained parameters): the weights, frozen ones too, images,
+    tensors saved for backward, temporary tensors, gradients and momentum. It excludes the CUDA
+    context, memory that the allocator reserves without using it, and memory of the first step only.
 
     Args:
-        model: maps images to logits (B, classes); on the device, in training mode.
+        model: Module that maps images to logits (B, classes); on the device, in training mode.
         images: (B, channels, height, width), on the device.
         labels: (B,) class indices, on the device.
 
     Raises:
-        ValueError: the images are on no CUDA device.
+        ValueError: If the images are on no CUDA device.
         torch.OutOfMemoryError: the step does not fit.
     """
     device = images.device
     if device.type != "cuda":
         raise ValueError(f"images are on {device}; a peak can be measured on a CUDA device only")
     step = training_step(model, images, labels)
-    step()  # compiles kernels, and makes momentum and the libraries' workspaces
-    gc.collect()  # what earlier models left in reference cycles would count
+    step()  # compiles kernels, and allocates momentum and the libraries' workspaces
+    gc.collect()  # earlier models in reference cycles would count
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()
@@ -253,9 +254,9 @@ def measured_peak(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """A whole step that leaves the weights as they are: SGD with momentum 0.9, learning rate 0.
+    """Return a function that takes a step of SGD with momentum 0.9 and learning rate 0.
 
-    Arguments as those of `measured_peak`, on any device.
+    Arguments are those of `measured_peak`, on any device.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9)

@@ -17,24 +17,24 @@ FIRST, LAST, ALL = "first", "last", "all"
 
 
 class Meter(Protocol):
-    """Something that says how many bytes a training step takes."""
+    """Object that tells how many bytes a training step takes."""
 
     def bytes_of(self, method: Method, provider: str, batch_size: int) -> int:
-        """As `vpt_fast.analysis.activation_memory.KeptBytes.bytes_of`."""
+        """Return the bytes of a step; see `activation_memory.SavedBytes.bytes_of`."""
         ...
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for a whole profile.
+    """Settings of a whole profile.
 
     Attributes:
-        model: timm's name.
-        method: its number of prompts and its blocks are the points' own.
-        depth: number of the model's blocks.
-        batch_size: images of a step.
-        dtype: of weights and images, such as "bfloat16".
-        image_size: height and width of the images, in pixels.
+        model: Name of the timm model.
+        method: Method, whose number of prompts and blocks the points replace.
+        depth: Number of the model's blocks.
+        batch_size: Number of images of a step.
+        dtype: Dtype of weights and images, such as "bfloat16".
+        image_size: Height and width of the images, in pixels.
     """
 
     model: str
@@ -47,12 +47,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """Where prompts are.
+    """Number and position of the prompts.
 
     Attributes:
-        num_prompts: of each prompted block.
-        blocks: number of prompted blocks.
-        end: the `FIRST` or `LAST` of the model's blocks, or `ALL` of them.
+        num_prompts: Number of prompts of each prompted block.
+        blocks: Number of prompted blocks.
+        end: Which of the model's blocks have prompts: the `FIRST`, the `LAST` or `ALL`.
     """
 
     num_prompts: int
@@ -73,16 +73,16 @@ class Row:
 def points_of(
     method: Method, depth: int, num_prompts: int, prompts: Iterable[int]
 ) -> dict[Point, Method]:
-    """Every point of a profile once, with the method there.
+    """Return every point of a profile once, with its method.
 
     Args:
-        method: what is varied. LinearProbe has one point; only VPTDeep has blocks to choose.
-        depth: number of the model's blocks.
-        num_prompts: where the number of prompted blocks varies.
-        prompts: numbers of prompts where all of the method's blocks have them.
+        method: Method to vary. LinearProbe has one point; only VPTDeep has blocks to choose.
+        depth: Number of the model's blocks.
+        num_prompts: Number of prompts where the number of prompted blocks varies.
+        prompts: Numbers of prompts where all of the method's blocks have prompts.
 
     Raises:
-        ValueError: a number of prompts is below 0, or `prompts` is empty.
+        ValueError: If a number of prompts is below 0, or `prompts` is empty.
     """
     if "num_prompts" not in {field.name for field in fields(method)}:
         return {Point(0, 0, ALL): method}
@@ -114,18 +114,18 @@ def profile(
     log: Callable[[str], None] = print,
     providers: Sequence[str] = PROVIDERS,
 ) -> list[Row]:
-    """Rows of every meter: first the model without prompts, then every point and provider.
+    """Return the rows of every meter: the model without prompts, then all points and providers.
 
     Args:
-        setting: what is the same for all rows.
-        points: of `points_of`.
-        meters: kind of row to what makes it.
-        progress: whether to show a bar on a terminal.
-        log: called with a line for every step that runs out of memory; it has no row.
-        providers: who is compared, of `vpt_fast.analysis.activation_memory.PROVIDERS`.
+        setting: Settings of all rows.
+        points: Points that `points_of` returns, with their methods.
+        meters: Meters by the kind of their rows.
+        progress: Whether to show a bar on a terminal.
+        log: Function called with a line for each step that runs out of memory and has no row.
+        providers: Providers to compare, of `vpt_fast.analysis.activation_memory.PROVIDERS`.
 
     Raises:
-        TypeError, ValueError: a meter refuses the batch size, the method or the model.
+        TypeError, ValueError: If a meter refuses the batch size, the method or the model.
     """
     wanted = [(Point(0, 0, ALL), setting.method, PLAIN)]
     wanted += [(point, method, name) for point, method in points.items() for name in providers]
@@ -143,7 +143,7 @@ def profile(
 
 
 def words(point: Point, method: Method) -> str:
-    """A point as people say it, such as "50 prompts, first 3 blocks"."""
+    """Return a point in words, such as "50 prompts, first 3 blocks"."""
     if not point.blocks:
         return method.name
     prompts = prompts_in_words(point.num_prompts)
@@ -155,5 +155,5 @@ def words(point: Point, method: Method) -> str:
 
 
 def prompts_in_words(count: int) -> str:
-    """1 prompt, 2 prompts."""
+    """Return a number of prompts in words: 1 prompt, 2 prompts."""
     return f"{count} prompt{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Which tasks of a bank are in memory, where, and which go when there is no room."""
+"""Tasks of a bank that are in memory, their rows, and eviction when memory is full."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ from vpt_fast.bank.row_pool import Extent, RowPool
 from vpt_fast.bank.task_experts import TaskExperts
 
 _SPARE = 16
-"""A pool that grows gets 1 / `_SPARE` more rows than it needs."""
+"""Inverse of the share of spare rows that a growing pool gets."""
 
-Kind = Literal["keys", "heads"]
-_KINDS: tuple[Kind, ...] = ("keys", "heads")
+Kind = Literal["prompt_kv", "heads"]
+_KINDS: tuple[Kind, ...] = ("prompt_kv", "heads")
 
 
 @dataclass(frozen=True)
 class Resident:
-    """A task that is in memory: its rows are its own while anybody holds this.
+    """Task that is in memory; it owns its rows while there is a reference to this object.
 
     Attributes:
-        task: what is known of it.
-        blocks: those whose prompts' keys and values are at rest.
-        keys: their rows, one block after another.
-        heads: rows of its head.
-        experts: what makes the other blocks' prompts, or None.
+        task: Name, method and classes of the task.
+        blocks: Indices of the blocks whose prompt keys and values are cached.
+        prompt_kv: Rows of these prompts, one block after another.
+        heads: Rows of the task's head.
+        experts: Prompt experts of the other blocks, or None.
     """
 
     task: BankTask
     blocks: tuple[int, ...]
-    keys: Extent
+    prompt_kv: Extent
     heads: Extent
     experts: TaskExperts | None
 
 
 @dataclass(frozen=True)
 class State:
-    """What a call works on, unchanged to its end, whatever is added or removed meanwhile.
+    """Immutable state that a call works on, whatever is added or removed meanwhile.
 
     Attributes:
-        keys: keys and values of all tasks in memory, rows of (2, H, d).
-        heads: their heads, rows of (F,) and ().
-        tasks: all tasks by name, in the order in which they were added.
-        residents: those in memory.
+        prompt_kv: Prompt keys and values of all tasks in memory, rows of (2, H, d).
+        heads: Heads of these tasks, rows of (F,) and ().
+        tasks: All tasks by name, in the order in which they were added.
+        residents: Tasks in memory by name.
     """
 
-    keys: RowPool
+    prompt_kv: RowPool
     heads: RowPool
     tasks: Mapping[str, BankTask]
     residents: Mapping[str, Resident]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the device's memory, rows that nobody owns included."""
+        """Bytes of device memory, free rows included."""
         experts = [r.experts for r in self.residents.values() if r.experts is not None]
-        return self.keys.nbytes + self.heads.nbytes + sum(e.nbytes for e in experts)
+        return self.prompt_kv.nbytes + self.heads.nbytes + sum(e.nbytes for e in experts)
 
     def find(self, name: str) -> BankTask:
-        """The task of that name.
+        """Return the task of that name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: If there is none.
         """
         if name not in self.tasks:
             known = ", ".join(itertools.islice(self.tasks, 10)) or "none"
@@ -76,15 +76,15 @@ class State:
 
 
 class BankMemory:
-    """A bank's state, and its changes; not for several threads at once.
+    """State of a bank and its changes; not safe for concurrent use.
 
     Args:
-        backbone: whose tasks they are.
-        limit: bytes that they may take, or None.
-        spill: whether tasks may be left in their files to make room.
+        backbone: Backbone that all tasks share.
+        limit: Bytes that the tasks may take, or None for no limit.
+        spill: Whether tasks may be evicted from memory and read from their files again.
 
     Attributes:
-        state: as it is now; never changed, only replaced.
+        state: Current state; replaced by each change, never modified.
     """
 
     def __init__(self, backbone: Backbone, limit: int | None, spill: bool) -> None:
@@ -92,19 +92,19 @@ class BankMemory:
         self._clock = itertools.count()
         self._used: dict[str, int] = {}
         attn: Any = backbone.model.blocks[0].attn
-        keys = self._pool([(2, attn.num_heads, attn.head_dim)], 0)
-        self.state = State(keys, self._pool([(backbone.head_width,), ()], 0), {}, {})
+        prompt_kv = self._pool([(2, attn.num_heads, attn.head_dim)], 0)
+        self.state = State(prompt_kv, self._pool([(backbone.head_width,), ()], 0), {}, {})
 
     def _pool(self, shapes: Sequence[tuple[int, ...]], rows: int) -> RowPool:
         return RowPool(shapes, rows, self._like.dtype, self._like.device)
 
-    def use(self, names: Iterable[str]) -> None:
-        """Tasks are used now."""
+    def touch(self, names: Iterable[str]) -> None:
+        """Mark tasks as the most recently used."""
         for name in names:
             self._used[name] = next(self._clock)
 
     def forget(self, name: str) -> None:
-        """Drop a task."""
+        """Remove a task."""
         self.state = replace(
             self.state,
             tasks=_without(self.state.tasks, name),
@@ -113,20 +113,20 @@ class BankMemory:
         del self._used[name]
 
     def put(self, task: BankTask, tensors: TaskTensors, needed: frozenset[str]) -> None:
-        """Take one more task into memory.
+        """Add a task to memory.
 
         Args:
-            task: what is known of it.
-            tensors: what is kept.
-            needed: names of tasks that are not spilled for it.
+            task: The task.
+            tensors: Its tensors, on the model's device.
+            needed: Names of tasks that must not be evicted for it.
 
         Raises:
-            ValueError: there is no room; nothing has been changed then.
+            ValueError: If there is no room; nothing has changed then.
         """
         self._make_room(task, needed)
-        keys = self._place("keys", (tensors.keys,))
-        heads = self._place("heads", (tensors.head_weight, tensors.head_bias))
-        resident = Resident(task, tensors.blocks, keys, heads, tensors.experts)
+        prompt_kv = self._store("prompt_kv", (tensors.prompt_kv,))
+        heads = self._store("heads", (tensors.head_weight, tensors.head_bias))
+        resident = Resident(task, tensors.blocks, prompt_kv, heads, tensors.experts)
         state = self.state
         self.state = replace(
             state,
@@ -134,54 +134,60 @@ class BankMemory:
             residents=MappingProxyType({**state.residents, task.name: resident}),
         )
         for kind in _KINDS:
-            # Rows that nobody owns count too: a pool with holes may be over the limit.
+            # Free rows count too: a fragmented pool may be over the limit.
             if self._limit is not None and self.state.nbytes > self._limit:
                 self._repack(kind, 0)
-        self.use([task.name])
+        self.touch([task.name])
 
     def _make_room(self, task: BankTask, needed: frozenset[str]) -> None:
-        """Spill what has to go for one more task; nothing goes if it does not fit anyway."""
+        """Evict the least recently used tasks until one more fits; none if it cannot fit."""
         if self._limit is None:
             return
-        keep = dict(self.state.residents)
-        taken = sum(r.task.nbytes for r in keep.values())
-        idle = sorted(keep.keys() - needed, key=self._used.__getitem__) if self._spill else []
+        remaining = dict(self.state.residents)
+        taken = sum(r.task.nbytes for r in remaining.values())
+        idle = sorted(remaining.keys() - needed, key=self._used.__getitem__) if self._spill else []
         for name in idle:
             if taken + task.nbytes <= self._limit:
                 break
-            taken -= keep.pop(name).task.nbytes
+            taken -= remaining.pop(name).task.nbytes
         if taken + task.nbytes > self._limit:
             raise ValueError(_does_not_fit(task, taken, self._limit, self._spill))
-        self.state = replace(self.state, residents=MappingProxyType(keep))
+        self.state = replace(self.state, residents=MappingProxyType(remaining))
 
-    def _place(self, kind: Kind, values: Sequence[torch.Tensor]) -> Extent:
-        extent = self._of(kind).place(values)
+    def _store(self, kind: Kind, values: Sequence[torch.Tensor]) -> Extent:
+        extent = self._pool_of(kind).store(values)
         if extent is None:
             self._repack(kind, len(values[0]))
-            extent = self._of(kind).place(values)
-        return _placed(extent)
+            extent = self._pool_of(kind).store(values)
+        return _stored(extent)
 
-    def _of(self, kind: Kind) -> RowPool:
-        return self.state.keys if kind == "keys" else self.state.heads
+    def _pool_of(self, kind: Kind) -> RowPool:
+        return self.state.prompt_kv if kind == "prompt_kv" else self.state.heads
 
     def _repack(self, kind: Kind, more: int) -> None:
-        """Replace a pool by one without holes that has room for `more` rows."""
-        old, residents = self._of(kind), self.state.residents
-        extents = {n: r.keys if kind == "keys" else r.heads for n, r in residents.items()}
+        """Replace a pool by one without gaps that has room for `more` rows."""
+        old, residents = self._pool_of(kind), self.state.residents
+        extents = {
+            name: resident.prompt_kv if kind == "prompt_kv" else resident.heads
+            for name, resident in residents.items()
+        }
         need = more + sum(extent.count for extent in extents.values())
         pool = self._pool(old.shapes, need + self._spare_rows(old, need))
         moved = {}
         for name, resident in residents.items():
-            extent = _placed(pool.place(old.read(extents[name])))
-            if kind == "keys":
-                moved[name] = replace(resident, keys=extent)
+            extent = _stored(pool.store(old.read(extents[name])))
+            if kind == "prompt_kv":
+                moved[name] = replace(resident, prompt_kv=extent)
             else:
                 moved[name] = replace(resident, heads=extent)
         state = replace(self.state, residents=MappingProxyType(moved))
-        self.state = replace(state, keys=pool) if kind == "keys" else replace(state, heads=pool)
+        if kind == "prompt_kv":
+            self.state = replace(state, prompt_kv=pool)
+        else:
+            self.state = replace(state, heads=pool)
 
     def _spare_rows(self, pool: RowPool, need: int) -> int:
-        """Rows that a pool of `need` rows gets beyond them, as far as the limit allows."""
+        """Return how many spare rows a pool of `need` rows gets, as far as the limit allows."""
         spare = need // _SPARE
         if self._limit is None:
             return spare
@@ -189,9 +195,9 @@ class BankMemory:
         return max(0, min(spare, (self._limit - others) // pool.row_nbytes - need))
 
 
-def _placed(extent: Extent | None) -> Extent:
+def _stored(extent: Extent | None) -> Extent:
     if extent is None:
-        raise RuntimeError("a pool that was made large enough is not")
+        raise RuntimeError("a pool that was allocated large enough is not")
     return extent
 
 

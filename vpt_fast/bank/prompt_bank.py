@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from vpt_fast.bank.batch_index import index_batch
 from vpt_fast.bank.memory import BankMemory, Resident, State
-from vpt_fast.bank.places import find_places
 from vpt_fast.bank.read_task import Backbone, BankTask, TaskTensors, read_task
 from vpt_fast.bank.shared_pass import features
 from vpt_fast.checks import check_model
@@ -24,33 +24,34 @@ from vpt_fast.ops.rowwise.grouped_heads import grouped_heads
 
 
 class PromptBank:
-    """One frozen backbone with many adapters, which answers for images of any of them.
+    """Adapters of one frozen backbone, ready to answer for images of any of them.
 
-    What a task's prompts are in attention, keys and values that do not depend on the image, is
-    computed once, when it is added; for VAPT (arXiv 2501.18936) that is block 0, and the experts of
-    the later blocks are computed in the call, each image with the weights of its own task. All
-    keys and values lie in one buffer, where an image finds its own by their row offset, and all
-    heads in another. An image's logits do not depend on the other images and tasks of the batch,
-    but for rounding.
+    Prompt keys and values that do not depend on the image are computed once, when a task is added,
+    and cached; for VAPT (arXiv 2501.18936) these are the ones of block 0, and the experts of the
+    later blocks are computed per call, each image with the weights of its own task. All prompt keys
+    and values lie in one buffer, where each image reads its own at their row offsets, and all heads
+    lie in another. An image's logits do not depend on the other images and tasks of the batch,
+    except for rounding.
 
-    A bank may be called, and added to, from several threads at once. Its model must stay as it is:
-    cached keys and values belong to the weights from when they were added. The parts of the model
-    are called as modules or passed by; hooks on the model, its blocks and attentions are refused.
+    A bank may be called, and added to, from several threads at once. Its model must not be
+    changed: cached keys and values belong to the weights that the model had when they were
+    computed. The bank calls parts of the model and bypasses others; hooks on the model, its blocks
+    and attentions are refused.
 
     Args:
-        model: A plain timm VisionTransformer (or the distilled one); frozen and put into eval mode.
+        model: Plain timm VisionTransformer (or the distilled one); frozen and put into eval mode.
             Its own head is not used. Move it to its device and dtype before; under autocast to
             another dtype the tasks of each batch are rounded in each call.
-        memory_limit: Bytes of the device's memory that the tasks may take, heads included, the
-            backbone and a call's activations not; None for no limit. Buffers that are full or too
-            scattered for the next task are replaced, and take up to twice their size meanwhile.
-        spill: Whether the least recently used tasks are left in their files where one does not fit
-            any more, and read again when they are asked for. Their adapters must stay where they
-            are and as they are.
+        memory_limit: Bytes of device memory that the tasks may take, heads included, the backbone
+            and a call's activations excluded; None for no limit. Buffers that are full or too
+            fragmented for the next task are replaced, and take up to twice their size meanwhile.
+        spill: Whether to evict the least recently used tasks when memory is full, and to read them
+            from their files again when they are asked for. Their adapters must neither move nor
+            change.
 
     Raises:
-        TypeError: `model` is of another class, or an argument of a wrong type.
-        ValueError: `model` is tuned, or something in it cannot be honoured.
+        TypeError: If `model` is of another class, or an argument of a wrong type.
+        ValueError: If `model` is tuned, or something in it cannot be honoured.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class PromptBank:
         self._model: Any = model.eval().requires_grad_(False)
         self._check_model()
         self._backbone = Backbone(self._model)
-        self._lock = threading.Lock()  # of changes; calls take it for a moment
+        self._lock = threading.Lock()  # guards changes; calls hold it briefly
         with _plain_tensors():
             self._memory = BankMemory(self._backbone, memory_limit, spill)
 
@@ -80,37 +81,37 @@ class PromptBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the device's memory that the bank takes for its tasks, heads included.
+        """Bytes of device memory that the bank takes for its tasks, heads included.
 
-        Rows that removed tasks had, and that are kept for the next ones, count too.
+        Free rows that are reserved for the next tasks count too.
         """
         return self._memory.state.nbytes
 
     def task(self, name: str) -> BankTask:
-        """Return what is known of a task.
+        """Return the name, method, classes and inputs of a task.
 
         Raises:
-            ValueError: There is no such task.
+            ValueError: If there is no such task.
         """
         return self._memory.state.find(name)
 
     def add(self, name: str, directory: str | os.PathLike[str]) -> BankTask:
-        """Add the task of an adapter; calls under way go on without it.
+        """Add the task of an adapter; running calls continue without it.
 
         Args:
-            name: Name that is not yet in use.
+            name: Name that is not in use yet.
             directory: Folder that `save_adapter` wrote, for this backbone; tuned with `VPTDeep` in
                 all or the last blocks, `VAPT` or `LinearProbe`.
 
         Returns:
-            What is known of the task.
+            The task.
 
         Raises:
-            FileNotFoundError: There is no adapter.
-            TypeError: `name` is no string.
-            ValueError: The name is empty or in use; the adapter is damaged, has values that are not
-                finite, is of another backbone or of a method that no bank holds; or it does not fit
-                into `memory_limit`. The bank is as it was then.
+            FileNotFoundError: If there is no adapter.
+            TypeError: If `name` is no string.
+            ValueError: If the name is empty or in use; the adapter is damaged, has values that are
+                not finite, is of another backbone or of a method that no bank holds; or it does not
+                fit into `memory_limit`. The bank is unchanged then.
         """
         if not isinstance(name, str):
             raise TypeError(f"a task's name must be a string, got {name!r}")
@@ -132,10 +133,10 @@ class PromptBank:
             return read_task(self._backbone, name, directory)
 
     def remove(self, name: str) -> None:
-        """Forget a task; other tasks get its memory when the calls under way have ended.
+        """Remove a task; its memory is reused once running calls have ended.
 
         Raises:
-            ValueError: There is no such task.
+            ValueError: If there is no such task.
         """
         with self._lock:
             self._memory.state.find(name)
@@ -143,22 +144,23 @@ class PromptBank:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, tasks: Iterable[str]) -> list[Tensor]:
-        """Compute logits of images, each for a task of its own.
+        """Return the logits of images, each for a task of its own.
 
         Args:
-            images: (B, channels, height, width), on the model's device, prepared as each image's
-                task says in `inputs`.
-            tasks: B names, any mix in any order.
+            images: (B, channels, height, width), on the model's device, prepared as `inputs` of
+                each image's task says.
+            tasks: Names of B tasks, in any combination and order.
 
         Returns:
-            For every image its task's logits (num_classes,); views of one tensor.
+            Logits (num_classes,) of each image's task; views of one tensor.
 
         Raises:
-            TypeError: `tasks` is one string, or `images` no tensor.
-            ValueError: An unknown task, another number of names than images, an image size that a
-                task's experts were not made for, tasks that do not fit into memory together, an
-                adapter that has changed since it was spilled, a hooked model or one in training.
-            FileNotFoundError: The adapter of a spilled task is not there any more.
+            TypeError: If `tasks` is one string, or `images` no tensor.
+            ValueError: If a task is unknown, the numbers of names and images differ, a task's
+                experts were tuned for another image size, the tasks do not fit into memory
+                together, an adapter has changed since its task was evicted, or the model is hooked
+                or in training mode.
+            FileNotFoundError: If the adapter of an evicted task is missing.
         """
         if isinstance(tasks, str):
             raise TypeError(f"tasks must name one task per image, got the string {tasks!r}")
@@ -173,23 +175,23 @@ class PromptBank:
         self._check_model()
         if not names:
             return []
-        state = self._holding(names)
+        state = self._state_with(names)
         residents = [state.residents[name] for name in names]
         self._check_grid(images, residents)
         rounded = computing_dtype(self._backbone.like)
-        places = find_places(state, residents, self._backbone.depth, rounded)
-        pooled = features(self._model, images, places)
+        index = index_batch(state, residents, self._backbone.depth, rounded)
+        pooled = features(self._model, images, index)
         flat = grouped_heads(
-            pooled.to(places.head_weight.dtype), places.head_weight, places.head_bias,
-            places.heads[0], places.heads[1], places.heads[2],
-            sum(places.classes), max(places.classes),
+            pooled.to(index.head_weight.dtype), index.head_weight, index.head_bias,
+            index.heads[0], index.heads[1], index.heads[2],
+            sum(index.classes), max(index.classes),
         )  # fmt: skip
-        return list(flat.split(places.classes))
+        return list(flat.split(index.classes))
 
-    def _holding(self, names: Sequence[str]) -> State:
-        """A state in which all these tasks are in memory."""
+    def _state_with(self, names: Sequence[str]) -> State:
+        """Return a state in which all these tasks are in memory."""
         wanted = dict.fromkeys(names)
-        # By object, which each entry keeps alive: a name may come to mean another task meanwhile.
+        # Keyed by object, which its entry keeps alive: another task may take the name meanwhile.
         loaded: dict[int, tuple[BankTask, TaskTensors]] = {}
         while True:
             with self._lock, _plain_tensors():
@@ -199,9 +201,9 @@ class PromptBank:
                 if all(id(task) in loaded for task in missing):
                     for task in missing:
                         self._memory.put(*loaded[id(task)], frozenset(wanted))
-                    self._memory.use(wanted)
+                    self._memory.touch(wanted)
                     return self._memory.state
-            # Others go on while files are read; what they change meanwhile is looked at again.
+            # Files are read without the lock; the next round sees what others changed meanwhile.
             for task in missing:
                 if id(task) not in loaded:
                     loaded[id(task)] = task, self._read_again(task)
@@ -216,7 +218,7 @@ class PromptBank:
         return tensors
 
     def _check_model(self) -> None:
-        """Raise ValueError if somebody trains the model, or watches what is not called."""
+        """Raise ValueError in training mode, or where hooks would not be called."""
         model = self._model
         if any(module.training for module in model.modules()):
             raise ValueError("the bank's model is in training mode; call model.eval()")
@@ -247,7 +249,7 @@ class PromptBank:
 
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """Inside, tensors are made that can be written to later, in inference mode or not."""
+    """Create tensors that can be written to later, even under inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -1,4 +1,4 @@
-"""From an adapter's files to what a bank keeps of a task, everything checked on the way."""
+"""From an adapter's files to the tensors of a bank's task, with all checks."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from vpt_fast.ops.experts.operator import fold_convolution
 
 @dataclass(frozen=True)
 class BankTask:
-    """A task of a bank.
+    """Task of a bank.
 
     Attributes:
-        name: Name that it was added under.
+        name: Name under which it was added.
         directory: Folder of its adapter.
         method: Method that it was tuned with.
-        num_classes: Number of classes of its head.
+        num_classes: Number of outputs of its head.
         class_names: Names of the classes, or None.
-        inputs: Preparation of its images: input_size (channels, height, width), mean, std,
+        inputs: How images are prepared for it: input_size (channels, height, width), mean, std,
             interpolation, crop_pct, crop_mode.
-        nbytes: Bytes of the device's memory that it takes while it is there, its head included.
+        nbytes: Bytes of device memory that it takes while it is in memory, head included.
         digest: SHA-256 of the adapter's tensors.
     """
 
@@ -54,20 +54,20 @@ class BankTask:
 
 
 class TaskTensors(NamedTuple):
-    """What a bank keeps of a task; in the dtype of the model, but for the experts."""
+    """Tensors of a task in a bank, in the dtype of the model except for the experts."""
 
-    blocks: tuple[int, ...]  # those whose prompts are at rest
-    keys: Tensor  # (len(blocks) * p, 2, H, d), their keys and values, block by block
+    blocks: tuple[int, ...]  # blocks whose prompt keys and values are cached
+    prompt_kv: Tensor  # (len(blocks) * p, 2, H, d), block by block
     head_weight: Tensor  # (classes, F)
     head_bias: Tensor  # (classes,)
     experts: TaskExperts | None
 
 
 class Backbone:
-    """A plain timm vision transformer, as adapters are checked against it.
+    """Plain timm vision transformer, and what adapters are checked against.
 
     Args:
-        model: a VisionTransformer or VisionTransformerDistilled, in eval mode.
+        model: VisionTransformer or VisionTransformerDistilled, in eval mode.
     """
 
     def __init__(self, model: Any) -> None:
@@ -85,7 +85,7 @@ class Backbone:
 
     @property
     def head_width(self) -> int:
-        """Features F that a task's head reads; those of a distilled model side by side."""
+        """Number F of features that a task's head reads; two heads' for a distilled model."""
         return self.width * len(self.heads)
 
 
@@ -97,16 +97,16 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
     """Read and check an adapter, and compute what does not depend on the image.
 
     Args:
-        backbone: what it has to fit.
-        name: of the task.
-        directory: of the adapter.
+        backbone: Backbone that the adapter has to fit.
+        name: Name of the task.
+        directory: Folder of the adapter.
 
     Returns:
         The task, and its tensors on the model's device.
 
     Raises:
-        FileNotFoundError: there is no adapter.
-        ValueError: it is damaged, of another backbone, or of a method that no bank holds.
+        FileNotFoundError: If there is no adapter.
+        ValueError: If it is damaged, of another backbone, or of a method that no bank holds.
     """
     config, tensors = read_adapter(directory)
     try:
@@ -120,16 +120,16 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
         _check_shapes(tensors, _shapes(backbone, method, classes, tensors), directory)
         inputs = _inputs(backbone, config["input"], directory)
     except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        # What JSON can hold in the place of what belongs there has no end.
+        # A damaged configuration may hold any JSON value in place of the expected one.
         raise ValueError(
             f"the adapter in {directory} is damaged: {type(error).__name__} {error}"
         ) from error
     tensors = {key: t.to(backbone.like.device) for key, t in tensors.items()}
     with torch.autocast(backbone.like.device.type, enabled=False):
-        blocks, keys = _keys_at_rest(backbone, method, tensors)
+        blocks, prompt_kv = _cached_prompt_kv(backbone, method, tensors)
         weight, bias = _head(backbone, tensors)
-        found = TaskTensors(blocks, keys, weight, bias, _experts(backbone, method, tensors))
-    every = [keys, weight, bias, *(() if found.experts is None else found.experts.tensors)]
+        found = TaskTensors(blocks, prompt_kv, weight, bias, _experts(backbone, method, tensors))
+    every = [prompt_kv, weight, bias, *(() if found.experts is None else found.experts.tensors)]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in every):
         _refuse(directory, f"in {backbone.like.dtype} not all of its values are finite")
     names = config["class_names"]
@@ -145,7 +145,7 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
 
 
 def _inputs(backbone: Backbone, given: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
-    """How images are prepared: as the adapter says, and where it says nothing as the model does."""
+    """Return the input configuration: the adapter's, completed by the model's."""
     inputs = {**backbone.inputs, **given}
     channels, *size = inputs["input_size"]
     model, side = backbone.model, tuple(backbone.model.patch_embed.img_size)
@@ -204,7 +204,7 @@ def _classes(tensors: Mapping[str, Tensor], directory: Path) -> int:
 def _shapes(
     backbone: Backbone, method: Method, classes: int, tensors: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that an adapter of this method has, by name; a head's bias may lack."""
+    """Return the shapes of an adapter's tensors by name; a head may have no bias."""
     width, count = backbone.width, method.num_prompts
     shapes: dict[str, tuple[int, ...]] = {}
     for head in backbone.heads:
@@ -254,10 +254,10 @@ def _check_shapes(
             _refuse(directory, f"it holds {name}, which this method has not trained")
 
 
-def _keys_at_rest(
+def _cached_prompt_kv(
     backbone: Backbone, method: Method, tensors: Mapping[str, Tensor]
 ) -> tuple[tuple[int, ...], Tensor]:
-    """Blocks with prompts that do not depend on the image, and those prompts' keys and values."""
+    """Return the blocks whose prompts do not depend on the image, and their keys and values."""
     blocks = method.prompted_blocks(backbone.depth)
     if isinstance(method, VAPT):
         blocks = blocks[:1]
@@ -274,13 +274,13 @@ def _keys_at_rest(
         if "prompt_projection.weight" in tensors:
             weight, bias = (tensors[f"prompt_projection.{k}"] for k in ("weight", "bias"))
             tokens = linear(tokens, weight.to(tokens), bias.to(tokens))
-        # norm1's hooks are for tokens: prompts pass beside them.
+        # Not through norm1's hooks, which are for tokens.
         found.append(packed_prompts(block.attn, block.norm1.forward(tokens[None]))[0])
     return blocks, torch.cat(found)
 
 
 def _head(backbone: Backbone, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The classifier; two that are averaged are one of both features side by side."""
+    """Return the head; two averaged heads become one over both features side by side."""
     number = len(backbone.heads)
     weight = torch.cat([tensors[f"{head}.weight"] for head in backbone.heads], 1) / number
     biases = [tensors[f"{h}.bias"] for h in backbone.heads if f"{h}.bias" in tensors]
@@ -300,13 +300,13 @@ def _experts(
     found = []
     for index in blocks:
         part = f"blocks.{index}.prompt"
-        # Rounded as the tuned model holds them, then computed with in fp32 at least, as there.
+        # As in the tuned model: rounded to its dtype, then computed in fp32 at least.
         mix, conv = (tensors[f"{part}.{n}.weight"].to(dtype) for n in ("mix", "conv"))
-        matrix, mix_sum = fold_convolution(mix, conv, (height, width))
-        bias = tensors.get(f"{part}.mix.bias", mix_sum.new_zeros(len(mix_sum)))
+        matrix, mixing_sum = fold_convolution(mix, conv, (height, width))
+        bias = tensors.get(f"{part}.mix.bias", mixing_sum.new_zeros(len(mixing_sum)))
         affine = (tensors[f"{part}.norm.{k}"] for k in ("weight", "bias"))
-        weight, shift, bias = (t.to(dtype).to(wide) for t in (*affine, bias))
-        found.append((matrix[:, : height * width], mix_sum, weight, shift, bias))
+        weight, norm_bias, bias = (t.to(dtype).to(wide) for t in (*affine, bias))
+        found.append((matrix[:, : height * width], mixing_sum, weight, norm_bias, bias))
     blocks_tensors = (torch.stack(parts) for parts in zip(*found, strict=True))
     projector = (
         tensors[f"prompt_projector.{n}.weight"].to(dtype).to(wide)[None] for n in ("down", "up")

@@ -1,8 +1,8 @@
-"""Rows of many owners in a few tensors: where a bank keeps its tasks' keys, values and heads.
+"""Allocator of rows in a few tensors: memory of a bank's prompt keys and values and heads.
 
-A pool has a fixed number of rows. It never moves or overwrites rows that somebody may still read:
-an `Extent` owns its rows for as long as any reference to it lives, and a pool that is too small or
-too scattered is replaced by a new one.
+A pool has a fixed number of rows. It never moves or overwrites rows that may still be read: an
+`Extent` owns its rows for as long as any reference to it lives, and a pool that is too small or
+too fragmented is replaced by a new one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 
 class Extent:
-    """Rows next to each other in a pool; they are free again when it is garbage.
+    """Contiguous rows of a pool; they are free again when this object is garbage-collected.
 
     Attributes:
-        start: the first row.
-        count: number of rows.
+        start: Index of the first row.
+        count: Number of rows.
     """
 
     def __init__(self, start: int, count: int) -> None:
@@ -29,17 +29,18 @@ class Extent:
 
 
 class RowPool:
-    """Tensors with the same number of rows, and who owns which of them.
+    """Tensors with the same number of rows, and the owners of the rows.
 
-    Not for several threads at once, but for the release of extents, which may happen anywhere.
+    Not safe for concurrent use, except that extents may be released in any thread.
 
     Args:
-        shapes: of a row in each of the tensors.
-        rows: number of rows.
-        dtype, device: of the tensors.
+        shapes: Shape of a row in each of the tensors.
+        rows: Number of rows.
+        dtype: Dtype of the tensors.
+        device: Device of the tensors.
 
     Attributes:
-        tensors: (rows, *shape) each.
+        tensors: Tensors (rows, *shape), one per shape.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class RowPool:
     ) -> None:
         self.shapes = tuple(shapes)
         self.tensors = tuple(torch.empty(rows, *s, dtype=dtype, device=device) for s in shapes)
-        self._holes = [(0, rows)] if rows else []  # (start, count), ascending, never adjacent
+        self._gaps = [(0, rows)] if rows else []  # (start, count), ascending, never adjacent
         # A finalizer may run in the middle of anything: it only appends, which is atomic.
         self._released: deque[tuple[int, int]] = deque()
         self._reused = False
@@ -67,27 +68,27 @@ class RowPool:
         size = self.tensors[0].element_size()
         return sum(math.prod(shape) for shape in self.shapes) * size
 
-    def place(self, values: Sequence[Tensor]) -> Extent | None:
-        """Write rows where they fit, to be read from any stream.
+    def store(self, values: Sequence[Tensor]) -> Extent | None:
+        """Write rows to free ones; any stream may read them afterwards.
 
         Args:
             values: (count, *shape) for each tensor.
 
         Returns:
-            Their owner, or None where no hole is large enough.
+            Owner of the rows, or None where no gap is large enough.
         """
         count = len(values[0])
         if not count:
             return Extent(0, 0)
-        self._take_back()
-        # The smallest hole that fits keeps the large ones whole.
-        fitting = [(size, start) for start, size in self._holes if size >= count]
+        self._reclaim()
+        # The smallest gap that fits keeps the large ones whole.
+        fitting = [(size, start) for start, size in self._gaps if size >= count]
         if not fitting:
             return None
         size, start = min(fitting)
         self._write(start, values)
-        at = self._holes.index((start, size))
-        self._holes[at : at + 1] = [(start + count, size - count)] if size > count else []
+        at = self._gaps.index((start, size))
+        self._gaps[at : at + 1] = [(start + count, size - count)] if size > count else []
         extent = Extent(start, count)
         weakref.finalize(extent, self._released.append, (start, count)).atexit = False
         return extent
@@ -103,21 +104,21 @@ class RowPool:
             torch.cuda.current_stream(device).synchronize()
 
     def read(self, extent: Extent) -> tuple[Tensor, ...]:
-        """Views of an extent's rows."""
+        """Return views of an extent's rows."""
         return tuple(t[extent.start : extent.start + extent.count] for t in self.tensors)
 
-    def _take_back(self) -> None:
-        """Join the rows that have been released to the holes."""
+    def _reclaim(self) -> None:
+        """Add released rows to the gaps and join adjacent ones."""
         if not self._released:
             return
         self._reused = True
-        holes = [*self._holes]
+        gaps = [*self._gaps]
         while self._released:
-            holes.append(self._released.popleft())
+            gaps.append(self._released.popleft())
         joined: list[tuple[int, int]] = []
-        for start, count in sorted(holes):
+        for start, count in sorted(gaps):
             if joined and sum(joined[-1]) == start:
                 joined[-1] = joined[-1][0], joined[-1][1] + count
             else:
                 joined.append((start, count))
-        self._holes = joined
+        self._gaps = joined

@@ -1,9 +1,9 @@
 """One pass of a frozen vision transformer over images of different tasks.
 
 Everything but the prompts is the same for all images and is computed for the whole batch at once.
-In attention every image reads the keys and values of its own task's prompts, by their place; they
-are neither gathered nor padded. Visual Prompt Tuning (arXiv 2203.12119), section 3.2, without the
-prompts' dead rows.
+In attention every image reads the keys and values of its own task's prompts at their row offsets;
+they are neither gathered nor padded. Visual Prompt Tuning (arXiv 2203.12119), section 3.2, without
+computing the prompts' own output rows, which are discarded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from vpt_fast.bank.places import Places
+from vpt_fast.bank.batch_index import BatchIndex
 from vpt_fast.bank.task_experts import ExpertGroup
 from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
 from vpt_fast.models.fusion.fused_block import Use, block_config, block_weights
@@ -39,22 +39,22 @@ from vpt_fast.ops.block.sites import OPERATOR_SITES
 from vpt_fast.ops.rowwise.residual_norm import residual_norm
 
 
-def features(model: Any, images: Tensor, places: Places) -> Tensor:
-    """What the tasks' heads read, (B, F), from images (B, channels, height, width).
+def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
+    """Return the input (B, F) of the tasks' heads.
 
     Args:
-        model: a plain, frozen VisionTransformer or VisionTransformerDistilled in eval mode.
-        images: on its device.
-        places: of the images' prompts.
+        model: Plain, frozen VisionTransformer or VisionTransformerDistilled in eval mode.
+        images: (B, channels, height, width), on the model's device.
+        index: Row offsets of the images' prompts.
     """
     patches = embedded_patches(model.patch_embed, images)
     x = model.norm_pre(model.patch_drop(model._pos_embed(patches)))
     total, count = DeferredSum(x), rows_read(model, Block)
     last = len(model.blocks) - 1
-    for index, block in enumerate(model.blocks):
-        prompts = _BlockPrompts(places, index)
-        first = count if index == last else None
-        # As in a tuned model: the CPU has a cheaper way to compute one or two rows of a block.
+    for number, block in enumerate(model.blocks):
+        prompts = _BlockPrompts(index, number)
+        first = count if number == last else None
+        # As in a tuned model: on the CPU one or two rows of a block are cheaper by modules.
         if is_fusable(block) and (first is None or uses_kernels(x)):
             total = _fused(block, total, prompts, first)
         else:
@@ -67,17 +67,17 @@ def features(model: Any, images: Tensor, places: Places) -> Tensor:
 
 
 class _BlockPrompts:
-    """The prompts of one block."""
+    """Prompts of one block."""
 
-    def __init__(self, places: Places, index: int) -> None:
-        self.places, self.index = places, index
+    def __init__(self, index: BatchIndex, block: int) -> None:
+        self.index, self.block = index, block
 
     @property
     def groups(self) -> tuple[ExpertGroup, ...]:
-        """Those whose prompts this block makes: none in the first block."""
-        return self.places.groups if self.index else ()
+        """Images whose prompts experts compute in this block: none in the first block."""
+        return self.index.groups if self.block else ()
 
-    def make(
+    def compute(
         self,
         block: Any,
         x: Tensor,
@@ -85,28 +85,43 @@ class _BlockPrompts:
         rstd: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Keys and values (rows, 2, H, d) of the prompts that experts make of x (B, N, D)."""
-        rest = self.places.rest
+        """Return keys and values (rows, 2, H, d) of the prompts that experts compute.
+
+        Args:
+            block: Timm block.
+            x: Input of the block (B, N, D).
+            mean: Mean of every row (B, N), or None in a block without experts.
+            rstd: Reciprocal standard deviation of every row (B, N), or None likewise.
+            dtype: Dtype of the normalised prompts.
+        """
         if mean is None or rstd is None:
-            return rest[:0]
+            return self.index.prompt_kv[:0]
         rows = []
         for group in self.groups:
             with in_full_precision(x):
-                prompts = group.prompts(x, mean, rstd, self.index)
+                prompts = group.prompts(x, mean, rstd, self.block)
                 rows.append(_normalised(block.norm1, prompts, dtype).flatten(0, 1))
         return packed_prompts(block.attn, torch.cat(rows)[None])[0]
 
-    def attend(self, tokens: list[Tensor], made: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of every image's tokens, which read its own prompts too."""
-        places, index = self.places, self.index
+    def attend(
+        self, tokens: list[Tensor], computed_kv: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return output and log-sum-exp of attention to an image's tokens and its prompts.
+
+        Args:
+            tokens: Queries, keys and values of the tokens, as `bank_attention` takes them.
+            computed_kv: Keys and values that `compute` returned.
+            scale: Factor of the scores.
+        """
+        index, block = self.index, self.block
         return bank_attention(
-            tokens, places.rest, made.to(places.rest.dtype), places.starts[index],
-            places.counts[index], places.most[index], scale,
+            tokens, index.prompt_kv, computed_kv.to(index.prompt_kv.dtype),
+            index.row_offsets[block], index.counts[block], index.max_counts[block], scale,
         )  # fmt: skip
 
 
 def _normalised(norm: Any, prompts: Tensor, dtype: torch.dtype) -> Tensor:
-    """norm1 of prompts (n, p, D), which are fp32 at least; a LayerNorm is taken as exactly."""
+    """Return norm1 of prompts (n, p, D) in `dtype`; a LayerNorm is computed in their own dtype."""
     if not is_layer_norm(norm):
         result: Tensor = norm.forward(prompts.to(dtype))
         return result
@@ -115,7 +130,7 @@ def _normalised(norm: Any, prompts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Steps(BlockSteps):
-    """A fused block whose attention reads the bank."""
+    """Steps of a fused block whose attention reads the bank's prompts."""
 
     def __init__(
         self,
@@ -123,19 +138,19 @@ class _Steps(BlockSteps):
         weights: BlockWeights,
         dtype: torch.dtype,
         prompts: _BlockPrompts,
-        made: Tensor,
+        computed_kv: Tensor,
     ) -> None:
         super().__init__(config, weights, dtype, OPERATOR_SITES)
-        self.prompts, self.made = prompts, made
+        self.prompts, self.computed_kv = prompts, computed_kv
 
     def attend(self, tokens: tuple[Tensor, ...], keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.prompts.attend(list(tokens), self.made, self.config.scale)
+        return self.prompts.attend(list(tokens), self.computed_kv, self.config.scale)
 
 
 def _fused(
     block: Any, total: DeferredSum, prompts: _BlockPrompts, first: int | None
 ) -> DeferredSum:
-    """As one function: the first rows of the block's output, or all of them."""
+    """Return the first rows of the block's output, or all of them, by the fused operators."""
     dtype = computing_dtype(total.residual)
     eps = EPS if prompts.groups else None
     with in_full_precision(total.residual):
@@ -144,26 +159,26 @@ def _fused(
         )
         x = total.residual if total.branch is None else summed
     mean, rstd = (None, None) if eps is None else (statistics[0], statistics[2])
-    made = prompts.make(block, x, mean, rstd, dtype)
+    computed_kv = prompts.compute(block, x, mean, rstd, dtype)
     weights = block_weights(block)
     config = block_config(block, None, Use("speed", queries=first))
-    steps = _Steps(config, weights.to(dtype), dtype, prompts, made)
+    steps = _Steps(config, weights.to(dtype), dtype, prompts, computed_kv)
     with in_full_precision(x):
         middle, result, _ = steps.forward_from(y, SavedInput(x, statistics))
     return DeferredSum(middle, result, weights.scale2)
 
 
 def _by_modules(block: Any, x: Tensor, prompts: _BlockPrompts, first: int | None) -> Tensor:
-    """Module by module: the first rows of the block's output, or all of them."""
+    """Return the first rows of the block's output, or all of them, module by module."""
     y, mean, rstd = block.norm1(x), None, None
     if prompts.groups:
         wide = x.to(statistics_dtype(x.dtype))
         variance, mean = torch.var_mean(wide, -1, correction=0)
         rstd = (variance + EPS).rsqrt()
-    made = prompts.make(block, x, mean, rstd, x.dtype)
+    computed_kv = prompts.compute(block, x, mean, rstd, x.dtype)
     queries = None if first is None else y[:, :first]
     tokens = attention_tokens(block.attn, y, queries)
-    out, _ = prompts.attend(tokens, made, block.attn.scale)
+    out, _ = prompts.attend(tokens, computed_kv, block.attn.scale)
     x = x if first is None else x[:, :first]
     x = x + block.drop_path1(block.ls1(block.attn.proj_drop(block.attn.proj(out))))
     found: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -1,4 +1,4 @@
-"""VAPT's prompt experts of many tasks at once: every image with the weights of its own task.
+"""VAPT's prompt experts of many tasks at once, each image with the weights of its own task.
 
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936),
 section 4, without dropout. Tasks with the same number of prompts and hidden channels are computed
@@ -16,28 +16,28 @@ from torch import Tensor
 
 
 class ExpertTensors(NamedTuple):
-    """Prompt experts of all blocks but the first; fp32 at least.
+    """Tensors of the prompt experts in the L blocks after the first; at least fp32.
 
-    L blocks, in the second dimension tasks or images where there are several.
+    Where several tasks or images share a tensor, they are its second dimension.
     """
 
     matrix: Tensor  # (L, p, patches), convolution and token-wise projector folded
-    mix_sum: Tensor  # (L, p), its row sums
-    weight: Tensor  # (L, D), affine of the experts' LayerNorms
-    shift: Tensor  # (L, D)
-    bias: Tensor  # (L, p)
+    mixing_sum: Tensor  # (L, p), row sums of `matrix`
+    norm_weight: Tensor  # (L, D), affine of the experts' LayerNorms
+    norm_bias: Tensor  # (L, D)
+    bias: Tensor  # (L, p), bias of the token-wise projector
     down: Tensor  # (1, r, D), the feature projector, the same for all blocks
     up: Tensor  # (1, D, r)
 
 
 @dataclass(frozen=True)
 class TaskExperts:
-    """A task's prompt experts.
+    """Prompt experts of a task.
 
     Attributes:
-        tensors: of all blocks but the first.
-        grid: height and width of the patch grid.
-        residual: whether the mix is added to what the projector makes of it.
+        tensors: Tensors of all blocks but the first.
+        grid: Height and width of the patch grid.
+        residual: Whether g is added to the output of the feature projector.
     """
 
     tensors: ExpertTensors
@@ -46,7 +46,7 @@ class TaskExperts:
 
     @property
     def num_prompts(self) -> int:
-        """p."""
+        """Number p of prompts."""
         return self.tensors.matrix.shape[1]
 
     @property
@@ -56,21 +56,21 @@ class TaskExperts:
 
     @property
     def kind(self) -> tuple[int, int, bool]:
-        """What tasks that are computed together have in common."""
+        """Key that tasks have in common if they are computed together."""
         return self.num_prompts, self.tensors.down.shape[1], self.residual
 
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """Images whose tasks' experts are computed together.
+    """Images whose prompt experts are computed together.
 
     Attributes:
-        members: which of the batch's images, on the host.
-        images: the same (n,).
-        tensors: their tasks' experts, (L, n, ...); 1 in place of n where they have one task.
-        num_prompts: p.
-        residual: as of their tasks.
-        whole: the group is the whole batch, in its order.
+        members: Indices of the images in the batch, on the host.
+        images: The same indices (n,), on the device.
+        tensors: Experts of the images' tasks, (L, n, ...); 1 in place of n if all have one task.
+        num_prompts: Number p of prompts.
+        residual: Whether g is added to the output of the feature projector.
+        whole: Whether the group is the whole batch, in its order.
     """
 
     members: tuple[int, ...]
@@ -81,40 +81,40 @@ class ExpertGroup:
     whole: bool
 
     def prompts(self, x: Tensor, mean: Tensor, rstd: Tensor, block: int) -> Tensor:
-        """Prompts (n, p, D) of the group's images, before norm1.
+        """Return the prompts (n, p, D) of the group's images, before norm1.
 
         Args:
-            x: the block's input, of all images, (B, N, D); the patches are its last rows.
-            mean: of every row, (B, N).
-            rstd: reciprocal standard deviation of every row, with the experts' epsilon, (B, N).
-            block: which block, at least 1.
+            x: Input of the block for the whole batch, (B, N, D); the patches are its last rows.
+            mean: Mean of every row, (B, N).
+            rstd: Reciprocal standard deviation of every row, with the experts' epsilon, (B, N).
+            block: Index of the block, at least 1.
         """
-        matrix, mix_sum, weight, shift, bias = (t[block - 1] for t in self.tensors[:5])
+        matrix, mixing_sum, weight, norm_bias, bias = (t[block - 1] for t in self.tensors[:5])
         down, up = (t[0].expand(len(self.images), -1, -1) for t in self.tensors[5:])
         patches = matrix.shape[2]
         rows, mean, rstd = (
             t if self.whole else t.index_select(0, self.images)
             for t in (x[:, -patches:], mean[:, -patches:], rstd[:, -patches:])
         )
-        # The patches are not normalised in memory: the matrix is scaled, the means are taken off.
+        # Scaling the matrix and subtracting the means saves writing normalised patches.
         scaled = matrix * rstd[:, None]  # (n, p, patches)
-        mixed = torch.baddbmm(-(scaled @ mean[..., None]), scaled, rows.to(scaled.dtype))
-        mixed = mixed.mul_(weight[:, None]).add_(bias[..., None])
-        mixed = mixed.addcmul_(mix_sum[..., None], shift[:, None])  # g, (n, p, D)
-        hidden = torch.bmm(mixed, down.mT).relu_()
+        g = torch.baddbmm(-(scaled @ mean[..., None]), scaled, rows.to(scaled.dtype))
+        g = g.mul_(weight[:, None]).add_(bias[..., None])
+        g = g.addcmul_(mixing_sum[..., None], norm_bias[:, None])  # (n, p, D)
+        hidden = torch.bmm(g, down.mT).relu_()
         if self.residual:
-            return torch.baddbmm(mixed, hidden, up.mT)
+            return torch.baddbmm(g, hidden, up.mT)
         return torch.bmm(hidden, up.mT)
 
 
 def expert_groups(
     experts: Sequence[TaskExperts | None], device: torch.device
 ) -> tuple[ExpertGroup, ...]:
-    """Images whose tasks have experts, in groups.
+    """Return the images whose tasks have experts, in groups that are computed together.
 
     Args:
-        experts: of every image's task; None for a task without.
-        device: where the groups' indices are needed.
+        experts: Experts of each image's task; None for a task without them.
+        device: Device of the groups' indices.
     """
     groups: dict[tuple[int, int, bool], list[int]] = {}
     for image, task in enumerate(experts):

@@ -1,42 +1,30 @@
-"""What the commands of `vpt-fast` share: options, methods by name, errors as one line."""
+"""Helpers that several commands of `vpt-fast` share: methods by name, errors as one line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import typer
 
 from vpt_fast.extras import MissingExtraError
 from vpt_fast.methods import METHODS, Method
-from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.data import images as data
 from vpt_fast.train.loop.evaluate import TrainingError
 
-CHECKPOINT_HELP = "File with the backbone's weights (.safetensors, or what torch.save wrote)."
-DEVICE_HELP = "auto, cpu, cuda or cuda:<index>; auto takes a GPU if there is one."
-WORKERS_HELP = "Processes that load images; by default 0 on the CPU and up to 4 with a GPU."
-AMP_HELP = f"Type that torch.autocast computes in: {', '.join(AMP_DTYPES)}."
-
-Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
-AmpDtype = Annotated[str, typer.Option(help=AMP_HELP)]
-Workers = Annotated[int | None, typer.Option("--workers", "-j", help=WORKERS_HELP)]
-Checkpoint = Annotated[Path | None, typer.Option(metavar="FILE", help=CHECKPOINT_HELP)]
-
 
 def fail(error: BaseException | str, code: int) -> NoReturn:
-    """Prints one line and ends the command with status `code`."""
+    """Print one line and end the command with status `code`."""
     typer.echo(f"vpt-fast: error: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(code)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Inside, what a user can mend becomes one line and status 2, or 1 once training has begun."""
+    """Turn errors that a user can fix into one line and status 2, or 1 once training has begun."""
     try:
         yield
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
@@ -48,10 +36,15 @@ def one_line_errors() -> Iterator[None]:
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:
-    """The method of that name with the options that are given.
+    """Return the method of that name with the options that are given.
+
+    Args:
+        name: Name of a method, as in `--method`.
+        options: Values by the names of the method's fields; None where an option is not given.
 
     Raises:
-        ValueError, TypeError: there is no such method, it has no such option, or a value is wrong.
+        ValueError, TypeError: If there is no such method, it has no such option, or a value is
+            out of range.
     """
     if name not in METHODS:
         raise ValueError(f"--method is {name!r}; choose one of {', '.join(METHODS)}")
@@ -64,16 +57,16 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
 
 
 def check_some_prompts(counts: Iterable[int | None]) -> None:
-    """Raise ValueError if prompts are asked for, and then none of them."""
+    """Raise ValueError if a number of prompts is 0."""
     if 0 in counts:
         raise ValueError("--num-prompts 0 trains the head alone; --method linear is its name")
 
 
 def block_indices(text: str | None) -> list[int] | None:
-    """Indices from "9-11" or "0,6,9-11"; None from None.
+    """Return the indices that a text such as "9-11" or "0,6,9-11" lists; None for None.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: If the text is not such a list.
     """
     if text is None:
         return None
@@ -87,7 +80,7 @@ def block_indices(text: str | None) -> list[int] | None:
 
 
 def accuracy(split: str, result: Any) -> str:
-    """A line with what an evaluation found on a split."""
+    """Return a line with the accuracy and loss of an evaluation on a split."""
     return (
         f"{split}: {result.images:,} images, top-1 {result.top1:.2f}%, "
         f"top-5 {result.top5:.2f}%, loss {result.loss:.4f}"
@@ -95,7 +88,7 @@ def accuracy(split: str, result: Any) -> str:
 
 
 def report_skipped(skipped: tuple[data.SkippedImage, ...]) -> None:
-    """Ends the command with status 1 if images are missing from its figures."""
+    """End the command with status 1 if images are missing from its figures."""
     if skipped:
         fail(
             f"{len(skipped)} images are not in these figures: "

@@ -1,4 +1,4 @@
-"""The command of `vpt-fast` that exports: an adapter's model as one file that needs torch alone."""
+"""`vpt-fast export`: an adapter's model as one file that needs torch alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vpt_fast.adapter.atomic import atomic_file
-from vpt_fast.cli.adapters import Adapter
-from vpt_fast.cli.common import Checkpoint, Device, one_line_errors
-from vpt_fast.export.bake import bake
+from vpt_fast.cli.common import one_line_errors
+from vpt_fast.cli.options import Adapter, Checkpoint, Device
+from vpt_fast.export import bake
 from vpt_fast.methods import to_dict
 from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.loop.evaluate import resolve_device
@@ -38,7 +38,7 @@ def export(
     ] = False,
     device: Device = "auto",
 ) -> None:
-    """Writes an adapter and its backbone as one program that PyTorch runs without this package.
+    """Write an adapter and its backbone as one program that PyTorch runs without this package.
 
     The file also holds task.json: class names, and how images are resized and normalised.
     """
@@ -77,11 +77,11 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def export_program(model: nn.Module, images: Tensor) -> ExportedProgram:
-    """What `torch.export.export` makes of a model, for any number of images of that size.
+    """Export a model for any number of images of one size.
 
     Args:
-        model: (B, channels, height, width) -> logits.
-        images: an example of at least two images, in the model's dtype and on its device.
+        model: Module that maps images (B, channels, height, width) to logits.
+        images: At least two example images, in the model's dtype and on its device.
     """
     return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
 
@@ -90,10 +90,10 @@ def export_program(model: nn.Module, images: Tensor) -> ExportedProgram:
 def _difference(
     model: nn.Module, program: ExportedProgram, images: Tensor, dtype: torch.dtype
 ) -> float:
-    """Largest difference of the logits, over the largest logit of `model`.
+    """Return the largest difference of the logits, relative to the largest logit of `model`.
 
     Raises:
-        ValueError: the program's logits are not finite.
+        ValueError: If the program's logits are not finite.
     """
     found, wanted = program.module()(images.to(dtype)), model(images)
     if not found.isfinite().all():

@@ -1,4 +1,4 @@
-"""The command of `vpt-fast` that shows what a training step keeps in memory."""
+"""`vpt-fast memory`: bytes that a training step saves for backward."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def memory_profile(
         ),
     ] = None,
 ) -> None:
-    """Shows the bytes a training step keeps for backward, by prompted blocks and by prompts.
+    """Show the bytes a training step saves for backward, by prompted blocks and by prompts.
 
     Counted for eager PyTorch and every memory mode, without running anything, so no GPU is needed.
     With a CUDA GPU the peak memory of a real step is measured as well.

@@ -1,19 +1,52 @@
-"""Options that several commands of `vpt-fast` have."""
+"""Options of the commands of `vpt-fast`, as types of their parameters."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vpt_fast.methods import METHODS
 from vpt_fast.ops.memory_modes import MEMORY_MODES
-from vpt_fast.train.common.paper_settings import RECIPES
-from vpt_fast.train.common.recipe import OPTIMIZERS
+from vpt_fast.train.common.paper_settings import PAPERS
+from vpt_fast.train.common.recipe import (
+    AMP_DTYPES,
+    DEFAULT_LR,
+    OPTIMIZERS,
+    SGD_LR_WITHOUT_WARMUP,
+)
 from vpt_fast.train.data.image_options import INTERPOLATIONS, NORMALISATIONS
 from vpt_fast.train.data.sources import FORMATS
 
 MODEL = "vit_base_patch16_224.orig_in21k"
 
+Adapter = Annotated[
+    Path,
+    typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or the output folder of a run."),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File with the backbone's weights (.safetensors, or what torch.save wrote).",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda or cuda:<index>; auto takes a GPU if there is one."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        "-j",
+        help="Processes that load images; by default 0 on the CPU and up to 4 with a GPU.",
+    ),
+]
+AmpDtype = Annotated[
+    str, typer.Option(help=f"Type that torch.autocast computes in: {', '.join(AMP_DTYPES)}.")
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -27,10 +60,10 @@ Pretrained = Annotated[
 ImgSize = Annotated[
     int | None, typer.Option(min=1, help="Image size in pixels; by default the model's.")
 ]
-PaperRecipe = Annotated[
+PaperName = Annotated[
     str | None,
     typer.Option(
-        help=f"The settings of a paper: {', '.join(RECIPES)}. Prompt dropout, batch size, "
+        help=f"The settings of a paper: {', '.join(PAPERS)}. Prompt dropout, batch size, "
         "resizing and augmentation, where they are not given."
     ),
 ]
@@ -93,7 +126,101 @@ Cache = Annotated[
 Memory = Annotated[
     str,
     typer.Option(
-        help=f"What blocks keep for backward, from fastest to smallest: "
+        help=f"What blocks save for backward, from fastest to smallest: "
         f"{', '.join(MEMORY_MODES)}; `vpt-fast memory` shows how much."
+    ),
+]
+
+# Of `train` alone.
+TrainingData = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="Folder with train/<class>/<image>, and if you have them val/ and test/; or a "
+        "VTAB-1k set, FGVC json files, or a saved Hugging Face dataset. With "
+        "val/ the epoch that is best on it is kept, without it the last one; test/ is "
+        "evaluated once, with the kept epoch.",
+    ),
+]
+MethodName = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")]
+NumPrompts = Annotated[int | None, typer.Option(help="Prompts (of each block); by default 10.")]
+Dropout = Annotated[float | None, typer.Option(help="Prompt dropout, in [0, 1); by default 0.")]
+Blocks = Annotated[
+    str | None,
+    typer.Option(help="Blocks that get prompts (vpt-deep), such as 9-11 or 0,6; by default all."),
+]
+NumBlocks = Annotated[
+    int | None, typer.Option(help="Last blocks that are trained (partial); by default 1.")
+]
+Reduction = Annotated[
+    int | None, typer.Option(help="Model width over the adapters' (adapter); by default 8.")
+]
+NumLayers = Annotated[
+    int | None, typer.Option(help="Layers of the classifier (mlp-head); by default 3.")
+]
+HiddenDim = Annotated[
+    int | None,
+    typer.Option(help="Hidden width: of the feature projector (vapt), or of mlp-head."),
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Base learning rate as in the papers: multiplied by batch size / 256. By default "
+        + ", ".join(f"{value:g} ({name})" for name, value in DEFAULT_LR.items())
+        + f", {SGD_LR_WITHOUT_WARMUP:g} (sgd without warm-up); worth choosing on val/."
+    ),
+]
+WeightDecay = Annotated[float, typer.Option(help="For all that is trained but the head's bias.")]
+WarmupEpochs = Annotated[
+    int | None,
+    typer.Option(
+        help="Epochs of linear warm-up from 0; by default a tenth of --epochs, none of less "
+        "than ten."
+    ),
+]
+NoAntialias = Annotated[bool, typer.Option("--no-antialias", help="Resize without antialiasing.")]
+Schedule = Annotated[
+    str, typer.Option(help="The learning rate changes after each epoch, as published, or step.")
+]
+Accumulation = Annotated[
+    int, typer.Option(help="Parts that a batch is computed in, for less memory.")
+]
+TrainingAmpDtype = Annotated[
+    str,
+    typer.Option(
+        help=f"Type that torch.autocast computes in: {', '.join(AMP_DTYPES)}; what is trained "
+        "stays float32. By default auto, bfloat16 on a GPU that has it."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of initial values, order, augmentation and dropout.")]
+RunOutput = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="New folder for the adapters best/ and last/, metrics.csv and tensorboard/; by "
+        "default output/<DIR's name>-<method>.",
+    ),
+]
+CudaGraphs = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        help="Replay a step's forward, loss and backward as one CUDA graph. By default on a "
+        "GPU with one process; where it cannot be done steps run as without, and a warning "
+        "says why.",
+    ),
+]
+CachePrefix = Annotated[
+    bool,
+    typer.Option(
+        help="With --no-aug: compute what enters the first block that is trained or has "
+        "prompts once per image."
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on in --output after the last epoch that ended there, if any."
     ),
 ]

@@ -12,7 +12,8 @@ import torch
 import typer
 from torch import Tensor
 
-from vpt_fast.cli.common import AmpDtype, Checkpoint, Device, fail, one_line_errors
+from vpt_fast.cli.common import fail, one_line_errors
+from vpt_fast.cli.options import AmpDtype, Checkpoint, Device
 from vpt_fast.train.common.ranking import most_probable
 from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data import images as data
@@ -22,7 +23,7 @@ from vpt_fast.train.run.bank_folder import open_bank
 from vpt_fast.train.run.tuned_model import load_tuned
 
 _BATCH = 64
-"""Images that a bank answers for at a time."""
+"""Number of images of a bank's batch."""
 
 
 def predict(
@@ -54,7 +55,7 @@ def predict(
     amp_dtype: AmpDtype = "float32",
     device: Device = "auto",
 ) -> None:
-    """Prints the most probable classes of images, one line per image."""
+    """Print the most probable classes of images, one line per image."""
     with one_line_errors():
         where = resolve_device(device)
         dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
@@ -82,14 +83,14 @@ def predict(
 
 @dataclass(frozen=True)
 class _Answer:
-    """Logits (classes,) of an image, and the classes' names, if they have any."""
+    """Logits (classes,) of an image, and the names of the classes, if there are any."""
 
     logits: Tensor
     class_names: Sequence[str] | None
 
 
 def _prepared(path: Path, inputs: Mapping[str, Any]) -> Tensor | str:
-    """An image as a model takes it, or why there is none."""
+    """Return an image as a model takes it, or the reason that it cannot be decoded."""
     how = reading(inputs)
     try:
         image = load_image(path, **how)
@@ -147,7 +148,7 @@ def _by_bank(
 
 
 def _names(directory: Path, tasks: str | None, count: int) -> list[str]:
-    """The task of every image."""
+    """Return the task of every image."""
     if tasks is None:
         raise ValueError(
             f"--bank needs --tasks: the name of a folder in {directory} for every image, divided "

@@ -1,4 +1,4 @@
-"""The command of `vpt-fast` that reports on runs: one HTML page that needs nothing else."""
+"""`vpt-fast report`: a self-contained HTML page about runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vpt_fast.cli.common import Checkpoint, Device, Workers, one_line_errors, report_skipped
+from vpt_fast.cli.common import one_line_errors, report_skipped
+from vpt_fast.cli.options import Checkpoint, Device, Workers
 from vpt_fast.extras import require_extra
 from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.loop.evaluate import resolve_device
@@ -46,7 +47,7 @@ def report(
     workers: Workers = None,
     device: Device = "auto",
 ) -> None:
-    """Writes a page about runs: curves, mistakes by class and image, use of the prompts.
+    """Write a page about runs: curves, mistakes by class and image, use of the prompts.
 
     Each run is evaluated once. What is missing, such as the data of a run, is said on the page.
     """

@@ -1,1 +1,5 @@
-"""A tuned model as a plain module for inference."""
+"""Export of a tuned model as a plain module for inference."""
+
+from vpt_fast.export.baking import bake
+
+__all__ = ["bake"]

@@ -1,7 +1,7 @@
-"""Tuned models for inference: timm's classes with constants where prompts were.
+"""Tuned models for inference: timm's classes with constants in place of prompts.
 
 Everything here is plain PyTorch, so that a program that is exported from these classes needs
-nothing but torch. `vpt_fast.export.bake` makes them.
+nothing but torch. `vpt_fast.export.baking` creates them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class BakedAttention(Attention):
     """timm's Attention whose queries also read keys and values that are constants.
 
     Attributes:
-        prompt_keys: buffer (H, p, d) of keys, after k_norm where there is one; or None.
-        prompt_values: buffer (H, p, d) of values, or None.
+        prompt_keys: Buffer (H, p, d) of keys, after k_norm where there is one; or None.
+        prompt_values: Buffer (H, p, d) of values, or None.
     """
 
     prompt_keys: Tensor | None
@@ -44,17 +44,17 @@ class BakedAttention(Attention):
         """Attend from every row of x, or from `queries`, to the prompts and to every row of x.
 
         Args:
-            x: normalised tokens (B, N, D).
-            attn_mask: refused, as by `BakedBlock`.
-            is_causal: refused.
-            prompts: normalised prompts (B, p, D) to be used in place of the buffers.
-            queries: normalised query rows (B, M, D), if not those of x.
+            x: Normalised tokens (B, N, D).
+            attn_mask: Must be None.
+            is_causal: Must be False.
+            prompts: Normalised prompts (B, p, D) that replace the buffers.
+            queries: Normalised query rows (B, M, D); None takes those of x.
 
         Returns:
-            (B, N or M, D).
+            Output (B, N, D), or (B, M, D) with `queries`.
 
         Raises:
-            ValueError: an `attn_mask`, or `is_causal` is True.
+            ValueError: If there is an `attn_mask`, or `is_causal` is True.
         """
         refuse_mask(attn_mask, is_causal)
         q, k, v = (t.transpose(1, 2) for t in split(attention_tokens(self, x, queries)))
@@ -68,7 +68,7 @@ class BakedAttention(Attention):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def keys_and_values(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, p, d) of normalised prompts (B, p, D)."""
+        """Return keys and values (B, H, p, d) of normalised prompts (B, p, D)."""
         keys, values = packed_prompts(self, prompts).unbind(2)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
@@ -76,18 +76,18 @@ class BakedAttention(Attention):
 class BakedExperts(nn.Module):
     """VAPT's prompts of one block, P = g + up relu(down g) with g = weight * (mix n) + shift.
 
-    n is the LayerNorm of the block's patches without its affine; convolution, token-wise projector
-    and what depends on no image are folded into `mix` and `shift`. The paper's variant has no g in
-    the sum.
+    n is the LayerNorm of the block's patches without its affine; the convolution, the token-wise
+    projector and all that does not depend on the image are folded into `mix` and `shift`. The
+    paper's variant has no g in the sum.
 
     Args:
-        mix: (p, patches).
-        weight: of the experts' LayerNorm (D,).
-        shift: (p, D).
-        down: of the feature projector (r, D).
-        up: of the feature projector (D, r).
-        eps: of the experts' LayerNorm.
-        residual: whether g is in the sum.
+        mix: Mixing weights (p, patches).
+        weight: Weight (D,) of the experts' LayerNorm.
+        shift: Constant part (p, D) of g.
+        down: Weight (r, D) of the feature projector's first layer.
+        up: Weight (D, r) of the feature projector's second layer.
+        eps: Epsilon of the experts' LayerNorm.
+        residual: Whether g is in the sum.
     """
 
     mix: Tensor
@@ -114,14 +114,14 @@ class BakedExperts(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        """Prompts (B, p, D) of a block's input x (B, N, D), whose last rows are its patches.
+        """Return the prompts (B, p, D) of a block's input x (B, N, D), whose last rows are patches.
 
-        They are computed in fp32 at least, and so returned.
+        They are computed and returned in fp32 at least.
         """
         wide = statistics_dtype(x.dtype)
         patches = x[:, x.shape[1] - self.mix.shape[1] :].to(wide)
-        mixed = self.mix.to(wide) @ F.layer_norm(patches, x.shape[-1:], eps=self.eps)
-        g = torch.addcmul(self.shift.to(wide), mixed.to(wide), self.weight.to(wide))
+        mixing = self.mix.to(wide) @ F.layer_norm(patches, x.shape[-1:], eps=self.eps)
+        g = torch.addcmul(self.shift.to(wide), mixing.to(wide), self.weight.to(wide))
         product = F.linear(F.linear(g, self.down.to(wide)).relu(), self.up.to(wide)).to(wide)
         return g + product if self.residual else product
 
@@ -135,10 +135,10 @@ class BakedBlock(Block):
     A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum.
 
     Attributes:
-        experts: module that makes its prompts from its tokens, or None.
-        prompt_rows: buffer (1, p, D) of rows that join its tokens and stay there, or None.
-        prefix: number of prefix tokens; prompt rows come right after them.
-        dead: prompt rows among its tokens that nobody reads after it.
+        experts: Module that computes the block's prompts from its tokens, or None.
+        prompt_rows: Buffer (1, p, D) of rows that are inserted among the tokens, or None.
+        prefix: Number of prefix tokens; prompt rows come right after them.
+        dead: Number of prompt rows among the tokens that are not read after the block.
     """
 
     attn: BakedAttention
@@ -154,16 +154,16 @@ class BakedBlock(Block):
         is_causal: bool = False,
         first: int | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D), with `prompt_rows` added, without the `dead` ones.
+        """Return the output (B, N, D), with `prompt_rows` inserted and the `dead` rows stripped.
 
         Args:
-            x: tokens.
-            attn_mask: refused.
-            is_causal: refused.
-            first: compute that many first rows of the output only, (B, first, D).
+            x: Tokens (B, N, D).
+            attn_mask: Must be None.
+            is_causal: Must be False.
+            first: Number of first rows of the output that are computed; None computes all.
 
         Raises:
-            ValueError: an `attn_mask`, or `is_causal` is True.
+            ValueError: If there is an `attn_mask`, or `is_causal` is True.
         """
         refuse_mask(attn_mask, is_causal)
         if self.prompt_rows is not None:
@@ -192,18 +192,18 @@ def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
 
 
 class _BakedModel(VisionTransformer):
-    """What both baked classes override.
+    """Base of both baked classes.
 
     Attributes:
-        expert_grid: the patch grid that VAPT's prompts mix, or None.
-        carries_rows: whether prompt rows pass through its blocks as tokens.
+        expert_grid: Patch grid that VAPT's prompts mix, or None.
+        carries_rows: Whether prompt rows pass through the blocks as tokens.
     """
 
     expert_grid: tuple[int, int] | None
     carries_rows: bool
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        """Logits, as timm's; the last block computes only the rows that the head reads."""
+        """Return logits; the last block computes only the rows that the head reads."""
         count = rows_read(self, BakedBlock)
         if count is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -214,7 +214,7 @@ class _BakedModel(VisionTransformer):
         return self.forward_head(self.norm(last(x, first=count)))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """As timm's; refuses a patch grid that VAPT's prompts were not made for."""
+        """Add position embeddings; refuse a patch grid that VAPT's prompts were not tuned for."""
         if self.expert_grid is not None:
             grid = tuple(x.shape[1:3]) if x.ndim == 4 else tuple(self.patch_embed.grid_size)
             if grid != self.expert_grid:
@@ -226,19 +226,19 @@ class _BakedModel(VisionTransformer):
         return super()._pos_embed(x)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """As timm's; refused where prompt rows pass through the blocks as tokens.
+        """Return what timm's method returns; see there for the arguments.
 
         Raises:
-            ValueError: they do.
+            ValueError: If prompt rows pass through the blocks as tokens.
         """
         self._refuse_rows("forward_intermediates")
         return super().forward_intermediates(*args, **kwargs)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
-        """As timm's; refused where prompt rows pass through the blocks as tokens.
+        """Remove blocks as timm's method does; see there for the arguments.
 
         Raises:
-            ValueError: they do.
+            ValueError: If prompt rows pass through the blocks as tokens.
         """
         self._refuse_rows("prune_intermediate_layers")
         return super().prune_intermediate_layers(*args, **kwargs)

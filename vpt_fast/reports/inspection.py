@@ -1,4 +1,4 @@
-"""The folder that `vpt-fast inspect` writes: shares and mixing maps as CSV and as pictures."""
+"""Folder that `vpt-fast inspect` writes: shares and mixing maps as CSV and as pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vpt_fast.analysis.attention_shares import (
+from vpt_fast.analysis.shares import (
     attention_shares,
     mixing_maps,
     query_name,
@@ -35,15 +35,15 @@ FOLDER = ReportFolder(
     ATTENTION_FILE,
     ATTENTION_HEADER,
 )
-# In characters of up to 4 bytes; file systems take 255 bytes.
+# In characters of up to 4 bytes; file systems allow 255 bytes.
 _NAME_LENGTH = 56
 
 
 @dataclass(frozen=True)
 class _Inspected:
-    """One image: its path and name in file names, its pixels (H, W, 3), shares (blocks, H, p).
+    """Image with its path, name in file names, pixels (H, W, 3) and shares (blocks, H, p).
 
-    Where blocks have fewer heads than others, those that they lack are NaN.
+    In blocks with fewer heads than H the missing ones are NaN.
     """
 
     path: Path
@@ -59,21 +59,21 @@ def inspect_images(
     output: Path,
     log: Callable[[str], None] = print,
 ) -> list[str]:
-    """Writes what the prompts of a tuned model do with images, and says what it found.
+    """Write attention shares and mixing maps of a tuned model for images, and log a summary.
 
     Args:
-        model: tuned with prompts, on any device.
-        inputs: input configuration, as timm.data.resolve_model_data_config returns it.
-        paths: image files; a path that is given twice counts once.
-        output: a folder that is new, empty or of an earlier call.
-        log: called with lines of text.
+        model: Model that was tuned with prompts, on any device.
+        inputs: Input configuration, as timm.data.resolve_model_data_config returns it.
+        paths: Image files; a path that is given twice counts once.
+        output: Folder that is new, empty or written by an earlier call.
+        log: Function called with lines of text.
 
     Returns:
-        Why images could not be decoded, one line each. If none could, nothing has been written.
+        A line for each image that could not be decoded. If none could, nothing has been written.
 
     Raises:
-        ValueError: the model has no prompts, or there are no paths.
-        FileExistsError: `output` holds something else.
+        ValueError: If the model has no prompts, or there are no paths.
+        FileExistsError: If `output` holds something else.
     """
     if not paths:
         raise ValueError("there are no images to inspect; give at least one path")
@@ -105,7 +105,7 @@ def inspect_images(
 
 
 def image_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """A name of its own for each path: its stem, with the folder's name if stems are equal."""
+    """Return a unique name for each path: its stem, with the folder's name if stems are equal."""
     stems = Counter(path.stem.casefold() for path in paths)
     names: dict[Path, str] = {}
     taken: set[str] = set()
@@ -128,14 +128,14 @@ def _like(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _pixels(tensor: Tensor, inputs: dict[str, Any]) -> np.ndarray:
-    """The image as the model sees it, (H, W, 3) in [0, 1]."""
+    """Return the image as the model sees it, (H, W, 3) in [0, 1]."""
     mean, std = (torch.tensor(inputs[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
     image = (tensor * std + mean).clamp(0, 1).expand(3, -1, -1)
     return image.permute(1, 2, 0).numpy()
 
 
 def _stacked(shares: Sequence[np.ndarray]) -> np.ndarray:
-    """(blocks, H, p) of blocks' shares (heads, p), NaN where a block has fewer heads than H."""
+    """Stack shares (heads, p) of blocks to (blocks, H, p), with NaN for missing heads."""
     heads = max(len(values) for values in shares)
     return np.stack(
         [np.pad(v, ((0, heads - len(v)), (0, 0)), constant_values=np.nan) for v in shares]
@@ -154,9 +154,9 @@ def _write_tables(
     write_csv(output / ATTENTION_FILE, ATTENTION_HEADER, attention)
     if maps:
         mixing = (
-            (block, *place, f"{weight:.9g}")
+            (block, *position, f"{weight:.9g}")
             for block, weights in maps.items()
-            for place, weight in np.ndenumerate(weights)
+            for position, weight in np.ndenumerate(weights)
         )
         write_csv(output / MIXING_FILE, MIXING_HEADER, mixing)
 
@@ -168,7 +168,7 @@ def _draw(
     blocks: Sequence[int],
     maps: dict[int, np.ndarray],
 ) -> int:
-    """Draws all pictures and returns how many."""
+    """Draw all pictures and return how many."""
     count = len(found)
     mean = np.mean([image.shares for image in found], axis=0)
     title = "Attention to prompts"
@@ -229,7 +229,7 @@ def _summary(
 
 
 def _spread(weights: np.ndarray | None) -> str:
-    """How much of a block's mixing maps is not common to all prompts: 0% if all are equal."""
+    """Return how much a block's mixing maps differ between prompts: 0% if all are equal."""
     if weights is None:
         return "static"
     size = float(np.linalg.norm(weights))

@@ -1,4 +1,4 @@
-"""Pictures of what prompts do: heat maps of attention shares, token mixing maps over an image."""
+"""Pictures of prompts: heat maps of attention shares, token mixing maps over an image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
 MIXING_COLUMNS, MIXING_ROWS = 5, 4
 _SEQUENTIAL = colormaps["Blues"]
 _NEGATIVE, _POSITIVE = COLOURS[0], COLOURS[5]
-# Opacity of the largest weight, over an image in pale grey: less, and hues are hard to tell.
+# Opacity of the largest weight, over an image in pale grey; below it hues are hard to tell.
 _OPACITY = 0.9
 _DIVERGING = LinearSegmentedColormap.from_list("mixing", [_NEGATIVE, "white", _POSITIVE])
 _DPI = 120
@@ -32,8 +32,8 @@ class Shares:
     """Attention shares of one image, or their mean over images.
 
     Attributes:
-        title: whose they are.
-        blocks: index of each block whose keys include prompts.
+        title: Name of the image, or of the mean.
+        blocks: Index of each block whose keys include prompts.
         shares: (blocks, H, p); NaN for heads that a block lacks.
     """
 
@@ -44,15 +44,15 @@ class Shares:
 
 @dataclass(frozen=True)
 class Mixing:
-    """The token mixing maps of one block, and the image they are drawn over.
+    """Token mixing maps of one block, and the image that they are drawn over.
 
     Attributes:
-        block: index of the block.
-        weights: (p, gh, gw).
-        patch_size: height and width of a patch, in pixels.
-        shares: attention share of each prompt in this block for this image, (p,).
+        block: Index of the block.
+        weights: Mixing weights (p, gh, gw).
+        patch_size: Height and width of a patch, in pixels.
+        shares: Attention share of each prompt in this block for this image, (p,).
         image: (H, W, 3) in [0, 1].
-        name: of the image.
+        name: Name of the image.
     """
 
     block: int
@@ -71,14 +71,14 @@ def save_attention(
     uniform: float,
     image: np.ndarray | None = None,
 ) -> None:
-    """Draws, for each group, blocks x heads (all prompts together) and blocks x prompts.
+    """Draw, for each group, blocks x heads (all prompts together) and blocks x prompts.
 
     Args:
-        path: of the PNG.
-        groups: one below the other, on common colour scales; all of the same blocks.
-        title: first line.
-        subtitle: second line.
-        uniform: share of all prompts together under uniform attention, marked on the colour bars.
+        path: PNG file to write.
+        groups: Shares to draw one below the other, on common colour scales; all of the same blocks.
+        title: First line of the heading.
+        subtitle: Second line of the heading.
+        uniform: Share of all prompts together under uniform attention, marked on the colour bars.
         image: (H, W, 3) in [0, 1], shown in the corner.
     """
     blocks, _, count = groups[0].shares.shape
@@ -133,14 +133,14 @@ def _heat_map(
 
 def _label(axes: Axes, what: str, names: Sequence[int], side: str) -> None:
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(names) <= 13 * s)
-    places = list(range(0, len(names), step))
+    ticks = list(range(0, len(names), step))
     axis = axes.xaxis if side == "x" else axes.yaxis
-    axis.set_ticks(places, [str(names[i]) for i in places])
+    axis.set_ticks(ticks, [str(names[i]) for i in ticks])
     axis.set_label_text(what, fontsize=9, color=MUTED)
 
 
 def _row_means(axes: Axes, values: np.ndarray) -> None:
-    """Means over heads to the right of each row."""
+    """Write the mean over heads to the right of each row."""
     step = -(-len(values) // 20)
     for row in range(0, len(values), step):
         axes.text(
@@ -169,15 +169,15 @@ def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, even: float) -> Non
     text = f"uniform attention: {_percent(even)}"
     highest = float(norm.vmax or 1.0)
     if even > highest:
-        place, text, side = 1.0, f"{text}, off the scale", "right"
+        position, text, side = 1.0, f"{text}, off the scale", "right"
     else:
         bar.ax.axvline(even, color=_POSITIVE, linewidth=2)
-        place = even / highest
+        position = even / highest
         # Near an end of the bar the text would leave it.
-        side = "left" if place < 0.2 else "right" if place > 0.8 else "center"
+        side = "left" if position < 0.2 else "right" if position > 0.8 else "center"
     bar.ax.annotate(
         text,
-        (place, 1),
+        (position, 1),
         xytext=(0, 3),
         textcoords="offset points",
         xycoords="axes fraction",
@@ -189,9 +189,9 @@ def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, even: float) -> Non
 
 
 def save_mixing(path: Path, mixing: Mixing) -> None:
-    """Draws the maps of the prompts with the largest attention shares, at most 5 x 4 of them.
+    """Draw the maps of the prompts with the largest attention shares, at most 5 x 4 of them.
 
-    Colour limits are those of the whole block, so that pictures of several images compare.
+    Colour limits are those of the whole block, so that pictures of several images are comparable.
     """
     count = len(mixing.weights)
     shown = np.argsort(-mixing.shares, kind="stable")[: MIXING_COLUMNS * MIXING_ROWS]
@@ -228,7 +228,7 @@ def save_mixing(path: Path, mixing: Mixing) -> None:
 
 
 def _cell(image: np.ndarray) -> tuple[float, float]:
-    """Width and height of a map in inches, in the image's proportions."""
+    """Return width and height of a map in inches, in the image's proportions."""
     high, wide = image.shape[:2]
     side = 1.76
     return (side, side * high / wide) if wide >= high else (side * wide / high, side)
@@ -291,7 +291,7 @@ def _head(figure: Figure, title: str, subtitle: str) -> None:
 
 
 def _thumbnail(figure: Figure, image: np.ndarray, side: float) -> None:
-    """The image in the upper right corner, at most `side` inches wide and high."""
+    """Draw the image in the upper right corner, at most `side` inches wide and high."""
     width, height = figure.get_size_inches()
     high, wide = (side * n / max(image.shape[:2]) for n in image.shape[:2])
     corner = (1 - (0.3 + wide) / width, 1 - (0.14 + high) / height)

@@ -1,4 +1,4 @@
-"""The folder that `vpt-fast memory` writes: the profile of a model and a method as CSV and PNG."""
+"""Folder that `vpt-fast memory` writes: the profile of a model and a method as CSV and PNG."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vpt_fast.analysis.activation_memory import (
     EAGER,
     PLAIN,
     PROVIDERS,
-    KeptBytes,
     MeasuredPeaks,
+    SavedBytes,
 )
 from vpt_fast.analysis.memory_profile import (
     ALL,
@@ -46,7 +46,7 @@ HEADER = (
     "dtype", "image_height", "image_width", "dropout", "bytes", "mib", "device", "torch", "timm",
 )  # fmt: skip
 FOLDER = ReportFolder("memory", re.compile(r"memory\.(csv|png)"), TABLE_FILE, HEADER)
-# The head's logits and their softmax are the only thing that depends on it.
+# Only the head's logits and their softmax depend on it.
 _CLASSES = 1000
 _MIB = 2**20
 
@@ -64,29 +64,30 @@ def report_memory(
     progress: bool = True,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Writes and says what a training step keeps, by prompted blocks and by number of prompts.
+    """Write and log the memory of a training step by prompted blocks and by number of prompts.
 
-    Eager PyTorch is counted beside every memory mode of `prompt_tune`, and timm's model without
-    prompts, with the gradient flowing through all of its blocks. With a CUDA GPU the peak of a real
-    step is measured too. The model has random weights and 1,000 classes.
+    Bytes saved for backward are counted for eager PyTorch, every memory mode of `prompt_tune`, and
+    timm's model without prompts, with the gradient flowing through all of its blocks. With a CUDA
+    GPU the peak of a real step is measured too. The model has random weights and 1,000 classes.
 
     Args:
-        model: timm's name, or "vpt_fast_demo".
-        method: of which number of prompts and blocks are varied.
-        output: a folder that is new, empty or of an earlier call; for memory.csv and memory.png.
-        num_prompts: of each block where the number of prompted blocks varies (VPT-Deep only).
-        prompts: numbers of prompts where all of the method's blocks have them; 0 stands for no
-            prompts, with the gradient flowing through all of those blocks nevertheless.
-        batch_size: images of a step.
-        img_size: side of the images in pixels; None takes the model's own.
-        dtype: of weights and images, one of `vpt_fast.analysis.activation_memory.DTYPES`.
-        progress: whether to show a bar on a terminal.
-        log: called with lines of text.
+        model: Name of a timm model, or "vpt_fast_demo".
+        method: Method whose number of prompts and blocks are varied.
+        output: Folder for memory.csv and memory.png: new, empty or written by an earlier call.
+        num_prompts: Number of prompts of each block where the number of prompted blocks varies
+            (VPT-Deep only).
+        prompts: Numbers of prompts where all of the method's blocks have prompts; 0 stands for no
+            prompts, with the gradient still flowing through all of those blocks.
+        batch_size: Number of images of a step.
+        img_size: Side of the images in pixels; None takes the model's own.
+        dtype: Dtype of weights and images, one of `vpt_fast.analysis.activation_memory.DTYPES`.
+        progress: Whether to show a bar on a terminal.
+        log: Function called with lines of text.
 
     Raises:
-        ValueError, TypeError: a name is unknown, a value is out of range, or the model cannot be
+        ValueError, TypeError: If a name is unknown, a value is out of range, or the model cannot be
             tuned; nothing is written then.
-        FileExistsError: `output` holds something else.
+        FileExistsError: If `output` holds something else.
     """
     FOLDER.check(output)
     if dtype not in DTYPES:
@@ -97,7 +98,7 @@ def report_memory(
     size = (channels, height, width)
     setting = Setting(model, method, len(blocks_of(plain)), batch_size, dtype, (height, width))
     points = points_of(method, setting.depth, num_prompts, prompts)
-    meters: dict[str, Meter] = {COUNTED: KeptBytes(plain, size, DTYPES[dtype])}
+    meters: dict[str, Meter] = {COUNTED: SavedBytes(plain, size, DTYPES[dtype])}
     gpu = gpu_meter(name, model_args, size, DTYPES[dtype])
     if gpu is not None:
         meters[MEASURED] = gpu
@@ -127,7 +128,7 @@ def gpu_meter(
     input_size: tuple[int, int, int],
     dtype: torch.dtype,
 ) -> Meter | None:
-    """Measures a new model on the current CUDA device; None if there is no device."""
+    """Return a meter of a new model on the current CUDA device; None without a device."""
     if not torch.cuda.is_available():
         return None
     model = timm.create_model(name, num_classes=_CLASSES, **dict(model_args))
@@ -142,7 +143,7 @@ def _device(kind: str) -> str:
 def _meaning(kind: str) -> str:
     if kind == MEASURED:
         return f"peak of a training step, measured on {_device(kind)}"
-    return "kept for backward, counted on fake tensors"
+    return "saved for backward, counted on fake tensors"
 
 
 def _described(setting: Setting) -> str:
@@ -165,7 +166,7 @@ def _record(setting: Setting, row: Row) -> list[Any]:
 
 
 def _table(setting: Setting, rows: Sequence[Row]) -> str:
-    """Points as lines and providers as columns; of the depths only the quarters."""
+    """Return a table of points by providers, with the quarters of the depth only."""
     found = {(row.point, row.provider): format_size(row.bytes / _MIB) for row in rows}
     quarters = {max(1, round(setting.depth * part / 4)) for part in range(4)}
     deep = isinstance(setting.method, VPTDeep)
@@ -188,10 +189,10 @@ def _table(setting: Setting, rows: Sequence[Row]) -> str:
 
 def _panels(setting: Setting, rows: Sequence[Row], kind: str) -> list[Panel]:
     plain = next((row.bytes for row in rows if row.provider == PLAIN), None)
-    what = "peak of a step" if kind == MEASURED else "kept for backward"
+    what = "peak of a step" if kind == MEASURED else "saved for backward"
     method, depth = setting.method, setting.depth
     deep = isinstance(method, VPTDeep)
-    # Of the depths there is one number of prompts; a model of one block has no depths.
+    # Points by depth share one number of prompts; a model of one block has no such points.
     varied = next((row.point.num_prompts for row in rows if deep and row.point.end != ALL), None)
 
     def panel(title: str, across: str, x_of: Callable[[Point], int | None]) -> Panel:

@@ -1,4 +1,4 @@
-"""The picture of `vpt-fast memory`: bytes against prompted blocks and number of prompts."""
+"""Picture of `vpt-fast memory`: bytes against prompted blocks and number of prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpt_fast.analysis.activation_memory import EAGER, PLAIN, PROVIDERS
 from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
 
 _DPI = 130
-# Of the figure and of a panel's place in it, in inches.
+# Sizes and margins of the panels in the figure, in inches.
 _PANEL_WIDTH, _PANEL_HEIGHT, _TOP, _BOTTOM, _LEFT, _GAP = 4.0, 3.3, 1.45, 0.65, 0.85, 0.45
 _ONLY_WIDTH, _ROW_GAP, _LEGEND_LINE = 6.2, 1.05, 0.24
 _GIB_FROM = 10 * 2**30
@@ -26,15 +26,15 @@ _MARKER = dict(zip(PROVIDERS, "os^Dv", strict=True))
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram.
+    """Diagram of bytes.
 
     Attributes:
-        title: above it.
-        across: label of the horizontal axis.
-        up: label of the vertical axis, without its unit.
-        lines: provider to bytes by place on the horizontal axis; bars are drawn if all lines have
-            the same single place, and the horizontal axis names providers.
-        reference: bytes of the model without prompts, or None.
+        title: Title above the diagram.
+        across: Label of the horizontal axis.
+        up: Label of the vertical axis, without its unit.
+        lines: Bytes by position on the horizontal axis, for each provider. If all lines have the
+            same single position, bars are drawn and the horizontal axis names providers.
+        reference: Bytes of the model without prompts, or None.
     """
 
     title: str
@@ -45,13 +45,13 @@ class Panel:
 
 
 def save_panels(path: Path, title: str, subtitle: str, rows: Sequence[Sequence[Panel]]) -> None:
-    """Draws rows of panels; those of a row share the scale of their vertical axes.
+    """Draw rows of panels; those of a row share the scale of their vertical axes.
 
     Args:
-        path: of the PNG.
-        title: first line.
-        subtitle: second line.
-        rows: as many panels in each.
+        path: PNG file to write.
+        title: First line of the heading.
+        subtitle: Second line of the heading.
+        rows: Rows of panels, with equally many in each.
     """
     columns = len(rows[0])
     panel = _PANEL_WIDTH if columns > 1 else _ONLY_WIDTH
@@ -84,11 +84,11 @@ def _draw_row(axes: Sequence[Axes], panels: Sequence[Panel]) -> None:
     unit, size = ("GiB", 2**30) if largest >= _GIB_FROM else ("MiB", 2**20)
     for column, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
         _style(ax)
-        places = sorted({place for line in panel.lines.values() for place in line})
-        if len(places) == 1:
-            _draw_bars(ax, panel, places[0], size)
+        positions = sorted({x for line in panel.lines.values() for x in line})
+        if len(positions) == 1:
+            _draw_bars(ax, panel, positions[0], size)
         else:
-            _draw_lines(ax, panel, places, size)
+            _draw_lines(ax, panel, positions, size)
         if panel.reference is not None:
             ax.axhline(panel.reference / size, color=MUTED, linestyle=":", linewidth=1.6)
         ax.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
@@ -99,18 +99,18 @@ def _draw_row(axes: Sequence[Axes], panels: Sequence[Panel]) -> None:
             ax.set_ylabel(f"{panel.up} ({unit})", fontsize=9.5, color=MUTED)
 
 
-def _draw_lines(ax: Axes, panel: Panel, places: Sequence[int], size: int) -> None:
+def _draw_lines(ax: Axes, panel: Panel, positions: Sequence[int], size: int) -> None:
     for provider, line in panel.lines.items():
         x = sorted(line)
-        ax.plot(x, [line[place] / size for place in x], **_drawn(provider))
+        ax.plot(x, [line[position] / size for position in x], **_style_of(provider))
     ax.set_xlabel(panel.across, fontsize=9.5, color=MUTED)
-    ax.set_xticks(_apart(places))
+    ax.set_xticks(_apart(positions))
 
 
-def _draw_bars(ax: Axes, panel: Panel, place: int, size: int) -> None:
+def _draw_bars(ax: Axes, panel: Panel, position: int, size: int) -> None:
     for i, (provider, line) in enumerate(panel.lines.items()):
-        if place in line:
-            value = line[place] / size
+        if position in line:
+            value = line[position] / size
             ax.bar(i, value, color=_COLOUR[provider], width=0.6)
             ax.annotate(format_size(value), (i, value), (0, 3), textcoords="offset points",
                         ha="center", fontsize=9, color=INK)  # fmt: skip
@@ -119,23 +119,23 @@ def _draw_bars(ax: Axes, panel: Panel, place: int, size: int) -> None:
 
 
 def format_size(value: float) -> str:
-    """A size in MiB or GiB: whole from 100 on, one decimal below."""
+    """Return a size in MiB or GiB: whole from 100 on, one decimal below."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _apart(places: Sequence[int]) -> list[int]:
-    """Those of ascending places whose numbers do not touch each other below an axis."""
-    # In inches, of the narrowest panel: its margins are 5% each, and a digit takes 0.07.
-    inch = 0.9 * _PANEL_WIDTH / (places[-1] - places[0])
-    kept = [places[0]]
-    for place in places[1:]:
-        digits = len(str(kept[-1])) + len(str(place))
-        if (place - kept[-1]) * inch > 0.035 * digits + 0.06:
-            kept.append(place)
-    return kept
+def _apart(positions: Sequence[int]) -> list[int]:
+    """Return those of ascending positions whose labels do not overlap below an axis."""
+    # In inches, for the narrowest panel: its margins are 5% each, and a digit takes 0.07.
+    inch = 0.9 * _PANEL_WIDTH / (positions[-1] - positions[0])
+    chosen = [positions[0]]
+    for position in positions[1:]:
+        digits = len(str(chosen[-1])) + len(str(position))
+        if (position - chosen[-1]) * inch > 0.035 * digits + 0.06:
+            chosen.append(position)
+    return chosen
 
 
-def _drawn(provider: str) -> dict[str, Any]:
+def _style_of(provider: str) -> dict[str, Any]:
     return {
         "color": _COLOUR[provider], "marker": _MARKER[provider], "markersize": 4.5,
         "linewidth": 1.8, "label": _label(provider), "clip_on": False,
@@ -158,7 +158,7 @@ def _style(ax: Axes) -> None:
 
 
 def _draw_legend(figure: Figure, corner: tuple[float, float], lines: int) -> None:
-    handles = [Line2D([], [], **_drawn(provider)) for provider in PROVIDERS]
+    handles = [Line2D([], [], **_style_of(provider)) for provider in PROVIDERS]
     handles.append(
         Line2D([], [], color=MUTED, linestyle=":", linewidth=1.6, label=f"timm's model {PLAIN}")
     )

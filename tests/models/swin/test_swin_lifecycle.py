@@ -33,7 +33,7 @@ from vpt_fast import (
     save_adapter,
     trainable_parameters,
 )
-from vpt_fast.analysis.activation_memory import kept_bytes, step_inputs
+from vpt_fast.analysis.activation_memory import saved_bytes, step_inputs
 from vpt_fast.reference.vit import concatenated, without_prompts
 
 METHODS: dict[str, Any] = {
@@ -209,11 +209,11 @@ def test_keeps_no_more_than_the_model_without_prompts(prompts: int) -> None:
     """In mode "speed", at any number of deep prompts; the other modes keep less, step by step."""
     inputs = step_inputs(8, (3, 64, 64), torch.float32, "cpu")
     base = build("window4", torch.float32, embed_dim=64)
-    plain = kept_bytes(without_prompts(copy.deepcopy(base)), *inputs)
+    plain = saved_bytes(without_prompts(copy.deepcopy(base)), *inputs)
     kept = []
     for memory in ("speed", "balanced", "lean", "minimal"):
         tuned = prompt_tune(copy.deepcopy(base), VPTDeep(prompts), memory=memory).train()
-        kept.append(kept_bytes(tuned, *inputs))
+        kept.append(saved_bytes(tuned, *inputs))
     assert kept[0] <= plain
     assert all(more > less for more, less in zip(kept, kept[1:], strict=False))
 

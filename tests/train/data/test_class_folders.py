@@ -15,7 +15,7 @@ from support.pictures import make_folders, write_checkpoint, write_image
 from typer.testing import CliRunner
 
 from vpt_fast.cli.app import app
-from vpt_fast.train.data.class_folders import find_images, natural
+from vpt_fast.train.data.formats.class_folders import find_images, natural
 from vpt_fast.train.data.images import ImageFolders
 from vpt_fast.train.data.sources import open_source
 

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 from support.pictures import make_folders, write_image
 
-from vpt_fast.train.data.labels import are_words, consecutive, name_of, read_list, whole, word
+from vpt_fast.train.data.formats.labels import (
+    are_words,
+    consecutive,
+    name_of,
+    read_list,
+    whole,
+    word,
+)
 from vpt_fast.train.data.sources import open_source
 from vpt_fast.train.run.record import _digest
 

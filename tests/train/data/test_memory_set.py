@@ -24,6 +24,7 @@ from vpt_fast.train.data.random_crops import Crops, RandomCrops, crop_and_resize
 from vpt_fast.train.data.split import SplitImages, split_of_files
 from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.run.folder_run import tune_on_folder
+from vpt_fast.train.run.settings import RunSettings
 
 CROPS = RandomCrops((0.7, 1.0), 0.5)
 
@@ -247,7 +248,7 @@ def test_where_images_are_kept_does_not_change_a_run_without_augmentation(tmp_pa
 
     def run(cache):
         lines = []
-        tune_on_folder(
+        settings = RunSettings(
             folder,
             tmp_path / cache,
             "test_vit",
@@ -257,10 +258,9 @@ def test_where_images_are_kept_does_not_change_a_run_without_augmentation(tmp_pa
             img_size=32,
             augmentation=Augmentation(no_aug=True),
             image_options=ImageOptions("bilinear", antialias=False),
-            progress=False,
-            log=lines.append,
             cache=cache,
         )
+        tune_on_folder(settings, progress=False, log=lines.append)
         return endings(tmp_path / cache), [line for line in lines if "decoded once" in line]
 
     kept, lines = run("memory")

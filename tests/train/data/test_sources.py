@@ -14,12 +14,12 @@ from support.pictures import CLASSES, make_folders, write_checkpoint, write_imag
 from typer.testing import CliRunner
 
 from vpt_fast.cli.app import app
-from vpt_fast.train.data.fgvc import read_fgvc
+from vpt_fast.train.data.formats.fgvc import read_fgvc
+from vpt_fast.train.data.formats.vtab import CLASSES as VTAB_CLASSES
+from vpt_fast.train.data.formats.vtab import vtab_name
 from vpt_fast.train.data.images import SkippedImage, make_loader
 from vpt_fast.train.data.sources import FORMATS, open_source
 from vpt_fast.train.data.split import SplitImages
-from vpt_fast.train.data.vtab import CLASSES as VTAB_CLASSES
-from vpt_fast.train.data.vtab import vtab_name
 
 
 def make_vtab(folder: Path, train=6, val=3, test=6, classes=3) -> Path:

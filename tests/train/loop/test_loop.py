@@ -21,7 +21,7 @@ from vpt_fast.train.data.images import SkippedImage, make_loader
 from vpt_fast.train.loop.checkpoint import load_checkpoint
 from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.evaluate import TrainingError, evaluate, resolve_device
-from vpt_fast.train.loop.loss_watch import LOOK_EVERY, LossWatch
+from vpt_fast.train.loop.loss_watch import CHECK_INTERVAL, LossWatch
 from vpt_fast.train.loop.step import TrainStep
 
 
@@ -185,10 +185,10 @@ def test_the_watch_names_the_first_bad_step():
     good, bad = torch.tensor(1.0), torch.tensor(math.nan)
     watch = LossWatch(3)
     assert [watch.add(loss) for loss in (good, good, good, good, bad, bad)] == [None] * 5 + [5]
-    assert watch.look() is None
+    assert watch.check() is None
     assert watch.add(bad) is None
-    assert watch.look() == 7
-    assert LOOK_EVERY > 1
+    assert watch.check() == 7
+    assert CHECK_INTERVAL > 1
 
 
 class Interrupting:
@@ -296,8 +296,8 @@ def test_the_loss_watch_waits_for_the_device_once_a_look(monkeypatch):
     assert asked == ["tolist"]
     watch.add(torch.tensor(math.nan))
     assert watch.add(torch.tensor(1.0)) is None and asked == ["tolist"]
-    assert watch.look() == 21
-    assert watch.look() is None and len(asked) == 2
+    assert watch.check() == 21
+    assert watch.check() is None and len(asked) == 2
 
 
 def test_a_step_asks_the_device_nothing(monkeypatch):

@@ -17,7 +17,7 @@ from vpt_fast.adapter.files import TENSORS_FILE
 from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.image_options import ImageOptions
-from vpt_fast.train.loop import epochs as loop
+from vpt_fast.train.loop import run_state
 from vpt_fast.train.loop.evaluate import TrainingError
 from vpt_fast.train.run import folder_run as run_module
 from vpt_fast.train.run.folder_run import tune_on_folder
@@ -32,6 +32,7 @@ from vpt_fast.train.run.record import (
     recording,
     write_record,
 )
+from vpt_fast.train.run.settings import RunSettings
 
 RECORD = RunRecord(
     RUNNING,
@@ -53,7 +54,7 @@ def tune(data: Path, output: Path, weights: Path, **options: Any) -> Any:
     recipe = {"epochs": 2, "batch_size": 8, "lr": 2.0, "seed": 7}
     known = {field.name for field in fields(Recipe)}
     recipe |= {name: options.pop(name) for name in list(options) if name in known}
-    return tune_on_folder(
+    settings = RunSettings(
         data,
         output,
         "test_vit",
@@ -61,10 +62,9 @@ def tune(data: Path, output: Path, weights: Path, **options: Any) -> Any:
         Recipe(**recipe),
         checkpoint=weights,
         img_size=32,
-        progress=False,
-        log=lambda line: None,
         **options,
     )
+    return tune_on_folder(settings, progress=False, log=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -220,14 +220,14 @@ def test_it_goes_on_with_other_workers_and_memory(
     """They change no bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tune(data, whole, weights, cache="stream")
-    real = loop.save_checkpoint
+    real = run_state.save_checkpoint
 
     def stopping(directory: Path, state: Any) -> None:
         real(directory, state)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", stopping)
+        patch.setattr(run_state, "save_checkpoint", stopping)
         assert tune(data, parts, weights, cache="stream").fit.interrupted
     tune(data, parts, weights, cache="stream", workers=2, memory="minimal", resume=True)
     for name in ("best", "last"):
@@ -241,7 +241,7 @@ def test_a_full_disk_is_said_in_the_record(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "adapter_model.safetensors")
 
-    monkeypatch.setattr(loop, "save_checkpoint", full)
+    monkeypatch.setattr(run_state, "save_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         tune(data, tmp_path / "run", weights)
     record = read_record(tmp_path / "run")
@@ -253,13 +253,13 @@ def test_an_error_after_the_first_epoch_is_said_in_the_record(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no reason to forget what the run was told."""
-    real = loop.save_checkpoint
+    real = run_state.save_checkpoint
 
     def breaking(directory: Path, state: Any) -> None:
         real(directory, state)
         raise ValueError("somebody's transform is broken")
 
-    monkeypatch.setattr(loop, "save_checkpoint", breaking)
+    monkeypatch.setattr(run_state, "save_checkpoint", breaking)
     with pytest.raises(ValueError, match="broken"):
         tune(data, tmp_path / "run", weights)
     record = read_record(tmp_path / "run")

@@ -225,15 +225,15 @@ class BlockSteps:
     ) -> tuple[Tensor, Tensor, SavedBlock]:
         """x' and the MLP's output (B, M, D), and what backward may need."""
         y, entry = enter(self, residual, branch, sources)
-        kv, prompt_statistics = self.prompt_kv(sources, entry.mixed)
-        return self.forward_from(y, entry, kv, prompt_statistics)
+        kv, kv_statistics = self.prompt_kv(sources, entry.mixed)
+        return self.forward_from(y, entry, kv, kv_statistics)
 
     def forward_from(
         self,
         y: Tensor,
         entry: SavedInput,
         kv: Tensor | None = None,
-        prompt_statistics: tuple[Tensor, ...] = (),
+        kv_statistics: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor, SavedBlock]:
         """As `forward`, from norm1 of the input and from the prompts' keys."""
         tokens = self.project(y)
@@ -241,9 +241,7 @@ class BlockSteps:
         middle, y, statistics = self.add_attention(_there(entry.x), out)
         hidden, bias = self.expand(y)
         result = self.contract(hidden, bias)
-        saved = SavedBlock(
-            entry, kv, prompt_statistics, tokens, out, lse, middle, statistics, hidden
-        )
+        saved = SavedBlock(entry, kv, kv_statistics, tokens, out, lse, middle, statistics, hidden)
         return middle, result, saved
 
     def save(self, saved: SavedBlock, needs_tokens: bool) -> SavedBlock:
@@ -253,7 +251,7 @@ class BlockSteps:
             kept: from `forward`.
             needs_tokens: whether backward computes the gradient of the block's input.
         """
-        (x, entry_statistics, mixed), kv, prompt_statistics, tokens, *others = saved
+        (x, entry_statistics, mixed), kv, kv_statistics, tokens, *others = saved
         out, lse, middle, statistics, hidden = others
         memory, alone = self.config.memory, not needs_tokens and len(mixed) == 0
         if memory in ("lean", "minimal"):
@@ -267,17 +265,15 @@ class BlockSteps:
         if memory != "speed":
             hidden = None
         if kv is not None and not self.config.saves_kv(kv):
-            kv, prompt_statistics = None, ()
+            kv, kv_statistics = None, ()
         entry = SavedInput(x, entry_statistics, mixed)
-        return SavedBlock(
-            entry, kv, prompt_statistics, tokens, out, lse, middle, statistics, hidden
-        )
+        return SavedBlock(entry, kv, kv_statistics, tokens, out, lse, middle, statistics, hidden)
 
     def recomputed(self, saved: SavedBlock, sources: tuple[Any, ...]) -> SavedBlock:
         """What was not kept, from what was."""
-        entry, kv, prompt_statistics, tokens, out, lse, middle, statistics, hidden = saved
+        entry, kv, kv_statistics, tokens, out, lse, middle, statistics, hidden = saved
         if kv is None:
-            kv, prompt_statistics = self.prompt_kv(sources, entry.mixed)
+            kv, kv_statistics = self.prompt_kv(sources, entry.mixed)
         if not tokens:
             tokens = self.project(
                 self.sites[RESIDUAL_NORM, "norm1 recomputed"](
@@ -291,9 +287,7 @@ class BlockSteps:
             middle, y, statistics = self.add_attention(_there(entry.x), out)
         if hidden is None:
             hidden = self.expand(self.normalise_middle(middle) if y is None else y)[0]
-        return SavedBlock(
-            entry, kv, prompt_statistics, tokens, out, lse, middle, statistics, hidden
-        )
+        return SavedBlock(entry, kv, kv_statistics, tokens, out, lse, middle, statistics, hidden)
 
     def backward(
         self,
@@ -322,7 +316,7 @@ class BlockSteps:
         mixed: tuple[Tensor, ...] = ()
         if kv is not None:
             prompt_grads, mixed = self.prompt_gradients(
-                sources, full.entry.mixed, full.prompt_statistics, kv
+                sources, full.entry.mixed, full.kv_statistics, kv
             )
         if not (needs_tokens or mixed):
             return None, None, prompt_grads

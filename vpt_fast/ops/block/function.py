@@ -57,10 +57,10 @@ def _packed(sources: Sources, state: SavedBlock) -> tuple[list[Tensor | None], C
     """What is saved for backward of a block, and how many tensors each part of it has."""
     entry = state.entry
     tensors = [
-        *sources, *entry.mixed, *state.prompt_statistics, *state.tokens, entry.x, entry.statistics,
+        *sources, *entry.mixed, *state.kv_statistics, *state.tokens, entry.x, entry.statistics,
         state.kv, state.out, state.lse, state.middle, state.statistics, state.hidden,
     ]  # fmt: skip
-    counts = len(sources), len(entry.mixed), len(state.prompt_statistics), len(state.tokens)
+    counts = len(sources), len(entry.mixed), len(state.kv_statistics), len(state.tokens)
     return tensors, counts
 
 
@@ -70,9 +70,9 @@ def _unpacked(tensors: Sequence[Any], counts: Counts) -> tuple[Sources, SavedBlo
     for count in counts:
         parts.append(tuple(tensors[start : start + count]))
         start += count
-    sources, mixed, prompt_statistics, tokens = parts
+    sources, mixed, kv_statistics, tokens = parts
     x, statistics, kv, *others = tensors[start:]
-    state = SavedBlock(SavedInput(x, statistics, mixed), kv, prompt_statistics, tokens, *others)
+    state = SavedBlock(SavedInput(x, statistics, mixed), kv, kv_statistics, tokens, *others)
     return sources, state
 
 

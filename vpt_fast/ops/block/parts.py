@@ -98,7 +98,7 @@ class SavedBlock(NamedTuple):
 
     entry: SavedInput  # of the block's input, and of what its experts mix
     kv: Tensor | None = None  # (B or 1, p, 2, H, d), the prompts'
-    prompt_statistics: tuple[Tensor, ...] = ()
+    kv_statistics: tuple[Tensor, ...] = ()
     tokens: tuple[Tensor, ...] = ()  # qkv (B, N, 3, H, d); or q (B, M, H, d), kv (B, N, 2, H, d)
     out: Tensor | None = None  # (B, M, A)
     lse: Tensor | None = None  # (B, H, M)

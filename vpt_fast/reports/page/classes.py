@@ -1,4 +1,4 @@
-"""Which classes a model takes for which: a confusion matrix that stays legible, and a table."""
+"""Confusion matrix of a model that stays legible with many classes, and a table of classes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MAX_SHOWN = 24
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class: accuracy (recall) and precision in [0, 1], None where they are not defined.
+    """Row of a class: accuracy (recall) and precision in [0, 1], None where undefined.
 
-    `mistaken_for` is the most frequent wrong answer for its images, with its count.
+    `mistaken_for` is the most frequent wrong prediction for its images, with its count.
     """
 
     label: int
@@ -30,7 +30,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Confusion:
-    """`count` of the `images` images of class `label` were taken for class `prediction`."""
+    """Confusion: `count` of the `images` images of class `label` were predicted `prediction`."""
 
     label: str
     prediction: str
@@ -40,13 +40,13 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ShownMatrix:
-    """A confusion matrix, or the part of it that is shown.
+    """Confusion matrix, or the part of it that is shown.
 
     Attributes:
-        names: Of the rows (labels) and columns (predictions); the last one stands for all other
-            classes if there are more than are shown.
-        counts: (names, names).
-        others: How many classes the last row and column stand for; 0 if all are shown.
+        names: Names of the rows (labels) and columns (predictions); the last one stands for all
+            other classes if there are more than are shown.
+        counts: Numbers of images (names, names).
+        others: Number of classes that the last row and column stand for; 0 if all are shown.
     """
 
     names: list[str]
@@ -55,7 +55,7 @@ class ShownMatrix:
 
 
 def count_confusions(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """The confusion matrix (classes, classes): rows are labels, columns are predictions."""
+    """Return the confusion matrix (classes, classes): rows are labels, columns are predictions."""
     counts: np.ndarray = confusion_matrix(labels, predictions, labels=np.arange(classes))
     return counts
 
@@ -63,7 +63,7 @@ def count_confusions(labels: np.ndarray, predictions: np.ndarray, classes: int) 
 def frequent_confusions(
     counts: np.ndarray, class_names: Sequence[str], limit: int = 20
 ) -> list[Confusion]:
-    """The most frequent mistakes; of equals the larger part of a class, then the class order."""
+    """Return the most frequent mistakes; ties go by share of the class, then by class order."""
     return [
         Confusion(class_names[i], class_names[j], int(counts[i, j]), int(counts[i].sum()))
         for i, j in _ranked(counts)[:limit]
@@ -73,17 +73,16 @@ def frequent_confusions(
 def shown_matrix(
     counts: np.ndarray, class_names: Sequence[str], limit: int = MAX_SHOWN
 ) -> ShownMatrix:
-    """The whole matrix, or the most confused classes and one row and column for all others.
+    """Return the whole matrix, or the most confused classes and one row and column for all others.
 
-    The most frequent confusions are gone through in order and both of their classes are taken,
-    until there are `limit`; what is left of it is filled with the classes that have the most
-    images. So each shown class stands beside what it is confused with, and rows still add up to
-    the images of their class.
+    Both classes of the most frequent confusions are taken in order until there are `limit`; the
+    classes with the most images fill the rest. Each shown class thus stands beside the one that it
+    is confused with, and rows still sum to the images of their class.
 
     Args:
-        counts: Of `count_confusions`.
-        class_names: In the order of the labels.
-        limit: Of classes; with at most as many, all are shown.
+        counts: Confusion matrix that `count_confusions` returns.
+        class_names: Names of the classes, in the order of the labels.
+        limit: Largest number of classes to show.
     """
     classes = len(class_names)
     if classes <= limit:
@@ -109,12 +108,12 @@ def shown_matrix(
 def class_rows(
     labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray, class_names: Sequence[str]
 ) -> list[ClassRow]:
-    """A row per class: the lowest accuracy first, classes without images last.
+    """Return a row per class: the lowest accuracy first, classes without images last.
 
     Args:
         labels, predictions: (n,) class indices.
-        counts: Of `count_confusions`.
-        class_names: In the order of the labels.
+        counts: Confusion matrix that `count_confusions` returns.
+        class_names: Names of the classes, in the order of the labels.
     """
     precision, recall, _, images = precision_recall_fscore_support(
         labels, predictions, labels=np.arange(len(class_names)), zero_division=np.nan
@@ -139,7 +138,7 @@ def class_rows(
 
 
 def _ranked(counts: np.ndarray) -> list[tuple[int, int]]:
-    """(label, prediction) of all mistakes, the most frequent first."""
+    """Return (label, prediction) of all mistakes, the most frequent first."""
     images = counts.sum(axis=1)
     rows, columns = np.nonzero(counts)
     pairs = [(int(i), int(j)) for i, j in zip(rows, columns, strict=True) if i != j]

@@ -1,4 +1,4 @@
-"""The evaluation behind a report: a run's adapter on one split of its data, image by image."""
+"""Evaluation for a report: a run's adapter on one split of its data, image by image."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from vpt_fast.train.data.split import Split, SplitImages
 from vpt_fast.train.loop.evaluate import Evaluation, evaluate
 from vpt_fast.train.run.tuned_model import TunedModel, load_tuned
 
-# Tried in this order: what nothing was selected on comes first.
+# Order of preference: splits that nothing was selected on come first.
 SPLIT_ORDER = ("test", "val", "train")
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How runs are evaluated.
+    """Options of the evaluation of runs.
 
     Attributes:
-        directory: Of the data; None takes each run's own.
-        checkpoint: Weights of the backbone; None takes each run's own.
-        split: "test", "val" or "train"; None takes the first of them that there is.
+        directory: Folder of the data; None takes each run's own.
+        checkpoint: File with the backbone's weights; None takes each run's own.
+        split: "test", "val" or "train"; None takes the first of them that exists.
         batch_size: Images per batch.
-        amp_dtype: One of `recipe.AMP_DTYPES`; None takes what each run was trained with.
-        workers: Processes that load images; None takes 0 on the CPU and up to 4 on a GPU.
-        device: Where to evaluate.
-        max_images: Images of the sample on which the use of prompt experts is averaged.
+        amp_dtype: Dtype of torch.autocast, one of `recipe.AMP_DTYPES`; None takes that of each
+            run's training.
+        workers: Number of processes that load images; None takes 0 on the CPU, up to 4 on a GPU.
+        device: Device to evaluate on.
+        max_images: Number of images over which the use of prompt experts is averaged.
         progress: Whether to show bars on a terminal.
 
     Raises:
@@ -73,16 +74,16 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """A run's adapter on a split. Images that could not be decoded are not among the n.
+    """Evaluation of a run's adapter on the n images of a split that can be decoded.
 
     Attributes:
-        tuned: The model.
-        directory: Of the data.
-        split_name: "test", "val" or "train".
-        images: The whole split.
-        indices: Of the n images in it.
-        evaluation: With logits.
-        amp_dtype: What was computed in.
+        tuned: Tuned model.
+        directory: Folder of the data.
+        split_name: Name of the split: "test", "val" or "train".
+        images: Images of the whole split.
+        indices: Indices of the n images in the split.
+        evaluation: Results with logits.
+        amp_dtype: Dtype of torch.autocast.
     """
 
     tuned: TunedModel
@@ -95,7 +96,7 @@ class EvaluatedRun:
 
     @cached_property
     def probabilities(self) -> Tensor:
-        """Of each class, (n, classes)."""
+        """Probability of each class, (n, classes)."""
         return self._logits.softmax(dim=1)
 
     @cached_property
@@ -105,11 +106,11 @@ class EvaluatedRun:
 
     @property
     def split(self) -> Split:
-        """The split's labels and names."""
+        """Labels and names of the split."""
         return self.images.split
 
     def name(self, row: int) -> str:
-        """Name of one of the n images: its path within the data folder, if it is in it."""
+        """Return the name of one of the n images, relative to the data folder if inside it."""
         name = self.split.names[self.indices[row]]
         folder = f"{self.directory}/"
         return name.removeprefix(folder)
@@ -123,15 +124,16 @@ class EvaluatedRun:
 
 
 def evaluate_run(run: RunFolder, options: EvaluationOptions) -> EvaluatedRun:
-    """Evaluates the adapter that a run kept, once, on all images of a split.
+    """Evaluate the selected adapter of a run on all images of a split.
 
     Args:
-        run: With an adapter.
-        options: Where the data and the backbone are, unless the run's own record says it.
+        run: Folder of a run, with an adapter.
+        options: Location of data and backbone where the run's record is not to be used, and options
+            of the evaluation.
 
     Raises:
-        FileNotFoundError: If data, split, adapter or backbone are not there.
-        ValueError: If something of them does not fit.
+        FileNotFoundError: If data, split, adapter or backbone are missing.
+        ValueError: If they do not fit each other.
         TrainingError: If no image could be decoded.
     """
     if run.adapter is None or run.config is None:
@@ -186,5 +188,5 @@ def _checkpoint(run: RunFolder, options: EvaluationOptions) -> Path | None:
     if options.checkpoint is not None or run.record is None:
         return options.checkpoint
     recorded = run.record.model.get("checkpoint")
-    # Where it has moved, the name of an adapter's checkpoint still says what to ask for.
+    # If the file has moved, the error names the adapter's checkpoint.
     return Path(recorded) if recorded and Path(recorded).is_file() else None

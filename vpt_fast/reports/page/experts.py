@@ -1,4 +1,4 @@
-"""How much of the attention goes to each prompt, averaged over a sample of a split's images."""
+"""Share of the attention that goes to each prompt, averaged over a sample of images."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from vpt_fast.analysis.attention_shares import attention_shares, query_name, uniform_share
+from vpt_fast.analysis.shares import attention_shares, query_name, uniform_share
 from vpt_fast.reports.page.evaluation import EvaluatedRun, EvaluationOptions
 from vpt_fast.train.data.image_loaders import folder_loader
 
 SEED = 0
-"""Of the sample."""
+"""Seed of the sample."""
 # For heads that pool, the scores of all patch queries are in memory at once.
 _BATCH = 32
 
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """Shares of attention, the mean over heads and a sample of images.
+    """Shares of attention, averaged over heads and a sample of images.
 
     Attributes:
         blocks: Index of each block whose keys include prompts.
-        shares: Of each prompt, (blocks, p).
-        uniform: Share of all prompts of a block together if attention were uniform.
-        images: Size of the sample.
-        query: Whose attention it is.
+        shares: Share of each prompt, (blocks, p).
+        uniform: Share of all prompts of a block together under uniform attention.
+        images: Number of images of the sample.
+        query: Name of the query.
     """
 
     blocks: list[int]
@@ -38,15 +38,17 @@ class ExpertUse:
 
     @property
     def effective(self) -> np.ndarray:
-        """Effective number of prompts of each block, from 1 to p: exp of the entropy of how the
-        attention that goes to prompts is divided among them."""
+        """Effective number of prompts of each block, from 1 to p.
+
+        It is exp of the entropy of the prompts' shares, normalised to sum to 1.
+        """
         parts = self.shares / self.shares.sum(axis=1, keepdims=True)
         logs = np.log(parts, out=np.zeros_like(parts), where=parts > 0)
         return np.asarray(np.exp(-(parts * logs).sum(axis=1)))
 
 
 def expert_use(run: EvaluatedRun, options: EvaluationOptions) -> ExpertUse:
-    """Averages shares over a sample of the images that could be decoded, drawn with `SEED`.
+    """Average shares over a sample of the images that could be decoded, drawn with `SEED`.
 
     Raises:
         ValueError, TypeError: If the model has no prompts.

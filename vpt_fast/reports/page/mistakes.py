@@ -1,4 +1,4 @@
-"""The worst mistakes of a model, as small pictures inside the page."""
+"""Worst mistakes of a model, as small pictures inside the page."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from PIL import Image
 from vpt_fast.reports.page.evaluation import EvaluatedRun
 
 SHOWN = 12
-"""Mistakes of each kind."""
-_SIDE = 160  # pixels; at twice the density of its place on the page
-_LARGE = 64  # smaller images are kept as they are, to the pixel
+"""Number of mistakes of each kind."""
+_SIDE = 160  # pixels, twice the size on the page for dense screens
+_LARGE = 64  # smaller images are not resampled
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that was taken for another class.
+    """Image that was predicted to be of another class.
 
     Attributes:
-        name: Of its file.
-        label, prediction: Names of classes.
-        label_probability, probability: What the model gave to each of them, in [0, 1].
+        name: Name of the image's file.
+        label, prediction: Names of the true and the predicted class.
+        label_probability, probability: Probabilities of these classes, in [0, 1].
         loss: Cross-entropy.
-        picture: A data: URI.
-        width, height: Of the picture in pixels.
-        pixelated: Whether it is so small that pixels should be seen as such.
+        picture: Picture as a data: URI.
+        width, height: Size of the picture in pixels.
+        pixelated: Whether it is so small that it should be enlarged without smoothing.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class WorstMistakes:
-    """The mistakes of the highest loss, and of the others those the model was surest of."""
+    """Mistakes with the highest loss, and of the others those with the highest confidence."""
 
     total: int
     highest_loss: list[Mistake]
@@ -53,11 +53,11 @@ class WorstMistakes:
 
 
 def worst_mistakes(run: EvaluatedRun, count: int = SHOWN) -> WorstMistakes:
-    """Chooses and decodes the worst mistakes.
+    """Choose and decodes the worst mistakes.
 
     Args:
-        run: What was evaluated.
-        count: Largest number of each kind.
+        run: Evaluation of a run.
+        count: Largest number of mistakes of each kind.
     """
     labels, predictions = run.evaluation.labels, run.evaluation.predictions
     wrong = (labels != predictions).nonzero().flatten()
@@ -73,7 +73,7 @@ def worst_mistakes(run: EvaluatedRun, count: int = SHOWN) -> WorstMistakes:
 
 
 def _first(rows: torch.Tensor, values: torch.Tensor, count: int) -> list[int]:
-    """The rows of the largest values; of equals the first."""
+    """Return the rows of the largest values; ties go to the first."""
     order = torch.sort(values, descending=True, stable=True).indices
     return [int(row) for row in rows[order[:count]]]
 
@@ -98,7 +98,7 @@ def _mistake(run: EvaluatedRun, row: int) -> Mistake:
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as a data: URI, PNG if it is small and JPEG otherwise."""
+    """Return an image as a data: URI, PNG if it is small and JPEG otherwise."""
     buffer = io.BytesIO()
     kind = "png" if max(image.size) < _LARGE else "jpeg"
     image.save(buffer, kind, **({} if kind == "png" else {"quality": 85}))

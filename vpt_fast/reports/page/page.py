@@ -1,4 +1,4 @@
-"""One self-contained HTML page about runs of training: curves, mistakes, use of prompt experts."""
+"""Self-contained HTML page about training runs: curves, mistakes, use of prompt experts."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ _TEMPLATE = "report.html.jinja"
 
 @dataclass(frozen=True)
 class RunSection:
-    """What the page says of a run.
+    """Section of a run on the page.
 
     Attributes:
-        run: What its folder holds.
-        line: How it is drawn in the plots of all runs.
-        found: Its evaluation, in numbers and without the model; None if there could be none.
-        parts: Values for the template, of the evaluation: matrix, classes, confusions, mistakes,
+        run: Content of the run's folder.
+        line: Line style of the run in all plots.
+        found: Numbers of its evaluation; None if it could not be evaluated.
+        parts: Values for the template from the evaluation: matrix, classes, confusions, mistakes,
             experts.
-        notes: What is missing or worth knowing, in sentences.
+        notes: Sentences about missing or notable things.
     """
 
     run: RunFolder
@@ -68,7 +68,7 @@ class RunSection:
 
 @dataclass(frozen=True)
 class WrittenPage:
-    """Where the page is, and the images that are missing from its figures."""
+    """Path of the page, and the images that are missing from its figures."""
 
     path: Path
     skipped: tuple[SkippedImage, ...]
@@ -80,13 +80,13 @@ def write_page(
     options: EvaluationOptions | None = None,
     log: Callable[[str], None] = print,
 ) -> WrittenPage:
-    """Writes a page about runs and sweeps; each run that has its data is evaluated once.
+    """Write a page about runs and sweeps; each run that has its data is evaluated once.
 
     Args:
         folders: Output folders of `vpt-fast train` and of sweeps.
-        output: The file; new, or of an earlier call.
-        options: How to evaluate.
-        log: Called with lines of text.
+        output: File to write: new, or a page of an earlier call.
+        options: Options of the evaluation.
+        log: Function called with lines of text.
 
     Raises:
         FileExistsError: If `output` is something else.
@@ -129,7 +129,7 @@ def write_page(
 
 
 def check_page(output: Path) -> None:
-    """Raises FileExistsError unless `output` is new or a page of an earlier call."""
+    """Raise FileExistsError unless `output` is new or a page of an earlier call."""
     if not output.exists():
         return
     if output.is_file():
@@ -234,7 +234,7 @@ def _asset(name: str) -> str:
 
 
 def _write(output: Path, html: str) -> None:
-    """Whole or not at all; what is no UTF-8 in a file's name becomes a question mark."""
+    """Write the page atomically; bytes of file names that are not UTF-8 become question marks."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output, "w", encoding="utf-8", errors="replace") as file:
         file.write(html)

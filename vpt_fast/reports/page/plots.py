@@ -1,4 +1,4 @@
-"""Plots as SVG inside the page: their text is text, and their colours follow the page's."""
+"""Plots as SVG inside the page, with text as text and colours that follow the page's style."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vpt_fast.reports.page.experts import ExpertUse
 from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
 from vpt_fast.train.common.metrics import Epoch
 
-# Ink, muted text and grid become variables of the page's style, which has a dark form of each. The
-# colours of the runs stay: they are told apart on both.
+# Ink, muted text and grid become variables of the page's style, which defines them for light and
+# dark. The colours of the runs are distinct on both.
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
 _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 # Small enough for one column of a phone; wider screens show several of them.
@@ -30,7 +30,7 @@ _PANEL = (4.2, 2.7)
 
 @dataclass(frozen=True)
 class Line:
-    """How a run is drawn in all plots: colour and dashes, as in SVG's stroke-dasharray."""
+    """Line style of a run in all plots: colour, and dashes as in SVG's stroke-dasharray."""
 
     colour: str
     dashes: str
@@ -38,7 +38,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's epochs, its line, and the epoch that was kept."""
+    """Epochs of a run, its line style, and the number of the selected epoch."""
 
     epochs: Sequence[Epoch]
     line: Line
@@ -47,20 +47,20 @@ class Curve:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot, and what it shows in words."""
+    """Plot and its title."""
 
     title: str
     svg: Markup
 
 
 def line_of(index: int) -> Line:
-    """The line of the run of this number; 24 differ."""
+    """Return the line style of the run with this number; 24 are distinct."""
     colour = COLOURS[index % len(COLOURS)]
     return Line(colour, _DASHES[index // len(COLOURS) % len(_DASHES)])
 
 
 def learning_curves(curves: Sequence[Curve]) -> list[Plot]:
-    """Loss and accuracy in training and on validation, and the learning rate; what there is."""
+    """Return plots of the losses, accuracies and learning rate that the curves have."""
     panels = (
         ("val_top1", "Validation accuracy (%)"),
         ("val_loss", "Validation loss"),
@@ -109,11 +109,11 @@ def _curves(curves: Sequence[Curve], name: str) -> Markup:
 
 
 def expert_map(use: ExpertUse, name: str) -> Markup:
-    """Blocks x prompts: the share of each prompt; beside it all prompts of a block together.
+    """Return a heat map of shares by block and prompt, and bars of all prompts of each block.
 
     Args:
-        use: What to show.
-        name: Of the plot, not used by another one of the page.
+        use: Shares to show.
+        name: Unique name of the plot on the page.
     """
     blocks, prompts = use.shares.shape
     height = float(np.clip(0.22 * blocks, 0.8, 5.0)) + 1.0
@@ -163,8 +163,10 @@ def _plain(axes: Axes) -> None:
 
 
 def _svg(draw: Callable[[Figure], None], size: tuple[float, float], name: str) -> Markup:
-    """Draws a figure and returns it as an element of the page, hidden from screen readers: what it
-    shows is said beside it."""
+    """Draw a figure and return it as an element of the page.
+
+    It is hidden from screen readers, for which the page has the same content as text.
+    """
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.0}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
@@ -179,7 +181,7 @@ def _svg(draw: Callable[[Figure], None], size: tuple[float, float], name: str) -
 
 
 def _inline(text: str, name: str) -> str:
-    """A file of matplotlib's as an element among others: without prolog, with ids of its own."""
+    """Return an SVG file of matplotlib's as an element: without prolog, with unique ids."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
@@ -189,11 +191,11 @@ def _inline(text: str, name: str) -> str:
         text,
     )
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
-    # Sizes are the page's business: the picture is as wide as its place.
+    # The page sets the size: the picture is as wide as its container.
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
-    # The page's font and strokes; a style inside would be one of the whole page.
+    # The page defines font and strokes; a style element here would apply to the whole page.
     text = re.sub(r" font-family: [^;]*;", "", text)
     text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.S)
     for colour, variable in _VARIABLES.items():

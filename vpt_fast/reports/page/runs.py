@@ -1,4 +1,4 @@
-"""What the output folder of a run holds, for the report on it; a run may have ended anywhere."""
+"""Content of a run's output folder, for a report; the run may have ended at any point."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from vpt_fast.adapter.files import TENSORS_FILE, read_config
 from vpt_fast.train.common.curves import directory_size
 from vpt_fast.train.common.metrics import Epoch
-from vpt_fast.train.loop.epochs import FitResult
+from vpt_fast.train.loop.fit_result import FitResult
 from vpt_fast.train.run.record import FINISHED, INTERRUPTED, RunRecord, read_record
 from vpt_fast.train.run.tuned_model import adapter_folder
 
 METRICS_FILE = "metrics.csv"
-# Names of `Epoch` in the header that timm's writer makes.
+# Fields of `Epoch` and their columns in the header that timm's writer writes.
 _COLUMNS = {
     "epoch": "epoch",
     "lr": "lr",
@@ -35,16 +35,16 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run as its folder shows it.
+    """Content of a run's folder.
 
     Attributes:
-        path: The folder.
-        name: What it is called on the page; no two runs have the same.
-        record: What `run.json` says; None for a run without it.
+        path: Path of the folder.
+        name: Unique name of the run on the page.
+        record: Content of `run.json`; None for a run without it.
         epochs: A row per finished epoch.
-        adapter: Folder of the adapter that was kept; None if there is none.
-        config: Of the adapter.
-        notes: What is missing or damaged, in sentences.
+        adapter: Folder of the selected adapter; None if there is none.
+        config: Configuration of the adapter; None if there is none.
+        notes: Sentences about missing or damaged files.
     """
 
     path: Path
@@ -57,14 +57,14 @@ class RunFolder:
 
     @property
     def method(self) -> dict[str, Any]:
-        """Name and fields of the method; empty if nothing says what it was."""
+        """Name and fields of the method; empty if it is not known."""
         if self.record is not None:
             return self.record.method
         return {} if self.config is None else self.config["method"]
 
     @property
     def model(self) -> str:
-        """timm's name of the model, with its tag if that is known; empty if nothing says it."""
+        """timm's name of the model, with its tag if that is known; empty if it is not known."""
         if self.record is not None:
             return str(self.record.model.get("name", ""))
         if self.config is None:
@@ -75,14 +75,14 @@ class RunFolder:
 
     @property
     def class_names(self) -> list[str] | None:
-        """In the order of the labels, if they are known."""
+        """Names of the classes in the order of the labels; None if they are not known."""
         if self.record is not None:
             return self.record.class_names
         return None if self.config is None else self.config["class_names"]
 
     @property
     def kept(self) -> Epoch | None:
-        """The row of the epoch that was kept; without a record, by the rule that training has."""
+        """Row of the selected epoch; without a record, selected by the rule of training."""
         if not self.epochs:
             return None
         if self.record is not None and self.record.kept_epoch is not None:
@@ -91,18 +91,18 @@ class RunFolder:
         scored = [row for row in self.epochs if row.val_top1 is not None]
         if not scored:
             return self.epochs[-1]
-        # The first of equals, as in training.
+        # Ties go to the first epoch, as in training.
         return max(scored, key=lambda row: (row.val_top1 or 0.0, -(row.val_loss or 0.0)))
 
     @property
     def images_per_second(self) -> float | None:
-        """The median throughput of the training epochs."""
+        """Median throughput of the training epochs."""
         rate = FitResult(self.epochs).images_per_second
         return None if math.isnan(rate) else rate
 
     @cached_property
     def trained(self) -> int | None:
-        """The number of trained parameters; None if no whole file says it."""
+        """Number of trained parameters; None if neither record nor adapter tells it."""
         if self.record is not None and "trained" in self.record.parameters:
             return self.record.parameters["trained"]
         if self.adapter is None:
@@ -111,7 +111,7 @@ class RunFolder:
             with safe_open(str(self.adapter / TENSORS_FILE), "np") as file:
                 shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
         except SafetensorError:
-            return None  # evaluating it says what is damaged
+            return None  # evaluation reports the damage
         return sum(math.prod(shape) for shape in shapes)
 
     @cached_property
@@ -121,7 +121,7 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """How the run ended, in words."""
+        """End of the run in words."""
         done = f"{len(self.epochs)} epochs" if len(self.epochs) != 1 else "1 epoch"
         if self.record is None:
             return f"{done}; how it ended is not recorded"
@@ -136,11 +136,11 @@ class RunFolder:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
-    """Reads the output folders of runs, without loading a model or an image.
+    """Read the output folders of runs, without loading a model or an image.
 
     Args:
-        folders: Of `vpt-fast train`, or of adapters alone; a folder that is given twice counts
-            once.
+        folders: Output folders of `vpt-fast train`, or folders of adapters alone; a folder that is
+            given twice counts once.
 
     Raises:
         FileNotFoundError: If a folder is missing, or holds nothing of a run.
@@ -190,7 +190,7 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Epoch]:
         try:
             epochs.append(_epoch(row))
         except (KeyError, TypeError, ValueError):
-            # A run that was killed while it wrote leaves a part of a line.
+            # A run that was killed while writing leaves an incomplete line.
             notes.append(f"Line {len(epochs) + 2} of {METRICS_FILE} is damaged and left out.")
             break
     return epochs
@@ -207,7 +207,7 @@ def _epoch(row: dict[str, Any]) -> Epoch:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """As many last parts of each path as tell it from the others."""
+    """Return the shortest suffix of each path that distinguishes it from the others."""
     names = [folder.name for folder in folders]
     for depth in range(2, max((len(folder.parts) for folder in folders), default=0) + 1):
         counts = Counter(names)

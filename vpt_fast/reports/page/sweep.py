@@ -1,4 +1,4 @@
-"""What the output folder of a sweep holds, for a report: its table and its picture."""
+"""Content of a sweep's output folder, for a report: its table and its picture."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vpt_fast.train.sweep.report import HEADER, PICTURE, TABLE, mean_and_deviati
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """A sweep as its folder shows it.
+    """Content of a sweep's folder.
 
     Attributes:
-        path: The folder.
-        name: Of the folder.
-        header, summary: One row of text per method: what was chosen, mean and deviation of its
-            final runs.
-        runs: One row of text per final run, with the columns of the CSV file.
-        picture: A data: URI; None if there is none.
+        path: Path of the folder.
+        name: Name of the folder.
+        header, summary: Column titles, and one row of text per method: the chosen point, mean and
+            deviation of the final runs.
+        columns, runs: Columns of the CSV file, and one row of text per final run.
+        picture: Picture as a data: URI; None if there is none.
     """
 
     path: Path
@@ -41,12 +41,12 @@ _SUMMARY = (
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a sweep has written its table into the folder."""
+    """Return whether a sweep has written its table into the folder."""
     return (folder / TABLE).is_file()
 
 
 def read_sweep(folder: Path) -> SweepFolder:
-    """Reads a sweep's table and picture.
+    """Read a sweep's table and picture.
 
     Raises:
         ValueError: If the table is damaged.

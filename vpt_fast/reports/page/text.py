@@ -1,4 +1,4 @@
-"""What a report says of runs in words: methods, recipes, and where runs cannot be compared."""
+"""Texts of a report: methods, recipes, and reasons that runs cannot be compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from vpt_fast.reports.page.runs import RunFolder
 
-# What `describe_recipe` says in words of its own.
+# Fields that `describe_recipe` has phrases for.
 _TOLD = {
     "opt", "lr", "batch_size", "weight_decay", "epochs", "warmup_epochs", "amp_dtype", "seed",
     "momentum",
@@ -16,13 +16,13 @@ _PLAIN = {"schedule": "epoch", "accumulation": 1}
 
 
 def describe_method(method: Mapping[str, Any]) -> str:
-    """A method's fields that are set: "num_prompts 10, dropout 0.1"; empty if it has none."""
+    """Return the fields of a method that are set, such as "num_prompts 10, dropout 0.1"."""
     fields = [(name, value) for name, value in method.items() if name != "name"]
     return ", ".join(f"{name} {_value(value)}" for name, value in fields if _is_set(value))
 
 
 def describe_recipe(recipe: Mapping[str, Any]) -> str:
-    """A recipe in one line; fields that are not what they usually are follow by name."""
+    """Return a recipe in one line; fields that differ from the usual follow by name."""
     parts = []
     if "opt" in recipe:
         parts.append(str(recipe["opt"]))
@@ -45,7 +45,7 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def settings_of(run: RunFolder) -> list[tuple[str, str]]:
-    """All that was recorded of how a run was made, by name."""
+    """Return all recorded settings of a run, by section."""
     record = run.record
     if record is None:
         return []
@@ -67,18 +67,18 @@ def settings_of(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def test_accuracy(run: RunFolder, found: Mapping[str, Any] | None) -> float | None:
-    """Accuracy on test in percent: what the run recorded, else what was found now."""
+    """Return the accuracy on test in percent: the recorded one, else that of this evaluation."""
     if run.record is not None and run.record.test is not None:
         return float(run.record.test["top1"])
     return found["top1"] if found is not None and found["split"] == "test" else None
 
 
 def differences(runs: Sequence[tuple[RunFolder, Mapping[str, Any] | None]]) -> list[str]:
-    """Why figures of these runs cannot be compared, or not with what they recorded; sentences.
+    """Return sentences on why figures of runs cannot be compared, or differ from the recorded ones.
 
     Args:
-        runs: With the evaluation of each: split, directory, images, top1 and a digest of the names
-            of its images.
+        runs: Runs, each with its evaluation: split, directory, images, top1 and a digest of the
+            names of the images.
     """
     notes = []
     found = [(run, now) for run, now in runs if now is not None]

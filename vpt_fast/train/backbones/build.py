@@ -1,4 +1,4 @@
-"""Builds the pretrained timm model that is tuned, from a name and where its weights come from."""
+"""Pretrained timm models from a name and the source of their weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vpt_fast.methods import Method
 from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, DEMO_MODEL
 
 DEMO_NAME = "vpt_fast_demo"
-"""The name that stands for the small backbone that this package ships."""
+"""Name of the small backbone that this package ships."""
 
 
 def check_model_name(name: str) -> None:
-    """Checks that timm has the model.
+    """Check that timm has the model.
 
     Args:
         name: Architecture with or without a pretrained tag, such as
@@ -33,7 +33,7 @@ def check_model_name(name: str) -> None:
         ValueError: If the architecture or the tag is unknown, with names that are close.
     """
     if ":" in name:
-        # hf-hub:owner/model and local-dir:path name no model of timm's own list.
+        # hf-hub:owner/model and local-dir:path are not in timm's own list.
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -50,15 +50,15 @@ def check_model_name(name: str) -> None:
 def resolve_name(
     name: str, checkpoint: Path | None = None, img_size: int | None = None
 ) -> tuple[str, Path | None, dict[str, Any]]:
-    """Returns timm's name, the checkpoint and the model arguments that the user's choice means.
+    """Return timm's name, the checkpoint and the model arguments of the user's choice.
 
     Args:
-        name: A timm name, or `DEMO_NAME`.
-        checkpoint: The backbone's weights, if they come from a file.
+        name: Name of a timm model, or `DEMO_NAME`.
+        checkpoint: File with the backbone's weights, if they come from one.
         img_size: Image size in pixels; None takes the model's own.
 
     Raises:
-        ValueError: If it is another than that of the demo's model.
+        ValueError: If `img_size` is not that of the demo's model.
     """
     if name == DEMO_NAME:
         if img_size not in (None, DEMO_ARGS["img_size"]):
@@ -77,13 +77,13 @@ def resolve_name(
 def tunable_on_meta(
     name: str, num_classes: int, method: Method, model_args: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Creates a timm model without weights, on the meta device; refuses what cannot be tuned.
+    """Create a timm model on the meta device, and refuse a model that cannot be tuned.
 
     Args:
-        name: Of timm, with or without a tag.
-        num_classes: Outputs of its head.
-        method: What it is to be tuned with.
-        model_args: More arguments of timm.create_model.
+        name: Name of a timm model, with or without a tag.
+        num_classes: Number of outputs of its head.
+        method: Method to tune it with.
+        model_args: Further arguments of timm.create_model.
 
     Returns:
         The plain model.
@@ -118,15 +118,15 @@ def create_backbone(
     checkpoint: str | Path | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Creates a pretrained timm model with a new head.
+    """Create a pretrained timm model with a new head.
 
     Args:
-        name: Of timm, with or without a tag.
-        num_classes: Outputs of the new head.
+        name: Name of a timm model, with or without a tag.
+        num_classes: Number of outputs of the new head.
         pretrained: Whether to download timm's weights of that name and tag.
-        checkpoint: A file with weights instead (safetensors, or what torch.save wrote). Its head
-            is ignored.
-        model_args: More arguments of timm.create_model, such as {"img_size": 448}.
+        checkpoint: File with weights instead (safetensors, or a file of torch.save). Its head is
+            ignored.
+        model_args: Further arguments of timm.create_model, such as {"img_size": 448}.
 
     Returns:
         The model, on the CPU.
@@ -161,12 +161,12 @@ def create_backbone(
 
 
 def load_backbone_weights(model: nn.Module, checkpoint: str | Path, name: str) -> None:
-    """Loads all weights but the head's from a file.
+    """Load all weights but the head's from a file.
 
     Args:
-        model: A timm model; changed in place.
-        checkpoint: What timm's loaders read; its head is ignored.
-        name: The model's name, for messages.
+        model: timm model; changed in place.
+        checkpoint: File that timm's loaders read; its head is ignored.
+        name: Name of the model, for messages.
 
     Raises:
         ValueError: If the file cannot be read or does not hold the model's weights.
@@ -192,8 +192,8 @@ def load_backbone_weights(model: nn.Module, checkpoint: str | Path, name: str) -
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     heads = _head_names(model)
     missing = [key for key in own if key not in shapes and not key.startswith(heads)]
-    # What the model has no place for at all (a decoder, a mask token) is none of its business,
-    # but a weight of a block that the model lacks would change the function.
+    # Weights of parts that the model lacks altogether (a decoder, a mask token) do no harm, but
+    # without an extra weight of one of its own parts it would compute something else.
     parts = {key.partition(".")[0] for key in own}
     extra = [
         key
@@ -224,7 +224,7 @@ def load_backbone_weights(model: nn.Module, checkpoint: str | Path, name: str) -
 
 
 def weights_without_head(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that a checkpoint gives, by name."""
+    """Return all weights but the head's, by name."""
     heads = _head_names(model)
     return {k: value for k, value in model.state_dict().items() if not k.startswith(heads)}
 
@@ -232,15 +232,15 @@ def weights_without_head(model: nn.Module) -> dict[str, torch.Tensor]:
 def backbone_of_adapter(
     config: Mapping[str, Any], checkpoint: str | Path | None = None
 ) -> nn.Module:
-    """Builds the plain backbone that an adapter was trained on.
+    """Build the plain backbone that an adapter was trained on.
 
     Args:
-        config: Of `vpt_fast.adapter.files.read_config`.
-        checkpoint: The backbone's weights; None takes those that it was trained on, from the hub,
-            the folder or timm's list that they came from.
+        config: Configuration that `vpt_fast.adapter.files.read_config` returns.
+        checkpoint: File with the backbone's weights; None takes those that the adapter was trained
+            on, from the hub, folder or list of timm's that they came from.
 
     Raises:
-        ValueError: As `create_backbone`; also if the adapter was trained on a checkpoint file
+        ValueError: If `create_backbone` refuses, or the adapter was trained on a checkpoint file
             and `checkpoint` is None.
         FileNotFoundError: If there is no file `checkpoint`.
     """
@@ -277,7 +277,7 @@ def backbone_of_adapter(
 def _check_shapes(
     name: str, num_classes: int, args: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError, before memory is taken, if arguments make other weights than expected."""
+    """Raise ValueError, before allocating, if the model's weights have unexpected shapes."""
     check_model_name(name)
     with torch.device("meta"):
         try:
@@ -294,7 +294,7 @@ def _check_shapes(
 
 
 def data_config_of(model: nn.Module) -> dict[str, Any]:
-    """Returns timm's image size, normalisation, interpolation and crop for `model`."""
+    """Return timm's image size, normalisation, interpolation and crop for `model`."""
     return dict(resolve_model_data_config(model))
 
 

@@ -45,24 +45,24 @@ DEMO_ARGS: dict[str, Any] = {
 """Arguments of `timm.create_model`, as JSON can hold them, next to `num_classes`."""
 
 DEMO_CHECKPOINT = Path(__file__).resolve().parents[2] / "assets" / "demo_vit.safetensors"
-"""The shipped weights."""
+"""File of the shipped weights."""
 
 
 def demo_backbone(num_classes: int | None = 10, checkpoint: str | Path | None = None) -> nn.Module:
-    """Builds the demo backbone with its pretrained weights.
+    """Build the demo backbone with its pretrained weights.
 
     Args:
-        num_classes: outputs of a new, randomly initialised head; 0 for none; None keeps the
-            pretraining head (one output per letter or symbol).
-        checkpoint: a file that `examples/pretrain_demo` wrote; the shipped one by default.
+        num_classes: Number of outputs of a new, randomly initialised head; 0 for none; None keeps
+            the pretraining head (one output per letter or symbol).
+        checkpoint: File that `examples/pretrain_demo` wrote; the shipped one by default.
 
     Returns:
         A timm `VisionTransformer` in training mode, fp32, on the CPU. It takes images
         (B, 3, 32, 32) normalised with `DEMO_MEAN` and `DEMO_STD`.
 
     Raises:
-        FileNotFoundError: the checkpoint does not exist.
-        ValueError: `num_classes` is negative, or the checkpoint does not fit the architecture.
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If `num_classes` is negative, or the checkpoint does not fit the architecture.
     """
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes must be None or at least 0, not {num_classes}")

@@ -1,4 +1,4 @@
-"""What people look at after a run: a table, and a picture of curves and predictions."""
+"""Tables and pictures of runs: learning curves and predictions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ShownImages:
         images: (n, H, W) grey values in [0, 1].
         labels: (n,) class indices.
         predictions: (n,) class indices.
-        title: Whose predictions these are.
+        title: Heading above the group.
     """
 
     images: np.ndarray
@@ -40,7 +40,7 @@ class ShownImages:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Formats a table that reads well in a terminal and is valid Markdown.
+    """Format a table that reads well in a terminal and is valid Markdown.
 
     Args:
         header: Column titles.
@@ -60,7 +60,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Formats a size in bytes, kB or MB (powers of 1000)."""
+    """Format a size in bytes, kB or MB (powers of 1000)."""
     if count < 1000:
         return f"{count} B"
     if count < 999_500:
@@ -69,7 +69,7 @@ def format_bytes(count: int) -> str:
 
 
 def directory_size(directory: str | Path) -> int:
-    """Returns the bytes of all files in `directory`."""
+    """Return the bytes of all files in `directory`."""
     return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
 
 
@@ -81,15 +81,15 @@ def save_picture(
     title: str,
     subtitle: str,
 ) -> None:
-    """Draws learning curves beside test images with their predictions.
+    """Draw learning curves beside test images with their predictions.
 
     Args:
-        path: Of the PNG.
-        curves: Method to its epochs.
+        path: PNG file to write.
+        curves: Epochs by the name of the method.
         groups: Images for the right half, from top to bottom; 8 in a row.
-        class_names: Name of each class index.
-        title: First line.
-        subtitle: Second line.
+        class_names: Names of the classes, by their index.
+        title: First line of the heading.
+        subtitle: Second line of the heading.
     """
     require_extra("reports", "matplotlib")
     # Only pictures need it; tables and sizes do not.
@@ -123,7 +123,7 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Epoch]], what: str) -
     axes.margins(x=0.01)
     if what == "val_top1":
         axes.set_title("Validation accuracy (%)", loc="left", fontsize=11, color=INK)
-        # The first epochs start near chance; what tells methods apart is above.
+        # The first epochs start near chance; methods differ above.
         late = [getattr(epoch, what) for es in curves.values() for epoch in es[len(es) // 2 :]]
         axes.set_ylim(bottom=max(0.0, 10 * (min(late, default=0.0) // 10) - 10), top=100.5)
         axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="lower right")

@@ -1,4 +1,4 @@
-"""The first thing in which two records of settings differ."""
+"""First difference of two records of settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from typing import Any
 
 
 def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any]:
-    """The name of what differs, through all objects around it, and its two values."""
+    """Return the path to the first value that differs, as words, and its two values.
+
+    Args:
+        before: Earlier record.
+        now: Current record.
+        where: Path to both, within the records that the caller compares.
+    """
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             if before.get(key) != now.get(key):
@@ -15,7 +21,7 @@ def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, 
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
+    """Return a value as it reads after a round trip through JSON."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, tuple | list | range) else value

@@ -1,4 +1,4 @@
-"""A checksum of values: tensors, numbers, strings, and lists and dictionaries of them."""
+"""Checksum of values: tensors, numbers, strings, and lists and dictionaries of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value with the types of all its parts, in hexadecimal digits."""
+    """Return the SHA-256 of a value and of the types of its parts, in hexadecimal digits."""
     found = hashlib.sha256()
     _add(found, value)
     return found.hexdigest()

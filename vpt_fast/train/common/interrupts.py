@@ -1,4 +1,4 @@
-"""Ctrl-C while a run writes: it waits until what is written is whole."""
+"""Delay of Ctrl-C until a write is complete."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Inside, Ctrl-C does nothing; where it was pressed, KeyboardInterrupt is raised at the end.
+    """Delay Ctrl-C: KeyboardInterrupt is raised at the end of the context.
 
-    Libraries that write are not made for it: TensorBoard's then waits for its thread for ever, and
-    PyTorch's takes it for a disk that is full.
+    An interrupted TensorBoard writer waits for its thread for ever, and PyTorch's writer reports a
+    full disk.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):

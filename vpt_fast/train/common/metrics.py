@@ -1,4 +1,4 @@
-"""What a run writes: a row of metrics per epoch, as CSV and for TensorBoard."""
+"""Metrics of a run: a row per epoch, as CSV and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpt_fast.extras import require_extra
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of the metrics: losses are means, top1 in percent, throughput in images/s."""
+    """One row of metrics: mean losses, top-1 accuracy in percent, throughput in images/s."""
 
     epoch: int
     lr: float
@@ -28,9 +28,9 @@ class MetricsWriter:
     """Writes a row per epoch to `metrics.csv` (timm's writer) and to `tensorboard/`.
 
     Args:
-        output: The existing folder of both; None writes nothing.
-        done: Rows of epochs that a resumed run had finished. The CSV file is written anew with
-            them; TensorBoard forgets what it has of later epochs.
+        output: Existing folder for both; None writes nothing.
+        done: Rows of epochs that a resumed run had finished. The CSV file is rewritten with them;
+            TensorBoard drops what it has of later epochs.
     """
 
     def __init__(self, output: Path | None, done: Sequence[Epoch] = ()) -> None:
@@ -39,7 +39,7 @@ class MetricsWriter:
         if output is None or self._csv is None:
             return
         require_extra("train", "tensorboard")
-        # Takes a second to import; runs that write nothing need not wait for it.
+        # Takes a second to import, which runs that write nothing are spared.
         from torch.utils.tensorboard import SummaryWriter
 
         self._csv.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ class MetricsWriter:
         self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=purge)
 
     def add(self, row: Epoch) -> None:
-        """Appends a row to both."""
+        """Append a row to the CSV file and to TensorBoard's."""
         if self._csv is None or self._writer is None:
             return
         train, val = self._add_to_csv(row)
@@ -69,6 +69,6 @@ class MetricsWriter:
         return train, val
 
     def close(self) -> None:
-        """Closes TensorBoard's file."""
+        """Close TensorBoard's file."""
         if self._writer is not None:
             self._writer.close()

@@ -1,4 +1,4 @@
-"""The output folder of a command that may replace what it wrote there earlier, and nothing else."""
+"""Output folder of a command that may overwrite its own earlier files and nothing else."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReportFolder:
-    """Which files are a command's own.
+    """Files that a command recognises as its own.
 
     Attributes:
-        command: name of the command, for messages.
-        files: matches the names of its files.
-        table: name of the CSV file that marks a folder as its own.
-        header: first line of that file.
+        command: Name of the command, for messages.
+        files: Pattern of the names of its files.
+        table: Name of the CSV file that marks a folder as its own.
+        header: First line of that file.
     """
 
     command: str
@@ -27,12 +27,12 @@ class ReportFolder:
     header: Sequence[str]
 
     def check(self, folder: Path) -> None:
-        """Raises FileExistsError unless `folder` is new, empty or of an earlier call."""
+        """Raise FileExistsError unless `folder` is new, empty or written by an earlier call."""
         if not folder.exists():
             return
         entries = list(folder.iterdir()) if folder.is_dir() else [folder]
         strange = [entry.name for entry in entries if not self.files.fullmatch(entry.name)]
-        if strange or (entries and not self._marks(folder / self.table)):
+        if strange or (entries and not self._is_own_table(folder / self.table)):
             holds = f" (it holds {sorted(strange)[0]})" if strange and folder.is_dir() else ""
             raise FileExistsError(
                 f"{folder} exists and is not of an earlier {self.command}{holds}; choose another "
@@ -40,14 +40,14 @@ class ReportFolder:
             )
 
     def claim(self, folder: Path) -> None:
-        """Makes the folder and empties it of an earlier call's files, that which marks it last."""
+        """Create the folder and delete an earlier call's files, the table that marks it last."""
         folder.mkdir(parents=True, exist_ok=True)
         entries = sorted(folder.iterdir(), key=lambda entry: entry.name == self.table)
         for entry in entries:
             entry.unlink()
         write_csv(folder / self.table, self.header, [])
 
-    def _marks(self, path: Path) -> bool:
+    def _is_own_table(self, path: Path) -> bool:
         start = ",".join(self.header).encode()
         if not path.is_file():
             return False
@@ -56,7 +56,7 @@ class ReportFolder:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a table with a header line, in UTF-8."""
+    """Write a table with a header line, in UTF-8."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)

@@ -1,7 +1,7 @@
-"""The papers' settings by name, where they depend on the method and on the data set.
+"""Settings of the papers that depend on the method and on the data set.
 
-What is the same for all of them is the default of `Recipe`. VPT: arXiv 2203.12119, section 4.1 and
-appendix A. VAPT (arXiv 2501.18936) is compared under the same protocol, with batches of 64.
+Settings that are the same everywhere are the defaults of `Recipe`. VPT: arXiv 2203.12119, section
+4.1 and appendix A. VAPT (arXiv 2501.18936) is compared under the same protocol, with batches of 64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow
 
-RECIPES = ("vpt", "vapt")
+PAPERS = ("vpt", "vapt")
 LEARNING_RATES = {
     "sgd": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
     "adamw": (0.005, 0.001, 0.0005, 0.0001),
@@ -21,7 +21,7 @@ WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
 PROMPT_COUNTS = (1, 5, 10, 50, 100, 200)
 """The papers' grids for ViT."""
 SEEDS = (42, 44, 82, 100, 800)
-"""The papers' five."""
+"""The five seeds of the papers."""
 
 _ADAMW = ("full", "partial", "bias", "adapter")
 _DEEP_DROPOUT = 0.1
@@ -30,20 +30,20 @@ _MANY_PROMPTS = 100
 
 
 def default_optimizer(method: Method) -> str:
-    """The optimizer that the papers train a method with, one of `recipe.OPTIMIZERS`."""
+    """Return the optimizer that the papers train a method with, one of `recipe.OPTIMIZERS`."""
     return "adamw" if method.name in _ADAMW else "sgd"
 
 
 @dataclass(frozen=True)
 class PaperSettings:
-    """What a recipe of the papers says beyond the defaults of `Recipe`.
+    """Settings of a paper beyond the defaults of `Recipe`.
 
     Attributes:
-        method: with the prompt dropout of the papers, unless one was chosen.
-        batch_size: images per step.
-        resize: of images, one of `image_options.RESIZES`.
-        augment: whether training images are augmented.
-        crops: how they are cropped, one of `augmentation.CROPS`.
+        method: Method with the prompt dropout of the paper, unless one was chosen.
+        batch_size: Images per step.
+        resize: How images are resized, one of `image_options.RESIZES`.
+        augment: Whether training images are augmented.
+        crops: How training images are cropped, one of `augmentation.CROPS`.
     """
 
     method: Method
@@ -56,26 +56,26 @@ class PaperSettings:
 def paper_settings(
     name: str | None, method: Method, data_format: str, chosen: frozenset[str] = frozenset()
 ) -> PaperSettings:
-    """The settings of a paper for a method and a data set; of none, those of this program.
+    """Return the settings of a paper for a method and a data set.
 
     VTAB-1k: images resized to the model's size in both directions, no augmentation. Other data, as
     FGVC: the shorter side resized to 256 / 224 of the model's, a random crop and flips in training
     and the centre crop elsewhere. Deep prompts have a dropout of 0.1. Batches are of 64 images;
-    of 128 for VPT with less than 100 prompts.
+    of 128 for VPT with fewer than 100 prompts.
 
     Args:
-        name: one of `RECIPES`, or None.
-        method: what is trained.
-        data_format: of the data set, one of `sources.FORMATS` but "auto".
-        chosen: fields of the method that stay as they are.
+        name: One of `PAPERS`, or None for the defaults of this program.
+        method: Method to train.
+        data_format: Format of the data set, one of `sources.FORMATS` but "auto".
+        chosen: Names of the method's fields that the user has set.
 
     Raises:
-        ValueError: `name` is unknown.
+        ValueError: If `name` is unknown.
     """
     if name is None:
         return PaperSettings(method, 64, "model", augment=True, crops="scaled")
-    if name not in RECIPES:
-        raise ValueError(f"recipe is {name!r}; choose one of {', '.join(RECIPES)}")
+    if name not in PAPERS:
+        raise ValueError(f"recipe is {name!r}; choose one of {', '.join(PAPERS)}")
     tuned: Any = method
     if isinstance(method, VPTDeep | VAPT) and "dropout" not in chosen:
         tuned = replace(tuned, dropout=_DEEP_DROPOUT)
@@ -90,11 +90,11 @@ def paper_settings(
 
 
 def paper_batch_size(name: str | None, method: Method) -> int:
-    """Images per step of a recipe: 64, or 128 for VPT with less than 100 prompts.
+    """Return the images per step of a paper: 64, or 128 for VPT with fewer than 100 prompts.
 
     Args:
-        name: one of `RECIPES`, or None.
-        method: what is trained.
+        name: One of `PAPERS`, or None.
+        method: Method to train.
     """
     prompted = isinstance(method, VPTShallow | VPTDeep)
     double = name == "vpt" and prompted and method.num_prompts < _MANY_PROMPTS

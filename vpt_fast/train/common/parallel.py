@@ -1,7 +1,7 @@
-"""Several processes that train one model, started by torchrun: what each of them does.
+"""Data-parallel training by several processes that torchrun starts.
 
-Every process holds the model and takes its part of every batch. `batch_size` is that of a step, of
-all processes together, so that a run does not change with their number.
+Every process holds the model and takes its part of every batch. `batch_size` counts the images of a
+step over all processes, so that a run does not change with their number.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch.utils.data import BatchSampler, Sampler
 
 
 def is_parallel() -> bool:
-    """Whether there are several processes."""
+    """Return whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
-    """The number of this process; 0 writes files and talks."""
+    """Return the number of this process; process 0 writes files and logs."""
     return dist.get_rank() if is_parallel() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if is_parallel() else 1
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it started this one.
+    """Join the processes that torchrun started, if it started this one.
 
     Args:
-        device: "cuda" without an index takes the GPU of torchrun's LOCAL_RANK.
+        device: Device to train on; "cuda" without an index takes the GPU of torchrun's LOCAL_RANK.
 
     Yields:
         The device of this process.
@@ -66,9 +66,9 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 def distributed(model: nn.Module) -> nn.Module:
-    """The model with gradients averaged over the processes; itself if there is only one.
+    """Return the model with gradients averaged over the processes, or itself with one process.
 
-    Only what is trained is communicated.
+    Only gradients of trained parameters are communicated.
     """
     if not is_parallel():
         return model
@@ -77,10 +77,10 @@ def distributed(model: nn.Module) -> nn.Module:
 
 
 class PartOfBatches(Sampler[list[int]]):
-    """This process's part of every batch, empty if there are fewer images than processes.
+    """Sampler of this process's part of every batch; empty for fewer images than processes.
 
     Args:
-        batches: Of all processes together; the same ones in the same order in each of them.
+        batches: Batches over all processes, equal and in the same order in each of them.
     """
 
     def __init__(self, batches: BatchSampler) -> None:
@@ -95,14 +95,14 @@ class PartOfBatches(Sampler[list[int]]):
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes; itself if there is only one."""
+    """Sum a tensor over all processes, in place, and return it."""
     if is_parallel():
         dist.all_reduce(values)
     return values
 
 
 def gathered(value: Any) -> list[Any]:
-    """A picklable value of every process, in the order of their numbers."""
+    """Return the values that all processes pass, in the order of their numbers."""
     if not is_parallel():
         return [value]
     values: list[Any] = [None] * world_size()

@@ -1,4 +1,4 @@
-"""The training recipe of the VPT papers: one frozen dataclass and what follows from it."""
+"""Training recipe of the VPT papers: a frozen dataclass, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAD_BIAS = -4.595
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is trained; the defaults are the papers' (VPT, ECCV 2022, appendix A).
+    """Hyperparameters of training; the defaults are the papers' (VPT, ECCV 2022, appendix A).
 
     The papers choose `lr` and `weight_decay` for each data set on its validation images, `lr`
     from {50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05} and `weight_decay` from {0.01, 0.001,
@@ -43,16 +43,16 @@ class Recipe:
         batch_size: Images per step.
         lr: Base learning rate, multiplied by `batch_size / 256`; None takes 2.5 for SGD, 0.5 for
             SGD without warm-up, and 0.001 for AdamW.
-        weight_decay: For everything that is trained except the head's bias.
+        weight_decay: Weight decay of all trained parameters except the head's bias.
         opt: "sgd" (momentum, no Nesterov) or "adamw".
-        momentum: Of SGD; AdamW has its own betas.
-        warmup_epochs: Epochs of linear warm-up from 0; None takes a tenth of `epochs`, none of less
-            than ten.
-        amp_dtype: "float32", "bfloat16" or "float16": the type that torch.autocast computes in.
-        seed: Of initial values, the order of the images, augmentation and dropout.
-        schedule: "epoch", the learning rate changes after each epoch as published, or "step".
-        accumulation: Parts that a batch is computed in, one after another; the step is the whole
-            batch's, with less memory.
+        momentum: Momentum of SGD; AdamW has its own betas.
+        warmup_epochs: Epochs of linear warm-up from 0; None takes a tenth of `epochs`, rounded
+            down.
+        amp_dtype: Dtype of torch.autocast: "float32", "bfloat16" or "float16".
+        seed: Seed of initial values, the order of the images, augmentation and dropout.
+        schedule: When the learning rate changes: after each "epoch", as published, or each "step".
+        accumulation: Number of parts that a batch is computed in, one after another, to save
+            memory; the step is that of the whole batch.
 
     Raises:
         ValueError: If a value is out of range.
@@ -96,7 +96,7 @@ class Recipe:
 
     @property
     def base_lr(self) -> float:
-        """The base learning rate, before it is scaled by the batch size."""
+        """Base learning rate, before it is scaled by the batch size."""
         if self.lr is not None:
             return self.lr
         return (
@@ -105,26 +105,26 @@ class Recipe:
 
     @property
     def warmup(self) -> int:
-        """The number of warm-up epochs."""
+        """Number of warm-up epochs."""
         return self.epochs // 10 if self.warmup_epochs is None else self.warmup_epochs
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate that warm-up leads to: `lr * batch_size / 256`."""
+        """Learning rate after warm-up: `lr * batch_size / 256`."""
         return self.base_lr * self.batch_size / 256
 
     @property
     def autocast_dtype(self) -> torch.dtype:
-        """The torch dtype that `amp_dtype` names."""
+        """torch dtype that `amp_dtype` names."""
         return AMP_DTYPES[self.amp_dtype]
 
 
 def resolve_amp_dtype(name: str, device: torch.device) -> str:
-    """Returns one of `AMP_DTYPES`; of "auto" bfloat16 on a GPU that has it, else float32.
+    """Return one of `AMP_DTYPES`; for "auto" bfloat16 on a GPU that has it, else float32.
 
     Args:
-        name: As `Recipe.amp_dtype`, or "auto".
-        device: Where the model is trained.
+        name: One of `AMP_DTYPES`, or "auto".
+        device: Device that the model is trained on.
     """
     if name != AUTO:
         return name
@@ -134,7 +134,7 @@ def resolve_amp_dtype(name: str, device: torch.device) -> str:
 
 
 def head_layers(model: nn.Module) -> list[nn.Linear]:
-    """Returns the linear layers of a timm model's classifier (two for a distilled DeiT).
+    """Return the linear layers of a timm model's classifier (two for a distilled DeiT).
 
     Raises:
         ValueError: If the model has no classifier.
@@ -153,11 +153,11 @@ def head_layers(model: nn.Module) -> list[nn.Linear]:
 
 @torch.no_grad()
 def init_head(model: nn.Module) -> None:
-    """Sets the head as the papers do: Kaiming-normal weight (fan-out), every bias -4.595.
+    """Initialise the head as the papers do: Kaiming-normal weight (fan-out), every bias -4.595.
 
     Args:
-        model: A timm model with a linear classifier; changed in place, from torch's global
-            random numbers.
+        model: timm model with a linear classifier; changed in place, from torch's global random
+            numbers.
 
     Raises:
         ValueError: If the model has no classifier.
@@ -169,10 +169,11 @@ def init_head(model: nn.Module) -> None:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Builds the recipe's optimizer over what `model` trains, with timm's factory.
+    """Build the recipe's optimizer over the trained parameters, with timm's factory.
 
-    Prompts decay as the head's weight does; the head's bias does not, and of AdamW, which baselines
-    take that train biases of the backbone too, none does (Visual Prompt Tuning, its program).
+    Prompts decay as the head's weight does; the head's bias does not. With AdamW, which baselines
+    use that train biases of the backbone too, no bias decays (as in the program of Visual Prompt
+    Tuning).
 
     Raises:
         ValueError: If nothing in the model is trainable.
@@ -200,16 +201,16 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def make_scheduler(
     optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int = 1
 ) -> CosineLRScheduler:
-    """Builds the recipe's schedule: linear warm-up from 0, then cosine to 0.
+    """Build the recipe's schedule: linear warm-up from 0, then cosine to 0.
 
     By epoch, call `scheduler.step(epoch)` after each epoch, counted from 1: with warm-up, the first
     one has learning rate 0. By step, call `scheduler.step_update(step)` after each step, counted
     from 1.
 
     Args:
-        optimizer: Whose learning rate it sets.
-        recipe: Epochs, warm-up and schedule.
-        steps: Of an epoch; used by a schedule by step.
+        optimizer: Optimizer whose learning rate is scheduled.
+        recipe: Recipe with epochs, warm-up and schedule.
+        steps: Number of steps of an epoch; used by a schedule by step.
     """
     unit = steps if recipe.schedule == "step" else 1
     return CosineLRScheduler(

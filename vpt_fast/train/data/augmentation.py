@@ -1,22 +1,22 @@
-"""What happens to training images at random."""
+"""Random augmentation of training images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 CROPS = ("scaled", "plain")
-"""scaled: a part of the area, resized (timm's); plain: the model's size, out of the image as it is
-resized for evaluation (the papers' runs on FGVC)."""
+"""scaled: a random part of the area, resized (timm's); plain: a crop of the model's size from the
+image as it is resized for evaluation (the papers' runs on FGVC)."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to training images.
+    """Random augmentation of training images.
 
     Attributes:
-        scale: Smallest and largest part of the area that a random crop keeps; of scaled crops.
+        scale: Smallest and largest part of the area in a scaled crop.
         hflip: Probability of a horizontal flip.
-        no_aug: Only resize and crop the centre.
+        no_aug: Whether to resize and crop the centre only.
         crops: One of `CROPS`.
 
     Raises:

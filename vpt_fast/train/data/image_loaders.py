@@ -1,4 +1,4 @@
-"""From the splits of a data set to batches: transforms, workers, and what is kept in memory."""
+"""From the splits of a data set to batches: transforms, workers and caching in memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vpt_fast.train.data.random_crops import RandomCrops
 from vpt_fast.train.data.split import Split, SplitImages
 
 CACHES = ("auto", "memory", "stream")
-"""Where training and validation images come from: auto keeps up to 1 GiB of each in memory."""
+"""Where decoded training and validation images live: auto caches up to 1 GiB of each split."""
 
 
 def set_data_config(net: nn.Module, options: ImageOptions) -> dict[str, Any]:
-    """The model's data configuration with the options; the model gets it too, for adapters.
+    """Return the model's data configuration with the options, and set it in the model for adapters.
 
     Args:
-        net: A timm model; its `pretrained_cfg` is replaced.
+        net: timm model; its `pretrained_cfg` is replaced.
         options: How images are resized and normalised.
     """
     config = backbones.data_config_of(net)
@@ -47,7 +47,16 @@ def folder_loader(
     shuffle: bool = False,
     seed: int = 0,
 ) -> DataLoader:
-    """Returns a loader for images on disk; `workers` None takes 0 on the CPU, up to 4 on a GPU."""
+    """Return a loader of images on disk.
+
+    Args:
+        dataset: Dataset of (image, label) or SkippedImage.
+        batch_size: Images per batch.
+        device: Device that the batches are for.
+        workers: Number of processes that load images; None takes 0 for the CPU, up to 4 for a GPU.
+        shuffle: Whether the images are in a new order in every epoch.
+        seed: Seed of the order.
+    """
     if workers is None:
         workers = 0 if device.type == "cpu" else min(4, os.cpu_count() or 1)
     return data.make_loader(
@@ -62,17 +71,18 @@ def folder_loader(
 
 @dataclass(frozen=True)
 class Loading:
-    """How the images of a data set become batches.
+    """Settings of loaders: transforms, workers and caching.
 
     Attributes:
-        config: Of `set_data_config`.
-        augmentation: Of training images.
-        device: Where images that are kept are kept.
-        workers: Processes that load images, or threads that decode those that are kept.
+        config: Data configuration that `set_data_config` returned.
+        augmentation: Augmentation of training images.
+        device: Device that cached images are stored on.
+        workers: Number of processes that load images, or of threads that decode cached ones.
         cache: One of `CACHES`.
 
     Raises:
-        ValueError: If `cache` is unknown or cannot be had, or `workers` is negative.
+        ValueError: If `cache` is unknown or does not fit the augmentation, or `workers` is
+            negative.
     """
 
     config: dict[str, Any]
@@ -89,7 +99,7 @@ class Loading:
     def images(
         self, split: Split, class_names: Sequence[str], training: bool = False
     ) -> SplitImages:
-        """The split with its transform: random ones if `training`, unless they are switched off."""
+        """Return the split with its transform, random if `training` and augmentation is on."""
         transform = self._training() if training else data.eval_transform(self.config)
         return SplitImages(split, transform, class_names, **reading(self.config))
 
@@ -100,22 +110,22 @@ class Loading:
         batch_size: int,
         *,
         training: bool = False,
-        keep: bool = True,
+        may_cache: bool = True,
         seed: int = 0,
     ) -> Any:
-        """A loader of `data.Batch`.
+        """Return a loader of `data.Batch`.
 
         Args:
-            split: Of a source.
-            class_names: In the order of the labels.
+            split: Split of a source.
+            class_names: Names of the classes, in the order of the labels.
             batch_size: Images per batch.
             training: Whether images are shuffled and augmented.
-            keep: Whether they may be kept in memory.
-            seed: Of their order and augmentation.
+            may_cache: Whether images may be cached in memory.
+            seed: Seed of the order and the augmentation.
         """
         images = self.images(split, class_names, training)
         crops = self._crops() if training else None
-        if keep and self._keeps(images, crops, training):
+        if may_cache and self._caches(images, crops, training):
             return MemoryLoader(
                 images,
                 batch_size,
@@ -150,7 +160,7 @@ class Loading:
             return None
         return RandomCrops(self.augmentation.scale, self.augmentation.hflip)
 
-    def _keeps(self, images: SplitImages, crops: RandomCrops | None, training: bool) -> bool:
+    def _caches(self, images: SplitImages, crops: RandomCrops | None, training: bool) -> bool:
         if training and self._crops_plainly():
             return False
         if self.cache != "auto":
@@ -160,7 +170,7 @@ class Loading:
 
 
 def check_loading(workers: int | None, cache: str) -> None:
-    """Raises ValueError if `workers` is negative or `cache` is none of `CACHES`."""
+    """Raise ValueError if `workers` is negative or `cache` is none of `CACHES`."""
     if workers is not None and workers < 0:
         raise ValueError(f"workers is {workers}; it must be at least 0")
     if cache not in CACHES:

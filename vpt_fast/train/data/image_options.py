@@ -1,4 +1,4 @@
-"""How images are resized and normalised where that should not be the model's own way."""
+"""Resizing and normalisation of images, where they differ from the model's own."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ NORMALISATIONS = {
     "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-"""Means and standard deviations of the channels, of images in [0, 1]."""
+"""Means and standard deviations of the channels of images in [0, 1]."""
 RESIZES: dict[str, dict[str, Any]] = {
     "model": {},
     "squash": {"crop_mode": "squash", "crop_pct": 1.0},
     "crop": {"crop_mode": "center", "crop_pct": 224 / 256},
 }
-"""squash: both sides to the model's size, as the papers do for VTAB-1k; crop: the shorter side to
-256 / 224 of it, and the centre crop, as they do for FGVC. In terms of timm's data configuration."""
+"""Changes to timm's data configuration. squash: both sides to the model's size, as in the papers
+for VTAB-1k; crop: the shorter side to 256 / 224 of it and the centre crop, as for FGVC."""
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How images become a model's inputs; the defaults are the model's own.
+    """Resizing and normalisation of images; the defaults are the model's own.
 
     Attributes:
-        interpolation: Of resizing: one of `INTERPOLATIONS`.
-        antialias: Whether resizing averages over what a smaller image cannot show, as Pillow
-            always does. Off resizes tensors, as torchvision does with antialias=False.
-        normalisation: imagenet: its mean and standard deviation; inception: from -1 to 1; none:
-            from 0 to 1.
+        interpolation: Interpolation of resizing, one of `INTERPOLATIONS`.
+        antialias: Whether resizing filters with antialiasing, as Pillow always does. Off resizes
+            tensors, as torchvision does with antialias=False.
+        normalisation: One of `NORMALISATIONS`: imagenet, its mean and standard deviation;
+            inception, from -1 to 1; none, from 0 to 1.
         resize: One of `RESIZES`.
-        exif: Whether images are turned as their EXIF orientation says. Off takes them as they are
+        exif: Whether images are rotated as their EXIF orientation says. Off takes them as they are
             stored, as timm does.
 
     Raises:
@@ -73,10 +73,10 @@ class ImageOptions:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
 
     def changes(self, data_config: Mapping[str, Any]) -> dict[str, Any]:
-        """What a model's data configuration has to be changed to.
+        """Return the entries of a model's data configuration that change.
 
         Args:
-            data_config: Of timm.data.resolve_model_data_config.
+            data_config: Data configuration that timm.data.resolve_model_data_config returns.
 
         Raises:
             ValueError: If ImageNet's normalisation is asked for a model without three channels.
@@ -92,14 +92,14 @@ class ImageOptions:
                     f"normalisation 'imagenet' is for 3 channels and the model takes {channels}; "
                     "choose model, inception or none"
                 )
-            # The others are the same in each channel.
+            # The other normalisations are equal in all channels.
             pairs = values if channels == 3 else [v[:1] * channels for v in values]
             changed["mean"], changed["std"] = pairs
         return changed
 
 
 def without_antialias(pipeline: transforms.Compose) -> transforms.Compose:
-    """A pipeline of timm's that resizes tensors, without antialiasing, in place of images.
+    """Return a timm pipeline that resizes tensors, without antialiasing, instead of images.
 
     Raises:
         ValueError: If the pipeline has a step, or the model an interpolation, for which PyTorch
@@ -107,7 +107,7 @@ def without_antialias(pipeline: transforms.Compose) -> transforms.Compose:
     """
     resizing = [s for s in pipeline.transforms if hasattr(s, "interpolation")]
     if any(s.interpolation == transforms.InterpolationMode.NEAREST for s in resizing):
-        return pipeline  # it takes one pixel, of images and of tensors
+        return pipeline  # nearest takes one pixel either way
     steps: list[Any] = [transforms.PILToTensor()]
     for step in pipeline.transforms:
         if hasattr(step, "interpolation") and str(step.interpolation) not in _TENSOR_MODES:
@@ -133,7 +133,7 @@ _TENSOR_MODES = [str(str_to_interp_mode(name)) for name in ("bilinear", "bicubic
 
 
 def to_uint8(pipeline: transforms.Compose) -> transforms.Compose:
-    """A pipeline without its normalisation: from a PIL image to (C, H, W), uint8."""
+    """Return the pipeline without normalisation: from a PIL image to (C, H, W), uint8."""
     last = (MaybeToTensor, transforms.ConvertImageDtype, transforms.Normalize)
     steps = [step for step in pipeline.transforms if not isinstance(step, last)]
     if not any(isinstance(step, transforms.PILToTensor) for step in steps):

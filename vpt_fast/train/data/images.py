@@ -16,26 +16,26 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from torchvision import transforms
 
 from vpt_fast.train.common.parallel import PartOfBatches
-from vpt_fast.train.data import class_folders
+from vpt_fast.train.data.formats import class_folders
 from vpt_fast.train.data.image_options import without_antialias
 from vpt_fast.train.data.pictures import FORMATS, as_picture, load_image
 from vpt_fast.train.data.seeded_images import SeededBatches, SeededImages
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
-# The folder names that are looked for, in this order, for each part of a data set.
+# Folder names that are looked for, in this order, for each split.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 
 class SkippedImage(NamedTuple):
-    """An image that could not be decoded, and why."""
+    """Image that could not be decoded, and the reason."""
 
     path: str
     reason: str
 
 
 class Batch(NamedTuple):
-    """What the loaders yield: images (B, C, H, W) float, labels (B,) int64, skipped files."""
+    """Batch of the loaders: images (B, C, H, W) float, labels (B,) int64, skipped files."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -43,21 +43,22 @@ class Batch(NamedTuple):
 
 
 class ImageFolders(Dataset):
-    """`root/<class>/*` with a class order from outside and with undecodable files reported.
+    """Dataset of `root/<class>/*` with a given class order that reports undecodable files.
 
     Items are (image, label), or a SkippedImage for a file that cannot be decoded.
 
     Attributes:
-        classes: In the order of the labels.
-        samples: Path and label of each image, by folder and then by path.
-        warnings: What else lies there and is not read.
+        classes: Names of the classes, in the order of the labels.
+        samples: Path and label of each image, sorted by folder and then by path.
+        warnings: Messages about files that are not read.
 
     Args:
-        root: The folder that holds one folder per class; hidden folders are no classes.
-        transform: From a PIL image to a tensor (C, H, W).
-        class_names: The classes and their order. None takes the folder names, sorted.
-        channels: 3 for RGB, 1 for grey.
-        exif: Whether images are turned as their EXIF orientation says.
+        root: Folder with one folder per class; hidden folders are no classes.
+        transform: Function from a PIL image to a tensor (C, H, W).
+        class_names: Names of the classes in the order of the labels; None takes the folder names,
+            sorted.
+        channels: Number of channels: 3 for RGB, 1 for grey.
+        exif: Whether images are rotated as their EXIF orientation says.
 
     Raises:
         FileNotFoundError: If `root` is missing, or holds no image.
@@ -151,12 +152,12 @@ class ImageFolders(Dataset):
 
 
 class ArrayImages(Dataset):
-    """Images in memory, transformed once; for transforms without randomness.
+    """Dataset of images in memory, transformed once; for transforms without randomness.
 
     Args:
         images: (n, H, W) or (n, H, W, 3), uint8.
         labels: (n,) integers.
-        transform: From an RGB PIL image to a tensor (C, H, W).
+        transform: Function from an RGB PIL image to a tensor (C, H, W).
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Transform) -> None:
@@ -172,16 +173,16 @@ class ArrayImages(Dataset):
 
 
 def find_split(directory: str | Path, split: str) -> Path | None:
-    """Returns the folder of "train", "val" or "test" in `directory`, or None.
+    """Return the folder of "train", "val" or "test" in `directory`, or None.
 
-    `validation` and `valid` are taken for `val`.
+    Folders `validation` and `valid` count as `val`.
     """
     folders = (Path(directory) / name for name in SPLITS[split])
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def require_split(directory: str | Path, split: str) -> Path:
-    """Returns the folder of a split that has to be there.
+    """Return the folder of a split that is required.
 
     Raises:
         FileNotFoundError: If `directory` or the split's folder is missing.
@@ -204,17 +205,17 @@ def train_transform(
     hflip: float = 0.5,
     no_aug: bool = False,
 ) -> Transform:
-    """timm's training transform; by default close to the papers' for natural images.
+    """Return timm's training transform; by default close to the papers' for natural images.
 
     The papers resize to 256, crop 224 x 224 at random (0.77 of the area) and flip. Here timm
     crops `scale` of the area at random, resizes and flips; colours stay.
 
     Args:
-        data_config: Of timm.data.resolve_model_data_config. With "antialias": False, tensors are
-            resized; see `ImageOptions`.
+        data_config: Data configuration that timm.data.resolve_model_data_config returns. With
+            "antialias": False, tensors are resized; see `ImageOptions`.
         scale: Smallest and largest part of the image's area that is cropped.
-        hflip: Probability of a horizontal flip; 0 for images whose sides matter, such as text.
-        no_aug: Only resize and crop the centre.
+        hflip: Probability of a horizontal flip; 0 for images that a flip changes, such as text.
+        no_aug: Whether to resize and crop the centre only.
     """
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     config = {key: data_config[key] for key in keys if key in data_config}
@@ -223,7 +224,7 @@ def train_transform(
 
 
 def eval_transform(data_config: Mapping[str, Any]) -> Transform:
-    """timm's evaluation transform for `data_config` (resize, centre crop, normalise).
+    """Return timm's evaluation transform for `data_config` (resize, centre crop, normalise).
 
     With "antialias": False in `data_config`, tensors are resized; see `ImageOptions`.
     """
@@ -233,10 +234,10 @@ def eval_transform(data_config: Mapping[str, Any]) -> Transform:
 
 
 def plain_crops(data_config: dict[str, Any], hflip: float = 0.5) -> Transform:
-    """Random crops of the model's size out of images that are resized as for evaluation, and flips.
+    """Return a transform that resizes as for evaluation, then crops the model's size and flips.
 
     Args:
-        data_config: As `train_transform` takes it.
+        data_config: Data configuration, as `train_transform` takes it.
         hflip: Probability of a horizontal flip.
     """
     pipeline: Any = eval_transform(data_config)
@@ -270,7 +271,7 @@ def _ignore_interrupt(_worker: int) -> None:
 def batch_sampler(
     dataset: Dataset, batch_size: int, shuffle: bool, generator: torch.Generator
 ) -> PartOfBatches:
-    """This process's part of every batch, as indices, in a new order each epoch if `shuffle`."""
+    """Return a sampler of this process's part of every batch, reordered each epoch if `shuffle`."""
     images: Any = dataset
     order = RandomSampler(images, generator=generator) if shuffle else SequentialSampler(images)
     return PartOfBatches(BatchSampler(order, batch_size, drop_last=False))
@@ -285,17 +286,18 @@ def make_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Builds a loader of `Batch`.
+    """Build a loader of `Batch`.
 
     Args:
-        dataset: Of (image, label) or SkippedImage.
-        batch_size: Images per batch, of all processes together (see `parallel`); the last batch
-            may be smaller.
-        shuffle: A new order in every epoch, from `seed`, and for every image random numbers of its
-            own (see `SeededImages`): what is drawn does not depend on `workers`.
-        seed: Of the order and of the images' random numbers.
-        workers: Processes that load images; 0 loads them in this one.
-        pin_memory: For faster copies to a GPU.
+        dataset: Dataset of (image, label) or SkippedImage.
+        batch_size: Images per batch, over all processes (see `parallel`); the last batch may be
+            smaller.
+        shuffle: Whether images are in a new order in every epoch, from `seed`, and each image is
+            drawn with random numbers of its own (see `SeededImages`), so that results do not
+            depend on `workers`.
+        seed: Seed of the order and of the images' random numbers.
+        workers: Number of processes that load images; 0 loads them in this one.
+        pin_memory: Whether batches are in pinned memory, for faster copies to a GPU.
 
     Raises:
         ValueError: If `workers` is negative.

@@ -1,4 +1,4 @@
-"""Small sets of images, decoded once and kept as uint8 on the device that trains."""
+"""Small sets of images, decoded once and cached as uint8 on the device that trains."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from vpt_fast.train.data.random_crops import (
 from vpt_fast.train.data.split import SplitImages
 
 LIMIT = 2**30
-"""Bytes that a set may take to be kept in memory where nothing else is asked for."""
+"""Largest number of bytes that a set may take in memory with the cache "auto"."""
 
 
 class MemoryLoader:
-    """Batches of images in memory, as `make_loader` yields them, in the same order.
+    """Loader of images in memory, with the batches and the order of `make_loader`.
 
-    Without `crops` the images are those of the data set's transform to the bit. With `crops` they
-    are cropped, resized and flipped anew in every epoch on the device, each image in its own way.
-    For that they are kept in their own size where all have the same and it is small, else resized
-    once to `stored_side`. All random numbers come from `generator`, and those of an image do not
-    depend on the number of processes.
+    Without `crops` the images equal those of the data set's transform bit for bit. With `crops`
+    each image is cropped, resized and flipped on the device, differently in every epoch. For that
+    images are stored in their own size if all sizes are equal and small, else they are resized once
+    to `stored_size`. All random numbers come from `generator`, and those of an image do not depend
+    on the number of processes.
 
     Args:
-        dataset: Of a split, with a pipeline of `train_transform` or `eval_transform`.
-        batch_size: Images per batch, of all processes together.
-        crops: None if the data set's transform has no randomness; else what it does at random.
-        shuffle: A new order in every epoch, from `seed`.
-        seed: Of the order, crops and flips.
-        device: Where images are kept and batches are made; labels stay on the CPU.
-        threads: That decode; None takes up to 8.
+        dataset: Images of a split, with a pipeline of `train_transform` or `eval_transform`.
+        batch_size: Images per batch, over all processes.
+        crops: Random part of the data set's transform, or None if there is none.
+        shuffle: Whether images are in a new order in every epoch, from `seed`.
+        seed: Seed of the order, crops and flips.
+        device: Device of the stored images and the batches; labels stay on the CPU.
+        threads: Number of threads that decode; None takes up to 8.
 
     Raises:
         ValueError: If the pipeline resizes as `random_crops` cannot, or `threads` is not positive.
@@ -74,7 +74,7 @@ class MemoryLoader:
         steps = pipeline_of(dataset)
         self.antialias = not isinstance(steps[0], transforms.PILToTensor)
         normalise = next(s for s in steps if isinstance(s, transforms.Normalize))
-        # torchvision's own normalisation makes a GPU wait for a check of these.
+        # torchvision's own normalisation synchronises with a GPU to check these.
         self.mean, self.std = (
             torch.as_tensor(values, dtype=torch.float32, device=self.device)[:, None, None]
             for values in (normalise.mean, normalise.std)
@@ -90,7 +90,7 @@ class MemoryLoader:
         self.images = self._decoded(threads or min(8, os.cpu_count() or 1))
 
     def view(self, count: int, batch_size: int, *, shuffle: bool, seed: int = 0) -> MemoryLoader:
-        """A loader of the first `count` images, which are not decoded or copied again."""
+        """Return a loader of the first `count` images, which are not decoded or copied again."""
         if not 0 < count <= len(self.dataset):
             raise ValueError(f"count is {count}; it must be from 1 to {len(self.dataset)}")
         view = copy.copy(self)
@@ -104,11 +104,11 @@ class MemoryLoader:
 
     @property
     def nbytes(self) -> int:
-        """Of the images in memory."""
+        """Bytes of the images in memory."""
         return self.images.nbytes
 
     def __iter__(self) -> Iterator[Batch]:
-        # DataLoader draws a number here as well, so that orders are the same.
+        # DataLoader draws a number here as well; without it the orders would differ.
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
         drawn = None
         if self.crops is not None:
@@ -138,7 +138,7 @@ class MemoryLoader:
         return Batch(images, self.labels[rows], skipped)
 
     def _decoded(self, threads: int) -> Tensor:
-        """Decodes all images, and notes their sizes and those that cannot be."""
+        """Decode all images, and record their sizes and the undecodable ones."""
         prepare = self._resized if self.crops is None else self._shrunk
         with ThreadPoolExecutor(threads) as pool:
             found = list(pool.map(prepare, range(len(self.dataset))))
@@ -168,7 +168,7 @@ class MemoryLoader:
         return to_uint8(self.dataset.transform)(image)
 
     def _shrunk(self, index: int) -> Tensor | SkippedImage:
-        """An image, resized if it is larger than it is worth."""
+        """Return an image, resized if it has more pixels than `stored_size`."""
         image = self._load(index)
         if isinstance(image, SkippedImage):
             return image
@@ -191,26 +191,26 @@ class MemoryLoader:
 
 
 def pipeline_of(dataset: SplitImages) -> list[Any]:
-    """The steps of the data set's transform."""
+    """Return the steps of the data set's transform."""
     return list(getattr(dataset.transform, "transforms", []))
 
 
 def crop_step(dataset: SplitImages) -> Any:
-    """The step of the pipeline that crops at random."""
+    """Return the step of the pipeline that crops at random."""
     return next(step for step in pipeline_of(dataset) if hasattr(step, "scale"))
 
 
 def can_crop(dataset: SplitImages) -> bool:
-    """Whether the pipeline's random crops can be made in memory."""
+    """Return whether the pipeline's random crops can be computed from cached images."""
     known = [str_to_interp_mode(name) for name in INTERPOLATIONS]
     return crop_step(dataset).interpolation in known
 
 
 def stored_size(dataset: SplitImages, crops: RandomCrops | None) -> tuple[int, int]:
-    """Height and width that images of different sizes are kept in, in pixels.
+    """Return the height and width in pixels that images of different sizes are stored in.
 
-    With random crops that is where the smallest crop still has as many pixels as the result, but
-    no more than twice its sides.
+    With random crops the smallest crop still has as many pixels as the result, but sides are at
+    most twice those of the result.
     """
     size = dataset_size(dataset)
     if crops is None:
@@ -220,13 +220,13 @@ def stored_size(dataset: SplitImages, crops: RandomCrops | None) -> tuple[int, i
 
 
 def dataset_size(dataset: SplitImages) -> tuple[int, int]:
-    """Height and width of the images that the pipeline makes, in pixels."""
+    """Return the height and width in pixels of the images that the pipeline yields."""
     sized = [step for step in pipeline_of(dataset) if hasattr(step, "size")]
     size = sized[-1].size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def bytes_in_memory(dataset: SplitImages, crops: RandomCrops | None) -> int:
-    """What a `MemoryLoader` keeps at most, before it is there."""
+    """Return the largest number of bytes that a `MemoryLoader` of the data set would store."""
     height, width = stored_size(dataset, crops)
     return len(dataset) * dataset.channels * height * width

@@ -1,4 +1,4 @@
-"""Images that are in a data set more than once, found by their files and not by their names."""
+"""Duplicate images in a data set, found by the content of their files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from vpt_fast.train.data.split import Split, some
 
 _HEAD = 2**16
-"""Bytes that are compared first; most images that differ do so there."""
+"""Number of bytes that are compared first; most different images differ there."""
 
 
 def overlap_warnings(splits: Mapping[str, Split], class_names: Sequence[str]) -> list[str]:
-    """A line for each two splits that share images, and for images that are listed twice.
+    """Return a line for each pair of splits that share images, and for images listed twice.
 
-    Files are the same if they are one file on disk, or have the same content. What is no file, such
-    as a row of a table, goes by its name.
+    Files are equal if they are one file on disk, or have the same content. Rows of a table, which
+    are no files, are compared by name.
     """
     names = [name for split in splits.values() for name in split.names]
     keys = iter(_identities(names))
@@ -54,13 +54,13 @@ def overlap_warnings(splits: Mapping[str, Split], class_names: Sequence[str]) ->
 
 
 def _identities(names: Sequence[str]) -> list[Hashable]:
-    """For each name what its file is known by; contents are read only where sizes are equal."""
+    """Return an identity of each name's file; contents are read only where sizes are equal."""
     files: dict[str, Hashable] = {}
     sizes: dict[int, dict[Hashable, str]] = defaultdict(dict)
     for name in dict.fromkeys(names):
         try:
             status = os.stat(name)
-        except (OSError, ValueError):  # it is not there, or a name that no file can have
+        except (OSError, ValueError):  # a missing file, or a name that no file can have
             files[name] = name
             continue
         files[name] = (status.st_dev, status.st_ino)
@@ -77,12 +77,12 @@ def _identities(names: Sequence[str]) -> list[Hashable]:
 
 
 def _alike(files: dict[Hashable, str], length: int) -> list[dict[Hashable, str]]:
-    """Those of the files that begin with the same `length` bytes, in groups."""
+    """Return groups of files that begin with the same `length` bytes."""
     found: dict[bytes, dict[Hashable, str]] = defaultdict(dict)
     for key, name in files.items() if len(files) > 1 else ():
         try:
             with open(name, "rb") as file:
                 found[hashlib.sha256(file.read(length)).digest()][key] = name
-        except OSError:  # whoever decodes it will say so
+        except OSError:  # decoding it will report the error
             continue
     return [group for group in found.values() if len(group) > 1]

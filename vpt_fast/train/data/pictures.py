@@ -1,4 +1,4 @@
-"""From an image file to 8-bit RGB or grey: one rule for all that reads images."""
+"""From an image file to 8-bit RGB or grey, by one rule for all commands."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _FORMATS = (
     *("PSD", "QOI", "SGI", "PCX", "DDS"),
 )
 FORMATS = tuple(name for name in _FORMATS if name in Image.registered_extensions().values())
-"""Pillow's names of what is read; AVIF where Pillow was built with it. Of several frames the
-first is taken. Pillow knows more, but some of it starts other programs, some is no picture, and the
-images in icons may be larger than the file says at first."""
+"""Pillow's names of the formats that are read; AVIF where Pillow was built with it. The first of
+several frames is taken. Pillow reads more formats, but some start other programs, some are no
+pictures, and images in icons may be larger than the file's header says."""
 EXTENSIONS = frozenset(
     extension
     for extension, name in Image.registered_extensions().items()
     if name in FORMATS or name == "MPO"  # of which Pillow's JPEG reader takes the first frame
 )
-"""Ends of the names of files that are read, in small letters."""
+"""Extensions of files that are read, in lower case."""
 
 MAX_ASPECT = 64
-"""Longer side by shorter. The shorter one is resized to the model's, so a line of pixels that a
-file says little about would become an image that fills the memory."""
+"""Largest ratio of the longer side to the shorter one. The shorter side is resized to the model's,
+so that a small file with a line of pixels would become an image that fills the memory."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,32 +51,32 @@ def load_image(
     name: str | None = None,
     formats: tuple[str, ...] = FORMATS,
 ) -> Image.Image:
-    """Decodes a whole image file; see `as_picture`.
+    """Decode a whole image file; see `as_picture`.
 
     Args:
-        path: Of the file, or an open binary file, read from where it stands.
-        channels: 3 for RGB, 1 for grey.
-        exif: Whether the image is turned as its EXIF orientation says.
-        name: What errors call the file; None takes `path`.
-        formats: Pillow's names of those that are decoded.
+        path: Path of the file, or an open binary file, read from its position.
+        channels: Number of channels: 3 for RGB, 1 for grey.
+        exif: Whether the image is rotated as its EXIF orientation says.
+        name: Name of the file in errors; None takes `path`.
+        formats: Pillow's names of the formats that are decoded.
 
     Raises:
-        ValueError: If the file cannot be decoded, naming it and the reason. Nothing else is raised,
-            whatever is in the file.
+        ValueError: If the file cannot be decoded, naming it and the reason. No other error is
+            raised, whatever the file holds.
     """
     with naming(str(name or path)):
         if isinstance(path, (str, Path)):
             _check_regular(path)
-            # Of a path Pillow maps some files into memory, and then leaves TIFF as it is stored.
+            # Given a path, Pillow maps some files into memory and then leaves TIFF as it is stored.
             with open(path, "rb") as file:
                 return _decoded(file, channels, exif, formats)
         return _decoded(path, channels, exif, formats)
 
 
 def reading(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments `channels` and `exif` of `load_image` that a model's input configuration means.
+    """Return the arguments `channels` and `exif` of `load_image` for an input configuration.
 
-    Adapters that do not say whether images were turned are of a time when none were.
+    Adapters without "exif_transpose" are from versions that did not rotate images.
 
     Raises:
         ValueError: If "exif_transpose" is no boolean.
@@ -88,13 +88,14 @@ def reading(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_picture(image: Image.Image, channels: int = 3, exif: bool = True) -> Image.Image:
-    """An image of any of Pillow's modes as 8-bit RGB or grey.
+    """Return an image of any of Pillow's modes as 8-bit RGB or grey.
 
-    16 bits are cut to the upper 8, and what is transparent is put onto white. Where EXIF cannot be
-    read, the image stays as it is stored.
+    Of 16 bits the upper 8 are taken, and transparent pixels are composited onto white. Where EXIF
+    cannot be read, the image stays as it is stored.
 
     Raises:
-        ValueError: If no value of its pixels is defined to be white, or it is long and thin.
+        ValueError: If its pixels have no value that means white, or its sides differ by more than
+            `MAX_ASPECT`.
     """
     image.load()
     check_shape(image.size)
@@ -107,18 +108,18 @@ def as_picture(image: Image.Image, channels: int = 3, exif: bool = True) -> Imag
     elif image.has_transparency_data:
         clear = image.info.get("transparency")
         if isinstance(clear, tuple) and max(clear) > 255:
-            # Of 16 bits, where Pillow keeps the pixels' upper 8 only.
+            # A 16-bit value, where Pillow has only the upper 8 bits of the pixels.
             image.info["transparency"] = tuple(value >> 8 for value in clear)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode != "L":
-        image = image.convert("RGB")  # on the way to grey too, which some modes have no way to
+        image = image.convert("RGB")  # some modes convert to grey only by way of RGB
     image = image.convert("L" if channels == 1 else "RGB")
     return image if turn is None else image.transpose(turn)
 
 
 def check_shape(size: tuple[int, int]) -> None:
-    """Raises ValueError if an image of that width and height is longer than `MAX_ASPECT`."""
+    """Raise ValueError if the sides of an image differ by more than a factor `MAX_ASPECT`."""
     width, height = size
     if max(size) > MAX_ASPECT * min(size):
         raise ValueError(
@@ -129,7 +130,7 @@ def check_shape(size: tuple[int, int]) -> None:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Inside, every error becomes a ValueError that says that `name` cannot be decoded, and why."""
+    """Turn every error into a ValueError that says that `name` cannot be decoded, and why."""
     try:
         yield
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
@@ -148,7 +149,7 @@ def _decoded(file: IO[bytes], channels: int, exif: bool, formats: tuple[str, ...
 
 
 def _check_regular(path: str | Path) -> None:
-    """Refuses what may be waited for without end, before it is opened."""
+    """Raise ValueError for a pipe or device, on which opening could block for ever."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -158,12 +159,12 @@ def _check_regular(path: str | Path) -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as many as decoders raise; the pixels are whole nevertheless
+    except Exception:  # damaged EXIF raises nearly anything, but the pixels are intact
         return 1
 
 
 def _upper_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, or of the 12 that TIFF has too."""
+    """Return the upper 8 bits of a grey image of 16 bits, or of 12 as in some TIFF files."""
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
     bits = tags.get(258, (16,))[0]  # BitsPerSample
     values = np.asarray(image)

@@ -1,8 +1,8 @@
-"""Random crops of a whole batch on its device: resizing as two products with sparse matrices.
+"""Random crops of a whole batch on its device: resizing as two matrix products.
 
-A crop that is resized is W_y X W_x^T, with a row of W for each row (column) of the result, which
-holds the weights of the resampling filter. With antialiasing that is what Pillow computes
-(its filter is as wide as the reduction), up to its rounding; without, what PyTorch does.
+A resized crop is W_y X W_x^T, where each row of W holds the weights of the resampling filter for a
+row (column) of the result. With antialiasing this equals Pillow's result (its filter is as wide as
+the reduction) up to rounding; without, PyTorch's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-"""What crops can be resized with here."""
-# Of timm's and torchvision's crops.
+"""Interpolations that crops can be resized with."""
+# As in timm's and torchvision's crops.
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
 
@@ -30,10 +30,10 @@ class Crops(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """timm's random crops and flips, drawn for many images at once.
+    """Random crops and flips of timm, drawn for many images at once.
 
     Attributes:
-        scale: Smallest and largest part of the area that a crop keeps.
+        scale: Smallest and largest part of the area in a crop.
         hflip: Probability of a horizontal flip.
     """
 
@@ -41,11 +41,11 @@ class RandomCrops:
     hflip: float
 
     def draw(self, sizes: Tensor, generator: torch.Generator) -> Crops:
-        """Draws a crop of each image.
+        """Draw a crop of each image.
 
         Args:
-            sizes: (n, 2) of height and width in pixels.
-            generator: Of the CPU.
+            sizes: Heights and widths (n, 2) of the images, in pixels.
+            generator: Generator on the CPU.
         """
         numbers = torch.rand(len(sizes), TRIES, 4, generator=generator, dtype=torch.float64)
         flips = torch.rand(len(sizes), generator=generator) < self.hflip
@@ -68,7 +68,7 @@ class RandomCrops:
 
 
 def _central(sizes: Tensor) -> Tensor:
-    """Where no try fits: the largest central box with a ratio in bounds."""
+    """Return the largest central box with a ratio in bounds, for images where no try fits."""
     height, width = sizes.unbind(1)
     ratio = width / height
     box_height = torch.where(ratio < RATIO[0], (width / RATIO[0]).round(), height)
@@ -78,7 +78,7 @@ def _central(sizes: Tensor) -> Tensor:
 
 
 def rescaled(boxes: Tensor, sizes: Tensor, stored: tuple[int, int]) -> Tensor:
-    """Boxes (n, 4) in images of `sizes` (n, 2), in the pixels of `stored` ones (height, width)."""
+    """Return boxes (n, 4) of images of `sizes` (n, 2) in pixels of the `stored` (height, width)."""
     factor = torch.tensor(stored, dtype=torch.float64) / sizes
     start, end = boxes[:, :2] * factor, (boxes[:, :2] + boxes[:, 2:]) * factor
     start = torch.minimum(start.round(), torch.tensor(stored) - 1)
@@ -92,14 +92,14 @@ def crop_and_resize(
     interpolation: str,
     antialias: bool = True,
 ) -> Tensor:
-    """Crops, resizes and flips images, each in its own way.
+    """Crop, resize and flip images, each with its own box.
 
     Args:
         images: (B, C, H, W), uint8.
-        crops: Of each image, on its device.
+        crops: Boxes and flips of the images, on their device.
         size: Height and width of the result, in pixels.
         interpolation: One of `INTERPOLATIONS`.
-        antialias: See `ImageOptions`.
+        antialias: Whether to filter with antialiasing; see `ImageOptions`.
 
     Returns:
         (B, C, *size) float32 in [0, 255].
@@ -115,7 +115,7 @@ def crop_and_resize(
 def _weights(
     start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str, antialias: bool
 ) -> Tensor:
-    """(B, size, pixels): the weight of each pixel of a line in each pixel of its resized part."""
+    """Return (B, size, pixels): weight of each input pixel of a line in each output pixel."""
     outputs = torch.arange(size, device=start.device)
     scale = length.float()[:, None] / size
     center = start[:, None] + (outputs + 0.5) * scale
@@ -125,14 +125,14 @@ def _weights(
         return _scattered(taps, torch.ones_like(taps, dtype=torch.float32), pixels)
     filter = _triangle if interpolation == "bilinear" else _cubic
     if not antialias:
-        # Pixels beyond the box are those at its border.
+        # Pixels beyond the box take the value at its border.
         reach = 1 if interpolation == "bilinear" else 2
         base = (center - 0.5).floor().long()[..., None]
         taps = base + torch.arange(1 - reach, 1 + reach, device=start.device)
         weights = filter(taps + 0.5 - center[..., None], -0.75)
         taps = torch.minimum(torch.maximum(taps, start[:, None, None]), last[..., None])
         return _scattered(taps, weights, pixels)
-    # Pixels beyond the box do not count, and the rest adds up to 1.
+    # Pixels beyond the box have weight 0, and the others sum to 1.
     inputs = torch.arange(pixels, device=start.device)
     distance = (inputs + 0.5 - center[..., None]) / scale.clamp(min=1)[..., None]
     inside = (inputs >= start[:, None, None]) & (inputs <= last[..., None])
@@ -142,7 +142,7 @@ def _weights(
 
 def _scattered(taps: Tensor, weights: Tensor, pixels: int) -> Tensor:
     empty = torch.zeros(*taps.shape[:2], pixels, device=taps.device)
-    # Not scatter_add_, which adds in any order on a GPU: a run would not repeat itself.
+    # Not scatter_add_, whose order of sums on a GPU is not reproducible.
     for tap, weight in zip(taps.unbind(2), weights.unbind(2), strict=True):
         at = tap[..., None]
         empty.scatter_(2, at, empty.gather(2, at) + weight[..., None])
@@ -154,7 +154,7 @@ def _triangle(x: Tensor, _: float) -> Tensor:
 
 
 def _cubic(x: Tensor, a: float) -> Tensor:
-    """Keys' cubic; Pillow, and PyTorch with antialiasing, take a = -0.5, PyTorch else -0.75."""
+    """Return Keys' cubic: Pillow and PyTorch with antialiasing use a = -0.5, else PyTorch -0.75."""
     x = x.abs()
     inner = ((a + 2) * x - (a + 3)) * x * x + 1
     outer = a * (((x - 5) * x + 8) * x - 4)

@@ -1,7 +1,7 @@
-"""Random numbers of every image's own: the same whichever process loads it, and in which order.
+"""Random numbers per image, which depend neither on the process nor on the order of loading.
 
-Transforms draw from Python's, NumPy's and PyTorch's global random numbers. Around each item these
-are set from the seed, the epoch and the image, and put back.
+Transforms draw from the global generators of Python, NumPy and PyTorch. Around each item these are
+seeded from the seed, the epoch and the image, and restored.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 Key = tuple[int, int]
-"""The epoch's number, drawn from the seed, and the image's index."""
+"""Number of the epoch, drawn from the seed, and index of the image."""
 
 
 class SeededImages(Dataset):
-    """A data set whose items are drawn with random numbers of their own where a `Key` asks.
+    """Dataset that draws items with random numbers of their own when indexed by a `Key`.
 
     Args:
-        images: What `make_loader` takes.
+        images: Dataset of (image, label) or SkippedImage.
     """
 
     def __init__(self, images: Any) -> None:
@@ -42,18 +42,18 @@ class SeededImages(Dataset):
 
     @property
     def classes(self) -> list[str]:
-        """The class names, where the images have them."""
+        """Names of the classes, if the images have them."""
         names: list[str] = self.images.classes
         return names
 
 
 class SeededBatches(Sampler[list[Key]]):
-    """Batches of indices with the epoch that they are drawn in.
+    """Sampler of batches of indices with the epoch that they are drawn in.
 
     Args:
-        batches: Of indices.
-        generator: That their order is drawn from. Its state tells the epochs apart; nothing more is
-            drawn from it, so that orders stay as they are.
+        batches: Sampler of batches of indices.
+        generator: Generator of their order. Its state identifies the epoch; nothing is drawn from
+            it here, so that the order does not change.
     """
 
     def __init__(self, batches: Sampler[list[int]], generator: torch.Generator) -> None:
@@ -74,7 +74,7 @@ def _number(content: bytes) -> int:
 
 @contextmanager
 def _random_numbers(seed: int) -> Iterator[None]:
-    """Inside, all random numbers of the CPU start from `seed`."""
+    """Seed all generators of the CPU within a context, and restore them."""
     python, numpy = random.getstate(), np.random.get_state()
     generator = torch.default_generator
     state = generator.get_state()

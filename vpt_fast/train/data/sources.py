@@ -1,4 +1,4 @@
-"""Opens the data sets that people have: class folders, VTAB-1k, FGVC json files, `datasets`."""
+"""Data sets on disk: class folders, VTAB-1k, FGVC json files, Hugging Face `datasets`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vpt_fast.train.data.class_folders import class_names
-from vpt_fast.train.data.fgvc import is_fgvc, read_fgvc
-from vpt_fast.train.data.hf import is_hf, read_hf
+from vpt_fast.train.data.formats.class_folders import class_names
+from vpt_fast.train.data.formats.fgvc import is_fgvc, read_fgvc
+from vpt_fast.train.data.formats.hf import is_hf, read_hf
+from vpt_fast.train.data.formats.vtab import is_vtab, read_vtab, vtab_folder
 from vpt_fast.train.data.images import SPLITS, ImageFolders, find_split, require_split
 from vpt_fast.train.data.overlaps import overlap_warnings
 from vpt_fast.train.data.split import ImageSource, split_of_files
-from vpt_fast.train.data.vtab import is_vtab, read_vtab, vtab_folder
 
 FORMATS = ("auto", "folders", "vtab", "vtab-1000", "fgvc", "hf")
 """vtab trains on train800.txt with val200.txt, vtab-1000 on both without validation."""
@@ -23,13 +23,13 @@ FORMATS = ("auto", "folders", "vtab", "vtab-1000", "fgvc", "hf")
 def open_source(
     directory: str | Path, format: str = "auto", known: Sequence[str] | None = None
 ) -> ImageSource:
-    """Opens a data set, and reads its lists and labels but no image.
+    """Open a data set: read its lists and labels but no image.
 
     Args:
-        directory: Of the data set. For VTAB that of one set; where it is missing, another common
-            name of the set is looked for beside it.
-        format: One of `FORMATS`; "auto" goes by the files that are there.
-        known: Class names of a trained model. None takes the data set's own, which needs train.
+        directory: Folder of the data set. For VTAB the folder of one set; if it is missing, another
+            common name of the set is looked for beside it.
+        format: One of `FORMATS`; "auto" detects it by the files.
+        known: Class names of a trained model. None takes those of the training images.
 
     Raises:
         FileNotFoundError: If the directory is missing, or train is and `known` is None.
@@ -58,7 +58,7 @@ def open_source(
 
 
 def check_format(directory: str | Path, format: str) -> str:
-    """Returns the format of a data set, found by its files if it is "auto".
+    """Return the format of a data set, detected by its files if it is "auto".
 
     Raises:
         FileNotFoundError: If the directory is missing.
@@ -73,7 +73,7 @@ def check_format(directory: str | Path, format: str) -> str:
 
 
 def read_folders(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
-    """Reads train/<class>/<image>, and val/ and test/ where they are there; see `ImageFolders`."""
+    """Read train/<class>/<image>, and val/ and test/ if they exist; see `ImageFolders`."""
     if known is None:
         known = ImageFolders(require_split(directory, "train"), _nothing).classes
     splits, warnings = {}, []
@@ -87,7 +87,7 @@ def read_folders(directory: Path, known: Sequence[str] | None = None) -> ImageSo
 
 
 def _nothing(image: Image.Image) -> torch.Tensor:
-    """Of these folders only the lists are used."""
+    """Stand in for a transform: only the lists of the folders are used."""
     return torch.empty(0)
 
 
@@ -95,8 +95,8 @@ def _detect(directory: Path) -> str:
     tests = {"vtab": is_vtab, "fgvc": is_fgvc, "hf": is_hf}
     found = [name for name, test in tests.items() if test(directory)]
     split_folders = [find_split(directory, name) for name in SPLITS]
-    # A saved DatasetDict has a folder for each split too, of files; and json files may stand beside
-    # a folder that is called train/ and holds images without class folders.
+    # A saved DatasetDict has a folder of files for each split too, and json files may stand beside
+    # a folder train/ of images without class folders.
     if any(f is not None and (not found or _has_folders(f)) for f in split_folders):
         found.append("folders")
     if len(found) > 1:

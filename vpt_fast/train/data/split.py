@@ -1,4 +1,4 @@
-"""A labelled set of images, whatever it was read from, and what could not be used of it."""
+"""Labelled images of any format, and the entries that could not be used."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from vpt_fast.train.data.pictures import load_image
 
 
 class Load(Protocol):
-    """Decodes image `index`, as `load_image` does."""
+    """Function that decodes image `index`, as `load_image` does."""
 
     def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
-        """Raises ValueError, naming the image, if it is damaged."""
+        """Return the image; raise ValueError, naming it, if it is damaged."""
         ...
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of train, val or test.
+    """Images of train, val or test.
 
     Attributes:
-        labels: Of each image, from 0 to the number of classes - 1.
-        names: Of each image, for messages: its path, or its row.
-        load: Decodes an image.
-        refused: Entries that are not among the images: a label out of range, an unreadable line.
+        labels: Label of each image, from 0 to the number of classes - 1.
+        names: Name of each image, for messages: its path, or its row.
+        load: Function that decodes an image.
+        refused: Entries that are left out: a label out of range, an unreadable line.
     """
 
     labels: list[int]
@@ -44,13 +44,13 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A data set on disk.
+    """Data set on disk.
 
     Attributes:
-        format: What it is, one of `sources.FORMATS`.
-        class_names: In the order of the labels.
-        splits: Of "train", "val" and "test" those that there are.
-        warnings: What its owner should know.
+        format: Format of the data set, one of `sources.FORMATS`.
+        class_names: Names of the classes, in the order of the labels.
+        splits: Those of "train", "val" and "test" that exist.
+        warnings: Messages for the user.
     """
 
     format: str
@@ -60,14 +60,14 @@ class ImageSource:
 
 
 class SplitImages(Dataset):
-    """A split as items (image, label), or a SkippedImage for a file that cannot be decoded.
+    """Dataset of a split: items (image, label), or a SkippedImage for an undecodable file.
 
     Args:
-        split: Of a source.
-        transform: From a PIL image to a tensor (C, H, W).
-        class_names: In the order of the labels.
-        channels: 3 for RGB, 1 for grey.
-        exif: Whether images are turned as their EXIF orientation says.
+        split: Split of a source.
+        transform: Function from a PIL image to a tensor (C, H, W).
+        class_names: Names of the classes, in the order of the labels.
+        channels: Number of channels: 3 for RGB, 1 for grey.
+        exif: Whether images are rotated as their EXIF orientation says.
     """
 
     def __init__(
@@ -94,20 +94,20 @@ class SplitImages(Dataset):
         return self.transform(image), self.split.labels[index]
 
     def load(self, index: int) -> Image.Image:
-        """The image before its transform; raises ValueError, naming it, if it is damaged."""
+        """Return the image before its transform; raise ValueError, naming it, if it is damaged."""
         return self.split.load(index, self.channels, self.exif)
 
 
 def split_of_files(
     paths: Sequence[str | Path], labels: list[int], refused: Sequence[SkippedImage] = ()
 ) -> Split:
-    """A split of image files."""
+    """Return a split of image files."""
     names = [str(path) for path in paths]
     return Split(labels, names, _FileLoader(names), tuple(refused))
 
 
 class _FileLoader:
-    """Not a closure: worker processes may have to be sent it."""
+    """Decoder of a file; not a closure, so that it can be pickled for worker processes."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -117,12 +117,12 @@ class _FileLoader:
 
 
 def some(items: Sequence[str], limit: int = 3) -> str:
-    """The first of some names or reasons."""
+    """Return the first `limit` of some names or reasons as text."""
     return "; ".join(items[:limit]) + ("; ..." if len(items) > limit else "")
 
 
 def check_left(split: Split, where: str) -> Split:
-    """Returns the split.
+    """Return the split if it has images.
 
     Raises:
         ValueError: If it has no image that can be used.
@@ -136,15 +136,15 @@ def check_left(split: Split, where: str) -> Split:
 def check_classes(
     names: Sequence[str], where: str, refused: Sequence[SkippedImage] = ()
 ) -> list[str]:
-    """Returns the class names.
+    """Return the class names if there are at least two.
 
     Args:
-        names: Of the classes.
-        where: Of what data set, for the message.
-        refused: Entries that are left out, which may be why there are so few.
+        names: Names of the classes.
+        where: Name of the data set, for the message.
+        refused: Entries that are left out, named in the message as a possible reason.
 
     Raises:
-        ValueError: If there are fewer than two.
+        ValueError: If there are fewer.
     """
     if len(names) < 2:
         left = f" (left out: {some([item.reason for item in refused])})" if refused else ""

@@ -58,7 +58,15 @@ DIGIT_FILE = "digit.png"
 
 
 def run_demo(output: Path, names: Sequence[str], epochs: int, seed: int, device: str) -> None:
-    """Tunes with each method, writes adapters and the picture, and loads an adapter back."""
+    """Tune with each method, write adapters and the picture, and load an adapter again.
+
+    Args:
+        output: Folder that is new, empty or written by an earlier demo.
+        names: Names of methods, keys of `SETTINGS`.
+        epochs: Number of epochs.
+        seed: Seed of every run.
+        device: Name of the device, as `resolve_device` takes it.
+    """
     start = time.perf_counter()
     where = resolve_device(device)
     _claim(output)
@@ -124,7 +132,7 @@ def _load_back(adapter: Path, digits: Digits, before: Evaluation, device: torch.
 
 
 def _claim(output: Path) -> None:
-    """Takes an output folder that is new, empty or of an earlier demo."""
+    """Create an output folder, unless it holds something other than an earlier demo."""
     own = (output / RESULTS_FILE).is_file()
     if output.exists() and not own and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
@@ -153,7 +161,7 @@ def _draw(
     tests: dict[str, Evaluation],
     name: str,
 ) -> None:
-    """Shows a random sample of the test images, and some of those that are wrong."""
+    """Draw a random sample of the test images, and some of the mistakes."""
     test = tests[name]
     wrong = (test.predictions != test.labels).nonzero().flatten()
     rng = torch.Generator().manual_seed(SPLIT_SEED)
@@ -185,7 +193,7 @@ def _draw(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m vpt_fast.train.demo",
         description="Tunes a small pretrained vision transformer to handwritten digits.",
@@ -210,8 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
     options = parser.parse_args(arguments)
     threads = torch.get_num_threads()
-    # For a model this small more threads gain little, and lose a lot where cores are shared; one
-    # also gives the same figures whatever the number of cores.
+    # For a model this small more threads gain little, and lose much where cores are shared; one
+    # thread also gives the same figures on any number of cores.
     torch.set_num_threads(1)
     try:
         require_extra("reports")

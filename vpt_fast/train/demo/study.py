@@ -28,7 +28,7 @@ LEARNING_RATES = PAPER_RATES["sgd"]
 
 
 def run_seeds(names: Sequence[str], epochs: int, seeds: Sequence[int], device: str) -> None:
-    """Trains on 1,000 images with every seed; prints the last epoch's test accuracies."""
+    """Train on 1,000 images with every seed, and print the last epoch's test accuracies."""
     where, digits = resolve_device(device), load_splits()
     rows = []
     for name in names:
@@ -54,7 +54,7 @@ def run_selection(
     lrs: Sequence[float] = LEARNING_RATES,
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
 ) -> None:
-    """Tries every pair; prints the best by the last epoch's validation accuracy, then its loss."""
+    """Train with every pair, and print the best by the last epoch's validation metrics."""
     where, digits = resolve_device(device), load_splits()
     for name in names:
         tried = [

@@ -1,4 +1,4 @@
-"""The task of the demo: handwritten digits, the methods, and how each is trained."""
+"""Task of the demo: handwritten digits, the methods, and their learning rates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.data.image_loaders import set_data_config
 from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.data.images import ArrayImages, eval_transform, make_loader
-from vpt_fast.train.loop.epochs import FitResult, fit
+from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.loop.fit_result import FitResult
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 NUM_PROMPTS = 10
@@ -28,7 +29,7 @@ SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Setting:
-    """A method of the demo, its base learning rate and its weight decay."""
+    """Method of the demo, with its title, base learning rate and weight decay."""
 
     title: str
     method: Method
@@ -60,7 +61,7 @@ STUDY_SETTINGS = {
 
 @dataclass(frozen=True)
 class Digits:
-    """The three splits, and the test images (797, 8, 8) in [0, 1] for the pictures."""
+    """Three splits of the digits, and the test images (797, 8, 8) in [0, 1] for the pictures."""
 
     train: ArrayImages
     val: ArrayImages
@@ -69,7 +70,7 @@ class Digits:
 
 
 def load_splits() -> Digits:
-    """Loads the digits as inputs of the demo backbone: 800, 200 and 797 images."""
+    """Load the digits as inputs of the demo backbone: 800, 200 and 797 images."""
     require_extra("reports", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -93,7 +94,7 @@ def load_splits() -> Digits:
 
 
 def new_model(setting: Setting, seed: int, device: torch.device) -> nn.Module:
-    """Returns the demo backbone with the papers' head and `setting`'s prompts."""
+    """Return the demo backbone with the papers' head and `setting`'s prompts."""
     random_seed(seed)
     model = demo_backbone(num_classes=len(CLASS_NAMES))
     init_head(model)
@@ -102,7 +103,7 @@ def new_model(setting: Setting, seed: int, device: torch.device) -> nn.Module:
 
 
 def test_loader(dataset: ArrayImages) -> DataLoader:
-    """Returns the loader for evaluation; accuracies are compared exactly, so there is one."""
+    """Return the one loader for evaluation, so that accuracies can be compared exactly."""
     return make_loader(dataset, batch_size=100)
 
 
@@ -115,15 +116,16 @@ def train_once(
     select: bool,
     progress: bool = True,
 ) -> tuple[nn.Module, FitResult]:
-    """Trains one model.
+    """Train one model.
 
     Args:
-        setting: The method.
-        recipe: How to train it.
-        digits: The splits.
-        device: Where.
-        select: True trains on the 800 images and keeps the epoch that is best on validation;
-            False trains on all 1,000 and keeps the last epoch, as the papers do for their tables.
+        setting: Method and its title.
+        recipe: Recipe to train it with.
+        digits: Splits of the digits.
+        device: Device to train on.
+        select: Whether to train on the 800 images and select the epoch that is best on validation;
+            else training is on all 1,000 images and ends with the last epoch, as in the papers'
+            tables.
         progress: Whether to show a bar on a terminal.
     """
     model = new_model(setting, recipe.seed, device)
@@ -142,5 +144,5 @@ def train_once(
 
 
 def recipe_of(setting: Setting, epochs: int, seed: int) -> Recipe:
-    """Returns the papers' recipe with the setting's learning rate and weight decay."""
+    """Return the papers' recipe with the setting's learning rate and weight decay."""
     return Recipe(epochs=epochs, lr=setting.lr, weight_decay=setting.weight_decay, seed=seed)

@@ -1,4 +1,4 @@
-"""A run's state after an epoch, on disk: whole or not at all, and enough to go on bit for bit."""
+"""Checkpoint of a run after an epoch: written atomically, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ State = dict[str, Any]
 
 
 def save_checkpoint(directory: Path, state: State) -> None:
-    """Writes a state; a process that is killed meanwhile leaves the one from before.
+    """Write a checkpoint atomically: a process that is killed meanwhile leaves the earlier one.
 
     Args:
-        directory: An existing folder.
+        directory: Existing folder.
         state: Tensors, numbers, strings, and lists and dictionaries of them.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     with atomic_file(directory / FILE, "wb") as file:
         try:
             torch.save({"version": VERSION, "sha256": digest(state), **state}, file)
-        except RuntimeError as error:  # PyTorch's writer says so of a full disk
+        except RuntimeError as error:  # PyTorch's writer raises this for a full disk
             raise OSError(f"{directory / FILE} cannot be written; is the disk full?") from error
 
 
 def load_checkpoint(directory: Path) -> State | None:
-    """Reads the state that `save_checkpoint` wrote; None if there is none.
+    """Read the state that `save_checkpoint` wrote; None if there is none.
 
     Raises:
-        ValueError: If a bit of the file's values is not as it was written, or the file is of
+        ValueError: If a bit of the file's values differs from what was written, or the file is of
             another version.
     """
     path = directory / FILE
@@ -61,7 +61,7 @@ def load_checkpoint(directory: Path) -> State | None:
 
 
 def random_state(batches: DataLoader) -> State:
-    """Where all random numbers stand: Python's, NumPy's, PyTorch's, and the loader's order."""
+    """Return the states of all generators: Python's, NumPy's, PyTorch's, and the loader's."""
     numpy: Any = np.random.get_state()
     name, keys, position, has_gauss, gauss = numpy
     version, internal, next_gauss = random.getstate()
@@ -76,7 +76,7 @@ def random_state(batches: DataLoader) -> State:
 
 
 def restore_random_state(state: State, batches: DataLoader) -> None:
-    """Puts all random numbers back to where `random_state` found them."""
+    """Restore the states of all generators that `random_state` returned."""
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal), next_gauss))
     name, keys, position, has_gauss, gauss = state["numpy"]

@@ -1,4 +1,4 @@
-"""Evaluation of a model on a set of images, and what it shares with training."""
+"""Evaluation of a model on images, and helpers that training shares with it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,17 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on a set of images; percentages are of the images that could be decoded.
+    """Results on a set of images.
 
-    `logits` (images, classes), fp32 on the CPU, are there if they were asked for.
+    Attributes:
+        loss: Mean cross-entropy over the images that could be decoded.
+        top1: Accuracy over them in percent.
+        top5: Share of them whose class is among the five most probable ones, in percent.
+        images: Number of images that could be decoded.
+        predictions: (images,) class indices, int64.
+        labels: (images,) class indices, int64.
+        skipped: Images that could not be decoded.
+        logits: (images, classes), fp32 on the CPU, or None if they were not asked for.
     """
 
     loss: float
@@ -39,7 +47,7 @@ class Evaluation:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Returns the device that `name` ("auto", "cpu", "cuda", "cuda:1") stands for.
+    """Return the device that `name` ("auto", "cpu", "cuda", "cuda:1") stands for.
 
     Raises:
         ValueError: If `name` is none of these, or CUDA is asked for and absent.
@@ -61,12 +69,12 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Returns torch.autocast for `dtype`, switched off for float32."""
+    """Return torch.autocast for `dtype`, switched off for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of the model's first parameter."""
+    """Return the device of the model's first parameter."""
     return next(model.parameters()).device
 
 
@@ -80,17 +88,17 @@ def evaluate(
     description: str = "evaluating",
     keep_logits: bool = False,
 ) -> Evaluation:
-    """Evaluates `model` in eval mode and puts it back into the mode that it was in.
+    """Evaluate `model` in eval mode and restore the mode that it was in.
 
-    Several processes evaluate a part each, and all of them return the whole; predictions, labels
+    Several processes evaluate a part each, and each returns the results of all; predictions, labels
     and logits are then in the order of the processes.
 
     Args:
-        model: On the device that it should run on.
-        batches: Of `make_loader`.
-        amp_dtype: What torch.autocast computes in.
+        model: Model on the device to run on.
+        batches: Batches of `make_loader`.
+        amp_dtype: Dtype of torch.autocast.
         progress: Whether to show a bar on a terminal.
-        description: The bar's label.
+        description: Label of the bar.
         keep_logits: Whether the logits of all images are returned too.
 
     Raises:
@@ -101,7 +109,7 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     predictions: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
-    kept: list[torch.Tensor] = []
+    stored: list[torch.Tensor] = []
     skipped: list[SkippedImage] = []
     try:
         for batch in progress_bar(batches, description, progress and not rank(), leave=False):
@@ -118,10 +126,10 @@ def evaluate(
             predictions.append(logits.argmax(dim=1))
             labels.append(batch.labels)
             if keep_logits:
-                kept.append(logits.cpu())
+                stored.append(logits.cpu())
     finally:
         model.train(was_training)
-    found = gathered((sums.cpu(), [some.cpu() for some in predictions], labels, kept, skipped))
+    found = gathered((sums.cpu(), [some.cpu() for some in predictions], labels, stored, skipped))
     all_labels = [some for _, _, theirs, *_ in found for some in theirs]
     all_logits = [some for *_, theirs, _ in found for some in theirs]
     all_skipped = [item for *_, items in found for item in items]
@@ -144,7 +152,7 @@ def evaluate(
 def progress_bar(
     batches: Any, description: str, progress: bool, leave: bool, total: int | None = None
 ) -> tqdm:
-    """Returns tqdm's bar on stderr; without a terminal (or `progress`) it shows nothing."""
+    """Return a tqdm bar on stderr, which is silent without a terminal or without `progress`."""
     return tqdm(
         batches,
         total=total,
@@ -157,6 +165,6 @@ def progress_bar(
 
 
 def nothing_decoded(skipped: list[SkippedImage]) -> str:
-    """Returns the message for a data set of which no image could be decoded."""
+    """Return the message for a data set without an image that can be decoded."""
     first = f"; the first: {skipped[0].reason}" if skipped else ""
     return f"none of the {len(skipped)} images could be decoded{first}"

@@ -1,9 +1,9 @@
-"""Frozen weights in the type that autocast computes in, cast once instead of at every use.
+"""Frozen weights in the dtype of autocast, cast once instead of at every use.
 
-torch.autocast keeps the casts of weights that are trained until its context ends, and casts those
-that are frozen again at every use. What it would cast is cast here before the first step: the
+torch.autocast caches the casts of trained weights until its context ends, and repeats the casts of
+frozen weights at every use. This module casts before the first step what autocast would cast: the
 weights and biases of frozen Linears and convolutions, and nothing else, so that a step gives the
-same bits. Norms, position embeddings, LayerScale and everything that is trained stay as they are.
+same bits. Norms, position embeddings, LayerScale and trained parameters stay as they are.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from vpt_fast.ops.backend import uses_kernels
 
 
 class FrozenCast:
-    """A context in which the frozen Linears and convolutions of a model are in another type.
+    """Context in which the frozen Linears and convolutions of a model have another dtype.
 
-    The original weights stay where they are and are the model's again when it ends: beside them
-    there is one copy. The model can be run under `torch.autocast` of `dtype` only meanwhile.
+    The original weights stay in memory and are restored when the context ends; there is one copy
+    beside them. Within the context the model runs under `torch.autocast` of `dtype` only.
 
     Args:
-        model: A tuned timm model, on its device.
-        dtype: What torch.autocast computes in; with float32 nothing is done.
+        model: Tuned timm model, on its device.
+        dtype: Dtype of torch.autocast; with float32 nothing is done.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -42,53 +42,53 @@ class FrozenCast:
                 (weight, weight.data, weight.data.to(self.dtype))
                 for weight in frozen_weights(self.model)
             ]
-        self._place()
+        self._install_casts()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._take_back()
+        self._restore_originals()
         self._weights = []
 
     @contextmanager
     def originals(self) -> Iterator[None]:
-        """Inside, the model has its original weights, for whoever reads or keeps them."""
-        self._take_back()
+        """Restore the original weights within a context, for whoever reads or saves them."""
+        self._restore_originals()
         try:
             yield
         finally:
-            self._place()
+            self._install_casts()
 
     @property
     def nbytes(self) -> int:
-        """What the copy takes."""
+        """Bytes of the copy."""
         return sum(copy.nbytes for _, _, copy in self._weights)
 
-    def _place(self) -> None:
+    def _install_casts(self) -> None:
         for weight, original, copy in self._weights:
             if weight.data_ptr() == original.data_ptr():
                 weight.data = copy
 
-    def _take_back(self) -> None:
+    def _restore_originals(self) -> None:
         for weight, original, copy in self._weights:
-            # Weights that somebody has replaced or moved since are theirs.
+            # Weights that were replaced or moved since belong to whoever did so.
             if weight.data_ptr() == copy.data_ptr():
                 weight.data = original
 
 
 def frozen_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The fp32 weights that torch.autocast casts at every use: of frozen Linears and convolutions.
+    """Return the fp32 weights of frozen Linears and convolutions, which autocast casts at each use.
 
-    Those of modules that the method has added are left out, and so is the attention of a last block
-    that projects none of its keys and values (see `ops.absorbed_attention`).
+    Modules that the method has added are left out, and so is the attention of a last block that
+    projects none of its keys and values (see `ops.absorbed_attention`).
     """
-    apart = _apart(model)
+    excluded = _excluded(model)
     found: dict[int, nn.Parameter] = {}
     used_elsewhere: set[int] = set()
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is None:
                 continue
-            if isinstance(module, (nn.Linear, _ConvNd)) and id(module) not in apart:
+            if isinstance(module, (nn.Linear, _ConvNd)) and id(module) not in excluded:
                 if parameter.dtype == torch.float32 and not parameter.requires_grad:
                     found[id(parameter)] = parameter
             else:
@@ -96,8 +96,8 @@ def frozen_weights(model: nn.Module) -> list[nn.Parameter]:
     return [weight for key, weight in found.items() if key not in used_elsewhere]
 
 
-def _apart(model: Any) -> set[int]:
-    """The modules whose weights are not used by what autocast casts."""
+def _excluded(model: Any) -> set[int]:
+    """Return the ids of modules whose weights autocast does not cast."""
     if not is_tuned(model):
         return set()
     added = {id(part) for module in model.trained_modules() for part in module.modules()}

@@ -25,16 +25,16 @@ from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.train.common.parallel import world_size
 
 Part = Callable[[Tensor, Tensor, int, Any], Tensor]
-"""Adds the gradients of images, labels, their number and their share; returns sums (3,)."""
+"""Function that adds gradients, given images, labels, their number and share; returns sums (3,)."""
 
-# Shapes of batches and their parts; a run has one or two.
+# Largest number of recordings; the batches of a run have one or two shapes.
 _MOST_RECORDINGS = 8
-# Times that a run may have to record again; after that its steps stay eager.
+# Number of times that a run may record again; after that its steps stay eager.
 _MOST_CHANGES = 4
 
 
 def check_cuda_graphs(cuda_graphs: bool | None) -> None:
-    """Raises ValueError if CUDA graphs are asked for, and several processes train."""
+    """Raise ValueError if CUDA graphs are asked for while several processes train."""
     if cuda_graphs and world_size() > 1:
         raise ValueError(
             f"--cuda-graphs records the step of one process, and here are {world_size()}, whose "
@@ -43,20 +43,20 @@ def check_cuda_graphs(cuda_graphs: bool | None) -> None:
 
 
 class StepGraphs:
-    """The recordings of a run's steps.
+    """Recordings of a run's steps.
 
     The first batch of a shape runs eagerly, the second is recorded. Where that cannot be done steps
     run eagerly, and a warning says why, once.
 
     Args:
-        net: From images to logits.
-        make_capture: What records on a device.
+        net: Module that maps images to logits.
+        make_capture: Function that returns the recorder of a device.
     """
 
     def __init__(self, net: nn.Module, make_capture: MakeCapture = capture_for) -> None:
         self._net, self._make_capture = net, make_capture
         self._seen: set[Any] = set()
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._changes = 0
         self._drop()
 
@@ -67,23 +67,23 @@ class StepGraphs:
         self._gradients: list[Tensor] = []
 
     def __len__(self) -> int:
-        """How many recordings there are."""
+        """Return how many recordings there are."""
         return sum(entry is not None for entry in self._entries.values())
 
     def run(self, part: Part, images: Tensor, labels: Tensor, weight: int, share: float) -> Tensor:
-        """`part(images, labels, weight, share)`, replayed if it can be.
+        """Return `part(images, labels, weight, share)`, replayed from a recording if possible.
 
         Returns:
-            Sums (3,), good until the next call.
+            Sums (3,), valid until the next call.
         """
         key = tuple(images.shape), images.dtype, weight, share, numeric_modes()
-        if key not in self._seen:  # gradients and the optimizer's state are made here
+        if key not in self._seen:  # creates gradients and the optimizer's state
             self._seen.add(key)
             return part(images, labels, weight, share)
         entry = self._entry(key, part, images, labels, weight, share)
         if isinstance(entry, str):
-            if entry and entry not in self._said:
-                self._said.add(entry)
+            if entry and entry not in self._warned:
+                self._warned.add(entry)
                 warnings.warn(f"cuda_graphs: {entry}; steps run eagerly", stacklevel=2)
             return part(images, labels, weight, share)
         return entry(images, labels)
@@ -91,13 +91,13 @@ class StepGraphs:
     def _entry(
         self, key: Any, part: Part, images: Tensor, labels: Tensor, weight: int, share: float
     ) -> _Recorded | str:
-        """The recording to replay, or why there is none ("" if that has been said)."""
+        """Return the recording to replay, or the reason for none ("" if logged before)."""
         if self._watched is None or not (self._watched.is_same() and self._same_gradients()):
             self._changes += bool(self._entries)
             self._drop()
             names = (*self._net._modules, *self._net._parameters)
             self._watched = Watched(self._net, names)
-            self._gradients = self._now()
+            self._gradients = self._current_gradients()
         if self._changes > _MOST_CHANGES:
             return "modules, frozen weights or gradients are replaced all the time"
         if self._watched.is_hooked() or _has_hooks(self._net):
@@ -124,18 +124,18 @@ class StepGraphs:
         self._entries[key] = entry
         return entry
 
-    def _now(self) -> list[Tensor]:
+    def _current_gradients(self) -> list[Tensor]:
         return [p.grad for p in self._net.parameters() if p.grad is not None]
 
     def _same_gradients(self) -> bool:
-        now = self._now()
+        now = self._current_gradients()
         return len(now) == len(self._gradients) and all(
             new.data_ptr() == old.data_ptr() for new, old in zip(now, self._gradients, strict=True)
         )
 
 
 class _Recorded:
-    """A part of a step, recorded."""
+    """Recording of a part of a step."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class _Recorded:
             self._replay: Replay
             (self._replay,) = capture.record(lambda: (part(mine, theirs, weight, share),))
         finally:
-            # The parts of this batch that came before; the warm-up has added to them.
+            # Gradients of the batch's earlier parts, to which the warm-up has added.
             for gradient, value in zip(gradients, before, strict=True):
                 gradient.copy_(value)
 
@@ -167,7 +167,7 @@ class _Recorded:
 
 
 def _has_hooks(net: nn.Module) -> bool:
-    """Whether the net itself, above the modules that are watched, or a parameter has a hook."""
+    """Return whether the net above the watched modules, or a parameter, has a hook."""
     if has_hooks(net) or has_own_forward(net):
         return True
     return any(

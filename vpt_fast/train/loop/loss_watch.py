@@ -1,15 +1,19 @@
-"""Whether losses are finite, asked of the device once for many steps."""
+"""Check that losses are finite, with one synchronisation for many steps."""
 
 from __future__ import annotations
 
 import torch
 
-# Steps between two looks on a GPU: each waits for the device.
-LOOK_EVERY = 20
+# Steps between two checks on a GPU, each of which waits for the device.
+CHECK_INTERVAL = 20
 
 
 class LossWatch:
-    """Finds the first loss that is not finite; looks every `interval` steps (a GPU waits then)."""
+    """Detector of the first loss that is not finite.
+
+    Args:
+        interval: Number of steps between two checks, each of which waits for the device.
+    """
 
     def __init__(self, interval: int) -> None:
         self._interval = interval
@@ -17,13 +21,13 @@ class LossWatch:
         self._losses: list[torch.Tensor] = []
 
     def add(self, loss: torch.Tensor) -> int | None:
-        """Takes a step's loss; returns the first bad step (from 1) if it is known by now."""
+        """Add a step's loss; return the first bad step (from 1) if a due check found one."""
         self._losses.append(loss.detach())
         self._step += 1
-        return self.look() if len(self._losses) == self._interval else None
+        return self.check() if len(self._losses) == self._interval else None
 
-    def look(self) -> int | None:
-        """Looks at the losses since the last look; returns the first bad step (from 1) or None."""
+    def check(self) -> int | None:
+        """Check the losses since the last check; return the first bad step (from 1) or None."""
         if not self._losses:
             return None
         finite = torch.isfinite(torch.stack(self._losses)).tolist()  # one wait for all of them

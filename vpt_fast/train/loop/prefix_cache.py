@@ -1,7 +1,7 @@
-"""The frozen part before the first trained block, computed once per image instead of every epoch.
+"""Cache of the first trained block's input, computed once per image instead of every epoch.
 
-Where nothing before a block is trained and images are not augmented, what enters that block is the
-same in every epoch. It is kept, and training runs the blocks from there on only.
+Where nothing before a block is trained and images are not augmented, the input of that block is
+the same in every epoch. It is cached, and training runs only the blocks from there on.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from vpt_fast.train.loop.evaluate import (
 )
 
 MEMORY_LIMIT = 4 * 2**30
-"""Bytes of activations that are kept in memory; more go to a file."""
+"""Bytes of activations that are cached in memory; more go to a file."""
 
 
 class SuffixModel(nn.Module):
-    """A tuned model from one of its blocks on: (B, N, D), what enters the block, to logits.
+    """Tuned model from one of its blocks on: from the block's input (B, N, D) to logits.
 
     Args:
-        model: A tuned timm vision transformer.
-        first: The block.
+        model: Tuned timm vision transformer.
+        first: Index of the block.
     """
 
     def __init__(self, model: nn.Module, first: int) -> None:
@@ -44,17 +44,19 @@ class SuffixModel(nn.Module):
         self.first = first
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, classes)."""
+        """Return logits (B, classes)."""
         model: Any = self.model
         return model.forward_from(x, self.first)
 
 
 def frozen_blocks(model: nn.Module) -> int:
-    """How many blocks there are before the first thing that is trained; 0 if it is not in a block.
+    """Return how many blocks precede the first one that is trained or has prompts.
+
+    The answer is 0 if something before the blocks, or shared by them, is trained.
 
     Args:
-        model: A tuned timm vision transformer; of models with stages (Swin), whose blocks cannot be
-            run apart, the answer is 0.
+        model: Tuned timm vision transformer; for models with stages (Swin), whose blocks cannot be
+            run separately, the answer is 0.
     """
     tuned: Any = model
     if not hasattr(tuned, "forward_from"):
@@ -84,7 +86,7 @@ def _has_prompts(block: Any) -> bool:
 
 
 class Activations(Dataset):
-    """Activations (n, N, D) and labels (n,), given out as batches by lists of indices."""
+    """Dataset of activations (n, N, D) and labels (n,), indexed by lists of indices."""
 
     def __init__(self, activations: Tensor, labels: Tensor) -> None:
         self.activations, self.labels = activations, labels
@@ -97,35 +99,35 @@ class Activations(Dataset):
         return Batch(self.activations[chosen], self.labels[chosen], [])
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def activation_loader(
-    kept: Activations, batch_size: int, shuffle: bool, generator: Any = None
+    activations: Activations, batch_size: int, shuffle: bool, generator: Any = None
 ) -> DataLoader:
-    """A loader of `Batch` with activations, in a new order each epoch if `shuffle`."""
-    data: Any = kept
+    """Return a loader of `Batch` with activations, in a new order each epoch if `shuffle`."""
+    data: Any = activations
     order = RandomSampler(data, generator=generator) if shuffle else SequentialSampler(data)
     return DataLoader(
         data,
         batch_size=None,
         sampler=PartOfBatches(BatchSampler(order, batch_size, drop_last=False)),
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         generator=generator,
     )
 
 
 class PrefixCache:
-    """Makes loaders of what enters a block from loaders of images.
+    """Cache of a block's inputs, which turns loaders of images into loaders of activations.
 
     Args:
-        model: A tuned timm vision transformer, on its device.
-        first: The block; everything before it is frozen.
-        amp_dtype: What torch.autocast computes in.
-        folder: Where a file for more than `limit` bytes is made; it has no name there and goes with
-            the process. None takes the system's folder for temporary files.
-        limit: Bytes that are kept in memory, of all loaders together.
+        model: Tuned timm vision transformer, on its device.
+        first: Index of the block; everything before it is frozen.
+        amp_dtype: Dtype of torch.autocast.
+        folder: Folder for a file with more than `limit` bytes, which is unlinked at once and
+            freed with the process. None takes the system's folder for temporary files.
+        limit: Bytes that are cached in memory, over all loaders.
         progress: Whether to show bars on a terminal.
 
     Attributes:
@@ -157,29 +159,37 @@ class PrefixCache:
         self.skipped: list[SkippedImage] = []
 
     def loader(self, images: Iterable[Batch], count: int, like: DataLoader) -> DataLoader:
-        """A loader of `Batch` with activations (B, N, D) in place of images.
+        """Return a loader of `Batch` with activations (B, N, D) in place of images.
 
         Args:
             images: Batches of the whole data set, in its order and without augmentation.
-            count: Images of the data set.
-            like: A loader of images: its batch size, order and generator are taken over.
+            count: Number of images of the data set.
+            like: Loader of images whose batch size, order and generator are used.
 
         Raises:
             TrainingError: If no image could be decoded.
         """
-        kept = self.activations(images, count)
+        activations = self.activations(images, count)
         theirs: Any = like.batch_sampler
-        while not isinstance(theirs, BatchSampler):  # around which others stand
+        while not isinstance(theirs, BatchSampler):  # wrapped in others
             theirs = theirs.batches
         shuffled = isinstance(theirs.sampler, RandomSampler)
-        return activation_loader(kept, theirs.batch_size, shuffled, like.generator)
+        return activation_loader(activations, theirs.batch_size, shuffled, like.generator)
 
     @torch.no_grad()
     def activations(self, images: Iterable[Batch], count: int) -> Activations:
-        """What enters the block, of all images that can be decoded; as `loader` takes them."""
+        """Return the block's inputs for all images that can be decoded.
+
+        Args:
+            images: Batches of the whole data set, in its order and without augmentation.
+            count: Number of images of the data set.
+
+        Raises:
+            TrainingError: If no image could be decoded.
+        """
         model: Any = self.model
         device, was_training = device_of(model), model.training
-        kept: Tensor | None = None
+        cached: Tensor | None = None
         labels: list[Tensor] = []
         done = 0
         model.eval()
@@ -190,25 +200,25 @@ class PrefixCache:
                     continue
                 with autocast(device, self.amp_dtype):
                     rows = model.forward_until(batch.images.to(device), self.first)
-                if kept is None:
-                    kept = self._room((count, *rows.shape[1:]), rows)
-                kept[done : done + len(rows)] = rows
+                if cached is None:
+                    cached = self._allocate((count, *rows.shape[1:]), rows)
+                cached[done : done + len(rows)] = rows
                 labels.append(batch.labels)
                 done += len(rows)
         finally:
             model.train(was_training)
-        if kept is None:
+        if cached is None:
             raise TrainingError(nothing_decoded(self.skipped))
-        return Activations(kept[:done], torch.cat(labels))
+        return Activations(cached[:done], torch.cat(labels))
 
-    def _room(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Room for activations: on the model's device, or mapped from a file."""
+    def _allocate(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return an empty tensor for activations: on the model's device, or mapped from a file."""
         numbers = math.prod(shape)
         size = numbers * like.element_size()
         if size <= self.left:
             self.left -= size
             return torch.empty(shape, dtype=like.dtype, device=like.device)
         with tempfile.NamedTemporaryFile(prefix="vpt-fast-", dir=self.folder) as file:
-            # Once mapped, the file needs no name: its room is free when the process ends, anyhow.
-            room = torch.from_file(file.name, shared=True, size=numbers, dtype=like.dtype)
-        return room.view(shape)
+            # Once mapped, the file needs no name, and its space is freed however the process ends.
+            mapped = torch.from_file(file.name, shared=True, size=numbers, dtype=like.dtype)
+        return mapped.view(shape)

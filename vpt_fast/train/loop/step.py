@@ -1,4 +1,4 @@
-"""One step of training: a batch in parts, on one or several processes."""
+"""Training step: a batch in parts, on one or several processes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from vpt_fast.train.loop.graphed_step import StepGraphs, check_cuda_graphs
 
 
 class TrainStep:
-    """Takes batches, and changes what the model trains.
+    """Step that updates the trained parameters of a model from a batch.
 
     Args:
-        model: A tuned timm model, on its device.
+        model: Tuned timm model, on its device.
         recipe: Optimizer, schedule, precision and number of parts.
-        steps: Batches of an epoch.
-        net: From what batches hold to logits; the model by default.
-        cuda_graphs: Whether forward, loss and backward are replayed as a CUDA graph; None for a
-            GPU and one process. On the CPU they are not.
+        steps: Number of batches of an epoch.
+        net: Module that maps what batches hold to logits; the model by default.
+        cuda_graphs: Whether forward, loss and backward are replayed as a CUDA graph; None does so
+            on a GPU with one process. On the CPU they never are.
 
     Raises:
         ValueError: If `cuda_graphs` is True with several processes.
@@ -53,23 +53,23 @@ class TrainStep:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
+        """Learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def __call__(self, batch: Batch) -> Tensor | None:
-        """Takes a step.
+        """Take a step.
 
         Args:
-            batch: This process's part of a batch; it may be empty.
+            batch: Part of a batch that this process computes; it may be empty.
 
         Returns:
-            Sums over all processes (3,), fp64: of losses, of right answers, of images. None where
-            no process has an image, and nothing was done.
+            Sums (3,) over all processes, fp64: losses, correct predictions and images. None, and no
+            step, where no process has an image.
         """
         everyone: Any = len(batch.labels)
         if world_size() > 1:
             everyone = summed(torch.full((), everyone, dtype=torch.float64, device=self.device))
-            if not len(batch.labels):  # whoever has an image need not wait to know of one
+            if not len(batch.labels):  # a process with an image need not wait for it
                 everyone = int(everyone)
         if isinstance(everyone, int) and not everyone:
             return None
@@ -81,7 +81,7 @@ class TrainStep:
             with ExitStack() as stack:
                 if number < len(parts) and isinstance(self.net, DistributedDataParallel):
                     stack.enter_context(self.net.no_sync())
-                # The mean over the whole batch; processes are averaged, not added.
+                # The mean over the whole batch; gradients are averaged over processes, not added.
                 share = weight * world_size() / everyone
                 if self.graphs is None:
                     sums += self._part(images, labels, weight, share)
@@ -95,21 +95,21 @@ class TrainStep:
         return summed(sums)
 
     def _part(self, images: Tensor, labels: Tensor, weight: int, share: float | Tensor) -> Tensor:
-        """Adds the gradients of some images; returns the sums (3,) of `weight` of them."""
+        """Add the gradients of some images; return loss, accuracy and 1, times `weight`."""
         with autocast(self.device, self.recipe.autocast_dtype):
             logits = self.net(images)
             loss = F.cross_entropy(logits, labels)
-        # A thread of the GPU's own, PyTorch's default, has none of what this one's caches hold:
-        # steps of our blocks, whose backward is Python, took 18% longer on an H200.
+        # By default PyTorch runs backward in a thread of the GPU's own, with cold caches: steps of
+        # our blocks, whose backward is Python, took 18% longer on an H200.
         with torch.autograd.set_multithreading_enabled(self.graphs is not None):
             self.scaler.scale(_times(loss, share)).backward()
         right = (logits.detach().argmax(1) == labels).double().mean()
         return weight * torch.stack([loss.detach().double(), right, torch.ones_like(right)])
 
     def _parts(self, batch: Batch) -> list[tuple[Tensor, Tensor, int]]:
-        """Images, labels and number of images of each part of a batch, on the device."""
+        """Return images, labels and number of images of each part of a batch, on the device."""
         if not len(batch.labels):
-            # Other processes have images, and wait for this one's gradients, which are 0.
+            # Other processes have images and wait for this one's gradients, which are 0.
             vit: Any = self.model
             images = torch.zeros(1, vit.in_chans, *vit.patch_embed.img_size, device=self.device)
             return [(images, torch.zeros(1, dtype=torch.int64, device=self.device), 0)]
@@ -120,11 +120,11 @@ class TrainStep:
         return [(some, theirs, len(theirs)) for some, theirs in pairs]
 
     def end_epoch(self, epoch: int) -> None:
-        """Sets the learning rate after epoch number `epoch`, from 1, if it changes by epoch."""
+        """Set the learning rate after epoch number `epoch`, from 1, if it changes by epoch."""
         self.scheduler.step(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on, the trained weights left out."""
+        """Return the state that the next step depends on, without the trained weights."""
         return {
             "taken": self.taken,
             "optimizer": self.optimizer.state_dict(),
@@ -133,14 +133,14 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.taken = state["taken"]
         for name in ("optimizer", "scheduler", "scaler"):
             getattr(self, name).load_state_dict(state[name])
 
 
 def _times(loss: Tensor, share: float | Tensor) -> Tensor:
-    """The loss times a number, which may be on its device."""
+    """Return the loss times a number, which may be a tensor on its device."""
     if isinstance(share, Tensor):
         return loss * share.to(loss.dtype)
     return loss if share == 1 else loss * share

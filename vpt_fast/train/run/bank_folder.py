@@ -1,4 +1,4 @@
-"""A bank of the adapters in a folder."""
+"""Bank of the adapters in a folder."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ def open_bank(
     dtype: torch.dtype = torch.float32,
     memory_limit: int | None = None,
 ) -> tuple[PromptBank, list[str]]:
-    """Builds the backbone of the first adapter that can be held, and adds those that are wanted.
+    """Build the backbone of the first usable adapter, and a bank of all wanted ones.
 
     Args:
-        directory: Its folders, adapters or outputs of runs, are the tasks of their names.
-        names: Of the tasks that are added; None adds all that the bank does not refuse.
-        checkpoint: The backbone's weights; None takes timm's, or those of the package.
-        device: Where the bank is to run.
-        dtype: Of the backbone's weights.
-        memory_limit: Bytes that the tasks may take; those that do not fit wait in their files.
+        directory: Folder whose folders, adapters or outputs of runs, are tasks of the same name.
+        names: Names of the tasks to add; None adds all that the bank does not refuse.
+        checkpoint: File with the backbone's weights; None takes timm's, or those of the package.
+        device: Device of the bank.
+        dtype: Dtype of the backbone's weights.
+        memory_limit: Bytes that the tasks may take; others stay in their files until they are
+            asked for.
 
     Returns:
-        The bank, and a sentence for every folder whose adapter it refuses.
+        The bank, and a sentence for each adapter that it refuses.
 
     Raises:
         FileNotFoundError: If there is no folder, or no checkpoint.
-        ValueError: If there is no such adapter, or none that a bank holds.
+        ValueError: If there is no such adapter, or none that a bank can hold.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no folder {directory}")
-    # A saving that was killed leaves a hidden folder.
+    # A process that was killed while saving leaves a hidden folder.
     paths = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
     folders = {path.name: adapter_folder(path) for path in paths}
     folders = {name: path for name, path in folders.items() if (path / CONFIG_FILE).is_file()}
@@ -57,11 +58,11 @@ def open_bank(
     refused = []
     for name, path in wanted.items():
         try:
-            if bank is None or not bank.tasks:  # of an adapter that is refused its model is no use
+            if bank is None or not bank.tasks:  # a refused adapter's model is of no use
                 model = backbone_of_adapter(read_config(path), checkpoint).to(device, dtype)
                 bank = PromptBank(model, memory_limit, spill=memory_limit is not None)
             bank.add(name, path)
-        except Exception as error:  # whatever one configuration says, the other adapters are held
+        except Exception as error:  # one bad adapter must not lose the others
             if names is not None:
                 raise
             refused.append(f"{name} is left out: {' '.join(str(error).split())}")

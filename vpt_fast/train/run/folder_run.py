@@ -1,55 +1,47 @@
-"""A whole run on a folder of images: everything is checked, then a model is tuned and tested."""
+"""A whole run on a data set on disk: check everything, then tune a model and test it."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.utils import random_seed
-from torch import nn
 
-from vpt_fast import count_parameters, prompt_tune, save_adapter
-from vpt_fast.methods import Method
-from vpt_fast.ops.memory_modes import check_memory_mode
+from vpt_fast import prompt_tune, save_adapter
 from vpt_fast.train.backbones import build as backbones
 from vpt_fast.train.common.digest import digest
 from vpt_fast.train.common.parallel import rank, world_size
-from vpt_fast.train.common.recipe import Recipe, init_head
-from vpt_fast.train.data.augmentation import Augmentation
-from vpt_fast.train.data.image_loaders import (
-    Loading,
-    check_loading,
-    folder_loader,
-    set_data_config,
-)
-from vpt_fast.train.data.image_options import ImageOptions
-from vpt_fast.train.data.memory_set import MemoryLoader
+from vpt_fast.train.common.recipe import init_head
+from vpt_fast.train.data.image_loaders import Loading, folder_loader, set_data_config
+from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.data.sources import open_source
-from vpt_fast.train.data.split import ImageSource, some
+from vpt_fast.train.data.split import ImageSource
 from vpt_fast.train.loop.checkpoint import FILE as CHECKPOINT
-from vpt_fast.train.loop.epochs import BEST, LAST, FitResult, fit
+from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.evaluate import Evaluation, TrainingError, evaluate
+from vpt_fast.train.loop.fit_result import BEST, LAST, FitResult
 from vpt_fast.train.loop.frozen_cast import FrozenCast
-from vpt_fast.train.loop.graphed_step import check_cuda_graphs
 from vpt_fast.train.loop.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
+from vpt_fast.train.run.describe import Log, describe_run, describe_source
 from vpt_fast.train.run.record import FILE as RECORD
-from vpt_fast.train.run.record import (
-    new_record,
-    read_record,
-    recording,
-    write_record,
-)
+from vpt_fast.train.run.record import RunRecord, new_record, read_record, recording, write_record
 from vpt_fast.train.run.resuming import check_resumed
+from vpt_fast.train.run.settings import RunSettings
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where the kept adapter is, how training went, and the accuracy on test/ if there is one."""
+    """Outcome of a run.
+
+    Attributes:
+        adapter: Folder of the selected adapter.
+        fit: Epochs of the training.
+        test: Evaluation on the test images, or None without them.
+    """
 
     adapter: Path
     fit: FitResult
@@ -57,202 +49,226 @@ class RunResult:
 
 
 def tune_on_folder(
-    directory: Path,
-    output: Path,
-    model: str,
-    method: Method,
-    recipe: Recipe,
-    *,
-    checkpoint: Path | None = None,
-    pretrained: bool = False,
-    img_size: int | None = None,
-    augmentation: Augmentation | None = None,
-    memory: str = "speed",
-    workers: int | None = None,
-    device: torch.device | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    log: Callable[[str], None] = print,
-    data_format: str = "auto",
-    image_options: ImageOptions | None = None,
-    cache: str = "auto",
-    prefix_cache: bool = True,
-    cuda_graphs: bool | None = None,
+    settings: RunSettings, *, progress: bool = True, log: Callable[[str], None] = print
 ) -> RunResult:
-    """Tunes a pretrained timm model on a data set on disk.
+    """Tune a pretrained timm model on a data set on disk.
 
-    With validation images the epoch that is best on them is kept, without them the last one; test
-    images are evaluated once, with the kept epoch, unless Ctrl-C ended training.
+    With validation images the epoch that is best on them is selected, without them the last one;
+    test images are evaluated once, with the selected epoch, unless Ctrl-C ended training.
 
     Args:
-        directory: Of class folders train/<class>/<image> and, where there are any, val/ and test/;
-            or of another of `sources.FORMATS`.
-        output: A new folder for the adapters best/ and last/, metrics.csv, run.json, tensorboard/
-            and checkpoint.pt.
-        model: Of timm, with or without a tag, or "vpt_fast_demo".
-        method: What to tune.
-        recipe: How to train.
-        checkpoint: File with the backbone's weights.
-        pretrained: Whether to download timm's weights instead.
-        img_size: Side of the images in pixels; None takes the model's own.
-        augmentation: Of the training images; None takes the defaults.
-        memory: What blocks keep for backward, as vpt_fast.prompt_tune takes it.
-        workers: Processes that load images; None takes 0 on the CPU and up to 4 on a GPU.
-        device: Where to train; None takes the CPU.
-        resume: Whether to go on in `output`, from the last epoch that ended there.
+        settings: Data, model, method, recipe and options.
         progress: Whether to show bars on a terminal.
-        log: Called with lines of text.
-        data_format: One of `sources.FORMATS`; "auto" goes by the files in `directory`.
-        image_options: How images are resized and normalised; None takes the model's own way.
-        cache: One of `image_loaders.CACHES`. Test images are read once, and are never kept.
-        prefix_cache: Whether what enters the first block that is trained or has prompts is computed
-            once for each image, where that is not block 0 and images are not augmented.
-        cuda_graphs: Whether forward, loss and backward are replayed as a CUDA graph; None for a
-            GPU and one process. On the CPU they are not.
+        log: Function that takes a line of text.
+
+    Returns:
+        The folder of the selected adapter and the metrics.
 
     Raises:
-        FileExistsError: If `output` is there and not empty, and `resume` is off or it holds no run.
+        FileExistsError: If the output folder is there and not empty, and `settings.resume` is off
+            or the folder holds no run.
         FileNotFoundError: If images or the checkpoint are missing.
         ValueError, TypeError: If anything else cannot be used; nothing is written then.
-        TrainingError: If training cannot go on. Adapters of finished epochs are kept.
+        TrainingError: If training cannot continue. Adapters of finished epochs stay.
     """
-    device = device or torch.device("cpu")
-    augmentation = augmentation or Augmentation()
-    options = image_options or ImageOptions()
-    check_memory_mode(memory)
-    check_cuda_graphs(cuda_graphs)
-    check_loading(workers, cache)
+    settings.check()
+    output = settings.output
     if rank():
-        log = _nothing
+        log = _ignore
     else:
-        _check_output(output, resume)
+        _check_output(output, settings.resume)
     was_empty = not _holds_something(output)
-    name, weights, model_args = backbones.resolve_name(model, checkpoint, img_size)
-    source = open_source(directory, data_format)
-    class_names = source.class_names
-    if ":" not in name:
-        # A model on the hub or in a folder is only known once it is there.
-        backbones.tunable_on_meta(name, len(class_names), method, model_args)
-    random_seed(recipe.seed)
-    net: Any = backbones.create_backbone(
-        name,
-        len(class_names),
-        pretrained=pretrained,
-        checkpoint=weights,
-        model_args=model_args,
-    )
-    digest_of_weights = digest(backbones.weights_without_head(net))
-    init_head(net)
-    prompt_tune(net, method, memory).to(device)
-    config = set_data_config(net, options)
-    first = frozen_blocks(net) if prefix_cache and augmentation.no_aug and world_size() == 1 else 0
-    loading = Loading(config, augmentation, device, workers, "stream" if first else cache)
-    loaders: dict[str, Any] = {
-        name: loading.loader(
-            split,
-            source.class_names,
-            recipe.batch_size,
-            training=name == "train",
-            keep=name != "test",
-            seed=recipe.seed,
-        )
-        for name, split in source.splits.items()
-    }
-    record = new_record(
-        directory,
-        source,
-        net,
-        {
-            "name": model,
-            "checkpoint": weights,
-            "pretrained": pretrained,
-            "img_size": img_size,
-            "weights": digest_of_weights,
-        },
-        method,
-        recipe,
-        augmentation,
-        options,
-        {
-            "memory": memory,
-            "cache": cache,
-            "prefix_cache": prefix_cache,
-            "cuda_graphs": cuda_graphs,
-            "workers": workers,
-            "device": str(device),
-            "processes": world_size(),
-        },
-    )
-    if resume and (output / CHECKPOINT).is_file():
-        check_resumed(read_record(output), record)
-    _describe(net, f"{method.name} on {model}, {device}", recipe, loaders, log)
-    _describe_source(source, loaders, log)
-    if not options.antialias:
-        log("resized without antialiasing, which the adapter does not record: eval --no-antialias")
-    save = partial(
-        save_adapter,
-        class_names=class_names,
-        model_args=model_args,
-        checkpoint=weights.name if weights else None,
-        overwrite=True,
-    )
+    run = _prepare(settings, progress)
+    if settings.resume and (output / CHECKPOINT).is_file():
+        check_resumed(read_record(output), run.record)
+    run.describe(log)
     output.mkdir(parents=True, exist_ok=True)
-    batches = {name: loaders[name] for name in ("train", "val") if name in loaders}
-    if first:
-        log(f"the first {first} of {len(net.blocks)} blocks are frozen: computed once per image")
-        kept = PrefixCache(
-            net, first, amp_dtype=recipe.autocast_dtype, folder=output, progress=progress
-        )
-        with FrozenCast(net, recipe.autocast_dtype):
-            for name, loader in batches.items():
-                images = loader.dataset
-                ordered = folder_loader(images, recipe.batch_size, device, workers)
-                batches[name] = kept.loader(ordered, len(images), loader)
-        for item in kept.skipped:
-            log(f"skipped an image that cannot be decoded: {item.reason}")
+    skipped = run.cache_prefix(log)
     try:
-        with recording(output, record):
-            result = fit(
-                net,
-                batches["train"],
-                recipe,
-                val_batches=batches.get("val"),
-                net=SuffixModel(net, first) if first else None,
-                output=output,
-                save=save,
-                progress=progress,
-                description=method.name,
-                log=log,
-                resume=resume,
-                cuda_graphs=cuda_graphs,
-            )
+        with recording(output, run.record):
+            result = run.fit(log)
     except TrainingError:
         if was_empty and not (output / LAST).is_dir() and not rank():
-            # Nothing worth keeping: the same command with another learning rate should run.
+            # No adapter to lose: the same command with another learning rate should run.
             shutil.rmtree(output, ignore_errors=True)
         raise
-    if first:
-        result.skipped.update(dict(kept.skipped))
-    record = record.ended(result)
+    result.skipped.update(dict(skipped))
+    record = run.record.ended(result)
     if not rank():
         write_record(output, record)
     test = None
-    if "test" in loaders and not result.interrupted:
-        amp_dtype = recipe.autocast_dtype
-        with FrozenCast(net, amp_dtype):
-            test = evaluate(net, loaders["test"], amp_dtype=amp_dtype, progress=progress)
-        test = replace(test, skipped=(*source.splits["test"].refused, *test.skipped))
+    if "test" in run.loaders and not result.interrupted:
+        test = run.test()
         if not rank():
             write_record(output, record.tested(test))
     return RunResult(output / (BEST if (output / BEST).is_dir() else LAST), result, test)
 
 
-def _nothing(line: str) -> None:
-    """Process 0 talks for all."""
+@dataclass
+class _PreparedRun:
+    """A run whose model, images and record are ready.
+
+    Attributes:
+        settings: Settings of the run.
+        source: Data set.
+        net: Tuned model, on its device.
+        first: Index of the first block that is trained or has prompts, if the input of that block
+            is cached; else 0.
+        loaders: Loaders of images by split.
+        batches: Loaders that training uses, by split: "train" and, if there is one, "val".
+        record: Record of the run as it begins.
+        weights: Checkpoint file of the backbone, or None.
+        model_args: Arguments of timm.create_model beside the name and the number of classes.
+        progress: Whether to show bars on a terminal.
+    """
+
+    settings: RunSettings
+    source: ImageSource
+    net: Any
+    first: int
+    loaders: dict[str, Any]
+    batches: dict[str, Any]
+    record: RunRecord
+    weights: Path | None
+    model_args: dict[str, Any]
+    progress: bool
+
+    def describe(self, log: Log) -> None:
+        """Log what the run is about to do."""
+        settings = self.settings
+        title = f"{settings.method.name} on {settings.model}, {settings.device}"
+        describe_run(self.net, title, settings.recipe, self.loaders, log)
+        describe_source(self.source, self.loaders, log)
+        if not settings.image_options.antialias:
+            log(
+                "resized without antialiasing, which the adapter does not record: eval "
+                "--no-antialias"
+            )
+
+    def cache_prefix(self, log: Log) -> list[SkippedImage]:
+        """Replace the batches by ones of block inputs, if blocks before the first one are frozen.
+
+        Returns:
+            Images that cannot be decoded.
+        """
+        if not self.first:
+            return []
+        settings, recipe = self.settings, self.settings.recipe
+        log(
+            f"the first {self.first} of {len(self.net.blocks)} blocks are frozen: computed once "
+            "per image"
+        )
+        cache = PrefixCache(
+            self.net,
+            self.first,
+            amp_dtype=recipe.autocast_dtype,
+            folder=settings.output,
+            progress=self.progress,
+        )
+        with FrozenCast(self.net, recipe.autocast_dtype):
+            for name, loader in self.batches.items():
+                images = loader.dataset
+                ordered = folder_loader(
+                    images, recipe.batch_size, settings.device, settings.workers
+                )
+                self.batches[name] = cache.loader(ordered, len(images), loader)
+        for item in cache.skipped:
+            log(f"skipped an image that cannot be decoded: {item.reason}")
+        return cache.skipped
+
+    def fit(self, log: Log) -> FitResult:
+        """Train, writing adapters and checkpoints to the output folder."""
+        settings = self.settings
+        save = partial(
+            save_adapter,
+            class_names=self.source.class_names,
+            model_args=self.model_args,
+            checkpoint=self.weights.name if self.weights else None,
+            overwrite=True,
+        )
+        return fit(
+            self.net,
+            self.batches["train"],
+            settings.recipe,
+            val_batches=self.batches.get("val"),
+            net=SuffixModel(self.net, self.first) if self.first else None,
+            output=settings.output,
+            save=save,
+            progress=self.progress,
+            description=settings.method.name,
+            log=log,
+            resume=settings.resume,
+            cuda_graphs=settings.cuda_graphs,
+        )
+
+    def test(self) -> Evaluation:
+        """Evaluate the model on the test images."""
+        amp_dtype = self.settings.recipe.autocast_dtype
+        with FrozenCast(self.net, amp_dtype):
+            test = evaluate(
+                self.net, self.loaders["test"], amp_dtype=amp_dtype, progress=self.progress
+            )
+        return replace(test, skipped=(*self.source.splits["test"].refused, *test.skipped))
+
+
+def _prepare(settings: RunSettings, progress: bool) -> _PreparedRun:
+    """Open the data, tune the model and make the loaders; write nothing."""
+    recipe, device = settings.recipe, settings.device
+    name, weights, model_args = backbones.resolve_name(
+        settings.model, settings.checkpoint, settings.img_size
+    )
+    source = open_source(settings.directory, settings.data_format)
+    classes = len(source.class_names)
+    if ":" not in name:
+        # A model on the hub or in a folder is only known once it is there.
+        backbones.tunable_on_meta(name, classes, settings.method, model_args)
+    random_seed(recipe.seed)
+    net: Any = backbones.create_backbone(
+        name,
+        classes,
+        pretrained=settings.pretrained,
+        checkpoint=weights,
+        model_args=model_args,
+    )
+    digest_of_weights = digest(backbones.weights_without_head(net))
+    init_head(net)
+    prompt_tune(net, settings.method, settings.memory).to(device)
+    config = set_data_config(net, settings.image_options)
+    cacheable = settings.prefix_cache and settings.augmentation.no_aug and world_size() == 1
+    first = frozen_blocks(net) if cacheable else 0
+    cache = "stream" if first else settings.cache
+    loading = Loading(config, settings.augmentation, device, settings.workers, cache)
+    loaders: dict[str, Any] = {
+        split: loading.loader(
+            images,
+            source.class_names,
+            recipe.batch_size,
+            training=split == "train",
+            may_cache=split != "test",
+            seed=recipe.seed,
+        )
+        for split, images in source.splits.items()
+    }
+    return _PreparedRun(
+        settings,
+        source,
+        net,
+        first,
+        loaders,
+        {split: loaders[split] for split in ("train", "val") if split in loaders},
+        new_record(settings, source, net, settings.model_record(weights, digest_of_weights)),
+        weights,
+        model_args,
+        progress,
+    )
+
+
+def _ignore(line: str) -> None:
+    """Drop a line of text: process 0 alone logs."""
 
 
 def _holds_something(folder: Path) -> bool:
-    """Whether there is more than what a run that was killed as it began has left."""
+    """Return whether a folder holds more than a run that was killed at its start leaves there."""
     started = f".{RECORD}."
     return folder.is_dir() and any(not f.name.startswith(started) for f in folder.iterdir())
 
@@ -270,39 +286,3 @@ def _check_output(output: Path, resume: bool) -> None:
             f"the output folder {output} holds other files and no run that could go on; choose "
             "another with --output"
         )
-
-
-def _describe_source(
-    source: ImageSource, loaders: Mapping[str, Any], log: Callable[[str], None]
-) -> None:
-    """What there is, what is missing, and where images are kept."""
-    if "val" not in source.splits:
-        what = "val/ folder" if source.format == "folders" else "val split"
-        log(f"no {what}: the last epoch is kept, and nothing is selected")
-    for name, loader in loaders.items():
-        if isinstance(loader, MemoryLoader):
-            where = f"{loader.nbytes / 2**20:,.0f} MiB on {loader.device}"
-            log(f"{name}: images decoded once and kept, {where}")
-        refused = source.splits[name].refused
-        if refused:
-            log(f"{name}: {len(refused)} entries left out: {some([r.reason for r in refused])}")
-    for line in source.warnings:
-        log(f"warning: {line}")
-
-
-def _describe(
-    net: nn.Module,
-    title: str,
-    recipe: Recipe,
-    loaders: Mapping[str, Any],
-    log: Callable[[str], None],
-) -> None:
-    trained, total = count_parameters(net)
-    counts = [f"{len(loader.dataset):,} {split}" for split, loader in loaders.items()]
-    log(f"{title}: {trained:,} of {total:,} parameters are trained")
-    log(f"images: {', '.join(counts)}; {len(loaders['train'].dataset.classes)} classes")
-    log(
-        f"{recipe.opt}, learning rate {recipe.base_lr:g} x {recipe.batch_size} / 256 = "
-        f"{recipe.peak_lr:g}, weight decay {recipe.weight_decay:g}, {recipe.epochs} epochs "
-        f"({recipe.warmup} of warm-up), {recipe.amp_dtype}, seed {recipe.seed}"
-    )

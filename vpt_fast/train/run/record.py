@@ -1,7 +1,7 @@
-"""`run.json`: what a run was told and what became of it, in its output folder.
+"""`run.json`: settings and outcome of a run, in its output folder.
 
 It is written when training begins and again whenever more is known, so that the folder of a run
-that was interrupted or killed can be understood as well.
+that was interrupted or killed is documented as well.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import nn
 
 from vpt_fast import count_parameters
 from vpt_fast.adapter.atomic import atomic_file
-from vpt_fast.methods import Method, to_dict
+from vpt_fast.methods import to_dict
 from vpt_fast.train.common.digest import digest
 from vpt_fast.train.common.parallel import rank
-from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data.split import ImageSource
 from vpt_fast.train.loop.checkpoint import FILE as CHECKPOINT
-from vpt_fast.train.loop.epochs import FitResult
 from vpt_fast.train.loop.evaluate import Evaluation
+from vpt_fast.train.loop.fit_result import FitResult
+from vpt_fast.train.run.settings import RunSettings
 from vpt_fast.version import __version__
 
 FILE = "run.json"
@@ -38,29 +38,29 @@ RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, in JSON values.
+    """Record of a run, in JSON values.
 
     Attributes:
-        state: RUNNING until training ends (for good, if the run is killed); INTERRUPTED by Ctrl-C;
-            FAILED if it could not go on, with `error`; else FINISHED.
-        data: "directory", absolute; "format", one of `sources.FORMATS`; and a "digest" of the
-            images' names, labels and sizes.
+        state: RUNNING until training ends (and for ever if the run is killed); INTERRUPTED by
+            Ctrl-C; FAILED if it could not continue, with `error`; else FINISHED.
+        data: Data set: "directory", absolute; "format", one of `sources.FORMATS`; and a "digest" of
+            the images' names, labels and sizes.
         images: Number of images of each split.
-        class_names: In the order of the labels.
-        model: "name" as the user gave it, "checkpoint" (absolute, or None), "pretrained",
-            "img_size", and a digest of the backbone's "weights".
-        method: As `methods.to_dict` writes it.
-        recipe: Fields of `Recipe`; learning rate and warm-up are those that None stood for.
-        augmentation: Of the training images.
+        class_names: Names of the classes, in the order of the labels.
+        model: Backbone: "name" as the user gave it, "checkpoint" (absolute, or None), "pretrained",
+            "img_size", and a digest of the "weights".
+        method: Method, as `methods.to_dict` writes it.
+        recipe: Fields of `Recipe`, with the learning rate and warm-up that None stands for.
+        augmentation: Fields of `Augmentation`.
         image_options: Fields of `ImageOptions`.
-        options: Whatever else the run was told.
-        parameters: "trained" and "total".
-        versions: Of vpt_fast, timm, torch and Python.
-        kept_epoch: Epoch of the adapter that was kept; None while that is not known.
-        test: "loss", "top1" and "top5" in percent, and "images" of the evaluation on test images;
-            None without one.
+        options: Remaining options of the run.
+        parameters: Numbers of parameters, "trained" and "total".
+        versions: Versions of vpt_fast, timm, torch and Python.
+        kept_epoch: Epoch of the selected adapter; None while that is not known.
+        test: Evaluation on test images: "loss", "top1" and "top5" in percent, and "images"; None
+            without one.
         skipped: Number of training and validation images that could not be decoded.
-        error: Why a run failed.
+        error: Reason that a run failed, or None.
     """
 
     state: str
@@ -81,7 +81,7 @@ class RunRecord:
     error: str | None = None
 
     def ended(self, result: FitResult) -> RunRecord:
-        """The record of the run when training has ended."""
+        """Return the record of the run when training has ended."""
         return replace(
             self,
             state=INTERRUPTED if result.interrupted else FINISHED,
@@ -90,55 +90,43 @@ class RunRecord:
         )
 
     def failed(self, error: Exception) -> RunRecord:
-        """The record of the run when training could not go on."""
+        """Return the record of the run when training could not continue."""
         return replace(self, state=FAILED, error=str(error))
 
     def tested(self, test: Evaluation) -> RunRecord:
-        """The record with what the kept epoch has on test images."""
+        """Return the record with the selected epoch's metrics on test images."""
         found = {name: getattr(test, name) for name in ("loss", "top1", "top5", "images")}
         return replace(self, test=found)
 
 
 def new_record(
-    directory: Path,
-    source: ImageSource,
-    net: nn.Module,
-    model: Mapping[str, Any],
-    method: Method,
-    recipe: Recipe,
-    augmentation: Any,
-    image_options: Any,
-    options: Mapping[str, Any],
+    settings: RunSettings, source: ImageSource, net: nn.Module, model: Mapping[str, Any]
 ) -> RunRecord:
-    """The record of a run that begins.
+    """Return the record of a run that begins.
 
     Args:
-        directory: Of the data.
-        source: What was found there.
-        net: The tuned model.
-        model: "name", "checkpoint" (a path or None), "pretrained", "img_size" and "weights".
-        method: What is tuned.
-        recipe: How it is trained.
-        augmentation, image_options: Dataclasses.
-        options: Anything else that the run was told, as JSON values.
+        settings: Settings of the run.
+        source: Data set that was found in its directory.
+        net: Tuned model.
+        model: Section that `RunSettings.model_record` returns; "checkpoint" is a path or None.
     """
-    checkpoint = model["checkpoint"]
+    checkpoint, recipe = model["checkpoint"], settings.recipe
     trained, total = count_parameters(net)
     return RunRecord(
         state=RUNNING,
         data={
-            "directory": str(directory.resolve()),
+            "directory": str(settings.directory.resolve()),
             "format": source.format,
-            "digest": _digest(directory, source),
+            "digest": _digest(settings.directory, source),
         },
         images={name: len(split) for name, split in source.splits.items()},
         class_names=list(source.class_names),
         model={**model, "checkpoint": None if checkpoint is None else str(checkpoint.resolve())},
-        method=to_dict(method),
+        method=to_dict(settings.method),
         recipe={**asdict(recipe), "lr": recipe.base_lr, "warmup_epochs": recipe.warmup},
-        augmentation=asdict(augmentation),
-        image_options=asdict(image_options),
-        options=dict(options),
+        augmentation=asdict(settings.augmentation),
+        image_options=asdict(settings.image_options),
+        options=settings.options_record(),
         parameters={"trained": trained, "total": total},
         versions={
             "vpt_fast": __version__,
@@ -150,7 +138,7 @@ def new_record(
 
 
 def _digest(directory: Path, source: ImageSource) -> str:
-    """Of names, labels and sizes in bytes; they may lie elsewhere when a run goes on."""
+    """Return a digest of names, labels and sizes, which does not depend on the data's location."""
     return digest(
         {
             name: [
@@ -170,13 +158,13 @@ def _size(path: str) -> int | None:
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
-    """Writes a record; a process that is killed meanwhile leaves the one from before.
+    """Write a record atomically: a process that is killed meanwhile leaves the earlier one.
 
     Args:
-        folder: The existing output folder of the run.
-        record: What to write.
+        folder: Existing output folder of the run.
+        record: Record to write.
     """
-    # File names that are no UTF-8 are in the names of classes as escapes, which ASCII keeps.
+    # Class names may hold surrogate escapes of bytes that are not UTF-8; JSON in ASCII keeps them.
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(record)}, indent=2) + "\n"
     with atomic_file(folder / FILE, "w", encoding="ascii") as file:
         file.write(text)
@@ -184,14 +172,14 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 @contextmanager
 def recording(folder: Path, record: RunRecord) -> Iterator[None]:
-    """While training runs, its record is in `folder`; process 0 writes it.
+    """Write the record of a run on process 0, and update it if training fails.
 
-    If training cannot go on, for whatever reason, the record says so; if it cannot begin (the
-    checkpoint to resume from is of another run), the record that was there before is put back.
+    If training cannot continue, for whatever reason, the record says so; if it cannot begin (the
+    checkpoint to resume from is of another run), the earlier record is restored.
 
     Args:
-        folder: The existing output folder of the run.
-        record: Of the run that begins.
+        folder: Existing output folder of the run.
+        record: Record of the run that begins.
     """
     if rank():
         yield
@@ -205,7 +193,7 @@ def recording(folder: Path, record: RunRecord) -> Iterator[None]:
     except Exception as error:
         cannot_begin = isinstance(error, ValueError | TypeError) and began == _last_epoch(folder)
         if not cannot_begin:
-            with suppress(OSError):  # on a disk that is full the record of before stays
+            with suppress(OSError):  # on a full disk the earlier record stays
                 write_record(folder, record.failed(error))
         elif earlier is None:
             path.unlink(missing_ok=True)
@@ -216,16 +204,16 @@ def recording(folder: Path, record: RunRecord) -> Iterator[None]:
 
 
 def _last_epoch(folder: Path) -> int | None:
-    """Tells the checkpoint of one epoch from that of another."""
+    """Return the time of the checkpoint, which identifies its epoch; None without one."""
     path = folder / CHECKPOINT
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """Reads the record of a run; None if there is none.
+    """Read the record of a run; None if there is none.
 
     Args:
-        folder: The output folder of the run.
+        folder: Output folder of the run.
 
     Raises:
         ValueError: If the file is damaged or of a newer version.

@@ -1,4 +1,4 @@
-"""Whether a run that is to go on was told the same as when it was started, in the user's words."""
+"""Check that a resumed run has the settings it was started with."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.run.record import RunRecord
 
 _FLAGS = {"antialias": "no_antialias", "exif": "no_exif"}
-"""Where an option says the opposite of its field."""
+"""Options that negate their field."""
 _OPTIONS = {"cache": "auto", "prefix_cache": True, "device": None}
-"""With their defaults. Neither `memory`, `workers` nor `cuda_graphs` change a bit; `loop` compares
-the number of processes."""
+"""Defaults of the options that are compared. `memory`, `workers` and `cuda_graphs` change no bit,
+and `loop` compares the number of processes."""
 
 
 def check_resumed(earlier: RunRecord | None, record: RunRecord) -> None:
-    """Raises ValueError if a run that is to go on was told something else before.
+    """Raise ValueError if a run was started with other settings than it is resumed with.
 
-    Everything that decides a bit of what is trained is compared; where data and weights lie is not.
+    All settings that affect a trained bit are compared; the location of data and weights is not.
 
     Args:
-        earlier: What is in its folder, if anything is.
-        record: Of the run that would go on.
+        earlier: Record in the output folder, or None.
+        record: Record of the resumed run.
     """
     if earlier is None:
         return
@@ -44,7 +44,7 @@ def check_resumed(earlier: RunRecord | None, record: RunRecord) -> None:
 
 
 def _options(earlier: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Option, its values before and now, and its default."""
+    """Yield each option, its values before and now, and its default."""
     yield "format", earlier.data.get("format"), record.data.get("format"), None
     for key in ("name", "img_size", "pretrained"):
         name = "model" if key == "name" else key
@@ -76,7 +76,7 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 
 def _recipe_defaults(record: RunRecord) -> dict[str, Any]:
-    """The record has learning rate and warm-up that None stands for."""
+    """Return the defaults of a recipe, with the learning rate and warm-up that None stands for."""
     told = {key: record.recipe[key] for key in ("epochs", "opt")}
     standard = Recipe(**told, warmup_epochs=record.recipe["warmup_epochs"])
     lr, warmup = standard.base_lr, Recipe(**told).warmup
@@ -84,12 +84,19 @@ def _recipe_defaults(record: RunRecord) -> dict[str, Any]:
 
 
 def _device(key: str, value: Any) -> Any:
-    """Which GPU it is changes no bit."""
+    """Return a device without its index, which changes no bit; other values as they are."""
     return str(value).partition(":")[0] if key == "device" and value is not None else value
 
 
 def _words(name: str, value: Any, default: Any, again: bool = False) -> str:
-    """An option as it is typed; `again` where it was named before."""
+    """Return an option as the user types it.
+
+    Args:
+        name: Name of the option, with underscores.
+        value: Its value.
+        default: Its default.
+        again: Whether the message has named the option already.
+    """
     flag = f"--{_FLAGS.get(name, name).replace('_', '-')}"
     if isinstance(value, bool):
         given = value != (name in _FLAGS)

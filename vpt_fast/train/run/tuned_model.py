@@ -1,4 +1,4 @@
-"""A tuned model as the evaluating commands need it, from the folder of an adapter or a run."""
+"""Tuned model for evaluation, from the folder of an adapter or a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vpt_fast import load_adapter
 from vpt_fast.adapter.files import CONFIG_FILE, read_config
 from vpt_fast.train.backbones import build as backbones
 from vpt_fast.train.common.recipe import head_layers
-from vpt_fast.train.data.class_folders import CLASS_ORDERS, natural
-from vpt_fast.train.loop.epochs import BEST, LAST
+from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS, natural
+from vpt_fast.train.loop.fit_result import BEST, LAST
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A tuned model in eval mode, its input configuration and its class names, if it has any."""
+    """Tuned model in eval mode, with its input configuration and class names, if it has any."""
 
     net: nn.Module
     inputs: dict[str, Any]
@@ -30,17 +30,16 @@ class TunedModel:
     def class_order(
         self, directory: Path, names: Sequence[str], order: str | None = None
     ) -> list[str]:
-        """The classes of a data set in the order of the adapter's outputs.
+        """Return the classes of a data set in the order of the adapter's outputs.
 
         Args:
-            directory: Of the data set, for messages.
-            names: Its classes, in its order.
+            directory: Folder of the data set, for messages.
+            names: Classes of the data set, in its order.
             order: One of `CLASS_ORDERS`, for an adapter that does not name its classes; None takes
-                the data set's where both are the same.
+                the data set's order if both of them agree.
 
         Raises:
-            ValueError: If the adapter has other classes, or it cannot be known which of its outputs
-                is which.
+            ValueError: If the adapter has other classes, or the order of its outputs is not known.
         """
         if order is not None and order not in CLASS_ORDERS:
             raise ValueError(f"--class-order is {order!r}; choose one of {', '.join(CLASS_ORDERS)}")
@@ -54,7 +53,7 @@ class TunedModel:
                 "classes and no names of them"
             )
         by_value, sorted_names = natural(names), sorted(names)
-        # Other orders are of the data set itself, such as numbers from 0.
+        # Any other order is the data set's own, such as numbers from 0.
         if order is None and list(names) == sorted_names != by_value:
             first = next(
                 i for i, pair in enumerate(zip(names, by_value, strict=True)) if len(set(pair)) > 1
@@ -68,18 +67,18 @@ class TunedModel:
 
 
 def adapter_folder(path: Path) -> Path:
-    """The folder of the adapter that a run kept; `path` itself if it is one, or holds none."""
+    """Return the folder of a run's selected adapter; `path` itself if it holds no such folder."""
     candidates = (path, path / BEST, path / LAST)
     return next((c for c in candidates if (c / CONFIG_FILE).is_file()), path)
 
 
 def load_tuned(adapter: Path, checkpoint: Path | None, device: torch.device) -> TunedModel:
-    """Builds the backbone of an adapter and loads it.
+    """Build the backbone of an adapter and load the adapter.
 
     Args:
         adapter: Folder of an adapter, or the output folder of a run.
-        checkpoint: The backbone's weights; None takes timm's, or those of this package.
-        device: Where the model is to run.
+        checkpoint: File with the backbone's weights; None takes timm's, or those of this package.
+        device: Device of the model.
 
     Raises:
         FileNotFoundError: If there is no adapter or no checkpoint.

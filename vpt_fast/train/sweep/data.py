@@ -1,4 +1,4 @@
-"""The images of a sweep: read once, given out as batches to run after run."""
+"""Images of a sweep, read once and shared by its runs."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from vpt_fast.train.data.memory_set import MemoryLoader
 from vpt_fast.train.data.split import ImageSource, Split
 
 PARTS = ("train", "both", "val", "test")
-"""What runs ask for; both is train and val together, of the final runs."""
+"""Parts of the data; both is train and val together, for the final runs."""
 
 
 class SweepData(Protocol):
-    """Images by part.
+    """Images of a sweep by part.
 
     Attributes:
-        augmented: whether training images change from epoch to epoch.
+        augmented: Whether training images change from epoch to epoch.
     """
 
     augmented: bool
 
     def count(self, part: str) -> int:
-        """Images of a part."""
+        """Return the number of images of a part."""
         ...
 
     def batches(self, part: str, batch_size: int, seed: int | None = None) -> Any:
-        """A loader of `data.Batch`; shuffled, and augmented if images are, where there is a
-        seed."""
+        """Return a loader of `Batch`, shuffled and augmented if there is a seed."""
         ...
 
 
 class ArrayData:
-    """Data sets in memory, of (image, label), without augmentation."""
+    """Data of a sweep in memory: datasets of (image, label), without augmentation."""
 
     augmented = False
 
@@ -49,24 +48,24 @@ class ArrayData:
         }
 
     def count(self, part: str) -> int:
-        """As `SweepData.count`."""
+        """Return the number of images of a part."""
         return len(self._parts[part])
 
     def batches(self, part: str, batch_size: int, seed: int | None = None) -> Any:
-        """As `SweepData.batches`."""
+        """Return a loader of `Batch`, shuffled and augmented if there is a seed."""
         shuffle = seed is not None
         return make_loader(self._parts[part], batch_size, shuffle=shuffle, seed=seed or 0)
 
 
 class SourceData:
-    """A data set on disk; what fits is decoded once and kept, the rest is read in every run.
+    """Data of a sweep on disk: what fits is decoded once and cached, the rest read in every run.
 
     Args:
-        source: with validation and test images.
-        loading: how images become batches.
+        source: Data set with validation and test images.
+        loading: Settings of the loaders.
 
     Raises:
-        ValueError: a split is missing.
+        ValueError: If a split is missing.
     """
 
     def __init__(self, source: ImageSource, loading: Loading) -> None:
@@ -80,22 +79,22 @@ class SourceData:
         self.augmented = not loading.augmentation.no_aug
         splits = source.splits
         self._splits = {**splits, "both": joined(splits["train"], splits["val"])}
-        self._kept: dict[str, Any] = {}
+        self._loaders: dict[str, Any] = {}
 
     def _loader(self, part: str) -> Any:
-        """Of a part's images; made when they are first asked for."""
-        if part not in self._kept:
-            self._kept[part] = self.loading.loader(
+        """Return the loader of a part, created when it is first asked for."""
+        if part not in self._loaders:
+            self._loaders[part] = self.loading.loader(
                 self._splits[part], self.source.class_names, 1, training=part == "both"
             )
-        return self._kept[part]
+        return self._loaders[part]
 
     def count(self, part: str) -> int:
-        """As `SweepData.count`."""
+        """Return the number of images of a part."""
         return len(self._splits[part])
 
     def batches(self, part: str, batch_size: int, seed: int | None = None) -> Any:
-        """As `SweepData.batches`."""
+        """Return a loader of `Batch`, shuffled and augmented if there is a seed."""
         shuffle, count = seed is not None, self.count(part)
         loader = self._loader("both" if part == "train" else part)
         if isinstance(loader, MemoryLoader):
@@ -106,17 +105,17 @@ class SourceData:
 
 
 def joined(first: Split, second: Split) -> Split:
-    """The images of two splits, one after the other."""
+    """Return the images of two splits, one after the other."""
     return Split(
         first.labels + second.labels,
         first.names + second.names,
-        _OneAfterTheOther(first, second),
+        _Concatenated(first, second),
         (*first.refused, *second.refused),
     )
 
 
-class _OneAfterTheOther:
-    """Not a closure: worker processes may have to be sent it."""
+class _Concatenated:
+    """Decoder of two splits; not a closure, so that it can be pickled for worker processes."""
 
     def __init__(self, first: Split, second: Split) -> None:
         self.first, self.second = first, second

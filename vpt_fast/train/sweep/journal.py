@@ -1,8 +1,8 @@
-"""Optuna's journal with numbered lines and checksums: damage is found, and the rest is used.
+"""Optuna's journal with numbered lines and checksums, which survives damaged lines.
 
-Optuna counts trials by the lines that begin them, so that a line that is lost would give every
-later one to another trial. Each line says how many lines, and how many beginnings, came before it:
-what is missing is known, and something without effect takes its place.
+Optuna numbers trials by the lines that create them, so that a missing line would assign every later
+one to another trial. Each line here records how many lines, studies and trials precede it, so that
+placeholders without effect can replace missing lines.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _OURS = ("line", "studies", "trials", "crc32")
 
 
 class CheckedJournal(BaseJournalBackend):
-    """A file that several processes append to, on one machine or several.
+    """Journal file that several processes append to, on one machine or several.
 
     Args:
-        path: Of the file; made if it is not there. Journals that Optuna wrote itself are read as
-            they are.
-        log: Called with a sentence about every line that is left out.
+        path: Path of the file, created if it is missing. Journals that Optuna itself wrote are read
+            too.
+        log: Function called with a sentence about damaged lines.
     """
 
     def __init__(self, path: Path, log: Callable[[str], None]) -> None:
@@ -42,46 +42,46 @@ class CheckedJournal(BaseJournalBackend):
         path.touch()
 
     def read_logs(self, log_number_from: int) -> list[Log]:
-        """All logs from a number on.
+        """Return all logs from a number on.
 
         Raises:
-            ValueError: If a line that began a method's runs is lost.
+            ValueError: If a line that creates a study is missing.
         """
         with self.path.open("rb") as file:
             file.seek(self._offset)
             content = file.read()
-        whole, _, _ = content.rpartition(b"\n")  # the rest is being written, or torn
+        whole, _, _ = content.rpartition(b"\n")  # the last line may be incomplete
         for line in whole.split(b"\n") if whole else []:
             self._line += 1
             self._offset += len(line) + 1
-            self._take(line)
+            self._read_line(line)
         return self._logs[log_number_from:]
 
     def append_logs(self, logs: list[Log]) -> None:
-        """Adds lines, after all that others have added."""
+        """Append lines after all that other processes have appended."""
         self._lock.acquire()
         try:
             self.read_logs(0)
             with self.path.open("ab") as file:
                 if file.tell() > self._offset:
-                    file.write(b"\n")  # whoever began this line is gone
+                    file.write(b"\n")  # the process that began this line died
                 studies, trials = self._studies, self._trials
                 for number, log in enumerate(logs, len(self._logs)):
-                    file.write(_sealed(log, number, studies, trials))
+                    file.write(_encoded(log, number, studies, trials))
                     studies += log["op_code"] == _CREATE_STUDY
                     trials += log["op_code"] == _CREATE_TRIAL
         finally:
             self._lock.release()
 
-    def _take(self, line: bytes) -> None:
-        log = _opened(line)
+    def _read_line(self, line: bytes) -> None:
+        log = _decoded(line)
         if log is None:
             self._bad.append(self._line)
             return
         if "line" in log:
-            self._fill(log)
+            self._insert_placeholders(log)
         elif self._bad:
-            raise ValueError(self._lost("and says not what is lost"))
+            raise ValueError(self._damage_message("and says not what is lost"))
         if self._bad:
             numbers = ", ".join(map(str, self._bad))
             self._log(f"{self.path} line {numbers} is damaged and left out; the rest is used")
@@ -93,8 +93,8 @@ class CheckedJournal(BaseJournalBackend):
         self._studies += log["op_code"] == _CREATE_STUDY
         self._trials += log["op_code"] == _CREATE_TRIAL
 
-    def _fill(self, log: Log) -> None:
-        """Put something without effect where lines before this one are lost."""
+    def _insert_placeholders(self, log: Log) -> None:
+        """Insert logs without effect for missing lines before this one."""
         missing = log["line"] - len(self._logs)
         trials = log["trials"] - self._trials
         if (
@@ -102,35 +102,35 @@ class CheckedJournal(BaseJournalBackend):
             or not 0 <= trials <= missing
             or (trials and missing < 0)
         ):
-            raise ValueError(self._lost("and a line that began a method's runs is lost"))
+            raise ValueError(self._damage_message("and a line that began a method's runs is lost"))
         for number in range(missing):
-            self._add(_failed_trial() if number < trials else _nothing())
+            self._add(_failed_trial() if number < trials else _no_operation())
 
-    def _lost(self, what: str) -> str:
+    def _damage_message(self, what: str) -> str:
         return (
             f"{self.path} is damaged before line {self._line}, {what}; move it away to start again"
         )
 
 
 def _failed_trial() -> Log:
-    """A trial that is over: what others have to say of it is not taken."""
+    """Return a log that creates a failed trial, whose later logs Optuna ignores."""
     failed = TrialState.FAIL.value
-    return {**_nothing(), "op_code": _CREATE_TRIAL, "study_id": 0, "datetime_start": None,
+    return {**_no_operation(), "op_code": _CREATE_TRIAL, "study_id": 0, "datetime_start": None,
             "state": failed}  # fmt: skip
 
 
-def _nothing() -> Log:
-    """An attribute of a study that is not there: Optuna passes it by."""
+def _no_operation() -> Log:
+    """Return a log that sets an attribute of a missing study, which Optuna ignores."""
     return {"op_code": _SET_STUDY_ATTRIBUTE, "worker_id": "", "study_id": -1, "user_attr": {"": 0}}
 
 
-def _sealed(log: Log, line: int, studies: int, trials: int) -> bytes:
+def _encoded(log: Log, line: int, studies: int, trials: int) -> bytes:
     full = {**log, "line": line, "studies": studies, "trials": trials}
     return _text({**full, "crc32": zlib.crc32(_text(full))}) + b"\n"
 
 
-def _opened(line: bytes) -> Log | None:
-    """What a line holds; None if it is torn, or not what was written."""
+def _decoded(line: bytes) -> Log | None:
+    """Return the log in a line; None if the line is incomplete or damaged."""
     try:
         log = json.loads(line)
     except (ValueError, RecursionError):

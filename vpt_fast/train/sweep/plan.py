@@ -1,4 +1,4 @@
-"""A sweep from the command line to its results: one plan, in one process or in several."""
+"""Plan of a sweep, and its execution in one process or several."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from vpt_fast.train.sweep.sweep import Candidate, Result, Sweep
 from vpt_fast.train.sweep.task import SweepTask
 
 ADAPTERS = "adapters"
-"""Folder of the final runs' adapters, in that of the sweep."""
+"""Folder of the final runs' adapters, in the sweep's folder."""
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """All that a process needs to take part in a sweep.
+    """Settings that a process needs to take part in a sweep.
 
     Attributes:
-        output: folder of the sweep.
-        candidates: methods with their grids.
-        directory: of the data set; None takes the demo's digits and its backbone.
-        data_format: one of `sources.FORMATS`.
-        model, checkpoint, pretrained, img_size: the backbone, as `run.tune_on_folder` takes it.
-        seeds: of the final runs.
-        augmentation: of training images.
-        image_options: how images are resized and normalised.
-        memory: what blocks keep for backward.
-        cache, workers: as `image_loaders.Loading` takes them.
-        device: to train on.
+        output: Folder of the sweep.
+        candidates: Methods with their grids.
+        directory: Folder of the data set; None takes the demo's digits and its backbone.
+        data_format: Format of the data set, one of `sources.FORMATS`.
+        model, checkpoint, pretrained, img_size: Backbone, as `RunSettings` has it.
+        seeds: Seeds of the final runs.
+        augmentation: Augmentation of training images.
+        image_options: How images are resized and normalised.
+        memory: Memory mode, as `vpt_fast.prompt_tune` takes it.
+        cache, workers: Caching and workers, as `image_loaders.Loading` takes them.
+        device: Device to train on.
     """
 
     output: Path
@@ -70,7 +70,7 @@ class SweepPlan:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def identity(self) -> dict[str, Any]:
-        """What has to be the same for results to belong to one sweep."""
+        """Return the settings that have to be equal for results to belong to one sweep."""
         return {
             "data": "demo" if self.directory is None else self.directory.resolve().name,
             "format": self.data_format,
@@ -91,16 +91,16 @@ def candidate(
     opt: str | None = None,
     paper: str | None = None,
 ) -> Candidate:
-    """A method with the papers' optimizer for it, and their grids where none is given.
+    """Return a method with the papers' optimizer and grids, where no others are given.
 
     Args:
-        method: what is trained.
-        recipe: how; its optimizer is replaced.
-        lrs: base learning rates by optimizer.
-        weight_decays: to choose from.
-        prompts: numbers of prompts to choose from; none takes the method's own.
-        opt: the optimizer, if it should not be the papers'.
-        paper: as `Candidate` has it.
+        method: Method to train.
+        recipe: Recipe whose optimizer is replaced.
+        lrs: Base learning rates to choose from, by optimizer.
+        weight_decays: Weight decays to choose from.
+        prompts: Numbers of prompts to choose from; none takes the method's own.
+        opt: Optimizer; None takes the papers'.
+        paper: One of `paper_settings.PAPERS` whose batch size is used, or None.
     """
     opt = default_optimizer(method) if opt is None else opt
     grid = {**LEARNING_RATES, **(lrs or {})}
@@ -110,26 +110,26 @@ def candidate(
 def run_plan(
     plan: SweepPlan, processes: int = 1, log: Callable[[str], None] = print, progress: bool = True
 ) -> list[Result]:
-    """Trains what is missing of a sweep, here and in `processes - 1` more processes.
+    """Train what is missing of a sweep, here and in `processes - 1` more processes.
 
-    Each process holds the backbone and the images. They share the journal, as processes on other
-    machines would that are started with the same plan.
+    Each process holds the backbone and the images. They share the journal, as would processes on
+    other machines that are started with the same plan.
 
     Args:
-        plan: what to train.
-        processes: on this machine; the CPU's threads are divided among them.
-        log: called with a line for every run.
-        progress: whether a single process shows bars on a terminal.
+        plan: Plan of the sweep.
+        processes: Number of processes on this machine; the CPU's threads are divided among them.
+        log: Function called with a line for every run.
+        progress: Whether a single process shows bars on a terminal.
 
     Raises:
-        ValueError: `processes` is less than 1, or the plan does not fit the data, the model or the
-            journal.
-        TrainingError: no run of a method's selection has ended.
+        ValueError: If `processes` is less than 1, or the plan does not fit the data, the model or
+            the journal.
+        TrainingError: If no run of a method's selection has ended.
     """
     if processes < 1:
         raise ValueError(f"processes is {processes}; it must be at least 1")
     with _threads(processes):
-        # Before others are started, so that what is wrong is said once.
+        # Before the other processes start, so that an error is reported once.
         sweep = _sweep(plan, log, progress and processes == 1)
         context = multiprocessing.get_context("spawn")
         others = [
@@ -148,18 +148,18 @@ def run_plan(
 
 
 def _take_part(plan: SweepPlan, processes: int) -> None:
-    """One of the other processes; its runs are in the journal, and it says what it has done."""
+    """Run one of the other processes, which writes to the journal and logs its runs."""
     with _threads(processes):
-        _sweep(plan, _say, progress=False).run(plan.candidates)
+        _sweep(plan, _print_line, progress=False).run(plan.candidates)
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, flush=True)
 
 
 @contextmanager
 def _threads(processes: int) -> Iterator[None]:
-    """The CPU's threads, divided among processes."""
+    """Divide the CPU's threads among processes within a context."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // processes))
     try:
@@ -180,7 +180,7 @@ def _demo_task(plan: SweepPlan, progress: bool) -> SweepTask:
     options = {"class_names": CLASS_NAMES, "model_args": DEMO_ARGS}
     options["checkpoint"] = DEMO_CHECKPOINT.name
     data = ArrayData(digits.train, digits.val, digits.test)
-    return _made(plan, net, data, progress, options)
+    return _sweep_task(plan, net, data, progress, options)
 
 
 def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepTask:
@@ -210,10 +210,10 @@ def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepT
         "model_args": model_args,
         "checkpoint": weights.name if weights else None,
     }
-    return _made(plan, net.to(plan.device), data, progress, options)
+    return _sweep_task(plan, net.to(plan.device), data, progress, options)
 
 
-def _made(
+def _sweep_task(
     plan: SweepPlan, net: Any, data: SweepData, progress: bool, options: dict[str, Any]
 ) -> SweepTask:
     adapters = plan.output / ADAPTERS

@@ -1,4 +1,4 @@
-"""A small sweep that every machine can run: the demo's digits, seven methods, five seeds."""
+"""Small sweep that every machine can run: the demo's digits, seven methods, five seeds."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _METHODS: tuple[Method, ...] = (
     VPTDeep(NUM_PROMPTS),
     VAPT(NUM_PROMPTS),
 )
-# Three learning rates each, of what short runs on a small model want.
+# Three learning rates each, chosen for short runs of a small model.
 _LRS = {"sgd": (10.0, 2.5, 0.5), "adamw": (0.05, 0.02, 0.005)}
 
 
 def demo_candidates(epochs: int = EPOCHS) -> tuple[Candidate, ...]:
-    """The demo's methods, each with three learning rates."""
-    # The first epoch of a warm-up has learning rate 0: of one epoch only nothing would be left.
+    """Return the demo's methods, each with three learning rates."""
+    # The first epoch of a warm-up has learning rate 0, so a single epoch must have no warm-up.
     recipe = Recipe(epochs=epochs, warmup_epochs=min(2, epochs - 1))
     return tuple(candidate(method, recipe, _LRS, (0.01,)) for method in _METHODS)
 
@@ -39,5 +39,5 @@ def demo_candidates(epochs: int = EPOCHS) -> tuple[Candidate, ...]:
 def demo_plan(
     output: Path, device: torch.device, seeds: tuple[int, ...] = SEEDS, epochs: int = EPOCHS
 ) -> SweepPlan:
-    """The plan of the preset "demo"."""
+    """Return the plan of the preset "demo"."""
     return SweepPlan(output, demo_candidates(epochs), seeds=seeds, device=device)

@@ -1,4 +1,4 @@
-"""What a sweep found: a table, a CSV file and a picture."""
+"""Results of a sweep: a table, a CSV file and a picture."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ HEADER = (
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the sample's standard deviation; NaN for fewer than two values."""
+    """Return the mean and the sample standard deviation; NaN for fewer than two values."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
     return float(np.mean(values)) if len(values) else float("nan"), deviation
 
 
 def table(results: Sequence[Result]) -> str:
-    """One line per method: what was chosen, and the final runs' mean and spread."""
+    """Return a line per method: the chosen point, and the final runs' mean and deviation."""
     rows = []
     for result in results:
         finals = list(result.finals.values())
@@ -78,7 +78,7 @@ def write(folder: Path, results: Sequence[Result], title: str) -> tuple[Path, Pa
 
 
 def _draw(path: Path, results: Sequence[Result], title: str) -> None:
-    """Test accuracy of every final run by method, and its mean over the trained parameters."""
+    """Draw the test accuracy of every final run by method, and its mean by trained parameters."""
     require_extra("sweep", "matplotlib")
     from matplotlib.figure import Figure
 

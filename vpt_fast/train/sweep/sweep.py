@@ -1,11 +1,11 @@
-"""Many runs: a grid for each method, chosen on validation, then final runs over seeds.
+"""Sweep: a grid for each method, selection on validation, then final runs over seeds.
 
-As the papers do it for VTAB-1k (VPT, arXiv 2203.12119, appendix A): learning rate, weight decay and
+As in the papers for VTAB-1k (VPT, arXiv 2203.12119, appendix A): learning rate, weight decay and
 number of prompts are chosen by the validation accuracy of a run on the training images; the choice
 is trained on training and validation images together, once for each seed, and only then tested.
 
-Every finished run is in an Optuna journal at once (see `journal`): a sweep that was killed goes on
-where it was, and several processes or machines that name the same file share the work.
+Every finished run is written to an Optuna journal at once (see `journal`): a sweep that was killed
+continues from there, and several processes or machines that name the same file share the work.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ JOURNAL = "sweep.journal"
 
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 _POLL = 2.0
-"""Seconds between looks at what other processes have finished."""
+"""Seconds between two checks for runs that other processes have finished."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run found.
+    """Outcome of a run.
 
     Attributes:
-        top1: accuracy in percent: on validation, or on test of a final run.
-        loss: the mean loss there.
-        trained: number of trained parameters.
-        adapter_bytes: size of a final run's adapter; 0 of others.
-        seconds: that the run took.
+        top1: Accuracy in percent: on validation, or on test for a final run.
+        loss: Mean loss on the same images.
+        trained: Number of trained parameters.
+        adapter_bytes: Size of a final run's adapter in bytes; 0 for others.
+        seconds: Duration of the run.
     """
 
     top1: float
@@ -56,31 +56,31 @@ class Outcome:
 
 
 class Task(Protocol):
-    """Data and a backbone, kept between runs."""
+    """Data and a backbone that runs share."""
 
     def run(self, method: Method, recipe: Recipe, final: bool) -> Outcome:
-        """Train once.
+        """Train once and return the outcome.
 
         Args:
-            method: what to tune.
-            recipe: how.
-            final: False trains on the training images and returns what the last epoch has on
-                validation; True trains on both and returns what it has on test.
+            method: Method to tune with.
+            recipe: Recipe of the run.
+            final: Whether to train on training and validation images and evaluate on test; else
+                training is on the training images and evaluation on validation.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method with its grid.
+    """Method with its grid.
 
     Attributes:
-        method: with a number of prompts that the grid replaces, if it has prompts.
-        recipe: with a learning rate and a weight decay that the grid replaces.
-        lrs, weight_decays: base learning rates and weight decays to choose from.
-        prompts: numbers of prompts to choose from; left out for methods without prompts.
-        paper: the one of `recipes.RECIPES` whose batch size goes by the number of prompts; None
-            leaves that of `recipe`.
+        method: Method, whose number of prompts the grid replaces, if it has prompts.
+        recipe: Recipe, whose learning rate and weight decay the grid replaces.
+        lrs, weight_decays: Base learning rates and weight decays to choose from.
+        prompts: Numbers of prompts to choose from; unused for methods without prompts.
+        paper: One of `paper_settings.PAPERS`, whose batch size depends on the number of prompts;
+            None leaves that of `recipe`.
     """
 
     method: Method
@@ -92,18 +92,18 @@ class Candidate:
 
     @property
     def has_prompts(self) -> bool:
-        """Whether the method's prompts are counted."""
+        """Whether the method has a number of prompts."""
         return "num_prompts" in {field.name for field in fields(self.method)}
 
     def grid(self) -> dict[str, Sequence[Any]]:
-        """Values by the names of Optuna's parameters."""
+        """Return the values to choose from by the names of Optuna's parameters."""
         grid: dict[str, Sequence[Any]] = {"lr": self.lrs, "weight_decay": self.weight_decays}
         if self.has_prompts and self.prompts:
             grid["num_prompts"] = self.prompts
         return grid
 
     def chosen(self, values: dict[str, Any], seed: int) -> tuple[Method, Recipe]:
-        """Method and recipe of a point of the grid."""
+        """Return method and recipe of a point of the grid."""
         recipe = replace(
             self.recipe, lr=values["lr"], weight_decay=values["weight_decay"], seed=seed
         )
@@ -117,13 +117,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Result:
-    """What a sweep found for one method.
+    """Result of a sweep for one method.
 
     Attributes:
-        name: of the method.
-        values: the chosen point of the grid.
-        validation: what it had on validation.
-        finals: its final runs by seed.
+        name: Name of the method.
+        values: Chosen point of the grid.
+        validation: Outcome of the chosen point on validation.
+        finals: Outcomes of the final runs by seed.
     """
 
     name: str
@@ -133,15 +133,15 @@ class Result:
 
 
 class Sweep:
-    """A sweep in a folder.
+    """Sweep in a folder.
 
     Args:
-        folder: Holds the journal; made if it is not there.
-        task: What is trained.
-        seeds: Of the final runs; the first one is also that of the selection.
-        log: Called with a line for every run that this process has done.
-        identity: What of the task must be the same in all processes and when a sweep goes on: the
-            model, the data and so on, as JSON has it.
+        folder: Folder of the journal, created if it is missing.
+        task: Data and backbone.
+        seeds: Seeds of the final runs; the first one is also that of the selection.
+        log: Function called with a line for every run of this process.
+        identity: Settings of the task that must be equal in all processes and when a sweep is
+            resumed, such as the model and the data, as JSON values.
     """
 
     def __init__(
@@ -160,10 +160,10 @@ class Sweep:
         self._storage = JournalStorage(CheckedJournal(folder / JOURNAL, log))
 
     def run(self, candidates: Sequence[Candidate]) -> list[Result]:
-        """Select and train every candidate; returns when all runs are done, by whomever.
+        """Select and train every candidate; return when all processes have finished all runs.
 
         Raises:
-            ValueError: If the journal is of other settings, or a method is there twice.
+            ValueError: If the journal has other settings, or two candidates have the same method.
             TrainingError: If no run of a method's selection has ended.
         """
         names = [candidate.method.name for candidate in candidates]
@@ -171,7 +171,7 @@ class Sweep:
             if names.count(name) > 1:
                 raise ValueError(f"method {name} is there twice; leave one out")
         verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # `log` says it in a line of ours
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # `log` has a line for each trial
         try:
             return [self._one(candidate) for candidate in candidates]
         finally:
@@ -216,7 +216,7 @@ class Sweep:
         settings: dict[str, Any],
         run: Callable[[optuna.Trial, dict[str, Any]], Outcome],
     ) -> list[FrozenTrial]:
-        """Every point of a grid, run here or in another process; one finished trial for each."""
+        """Run every point of a grid, here or in another process, and return a trial for each."""
         study = optuna.create_study(
             study_name=name,
             storage=self._storage,
@@ -250,13 +250,13 @@ class Sweep:
             return found.top1
 
         points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-        if _has_losses(study, points):
-            # The sampler takes what has ended for done, whatever was lost of it.
+        if _has_damaged_trials(study, points):
+            # The sampler counts every ended trial as done, even one whose outcome is damaged.
             for point in _missing(study, points):
                 study.enqueue_trial(point)
         while missing := _missing(study, points):
-            # GridSampler hands out what nobody has begun first, and what was left behind by a
-            # process that is gone at the end.
+            # GridSampler first hands out points that no process has begun, and at the end those
+            # of processes that died.
             study.optimize(objective, n_trials=1)
             if len(_missing(study, points)) == len(missing):
                 time.sleep(_POLL)
@@ -265,28 +265,28 @@ class Sweep:
 
 
 def _finished(study: optuna.Study) -> dict[tuple[tuple[str, Any], ...], FrozenTrial]:
-    """The first finished trial of each point; failures count, since they would fail again.
+    """Return the first finished trial of each point; a failure counts, as it would fail again.
 
-    One whose outcome was lost with a line of the journal is not finished.
+    A trial whose outcome was on a damaged line of the journal is not finished.
     """
     found: dict[tuple[tuple[str, Any], ...], FrozenTrial] = {}
     for trial in study.get_trials(states=_ENDED):
-        if _is_whole(trial):
+        if _is_complete(trial):
             found.setdefault(_key(trial.params), trial)
     return found
 
 
-def _has_losses(study: optuna.Study, points: Sequence[dict[str, Any]]) -> bool:
-    """Whether a line of the journal is lost that said which point a trial was, or its outcome."""
+def _has_damaged_trials(study: optuna.Study, points: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the journal lacks the point or the outcome of an ended trial."""
     known = {_key(point) for point in points}
     return any(
-        _key(trial.params) not in known or not _is_whole(trial)
+        _key(trial.params) not in known or not _is_complete(trial)
         for trial in study.get_trials(states=_ENDED)
     )
 
 
-def _is_whole(trial: FrozenTrial) -> bool:
-    """Whether a trial that has ended failed, or has its whole outcome."""
+def _is_complete(trial: FrozenTrial) -> bool:
+    """Return whether an ended trial has failed, or has its complete outcome."""
     needed = {field.name for field in fields(Outcome)}
     return trial.state == TrialState.PRUNED or needed <= trial.user_attrs.keys()
 

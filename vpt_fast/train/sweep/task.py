@@ -1,4 +1,4 @@
-"""What a sweep trains: one backbone and one data set, used for run after run."""
+"""Task of a sweep: one backbone and one data set that all runs share."""
 
 from __future__ import annotations
 
@@ -35,18 +35,17 @@ _EVAL_BATCH = 100
 class SweepTask:
     """Runs that share a backbone and images.
 
-    A run begins with the backbone as it was given, so that its outcome does not depend on the runs
-    before it. What enters the first block that is trained or has prompts is computed once for all
-    runs of the methods that begin there, if images are not augmented.
+    Each run begins with the original backbone, so that its outcome does not depend on earlier runs.
+    The input of the first block that is trained or has prompts is computed once for all runs of the
+    methods that begin there, if images are not augmented.
 
     Args:
-        backbone: a plain timm model, on the device to train on; it is left as it was.
-        data: images by part.
-        progress: whether to show bars on a terminal.
-        adapters: where the adapters of final runs are kept, as <method>/seed-<seed>; None keeps
-            none.
-        save_options: what `save_adapter` takes beside model and directory.
-        memory: what blocks keep for backward, as `vpt_fast.prompt_tune` takes it.
+        backbone: Plain timm model, on the device to train on; unchanged after each run.
+        data: Images by part.
+        progress: Whether to show bars on a terminal.
+        adapters: Folder for the adapters of final runs, as <method>/seed-<seed>; None saves none.
+        save_options: Arguments of `save_adapter` beside model and directory.
+        memory: Memory mode, as `vpt_fast.prompt_tune` takes it.
     """
 
     def __init__(
@@ -64,12 +63,12 @@ class SweepTask:
         self._prefixes: dict[tuple[int, torch.dtype, str], Activations] = {}
 
     def run(self, method: Method, recipe: Recipe, final: bool) -> Outcome:
-        """As `vpt_fast.train.sweep.sweep.Task.run`."""
+        """Train once; see `vpt_fast.train.sweep.sweep.Task.run`."""
         start, model = time.perf_counter(), self.backbone
         random_seed(recipe.seed)
         try:
             prompt_tune(model, method, self.memory)
-            # After prompt_tune, which keeps the head that it finds for remove_prompts.
+            # After prompt_tune, which stores the head that it finds for remove_prompts.
             init_head(model)
             first = 0 if self.data.augmented else frozen_blocks(model)
             net = SuffixModel(model, first) if first else model
@@ -86,8 +85,8 @@ class SweepTask:
             if final:
                 net, images = model, self.data.batches("test", _EVAL_BATCH)
             elif first:
-                kept = self._activations("val", recipe, first)
-                images = activation_loader(kept, _EVAL_BATCH, shuffle=False)
+                activations = self._activations("val", recipe, first)
+                images = activation_loader(activations, _EVAL_BATCH, shuffle=False)
             else:
                 images = self.data.batches("val", _EVAL_BATCH)
             found = evaluate(net, images, amp_dtype=recipe.autocast_dtype, progress=False)
@@ -104,12 +103,12 @@ class SweepTask:
     def _training(self, recipe: Recipe, first: int, part: str) -> Any:
         if not first:
             return self.data.batches(part, recipe.batch_size, recipe.seed)
-        kept = self._activations(part, recipe, first)
+        activations = self._activations(part, recipe, first)
         generator = torch.Generator().manual_seed(recipe.seed)
-        return activation_loader(kept, recipe.batch_size, shuffle=True, generator=generator)
+        return activation_loader(activations, recipe.batch_size, shuffle=True, generator=generator)
 
     def _activations(self, part: str, recipe: Recipe, first: int) -> Activations:
-        """What enters block `first`; the backbone is frozen before it."""
+        """Return the inputs of block `first`, before which the backbone is frozen."""
         key = first, recipe.autocast_dtype, part
         if key not in self._prefixes:
             cache = PrefixCache(
@@ -120,7 +119,7 @@ class SweepTask:
         return self._prefixes[key]
 
     def _save(self, method: Method, seed: int) -> int:
-        """Saves a final run's adapter, for good if there is a place; returns its bytes."""
+        """Save a final run's adapter, temporarily without a folder; return its bytes."""
         with tempfile.TemporaryDirectory() as folder:
             path = (self.adapters or Path(folder)) / method.name / f"seed-{seed}"
             save_adapter(self.backbone, path, overwrite=True, **self.save_options)

@@ -18,13 +18,13 @@ LOG2E = math.log2(math.e)
 
 
 def window_shares(model: Any, images: Tensor) -> list[tuple[int, Tensor]]:
-    """Shares (B, H, p) of each prompt, mean over the tokens' queries, by index of the block.
+    """Return each block's index and the shares (B, H, p) of its prompts, mean over the queries.
 
     Every window of an image reads the same prompts; a token's share is that within its window,
     exp(scale * q k - lse).
 
     Args:
-        model: tuned with prompts, in eval mode.
+        model: Swin that was tuned with prompts, in eval mode.
         images: (B, C, H, W), as the model takes them.
     """
     found: list[tuple[int, Tensor]] = []

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.train.data.formats.labels import Pairs, are_words, name_of, read_json, short
 from vpt_fast.train.data.images import SPLITS, SkippedImage
-from vpt_fast.train.data.labels import Pairs, are_words, name_of, read_json, short
 from vpt_fast.train.data.split import (
     ImageSource,
     Split,
@@ -21,24 +21,24 @@ from vpt_fast.train.data.split import (
     split_of_files,
 )
 
-# How many listed files are looked for to find the folder that their paths start in.
+# Number of listed files that are looked for to find the folder that their paths start in.
 _LOOK = 20
 
 
 def is_fgvc(directory: Path) -> bool:
-    """Whether the folder has one of the json files."""
+    """Return whether the folder has one of the json files."""
     return any((directory / f"{split}.json").is_file() for split in SPLITS)
 
 
 def read_fgvc(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
-    """Reads train.json, val.json and test.json, those that are there.
+    """Read those of train.json, val.json and test.json that exist.
 
     A label is the rank of a class id among those of all files together; class names are the ids.
     Images are looked for in images/, Images/ and the folder itself.
 
     Args:
-        directory: Of the json files.
-        known: Class names (ids) of a trained model; they decide the labels then.
+        directory: Folder of the json files.
+        known: Class names (ids) of a trained model, which then define the labels.
 
     Raises:
         ValueError: If a file is damaged, of another kind or has no usable entry, or there are fewer
@@ -90,7 +90,7 @@ def _kind(value: Any) -> str:
 
 
 def _image_root(directory: Path, images: list[str]) -> Path:
-    """Where most of the first images are; the folder itself where none is."""
+    """Return the folder that holds most of the first images; the data folder if none does."""
     roots = [directory / name for name in ("images", "Images", "")]
     found = [sum(map(os.path.isfile, map(root.joinpath, images[:_LOOK]))) for root in roots]
     return roots[found.index(max(found))] if max(found) else directory

@@ -1,4 +1,4 @@
-"""Where a batch's images find their tasks' prompts and heads."""
+"""Where each image of a batch finds the prompts and the head of its task."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from vpt_fast.bank.task_experts import ExpertGroup, expert_groups
 
 
 @dataclass(frozen=True)
-class Places:
-    """Whose prompts and heads are where, for one batch.
+class BatchIndex:
+    """Row offsets of the prompts and heads of one batch.
 
     Attributes:
-        rest: keys and values (rows, 2, H, d).
-        starts: (blocks, B), row of an image's first prompt in `rest`; ~row in what the block's
-            experts make.
+        prompt_kv: Cached prompt keys and values (rows, 2, H, d).
+        row_offsets: (blocks, B), row of an image's first prompt in `prompt_kv`; ~row in the prompts
+            that experts compute in the call.
         counts: (blocks, B), number of an image's prompts.
-        most: of each block, the largest of its counts.
-        groups: images whose prompts are made in the call, in the order in which they are made.
+        max_counts: Largest of the counts in each block.
+        groups: Images whose prompts are computed in the call, in the order of those prompts.
         head_weight: (rows, F).
         head_bias: (rows,).
-        heads: (3, B): an image's first row of the head, number of rows, and the sum of the numbers
-            before it.
-        classes: number of rows of each image, on the host.
+        heads: (3, B): first row of an image's head, its number of rows, and the sum of the numbers
+            of rows of the images before it.
+        classes: Number of classes of each image's task, on the host.
     """
 
-    rest: Tensor
-    starts: Tensor
+    prompt_kv: Tensor
+    row_offsets: Tensor
     counts: Tensor
-    most: tuple[int, ...]
+    max_counts: tuple[int, ...]
     groups: tuple[ExpertGroup, ...]
     head_weight: Tensor
     head_bias: Tensor
@@ -43,48 +43,48 @@ class Places:
     classes: list[int]
 
 
-def find_places(
+def index_batch(
     state: State, residents: Sequence[Resident], depth: int, dtype: torch.dtype
-) -> Places:
-    """The places of a batch's prompts and heads.
+) -> BatchIndex:
+    """Return the row offsets of a batch's prompts and heads.
 
     Args:
-        state: of the bank.
-        residents: every image's task.
-        depth: number of blocks.
-        dtype: that keys and heads are needed in; if it is not the pools', the batch's tasks are
-            copied.
+        state: State of the bank.
+        residents: Task of each image.
+        depth: Number of blocks.
+        dtype: Dtype in which prompt keys and values and heads are needed; if it is not that of the
+            pools, the rows of the batch's tasks are copied.
     """
-    keys, key_starts = _in_dtype(state.keys, [r.keys for r in residents], dtype)
-    heads, head_starts = _in_dtype(state.heads, [r.heads for r in residents], dtype)
-    device = keys[0].device
-    _share_with_stream((*keys, *heads), residents)
+    prompt_kv, kv_offsets = _in_dtype(state.prompt_kv, [r.prompt_kv for r in residents], dtype)
+    heads, head_offsets = _in_dtype(state.heads, [r.heads for r in residents], dtype)
+    device = prompt_kv[0].device
+    _share_with_stream((*prompt_kv, *heads), residents)
     groups = expert_groups([r.experts for r in residents], device)
-    made: dict[int, int] = {}
-    at = 0
+    computed: dict[int, int] = {}
+    offset = 0
     for group in groups:
         for image in group.members:
-            made[image] = ~at
-            at += group.num_prompts
-    starts, counts = [], []
+            computed[image] = ~offset
+            offset += group.num_prompts
+    offsets, counts = [], []
     for block in range(depth):
         row, number = [], []
         for image, resident in enumerate(residents):
             count = resident.task.method.num_prompts
             if block in resident.blocks:
-                row.append(key_starts[image] + resident.blocks.index(block) * count)
+                row.append(kv_offsets[image] + resident.blocks.index(block) * count)
                 number.append(count)
             else:
-                row.append(made.get(image, 0))
-                number.append(count if image in made else 0)
-        starts.append(row)
+                row.append(computed.get(image, 0))
+                number.append(count if image in computed else 0)
+        offsets.append(row)
         counts.append(number)
     classes = [r.heads.count for r in residents]
     before = [0, *itertools.accumulate(classes[:-1])]
     # One copy to the device, before anything of the call is queued there.
-    every = torch.tensor([*starts, *counts, head_starts, classes, before], device=device)
-    return Places(
-        keys[0],
+    every = torch.tensor([*offsets, *counts, head_offsets, classes, before], device=device)
+    return BatchIndex(
+        prompt_kv[0],
         every[:depth],
         every[depth : 2 * depth],
         tuple(map(max, counts)),
@@ -99,21 +99,21 @@ def find_places(
 def _in_dtype(
     pool: RowPool, extents: Sequence[Extent], dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], list[int]]:
-    """Tensors that hold these rows in `dtype`, and the first row of each extent there."""
+    """Return tensors that hold the extents' rows in `dtype`, and each extent's offset there."""
     if pool.tensors[0].dtype == dtype:
         return pool.tensors, [extent.start for extent in extents]
     distinct = {id(extent): extent for extent in extents}
-    starts, at = {}, 0
+    offsets, offset = {}, 0
     for key, extent in distinct.items():
-        starts[key] = at
-        at += extent.count
+        offsets[key] = offset
+        offset += extent.count
     parts = zip(*(pool.read(extent) for extent in distinct.values()), strict=True)
     tensors = tuple(torch.cat(rows).to(dtype) for rows in parts)
-    return tensors, [starts[id(extent)] for extent in extents]
+    return tensors, [offsets[id(extent)] for extent in extents]
 
 
 def _share_with_stream(tensors: Sequence[Tensor], residents: Sequence[Resident]) -> None:
-    """Keep memory from being given away while this call's stream may still read it."""
+    """Keep the allocator from reusing memory that this call's stream may still read."""
     if not tensors[0].is_cuda:
         return
     stream = torch.cuda.current_stream(tensors[0].device)

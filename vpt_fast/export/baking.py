@@ -32,17 +32,17 @@ _BAKED_CLASS: dict[type[VisionTransformer], type[VisionTransformer]] = {
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """Make a new module for inference of a tuned model, in plain PyTorch, prompts as constants.
+    """Return a tuned model as a new module for inference, in plain PyTorch.
 
     The new module has timm's parameter names and computes the logits of `model` in eval mode. It
-    is in eval mode, nothing in it requires a gradient, and it shares nothing with `model`, which
-    stays as it is: every weight is copied (ViT-B/16 in fp32: 340 MB).
+    is in eval mode, has no prompt parameters and requires no gradient. It shares nothing with
+    `model`, which does not change: every weight is copied (ViT-B/16 in fp32: 340 MB).
 
     - VPT: `blocks.{i}.attn.prompt_keys` and `.prompt_values` (H, p, d), the prompts after norm1 and
       the qkv projection; prompt rows that live on as tokens (VPT-Shallow, an unprompted block after
       a prompted one, `pool_prompts`) are `blocks.{i}.prompt_rows` (1, p, D).
     - VAPT: block 0 as VPT; later blocks have `blocks.{i}.experts.*`, of which `mix` (p, patches) is
-      convolution and token-wise projector in one.
+      the convolution and the token-wise projector as one matrix.
     - `LinearProbe`, `BiasTuning`, `PartialTuning`, `FullTuning`: timm's own class with the trained
       values. `MLPHead`: the same, `head` is the whole MLP. `AdapterTuning`:
       `blocks.{i}.adapter.*`.
@@ -54,14 +54,14 @@ def bake(model: nn.Module) -> nn.Module:
     take the module, for any batch size; an exported program needs torch alone.
 
     Args:
-        model: What `prompt_tune` or `load_adapter` has tuned: a timm `VisionTransformer` or
-            `VisionTransformerDistilled`.
+        model: timm `VisionTransformer` or `VisionTransformerDistilled` that `prompt_tune` or
+            `load_adapter` has tuned.
 
     Returns:
-        The module: (B, channels, height, width) -> logits (B, classes).
+        A module that maps images (B, channels, height, width) to logits (B, classes).
 
     Raises:
-        ValueError: `model` is not tuned, is a SwinTransformer, or a module in it has hooks or a
+        ValueError: If `model` is not tuned, is a SwinTransformer, or a module in it has hooks or a
             forward of its own.
     """
     family = _check(model)
@@ -109,7 +109,7 @@ def _check(model: Any) -> Family:
 
 
 def _copy(model: Any) -> Any:
-    """A copy of a tuned model in eval mode, unfolded, without what `remove_prompts` would need."""
+    """Return an unfolded copy of a tuned model in eval mode, without the record's originals."""
     record: TuneRecord = model.tune_record
     fold = record.fold
     if fold is not None:  # unfolding empties the copy's record, not the model's
@@ -121,14 +121,14 @@ def _copy(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a block of a tuned model becomes.
+    """Prompts and adapter of a block of a baked model.
 
     Attributes:
-        prompts: static prompts (1, p, D) that are keys and values only, before norm1.
-        rows: static prompts (1, p, D) that live on as tokens.
-        experts: what makes prompts from the block's tokens.
-        dead: prompt rows that enter and that nobody reads after it.
-        adapter: the bottleneck after its MLP.
+        prompts: Static prompts (1, p, D) that are keys and values only, before norm1.
+        rows: Static prompts (1, p, D) that live on as tokens.
+        experts: Module that computes prompts from the block's tokens.
+        dead: Number of prompt rows that enter the block and are not read after it.
+        adapter: Bottleneck after the block's MLP.
     """
 
     prompts: Tensor | None
@@ -139,13 +139,13 @@ class _Part:
 
     @property
     def changes(self) -> bool:
-        """Whether the block computes anything else than timm's."""
-        made = (self.prompts, self.rows, self.experts, self.adapter)
-        return self.dead > 0 or any(item is not None for item in made)
+        """Whether the block computes anything but timm's block."""
+        added = (self.prompts, self.rows, self.experts, self.adapter)
+        return self.dead > 0 or any(item is not None for item in added)
 
 
 def _part(model: Any, block: Any) -> _Part | None:
-    """None for a block that is timm's own."""
+    """Return the prompts and the adapter of a block; None for a block of timm's."""
     if not isinstance(block, PromptedBlock):
         return None
     prompt: Any = block.prompt
@@ -179,13 +179,13 @@ def _prompt(block: Any) -> Any:
 
 
 def _bake_block(block: Any, part: _Part, prefix: int) -> None:
-    """Give a plain block what `part` says."""
+    """Turn a plain block into a baked one with the prompts and the adapter of `part`."""
     block.__class__ = BakedBlock
     block.attn.__class__ = BakedAttention
     keys = values = None
     if part.prompts is not None:
-        made = block.attn.keys_and_values(block.norm1(part.prompts))
-        keys, values = (tensor.squeeze(0).contiguous() for tensor in made)
+        pair = block.attn.keys_and_values(block.norm1(part.prompts))
+        keys, values = (tensor.squeeze(0).contiguous() for tensor in pair)
     block.attn.register_buffer("prompt_keys", keys)
     block.attn.register_buffer("prompt_values", values)
     block.register_buffer("prompt_rows", part.rows)

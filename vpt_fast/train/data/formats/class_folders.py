@@ -1,4 +1,4 @@
-"""What lies in class folders: image files by class, and what is not read."""
+"""Class folders: image files by class, and files that are not read."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _LITTER = ("__macosx", "thumbs.db", "desktop.ini")
 
 
 class Found(NamedTuple):
-    """Paths of images in order, and how many other files there are, by extension."""
+    """Paths of images in order, and the number of other files by extension."""
 
     images: list[str]
     unread: Counter[str]
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of that name is none of the user's."""
+    """Return whether a name is that of a hidden file or of one that a system leaves behind."""
     return name.startswith(".") or name.casefold() in _LITTER
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is of a type that is read, by its name."""
+    """Return whether a file is an image that can be read, by its name."""
     return _end(name) in EXTENSIONS
 
 
 def class_names(folder: Path) -> list[str]:
-    """The folders in `folder`, sorted as strings.
+    """Return the folders in `folder`, sorted as strings.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -46,7 +46,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def find_images(folder: Path) -> Found:
-    """All images below a folder; a folder that links lead to again is read once.
+    """Return all images below a folder; a folder that several links lead to is read once.
 
     Raises:
         OSError: If a folder cannot be read.
@@ -69,20 +69,20 @@ def find_images(folder: Path) -> Found:
 
 
 def counted(unread: Mapping[str, int]) -> str:
-    """The files that are not read, such as "3 .heic, 1 .txt"."""
+    """Return the numbers of files that are not read as text, such as "3 .heic, 1 .txt"."""
     return ", ".join(
         f"{count} {end or 'without extension'}" for end, count in sorted(unread.items())
     )
 
 
 def natural(names: Iterable[str]) -> list[str]:
-    """Sorted so that numbers within names go by their value."""
+    """Return the names sorted with numbers within them by their value."""
     return sorted(names, key=_natural_key)
 
 
 def _natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
     parts = re.split("([0-9]+)", name)
-    # Of a number its length and its digits: int() refuses more than 4,300 of them.
+    # A number sorts by its length and its digits: int() refuses more than 4,300 digits.
     values = [p.lstrip("0") if i % 2 else p for i, p in enumerate(parts)]
     return [(len(v) if i % 2 else 0, v) for i, v in enumerate(values)], name
 

@@ -1,4 +1,4 @@
-"""What lists of images say about classes: whole numbers, or words."""
+"""Labels in lists of images: whole numbers or words."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpt_fast.train.data.class_folders import is_image
+from vpt_fast.train.data.formats.class_folders import is_image
 
 
 class Pairs(list[tuple[str, Any]]):
-    """A json object with all its keys, of which some may be there twice."""
+    """Items of a json object, of which several may have the same key."""
 
 
 def whole(label: object) -> int | None:
-    """The whole number that a label is, or None."""
+    """Return a label that is a whole number as an int; else None."""
     if isinstance(label, str) and re.fullmatch("[+-]?[0-9]{1,18}", label.strip()):
         return int(label)
     return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 def word(label: object) -> str | None:
-    """The word that a label is, or None; "1.5", "1e3" and "nan" are none."""
+    """Return a label that is a word, stripped; else None, as for "1.5", "1e3" and "nan"."""
     if not isinstance(label, str) or not label.strip():
         return None
     try:
@@ -34,18 +34,23 @@ def word(label: object) -> str | None:
 
 
 def are_words(labels: Iterable[object]) -> bool:
-    """Whether more of the labels are words than whole numbers."""
+    """Return whether more of the labels are words than whole numbers."""
     kinds = [0 if whole(label) is not None else 1 for label in labels if is_class(label)]
     return 2 * sum(kinds) > len(kinds)
 
 
 def is_class(label: object) -> bool:
-    """Whether a label is a whole number or a word."""
+    """Return whether a label is a whole number or a word."""
     return whole(label) is not None or word(label) is not None
 
 
 def name_of(label: object, words: bool) -> str | None:
-    """The class that a label names; None where it is none of that kind."""
+    """Return the name of a label's class, or None if the label is not of that kind.
+
+    Args:
+        label: Label as it was read.
+        words: Whether classes are words rather than whole numbers.
+    """
     number = whole(label)
     if words:
         return word(label) or (None if number is None else str(label).strip())
@@ -53,45 +58,45 @@ def name_of(label: object, words: bool) -> str | None:
 
 
 def consecutive(labels: Sequence[object]) -> list[str]:
-    """Names "0" to the largest label that is below the number of labels; others are mistakes."""
+    """Return names "0" to the largest label that is below the number of labels."""
     numbers = (whole(label) for label in labels)
     fitting = (number for number in numbers if number is not None and number < len(labels))
     return [str(number) for number in range(1 + max(fitting, default=-1))]
 
 
 def range_of(names: Sequence[str], entries: int) -> str:
-    """Says what numbers are in range."""
+    """Return the range of valid numbers as text."""
     return f"0 to {len(names) - 1}" if names else f"0 to {entries - 1} of so few entries"
 
 
 def short(label: object) -> str:
-    """A label for a message."""
+    """Return a label as text for a message, shortened to 80 characters."""
     text = repr(label) if isinstance(label, str) else str(label)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_list(path: Path) -> list[tuple[int, str, str | None]]:
-    """The lines of a list of "image label": number, image and label, which may be words.
+    """Return number, image and label of each line of a list of "image label".
 
-    Image and label are divided by the last tab, else by the last space that a name of an image file
-    stands before, else by the last space. Where a line is none, the label is None and the image is
-    the line.
+    Image and label, which may be several words, are separated by the last tab, else by the last
+    space after the name of an image file, else by the last space. For a line without both, the
+    label is None and the image is the line.
 
     Raises:
         ValueError: If the file is no text in UTF-8, UTF-16 or UTF-32.
     """
     found: list[tuple[int, str, str | None]] = []
     for number, line in enumerate(re.split("\r\n|\r|\n", _text(path)), 1):
-        image, label = _divided(line.strip())
+        image, label = _separated(line.strip())
         if not line.strip():
             continue
-        # A form feed or U+2028 ends lines for some programs, and names of files have none.
+        # A form feed or U+2028 ends a line for some programs, and file names contain none.
         good = image.strip() and not is_image(label) and len(line.strip().splitlines()) == 1
         found.append((number, image.strip(), label) if good else (number, line, None))
     return found
 
 
-def _divided(line: str) -> tuple[str, str]:
+def _separated(line: str) -> tuple[str, str]:
     if "\t" not in line:
         words = line.split(" ")
         for count in range(len(words) - 1, 0, -1):
@@ -102,10 +107,10 @@ def _divided(line: str) -> tuple[str, str]:
 
 
 def read_json(path: Path) -> Any:
-    """What a json file holds, with `Pairs` for objects, and long numbers as strings.
+    """Return the content of a json file, with `Pairs` for objects and long numbers as strings.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is no json file.
     """
     try:
         return json.loads(

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpt_fast.train.data.images import SkippedImage
-from vpt_fast.train.data.labels import (
+from vpt_fast.train.data.formats.labels import (
     are_words,
     consecutive,
     name_of,
@@ -19,6 +18,7 @@ from vpt_fast.train.data.labels import (
     read_list,
     short,
 )
+from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.data.split import (
     ImageSource,
     Split,
@@ -61,17 +61,17 @@ LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 
 
 def is_vtab(directory: Path) -> bool:
-    """Whether the folder has VTAB's lists."""
+    """Return whether the folder has VTAB's lists."""
     return any((directory / name).is_file() for name in ("train800.txt", "val200.txt", WHOLE))
 
 
 def vtab_name(name: str) -> str:
-    """VTAB's own name of a set; other names are returned as they are."""
+    """Return VTAB's own name of a set; other names are returned in lower case."""
     return ALIASES.get(name.lower(), name.lower())
 
 
 def vtab_folder(directory: Path) -> Path:
-    """The folder that is meant: the one of that name, or of another name of the same set."""
+    """Return the folder itself, or if it is missing one beside it with another name of the set."""
     if directory.exists():
         return directory
     wanted = vtab_name(directory.name)
@@ -83,7 +83,7 @@ def vtab_folder(directory: Path) -> Path:
 def read_vtab(
     directory: Path, known: Sequence[str] | None = None, whole: bool = False
 ) -> ImageSource:
-    """Reads the lists of a set.
+    """Read the lists of a set.
 
     The number of classes is VTAB's where the folder has the name of one of its sets (or another
     common name of it), else the largest label of all lists + 1, where a label that is not below the
@@ -91,10 +91,11 @@ def read_vtab(
     names are these, sorted.
 
     Args:
-        directory: Of the set.
+        directory: Folder of the set.
         known: Class names of a trained model.
-        whole: Train on train800val200.txt, the 1,000 images, without validation. Otherwise on
-            train800.txt, with val200.txt; on the 1,000 images also where train800.txt is missing.
+        whole: Whether to train on train800val200.txt, the 1,000 images, without validation. Else
+            training is on train800.txt, with val200.txt; or on the 1,000 images if train800.txt is
+            missing.
 
     Raises:
         ValueError: If a list has no usable line, there are fewer than two classes, or `known`
@@ -132,7 +133,11 @@ def read_vtab(
 
 
 def _known(directory: Path, own: list[str], known: list[str], words: bool) -> list[str]:
-    """The model's classes, if they can be those of the lists."""
+    """Return the model's classes if they can be those of the lists.
+
+    Raises:
+        ValueError: If they cannot.
+    """
     fits = words or (
         known == [str(label) for label in range(len(known))] and len(own) <= len(known)
     )
@@ -175,7 +180,7 @@ def _split(
 
 
 def _empty_classes(path: Path, names: Sequence[str], split: Split) -> list[str]:
-    """Where the lists alone say what classes there are, a wrong label makes some that are empty."""
+    """Return a warning if classes are empty, which a wrong label in the lists can cause."""
     if vtab_name(path.parent.resolve().name) in CLASSES:
         return []
     present = set(split.labels)

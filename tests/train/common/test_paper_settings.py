@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from vpt_fast import VAPT, AdapterTuning, LinearProbe, VPTDeep, VPTShallow
 from vpt_fast.cli.app import app
 from vpt_fast.methods import METHODS
-from vpt_fast.train.common.paper_settings import RECIPES, default_optimizer, paper_settings
+from vpt_fast.train.common.paper_settings import PAPERS, default_optimizer, paper_settings
 from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.image_loaders import Loading
 from vpt_fast.train.data.image_options import RESIZES, ImageOptions
@@ -139,7 +139,7 @@ def test_plain_crops_cannot_be_kept():
         ImageOptions(resize="fit")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", PAPERS)
 def test_train_with_a_recipe(recipe, tmp_path):
     folder = make_folders(tmp_path / "data", train=4, val=2, test=2)
     checkpoint = write_checkpoint(tmp_path / "tiny.pth")

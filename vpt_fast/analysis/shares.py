@@ -1,8 +1,8 @@
-"""What the prompts of a tuned model do: the attention they get, and the patches they are made of.
+"""Attention to the prompts of a tuned model, and the patches that VAPT mixes into its prompts.
 
 Prompts as keys and values of frozen attention are the experts of a mixture that the attention
 weights gate ("Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts", ICLR 2026,
-arXiv 2501.18936, sections 3 and 4): the share of a prompt is what its expert adds to the mixture.
+arXiv 2501.18936, sections 3 and 4): the share of a prompt is the weight of its expert.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from vpt_fast.analysis.swin_attention_shares import window_shares
+from vpt_fast.analysis.swin_shares import window_shares
 from vpt_fast.methods.baselines import Baseline, LinearProbe
 from vpt_fast.models.attention_inputs import projected
 from vpt_fast.models.prompt_rows import insert_rows, strip_rows
@@ -29,7 +29,7 @@ from vpt_fast.ops.backend import in_full_precision
 
 @dataclass(frozen=True)
 class PromptAttention:
-    """Where the attention of one block goes, for the query that the head reads.
+    """Attention of one block for the query that the head reads.
 
     Attributes:
         block: Index of the block.
@@ -43,25 +43,25 @@ class PromptAttention:
 
 
 def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
-    """Compute the share of attention that each block's prompts get, softmax(q k^T * scale).
+    """Return the shares of attention to the prompts of each block, softmax(q k^T * scale).
 
     The keys are those of the block: its prompts, or live prompt rows that pass through it as
-    tokens, and all tokens. The query is the [CLS] row if the head reads it (the mean over [CLS]
-    and the distillation row for distilled DeiT); for heads that pool, shares are averaged over the
-    queries of all patches; so they are for Swin, where the tokens are those of the query's window.
-    The model computes as in eval mode, without gradients, and is left in
-    the mode it was in. Scores and softmax are fp32 at least, fp64 for a model in fp64.
+    tokens, and all tokens. The query is the [CLS] row if the head reads it (the mean over [CLS] and
+    the distillation row for distilled DeiT); for heads that pool, shares are averaged over the
+    queries of all patches. So they are for Swin, where the tokens are those of the query's window.
+    The model computes as in eval mode, without gradients, and its mode is restored. Scores and
+    softmax are fp32 at least, fp64 for a model in fp64.
 
     Args:
-        model: Tuned with prompts (`prompt_tune`, `load_adapter`).
+        model: Model that was tuned with prompts (`prompt_tune`, `load_adapter`).
         images: (B, C, H, W), as the model takes them, of its dtype and device.
 
     Returns:
         One entry per block whose keys include prompts, in ascending order.
 
     Raises:
-        TypeError: `images` is no tensor.
-        ValueError: `images` is not (B, C, H, W), or `model` has no prompts.
+        TypeError: If `images` is no tensor.
+        ValueError: If `images` is not (B, C, H, W), or `model` has no prompts.
     """
     tuned = _check_prompts(model)
     if not isinstance(images, Tensor):
@@ -83,19 +83,20 @@ def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
 
 
 def mixing_maps(model: nn.Module) -> dict[int, Tensor]:
-    """Return the token mixing maps of VAPT's experts: the weight of each patch in each prompt.
+    """Return VAPT's token mixing maps: the mixing weight of each patch in each prompt.
 
-    Convolution and token-wise projector as one matrix over the patches; it is trained and does not
-    depend on the image. Prompts of block 0, of VPT-Deep and of VPT-Shallow mix no patches.
+    A map is the convolution and the token-wise projector as one matrix over the patches; it is
+    trained and does not depend on the image. Prompts of block 0, of VPT-Deep and of VPT-Shallow mix
+    no patches.
 
     Args:
-        model: Tuned with prompts.
+        model: Model that was tuned with prompts.
 
     Returns:
         Block index to weights (p, gh, gw) over the patch grid; empty if no prompt mixes patches.
 
     Raises:
-        ValueError: `model` has no prompts.
+        ValueError: If `model` has no prompts.
     """
     tuned = _check_prompts(model)
     with torch.no_grad():
@@ -107,15 +108,18 @@ def mixing_maps(model: nn.Module) -> dict[int, Tensor]:
 
 
 def query_name(model: Any) -> str:
-    """What the query of `attention_shares` is called in text."""
+    """Return the name of the query of `attention_shares`, for texts."""
     if not _reads_first_rows(model):
         return "patch queries"
     return f"[CLS]{' and distillation' if _first_rows(model) == 2 else ''} query"
 
 
 def uniform_share(model: Any) -> float:
-    """Share that a block's prompts would get together, at the model's image size, if attention
-    were uniform; of Swin's first block, and of all whose windows are as large."""
+    """Return the share of all prompts of a block under uniform attention.
+
+    The share is that at the model's image size; for Swin that of the first block, and of all blocks
+    with windows of the same size.
+    """
     tuned = _check_prompts(model)
     prompts = tuned.tune_record.method.num_prompts
     if isinstance(tuned, SwinTransformer):
@@ -151,7 +155,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _with_prompts(block: Any, x: Tensor) -> tuple[Tensor, int]:
-    """The rows whose keys the block attends to, prompts after the prefix, and their number p."""
+    """Return the rows that the block attends to, prompts after the prefix, and the number p."""
     if not isinstance(block, PromptedBlock):
         return x, 0
     rows = block.rows

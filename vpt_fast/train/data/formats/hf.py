@@ -12,8 +12,15 @@ from typing import Any
 
 from PIL import Image
 
+from vpt_fast.train.data.formats.labels import (
+    are_words,
+    consecutive,
+    name_of,
+    range_of,
+    short,
+    whole,
+)
 from vpt_fast.train.data.images import SPLITS, SkippedImage
-from vpt_fast.train.data.labels import are_words, consecutive, name_of, range_of, short, whole
 from vpt_fast.train.data.pictures import as_picture, load_image, naming
 from vpt_fast.train.data.split import ImageSource, Split, check_classes, check_left
 
@@ -21,13 +28,13 @@ _IMAGE_NAMES, _LABEL_NAMES = ("image", "img"), ("label", "labels")
 
 
 def is_hf(directory: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
+    """Return whether `save_to_disk` wrote the folder."""
     one = (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file()
     return one or (directory / "dataset_dict.json").is_file()
 
 
 def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
-    """Reads a saved DatasetDict, or a saved Dataset as the only split, train.
+    """Read a saved DatasetDict, or a saved Dataset as the only split, train.
 
     The image column is the one of type Image, the label column the one of type ClassLabel, whose
     names become the class names; else the one called label, with whole numbers or with words. A
@@ -35,8 +42,8 @@ def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
     a warning.
 
     Args:
-        directory: What `save_to_disk` wrote.
-        known: Class names of a trained model; they decide the labels then.
+        directory: Folder that `save_to_disk` wrote.
+        known: Class names of a trained model, which then define the labels.
 
     Raises:
         ValueError: If `datasets` is not installed, a column is missing or several could be meant,
@@ -85,7 +92,7 @@ def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
 
 
 def _columns(rows: Any, where: str) -> tuple[str, str]:
-    """The names of the image column and of the label column."""
+    """Return the names of the image column and of the label column."""
     kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
     image = _only([n for n, kind in kinds.items() if kind == "Image"], _IMAGE_NAMES, "image", where)
     labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
@@ -114,11 +121,11 @@ def _split(
     rank: dict[str, int],
     where: str,
 ) -> Split:
-    kept, mine, refused = [], [], []
+    chosen, mine, refused = [], [], []
     for row, label in enumerate(labels):
         name = words[row] if words is not None else _numbered(label, own)
         if name in rank:
-            kept.append(row)
+            chosen.append(row)
             mine.append(rank[name])
             continue
         where_row = f"{where} row {row}"
@@ -129,32 +136,32 @@ def _split(
         else:
             reason = f"label {short(label)} is out of range, {range_of(own, len(labels))}"
         refused.append(SkippedImage(where_row, f"{where_row}: {reason}"))
-    names = [f"{where} row {row}" for row in kept]
-    split = Split(mine, names, _RowLoader(rows, column, kept, names), tuple(refused))
+    names = [f"{where} row {row}" for row in chosen]
+    split = Split(mine, names, _RowLoader(rows, column, chosen, names), tuple(refused))
     return check_left(split, where)
 
 
 def _numbered(label: Any, own: Sequence[str]) -> str | None:
-    """The class of a number, or None."""
+    """Return the name of the class with that number, or None."""
     number = whole(label)
     return None if number is None or not 0 <= number < len(own) else own[number]
 
 
 class _RowLoader:
-    """Decodes one row; not a closure, as worker processes may have to be sent it."""
+    """Decoder of one row; not a closure, so that it can be pickled for worker processes."""
 
-    def __init__(self, rows: Any, column: str, kept: list[int], names: list[str]) -> None:
+    def __init__(self, rows: Any, column: str, indices: list[int], names: list[str]) -> None:
         feature = rows.features[column]
         self.mode: str | None = getattr(feature, "mode", None)
-        # Files as they are: `datasets` would turn images by their EXIF orientation, asked or not.
+        # Raw files: `datasets` always rotates images by their EXIF orientation when it decodes.
         if getattr(feature, "decode", False):
             rows = rows.cast_column(column, type(feature)(decode=False))
-        self.rows, self.column, self.kept, self.names = rows, column, kept, names
+        self.rows, self.column, self.indices, self.names = rows, column, indices, names
 
     def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
         name = self.names[index]
         with naming(name):
-            found = self.rows[self.kept[index]][self.column]
+            found = self.rows[self.indices[index]][self.column]
         if isinstance(found, dict):
             content, path = found.get("bytes"), found.get("path")
             file = io.BytesIO(content) if content is not None else path

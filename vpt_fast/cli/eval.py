@@ -1,37 +1,24 @@
-"""The commands of `vpt-fast` that look at an adapter: eval and inspect."""
+"""`vpt-fast eval`: accuracy and loss of an adapter on a data set."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vpt_fast.cli.common import (
-    AmpDtype,
-    Checkpoint,
-    Device,
-    Workers,
-    accuracy,
-    fail,
-    one_line_errors,
-    report_skipped,
-)
-from vpt_fast.extras import require_extra
+from vpt_fast.cli.common import accuracy, one_line_errors, report_skipped
+from vpt_fast.cli.options import Adapter, AmpDtype, Checkpoint, Device, Workers
 from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data import images as data
-from vpt_fast.train.data.class_folders import CLASS_ORDERS
+from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS
+from vpt_fast.train.data.image_loaders import folder_loader
 from vpt_fast.train.data.pictures import reading
 from vpt_fast.train.data.sources import FORMATS, check_format, open_source
 from vpt_fast.train.data.split import ImageSource, SplitImages
 from vpt_fast.train.loop.evaluate import evaluate, resolve_device
-from vpt_fast.train.run.folder_run import folder_loader
-from vpt_fast.train.run.tuned_model import load_tuned
-
-Adapter = Annotated[
-    Path,
-    typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or the output folder of a run."),
-]
+from vpt_fast.train.run.tuned_model import TunedModel, load_tuned
 
 
 def evaluate_adapter(
@@ -66,7 +53,7 @@ def evaluate_adapter(
     workers: Workers = None,
     device: Device = "auto",
 ) -> None:
-    """Evaluates an adapter on a folder of images."""
+    """Evaluate an adapter on a folder of images."""
     with one_line_errors():
         where = resolve_device(device)
         dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
@@ -76,30 +63,57 @@ def evaluate_adapter(
             name, folder = _eval_folder(directory, split)
         loaded = load_tuned(adapter, checkpoint, where)
         transform = data.eval_transform({**loaded.inputs, "antialias": not no_antialias})
-        how = reading(loaded.inputs)
-        images: Any
-        refused: tuple[data.SkippedImage, ...] = ()
         if format == "folders":
-            images = data.ImageFolders(folder, transform, loaded.class_names, **how)
-            order = loaded.class_order(folder, images.classes, class_order)
-            if order != images.classes:
-                images = data.ImageFolders(folder, transform, order, **how)
-            warnings = images.warnings
+            evaluated = _of_folder(name, folder, loaded, transform, class_order)
         else:
-            source = open_source(directory, format, loaded.class_names)
-            order = loaded.class_order(directory, source.class_names, class_order)
-            if order != source.class_names:
-                source = open_source(directory, format, order)
-            name = _eval_split(source, directory, split)
-            refused, warnings = source.splits[name].refused, source.warnings
-            images = SplitImages(source.splits[name], transform, source.class_names, **how)
-        for line in warnings:
+            evaluated = _of_source(directory, format, split, loaded, transform, class_order)
+        for line in evaluated.warnings:
             typer.echo(f"warning: {line}", err=True)
-        result = evaluate(
-            loaded.net, folder_loader(images, batch_size, where, workers), amp_dtype=dtype
-        )
-        typer.echo(accuracy(name, result))
-        report_skipped((*refused, *result.skipped))
+        batches = folder_loader(evaluated.images, batch_size, where, workers)
+        result = evaluate(loaded.net, batches, amp_dtype=dtype)
+        typer.echo(accuracy(evaluated.name, result))
+        report_skipped((*evaluated.refused, *result.skipped))
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """Images to evaluate on: name of the split, data set, refused entries and warnings."""
+
+    name: str
+    images: Any
+    refused: tuple[data.SkippedImage, ...]
+    warnings: list[str]
+
+
+def _of_folder(
+    name: str, folder: Path, loaded: TunedModel, transform: data.Transform, order: str | None
+) -> _Evaluated:
+    """Return the images in class folders, with labels in the order of the adapter's outputs."""
+    options = reading(loaded.inputs)
+    images = data.ImageFolders(folder, transform, loaded.class_names, **options)
+    classes = loaded.class_order(folder, images.classes, order)
+    if classes != images.classes:
+        images = data.ImageFolders(folder, transform, classes, **options)
+    return _Evaluated(name, images, (), images.warnings)
+
+
+def _of_source(
+    directory: Path,
+    format: str,
+    split: str | None,
+    loaded: TunedModel,
+    transform: data.Transform,
+    order: str | None,
+) -> _Evaluated:
+    """Return the images of a split, with labels in the order of the adapter's outputs."""
+    source = open_source(directory, format, loaded.class_names)
+    classes = loaded.class_order(directory, source.class_names, order)
+    if classes != source.class_names:
+        source = open_source(directory, format, classes)
+    name = _eval_split(source, directory, split)
+    found = source.splits[name]
+    images = SplitImages(found, transform, source.class_names, **reading(loaded.inputs))
+    return _Evaluated(name, images, found.refused, source.warnings)
 
 
 def _eval_split(source: ImageSource, directory: Path, split: str | None) -> str:
@@ -126,31 +140,3 @@ def _eval_folder(directory: Path, split: str | None) -> tuple[str, Path]:
     if data.find_split(directory, "train") is not None:
         raise FileNotFoundError(f"{directory} has no test/ or val/; --split train takes train/")
     return directory.name, directory
-
-
-def inspect_adapter(
-    adapter: Adapter,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            help="Folder for attention.csv, mixing.csv and the pictures: new, empty or of an "
-            "earlier inspect, whose files are replaced.",
-        ),
-    ],
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-) -> None:
-    """Shows what prompts do: the attention that each one gets, and the patches that VAPT mixes."""
-    with one_line_errors():
-        require_extra("reports")
-        # matplotlib takes long to import, and the other commands do not draw.
-        from vpt_fast.reports.inspection import FOLDER, inspect_images
-
-        where = resolve_device(device)
-        FOLDER.check(output)
-        loaded = load_tuned(adapter, checkpoint, where)
-        failed = inspect_images(loaded.net, loaded.inputs, images, output, typer.echo)
-        if failed:
-            fail("; ".join(failed), 1)

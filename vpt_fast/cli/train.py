@@ -1,0 +1,176 @@
+"""`vpt-fast train`: tune a pretrained model on a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from tqdm import tqdm
+
+from vpt_fast.cli.common import (
+    accuracy,
+    block_indices,
+    check_some_prompts,
+    make_method,
+    one_line_errors,
+    report_skipped,
+)
+from vpt_fast.cli.options import (
+    MODEL,
+    Accumulation,
+    BatchSize,
+    Blocks,
+    Cache,
+    CachePrefix,
+    Checkpoint,
+    CropKind,
+    CudaGraphs,
+    DataFormat,
+    Device,
+    Dropout,
+    Epochs,
+    HFlip,
+    HiddenDim,
+    ImgSize,
+    Interpolation,
+    LearningRate,
+    Memory,
+    MethodName,
+    Model,
+    NoAntialias,
+    NoAug,
+    NoExif,
+    Normalisation,
+    NumBlocks,
+    NumLayers,
+    NumPrompts,
+    Opt,
+    PaperName,
+    Pretrained,
+    Reduction,
+    Resize,
+    Resume,
+    RunOutput,
+    Scale,
+    Schedule,
+    Seed,
+    TrainingAmpDtype,
+    TrainingData,
+    WarmupEpochs,
+    WeightDecay,
+    Workers,
+)
+from vpt_fast.train.common.paper_settings import default_optimizer, paper_settings
+from vpt_fast.train.common.parallel import process_group, rank
+from vpt_fast.train.common.recipe import AUTO, Recipe, resolve_amp_dtype
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_options import ImageOptions
+from vpt_fast.train.data.sources import check_format
+from vpt_fast.train.loop.evaluate import resolve_device
+from vpt_fast.train.run.folder_run import RunResult, tune_on_folder
+from vpt_fast.train.run.settings import RunSettings
+
+
+def train(
+    directory: TrainingData,
+    model: Model = MODEL,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    img_size: ImgSize = None,
+    method: MethodName = "vpt-deep",
+    recipe: PaperName = None,
+    num_prompts: NumPrompts = None,
+    dropout: Dropout = None,
+    blocks: Blocks = None,
+    num_blocks: NumBlocks = None,
+    reduction: Reduction = None,
+    num_layers: NumLayers = None,
+    hidden_dim: HiddenDim = None,
+    epochs: Epochs = 100,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    weight_decay: WeightDecay = 1e-4,
+    opt: Opt = None,
+    warmup_epochs: WarmupEpochs = None,
+    scale: Scale = (0.7, 1.0),
+    hflip: HFlip = 0.5,
+    no_aug: NoAug = False,
+    crops: CropKind = None,
+    resize: Resize = None,
+    data_format: DataFormat = "auto",
+    interpolation: Interpolation = "model",
+    no_antialias: NoAntialias = False,
+    no_exif: NoExif = False,
+    normalisation: Normalisation = "model",
+    cache: Cache = "auto",
+    schedule: Schedule = "epoch",
+    accumulation: Accumulation = 1,
+    amp_dtype: TrainingAmpDtype = AUTO,
+    seed: Seed = 42,
+    output: RunOutput = None,
+    memory: Memory = "speed",
+    cuda_graphs: CudaGraphs = None,
+    prefix_cache: CachePrefix = True,
+    resume: Resume = False,
+    workers: Workers = None,
+    device: Device = "auto",
+) -> None:
+    """Tune a pretrained model on a folder of images.
+
+    Ctrl-C ends training early and leaves a usable adapter. On several GPUs: torchrun
+    --nproc-per-node 2 -m vpt_fast train ...; --batch-size is that of all GPUs together.
+    """
+    with one_line_errors(), process_group(resolve_device(device)) as where:
+        fields = {
+            "num_prompts": num_prompts, "dropout": dropout, "blocks": block_indices(blocks),
+            "num_blocks": num_blocks, "reduction": reduction, "num_layers": num_layers,
+            "hidden_dim": hidden_dim,
+        }  # fmt: skip
+        tuned = make_method(method, fields)
+        check_some_prompts([num_prompts])
+        chosen = frozenset() if dropout is None else frozenset({"dropout"})
+        paper = paper_settings(recipe, tuned, check_format(directory, data_format), chosen)
+        settings = RunSettings(
+            directory=directory, model=model, method=paper.method,
+            output=output or Path("output") / f"{directory.resolve().name}-{method}",
+            recipe=Recipe(
+                epochs=epochs, batch_size=paper.batch_size if batch_size is None else batch_size,
+                lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs,
+                opt=default_optimizer(tuned) if opt is None else opt,
+                amp_dtype=resolve_amp_dtype(amp_dtype, where), seed=seed, schedule=schedule,
+                accumulation=accumulation,
+            ),
+            augmentation=Augmentation(
+                scale, hflip, no_aug or not paper.augment, crops or paper.crops
+            ),
+            image_options=ImageOptions(
+                interpolation, not no_antialias, normalisation, resize or paper.resize, not no_exif
+            ),
+            checkpoint=checkpoint, pretrained=pretrained, img_size=img_size,
+            data_format=data_format, memory=memory, cache=cache, prefix_cache=prefix_cache,
+            cuda_graphs=cuda_graphs, workers=workers, device=where, resume=resume,
+        )  # fmt: skip
+        _report(tune_on_folder(settings, log=tqdm.write), epochs)
+
+
+def _report(result: RunResult, epochs: int) -> None:
+    """Print how a run ended, on process 0; exit with status 130 if Ctrl-C ended the run."""
+    if rank():
+        return
+    rows, adapter = result.fit.epochs, result.adapter
+    if result.fit.warning:
+        typer.echo(f"warning: {result.fit.warning}", err=True)
+    if result.fit.interrupted:
+        typer.echo(f"interrupted after {len(rows)} of {epochs} epochs; adapter: {adapter}")
+        raise typer.Exit(130)
+    kept = next(row for row in rows if row.epoch == result.fit.kept)
+    score = "" if kept.val_top1 is None else f", {kept.val_top1:.2f}% on val"
+    typer.echo(f"kept epoch {kept.epoch}{score}")
+    if result.test is not None:
+        typer.echo(accuracy("test", result.test))
+    typer.echo(f"adapter: {adapter}")
+    if result.fit.skipped:
+        count = len(result.fit.skipped)
+        typer.echo(f"images skipped in training, as they cannot be decoded: {count}", err=True)
+    if result.test is not None:
+        report_skipped(result.test.skipped)

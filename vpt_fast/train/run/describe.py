@@ -1,0 +1,60 @@
+"""Lines that a run prints about itself before training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from vpt_fast import count_parameters
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data.memory_set import MemoryLoader
+from vpt_fast.train.data.split import ImageSource, some
+
+Log = Callable[[str], None]
+
+
+def describe_run(
+    net: nn.Module, title: str, recipe: Recipe, loaders: Mapping[str, Any], log: Log
+) -> None:
+    """Log the numbers of parameters and images, and the recipe.
+
+    Args:
+        net: Tuned model.
+        title: Method, model and device, as the first line begins.
+        recipe: Recipe of the run.
+        loaders: Loaders by the name of their split; "train" is among them.
+        log: Function that takes a line of text.
+    """
+    trained, total = count_parameters(net)
+    counts = [f"{len(loader.dataset):,} {split}" for split, loader in loaders.items()]
+    log(f"{title}: {trained:,} of {total:,} parameters are trained")
+    log(f"images: {', '.join(counts)}; {len(loaders['train'].dataset.classes)} classes")
+    log(
+        f"{recipe.opt}, learning rate {recipe.base_lr:g} x {recipe.batch_size} / 256 = "
+        f"{recipe.peak_lr:g}, weight decay {recipe.weight_decay:g}, {recipe.epochs} epochs "
+        f"({recipe.warmup} of warm-up), {recipe.amp_dtype}, seed {recipe.seed}"
+    )
+
+
+def describe_source(source: ImageSource, loaders: Mapping[str, Any], log: Log) -> None:
+    """Log which splits are missing, which images are cached or left out, and warnings.
+
+    Args:
+        source: Data set of the run.
+        loaders: Loaders by the name of their split.
+        log: Function that takes a line of text.
+    """
+    if "val" not in source.splits:
+        what = "val/ folder" if source.format == "folders" else "val split"
+        log(f"no {what}: the last epoch is kept, and nothing is selected")
+    for name, loader in loaders.items():
+        if isinstance(loader, MemoryLoader):
+            where = f"{loader.nbytes / 2**20:,.0f} MiB on {loader.device}"
+            log(f"{name}: images decoded once and kept, {where}")
+        refused = source.splits[name].refused
+        if refused:
+            log(f"{name}: {len(refused)} entries left out: {some([r.reason for r in refused])}")
+    for line in source.warnings:
+        log(f"warning: {line}")

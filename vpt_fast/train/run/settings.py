@@ -1,0 +1,105 @@
+"""What a run is told: data, model, method, recipe and everything that changes how it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vpt_fast.methods import Method
+from vpt_fast.ops.memory_modes import check_memory_mode
+from vpt_fast.train.common.parallel import world_size
+from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data.augmentation import Augmentation
+from vpt_fast.train.data.image_loaders import check_loading
+from vpt_fast.train.data.image_options import ImageOptions
+from vpt_fast.train.loop.graphed_step import check_cuda_graphs
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run on a data set on disk.
+
+    Attributes:
+        directory: Folder with train/<class>/<image> and, where there are any, val/ and test/; or a
+            data set in another one of `sources.FORMATS`.
+        output: New folder for the adapters best/ and last/, metrics.csv, run.json, tensorboard/ and
+            checkpoint.pt.
+        model: timm's name of the model, with or without a tag, or "vpt_fast_demo".
+        method: Method to tune with.
+        recipe: Optimizer, schedule, precision and seed.
+        checkpoint: File with the backbone's weights.
+        pretrained: Whether to download timm's weights instead.
+        img_size: Side of the images in pixels; None takes the model's own.
+        augmentation: Random changes to training images.
+        image_options: How images are resized and normalised.
+        data_format: Format of `directory`, one of `sources.FORMATS`; "auto" detects it.
+        memory: Memory mode, as `vpt_fast.prompt_tune` takes it.
+        cache: Where decoded training and validation images live, one of `image_loaders.CACHES`.
+            Test images are read once and never cached.
+        prefix_cache: Whether the input of the first block that is trained or has prompts is
+            computed once for each image, where that is not block 0 and images are not augmented.
+        cuda_graphs: Whether forward, loss and backward are replayed as a CUDA graph; None does so
+            on a GPU with one process. On the CPU they never are.
+        workers: Number of processes that load images; None takes 0 on the CPU, up to 4 on a GPU.
+        device: Device to train on.
+        resume: Whether to continue in `output` after the last epoch that ended there.
+    """
+
+    directory: Path
+    output: Path
+    model: str
+    method: Method
+    recipe: Recipe
+    checkpoint: Path | None = None
+    pretrained: bool = False
+    img_size: int | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    image_options: ImageOptions = field(default_factory=ImageOptions)
+    data_format: str = "auto"
+    memory: str = "speed"
+    cache: str = "auto"
+    prefix_cache: bool = True
+    cuda_graphs: bool | None = None
+    workers: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    resume: bool = False
+
+    def check(self) -> None:
+        """Check what no other part checks before training begins.
+
+        Raises:
+            ValueError: If `memory`, `cache`, `workers` or `cuda_graphs` cannot be used.
+        """
+        check_memory_mode(self.memory)
+        check_cuda_graphs(self.cuda_graphs)
+        check_loading(self.workers, self.cache)
+
+    def model_record(self, weights: Path | None, digest: str) -> dict[str, Any]:
+        """Return what run.json says of the model.
+
+        Args:
+            weights: Checkpoint file that the backbone was loaded from, or None.
+            digest: Checksum of the backbone's weights without the head.
+        """
+        return {
+            "name": self.model,
+            "checkpoint": weights,
+            "pretrained": self.pretrained,
+            "img_size": self.img_size,
+            "weights": digest,
+        }
+
+    def options_record(self) -> dict[str, Any]:
+        """Return what run.json says of the options that have no section of their own."""
+        return {
+            "memory": self.memory,
+            "cache": self.cache,
+            "prefix_cache": self.prefix_cache,
+            "cuda_graphs": self.cuda_graphs,
+            "workers": self.workers,
+            "device": str(self.device),
+            "processes": world_size(),
+        }
