@@ -1,1 +1,4 @@
-"""Triton kernels and their launchers. All modules but `layouts` need triton."""
+"""Triton kernels and their launchers.
+
+`constants`, `attention/layouts`, `attention/checks` and `experts/inputs` need no triton.
+"""

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 import vpt_fast
 from vpt_fast import kernels
-from vpt_fast.kernels.attention.layouts import MAX_HEAD_DIM
+from vpt_fast.kernels.constants import MAX_HEAD_DIM
 from vpt_fast.kernels.runtime.launch import Target
 
 CAPABILITY = 90

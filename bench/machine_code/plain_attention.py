@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vpt_fast.kernels.runtime.launch import LOG2_E, Launch, power_of_2_at_least
+from vpt_fast.kernels.constants import LOG2_E
+from vpt_fast.kernels.runtime.launch import Launch, power_of_2_at_least
 
 
 class PlainTiles(NamedTuple):

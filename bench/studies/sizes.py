@@ -24,7 +24,7 @@ TOPS = ("kernels", "vpt_fast", "bench", "examples", "tests")
 OPTIONS = {
     "swin": (
         "kernels/window_attention", "vpt_fast/ops/window_attention", "vpt_fast/models/swin",
-        "vpt_fast/reference/swin.py", "vpt_fast/analysis/swin_attention_shares.py",
+        "vpt_fast/reference/swin.py", "vpt_fast/analysis/swin_shares.py",
     ),
     "bank": (
         "vpt_fast/bank", "kernels/attention/ragged.py", "kernels/rowwise/grouped_heads.py",
@@ -85,10 +85,16 @@ def _is_text(value: ast.expr) -> bool:
 
 
 def files_of(*parts: str) -> set[Path]:
-    """Return the Python files of some files and folders, named from the root."""
+    """Return the Python files of some files and folders, named from the root.
+
+    Raises:
+        FileNotFoundError: One of them does not exist.
+    """
     found: set[Path] = set()
     for part in parts:
         path = ROOT / part
+        if not path.exists():
+            raise FileNotFoundError(f"{part} is named in bench/studies/sizes.py and does not exist")
         found |= {path} if path.is_file() else set(path.rglob("*.py"))
     return found
 

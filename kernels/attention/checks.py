@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .layouts import MAX_HEAD_DIM
+from ..constants import MAX_HEAD_DIM
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of tokens and prompts."""

@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..constants import LOG2_E
 from ..runtime.launch import (
-    LOG2_E,
     Launch,
     Target,
     alignment,

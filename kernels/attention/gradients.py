@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 
+from ..constants import LOG2_E
 from ..runtime.chunks import chunk_size
 from ..runtime.launch import (
-    LOG2_E,
     Launch,
     Target,
     alignment,

@@ -1,6 +1,6 @@
 """The layouts that queries, keys, values and prompts come in, and views of their parts.
 
-`attention.py` says what they are. This module needs no triton.
+`launches` says what they are. This module needs no triton.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
-MAX_HEAD_DIM = 128
-"""Most channels of a head that the kernels take."""
 
 Tensors = Sequence[torch.Tensor]
 

@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..constants import LOG2_E
 from ..runtime.channels import load_channels
 from ..runtime.launch import Launch
 from ..runtime.launch_plan import Launcher, contiguous, launcher, layout_of
 from ..runtime.row_tiles import element_tiles
 
-_LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 _RSQRT_2PI: tl.constexpr = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 # f(h) = h * sigmoid(linear * h + cubic * h^3)

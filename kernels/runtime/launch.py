@@ -10,10 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-# A row index may pass the last row by a tile: no tile has more rows than this.
-_LARGEST_TILE = 256
-
-LOG2_E = 1.4426950408889634
+from ..constants import LARGEST_TILE
 
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -184,10 +181,10 @@ def common_meta(*views: torch.Tensor, images: int = 1, rows: int = 0) -> dict[st
     """
     head_dim = views[0].shape[-1]
     largest = max(
-        (images * view.shape[1] + _LARGEST_TILE) * view.stride(1 if view.shape[1] > 1 else 0)
+        (images * view.shape[1] + LARGEST_TILE) * view.stride(1 if view.shape[1] > 1 else 0)
         for view in views
     )
-    largest = max(largest, (rows + _LARGEST_TILE) * 2 * views[0].shape[2] * head_dim)
+    largest = max(largest, (rows + LARGEST_TILE) * 2 * views[0].shape[2] * head_dim)
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": power_of_2_at_least(head_dim),

@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-from ..attention.checks import DTYPES, MAX_HEAD_DIM
+from ..attention.checks import DTYPES
+from ..constants import MAX_HEAD_DIM
 from .grid import Pair
 
 _MAX_PROGRAMS = 2**31 - 1

@@ -14,9 +14,10 @@ or past the last query, does not exist. A padding token exists as a key; nobody 
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-FAR = tl.constexpr(-100.0)
-"""Added to the score of two tokens that only the roll has made neighbours (timm's mask)."""
+from .. import constants
+
+LOG2_E = tl.constexpr(constants.LOG2_E)
+FAR = tl.constexpr(constants.FAR)
 
 SIZES = (
     "num_heads", "num_prompts", "height", "width", "roll_h", "roll_w", "grid_h", "grid_w",

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
+from ..constants import LARGEST_TILE
 from ..runtime.launch import power_of_2_at_least
-
-_LARGEST_TILE = 256
 
 Pair = tuple[int, int]
 
@@ -126,7 +125,7 @@ def shared_constexprs(
     for tensor in (pad, *tensors):
         if tensor is not None:
             bits |= tensor.data_ptr() | grid.head_dim * tensor.element_size()
-    size = (grid.height * grid.width + _LARGEST_TILE * grid.width) * row
+    size = (grid.height * grid.width + LARGEST_TILE * grid.width) * row
     return {
         "HEAD_DIM": grid.head_dim,
         "BLOCK_D": power_of_2_at_least(grid.head_dim),

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vpt_fast.kernels.constants import LOG2_E
 from vpt_fast.models.swin.blocks import LiveRows, windows_of
 from vpt_fast.models.swin.stages import merge_rows
 from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.window_attention.operator import window_attention_operator
 from vpt_fast.ops.window_attention.rows import padding_of
-
-LOG2E = math.log2(math.e)
 
 
 def window_shares(model: Any, images: Tensor) -> list[tuple[int, Tensor]]:
@@ -59,5 +57,7 @@ def _shares(block: Any, x: Tensor, prompts: Tensor) -> Tensor:
     dtype = statistics_dtype(qkv.dtype)
     q = qkv[:, :, :, 0].to(dtype).flatten(1, 2).transpose(1, 2)  # (B, H, N, d)
     k = keys[:, :, 0].to(dtype).transpose(1, 2)  # (B or 1, H, p, d)
-    scores = attn.scale * LOG2E * (q @ k.transpose(-2, -1)) - lse.to(dtype).flatten(2).unsqueeze(-1)
+    scores = attn.scale * LOG2_E * (q @ k.transpose(-2, -1)) - lse.to(dtype).flatten(2).unsqueeze(
+        -1
+    )
     return torch.exp2(scores).mean(dim=2)

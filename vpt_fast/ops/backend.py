@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from vpt_fast.kernels.attention.layouts import MAX_HEAD_DIM
+from vpt_fast.kernels.constants import MAX_HEAD_DIM
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

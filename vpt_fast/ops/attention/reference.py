@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from vpt_fast.kernels.attention.layouts import existing_prompts, split
+from vpt_fast.kernels.constants import LOG2_E
 from vpt_fast.ops.backend import statistics_dtype
-
-LOG2E = math.log2(math.e)
 
 
 def _join(prompt: Tensor, tokens: Tensor) -> Tensor:
@@ -55,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
         lse = scores.logsumexp(-1)
         out = ((scores - lse.unsqueeze(-1)).exp() @ v.to(dtype)).to(q.dtype)
     out = out.transpose(1, 2).reshape(batch, rows, heads * dim)
-    return out, torch.mul(lse, LOG2E).contiguous()
+    return out, torch.mul(lse, LOG2_E).contiguous()
 
 
 def attention_backward(
@@ -75,7 +72,7 @@ def attention_backward(
     if not needs_tokens:
         return [], _prompt_gradients(q, prompts, out, lse, grad_out, scale)
     q, k, v = _keys_values(tokens, prompts)
-    arguments = (grad_out.transpose(1, 2), q, k, v, out.transpose(1, 2), lse / LOG2E, scale)
+    arguments = (grad_out.transpose(1, 2), q, k, v, out.transpose(1, 2), lse / LOG2_E, scale)
     if _has_flash(q):
         dq, dk, dv = _flash_backward(*arguments)
     else:
@@ -128,7 +125,7 @@ def _prompt_gradients(
     delta = (grad.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)  # (B, H, M)
     q, grad = (t.to(dtype).transpose(1, 2) for t in (q, grad))  # (B, H, M, d)
     k, v = (t.to(dtype).transpose(1, 2) for t in (k, v))  # (B or 1, H, p, d)
-    lse = lse / LOG2E
+    lse = lse / LOG2_E
     if k.shape[0] == 1:
         q, grad = (t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in (q, grad))
         lse, delta = (t.transpose(0, 1).flatten(1, 2).unsqueeze(0) for t in (lse, delta))

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FAR = -100.0
-"""Added to the score of two tokens that only the roll has made neighbours."""
+from vpt_fast.kernels.constants import FAR
 
 
 class WindowGroup(NamedTuple):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vpt_fast.kernels.constants import LOG2_E
 from vpt_fast.ops.attention import reference as attention_reference
-from vpt_fast.ops.attention.reference import LOG2E
 from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.window_attention.layout import WindowOrder, window_order
 
@@ -125,7 +125,7 @@ def window_attention_forward(
             statistics.append(total.transpose(1, 2).reshape(-1, heads))
         _put(out[images].view(-1, heads * dim), _joined(outs), order)
         rows = _to_image(_joined(statistics), order).view(len(part), height, width, heads)
-        torch.mul(rows.permute(0, 3, 1, 2), LOG2E, out=lse[images])
+        torch.mul(rows.permute(0, 3, 1, 2), LOG2_E, out=lse[images])
     return out, lse
 
 
@@ -234,7 +234,7 @@ def _add_gradients(
     count = 0 if prompts is None else prompts.shape[1]
     places = _to_windows(qkv.reshape(-1, 3, heads, dim), order, pad)
     # The queries of padding are dead: with an infinite sum, none of their weights is left.
-    rows = lse.flatten(2).transpose(1, 2).reshape(-1, heads) / LOG2E
+    rows = lse.flatten(2).transpose(1, 2).reshape(-1, heads) / LOG2_E
     rows = _to_windows(rows, order, torch.inf)
     outs, grads = (
         _to_windows(t.reshape(-1, heads * dim), order, None).view(-1, heads, dim)
