@@ -177,7 +177,7 @@ def test_experts_refuse_another_grid(tmp_path: Path) -> None:
     bank.add("deep", write(other, VPTDeep(3), tmp_path / "b"))
     images = torch.randn(2, 3, 32, 24, dtype=torch.float64)
     assert len(bank(images, ["deep", "deep"])) == 2
-    with pytest.raises(ValueError, match="'experts' mix a 3 x 3 grid.*have 4 x 3"):
+    with pytest.raises(ValueError, match="mix a 3 x 3 grid .* for task 'experts' has 4 x 3"):
         bank(images, ["deep", "experts"])
 
 

@@ -18,6 +18,7 @@ from vpt_fast.bank.read_task import Backbone, BankTask, TaskTensors, read_task
 from vpt_fast.bank.shared_pass import features
 from vpt_fast.checks import check_model
 from vpt_fast.methods.baselines import LinearProbe
+from vpt_fast.modules.experts import check_grid
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.rowwise.grouped_heads import grouped_heads
@@ -239,12 +240,7 @@ class PromptBank:
         height, width = images.shape[-2:]
         grid = tuple(self._model.patch_embed.dynamic_feat_size((height, width)))
         for wanted, name in grids.items():
-            if grid != wanted:
-                raise ValueError(
-                    f"the experts of task {name!r} mix a {wanted[0]} x {wanted[1]} grid of patches,"
-                    f" but these images of {height} x {width} pixels have {grid[0]} x {grid[1]}; "
-                    "resize them to the size that the task was tuned with"
-                )
+            check_grid(wanted, grid, f"an image of {height} x {width} pixels for task {name!r}")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
 from vpt_fast.models.prompt_rows import insert_rows, strip_rows
 from vpt_fast.models.vit.head_rows import rows_read
+from vpt_fast.modules.experts import check_grid
 from vpt_fast.ops.backend import statistics_dtype
 
 
@@ -216,13 +217,9 @@ class _BakedModel(VisionTransformer):
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Add position embeddings; refuse a patch grid that VAPT's prompts were not tuned for."""
         if self.expert_grid is not None:
-            grid = tuple(x.shape[1:3]) if x.ndim == 4 else tuple(self.patch_embed.grid_size)
-            if grid != self.expert_grid:
-                raise ValueError(
-                    f"the prompts mix a {self.expert_grid[0]} x {self.expert_grid[1]} grid of "
-                    f"patches, but this image has {grid[0]} x {grid[1]}; resize it to the size "
-                    "that the model was tuned with"
-                )
+            check_grid(
+                self.expert_grid, x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size
+            )
         return super()._pos_embed(x)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:

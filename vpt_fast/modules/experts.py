@@ -48,6 +48,24 @@ class FeatureProjector(nn.Module):
         return f"dropout={self.dropout}"
 
 
+def check_grid(
+    experts: tuple[int, int], grid: tuple[int, ...], what: str = "this image", of: str = "patches"
+) -> None:
+    """Raise ValueError where prompt experts meet another grid than the one they were made for.
+
+    Args:
+        experts: Height and width of the experts' grid.
+        grid: Height and width of the grid that they meet.
+        what: What has the grid.
+        of: What the grid is of.
+    """
+    if tuple(grid) != tuple(experts):
+        raise ValueError(
+            f"the prompt experts mix a {experts[0]} x {experts[1]} grid of {of}, but {what} has "
+            f"{grid[0]} x {grid[1]}; resize it to the size that the model was tuned with"
+        )
+
+
 class PromptExperts(nn.Module):
     """Prompts of one block, made from its input.
 

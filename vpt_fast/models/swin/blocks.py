@@ -24,7 +24,7 @@ from vpt_fast.models.fusion.look_ahead import prompts_of
 from vpt_fast.models.prompt_rows import PromptRows
 from vpt_fast.models.recompute import recomputed
 from vpt_fast.models.swin.windows import attend_beside, is_plain_softmax, through_windows
-from vpt_fast.modules.experts import PromptExperts, takes_experts
+from vpt_fast.modules.experts import PromptExperts, check_grid, takes_experts
 from vpt_fast.modules.hooks import (
     has_own_forward,
     is_watched,
@@ -154,7 +154,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
                 f"this block reads {rows.entering} prompt rows of an earlier block, but none "
                 "were passed on; call the model, or pass live=LiveRows(rows)"
             )
-        check_grid(prompt, grid)
+        check_expert_grid(prompt, grid)
         windows = windows_of(self, grid)
         apart = rows.leaving or (prompt is None and rows.entering)
         now = None if apart else fused(self, total.residual)
@@ -251,14 +251,10 @@ def check_blocks(blocks: list[Any]) -> None:
             )
 
 
-def check_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:
-    """Refuse a grid of tokens that a block's prompt experts were not made for."""
-    if isinstance(prompt, PromptExperts) and prompt.grid != grid:
-        raise ValueError(
-            f"the prompt experts mix a {prompt.grid[0]} x {prompt.grid[1]} grid of tokens, "
-            f"but this block's input has {grid[0]} x {grid[1]}; resize the image to the size "
-            "that the model was tuned with"
-        )
+def check_expert_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:
+    """Raise ValueError for a grid of tokens that a block's prompt experts were not made for."""
+    if isinstance(prompt, PromptExperts):
+        check_grid(prompt.grid, grid, "the input of this block", "tokens")
 
 
 def windows_of(block: Any, grid: tuple[int, int]) -> Windows:

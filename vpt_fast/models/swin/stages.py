@@ -17,7 +17,7 @@ from vpt_fast.models.recompute import recomputed
 from vpt_fast.models.swin.blocks import (
     LiveRows,
     check_blocks,
-    check_grid,
+    check_expert_grid,
     fused,
     grid_of,
     windows_of,
@@ -60,7 +60,7 @@ class PromptedSwinStage(SwinTransformerStage):
             return self.blocks(x)
         grid = grid_of(x)
         for block in blocks:
-            check_grid(block._modules.get("prompt"), grid)
+            check_expert_grid(block._modules.get("prompt"), grid)
         total = self._through(blocks, DeferredSum(x.flatten(1, 2)), grid, live)
         return total.materialize().unflatten(1, grid)
 

@@ -19,7 +19,7 @@ from vpt_fast.models.vit.blocks import PromptedBlock, fused, through_block
 from vpt_fast.models.vit.head_rows import HeadReading
 from vpt_fast.models.vit.install import install_prompts
 from vpt_fast.modules.baseline_layers import new_classifier
-from vpt_fast.modules.experts import PromptExperts
+from vpt_fast.modules.experts import PromptExperts, check_grid
 from vpt_fast.modules.hooks import is_taken_over
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import DeferredSum
@@ -114,13 +114,7 @@ class _PromptedModel(Tuned, VisionTransformer):
         """As timm's; refuses a patch grid that prompt experts were not made for."""
         experts = getattr(self.blocks[-1], "prompt", None)
         if isinstance(experts, PromptExperts):
-            grid = tuple(x.shape[1:3]) if x.ndim == 4 else tuple(self.patch_embed.grid_size)
-            if grid != experts.grid:
-                raise ValueError(
-                    f"the prompt experts mix a {experts.grid[0]} x {experts.grid[1]} grid of "
-                    f"patches, but this image has {grid[0]} x {grid[1]}; resize it to the size "
-                    "that the model was tuned with"
-                )
+            check_grid(experts.grid, x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size)
         return super()._pos_embed(x)
 
     def _rows_read(self) -> int | None:
