@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vpt_fast.kernels.constants import LOG2_E
-from vpt_fast.models.swin.blocks import LiveRows, windows_of
+from vpt_fast.models.prompt_rows import LiveRows
+from vpt_fast.models.swin.blocks import windows_of
 from vpt_fast.models.swin.stages import merge_rows
 from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.window_attention.operator import window_attention_operator

@@ -23,8 +23,23 @@ class PromptRows:
     leaving: int = 0
 
 
-def insert_rows(x: Tensor, rows: Tensor, prefix: int) -> Tensor:
+class LiveRows:
+    """Live prompt rows on their way beside an image's tokens.
+
+    An object of its own, so that modules and their hooks see tokens only.
+
+    Attributes:
+        rows: (B, p, D), or None while there are none.
+    """
+
+    def __init__(self, rows: Tensor | None = None) -> None:
+        self.rows = rows
+
+
+def insert_rows(x: Tensor, rows: Tensor | None, prefix: int) -> Tensor:
     """Put `rows` (B or 1, p, D) after the `prefix` first tokens of x (B, N, D): (B, N + p, D)."""
+    if rows is None:
+        return x
     rows = rows.to(x.dtype).expand(x.shape[0], -1, -1)
     return torch.cat([x[:, :prefix], rows, x[:, prefix:]], dim=1)
 

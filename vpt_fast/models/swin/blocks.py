@@ -21,7 +21,7 @@ from vpt_fast.models.attention_inputs import check_attention, projected, reads_p
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import Fused, Use
 from vpt_fast.models.fusion.look_ahead import prompts_of
-from vpt_fast.models.prompt_rows import PromptRows
+from vpt_fast.models.prompt_rows import LiveRows, PromptRows
 from vpt_fast.models.recompute import recomputed
 from vpt_fast.models.swin.windows import attend_beside, is_plain_softmax, through_windows
 from vpt_fast.modules.experts import PromptExperts, check_grid, takes_experts
@@ -34,16 +34,6 @@ from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.ops.window_attention.operator import window_attention
 from vpt_fast.ops.window_attention.rows import Windows, attend_from_prompts, padding_of
-
-
-class LiveRows:
-    """Live prompt rows (B, p, D) on their way beside an image's tokens; None while there are none.
-
-    An object of its own, so that modules and their hooks see images only.
-    """
-
-    def __init__(self, rows: Tensor | None = None) -> None:
-        self.rows = rows
 
 
 class PromptedWindowAttention(WindowAttention):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vpt_fast.models.graphs.block_graphs import replayed
 from vpt_fast.models.patches import embedded_patches
+from vpt_fast.models.prompt_rows import LiveRows
 from vpt_fast.models.swin.blocks import (
-    LiveRows,
     check_blocks,
 )
 from vpt_fast.models.swin.install import install_prompts

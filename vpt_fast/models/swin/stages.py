@@ -13,9 +13,9 @@ from torch.nn.modules import module as nn_module
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import Use
 from vpt_fast.models.fusion.look_ahead import look_ahead
+from vpt_fast.models.prompt_rows import LiveRows
 from vpt_fast.models.recompute import recomputed
 from vpt_fast.models.swin.blocks import (
-    LiveRows,
     check_blocks,
     check_expert_grid,
     fused,

@@ -18,7 +18,13 @@ from torch.nn.modules import module as nn_module
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.models.fusion.look_ahead import prompts_of
-from vpt_fast.models.prompt_rows import PromptRows, extend_mask, insert_rows, strip_rows
+from vpt_fast.models.prompt_rows import (
+    LiveRows,
+    PromptRows,
+    extend_mask,
+    insert_rows,
+    strip_rows,
+)
 from vpt_fast.models.recompute import recomputed
 from vpt_fast.models.vit.attention import PromptedAttention
 from vpt_fast.modules.experts import takes_experts
@@ -56,7 +62,7 @@ class PromptedBlock(Block):
         rows = self.rows
         if not (rows.entering or rows.leaving) or not has_hooks(self):
             return super().__call__(x, *args, **kwargs)
-        live = _LiveRows(x[:, rows.prefix : rows.prefix + rows.entering])
+        live = LiveRows(x[:, rows.prefix : rows.prefix + rows.entering])
         x = strip_rows(x, rows.entering, rows.prefix)
         x = super().__call__(x, *args, live=live, **kwargs)
         return insert_rows(x, live.rows, rows.prefix) if rows.leaving else x
@@ -66,7 +72,7 @@ class PromptedBlock(Block):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        live: _LiveRows | None = None,
+        live: LiveRows | None = None,
         first: int | None = None,
     ) -> Tensor:
         """(B, entering + N, D) -> (B, leaving + N, D), or the `first` rows of that.
@@ -233,13 +239,6 @@ class PromptedBlock(Block):
             attn_mask = extend_mask(attn_mask, count, rows.prefix)
         x = self._plain(x, attn_mask)
         return x if leaving else strip_rows(x, count, rows.prefix)
-
-
-class _LiveRows:
-    """Live prompt rows (B, p, D) on their way past the hooks of a block."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
 
 
 def is_fusable(block: Any) -> bool:
