@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vpt_fast.analysis.swin_shares import window_shares
 from vpt_fast.methods.baselines import Baseline, LinearProbe
 from vpt_fast.models.attention_inputs import projected
+from vpt_fast.models.patches import first_block_input
 from vpt_fast.models.prompt_rows import insert_rows, strip_rows
 from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.models.vit.blocks import PromptedBlock
@@ -73,7 +74,7 @@ def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
         if isinstance(tuned, SwinTransformer):
             windows = window_shares(tuned, images)
             return [PromptAttention(index, p, 1 - p.sum(dim=-1)) for index, p in windows]
-        x = tuned.norm_pre(tuned.patch_drop(tuned._pos_embed(tuned.patch_embed(images))))
+        x = first_block_input(tuned, images)
         for index, block in enumerate(tuned.blocks):
             rows, count = _with_prompts(block, x)
             if count:

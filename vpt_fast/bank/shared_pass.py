@@ -20,7 +20,7 @@ from vpt_fast.bank.batch_index import BatchIndex
 from vpt_fast.bank.task_experts import ExpertGroup
 from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
 from vpt_fast.models.fusion.fused_block import Use, block_config, block_weights
-from vpt_fast.models.patches import embedded_patches
+from vpt_fast.models.patches import first_block_input
 from vpt_fast.models.vit.blocks import is_fusable
 from vpt_fast.models.vit.head_rows import rows_read
 from vpt_fast.modules.experts import EPS
@@ -47,15 +47,13 @@ def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
         images: (B, channels, height, width), on the model's device.
         index: Row offsets of the images' prompts.
     """
-    patches = embedded_patches(model.patch_embed, images)
-    x = model.norm_pre(model.patch_drop(model._pos_embed(patches)))
-    total, count = DeferredSum(x), rows_read(model, Block)
+    total, count = DeferredSum(first_block_input(model, images)), rows_read(model, Block)
     last = len(model.blocks) - 1
     for number, block in enumerate(model.blocks):
         prompts = _BlockPrompts(index, number)
         first = count if number == last else None
         # As in a tuned model: on the CPU one or two rows of a block are cheaper by modules.
-        if is_fusable(block) and (first is None or uses_kernels(x)):
+        if is_fusable(block) and (first is None or uses_kernels(total.residual)):
             total = _fused(block, total, prompts, first)
         else:
             total = DeferredSum(_by_modules(block, total.materialize(), prompts, first))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vpt_fast.models.fusion.fused_block import Use, run_together
 from vpt_fast.models.fusion.look_ahead import look_ahead
 from vpt_fast.models.graphs.block_graphs import replayed
-from vpt_fast.models.patches import embedded_patches
+from vpt_fast.models.patches import first_block_input
 from vpt_fast.models.prompt_rows import strip_rows
 from vpt_fast.models.tuned import Tuned, check_pooling
 from vpt_fast.models.vit.blocks import PromptedBlock, fused, through_block
@@ -37,12 +37,14 @@ class _PromptedModel(Tuned, VisionTransformer):
         count = self._rows_read()
         if count is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self._head_of(DeferredSum(self._embedded(x)), 0, count)
+        return self._head_of(DeferredSum(first_block_input(self, x)), 0, count)
 
     def forward_until(self, x: Tensor, first: int) -> Tensor:
         """What enters block `first` (B, N, D), from images (B, 3, height, width)."""
         blocks: Any = self.blocks
-        return self._through(list(blocks[:first]), DeferredSum(self._embedded(x))).materialize()
+        return self._through(
+            list(blocks[:first]), DeferredSum(first_block_input(self, x))
+        ).materialize()
 
     def forward_from(self, x: Tensor, first: int) -> Tensor:
         """Logits (B, classes) from what enters block `first`, (B, N, D).
@@ -79,7 +81,9 @@ class _PromptedModel(Tuned, VisionTransformer):
             x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             return self._without_late_rows(x)
         static = (0, None, self._memory())
-        x = replayed(self.tune_record.graphs, self, self._rows_from, self._embedded(x), *static)
+        x = replayed(
+            self.tune_record.graphs, self, self._rows_from, first_block_input(self, x), *static
+        )
         return self.norm(x)
 
     def _without_late_rows(self, x: Tensor) -> Tensor:
@@ -89,11 +93,6 @@ class _PromptedModel(Tuned, VisionTransformer):
 
     def _memory(self) -> str:
         return "minimal" if self.grad_checkpointing else self.tune_record.memory
-
-    def _embedded(self, images: Tensor) -> Tensor:
-        """What enters the first block (B, N, D), from images (B, 3, height, width)."""
-        patches = embedded_patches(self.patch_embed, images)
-        return self.norm_pre(self.patch_drop(self._pos_embed(patches)))
 
     def _through(
         self, blocks: list[Any], total: DeferredSum, count: int | None = None
