@@ -12,13 +12,13 @@ help:
 	@echo "make demo           tune a small pretrained ViT to handwritten digits (about 2 minutes)"
 	@echo "make test           the test suite; the kernels run in it, on the CPU where there is no GPU"
 	@echo "make test-full      every shape of every kernel (long)"
-	@echo "make lint           ruff, mypy, and the site built strictly"
+	@echo "make lint           ruff, mypy, import rules, sizes, and the site, built strictly"
 	@echo "make docs           the site of the documents, into site/"
-	@echo "make bench          this machine against eager PyTorch, side by side (9 to 14 minutes)"
+	@echo "make bench          this machine: compared with eager PyTorch (9 to 14 minutes)"
 	@echo "make bench-gpu      the same on a CUDA GPU, in 9 minutes: docs/benchmarks/gpu.md (ARGS='--minutes 5')"
-	@echo "make bench-host     the host's time of a step, kernels launched into nothing (needs no GPU)"
+	@echo "make bench-host     the host's time of a step, with a null driver (needs no GPU)"
 	@echo "make roofline       a training step's work, counted, and its time on named GPUs, modelled"
-	@echo "make kernel-report  the kernels' machine code against its limits (needs no GPU)"
+	@echo "make kernel-report  the kernels' machine code compared with its limits (needs no GPU)"
 	@echo "make clean          remove .venv and caches"
 
 $(INSTALLED): setup.py constraints.txt
@@ -44,6 +44,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m bench.studies.sizes
 	$(BIN)/mkdocs build --strict
 
 docs: $(INSTALLED)

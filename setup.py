@@ -51,6 +51,7 @@ DEV = [
     *DOCS,
     "build>=1",
     "httpx2>=2.16",
+    "import-linter>=2.5",
     "mypy>=1.10",
     "playwright>=1.49",
     "pytest>=8",

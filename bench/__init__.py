@@ -1,1 +1,1 @@
-"""Measures the package: what runs is timed, what cannot run is judged from its machine code."""
+"""Benchmarks: what can run is timed, what cannot is judged from its machine code."""

@@ -1,4 +1,4 @@
-"""What a device reaches at its best: one large matrix product, one large copy."""
+"""Highest rates that a device reaches: one large matrix product, one large copy."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from bench.compare.device_timer import repeats
 from bench.gpu.device import Device
 
 SIZES = {"cuda": (8192, 2**30), "cpu": (256, 2**20)}
-"""Rows of the square matrices, and bytes of the copy; those of a CPU only show that it works."""
+"""Rows of the square matrices and bytes of the copy. The CPU sizes only exercise the code."""
 
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best of several rounds.
+    """Best rates over several rounds.
 
     Attributes:
-        tflops: 10^12 FLOP per second of a bf16 product with fp32 accumulation.
+        tflops: 10^12 FLOP per second of a bf16 matrix product with fp32 accumulation.
         gb_per_s: 10^9 bytes per second, read and written, of a copy.
     """
 
@@ -29,14 +29,14 @@ class Ceilings:
 
 
 def measure_ceilings(device: Device, sizes: tuple[int, int] | None = None) -> Ceilings:
-    """Measure both.
+    """Measure the rates of a matrix product and of a copy.
 
     Args:
-        device: where.
-        sizes: rows of the square matrices, and bytes of the copy; by default `SIZES`.
+        device: Device to measure.
+        sizes: Rows of the square matrices, and bytes of the copy; `SIZES` by default.
     """
     rows, nbytes = SIZES[device.name] if sizes is None else sizes
-    # Values as activations have: zeros would take less power, and leave a higher clock.
+    # Random like activations: zeros would draw less power and allow a higher clock.
     a, b = torch.randn(2, rows, rows, device=device.name).to(torch.bfloat16)
     product = torch.empty_like(a)
     source = torch.randn(nbytes // 4, device=device.name)

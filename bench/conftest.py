@@ -1,8 +1,9 @@
-"""Options of the benchmarks, and what they share.
+"""Options and fixtures of the benchmarks.
 
     python -m pytest bench --benchmark-enable [--rounds 5] [-k EXPRESSION]
 
-By default `bench.compare.cases.cpu_cases`. Any of the options below replaces them by their product.
+The default cases are `bench.compare.cases.cpu_cases`. Any of the options below replaces them by the
+product of the options' values.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import pytest
 from bench.compare.cases import DTYPES, INFERENCE, METHODS, STEP, Case, cpu_cases
 from bench.compare.facts import facts
 from bench.compare.recorded import record
-from bench.compare.rounds import Turn, take_turns
+from bench.compare.rounds import ProviderResult, check_and_time
 from bench.providers.models import EAGER, PROVIDERS
 
 __all__ = ["record"]
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "--models": {"help": "timm's names"},
+    "--models": {"help": "model names in timm"},
     "--methods": {"choices": METHODS},
-    "--batches": {"type": int, "help": "images of a step"},
-    "--prompts": {"type": int, "help": "prompts of each block"},
+    "--batches": {"type": int, "help": "images per step"},
+    "--prompts": {"type": int, "help": "prompts per block"},
     "--dropouts": {"type": float},
     "--dtypes": {"choices": tuple(DTYPES)},
     "--image-sizes": {"type": int, "help": "in pixels"},
@@ -34,15 +35,16 @@ _FIELDS = ("model", "method", "batch", "prompts", "dropout", "dtype", "image_siz
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options that select cases, providers and rounds."""
     group = parser.getgroup("vpt_fast")
     for name, options in _OPTIONS.items():
         group.addoption(name, nargs="+", **options)
     group.addoption("--providers", nargs="+", choices=PROVIDERS)
-    group.addoption("--rounds", type=int, default=5, help="of each provider (default 5)")
+    group.addoption("--rounds", type=int, default=5, help="rounds per provider (default 5)")
 
 
 def chosen(config: pytest.Config, work: str) -> list[Case]:
-    """The cases of a kind of work that the options ask for."""
+    """Return the cases of a kind of work that the options select."""
     names = [name.lstrip("-").replace("-", "_") for name in _OPTIONS]
     given = [config.getoption(name) for name in names]
     providers = config.getoption("providers")
@@ -57,9 +59,9 @@ def chosen(config: pytest.Config, work: str) -> list[Case]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test per case and provider, for tests of a whole model."""
+    """Parametrize tests of a whole model by case and provider."""
     if metafunc.definition.get_closest_marker("parametrize"):
-        return  # it brings its own cases
+        return  # parametrized by its own cases
     work = INFERENCE if "inference" in metafunc.module.__name__ else STEP
     pairs = [
         pytest.param(case, name, id=f"{case}-{name}")
@@ -69,29 +71,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "provider"), pairs)
 
 
-class _Latest:
-    """The turns of the case that was taken last: its providers' tests follow each other."""
+class _LatestCase:
+    """Results of the latest case, kept because its providers' tests follow one another."""
 
     def __init__(self, rounds: int) -> None:
         self._rounds = rounds
         self._case: Any = None
-        self._turns: dict[str, Turn] = {}
+        self._results: dict[str, ProviderResult] = {}
 
     def __call__(
-        self, case: Any, take: Callable[[Any, int], dict[str, Turn]] = take_turns
-    ) -> dict[str, Turn]:
+        self, case: Any, measure: Callable[[Any, int], dict[str, ProviderResult]] = check_and_time
+    ) -> dict[str, ProviderResult]:
         if case != self._case:
-            self._turns = take(case, self._rounds)
+            self._results = measure(case, self._rounds)
             self._case = case
-        return self._turns
+        return self._results
 
 
 @pytest.fixture(scope="session")
-def turns(request: pytest.FixtureRequest) -> _Latest:
-    """All providers' turns of a case, taken by `take(case, rounds)`: turns(case, take)."""
-    return _Latest(request.config.getoption("rounds"))
+def results_of(request: pytest.FixtureRequest) -> _LatestCase:
+    """Return a function of (case, measure) that gives the results of all providers of a case.
+
+    `measure(case, rounds)` is called once per case.
+    """
+    return _LatestCase(request.config.getoption("rounds"))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
-    """What the results hang on."""
+    """Add the machine and the versions that the results depend on."""
     machine_info["vpt_fast"] = facts()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.on_device import differs_by_one_rounding, poisoned_empty
+from support.kernels.on_device import differs_by_one_rounding, poisoned_empty
 
 from vpt_fast.kernels.runtime import allocate
 

@@ -1,6 +1,7 @@
 """Fast visual prompt tuning for timm vision transformers."""
 
-from vpt_fast.adapter.adapter import load_adapter, save_adapter
+from vpt_fast.adapter.load import load_adapter
+from vpt_fast.adapter.save import save_adapter
 from vpt_fast.bank import PromptBank
 from vpt_fast.export import bake
 from vpt_fast.methods import VAPT, VPTDeep, VPTShallow

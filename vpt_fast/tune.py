@@ -110,7 +110,18 @@ def prompt_tune(
     check_memory_mode(memory)
     if not isinstance(cuda_graphs, bool):
         raise TypeError(f"cuda_graphs is {cuda_graphs!r}; use True or False")
-    family = check_model(model, method)
+    return apply_method(model, method, check_model(model, method), memory, cuda_graphs)
+
+
+def apply_method(
+    model: Model, method: Method, family: Family, memory: str = "speed", cuda_graphs: bool = False
+) -> Model:
+    """Do as `prompt_tune` does with a model that `check_model` has found to fit a method.
+
+    Args:
+        model, method, memory, cuda_graphs: Arguments of `prompt_tune`.
+        family: What `check_model` returned.
+    """
     tuned: Any = model
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
     in_place = _in_place(tuned, method, family)

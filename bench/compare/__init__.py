@@ -1,1 +1,1 @@
-"""Providers side by side: checked, timed in interleaved rounds, collected."""
+"""Providers compared: checked, timed in interleaved rounds, collected into tables and plots."""

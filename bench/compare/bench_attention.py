@@ -1,4 +1,4 @@
-"""Attention alone, forward and backward, of every provider in turns; shapes of ViT-S/16."""
+"""Attention alone, forward and backward, by all providers in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.compare.recorded import Recorder
-from bench.providers.attention import AttentionCase, take_turns
+from bench.providers.attention import AttentionCase, check_and_time
 from bench.providers.models import EAGER
 
 _SOME = AttentionCase(providers=EAGER)
@@ -17,6 +17,7 @@ PAIRS = [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for nam
 
 
 @pytest.mark.parametrize(("case", "provider"), PAIRS)
-def test_attention(case: AttentionCase, provider: str, turns: Any, record: Recorder) -> None:
+def test_attention(case: AttentionCase, provider: str, results_of: Any, record: Recorder) -> None:
+    """Record the times of a provider."""
     facts = {"bench": "attention", "dtype": "float32", **asdict(case)}
-    record(turns(case, take_turns)[provider], str(case), facts)
+    record(results_of(case, check_and_time)[provider], str(case), facts)

@@ -1,4 +1,4 @@
-"""Logits of a tuned model, of every provider in turns."""
+"""Inference with a tuned model, by all providers in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ from bench.compare.cases import Case
 from bench.compare.recorded import Recorder
 
 
-def test_inference(case: Case, provider: str, turns: Any, record: Recorder) -> None:
-    record(turns(case)[provider], str(case), {"bench": case.work, **asdict(case)})
+def test_inference(case: Case, provider: str, results_of: Any, record: Recorder) -> None:
+    """Record the times of a provider."""
+    record(results_of(case)[provider], str(case), {"bench": case.work, **asdict(case)})

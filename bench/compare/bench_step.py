@@ -1,4 +1,4 @@
-"""A training step: forward, loss and backward, of every provider in turns."""
+"""A training step (forward, loss and backward), by all providers in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ from bench.compare.cases import Case
 from bench.compare.recorded import Recorder
 
 
-def test_step(case: Case, provider: str, turns: Any, record: Recorder) -> None:
-    record(turns(case)[provider], str(case), {"bench": case.work, **asdict(case)})
+def test_step(case: Case, provider: str, results_of: Any, record: Recorder) -> None:
+    """Record the times of a provider."""
+    record(results_of(case)[provider], str(case), {"bench": case.work, **asdict(case)})

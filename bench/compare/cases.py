@@ -1,4 +1,4 @@
-"""What is benchmarked: a piece of work at one model, method, batch size, dtype and prompt count."""
+"""What is benchmarked: work on one model, with its method, batch size, dtype and prompt count."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Case:
 
     Attributes:
         work: `STEP` (forward, loss and backward) or `INFERENCE`.
-        model: timm's name.
-        method: one of `METHODS`.
-        batch: images.
-        prompts: of each block.
-        dropout: of prompts (VPT-Deep), or of channels and projector (VAPT).
-        dtype: one of `DTYPES`; "published" is fp32 whatever it says.
-        providers: who is compared, of `bench.providers.models.GPU_PROVIDERS`.
-        image_size: height and width, in pixels.
-        classes: of the head.
-        memory: what ours keeps for backward, one of `MEMORY_MODES`.
+        model: Model name in timm.
+        method: One of `METHODS`.
+        batch: Images per batch.
+        prompts: Prompts per block.
+        dropout: Rate for prompts (VPT-Deep), or for channels and projector (VAPT).
+        dtype: One of `DTYPES`; "published" runs in fp32 regardless.
+        providers: Providers to compare, of `bench.providers.models.GPU_PROVIDERS`.
+        image_size: Height and width in pixels.
+        classes: Classes of the head.
+        memory: What vpt_fast saves for backward, one of `MEMORY_MODES`.
     """
 
     work: str = STEP
@@ -70,20 +70,20 @@ class Case:
         )
 
     def settings(self, dropout: float | None = None) -> VPTDeep | VAPT:
-        """The method; with another dropout if one is given."""
+        """Return the method, with `dropout` in place of its own rate if given."""
         rate = self.dropout if dropout is None else dropout
         if self.method == "vapt":
             return VAPT(self.prompts, projector_dropout=rate, channel_dropout=rate)
         return VPTDeep(self.prompts, dropout=rate)
 
     def build(self) -> Any:
-        """A timm model with seeded random weights; speed does not depend on what they are."""
+        """Return a timm model with seeded random weights, whose values do not affect speed."""
         model, state = _plain(self.model, self.classes, self.image_size)
         torch.set_rng_state(state)  # for the weights that a method adds
         return copy.deepcopy(model)
 
     def inputs(self, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Seeded images (count or batch, 3, height, width), fp32, and labels."""
+        """Return seeded images (count or batch, 3, height, width), fp32, and labels."""
         count = self.batch if count is None else count
         generator = torch.Generator().manual_seed(1)
         size = self.image_size
@@ -93,17 +93,17 @@ class Case:
 
 @functools.lru_cache(maxsize=1)
 def _plain(model: str, classes: int, image_size: int) -> tuple[Any, torch.Tensor]:
-    """What `Case.build` copies, and the state of the generator after it was drawn.
+    """Return the model that `Case.build` copies, and the generator's state after drawing it.
 
     Drawing the weights of a large model takes seconds.
     """
     torch.manual_seed(0)
-    made = timm.create_model(model, num_classes=classes, img_size=image_size).eval()
-    return made, torch.get_rng_state()
+    built = timm.create_model(model, num_classes=classes, img_size=image_size).eval()
+    return built, torch.get_rng_state()
 
 
 def cpu_cases() -> list[Case]:
-    """What `make bench` compares on a CPU."""
+    """Return what `make bench` compares on a CPU."""
     small, tiny = Case(), Case(model="vit_tiny_patch16_224")
     three = ("concat", OURS, WITHOUT)
     return [

@@ -2,10 +2,10 @@
 
     python -m bench.compare.collect RUN.json [--output bench/results]
 
-RUN.json is what pytest-benchmark wrote. The file's name tells the machine and the versions, its
-columns tell all of them. `ratio` is the provider's time divided by ours in the same round, its
-20th, 50th and 80th percentile over the rounds: above 1 ours is faster. Rows of bench "memory" are
-counted (see `vpt_fast.analysis.activation_memory`), all others measured.
+RUN.json is written by pytest-benchmark. The file is named after the machine and the main versions;
+its columns hold all of them. `ratio` is the provider's time divided by ours in the same round, as
+its 20th, 50th and 80th percentile over the rounds: above 1, ours is faster. Rows of bench "memory"
+are counted (see `vpt_fast.analysis.activation_memory`), all others measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.compare.facts import file_stem
-from bench.compare.saved_bytes import kept_rows
+from bench.counted.saved_bytes import saved_rows
 from bench.providers.models import OURS
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -38,30 +38,32 @@ FACTS = (
     "commit", "date",
 )  # fmt: skip
 FIELDS = (*WHAT, *TIMES, *MEMORY, *RATES, "note", *FACTS)
-"""Columns. Times are milliseconds, memory MiB; `error` is the largest relative one against fp64,
-`blocks` the number of prompted blocks where not all are. Ceilings are the device's own, measured in
-the same run by one large product and one large copy. `note` says why a row has no times."""
+"""Columns. Times are milliseconds, memory MiB; `error` is the largest relative error against fp64,
+`blocks` the number of prompted blocks if not all have prompts. Ceilings are the highest rates of
+the same device, measured in the same run with one large product and one large copy. `note` says why
+a row has no times.
+"""
 
 Row = dict[str, Any]
 
 
 def percentiles(seconds: Sequence[float], prefix: str = "p", suffix: str = "_ms") -> Row:
-    """20th, 50th and 80th percentile, in milliseconds."""
+    """Return the 20th, 50th and 80th percentile of seconds, in milliseconds."""
     found = np.percentile(np.asarray(seconds) * 1e3, (20, 50, 80))
     return {f"{prefix}{n}{suffix}": f"{v:.4g}" for n, v in zip((20, 50, 80), found, strict=True)}
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Row:
-    """Percentiles of a provider's time over ours, round by round."""
+    """Return percentiles of a provider's time over ours, round by round."""
     found = np.percentile(np.asarray(theirs) / np.asarray(ours), (20, 50, 80))
     return {f"ratio_p{n}": f"{v:.3f}" for n, v in zip((20, 50, 80), found, strict=True)}
 
 
 def rows_of(run: Mapping[str, Any]) -> list[Row]:
-    """Rows of a run as pytest-benchmark wrote it, in the run's order.
+    """Return the rows of a run that pytest-benchmark wrote, in its order.
 
     Raises:
-        ValueError: the run is not one of these benchmarks, or lacks the times of its rounds.
+        ValueError: If the run is not one of these benchmarks, or lacks the times of its rounds.
     """
     try:
         known = run["machine_info"]["vpt_fast"]
@@ -70,7 +72,7 @@ def rows_of(run: Mapping[str, Any]) -> list[Row]:
         }
     except KeyError as missing:
         raise ValueError(
-            f"the run has no {missing}: make it with `python -m pytest bench --benchmark-enable "
+            f"the run has no {missing}: create it with `python -m pytest bench --benchmark-enable "
             "--benchmark-json=RUN.json`"
         ) from None
     facts = {**known, "date": run["datetime"][:10]}
@@ -92,7 +94,7 @@ def rows_of(run: Mapping[str, Any]) -> list[Row]:
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """Write rows; columns that a row does not have are empty."""
+    """Write rows to a CSV file; columns that a row lacks are empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
@@ -101,10 +103,10 @@ def write(rows: Iterable[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a results file.
+    """Return the rows of a results file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: If it is not a results file.
     """
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -115,7 +117,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file and print its path."""
+    """Write the results file and print its path."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare.collect", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument(
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.run}: {error}")
     facts = {name: rows[0][name] for name in FACTS if name in rows[0]} if rows else {}
     path = options.output / f"{file_stem(run['machine_info']['vpt_fast'])}.csv"
-    write([*rows, *({**row, **facts} for row in kept_rows())], path)
+    write([*rows, *({**row, **facts} for row in saved_rows())], path)
     print(path)
     return 0
 

@@ -1,17 +1,17 @@
-"""Every provider is held against fp64 before it is timed: no green check, no time.
+"""The check of every provider against fp64: a provider that fails it is not timed.
 
-The truth is the published formulation of the same model in fp64, from the same weights as rounded
-to the case's dtype. An error is a norm of a difference over the norm of the truth, for logits and
-for each trained gradient, without dropout, on two images (on copies of them, as many as the batch
-is large, if a provider is compiled for it). A provider may be twice as far from the truth as
-concatenation in eager PyTorch is in the same dtype, plus a slack of the dtype; and that itself no
-further than `WORST`. The gradient of a single number, whose terms may cancel to nearly nothing, is
-measured together with that of its layer's weight.
+The ground truth is the published formulation of the same model in fp64, from the same weights
+rounded to the case's dtype. An error is the norm of a difference over the norm of the truth, for
+logits and for each trained gradient, without dropout, on two images (on copies of them that fill
+the batch, if a provider is compiled for that batch size). A provider may have twice the error of
+concatenation in eager PyTorch in the same dtype, plus a slack that depends on the dtype; the error
+of concatenation itself may be at most `WORST`. The gradient of a single number, whose terms may
+cancel almost entirely, is measured together with that of its layer's weight.
 
-A LayerNorm that is trained for want of prompts has gradients that are sums over all rows, and
-PyTorch's kernel for 16-bit tensors on a CPU adds them up in 16 bits: over the 6,272 rows of two
-images in Swin's first block it loses a third of one and more. There the same rows are summed again
-in fp64: they are what the provider computed.
+Without prompts, LayerNorms are trained, and their gradients are sums over all rows. PyTorch's CPU
+kernel for 16-bit tensors accumulates them in 16 bits: over the 6,272 rows of two images in Swin's
+first block it loses a third of the value or more. Those rows are summed again in fp64, since they
+are what the provider computed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from vpt_fast.modules.experts import PromptExperts
 
 SLACK = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 1e-2}
 WORST = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
-"""Errors of a step in eager PyTorch are far below: more means that something is wrong with it."""
+"""Errors of a correct step in eager PyTorch are far smaller."""
 
 IMAGES = 2
 _SHORT = (torch.float16, torch.bfloat16)
@@ -50,13 +50,13 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """What a provider's check found.
+    """Result of checking a provider.
 
     Attributes:
-        provider: its name.
-        error: the largest relative error of logits and gradients.
-        worst: what has it.
-        limit: the largest allowed.
+        provider: Name of the provider.
+        error: Largest relative error of logits and gradients.
+        worst: Name of the result that has it.
+        limit: Largest error allowed.
     """
 
     provider: str
@@ -71,12 +71,12 @@ class Check:
 
 
 def budget(eager: float, kind: str) -> float:
-    """The largest error allowed where eager PyTorch has `eager` in dtype `kind`."""
+    """Return the largest error allowed where eager PyTorch has error `eager` in dtype `kind`."""
     return min(WORST[kind], 2 * eager + SLACK[kind])
 
 
 def results(module: nn.Module, images: Tensor, labels: Tensor, train: bool) -> Results:
-    """Logits and, of a training step, the trained gradients; in fp64."""
+    """Return logits and, for a training step, the trained gradients; in fp64."""
     with norm_gradients(module) as resummed, torch.set_grad_enabled(train):
         logits = module(images.to(next(module.parameters()).dtype))
         if train:
@@ -92,14 +92,14 @@ def results(module: nn.Module, images: Tensor, labels: Tensor, train: bool) -> R
 
 @contextmanager
 def norm_gradients(module: nn.Module) -> Iterator[Results]:
-    """Gradients of trained LayerNorms that a CPU sums up in 16 bits, summed up in fp64 instead.
+    """Recompute in fp64 the gradients of LayerNorms that a CPU accumulates in 16 bits.
 
     Args:
-        module: runs forward and backward once while this is open.
+        module: Module that runs forward and backward once inside the context.
 
     Yields:
-        The gradients by the parameters' names, there afterwards; none on another device, in another
-        dtype, and of a compiled module.
+        The gradients by parameter name, filled in during backward; empty on another device, in
+        another dtype, and for a compiled module.
     """
     names = {id(parameter): name for name, (parameter, _) in trained(module).items()}
     found: Results = {}
@@ -133,10 +133,10 @@ def norm_gradients(module: nn.Module) -> Iterator[Results]:
 
 
 def largest_error(have: Results, want: Results) -> tuple[float, str]:
-    """The largest relative error, and whose it is.
+    """Return the largest relative error, and the name of the result that has it.
 
     Raises:
-        ValueError: the names differ.
+        ValueError: If the names differ.
     """
     if set(have) != set(want):
         raise ValueError(f"results of {sorted(set(have) ^ set(want))} on one side only")
@@ -150,7 +150,7 @@ def largest_error(have: Results, want: Results) -> tuple[float, str]:
 
 
 def _with_single_numbers(found: Results) -> Results:
-    """Results in which a bias of one number stands with its layer's weight."""
+    """Return the results with single-number biases joined to their layer's weight."""
     joined = dict(found)
     for name, value in found.items():
         weight = name.removesuffix("bias") + "weight"
@@ -160,13 +160,13 @@ def _with_single_numbers(found: Results) -> Results:
 
 
 class Truth:
-    """Results of a case in fp64, and of eager PyTorch in the case's dtype.
+    """Ground truth of a case in fp64, and the error of eager PyTorch in the case's dtype.
 
     Args:
-        case: its dropout is left out.
-        device: where providers run.
-        whole: whether they are checked at the case's batch size, on copies of two images, which
-            changes neither the mean loss nor its gradients; by default if one of them is compiled.
+        case: Case to check; its dropout is ignored.
+        device: Device that providers run on.
+        whole: Whether to check at the case's batch size, on copies of two images, which changes
+            neither the mean loss nor its gradients; by default if a provider is compiled.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Truth:
         return self._wanted[key]
 
     def module(self, name: str, dropout: float | None = None) -> nn.Module:
-        """A provider with the truth's values, in the case's dtype and in its mode."""
+        """Return a provider with the truth's parameter values, in the case's dtype and mode."""
         model = self.case.build().to(DTYPES[self.case.dtype]).to(self.device)
         module = provide(name, model, self.case.settings(dropout), self.case.memory)
         set_values(module, self.values)
@@ -211,11 +211,11 @@ class Truth:
         return module if plain else module.train(self.train)
 
     def check(self, name: str, module: nn.Module | None = None) -> Check:
-        """Hold a provider against the truth.
+        """Compare a provider with the truth.
 
         Args:
-            name: of the provider.
-            module: of `module(name, 0.0)`, if there is one already.
+            name: Name of the provider.
+            module: Result of `module(name, 0.0)`, if it already exists.
         """
         limit = WORST[self.case.dtype]
         if name not in ("concat", WITHOUT):

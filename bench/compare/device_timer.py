@@ -1,9 +1,9 @@
-"""Seconds of a function on a device: by CUDA events on a GPU, by the clock on a CPU.
+"""Seconds of a function on a device: by CUDA events on a GPU, by the wall clock on a CPU.
 
 On a GPU a round repeats the function until it lasts about 20 ms, so that the resolution of events
-(half a microsecond) and the first launch's latency do not count; what the host adds between
-launches does. Caches are left as the last repetition leaves them: a training step moves gigabytes,
-and finds of them what a step finds.
+(half a microsecond) and the latency of the first launch are negligible; time that the host adds
+between launches is included. Caches are not cleared between repetitions: a training step moves
+gigabytes, and finds them as the previous step leaves them.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ class Timer(Protocol):
     """Times a function.
 
     Attributes:
-        round_seconds: the least that a round should last; 0 if one call is enough.
+        round_seconds: Least seconds that a round should last; 0 if one call is enough.
     """
 
     round_seconds: float
 
     def seconds(self, run: Run, repeats: int = 1) -> float:
-        """Seconds of one of `repeats` calls in a row."""
+        """Return the mean seconds of `repeats` calls in a row."""
         ...
 
 
 class CpuTimer:
-    """The clock."""
+    """Wall clock."""
 
     round_seconds = 0.0
 
     def seconds(self, run: Run, repeats: int = 1) -> float:
-        """Seconds of one of `repeats` calls in a row."""
+        """Return the mean seconds of `repeats` calls in a row."""
 
-        def all_of_them() -> None:
+        def all_calls() -> None:
             for _ in range(repeats):
                 run()
 
-        return wall_seconds(all_of_them) / repeats
+        return wall_seconds(all_calls) / repeats
 
 
 class CudaTimer:
@@ -56,7 +56,7 @@ class CudaTimer:
     round_seconds = 0.02
 
     def seconds(self, run: Run, repeats: int = 1) -> float:
-        """Seconds of one of `repeats` calls in a row; what was launched before is waited for."""
+        """Return the mean seconds of `repeats` calls in a row, after synchronizing the device."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
@@ -68,19 +68,19 @@ class CudaTimer:
 
 
 def repeats(timer: Timer, run: Run) -> int:
-    """How often a round calls a function, after a call that warms up and one that is timed."""
+    """Return the calls per round of a function, after one call to warm up and one that is timed."""
     run()
     wanted = math.ceil(timer.round_seconds / max(timer.seconds(run), 1e-9))
     return min(max(wanted, 1), MOST_REPEATS)
 
 
 def times_of(timer: Timer, counts: Mapping[str, tuple[Run, int]], rounds: int) -> dict[str, Times]:
-    """Times of functions in turns.
+    """Time functions in interleaved rounds.
 
     Args:
-        timer: of the device.
-        counts: functions, and how often a round calls them, by name.
-        rounds: of each, one more to warm up.
+        timer: Timer of the device.
+        counts: Functions and their calls per round, by name.
+        rounds: Rounds that count, after one to warm up.
     """
     timed = {name: partial(timer.seconds, run, count) for name, (run, count) in counts.items()}
     return interleave(timed, rounds, seconds_of=lambda function: function())  # type: ignore[return-value,arg-type]

@@ -1,4 +1,4 @@
-"""What a benchmark's results hang on: the machine and the versions."""
+"""The machine and the versions that benchmark results depend on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PACKAGES = ("torch", "triton", "timm", "numpy")
 
 
 def facts(gpu: bool | None = None) -> dict[str, str]:
-    """Device, cores and threads, operating system, versions, commit.
+    """Return device, cores and threads, operating system, versions and commit.
 
     Args:
-        gpu: whether the device is the GPU; by default it is if there is one.
+        gpu: Whether the device is the GPU; by default if there is one.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     return {
@@ -35,7 +35,7 @@ def facts(gpu: bool | None = None) -> dict[str, str]:
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -45,7 +45,7 @@ def processor() -> str:
 
 
 def file_stem(known: Mapping[str, str]) -> str:
-    """A file's name for results with these facts: one per machine and set of versions."""
+    """Return a file name for results with these facts, one per machine and set of versions."""
     kind = "gpu" if "cuda" in known else f"cpu-{known['threads']}-threads"
     parts = [known["device"], kind, *(f"{name}-{known[name]}" for name in ("torch", "timm"))]
     return re.sub(r"[^a-z0-9._]+", "-", "_".join(parts).lower())

@@ -21,7 +21,9 @@ from bench.providers.models import COMPILED, CUDNN, OURS, PROVIDERS, WITHOUT
 from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
 
 COLOUR = dict(zip(PROVIDERS, [INK, *COLOURS[:5], MUTED], strict=False))
-"""Those that only a GPU has are drawn as what they are compared with, but for ours."""
+"""Colours by provider. A provider that only a GPU has takes the colour of its base provider,
+except for the compiled vpt_fast.
+"""
 for _name, _base in {**CUDNN, **COMPILED}.items():
     COLOUR.setdefault(_name, COLOURS[5] if _base == OURS else COLOUR[_base])
 _LABEL = {
@@ -41,10 +43,10 @@ class Panel:
     """One diagram.
 
     Attributes:
-        title, across, up: its title and its axes' labels.
-        rows: what is drawn.
-        x, y: columns of the axes; the 20th and 80th percentile are drawn if y is a 50th.
-        level: where a dotted line is drawn, and what it says.
+        title, across, up: Title, and labels of the horizontal and vertical axis.
+        rows: Rows to draw.
+        x, y: Columns of the axes; if y is a 50th percentile, the 20th and 80th are drawn too.
+        level: Height of a horizontal line, and its meaning.
     """
 
     title: str
@@ -57,12 +59,12 @@ class Panel:
 
 
 def select(rows: Sequence[Row], **wanted: str) -> list[Row]:
-    """Rows whose columns have these values."""
+    """Return the rows whose columns have these values."""
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
 def most_varied(rows: Sequence[Row], column: str, bench: str = "step") -> list[Row]:
-    """The rows of VPT-Deep without dropout that differ in `column`: the longest such series."""
+    """Return the longest series of VPT-Deep rows without dropout that differ only in `column`."""
     same = [name for name in ("model", "batch", "prompts", "dtype") if name != column]
     series: dict[tuple[str, ...], list[Row]] = {}
     for row in select(rows, bench=bench, method="vpt-deep", dropout="0.0"):
@@ -71,29 +73,29 @@ def most_varied(rows: Sequence[Row], column: str, bench: str = "step") -> list[R
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    """The three diagrams; one without rows is left out."""
+    """Return the three diagrams, without those that have no rows."""
     by_prompts = [r for r in most_varied(rows, "prompts") if r["prompts"] != "0"]
     by_batch = most_varied(rows, "batch")
     memory = select(rows, bench="memory")
-    made = [
+    found = [
         Panel(
             f"Training step, {_about(by_prompts, 'model', 'batch', 'dtype')}",
-            "prompts", "time over vpt_fast's",
+            "prompts", "time relative to vpt_fast",
             [r for r in by_prompts if r["provider"] != OURS], "prompts", "ratio_p50",
             (1.0, "vpt_fast"),
         ),
         Panel(
             f"Training step, {_about(by_batch, 'model', 'prompts', 'dtype')}",
-            "images in the batch", "milliseconds an image",
+            "images in the batch", "milliseconds per image",
             [{**r, **_per_image(r)} for r in by_batch], "batch", "image_p50",
         ),
         Panel(
-            f"Kept for backward, {_about(memory, 'model', 'batch', 'dtype')}",
-            "last blocks that have 50 prompts each", "MiB, counted",
+            f"Saved for backward, {_about(memory, 'model', 'batch', 'dtype')}",
+            "prompted blocks (the last ones), 50 prompts each", "MiB, counted",
             memory, "blocks", "kept_mib",
         ),
     ]  # fmt: skip
-    return [panel for panel in made if panel.rows]
+    return [panel for panel in found if panel.rows]
 
 
 def _about(rows: Sequence[Row], *names: str) -> str:
@@ -113,7 +115,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the diagrams of a results file's rows.
 
     Raises:
-        ValueError: there is nothing to draw.
+        ValueError: If there is nothing to draw.
     """
     found = panels([row for row in rows if row["p50_ms"] or row["bench"] == "memory"])
     if not found:
@@ -172,10 +174,10 @@ def _draw_panel(ax: Axes, panel: Panel) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw, and print the picture's path."""
+    """Draw the plots, and print the picture's path."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare.plots", description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--output", type=Path, help="PNG (default: beside the results)")
+    parser.add_argument("--output", type=Path, help="PNG (default: next to the results)")
     options = parser.parse_args(arguments)
     path = options.output or options.results.with_suffix(".png")
     try:

@@ -1,8 +1,8 @@
-"""Hands times that were taken in turns to pytest-benchmark.
+"""Passes times measured in interleaved rounds to pytest-benchmark.
 
-pytest-benchmark times one test after another. Ours takes all providers of a case in turns, so that
-a change of the machine's load meets all of them, and then lets each provider's test read its own
-times from a clock that replays them: statistics, table, JSON and comparison of runs are
+pytest-benchmark times one test after another. Here all providers of a case are timed in interleaved
+rounds, so that changes in machine load affect them alike, and each provider's test then reads its
+times from a clock that replays them. Statistics, table, JSON and comparison of runs are
 pytest-benchmark's.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from bench.compare.rounds import Turn
+from bench.compare.rounds import ProviderResult
 
 
 class RecordedClock:
-    """A clock that advances by the next of `seconds` between its odd and its even calls."""
+    """Clock that advances by the next of `seconds` between its odd and its even calls."""
 
     def __init__(self, seconds: Sequence[float]) -> None:
         self._left = list(seconds)
@@ -25,28 +25,31 @@ class RecordedClock:
         self._running = False
 
     def __call__(self) -> float:
-        """The time, in seconds."""
+        """Return the time in seconds."""
         if self._running:
             self._now += self._left.pop(0)
         self._running = not self._running
         return self._now
 
 
-Recorder = Callable[[Turn, str, Mapping[str, Any]], None]
+Recorder = Callable[[ProviderResult, str, Mapping[str, Any]], None]
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Recorder:
-    """Report a provider's turn as this test's, record(turn, group, facts); fail if it has none."""
+    """Return record(result, group, facts), which reports a provider's result as this test's.
 
-    def report(turn: Turn, group: str, facts: Mapping[str, Any]) -> None:
-        check = turn.check
-        if turn.times is None:
+    It fails the test if the provider was not timed.
+    """
+
+    def report(result: ProviderResult, group: str, facts: Mapping[str, Any]) -> None:
+        check = result.check
+        if result.times is None:
             pytest.fail(
                 f"{check.provider} is not timed: {check.worst} is {check.error:.1e} from fp64, "
                 f"limit {check.limit:.1e}"
             )
-        seconds = turn.times.seconds.tolist()
+        seconds = result.times.seconds.tolist()
         clock = RecordedClock(seconds)
         request.node.add_marker(pytest.mark.benchmark(group=group, timer=clock, warmup=False))
         benchmark = request.getfixturevalue("benchmark")

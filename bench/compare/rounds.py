@@ -1,4 +1,4 @@
-"""All providers of a case, checked and then timed in turns."""
+"""All providers of a case, checked and then timed in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.compare.interleave import Times, interleave
 
 
 @dataclass(frozen=True)
-class Turn:
+class ProviderResult:
     """A provider's check and, where it holds, the times of its rounds."""
 
     check: Check
@@ -24,7 +24,7 @@ class Turn:
 
 
 def step(module: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """A training step without the optimizer's: logits, loss, and what is trained gets gradients."""
+    """Return a training step without the optimizer: logits, loss and trained gradients."""
     trained = [p for p in module.parameters() if p.requires_grad]
 
     def run() -> Tensor:
@@ -38,7 +38,7 @@ def step(module: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tens
 
 
 def inference(module: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """Logits without anything kept for backward."""
+    """Return a function that computes logits and saves nothing for backward."""
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -48,19 +48,19 @@ def inference(module: nn.Module, images: Tensor) -> Callable[[], Tensor]:
 
 
 def work(case: Case, module: nn.Module, device: torch.device | str = "cpu") -> Callable[[], Tensor]:
-    """What is timed of a case's provider."""
+    """Return the function that is timed for a provider's module."""
     dtype = next(module.parameters()).dtype
     images, labels = case.inputs()
     images, labels = images.to(device, dtype), labels.to(device)
     return inference(module, images) if case.work == INFERENCE else step(module, images, labels)
 
 
-def take_turns(case: Case, rounds: int) -> dict[str, Turn]:
-    """Check every provider of a case against fp64, then time those that hold, in turns.
+def check_and_time(case: Case, rounds: int) -> dict[str, ProviderResult]:
+    """Check every provider of a case against fp64, then time those that hold.
 
     Args:
-        case: what is compared.
-        rounds: of every provider; they run in a new order each round.
+        case: Case to compare.
+        rounds: Interleaved rounds; every provider runs once in each, in a new order.
     """
     truth = Truth(case)
     checks, functions = {}, {}
@@ -72,13 +72,13 @@ def take_turns(case: Case, rounds: int) -> dict[str, Turn]:
         functions[name] = work(case, module)
     del truth
     gc.collect()
-    return timed(checks, functions, rounds)
+    return time_interleaved(checks, functions, rounds)
 
 
-def timed(
+def time_interleaved(
     checks: Mapping[str, Check], functions: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, Turn]:
-    """Time in turns those functions whose check holds."""
-    held = {name: functions[name] for name, check in checks.items() if check.holds}
-    times = interleave(held, rounds)
-    return {name: Turn(check, times.get(name)) for name, check in checks.items()}
+) -> dict[str, ProviderResult]:
+    """Time, in interleaved rounds, the functions whose check holds."""
+    passing = {name: functions[name] for name, check in checks.items() if check.holds}
+    times = interleave(passing, rounds)
+    return {name: ProviderResult(check, times.get(name)) for name, check in checks.items()}

@@ -1,9 +1,9 @@
-"""The tables of docs/benchmarks/cpu.md, made from a results file.
+"""The benchmark tables of docs/benchmarks/cpu.md, generated from a results file.
 
     python -m bench.compare.tables bench/results/NAME.csv [--page PAGE] [--check]
 
-Replaces what stands between the two marks. Every comparison of the file is in the tables, those
-that lose too.
+Replaces the text between the two marks. The tables show every comparison in the file, including
+those that are slower.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ OWN_HEADS = {"experts": {"concat": "the equations as written"}}
 _TABLE = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     """\
 Measured on {{ facts.device }}, {{ facts.threads }} threads, torch {{ facts.torch }}, timm \
-{{ facts.timm }}, {{ facts.date }}; fp32 if nothing else is said.
-A cell is the other's time divided by ours in the same round, rounds interleaved: median (20th to
-80th percentile) over {{ rounds }} rounds. Above 1, ours is faster.
+{{ facts.timm }}, {{ facts.date }}; fp32 unless a
+row names another dtype. A cell is a provider's time divided by ours in the same round (the rounds
+are interleaved): median (20th to 80th percentile) over {{ rounds }} rounds. Above 1, ours is
+faster.
 
 {% for table in tables %}
 {{ table.title }}:
@@ -86,7 +87,7 @@ def _cells(rows: Iterable[Row], providers: Sequence[str]) -> list[str]:
 
 
 def table(rows: Sequence[Row], bench: str) -> dict[str, object] | None:
-    """One kind of work as a title, column heads and rows of cells; None without rows."""
+    """Return the table of one kind of work: title, column heads and cells; None without rows."""
     rows = [row for row in rows if row["bench"] == bench]
     present = {row["provider"] for row in rows}
     providers = [name for name in PROVIDERS if name in present and name != OURS]
@@ -121,25 +122,25 @@ def _dtype(dtype: str) -> str:
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The text between the marks.
+    """Return the text between the marks.
 
     Raises:
-        ValueError: there are no measured rows.
+        ValueError: If there are no measured rows.
     """
     measured = [row for row in rows if row["kind"] == "measured"]
     if not measured:
         raise ValueError("the file has no measured rows")
-    tables = [made for bench in TITLES if (made := table(measured, bench))]
+    tables = [found for bench in TITLES if (found := table(measured, bench))]
     rounds = sorted({int(row["rounds"]) for row in measured if row["rounds"]})
     text = "-".join(str(n) for n in sorted({rounds[0], rounds[-1]})) if rounds else "0"
     return _TABLE.render(facts=measured[0], tables=tables, rounds=text).strip()
 
 
 def replaced(text: str, tables: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
-    """A page with new tables between its marks.
+    """Return a page with new tables between its marks.
 
     Raises:
-        ValueError: a mark is missing.
+        ValueError: If a mark is missing.
     """
     first, last = marks
     before, begin, rest = text.partition(first)
@@ -150,7 +151,7 @@ def replaced(text: str, tables: str, marks: tuple[str, str] = (BEGIN, END)) -> s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the page; with --check only say whether it is up to date (1 if not)."""
+    """Rewrite the page; with --check only report whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare.tables", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--page", type=Path, default=PAGE)

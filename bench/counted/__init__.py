@@ -1,1 +1,1 @@
-"""What is counted without running: launches, FLOP, bytes; and a model of the time."""
+"""What is counted without running: launches, FLOP and bytes; and a model of the time."""

@@ -1,9 +1,9 @@
-"""What each kernel of ours loads and stores, and the FLOP of its matrix products, declared.
+"""Declarations of what each kernel loads and stores, and the FLOP of its matrix products.
 
-A launch passes some tensors that it does not touch (a tensor stands in for an optional one that is
-absent) and parts of others. Here is written which, per kernel, from its source; each byte counts
-once, however many programs load it: repeated loads are the caches' work. The declarations are held
-against what the kernels load and store when their IR is executed on the CPU
+A launch passes some tensors that it does not access (a tensor stands in for an absent optional
+one), and accesses only parts of others. The declarations below follow each kernel's source. Every
+byte counts once, however many programs load it: repeated loads are served by caches. The
+declarations are compared with what the kernels load and store when their IR is executed on the CPU
 (tests/bench/counted/test_declared_traffic.py).
 """
 
@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bench.counted import bank_traffic, window_traffic
-from bench.machine_code.problems.attention import useful_flop
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem, useful_flop
 from vpt_fast.kernels.runtime.launch import Launch
 
 Part = Callable[[Launch, Tensor], Tensor]
@@ -36,9 +35,9 @@ class Parameter:
     """One pointer of a kernel.
 
     Attributes:
-        name: without "_ptr".
-        needs: constexprs without which the kernel does not touch it.
-        part: what of the tensor it touches; all of it by default.
+        name: Name without "_ptr".
+        needs: Constexprs that must all be true for the kernel to access it.
+        part: Returns the part of the tensor that is accessed; all of it by default.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Parameter:
     part: Part | None = None
 
     def of(self, launch: Launch) -> Tensor | None:
-        """The view that `launch` touches, or None."""
+        """Return the view that `launch` accesses, or None."""
         if not all(launch.constexprs[flag] for flag in self.needs):
             return None
         tensor = launch.arguments[f"{self.name}_ptr"]
@@ -54,14 +53,14 @@ class Parameter:
 
 
 class Declaration(NamedTuple):
-    """Parameters that a kernel loads, and those that it stores to."""
+    """Parameters that a kernel loads, and those that it stores."""
 
     loads: tuple[Parameter, ...]
     stores: tuple[Parameter, ...]
 
 
-def _some(names: str) -> tuple[Parameter, ...]:
-    """Parameters by name; `name?` is touched where the launch's HAS_NAME is set."""
+def _parameters(names: str) -> tuple[Parameter, ...]:
+    """Return parameters by name; `name?` is accessed if the launch's HAS_NAME is set."""
     found = []
     for word in names.split():
         name = word.rstrip("?")
@@ -70,7 +69,7 @@ def _some(names: str) -> tuple[Parameter, ...]:
 
 
 def _patch_columns(launch: Launch, matrix: Tensor) -> Tensor:
-    """Columns of the patches of a matrix (p, padded); the last tile's padding is loaded too."""
+    """Return the patches' columns of a matrix (p, padded), with the last tile's padding."""
     patches, step = launch.arguments["num_patches"], launch.constexprs["BLOCK_T"]
     left = patches % step
     return matrix[:, : patches - left + (launch.constexprs["BLOCK_TAIL"] if left else 0)]
@@ -81,7 +80,7 @@ def _patches(launch: Launch, matrix: Tensor) -> Tensor:
 
 
 def _grid(launch: Launch, matrix: Tensor) -> Tensor:
-    """Columns of a matrix (p, padded) that are patches of the grid."""
+    """Return the columns of a matrix (p, padded) that are patches of the grid."""
     outer = [launch.constexprs[f"INNER_{n}"] + launch.constexprs["SIZE"] - 1 for n in _AXES]
     return matrix[:, : math.prod(outer)]
 
@@ -94,31 +93,31 @@ def _patch_rows(launch: Launch, x: Tensor) -> Tensor:
 
 
 def _patch_statistics(launch: Launch, statistics: Tensor) -> Tensor:
-    """Mean and the experts' rstd of the patches; norm1's rstd, between them, is not read."""
+    """Return the patches' mean and experts' rstd; norm1's rstd, between them, is not read."""
     return statistics[::2, :, statistics.shape[2] - launch.arguments["num_patches"] :]
 
 
 def _mix_backward_statistics(launch: Launch, statistics: Tensor) -> Tensor:
-    """norm1's rstd is for the gradient of x only."""
+    """Return the statistics read; norm1's rstd is needed only for the gradient of x."""
     return statistics if launch.constexprs["NEEDS_X"] else statistics[::2]
 
 
 _PROMPTS = tuple(Parameter(name, ("HAS_PROMPTS",)) for name in ("prompt_k", "prompt_v"))
-_KEY_GRADIENTS = Declaration(_some("q k v grad_out lse delta"), _some("dk dv"))
+_KEY_GRADIENTS = Declaration(_parameters("q k v grad_out lse delta"), _parameters("dk dv"))
 _WINDOW_PROMPTS = Parameter("prompts", ("HAS_PROMPTS",))
 _WINDOW_PADDING = Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.keys_and_values)
 _WINDOWS_FORWARD = Declaration(
-    (*_some("qkv table"), _WINDOW_PADDING, _WINDOW_PROMPTS), _some("out lse")
+    (*_parameters("qkv table"), _WINDOW_PADDING, _WINDOW_PROMPTS), _parameters("out lse")
 )
 _WINDOWS_BACKWARD = Declaration(
     (
         Parameter("qkv", part=window_traffic.queries),
-        Parameter("qkv", part=window_traffic.keys_beside_queries),
-        Parameter("table", part=window_traffic.table_beside_queries),
-        Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_beside_queries),
-        Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_beside_tokens),
+        Parameter("qkv", part=window_traffic.kv_of_whole_windows),
+        Parameter("table", part=window_traffic.table_of_whole_windows),
+        Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_of_whole_windows),
+        Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_of_whole_windows),
         Parameter("out", ("BLOCK_P",)),
-        *_some("grad_out lse"),
+        *_parameters("grad_out lse"),
     ),
     (
         Parameter("grad_qkv", ("NEEDS_TOKENS",)),
@@ -128,35 +127,35 @@ _WINDOWS_BACKWARD = Declaration(
 )
 _WINDOWS_KEYS = (
     Parameter("qkv", part=window_traffic.queries),
-    Parameter("qkv", part=window_traffic.keys_of_tiles),
+    Parameter("qkv", part=window_traffic.kv_of_tiles),
     Parameter("table", part=window_traffic.table_of_tiles),
     Parameter("pad", ("PADDED", "HAS_PAD"), window_traffic.padding_of_tiles),
     Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_of_tiles),
-    *_some("grad_out lse delta"),
+    *_parameters("grad_out lse delta"),
 )
 _FEATURES = "mixed mix_sum weight shift bias? channels? down up"
 
 DECLARATIONS = {
-    "forward": Declaration((*_some("q k v"), *_PROMPTS), _some("out lse")),
+    "forward": Declaration((*_parameters("q k v"), *_PROMPTS), _parameters("out lse")),
     "ragged_forward": Declaration(
         (
-            *_some("q k v starts counts"),
-            *(Parameter(f"prompt_{part}", part=bank_traffic.prompts_at_rest) for part in "kv"),
-            *(Parameter(f"made_{part}", part=bank_traffic.prompts_made) for part in "kv"),
+            *_parameters("q k v starts counts"),
+            *(Parameter(f"prompt_{part}", part=bank_traffic.cached_prompts) for part in "kv"),
+            *(Parameter(f"made_{part}", part=bank_traffic.computed_prompts) for part in "kv"),
         ),
-        _some("out lse"),
+        _parameters("out lse"),
     ),
     "grouped_heads": Declaration(
         (
-            *_some("starts counts offsets"),
-            Parameter("features", part=bank_traffic.features_of_heads),
-            Parameter("weight", part=bank_traffic.rows_of_heads),
-            Parameter("bias", part=bank_traffic.rows_of_heads),
+            *_parameters("starts counts offsets"),
+            Parameter("features", part=bank_traffic.head_features),
+            Parameter("weight", part=bank_traffic.head_rows),
+            Parameter("bias", part=bank_traffic.head_rows),
         ),
-        _some("out"),
+        _parameters("out"),
     ),
-    "dq": Declaration((*_some("q k v out grad_out lse"), *_PROMPTS), _some("delta dq")),
-    "delta": Declaration(_some("out grad_out"), _some("delta")),
+    "dq": Declaration((*_parameters("q k v out grad_out lse"), *_PROMPTS), _parameters("delta dq")),
+    "delta": Declaration(_parameters("out grad_out"), _parameters("delta")),
     "token_dkdv": _KEY_GRADIENTS,
     "prompt_dkdv": _KEY_GRADIENTS,
     "shared_prompt_dkdv": _KEY_GRADIENTS,
@@ -165,10 +164,10 @@ DECLARATIONS = {
     "window_backward": _WINDOWS_BACKWARD,
     "window_backward_dbias": _WINDOWS_BACKWARD,
     "window_dq": Declaration(
-        (*_some("qkv table out grad_out lse"), _WINDOW_PADDING, _WINDOW_PROMPTS),
-        (*_some("delta"), Parameter("grad_qkv", part=window_traffic.queries)),
+        (*_parameters("qkv table out grad_out lse"), _WINDOW_PADDING, _WINDOW_PROMPTS),
+        (*_parameters("delta"), Parameter("grad_qkv", part=window_traffic.queries)),
     ),
-    "window_delta": Declaration(_some("out grad_out"), _some("delta")),
+    "window_delta": Declaration(_parameters("out grad_out"), _parameters("delta")),
     "window_dkdv": Declaration(
         _WINDOWS_KEYS,
         (
@@ -176,11 +175,11 @@ DECLARATIONS = {
             Parameter("grad_prompts", ("NEEDS_PROMPTS",)),
         ),
     ),
-    "window_dbias": Declaration(_WINDOWS_KEYS, _some("grad_scores")),
-    "fold": Declaration(_some("weight kernel"), _some("mix sum")),
+    "window_dbias": Declaration(_WINDOWS_KEYS, _parameters("grad_scores")),
+    "fold": Declaration(_parameters("weight kernel"), _parameters("mix sum")),
     "fold_backward": Declaration(
-        (*_some("weight kernel grad_sum"), Parameter("grad_mix", part=_grid)),
-        _some("grad_weight grad_kernel"),
+        (*_parameters("weight kernel grad_sum"), Parameter("grad_mix", part=_grid)),
+        _parameters("grad_weight grad_kernel"),
     ),
     "mix": Declaration(
         (
@@ -188,11 +187,11 @@ DECLARATIONS = {
             Parameter("mix", part=_patch_columns),
             Parameter("statistics", part=_patch_statistics),
         ),
-        _some("mixed"),
+        _parameters("mixed"),
     ),
     "mix_backward": Declaration(
         (
-            *_some("x grad_mixed"),
+            *_parameters("x grad_mixed"),
             Parameter("statistics", part=_mix_backward_statistics),
             Parameter("mix", ("NEEDS_X",), _patches),
             Parameter("weight", ("NEEDS_X", "HAS_WEIGHT")),
@@ -202,45 +201,46 @@ DECLARATIONS = {
         (Parameter("grad_x", ("NEEDS_X",)), Parameter("grad_mix", ("NEEDS_MIX",))),
     ),
     "features": Declaration(
-        _some(f"{_FEATURES} hidden? norm_weight? norm_bias?"), _some("out mean rstd")
+        _parameters(f"{_FEATURES} hidden? norm_weight? norm_bias?"), _parameters("out mean rstd")
     ),
     "features_backward": Declaration(
-        _some(f"{_FEATURES} hidden? norm_weight? mean rstd grad"), _some("grad_mixed units sums")
+        _parameters(f"{_FEATURES} hidden? norm_weight? mean rstd grad"),
+        _parameters("grad_mixed units sums"),
     ),
     "weight_gradient": Declaration(
         (
-            *_some(f"{_FEATURES} norm_weight? mean rstd grad units"),
+            *_parameters(f"{_FEATURES} norm_weight? mean rstd grad units"),
             Parameter("sums", part=lambda _, sums: sums[2:]),
         ),
-        _some("out"),
+        _parameters("out"),
     ),
     "residual_norm": Declaration(
         (
-            *_some("residual branch? weight? bias?"),
+            *_parameters("residual branch? weight? bias?"),
             Parameter("scale", ("HAS_BRANCH", "HAS_SCALE")),
         ),
-        (Parameter("sum", ("HAS_BRANCH",)), *_some("y statistics")),
+        (Parameter("sum", ("HAS_BRANCH",)), *_parameters("y statistics")),
     ),
     "residual_norm_backward": Declaration(
         (
-            *_some("x weight? grad_y"),
+            *_parameters("x weight? grad_y"),
             Parameter("grad_sum", ("HAS_SUM",)),
             Parameter("statistics", part=lambda _, statistics: statistics[:2]),
             Parameter("scale", ("NEEDS_BRANCH", "HAS_SCALE")),
         ),
-        (*_some("grad_x"), Parameter("grad_branch", ("NEEDS_BRANCH",))),
+        (*_parameters("grad_x"), Parameter("grad_branch", ("NEEDS_BRANCH",))),
     ),
-    "activation": Declaration(_some("h bias?"), _some("out")),
-    "activation_backward": Declaration(_some("h bias? grad"), _some("grad")),
+    "activation": Declaration(_parameters("h bias?"), _parameters("out")),
+    "activation_backward": Declaration(_parameters("h bias? grad"), _parameters("grad")),
 }
-"""By the name of the launch."""
+"""Declarations by the name of the launch."""
 
 
 def declared(launch: Launch) -> Touched:
-    """What a launch loads and stores.
+    """Return what a launch loads and stores.
 
     Raises:
-        ValueError: the kernel is not declared.
+        ValueError: If the kernel is not declared.
     """
     if launch.name not in DECLARATIONS:
         raise ValueError(
@@ -257,11 +257,11 @@ def _views(launch: Launch, parameters: tuple[Parameter, ...]) -> list[Tensor]:
 
 
 def product_flop(launch: Launch) -> int:
-    """FLOP of the matrix products that a launch is for, without padding and repeated parts.
+    """Return the FLOP of the matrix products that a launch computes, without padding.
 
-    Attention's are those of `useful_flop`, what backward recomputes included: seven products where
-    a backward pass in one kernel takes five. Those in windows are `window_flop`, those for many
-    tasks `bank_flop`. Passes over rows have none.
+    For attention they are those of `useful_flop`, including what backward recomputes: seven
+    products where a backward pass in one kernel takes five. For windows they are `window_flop`, for
+    many tasks `bank_flop`. Row-wise kernels have none.
     """
     given: Any = launch.arguments
     if launch.name in ("forward", "dq", "token_dkdv", "prompt_dkdv", "shared_prompt_dkdv"):

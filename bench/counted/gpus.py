@@ -1,6 +1,6 @@
-"""GPUs by name with their published peaks, and the part of a peak that a model counts on.
+"""GPUs by name with their published peaks, and the shares of the peaks that the model assumes.
 
-Dense rates, without sparsity, at boost clock; memory bandwidth of 10^9 bytes per second. Sources:
+Dense rates, without sparsity, at boost clock; memory bandwidth in 10^9 bytes per second. Sources:
 
 - A100 80GB SXM: NVIDIA A100 Tensor Core GPU data sheet: 312 TFLOPS (bf16, fp32 accumulation), 19.5
   (fp32), 2,039 GB/s.
@@ -8,13 +8,13 @@ Dense rates, without sparsity, at boost clock; memory bandwidth of 10^9 bytes pe
   67 (fp32), 3.35 TB/s.
 - H200 SXM: NVIDIA H200 Tensor Core GPU data sheet: rates as H100 SXM, 4.8 TB/s.
 - L4: NVIDIA L4 Tensor Core GPU data sheet: 242 TFLOPS with sparsity, half of it without; 30.3
-  (fp32), 300 GB/s. Its 72 W do not hold the boost clock in long products.
+  (fp32), 300 GB/s. Its 72 W do not sustain the boost clock in long products.
 - RTX 4090: NVIDIA Ada GPU Architecture white paper, appendix A: 165.2 TFLOPS (bf16, fp32
   accumulation), 82.6 (fp32), 1,008 GB/s.
 
-The part of the peak that attention reaches is what public benchmarks of fused attention, forward
-and backward, reach at best at head dimension 64 and 512 tokens: 29% on Hopper, 42% on Ampere
-(FlashAttention-2); Ada, whose products are Ampere's instructions, is taken to reach the latter.
+The share of the peak for attention is the best that public benchmarks of fused attention, forward
+and backward, reach at head dimension 64 and 512 tokens: 29% on Hopper, 42% on Ampere
+(FlashAttention-2); Ada, which uses Ampere's matrix instructions, is assumed to reach the latter.
 The other efficiencies are assumptions, the same for every GPU, and not measured; a table that uses
 them prints them.
 """
@@ -30,12 +30,12 @@ class Gpu:
     """Published peaks of a GPU.
 
     Attributes:
-        name: short name.
-        pattern: regular expression that finds it in the name that CUDA gives the device.
-        tensor: dense bf16 and fp16 products with fp32 accumulation, 10^12 FLOP per second.
-        fp32: products of fp32 operands without TF32, 10^12 FLOP per second.
-        bandwidth: of device memory, 10^9 bytes per second.
-        attention: part of the peak rate that fused attention's products reach.
+        name: Short name.
+        pattern: Regular expression that matches the device name in CUDA.
+        tensor: Dense bf16 and fp16 products with fp32 accumulation, 10^12 FLOP per second.
+        fp32: Products of fp32 operands without TF32, 10^12 FLOP per second.
+        bandwidth: Bandwidth of device memory, 10^9 bytes per second.
+        attention: Share of the peak rate that fused attention's products reach.
     """
 
     name: str
@@ -56,24 +56,24 @@ GPUS = {
         Gpu("RTX 4090", r"\bRTX 4090\b(?! Laptop| D)", 165.2, 82.6, 1008.0, 0.42),
     )
 }
-"""By name."""
+"""GPUs by name."""
 
 DEFAULT = ("A100", "H100", "L4", "RTX 4090")
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a modelled time takes for granted beside the peaks; not measured.
+    """What a modelled time assumes in addition to the peaks; not measured.
 
     Attributes:
-        gemm: part of the peak rate that matrix products reach.
-        attention: part of the peak rate that fused attention's products reach; the GPU's own if
+        gemm: Share of the peak rate that matrix products reach.
+        attention: Share of the peak rate that fused attention's products reach; the GPU's own if
             None.
-        memory: part of the published bandwidth.
-        driver_us: microseconds of the host per launch in the driver, 3 to 9 where people report
-            them; what Python and PyTorch take comes on top of it (`bench.host.host`).
-        replay_us: microseconds of the host per replay of a CUDA graph.
-        gap_us: microseconds between two kernels, in a CUDA graph too.
+        memory: Share of the published bandwidth.
+        driver_us: Microseconds of the host per launch in the driver, for which 3 to 9 are reported;
+            the time in Python and PyTorch is added to it (`bench.host`).
+        replay_us: Microseconds of the host per replay of a CUDA graph.
+        gap_us: Microseconds between two kernels, in a CUDA graph too.
     """
 
     gemm: float = 0.65
@@ -87,7 +87,7 @@ class Assumptions:
         for name in ("gemm", "attention", "memory"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} is {value}; give a part in (0, 1]")
+                raise ValueError(f"{name} is {value}; give a share in (0, 1]")
         for name in ("driver_us", "replay_us", "gap_us"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more microseconds")
@@ -97,5 +97,5 @@ ASSUMPTION_FIELDS = tuple(field.name for field in fields(Assumptions))
 
 
 def gpu_of(device: str) -> Gpu | None:
-    """The GPU that a device's name from CUDA stands for, or None."""
+    """Return the GPU that has this device name in CUDA, or None."""
     return next((gpu for gpu in GPUS.values() if re.search(gpu.pattern, device)), None)

@@ -2,8 +2,8 @@
 
     python -m bench.counted.launches [--prompts P] [--layer-scale]
 
-A model of one block more, minus the model without it; small and on the CPU, since launches do not
-depend on sizes. `bench.counted.trace` says what counts as a launch.
+The launches of a model minus those of one with one block fewer; small and on the CPU, since
+launches do not depend on sizes. `bench.counted.trace` defines what counts as a launch.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from vpt_fast.reference.vit import ConcatenatedExperts, ConcatenatedPrompts
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Count the launches inside by name, as on a GPU; the counts are there afterwards."""
+    """Count the launches inside by name, as on a GPU; the counter is filled on exit."""
     found: Counter[str] = Counter()
     with traced() as ops:
         yield found
     found.update(counts(ops))
 
 
-def of_a_step(model: nn.Module, images: torch.Tensor) -> tuple[Counter[str], Counter[str]]:
-    """Launches of a forward and of a backward pass of a model's sum of logits, by name."""
+def launches_of_step(model: nn.Module, images: torch.Tensor) -> tuple[Counter[str], Counter[str]]:
+    """Return the launches of forward and backward of the sum of a model's logits, by name."""
     with counted() as forward:
         loss = model(images).float().sum()
     with counted() as backward:
@@ -43,14 +43,14 @@ def of_a_step(model: nn.Module, images: torch.Tensor) -> tuple[Counter[str], Cou
     return forward, backward
 
 
-def of_a_block(make: Callable[[int], nn.Module]) -> tuple[Counter[str], Counter[str]]:
-    """Launches of one block, forward and backward, by name.
+def launches_per_block(build: Callable[[int], nn.Module]) -> tuple[Counter[str], Counter[str]]:
+    """Return the launches of one block, forward and backward, by name.
 
     Args:
-        make: builds a model of so many blocks, for images of 32 x 32 pixels in bf16.
+        build: Builds a model of a given number of blocks, for images of 32 x 32 pixels in bf16.
     """
     images = torch.randn(4, 3, 32, 32).bfloat16()
-    more, less = (of_a_step(make(depth), images) for depth in (5, 4))
+    more, less = (launches_of_step(build(depth), images) for depth in (5, 4))
     for longer, shorter in zip(more, less, strict=True):
         longer.subtract(shorter)
     forward, backward = (+counts for counts in more)
@@ -58,7 +58,7 @@ def of_a_block(make: Callable[[int], nn.Module]) -> tuple[Counter[str], Counter[
 
 
 def backbone(depth: int, layer_scale: bool = False) -> Any:
-    """A small timm model of `depth` blocks, in bf16."""
+    """Return a small timm model of `depth` blocks, in bf16."""
     return timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, num_heads=1, depth=depth,
         num_classes=3, init_values=0.1 if layer_scale else None,
@@ -66,7 +66,10 @@ def backbone(depth: int, layer_scale: bool = False) -> Any:
 
 
 def providers(prompts: int, layer_scale: bool = False) -> dict[str, Callable[[int], nn.Module]]:
-    """Builders of models of a given depth by name: eager PyTorch, and ours in every memory mode."""
+    """Return functions that build a model of a given depth, by name.
+
+    They are eager PyTorch, and vpt_fast in every memory mode.
+    """
 
     def plain(depth: int) -> Any:
         return backbone(depth, layer_scale)
@@ -93,12 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--layer-scale", action="store_true")
     options = parser.parse_args(arguments)
-    print("Kernel launches of one more block, counted; nothing was run on a GPU.")
-    for name, make in providers(options.prompts, options.layer_scale).items():
-        forward, backward = of_a_block(make)
-        for way, found in (("forward", forward), ("backward", backward)):
+    print("Kernel launches per block, counted; nothing was run on a GPU.")
+    for name, build in providers(options.prompts, options.layer_scale).items():
+        forward, backward = launches_per_block(build)
+        for direction, found in (("forward", forward), ("backward", backward)):
             names = ", ".join(f"{n} {c}" if c > 1 else n for n, c in sorted(found.items()))
-            print(f"{name:20}{way:10}{found.total():4}   {names}")
+            print(f"{name:20}{direction:10}{found.total():4}   {names}")
     return 0
 
 

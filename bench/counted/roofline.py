@@ -1,15 +1,15 @@
-"""FLOP, bytes and launches of a training step, counted; and a time for named GPUs, modelled.
+"""FLOP, bytes and launches of a training step, counted; and its time on named GPUs, modelled.
 
     python -m bench.counted.roofline [--model M] [--batch B] [--prompts P ...] [--dtype bfloat16]
         [--gpu NAME ...] [--host CSV] [--measured CSV] [--output CSV]
 
-Per provider of `bench.providers.models` that the model has, and by the formula of
-`bench.counted.step_model`. Nothing is timed here: the host's time is that of a results file of
-`bench.host.host`, by default of the newest in bench/results. Each row says which of host and device
-bounds it.
+One row per provider of `bench.providers.models` that supports the model, by the formula of
+`bench.counted.step_model`. Nothing is timed here: the host's time comes from a results file of
+`bench.host`, by default that of the newest torch in bench/results. Each row says whether host or
+device bounds it.
 
-A step is forward, cross-entropy and backward, without the optimizer's, which is the same for all
-prompted providers. Every launch reads and writes device memory: hits in L2 are not modelled.
+A step is forward, cross-entropy and backward, without the optimizer, which takes the same time for
+all prompted providers. Every launch reads and writes device memory: hits in L2 are not modelled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.counted import fusion
 from bench.counted.gpus import ASSUMPTION_FIELDS, DEFAULT, GPUS, Assumptions, Gpu, gpu_of
 from bench.counted.step_model import (
     Case,
-    Hosts,
+    HostTimes,
     Modelled,
     case_ops,
     modelled_case,
@@ -39,21 +39,21 @@ from bench.host import page as host_page
 from bench.providers.models import COMPILED, CUDNN, OURS, PROVIDERS, PUBLISHED
 from vpt_fast.analysis.activation_memory import DTYPES
 
-AGAINST = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
-"""What ours is set against in the table of what shrinks, as far as the model has it."""
+BASELINES = ("concat", "concat_compiled", "keys_concat", "keys_concat_compiled")
+"""Providers that ours is compared with in the second table, as far as they support the model."""
 
 DEEP = "vpt-deep"
 
 MEASURED_FIELDS = ("model", "batch", "prompts", "dtype", "provider", "device", "p50_ms")
 
 
-def stated(gpus: Sequence[Gpu], assumed: Assumptions, hosts: Hosts) -> list[str]:
-    """The assumptions, a line each."""
+def assumption_lines(gpus: Sequence[Gpu], assumed: Assumptions, hosts: HostTimes) -> list[str]:
+    """Return the assumptions, one line each."""
     known = hosts.known
     shares = {gpu.name: assumed.attention or gpu.attention for gpu in gpus}
     return [
         "Counted: FLOP, bytes, launches. Modelled: every time. Nothing was run on a GPU.",
-        "A step is forward, cross-entropy and backward; the optimizer's is left out.",
+        "A step is forward, cross-entropy and backward, without the optimizer.",
         *(
             f"{gpu.name}: published peaks {gpu.tensor:g} TFLOP/s (bf16, dense), {gpu.fp32:g} "
             f"(fp32 without TF32), {gpu.bandwidth:,.0f} GB/s"
@@ -62,22 +62,22 @@ def stated(gpus: Sequence[Gpu], assumed: Assumptions, hosts: Hosts) -> list[str]
         f"Assumed efficiencies: products {assumed.gemm:.0%} of the peak, memory "
         f"{assumed.memory:.0%} of the bandwidth, attention "
         + ", ".join(f"{share:.0%} of the peak on {name}" for name, share in shares.items()),
-        f"Host time of an eager step: measured by bench.host.host on {known['device']} with torch "
-        f"{known['torch']}, kernels launched into nothing, by blocks; and assumed for the driver "
-        f"{assumed.driver_us:g} us per launch. One replay of a CUDA graph, assumed: "
+        f"Host time of an eager step: measured by bench.host on {known['device']} with torch "
+        f"{known['torch']}, launches doing nothing, in proportion to the blocks; plus an assumed "
+        f"{assumed.driver_us:g} us per launch in the driver. One replay of a CUDA graph, assumed: "
         f"{assumed.replay_us:g} us. Gap between kernels, in a graph too: {assumed.gap_us:g} us",
         "Each launch moves each byte once through device memory; hits in L2 are not modelled.",
         "Only products of matrices have FLOP; passes over memory are bound by their bytes.",
         f"Compiled providers: {fusion.NAME}; of the host only the driver's launches.",
-        "Fused attention of PyTorch's: arguments and results only, without its fp32 sums of dQ.",
-        f"{PUBLISHED}: fp32 without TF32, attention as products and passes of its own.",
+        "PyTorch's fused attention: arguments and results only, without its fp32 sums of dQ.",
+        f"{PUBLISHED}: fp32 without TF32, attention as separate products and memory passes.",
     ]
 
 
 def table(
-    cases: Sequence[Case], gpus: Sequence[Gpu], assumed: Assumptions, hosts: Hosts
+    cases: Sequence[Case], gpus: Sequence[Gpu], assumed: Assumptions, hosts: HostTimes
 ) -> list[dict[str, str]]:
-    """Rows of counted work and modelled times, one per case."""
+    """Return rows of counted work and modelled times, one per case."""
     rows = []
     for case in cases:
         done = work(case_ops(case))
@@ -100,15 +100,15 @@ def table(
     return rows
 
 
-def shrinks(
-    ours: Case, gpu: Gpu, assumed: Assumptions, hosts: Hosts
+def figures_by_provider(
+    ours: Case, gpu: Gpu, assumed: Assumptions, hosts: HostTimes
 ) -> dict[str, dict[str, float]]:
-    """Figures of ours and of what it is set against, by quantity and provider.
+    """Return figures of vpt_fast and of the baselines, by quantity and provider.
 
     FLOP in 10^9, bytes in 10^6, times (modelled) in milliseconds.
     """
     found: dict[str, dict[str, float]] = {}
-    for provider in (OURS, *(n for n in AGAINST if n in providers_of(ours.model))):
+    for provider in (OURS, *(n for n in BASELINES if n in providers_of(ours.model))):
         case = ours._replace(provider=provider)
         done, times = work(case_ops(case)), modelled_case(case, gpu, assumed, hosts)
         figures = {
@@ -126,8 +126,8 @@ def shrinks(
     return found
 
 
-class Beside(NamedTuple):
-    """A measured time with what was modelled for the same step, in milliseconds."""
+class MeasuredStep(NamedTuple):
+    """Measured time of a step, with the time modelled for it, in milliseconds."""
 
     case: Case
     gpu: Gpu
@@ -135,14 +135,17 @@ class Beside(NamedTuple):
     modelled: Modelled
 
 
-def beside(path: Path, assumed: Assumptions, hosts: Hosts) -> tuple[list[Beside], list[str]]:
-    """Measured rows with their modelled times, and devices of rows that no GPU here stands for.
+def measured_steps(
+    path: Path, assumed: Assumptions, hosts: HostTimes
+) -> tuple[list[MeasuredStep], list[str]]:
+    """Return measured rows with their modelled times, and the devices without known peaks.
 
-    Of a results file of `bench.gpu` those are VPT-Deep's steps that have a time. A provider that
-    prefers cuDNN's attention is modelled as the one that does not; what has no model is left out.
+    Of a results file of `bench.gpu` they are the VPT-Deep steps that have a time. A provider that
+    prefers cuDNN's attention is modelled like the one that does not; those without a model are left
+    out.
 
     Raises:
-        ValueError: a column is missing, or a value is not what it has to be.
+        ValueError: If a column is missing, or a value is invalid.
     """
     found, unknown = [], []
     with path.open(newline="", encoding="utf-8") as file:
@@ -164,7 +167,7 @@ def beside(path: Path, assumed: Assumptions, hosts: Hosts) -> tuple[list[Beside]
                 row["model"], int(row["batch"]), int(row["prompts"]), row["dtype"], provider
             )
             times = modelled_case(case, gpu, assumed, hosts)
-            found.append(Beside(case, gpu, float(row["p50_ms"]), times))
+            found.append(MeasuredStep(case, gpu, float(row["p50_ms"]), times))
     return found, list(dict.fromkeys(unknown))
 
 
@@ -177,8 +180,8 @@ def _positive(text: str) -> int:
 
 def _times(row: dict[str, str], gpu: Gpu) -> str:
     times = (
-        f"{row[f'{gpu.name}_{way}_ms_modelled']} {row[f'{gpu.name}_{way}_bound_by_modelled']}"
-        for way in ("eager", "graph")
+        f"{row[f'{gpu.name}_{mode}_ms_modelled']} {row[f'{gpu.name}_{mode}_bound_by_modelled']}"
+        for mode in ("eager", "graph")
     )
     return " / ".join(dict.fromkeys(times))
 
@@ -186,7 +189,7 @@ def _times(row: dict[str, str], gpu: Gpu) -> str:
 def _print_table(rows: Sequence[dict[str, str]], gpus: Sequence[Gpu]) -> None:
     print(
         f"\n{'':26}{'GFLOP, counted':>18}{'MB, counted':>29}{'launches,':>10}"
-        "  ms, modelled, and what bounds them: eager / graph, once where they are equal"
+        "  ms, modelled, and what bounds them: eager / graph, or one value if equal"
     )
     heads = "".join(f"{gpu.name:>28}" for gpu in gpus)
     print(
@@ -203,22 +206,22 @@ def _print_table(rows: Sequence[dict[str, str]], gpus: Sequence[Gpu]) -> None:
         )
 
 
-def _print_shrinks(ours: Case, gpu: Gpu, assumed: Assumptions, hosts: Hosts) -> None:
+def _print_figures(ours: Case, gpu: Gpu, assumed: Assumptions, hosts: HostTimes) -> None:
     print(
         f"\n{ours.model}, batch {ours.batch}, {ours.prompts} prompts, {ours.dtype}: {OURS}, and "
-        "the change from each of the others to it"
+        "its change relative to each baseline"
     )
-    names = [name for name in AGAINST if name in providers_of(ours.model)]
+    names = [name for name in BASELINES if name in providers_of(ours.model)]
     print(f"{'':26}{OURS:>10}" + "".join(f"{name:>22}" for name in names))
-    for quantity, values in shrinks(ours, gpu, assumed, hosts).items():
+    for quantity, values in figures_by_provider(ours, gpu, assumed, hosts).items():
         mine = values[OURS]
         others = (f"{values[n]:,.1f} ({mine / values[n] - 1:+.0%})" for n in names)
         print(f"{quantity:26}{mine:10,.1f}" + "".join(f"{text:>22}" for text in others))
 
 
-def _print_beside(path: Path, assumed: Assumptions, hosts: Hosts) -> None:
-    found, unknown = beside(path, assumed, hosts)
-    print(f"\nMeasured ({path.name}) beside modelled, milliseconds:")
+def _print_measured(path: Path, assumed: Assumptions, hosts: HostTimes) -> None:
+    found, unknown = measured_steps(path, assumed, hosts)
+    print(f"\nMeasured ({path.name}) and modelled, milliseconds:")
     for row in found:
         case = row.case
         print(
@@ -243,7 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=_positive, nargs="+", default=[10, 50, 100, 200])
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--gpu", nargs="+", choices=tuple(GPUS), default=list(DEFAULT))
-    parser.add_argument("--host", type=Path, help="results of bench.host.host; default: the newest")
+    parser.add_argument(
+        "--host", type=Path, help="results of bench.host; default: those of the newest torch"
+    )
     parser.add_argument("--measured", type=Path, help=f"CSV with {', '.join(MEASURED_FIELDS)}")
     parser.add_argument("--output", type=Path, help="CSV of the table; must not exist")
     for field in dataclasses.fields(Assumptions):
@@ -255,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the tables and write the first as CSV if asked to."""
+    """Print the tables, and write the first one as CSV if requested."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.output is not None and options.output.exists():
@@ -263,10 +268,10 @@ def main(arguments: list[str] | None = None) -> int:
     gpus = [GPUS[name] for name in options.gpu]
     try:
         assumed = Assumptions(**{name: getattr(options, name) for name in ASSUMPTION_FIELDS})
-        hosts = Hosts(options.host or host_page.latest())
+        hosts = HostTimes(options.host or host_page.latest())
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(*stated(gpus, assumed, hosts), sep="\n")
+    print(*assumption_lines(gpus, assumed, hosts), sep="\n")
     print(f"\n{options.model}, batch {options.batch}, {options.dtype}")
     ours = [
         Case(options.model, options.batch, prompts, options.dtype, OURS)
@@ -277,9 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
         rows = table(cases, gpus, assumed, hosts)
         _print_table(rows, gpus)
         for case in ours:
-            _print_shrinks(case, GPUS["H100"] if "H100" in options.gpu else gpus[0], assumed, hosts)
+            _print_figures(case, GPUS["H100"] if "H100" in options.gpu else gpus[0], assumed, hosts)
         if options.measured is not None:
-            _print_beside(options.measured, assumed, hosts)
+            _print_measured(options.measured, assumed, hosts)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         parser.error(str(error))
     if options.output is not None:

@@ -2,7 +2,7 @@
 
     python -m bench.counted.roofline_page [--host CSV] [--page PAGE] [--check]
 
-Replaces what stands between the two marks.
+Replaces the text between the two marks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.counted.gpus import GPUS, Assumptions
 from bench.counted.step_model import (
     HOST,
     Case,
-    Hosts,
+    HostTimes,
     case_ops,
     host_ms,
     modelled_case,
@@ -35,11 +35,11 @@ CASES = (
     ("vit_tiny_patch16_224", 16),
     ("swin_tiny_patch4_window7_224", 64),
 )
-"""Models of timm's and batches."""
+"""Models in timm, and batch sizes."""
 PROMPTS = 50
 
 
-def _line(case: Case, assumed: Assumptions, hosts: Hosts) -> str:
+def _line(case: Case, assumed: Assumptions, hosts: HostTimes) -> str:
     times = modelled_case(case, GPU, assumed, hosts)
     own = host_ms(hosts, case.model, case.provider)
     launches = work(case_ops(case)).launches
@@ -55,8 +55,8 @@ def _line(case: Case, assumed: Assumptions, hosts: Hosts) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table(hosts: Hosts) -> str:
-    """A line per model and provider."""
+def table(hosts: HostTimes) -> str:
+    """Return a line per model and provider."""
     assumed, known = Assumptions(), hosts.known
     cases = [
         Case(model, batch, PROMPTS, "bfloat16", provider)
@@ -77,16 +77,18 @@ def table(hosts: Hosts) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the page; with --check only say whether it is up to date (1 if not)."""
+    """Rewrite the page; with --check only report whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.counted.roofline_page", description=__doc__
     )
-    parser.add_argument("--host", type=Path, help="results of bench.host.host; default: the newest")
+    parser.add_argument(
+        "--host", type=Path, help="results of bench.host; default: those of the newest torch"
+    )
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     try:
-        hosts = Hosts(options.host or host_page.latest())
+        hosts = HostTimes(options.host or host_page.latest())
         old = options.page.read_text(encoding="utf-8")
         new = replaced(old, table(hosts), MARKS)
     except (OSError, ValueError) as error:

@@ -1,12 +1,11 @@
 """A training step's work, counted, and its time on a GPU, modelled.
 
-What is counted comes from a trace on tensors without values (`bench.counted.trace`); what is
-modelled from the peaks and assumptions of `bench.counted.gpus`, and from the host's time as
-`bench.host.host` measured it:
+Counts come from a trace on fake tensors (`bench.counted.trace`). Times follow from the peaks and
+assumptions of `bench.counted.gpus`, and from the host's time that `bench.host` measured:
 
     time of a launch  max(FLOP / (peak * efficiency), bytes / (bandwidth * efficiency)) + gap
-    device            the sum of those
-    host              measured per step, for each of its blocks, + launches * the driver's time
+    device            sum over launches
+    host              measured per step, in proportion to its blocks, + launches * driver's time
     eager step        max(device, host)
     step in a graph   max(device, one replay)
 """
@@ -26,7 +25,7 @@ from bench.counted.gpus import Assumptions, Gpu
 from bench.counted.step_trace import step_ops
 from bench.counted.trace import KINDS, Op
 from bench.host import page as host_page
-from bench.host.subjects import DEPTH, Subject
+from bench.host.cases import DEPTH, HostCase
 from bench.providers.models import COMPILED, PROVIDERS, PUBLISHED, WITHOUT, base
 from vpt_fast import VPTDeep
 from vpt_fast.analysis.activation_memory import DTYPES
@@ -54,7 +53,7 @@ class Work(NamedTuple):
 
 
 class Modelled(NamedTuple):
-    """Modelled milliseconds of a step, eager and as a CUDA graph, and what bounds each of them."""
+    """Modelled milliseconds of a step, eager and as a CUDA graph, and what bounds each."""
 
     eager: float
     graph: float
@@ -62,14 +61,14 @@ class Modelled(NamedTuple):
     graph_bound: str
 
 
-class Hosts:
-    """The host's milliseconds of a step, without the driver's, as `bench.host.host` measured them.
+class HostTimes:
+    """The host's milliseconds of a step, without the driver's, as `bench.host` measured them.
 
     Args:
-        path: a results file of `bench.host.host`.
+        path: Results file of `bench.host`.
 
     Raises:
-        ValueError: the file is none, or lacks a provider's step.
+        ValueError: If the file is not one, or lacks a provider's step.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,30 +79,33 @@ class Hosts:
         }
 
     def step(self, model: str, provider: str, method: str = "vpt-deep") -> float:
-        """Milliseconds of an eager provider's step; its model's blocks are taken to be alike."""
+        """Return the milliseconds of an eager provider's step.
+
+        The time is taken to be proportional to the number of blocks.
+        """
         kind, depth = blocks_of_model(model)
-        subject = str(Subject(kind, provider, method))
-        if subject not in self._steps:
-            raise ValueError(f"the results of bench.host.host have no {subject}; make them again")
-        return self._steps[subject] * depth / DEPTH
+        case = str(HostCase(kind, provider, method))
+        if case not in self._steps:
+            raise ValueError(f"the results of bench.host have no {case}; measure them again")
+        return self._steps[case] * depth / DEPTH
 
 
 @functools.cache
 def blocks_of_model(model: str) -> tuple[str, int]:
-    """The kind of a model of timm's, as `bench.host.host` has it, and its number of blocks.
+    """Return the kind of a timm model, as `bench.host` names it, and its number of blocks.
 
     Raises:
-        ValueError: it has neither blocks nor stages of them.
+        ValueError: If it has neither blocks nor stages of them.
     """
     with torch.device("meta"):
-        made = timm.create_model(model)
-    if not hasattr(made, "blocks") and not hasattr(made, "layers"):
-        raise ValueError(f"{model} is a {type(made).__name__}; give a ViT or a SwinTransformer")
-    return "vit" if hasattr(made, "blocks") else "swin", len(blocks_of(made))
+        built = timm.create_model(model)
+    if not hasattr(built, "blocks") and not hasattr(built, "layers"):
+        raise ValueError(f"{model} is a {type(built).__name__}; give a ViT or a SwinTransformer")
+    return "vit" if hasattr(built, "blocks") else "swin", len(blocks_of(built))
 
 
 def providers_of(model: str) -> tuple[str, ...]:
-    """Providers of a model of timm's: one with stages has no prompts' keys in plain PyTorch."""
+    """Return the providers that support a timm model: Swin has no "keys_concat"."""
     if blocks_of_model(model)[0] == "vit":
         return PROVIDERS
     return tuple(n for n in PROVIDERS if COMPILED.get(n, n) != "keys_concat")
@@ -111,12 +113,12 @@ def providers_of(model: str) -> tuple[str, ...]:
 
 @functools.cache
 def case_ops(case: Case) -> tuple[Op, ...]:
-    """The launches of a step; those of compiled providers after ideal fusion.
+    """Return the launches of a step; those of compiled providers after ideal fusion.
 
     "published" is traced in fp32, whatever the dtype of the case.
 
     Raises:
-        ValueError: an unknown provider or dtype, or a model that has no prompts here.
+        ValueError: If the provider or dtype is unknown, or the model does not support prompts.
     """
     if case.provider not in PROVIDERS:
         raise ValueError(f"provider is {case.provider!r}; choose one of {', '.join(PROVIDERS)}")
@@ -129,7 +131,7 @@ def case_ops(case: Case) -> tuple[Op, ...]:
 
 
 def work(ops: Iterable[Op]) -> Work:
-    """Counted work of launches."""
+    """Return the counted work of launches."""
     flop, nbytes, launches = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0), 0
     for op in ops:
         flop[op.kind] += op.flop
@@ -138,12 +140,12 @@ def work(ops: Iterable[Op]) -> Work:
     return Work(flop, nbytes, launches)
 
 
-def host_ms(hosts: Hosts, model: str, provider: str, method: str = "vpt-deep") -> float:
-    """The host's milliseconds of a step beside the driver's.
+def host_ms(hosts: HostTimes, model: str, provider: str, method: str = "vpt-deep") -> float:
+    """Return the host's milliseconds of a step, without the driver's.
 
-    Compiled code is taken to cost none, as its fusion is taken to be ideal. "published" takes its
-    attention apart, which more launches show: it is taken to cost what concatenation does. Which
-    kernel PyTorch takes costs the host nothing.
+    Compiled code is assumed to cost none, as its fusion is assumed to be ideal. "published", which
+    splits attention into several operators, is assumed to cost what concatenation does; the number
+    of launches shows the difference. The choice of PyTorch's attention kernel costs no host time.
     """
     if provider in COMPILED:
         return 0.0
@@ -152,10 +154,13 @@ def host_ms(hosts: Hosts, model: str, provider: str, method: str = "vpt-deep") -
 
 
 def modelled(ops: Iterable[Op], gpu: Gpu, assumed: Assumptions, host: float) -> Modelled:
-    """Modelled time of a step (see the module).
+    """Return the modelled time of a step (see the module).
 
     Args:
-        host: milliseconds of the host, without the driver's; see `host_ms`.
+        ops: Launches of the step.
+        gpu: GPU to model.
+        assumed: Assumptions.
+        host: Milliseconds of the host, without the driver's; see `host_ms`.
     """
     device = launching = 0.0  # seconds
     attention = gpu.attention if assumed.attention is None else assumed.attention
@@ -174,6 +179,6 @@ def modelled(ops: Iterable[Op], gpu: Gpu, assumed: Assumptions, host: float) -> 
     )  # fmt: skip
 
 
-def modelled_case(case: Case, gpu: Gpu, assumed: Assumptions, hosts: Hosts) -> Modelled:
-    """Modelled time of a case's step."""
+def modelled_case(case: Case, gpu: Gpu, assumed: Assumptions, hosts: HostTimes) -> Modelled:
+    """Return the modelled time of a case's step."""
     return modelled(case_ops(case), gpu, assumed, host_ms(hosts, case.model, case.provider))

@@ -1,4 +1,4 @@
-"""A training step of a provider on tensors without values, traced."""
+"""Trace of a training step of a provider on fake tensors."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ def step_ops(
     backward: bool = True,
     image_size: int | None = None,
 ) -> list[Op]:
-    """Launches of forward, cross-entropy and backward of one training step, in order.
+    """Return the launches of forward, cross-entropy and backward of a training step, in order.
 
     Args:
-        model: timm's name of a vision transformer; CLASSES classes, at its own image size.
-        provider: an eager one of `bench.providers.models`.
-        method: the prompts.
-        batch: images.
-        dtype: of parameters and images.
-        depth: blocks of the model, in place of its own number.
-        backward: whether the backward pass is in it.
-        image_size: height and width, in pixels, in place of the model's own.
+        model: Name of a vision transformer in timm; it gets CLASSES classes.
+        provider: Eager provider of `bench.providers.models`.
+        method: Prompt method.
+        batch: Images per batch.
+        dtype: Dtype of parameters and images.
+        depth: Blocks of the model, instead of its own number.
+        backward: Whether to include the backward pass.
+        image_size: Height and width in pixels, instead of the model's own.
 
     Raises:
-        TypeError, ValueError: the model cannot have these prompts, or the provider is unknown.
+        TypeError, ValueError: If the model does not support these prompts, or the provider is
+            unknown.
     """
     options: dict[str, Any] = {} if depth is None else {"depth": depth}
     options |= {} if image_size is None else {"img_size": image_size}
@@ -53,7 +54,7 @@ def step_ops(
     channels = plain.pretrained_cfg["input_size"][0]
     height, width = plain.patch_embed.img_size
     mode = FakeTensorMode()
-    plain = without_values(plain, dtype, mode)
+    plain = fake_copy(plain, dtype, mode)
     with mode:
         module = provide(provider, plain, method)
         images = torch.empty(batch, channels, height, width, dtype=dtype)
@@ -65,8 +66,8 @@ def step_ops(
     return ops
 
 
-def without_values(model: Any, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
-    """A copy of a model with fake tensors on the CPU, which stand in for those of a GPU."""
+def fake_copy(model: Any, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
+    """Return a copy of a model with fake tensors on the CPU, which stand in for those of a GPU."""
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         kind = dtype if tensor.is_floating_point() else tensor.dtype
@@ -74,6 +75,6 @@ def without_values(model: Any, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
         return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
 
     with mode:
-        # deepcopy takes what it finds here for copies that it has made already.
+        # deepcopy treats these as copies that it has already made.
         copies = {id(t): fake(t) for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, copies)

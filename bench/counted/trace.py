@@ -5,17 +5,17 @@
 
 Nothing is run on a GPU, and tensors may be fake: a step of any batch size takes seconds. The rules:
 
-- Every operator of PyTorch's that is no view and no allocation is one launch. It reads its
-  arguments and writes its results once each; where it works in place it does both.
-- A dimension that is expanded (stride 0) counts once, and so does what is given twice.
+- Every PyTorch operator that is neither a view nor an allocation is one launch. It reads its
+  arguments and writes its results once each; in place, it does both with the same memory.
+- An expanded dimension (stride 0) counts once, and so does an argument that is given twice.
 - A matrix product with a bias vector is one launch (the bias is added in its epilogue); one that
   adds a matrix copies it first. The gradient of a slice is zeros and a copy.
 - Fused attention is FlashAttention-2 (arXiv 2307.08691): one launch forward, three backward, of
   which only the arguments and results count, not the fp32 sums of dQ between them. Products: two
   forward, five backward, 2 M N d FLOP each per head.
-- Our operators go through the launchers of the kernels; a launch is recorded in place of being
-  made, with what `bench.counted.declared` says of it. So values are meaningless.
-- Only matrix products have FLOPs; products count multiplications and additions.
+- Operators of vpt_fast go through the launchers of the kernels; a launch is recorded instead of
+  made, with what `bench.counted.declared` declares. Values are therefore meaningless.
+- Only matrix products have FLOP: multiplications and additions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from vpt_fast.kernels.runtime.launch import Launch
 from vpt_fast.ops.tracing import PLAIN
 
 KINDS = ("gemm", "attention", "elementwise")
-"""Matrix products; attention; everything else, that is passes over memory."""
+"""Matrix products; attention; everything else, that is, passes over memory."""
 
 _NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "alias", "lift_fresh")
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
@@ -59,13 +59,13 @@ _OUR_PRODUCTS = ("mix", "mix_backward", "weight_gradient", "grouped_heads")
 
 @dataclass(frozen=True)
 class Region:
-    """Memory that a launch touches.
+    """Memory that a launch accesses.
 
     Attributes:
-        storage: names the allocation; no two of a trace share a name.
-        layout: offset and (stride, size) of the dimensions, merged where they are contiguous.
-        nbytes: distinct bytes of it.
-        whole: bytes of the allocation.
+        storage: Identifies the allocation; unique within a trace.
+        layout: Offset and (stride, size) of the dimensions, merged where they are contiguous.
+        nbytes: Distinct bytes accessed.
+        whole: Bytes of the allocation.
     """
 
     storage: int
@@ -76,16 +76,16 @@ class Region:
 
 @dataclass(frozen=True)
 class Op:
-    """One operator, or one launch of ours.
+    """One PyTorch operator, or one launch of a Triton kernel.
 
     Attributes:
-        name: what it is called.
-        kind: one of `KINDS`.
-        reads, writes: memory that it touches.
-        flop: multiplications and additions of its matrix products.
-        launches: kernels that it takes.
-        ours: whether it is a Triton kernel.
-        fp32: whether its products are of fp32 operands, which no tensor core takes.
+        name: Name of the operator or kernel.
+        kind: One of `KINDS`.
+        reads, writes: Memory that it accesses.
+        flop: Multiplications and additions of its matrix products.
+        launches: Number of kernels.
+        ours: Whether it is a Triton kernel of vpt_fast.
+        fp32: Whether its products have fp32 operands, which tensor cores do not take.
     """
 
     name: str
@@ -99,22 +99,22 @@ class Op:
 
     @property
     def bytes_read(self) -> int:
-        """Distinct bytes that it reads."""
+        """Distinct bytes read."""
         return distinct_bytes(self.reads)
 
     @property
     def bytes_written(self) -> int:
-        """Distinct bytes that it writes."""
+        """Distinct bytes written."""
         return distinct_bytes(self.writes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it moves."""
+        """Bytes read and written."""
         return self.bytes_read + self.bytes_written
 
 
 def distinct_bytes(regions: Iterable[Region]) -> int:
-    """Bytes of regions, equal ones once, and of no allocation more than it has."""
+    """Return the bytes of regions, equal ones once, and at most those of each allocation."""
     found: dict[int, dict[tuple[Any, ...], Region]] = {}
     for region in regions:
         found.setdefault(region.storage, {})[region.layout] = region
@@ -125,7 +125,7 @@ def distinct_bytes(regions: Iterable[Region]) -> int:
 
 
 def counts(ops: Iterable[Op]) -> Counter[str]:
-    """Launches by name."""
+    """Return launches by name."""
     found: Counter[str] = Counter()
     for op in ops:
         found[op.name] += op.launches
@@ -133,7 +133,7 @@ def counts(ops: Iterable[Op]) -> Counter[str]:
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[Any, ...], int]:
-    """Offset and merged (stride, size) of a tensor, and its distinct bytes."""
+    """Return offset and merged (stride, size) of a tensor, and its distinct bytes."""
     if tensor.numel() == 0:
         return (), 0
     dims = sorted(
@@ -151,7 +151,7 @@ def _layout(tensor: Tensor) -> tuple[tuple[Any, ...], int]:
 
 
 class _Storages:
-    """Names of allocations; memory that is given out anew gets a new name."""
+    """Identifiers of allocations; reused memory gets a new one."""
 
     def __init__(self) -> None:
         self._names: dict[int, int] = {}
@@ -175,7 +175,7 @@ class _Storages:
 
 
 def regions_of(tensors: Iterable[Tensor]) -> tuple[Region, ...]:
-    """Memory of tensors that exist at the same time, without those that are empty."""
+    """Return the memory of tensors that exist at the same time, without empty ones."""
     return _Storages().regions(tensors)
 
 
@@ -184,7 +184,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _attention_flop(name: str, args: Sequence[Any]) -> int:
-    """FLOP of fused attention over (B, H, rows, d): two products forward, five backward."""
+    """Return the FLOP of fused attention over (B, H, rows, d)."""
     backward = "backward" in name
     q, k = args[1:3] if backward else args[:2]
     return (10 if backward else 4) * math.prod(q.shape) * k.shape[-2]
@@ -195,10 +195,10 @@ def _in_fp32(tensors: Sequence[Tensor]) -> bool:
 
 
 class Trace(TorchDispatchMode):
-    """Records the operators of PyTorch's, and our launches, while it is active.
+    """Records PyTorch operators and launches of vpt_fast while it is active.
 
     Attributes:
-        ops: in order.
+        ops: Recorded operators, in order.
     """
 
     def __init__(self) -> None:
@@ -216,17 +216,17 @@ class Trace(TorchDispatchMode):
         given = _tensors((args, kwargs))
         held = {t.untyped_storage()._cdata for t in given}
         result = func(*args, **kwargs)
-        made = [t for t in _tensors(result) if t.untyped_storage()._cdata not in held]
-        for tensor in made:
+        new = [t for t in _tensors(result) if t.untyped_storage()._cdata not in held]
+        for tensor in new:
             self._storages.name(tensor, fresh=True)
         name = func.overloadpacket.__name__
         if _tensors(result) and not func.is_view and not name.startswith(_NO_LAUNCH):
-            self._record(func, name, args, kwargs, given, made, result)
+            self._record(func, name, args, kwargs, given, new, result)
         return result
 
     def _record(
         self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor],
-        made: list[Tensor], result: Any,
+        new: list[Tensor], result: Any,
     ) -> None:  # fmt: skip
         arguments = func._schema.arguments
         named = [*zip(arguments, args, strict=False)]
@@ -238,7 +238,7 @@ class Trace(TorchDispatchMode):
                 if argument.is_out or name in _OVERWRITES:
                     unread |= {id(t) for t in _tensors(value)}
         reads = self._storages.regions(t for t in given if id(t) not in unread)
-        writes = self._storages.regions([*made, *changed])
+        writes = self._storages.regions([*new, *changed])
         if not writes:
             return
         if name in ("slice_backward", "select_backward"):
@@ -263,7 +263,7 @@ class Trace(TorchDispatchMode):
             self.ops.append(Op(name, "elementwise", reads, writes))
 
     def record_launch(self, launch: Launch) -> None:
-        """Record a launch of ours as it is declared."""
+        """Record a launch as it is declared."""
         kind = "elementwise"
         if launch.name in _OUR_ATTENTION:
             kind = "attention"
@@ -286,14 +286,14 @@ class Trace(TorchDispatchMode):
 
 @contextlib.contextmanager
 def traced() -> Iterator[list[Op]]:
-    """Record what is inside as it would run on a GPU; the list grows while it does.
+    """Record what runs inside as it would run on a GPU; the list grows as it does.
 
-    Tensors on the CPU, fake or real, stand in for those of a GPU. Fake ones have no addresses:
-    they count as aligned, and as parts of one allocation where they share a storage.
+    Tensors on the CPU, fake or real, stand in for those of a GPU. Fake ones have no addresses: they
+    count as aligned, and as parts of one allocation if they share a storage.
     """
     trace = Trace()
     ours = [module for name, module in sys.modules.items() if name.startswith("vpt_fast.")]
-    # What is counted is what runs where nobody traces, and fake tensors have no more to themselves.
+    # Count what runs without tracing, and treat fake tensors as plain ones.
     stand_ins = {
         "uses_kernels": lambda *_: True,
         "is_traced": lambda _: False,

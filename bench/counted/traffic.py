@@ -1,7 +1,6 @@
 """Bytes that a kernel moves, counted while its IR is executed on the CPU by ttsem.
 
-Counted, not modelled: every element of every load and store of every program. What a GPU's caches
-make of it is not in these figures.
+Every element of every load and store of every program is counted; caches are not modelled.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ import numpy as np
 
 
 class Traffic:
-    """Addresses that launches touched.
+    """Addresses that launches accessed.
 
     Attributes:
-        issued_loads, issued_stores: bytes that programs asked for, repetitions included.
+        issued_loads, issued_stores: Bytes that programs requested, repetitions included.
     """
 
     def __init__(self) -> None:
@@ -38,14 +37,14 @@ class Traffic:
         self._spans[kind].append((flat[:, None] + np.arange(itemsize)).reshape(-1))
 
     def distinct(self, kind: str) -> int:
-        """Distinct bytes of all loads ("load") or of all stores ("store")."""
+        """Return the distinct bytes of all loads ("load") or of all stores ("store")."""
         spans = self._spans[kind]
         return int(np.unique(np.concatenate(spans)).size) if spans else 0
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Traffic]:
-    """Count the traffic of all launches inside, which have to run in a session of ttsem's."""
+    """Count the traffic of all launches inside, which have to run in a session of ttsem."""
     from ttsem import memory
 
     Memory: Any = memory.Memory

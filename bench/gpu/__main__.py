@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`."""
+"""Entry point of `python -m bench.gpu`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""What a benchmark asks of its device: a timer, peak memory, CUDA graphs, and whether it is well.
+"""What a benchmark needs of its device: timer, peak memory, CUDA graphs, and a health check.
 
-On a CPU there is a timer, and nothing else: it keeps no count of memory and has no graphs.
+A CPU has a timer only: its memory is not counted, and it has no graphs.
 """
 
 from __future__ import annotations
@@ -20,58 +20,58 @@ from bench.compare.device_timer import CpuTimer, CudaTimer, Run, Timer
 
 HOST_ROUNDS = 9
 LOAD_SECONDS = 0.15
-"""Work that is waiting for the device while its clock and power are read."""
+"""Seconds of work to queue while the clock and power are read."""
 
 WARM_UP = 3
-"""Steps before a capture: PyTorch's notes on CUDA graphs, "Whole-network capture"."""
+"""Steps before a capture, as in "Whole-network capture" of PyTorch's notes on CUDA graphs."""
 
 
 class CpuDevice:
-    """A CPU. Its memory is not counted, so nothing has to be collected before it is."""
+    """A CPU. Its memory is not counted, so nothing is collected before measuring."""
 
     name = "cpu"
     timer: Timer = CpuTimer()
 
     def allocated(self) -> int:
-        """Bytes of tensors; 0 here."""
+        """Return 0: memory is not counted."""
         return 0
 
     def peak(self, run: Run) -> int | None:
-        """The most bytes of tensors while `run` runs; None: not counted."""
+        """Return None: memory is not counted."""
         return None
 
     def capture(self, run: Run, parameters: Iterable[Tensor]) -> CapturedGraph | None:
-        """None: there are no graphs."""
+        """Return None: there are no graphs."""
         return None
 
     def host_seconds(self, run: Run) -> float | None:
-        """Seconds until the last launch is made; None: the host is the device."""
+        """Return None: the host is the device."""
         return None
 
     def load(self, run: Run, seconds: float) -> dict[str, str]:
-        """Clock and power under load; nothing here."""
+        """Return an empty dict: clock and power are not read."""
         return {}
 
-    def well(self) -> bool:
-        """Whether the device still computes."""
+    def usable(self) -> bool:
+        """Return True."""
         return True
 
     def release(self) -> None:
-        """Nothing is left to free."""
+        """Do nothing: there is no cache to free."""
 
 
 class CudaDevice:
-    """The current CUDA device. Nothing of it runs without one."""
+    """The current CUDA device."""
 
     name = "cuda"
     timer: Timer = CudaTimer()
 
     def allocated(self) -> int:
-        """Bytes of tensors."""
+        """Return the bytes of allocated tensors."""
         return torch.cuda.memory_allocated()
 
     def peak(self, run: Run) -> int | None:
-        """The most bytes of tensors while `run` runs."""
+        """Return the peak bytes of allocated tensors while `run` runs."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -79,11 +79,11 @@ class CudaDevice:
         return torch.cuda.max_memory_allocated()
 
     def capture(self, run: Run, parameters: Iterable[Tensor]) -> CapturedGraph | None:
-        """A graph of a function's launches."""
+        """Capture a function's launches as a graph."""
         return CapturedGraph(run, parameters)
 
     def host_seconds(self, run: Run) -> float | None:
-        """Median seconds until the last launch is made, the device being idle at its start."""
+        """Return the median seconds until the last launch, starting from an idle device."""
         taken = []
         for _ in range(HOST_ROUNDS):
             torch.cuda.synchronize()
@@ -94,11 +94,11 @@ class CudaDevice:
         return median(taken)
 
     def load(self, run: Run, seconds: float) -> dict[str, str]:
-        """Clock (MHz) and power (W) of the device while it works; what it does not tell is absent.
+        """Return the clock (MHz) and power (W) under load, as far as NVML reports them.
 
         Args:
-            run: what it does.
-            seconds: that this takes.
+            run: Work to queue.
+            seconds: Seconds that one run takes.
         """
         for _ in range(max(1, min(int(LOAD_SECONDS / max(seconds, 1e-6)), 500))):
             run()
@@ -106,7 +106,7 @@ class CudaDevice:
         for name, ask, unit in (
             ("sm_mhz", torch.cuda.clock_rate, 1), ("watts", torch.cuda.power_draw, 1000),
         ):  # fmt: skip
-            # NVML is missing, or not allowed to say.
+            # NVML may be missing, or not permitted to answer.
             try:
                 found[name] = f"{ask() / unit:.0f}"
             except Exception:
@@ -114,8 +114,8 @@ class CudaDevice:
         torch.cuda.synchronize()
         return found
 
-    def well(self) -> bool:
-        """Whether the device still computes: after a fault of a kernel it never does."""
+    def usable(self) -> bool:
+        """Return whether the device still computes; after a fault of a kernel it never does."""
         try:
             torch.randn(8, device="cuda").sum().item()
         except RuntimeError:
@@ -123,7 +123,7 @@ class CudaDevice:
         return True
 
     def release(self) -> None:
-        """Free what is not used."""
+        """Free unused memory."""
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -133,22 +133,22 @@ DEVICES: dict[str, type[Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
 
 
 class CapturedGraph:
-    """The launches of a function as a CUDA graph.
+    """Launches of a function as a CUDA graph.
 
     Args:
-        run: reads the same tensors whenever it is called, and gives gradients anew.
-        parameters: whose gradients it gives.
+        run: Function that reads the same tensors at every call, and computes new gradients.
+        parameters: Parameters whose gradients it computes.
 
     Attributes:
-        wanted: results of the last call before the capture.
-        held: the results that replays overwrite.
+        wanted: Results of the last call before the capture.
+        held: Results that replays overwrite.
     """
 
     def __init__(self, run: Run, parameters: Iterable[Tensor]) -> None:
         trained = list(parameters)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        # On the capture's stream: libraries' handles are made per stream, and never in a capture.
+        # On the capture's stream: library handles are created per stream, and not during a capture.
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 result = run()
@@ -164,23 +164,23 @@ class CapturedGraph:
         self.held = results(result, trained)
 
     def replay(self) -> None:
-        """Launch it all."""
+        """Replay all launches."""
         self._graph.replay()
 
 
 def results(returned: Any, parameters: Iterable[Tensor]) -> Results:
-    """What a function returned and the gradients it gave, by number."""
+    """Return what a function returned and the gradients it computed, keyed by number."""
     tensors = [t for t in tree_leaves(returned) if isinstance(t, Tensor)]
     tensors += [p.grad for p in parameters if p.grad is not None]
     return {str(index): tensor for index, tensor in enumerate(tensors)}
 
 
 def replay_error(graph: Any) -> float:
-    """How far a replay's results are from eager ones: the largest relative error.
+    """Return the largest relative error of a replay's results against eager ones.
 
-    The graph's results are overwritten before, so that a replay that computes nothing shows.
+    The graph's results are overwritten first, so that a replay that computes nothing is detected.
     """
-    # Results of inference may only be written to where they may be made.
+    # Inference tensors may only be written to in inference mode.
     with torch.inference_mode():
         for tensor in graph.held.values():
             tensor.fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""What a job tells while it runs, event by event: what is stopped later takes nothing with it."""
+"""Events that a job emits while it runs: what was emitted is kept even if the job is stopped."""
 
 from __future__ import annotations
 
@@ -9,55 +9,56 @@ from typing import Any
 from bench.ceilings import Ceilings
 from bench.compare.collect import Row
 
-Tell = Callable[[str, Any], None]
-"""tell(kind, value): an event of `Outcome.take`."""
+Emit = Callable[[str, Any], None]
+"""emit(kind, value) reports an event; `Outcome.add` lists the kinds."""
 
 
-def nobody(kind: str, value: Any) -> None:
-    """Tell nobody."""
+def ignore_event(kind: str, value: Any) -> None:
+    """Ignore an event."""
 
 
 @dataclass
 class Outcome:
-    """What a job gave so far.
+    """Result of a job so far.
 
     Attributes:
-        by_provider: rows of the results; a later one of a provider replaces its earlier one.
-        wrong: results that are wrong, and steps that failed, in words. Too little memory, and what
-            torch.compile or a capture could not do, are only noted in the row.
-        said: what else there is to print.
-        ceilings: of the device, if they were asked for.
-        facts: of the machine, if they were asked for.
-        doing: providers that are at work.
-        faulted: providers one of which left the device so that it no longer computes; what came
-            after them has no times.
-        spent: whether the device no longer computes, though all that could be timed was.
+        by_provider: Row of the results by provider, the latest one of each.
+        wrong: Descriptions of wrong results and of failures. Lack of memory, and what torch.compile
+            or a graph capture does not support, are only noted in the row.
+        messages: Other lines to print.
+        ceilings: Ceilings of the device, if the job measures them.
+        facts: Facts of the machine, if the job collects them.
+        running: Providers that are running.
+        faulted: Providers one of which made the device unusable; later ones have no times.
+        device_lost: Whether the device became unusable after everything had been timed.
     """
 
     by_provider: dict[str, Row] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     ceilings: Ceilings | None = None
     facts: dict[str, str] = field(default_factory=dict)
-    doing: tuple[str, ...] = ()
+    running: tuple[str, ...] = ()
     faulted: tuple[str, ...] = ()
-    spent: bool = False
+    device_lost: bool = False
 
     @property
     def rows(self) -> list[Row]:
         """Rows of the results."""
         return list(self.by_provider.values())
 
-    def take(self, kind: str, value: Any) -> None:
-        """Note an event.
+    def add(self, kind: str, value: Any) -> None:
+        """Add an event.
 
         Args:
-            kind: "row", "wrong" or "said" for one more; else the attribute to set.
-            value: of the event.
+            kind: "row", "wrong" or "message" to add one; otherwise the attribute to set.
+            value: Value of the event.
         """
         if kind == "row":
             self.by_provider[value["provider"]] = value
-        elif kind in ("wrong", "said"):
-            getattr(self, kind).append(value)
+        elif kind == "wrong":
+            self.wrong.append(value)
+        elif kind == "message":
+            self.messages.append(value)
         else:
             setattr(self, kind, value)

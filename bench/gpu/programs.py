@@ -1,4 +1,4 @@
-"""Programs that a benchmark runs beside itself, each with an end."""
+"""Runs other programs with a time limit."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def run_program(
     log: Path,
     environment: Mapping[str, str] = _NONE,
 ) -> int | None:
-    """Run a program, everything that it starts included, for so many seconds at most.
+    """Run a program and everything that it starts, for a limited time.
 
     Args:
-        command: program and arguments.
-        seconds: after which all of it is killed.
-        log: where its output goes as it comes.
-        environment: variables that it has besides this process's.
+        command: Program and arguments.
+        seconds: Seconds after which all its processes are killed.
+        log: File to append its output to, as it arrives.
+        environment: Environment variables in addition to those of this process.
 
     Returns:
         Its exit status; None if it was stopped.
 
     Raises:
-        OSError: there is no such program.
+        OSError: If the program does not exist.
     """
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -43,7 +43,7 @@ def run_program(
         except subprocess.TimeoutExpired:
             return None
         finally:
-            # What the program started and left is ended too; a driver that holds on is not awaited.
+            # Also kill what it left running; do not wait for a process that the driver blocks.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,16 +1,16 @@
 """The GPU benchmark: correctness, times, memory and rates on a CUDA GPU, in one command.
 
     python -m bench.gpu [--minutes 9] [--stage correctness ...] [--cases quick] [--output FOLDER]
-    python -m bench.gpu --count FOLDER/NAME.csv     # FLOP, bytes, rates, a picture: anywhere
-    python -m bench.gpu --device cpu                # the same code on a tiny model: that it runs
+    python -m bench.gpu --count FOLDER/NAME.csv     # add FLOP, bytes, rates, plots (no GPU)
+    python -m bench.gpu --device cpu                # the same code on a tiny model
 
-It runs from the source tree, installed or not, and ends in its minutes whatever hangs. Every row
-and line is written as soon as it is there. Every provider is held against fp64 on the device before
-it is timed (`bench.compare.correctness`). Times are of CUDA events, in turns; `graph_p50_ms` is a
-replay of the same step as a CUDA graph, `host_ms` the host's time until its last launch. Ceilings
-are measured in the same run. Peak memory is what a provider's own model, images and step need: what
-else is on the device is subtracted. What there was no time for is printed. The exit status is 1 if
-anything was wrong.
+It runs from the source tree, installed or not, and ends within its time even if something hangs.
+Every row and line is written at once. Every provider is checked against fp64 on the device before
+it is timed (`bench.compare.correctness`). Times are measured with CUDA events in interleaved
+rounds; `graph_p50_ms` is a replay of the same step as a CUDA graph, `host_ms` the host's time until
+its last launch. Ceilings are measured in the same run. Peak memory is that of a provider's own
+model, images and step: other memory on the device is subtracted. Jobs that there was no time for
+are printed. The exit status is 1 if a result was wrong or nothing was measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from bench.compare.collect import RESULTS
 from bench.compare.facts import facts
 from bench.gpu.jobs.cases import TINY, Plan
-from bench.gpu.jobs.subjects import FactsWanted
+from bench.gpu.jobs.job import FactsJob
 from bench.gpu.results.counts import add_counts
 from bench.gpu.results.record import Record
 from bench.gpu.session import DTYPE, Budget, Session
@@ -36,10 +36,10 @@ from bench.gpu.worker import InProcess, Worker
 from bench.providers.models import EAGER, GPU_PROVIDERS
 
 _END_SECONDS = 20.0
-"""After its minutes a run that is still there ends, wherever it is."""
+"""Seconds after the time limit at which the process is killed, wherever it is."""
 
 TRIAL = Path("bench_output")
-"""Where results of `--device cpu` go: they are of nobody's interest."""
+"""Folder for the results of `--device cpu`, which are of no further use."""
 
 NO_GPU = (
     "bench.gpu: PyTorch finds no CUDA GPU here. This benchmark measures one: run it on a machine "
@@ -58,12 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=_positive(float), default=9.0, help="default 9")
     parser.add_argument(
         "--stage", nargs="+", choices=("all", *STAGES), default=["all"],
-        help="in the order in which they are named; default all",
+        help="stages to run, in this order; default all",
     )  # fmt: skip
     parser.add_argument("--cases", choices=("full", "quick"), default="full")
-    parser.add_argument("--model", help=f"timm's name of most steps' model; default {Plan.model}")
-    parser.add_argument("--batch", type=_positive(int), help=f"its images; default {Plan.batch}")
-    parser.add_argument("--prompts", type=_positive(int), nargs="+", help="of its blocks")
+    parser.add_argument(
+        "--model", help=f"model of most steps, by its timm name; default {Plan.model}"
+    )
+    parser.add_argument(
+        "--batch", type=_positive(int), help=f"images per step; default {Plan.batch}"
+    )
+    parser.add_argument("--prompts", type=_positive(int), nargs="+", help="prompts per block")
     parser.add_argument("--providers", nargs="+", choices=GPU_PROVIDERS, help="default: all")
     parser.add_argument(
         "--output", type=Path, help=f"folder; default bench/results, of a trial {TRIAL}"
@@ -99,10 +103,10 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; or count and draw.
+    """Measure and write results; or count and draw.
 
     Returns:
-        0; 1 if something was wrong or nothing was measured; 2 if there is no GPU.
+        0; 1 if a result was wrong or nothing was measured; 2 if there is no GPU.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -133,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _watch(seconds: float) -> None:
-    """End this process after so many seconds, whatever the driver does with it by then."""
+    """Exit this process after some seconds, even if the driver blocks it."""
     if sys.__stderr__ is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
@@ -142,15 +146,15 @@ def measure(run: Run, stages: Sequence[str], budget: Budget) -> None:
     """Run the stages.
 
     Args:
-        run: what they work with.
-        stages: their names, or "all".
-        budget: of all of them.
+        run: State that the stages share.
+        stages: Names of stages, or "all".
+        budget: Time for all of them.
     """
     names = list(STAGES) if "all" in stages else list(stages)
     if names != ["warm"]:
-        run.session.run([FactsWanted()], budget)
+        run.session.run([FactsJob()], budget)
         record = run.session.record
-        if not record.facts:  # the device does not answer; what else there is to say is said
+        if not record.facts:  # the device does not answer; record what is known without it
             unnamed = {"device": "unnamed GPU", "cuda": str(torch.version.cuda)}
             record.facts = {**facts(gpu=False), **unnamed}
         record.line(", ".join(f"{name} {value}" for name, value in record.facts.items()))

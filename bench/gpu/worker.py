@@ -1,7 +1,7 @@
-"""Jobs in a process of their own, which can be stopped and started anew.
+"""Runs jobs in a process of its own, which can be stopped and restarted.
 
-A kernel that writes where it must not leaves its process without a device, and one that never ends
-would keep it forever: neither may cost what is measured after it, nor what was told before.
+A kernel with an invalid write makes the device unusable for its process, and one that never ends
+would block the process forever. Neither may affect later jobs, nor the events emitted before.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from typing import Any
 
 from bench.gpu.device import DEVICES
 from bench.gpu.jobs.keys import stable_keys
-from bench.gpu.jobs.measure import Subject, measure
-from bench.gpu.outcome import Tell
+from bench.gpu.jobs.measure import Job, measure
+from bench.gpu.outcome import Emit
 
-Measure = Callable[[Subject, Any, str, Tell], object]
+Measure = Callable[[Job, Any, str, Emit], object]
 _END_SECONDS = 5.0
 _GRACE_SECONDS = 30.0
-"""A worker whose parent did not stop it ends itself so much later."""
+"""Seconds after which a worker that its parent did not stop exits by itself."""
 
 _END, _FAILED = "end", "failed"
 
 
-class Lost(Exception):
-    """A job did not come to its end: its process ended, or was stopped."""
+class WorkerDied(Exception):
+    """A job did not finish: its worker process exited, or was stopped."""
 
 
 class InProcess:
-    """Jobs in this process.
+    """Runs jobs in this process.
 
     Args:
-        device: name of the device.
-        dtype: as `bench.gpu.jobs.measure.measure` takes it.
+        device: Name of the device.
+        dtype: Dtype, as `bench.gpu.jobs.measure.measure` takes it.
     """
 
     def __init__(self, device: str, dtype: str) -> None:
         self._device, self._dtype = DEVICES[device](), dtype
 
-    def measure(self, subject: Subject, seconds: float, tell: Tell) -> None:
-        """Run a job; the limit is not kept here."""
-        measure(subject, self._device, self._dtype, tell)
+    def measure(self, job: Job, seconds: float, emit: Emit) -> None:
+        """Run a job; the time limit is not enforced."""
+        measure(job, self._device, self._dtype, emit)
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Do nothing: there is no process to end."""
 
 
 class Worker:
-    """Jobs in a process of their own.
+    """Runs jobs in a process of its own.
 
     Args:
-        device: name of the device.
-        dtype: as `bench.gpu.jobs.measure.measure` takes it.
-        function: what is called there; it must be found by its name.
+        device: Name of the device.
+        dtype: Dtype, as `bench.gpu.jobs.measure.measure` takes it.
+        function: Function to call there; it must be importable by name.
     """
 
     def __init__(self, device: str, dtype: str, function: Measure = measure) -> None:
@@ -64,39 +64,39 @@ class Worker:
         self._process: Any = None
         self._connection: Any = None
 
-    def measure(self, subject: Subject, seconds: float, tell: Tell) -> None:
+    def measure(self, job: Job, seconds: float, emit: Emit) -> None:
         """Run a job.
 
         Args:
-            subject: what is measured.
-            seconds: after which the process is stopped, its start included.
-            tell: is told what the job tells, as it tells it.
+            job: Job to run.
+            seconds: Time limit, which includes the start of the process.
+            emit: Receives the job's events as they are emitted.
 
         Raises:
-            Lost: the process ended, or was stopped.
+            WorkerDied: If the process exited, or was stopped.
         """
         end = time.monotonic() + seconds
         if self._process is None or not self._process.is_alive():
             self._start()
         unusable = False
         try:
-            self._connection.send((subject, seconds + _GRACE_SECONDS))
+            self._connection.send((job, seconds + _GRACE_SECONDS))
             while True:
                 if not self._connection.poll(max(0.0, end - time.monotonic())):
-                    raise Lost(f"stopped after {seconds:.0f} s")
+                    raise WorkerDied(f"stopped after {seconds:.0f} s")
                 kind, value = self._connection.recv()
                 if kind == _END:
                     break
                 if kind == _FAILED:
-                    raise Lost(value)
-                tell(kind, value)
-                unusable |= kind in ("faulted", "spent")
+                    raise WorkerDied(value)
+                emit(kind, value)
+                unusable |= kind in ("faulted", "device_lost")
         except (EOFError, OSError):
             self._process.join(_END_SECONDS)
             code = self._process.exitcode
             self.close()
-            raise Lost(f"its process ended with exit status {code}") from None
-        except Lost:
+            raise WorkerDied(f"its process ended with exit status {code}") from None
+        except WorkerDied:
             self.close()
             raise
         if unusable:
@@ -110,7 +110,7 @@ class Worker:
         theirs.close()
 
     def close(self) -> None:
-        """End the process; one that the driver holds on to is left to the driver."""
+        """Kill the process, without waiting for one that the driver blocks."""
         if self._process is None:
             return
         self._connection.close()
@@ -120,26 +120,26 @@ class Worker:
 
 
 def _serve(connection: Connection, device: str, dtype: str, function: Measure) -> None:
-    """Run what comes, until nobody asks."""
-    made = DEVICES[device]()
+    """Run jobs as they arrive, until the connection is closed."""
+    own_device = DEVICES[device]()
     if device == "cuda":
         stable_keys()
 
-    def tell(kind: str, value: Any) -> None:
+    def emit(kind: str, value: Any) -> None:
         connection.send((kind, value))
 
     while True:
         try:
-            subject, seconds = connection.recv()
+            job, seconds = connection.recv()
         except EOFError:
             return
-        # Ends this process from a thread of its own, whatever the driver does.
+        # Exits from a separate thread, even if the driver blocks this one.
         faulthandler.dump_traceback_later(seconds, exit=True)
         try:
-            function(subject, made, dtype, tell)
+            function(job, own_device, dtype, emit)
         except Exception:
-            tell(_FAILED, traceback.format_exc(limit=-3).strip())
+            emit(_FAILED, traceback.format_exc(limit=-3).strip())
             return
         finally:
             faulthandler.cancel_dump_traceback_later()
-        tell(_END, None)
+        emit(_END, None)

@@ -1,1 +1,1 @@
-"""The host's time of a step."""
+"""The host's time of a step, measured without a GPU."""

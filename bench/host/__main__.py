@@ -1,4 +1,4 @@
-"""`python -m bench.host`."""
+"""Entry point of `python -m bench.host`."""
 
 import sys
 

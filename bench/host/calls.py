@@ -1,9 +1,9 @@
 """Python calls per block of a step, counted: the part of the host's time that does not vary.
 
-A step of a model with more blocks less one with fewer, forward and backward, after the caches are
-filled. Functions of Python (generators count each time that they go on) and builtins apart: an
-operator of PyTorch's is a builtin where its method or function is called, and nothing where it is
-written as `+`.
+Counts are those of a model with more blocks minus those of one with fewer, forward and backward,
+after the caches are full. Calls of Python functions (a generator counts each time that it resumes)
+and of builtins are separate: an operator of PyTorch's is a builtin where it is called as a method
+or function, and is not counted where it is written as `+`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
+from bench.host.cases import INFERENCE, WARMUP, HostCase, Work, one_thread
 from bench.host.null_driver import null_driver
-from bench.host.subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.providers.models import OURS, WITHOUT
 
 DEPTHS = {"swin": (8, 10)}
-"""Blocks of the two models; Swin's blocks come in pairs, whole and shifted windows."""
+"""Blocks of the two models; Swin's blocks come in pairs, with regular and shifted windows."""
 DEFAULT_DEPTHS = (4, 5)
 
 METHODS = {
-    "vpt-deep": Subject("vit", OURS),
-    "vpt-deep, balanced": Subject("vit", OURS, memory="balanced"),
-    "vapt": Subject("vit", OURS, "vapt"),
-    "swin vpt-deep": Subject("swin", OURS),
-    "inference": Subject("vit", OURS, work=INFERENCE),
-    "no prompts": Subject("vit", WITHOUT),
-    "concatenation": Subject("vit", "concat"),
+    "vpt-deep": HostCase("vit", OURS),
+    "vpt-deep, balanced": HostCase("vit", OURS, memory="balanced"),
+    "vapt": HostCase("vit", OURS, "vapt"),
+    "swin vpt-deep": HostCase("swin", OURS),
+    "inference": HostCase("vit", OURS, work=INFERENCE),
+    "no prompts": HostCase("vit", WITHOUT),
+    "concatenation": HostCase("vit", "concat"),
 }
-"""What is counted, by name; the last two are timm's blocks, to compare with."""
+"""Cases to count, by name; the last two are timm's blocks, for comparison."""
 
 
 class Calls(NamedTuple):
@@ -43,10 +43,10 @@ class Calls(NamedTuple):
 
 
 def counted(function: Callable[[], Any]) -> tuple[Any, Calls]:
-    """What a function returns, and the calls inside it.
+    """Return what a function returns, and the calls inside it.
 
     Raises:
-        RuntimeError: something else is profiling this thread.
+        RuntimeError: If a profiler is already set on this thread.
     """
     if sys.getprofile() is not None:
         raise RuntimeError("a profiler is set already; count calls without one")
@@ -63,15 +63,15 @@ def counted(function: Callable[[], Any]) -> tuple[Any, Calls]:
     finally:
         sys.setprofile(None)
         gc.enable()
-    # The builtin that ends the count is in it.
+    # Excludes the builtin that ends the count.
     return result, Calls(events["call"], events["c_call"] - 1)
 
 
-def of_a_step(work: Work) -> dict[str, Calls]:
-    """Calls of one forward and one backward pass (inference: forward alone).
+def calls_of_step(work: Work) -> dict[str, Calls]:
+    """Return the calls of one forward and one backward pass (inference: forward only).
 
     Raises:
-        RuntimeError: the backward pass ran in another thread, where nobody counts.
+        RuntimeError: If the backward pass ran in another thread, where calls are not counted.
     """
     for _ in range(WARMUP):
         work()
@@ -86,10 +86,10 @@ def of_a_step(work: Work) -> dict[str, Calls]:
     return {"forward": forward, "backward": backward}
 
 
-def of_a_block(subject: Subject) -> dict[str, Calls]:
-    """Calls per block, by part; inside `null_driver()`."""
-    few, more = DEPTHS.get(subject.model, DEFAULT_DEPTHS)
-    less, all_calls = of_a_step(Work(subject, few)), of_a_step(Work(subject, more))
+def calls_per_block(case: HostCase) -> dict[str, Calls]:
+    """Return the calls per block, by part; call it inside `null_driver()`."""
+    few, more = DEPTHS.get(case.model, DEFAULT_DEPTHS)
+    less, all_calls = calls_of_step(Work(case, few)), calls_of_step(Work(case, more))
     return {
         part: Calls(*((a - b) / (more - few) for a, b in zip(calls, less[part], strict=True)))
         for part, calls in all_calls.items()
@@ -97,9 +97,9 @@ def of_a_block(subject: Subject) -> dict[str, Calls]:
 
 
 def count_methods() -> dict[str, dict[str, Calls]]:
-    """Calls per block by method and part."""
+    """Return the calls per block by method and part."""
     with one_thread(), null_driver():
-        return {name: of_a_block(subject) for name, subject in METHODS.items()}
+        return {name: calls_per_block(case) for name, case in METHODS.items()}
 
 
 def show(found: dict[str, dict[str, Calls]]) -> None:

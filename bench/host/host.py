@@ -1,17 +1,17 @@
-"""The host's time of a training step and of inference, with kernels launched into nothing.
+"""The host's time of a training step and of inference, with kernels launched by a null driver.
 
     python -m bench.host [--rounds 40] [--only NAME ...] [--output bench/results]
     python -m bench.host --profile NAME
     python -m bench.host --calls
 
 CPU time of one thread on tensors so small that PyTorch's own kernels, which run on the CPU here,
-hardly count; all subjects in one process, in turns. Ours launch into nothing
-(`bench.host.null_driver`): the driver's own time of a launch is in no figure, neither ours nor
-PyTorch's. A step is forward, cross-entropy and backward, without the optimizer's. In its turn a
-subject runs twice, as in a loop where the step before is the same model's; the first time, which
-finds caches as another model has left them, is a part of its own. Writes one CSV per machine and
-set of versions; the last line gives host time over that of the same model without prompts, least
-over least.
+take negligible time; all cases in one process, in interleaved rounds. Launches of vpt_fast do
+nothing (`bench.host.null_driver`): no figure includes the driver's own time of a launch, neither
+ours nor PyTorch's. A step is forward, cross-entropy and backward, without the optimizer. In each
+round a case runs twice, as in a loop where the step before is the same model's; the first run,
+which finds caches as another model has left them, is a part of its own. Writes one CSV per machine
+and set of versions; the last line gives the host time over that of the same model without prompts,
+least over least.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ import numpy as np
 from bench.compare.collect import FACTS, RESULTS
 from bench.compare.facts import facts, file_stem
 from bench.host import calls as host_calls
+from bench.host.cases import INFERENCE, WARMUP, HostCase, Work, one_thread
 from bench.host.null_driver import NullLauncher, null_driver
-from bench.host.subjects import INFERENCE, WARMUP, Subject, Work, one_thread
 from bench.providers.models import OURS, WITHOUT
 
 FIRST = "first"
@@ -44,98 +44,99 @@ FIELDS = (
     *(name for name in FACTS if name != "cuda"),
 )  # fmt: skip
 """Columns. Times are milliseconds of CPU time; a ratio is over the same model, work and part
-without prompts, `ratio_p50` the median of the rounds' ratios. `launches` counts our own kernels.
-The part `first` is a whole call right after another model's."""
+without prompts, `ratio_p50` the median of the rounds' ratios. `launches` counts vpt_fast's kernels.
+The part `first` is a whole call right after another model's.
+"""
 
 ROUNDS = 40
 
 Row = dict[str, Any]
 
 
-SUBJECTS = (
-    Subject("vit", WITHOUT),
-    Subject("vit", "concat"),
-    Subject("vit", "keys_concat"),
-    Subject("vit", OURS),
-    Subject("vit", OURS, memory="balanced"),
-    Subject("vit", "concat", "vapt"),
-    Subject("vit", "keys_concat", "vapt"),
-    Subject("vit", OURS, "vapt"),
-    Subject("vit_layerscale", WITHOUT),
-    Subject("vit_layerscale", OURS),
-    Subject("swin", WITHOUT),
-    Subject("swin", "concat"),
-    Subject("swin", OURS),
-    Subject("swin", OURS, "vapt"),
-    Subject("vit", WITHOUT, work=INFERENCE),
-    Subject("vit", OURS, work=INFERENCE),
-    Subject("vit", OURS, "vapt", INFERENCE),
+CASES = (
+    HostCase("vit", WITHOUT),
+    HostCase("vit", "concat"),
+    HostCase("vit", "keys_concat"),
+    HostCase("vit", OURS),
+    HostCase("vit", OURS, memory="balanced"),
+    HostCase("vit", "concat", "vapt"),
+    HostCase("vit", "keys_concat", "vapt"),
+    HostCase("vit", OURS, "vapt"),
+    HostCase("vit_layerscale", WITHOUT),
+    HostCase("vit_layerscale", OURS),
+    HostCase("swin", WITHOUT),
+    HostCase("swin", "concat"),
+    HostCase("swin", OURS),
+    HostCase("swin", OURS, "vapt"),
+    HostCase("vit", WITHOUT, work=INFERENCE),
+    HostCase("vit", OURS, work=INFERENCE),
+    HostCase("vit", OURS, "vapt", INFERENCE),
 )
 RATIOS = {
-    "vpt-deep": Subject("vit", OURS),
-    "vapt": Subject("vit", OURS, "vapt"),
-    "swin": Subject("swin", OURS),
-    "inference": Subject("vit", OURS, work=INFERENCE),
+    "vpt-deep": HostCase("vit", OURS),
+    "vapt": HostCase("vit", OURS, "vapt"),
+    "swin": HostCase("swin", OURS),
+    "inference": HostCase("vit", OURS, work=INFERENCE),
 }
-"""What the last line is about."""
+"""Cases of the last line, by the name printed there."""
 
 
 def launches(work: Work) -> int:
-    """How many of our kernels one call launches."""
+    """Return how many of vpt_fast's kernels one call launches."""
     before = NullLauncher.launches
     work()
     return NullLauncher.launches - before
 
 
-def measure(subjects: Sequence[Subject], rounds: int) -> list[Row]:
-    """Rows of all subjects and of those without prompts that they are compared with.
+def measure(cases: Sequence[HostCase], rounds: int) -> list[Row]:
+    """Return the rows of all cases, and of the cases without prompts that they are compared with.
 
     Args:
-        subjects: what is timed.
-        rounds: of each; every round takes all of them in a new order.
+        cases: Cases to time.
+        rounds: Interleaved rounds; every case runs once in each, in a new order.
 
     Raises:
-        RuntimeError: a subject of ours launched no kernel, so that something else was timed.
+        RuntimeError: If a case of vpt_fast launched no kernel, so that something else was timed.
     """
-    subjects = list(dict.fromkeys(s for subject in subjects for s in (subject.base, subject)))
+    cases = list(dict.fromkeys(s for case in cases for s in (case.base, case)))
     with one_thread(), null_driver():
-        works = {subject: Work(subject) for subject in subjects}
+        works = {case: Work(case) for case in cases}
         for work in works.values():
             for _ in range(WARMUP):
                 work()
-        counts = {subject: launches(work) for subject, work in works.items()}
-        for subject, count in counts.items():
-            if subject.provider == OURS and not count:
-                raise RuntimeError(f"{subject} launched none of our kernels: update null_driver")
+        counts = {case: launches(work) for case, work in works.items()}
+        for case, count in counts.items():
+            if case.provider == OURS and not count:
+                raise RuntimeError(f"{case} launched none of our kernels: update null_driver")
         times = _take_rounds(works, rounds)
         known = {**facts(gpu=False), "date": datetime.date.today().isoformat()}
     rows = []
-    for subject, of_parts in times.items():
+    for case, of_parts in times.items():
         for part, values in of_parts.items():
-            theirs = times[subject.base][part]
+            theirs = times[case.base][part]
             rows.append(
                 {
-                    "kind": "measured", "bench": "host", "subject": str(subject),
-                    "work": subject.work, "model": subject.model, "provider": subject.provider,
-                    "method": subject.method if subject.provider != WITHOUT else "",
-                    "memory": subject.memory if subject.provider == OURS else "", "part": part,
+                    "kind": "measured", "bench": "host", "subject": str(case),
+                    "work": case.work, "model": case.model, "provider": case.provider,
+                    "method": case.method if case.provider != WITHOUT else "",
+                    "memory": case.memory if case.provider == OURS else "", "part": part,
                     "least_ms": f"{1e3 * values.min():.3f}",
                     "p50_ms": f"{1e3 * np.median(values):.3f}",
                     "ratio_least": f"{values.min() / theirs.min():.3f}",
                     "ratio_p50": f"{np.median(values / theirs):.3f}",
-                    "rounds": rounds, "launches": counts[subject], **known,
+                    "rounds": rounds, "launches": counts[case], **known,
                 }
             )  # fmt: skip
     return rows
 
 
 def _take_rounds(
-    works: Mapping[Subject, Work], rounds: int
-) -> dict[Subject, dict[str, np.ndarray]]:
-    """Seconds of all rounds, by subject and part."""
+    works: Mapping[HostCase, Work], rounds: int
+) -> dict[HostCase, dict[str, np.ndarray]]:
+    """Return the seconds of all rounds, by case and part."""
     order, names = random.Random(0), list(works)
-    seconds: dict[Subject, dict[str, list[float]]] = {name: {} for name in names}
-    # What is alive now is none of a step's garbage: collections look at the rest only.
+    seconds: dict[HostCase, dict[str, list[float]]] = {name: {} for name in names}
+    # Objects alive now are not a step's garbage: exempt them from collection.
     gc.collect()
     gc.freeze()
     try:
@@ -153,10 +154,10 @@ def _take_rounds(
     }
 
 
-def profile(subject: Subject, steps: int = 20) -> None:
-    """Print where Python's time goes, by function, over some calls of a subject."""
+def profile(case: HostCase, steps: int = 20) -> None:
+    """Print where the time of some calls of a case goes, by Python function."""
     with one_thread(), null_driver():
-        work = Work(subject)
+        work = Work(case)
         for _ in range(WARMUP):
             work()
         profiler = cProfile.Profile()
@@ -164,7 +165,7 @@ def profile(subject: Subject, steps: int = 20) -> None:
         for _ in range(steps):
             work()
         profiler.disable()
-    print(f"{subject}, {steps} calls; seconds are those of all calls, with the profiler's own")
+    print(f"{case}, {steps} calls; seconds are those of all calls, with the profiler's own")
     pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
 
 
@@ -178,44 +179,49 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print the rows as a table, a subject a line, and the ratios last."""
+    """Print the rows as a table, one line per case, and the ratios last."""
     print(f"{'ms of CPU time, least (median)':34}" + "".join(f"{part:>18}" for part in PARTS))
     by = {(row["subject"], row["part"]): row for row in rows}
-    for subject in dict.fromkeys(row["subject"] for row in rows):
-        found = [by.get((subject, part)) for part in PARTS]
+    for case in dict.fromkeys(row["subject"] for row in rows):
+        found = [by.get((case, part)) for part in PARTS]
         cells = [
             "" if row is None else f"{float(row['least_ms']):.2f} ({float(row['p50_ms']):.2f})"
             for row in found
         ]
-        whole, first = by[subject, "whole"], by[subject, FIRST]
+        whole, first = by[case, "whole"], by[case, FIRST]
         print(
-            f"{subject:34}" + "".join(f"{cell:>18}" for cell in cells)
+            f"{case:34}" + "".join(f"{cell:>18}" for cell in cells)
             + f"   {float(whole['ratio_least']):5.2f} ({float(whole['ratio_p50']):.2f}) of no "
             f"prompts (first call {float(first['ratio_least']):.2f}), "
             f"{whole['launches']} launches of ours"
         )  # fmt: skip
     ratios = [
-        f"{name}={float(by[str(subject), 'whole']['ratio_least']):.2f}"
-        for name, subject in RATIOS.items()
-        if (str(subject), "whole") in by
+        f"{name}={float(by[str(case), 'whole']['ratio_least']):.2f}"
+        for name, case in RATIOS.items()
+        if (str(case), "whole") in by
     ]
     if ratios:
         print("ratio", *ratios)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; write the CSV where all subjects were measured."""
+    """Measure and print; write the CSV if all cases were measured."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.host",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = {str(subject): subject for subject in SUBJECTS}
+    names = {str(case): case for case in CASES}
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="default %(default)s")
-    parser.add_argument("--only", nargs="+", choices=tuple(names), help="writes no file")
-    parser.add_argument("--profile", choices=tuple(names), help="of one subject, no times")
     parser.add_argument(
-        "--calls", action="store_true", help="count Python calls per block, no times"
+        "--only",
+        nargs="+",
+        choices=tuple(names),
+        help="measure these cases only, and write no file",
+    )
+    parser.add_argument("--profile", choices=tuple(names), help="profile one case, without times")
+    parser.add_argument(
+        "--calls", action="store_true", help="count Python calls per block, without times"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory")
     options = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
-"""Kernels launched into nothing, to time what the host does without a GPU.
+"""A null driver, which launches nothing, to time what the host does without a GPU.
 
-Inside `null_driver()` Triton compiles for sm_90 and its launches do nothing, and vpt_fast takes its
+Inside `null_driver()` Triton compiles for sm_90 and its launches do nothing, and vpt_fast uses its
 kernels for tensors on the CPU. Everything up to the compiled kernel's own launcher runs as it does
 on a GPU: operators, checks, tiles, strides, allocation, Triton's look-up of the compiled kernel.
-Outputs are whatever memory held.
+Outputs are uninitialised memory.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class NullLauncher:
-    """Stands for the compiled launcher of one kernel.
+    """Launcher of a compiled kernel that launches nothing.
 
     Attributes:
-        launches: how many there were, of all kernels.
+        launches: Number of launches so far, of all kernels.
     """
 
     launches = 0
@@ -48,14 +48,14 @@ class NullLauncher:
 
 class _Utils:
     def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
-        """Module, function, registers, spills, threads at most."""
+        """Return module, function, registers, spills and the most threads."""
         return 0, 0, 32, 0, 1024
 
     def unload_module(self, *args: Any) -> None:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Of an H100, as far as Triton asks."""
+        """Return the properties of an H100 that Triton asks for."""
         return {
             "max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
             "warpSize": 32,
@@ -63,7 +63,7 @@ class _Utils:
 
 
 class NullDriver:
-    """What Triton asks of a driver, of 3.6 and of 3.8."""
+    """The interface that Triton 3.6 and 3.8 expect of a driver."""
 
     launcher_cls = NullLauncher
     utils = _Utils()
@@ -73,7 +73,7 @@ class NullDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        # No real device: what is compiled here must not be found by a launch on one.
+        # Not a real device, so that a launch on one does not find what is compiled here.
         return -1
 
     def get_current_stream(self, device: int | None = None) -> int:
@@ -109,9 +109,9 @@ _STAND_INS = {"uses_kernels": _takes_kernels, "target_of": _target_of}
 
 
 def _modules() -> list[ModuleType]:
-    """The modules of vpt_fast that name one of the stand-ins, imported."""
+    """Import and return the modules of vpt_fast that use one of the stand-ins."""
     found = []
-    # The kernels need not lie below the package that they belong to.
+    # In a source tree the kernels are not below the package that they belong to.
     for package in (vpt_fast, kernels):
         root = Path(package.__path__[0])
         for path in sorted(root.rglob("*.py")):
@@ -124,10 +124,10 @@ def _modules() -> list[ModuleType]:
 
 @contextlib.contextmanager
 def null_driver() -> Iterator[None]:
-    """Inside, vpt_fast's kernels take CPU tensors and launch into nothing; undone afterwards.
+    """Let vpt_fast use its kernels for CPU tensors, and launch nothing.
 
     Raises:
-        RuntimeError: no module decides by `uses_kernels` any more.
+        RuntimeError: If no module uses `uses_kernels` any more.
     """
     driver = triton.runtime.driver
     before = driver._active

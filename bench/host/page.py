@@ -1,8 +1,8 @@
-"""The tables of host time in docs/benchmarks/host.md, made from the results of `bench.host.host`.
+"""The tables of host time in docs/benchmarks/host.md, generated from the results of `bench.host`.
 
     python -m bench.host.page [bench/results/host_*.csv ...] [--page PAGE] [--check]
 
-Replaces what stands between the two marks: a table per file, every subject of it a row.
+Replaces the text between the two marks: a table per file, a row per case.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bench.compare.collect import RESULTS
 from bench.compare.tables import replaced
+from bench.host.cases import DEPTH, INFERENCE
 from bench.host.host import FIRST
-from bench.host.subjects import DEPTH, INFERENCE
 from bench.providers.models import OURS
 
 MARKS = "<!-- host tables: made by bench.host.page -->", "<!-- end of host tables -->"
@@ -40,27 +40,27 @@ Row = Mapping[str, str]
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a results file of `bench.host.host`.
+    """Return the rows of a results file of `bench.host`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: If it is not such a file.
     """
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or rows[0].get("bench") != "host":
-        raise ValueError(f"{path} is no results file of bench.host.host")
+        raise ValueError(f"{path} is not a results file of bench.host")
     return rows
 
 
 def latest(folder: Path = RESULTS) -> Path:
-    """The results file of the newest torch, of those the one measured last.
+    """Return the results file of the newest torch, the most recent one if there are several.
 
     Raises:
-        ValueError: there is none.
+        ValueError: If there is none.
     """
     found = [(path, read(path)[0]) for path in sorted(folder.glob(PATTERN))]
     if not found:
-        raise ValueError(f"{folder} has no {PATTERN}; `python -m bench.host` makes one")
+        raise ValueError(f"{folder} has no {PATTERN}; `python -m bench.host` creates one")
 
     def age(pair: tuple[Path, Row]) -> tuple[list[int], str]:
         release = pair[1]["torch"].split("+")[0].split(".")
@@ -95,7 +95,7 @@ def _line(whole: Row, parts: Mapping[str, Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One file's rows as a table."""
+    """Return one file's rows as a table."""
     by: dict[str, dict[str, Row]] = {}
     for row in rows:
         by.setdefault(row["subject"], {})[row["part"]] = row
@@ -115,7 +115,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def finish(page: Path, old: str, new: str, check: bool) -> int:
-    """Write a page, or only say whether it would change; the exit status."""
+    """Write a page, or only report whether it would change; return the exit status."""
     if check:
         print(f"{page}: {'up to date' if new == old else 'out of date'}")
         return int(new != old)
@@ -125,7 +125,7 @@ def finish(page: Path, old: str, new: str, check: bool) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the page; with --check only say whether it is up to date (1 if not)."""
+    """Rewrite the page; with --check only report whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(prog="python -m bench.host.page", description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", help=f"default {PATTERN} of {RESULTS}")
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     paths = options.results or sorted(RESULTS.glob(PATTERN))
     if not paths:
-        parser.error(f"{RESULTS} has no {PATTERN}; `python -m bench.host` makes one")
+        parser.error(f"{RESULTS} has no {PATTERN}; `python -m bench.host` creates one")
     try:
         old = options.page.read_text(encoding="utf-8")
         new = replaced(old, "\n\n".join(table(read(path)) for path in paths), MARKS)

@@ -1,1 +1,1 @@
-"""The kernels' machine code, read without a GPU and held against limits."""
+"""The kernels' machine code, read without a GPU and compared with limits."""

@@ -1,8 +1,8 @@
 """Loops of a machine program: basic blocks, dominators, natural loops.
 
-A backward branch alone does not make a loop: compilers place rarely taken code at the end of a
-program and jump back from it. A loop is a branch to a block that dominates it (Aho, Lam, Sethi and
-Ullman, Compilers, section 9.6).
+A backward branch alone is not a loop: compilers place rarely executed code at the end of a program
+and jump back from it. A loop is a branch to a block that dominates it (Aho, Lam, Sethi and Ullman,
+Compilers, section 9.6).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Loop:
     """One natural loop.
 
     Attributes:
-        header: index of its first instruction.
-        body: indices of its instructions in order, those of inner loops included.
-        own: those of `body` that belong to no inner loop.
-        parent: position in the list of loops of the smallest loop around it, or None.
-        line: source line of the branch that closes it, which is that of the `for`; None if unknown.
+        header: Index of its first instruction.
+        body: Indices of its instructions in order, including those of inner loops.
+        own: Indices in `body` that belong to no inner loop.
+        parent: Index in the list of loops of the smallest enclosing loop, or None.
+        line: Source line of the branch that closes it, which is that of the `for`; None if unknown.
     """
 
     header: int
@@ -36,7 +36,7 @@ class Loop:
 
 
 def _jump_target(instruction: Instruction, labels: Mapping[str, int]) -> int | None:
-    """Index that control may be passed to, or None; a call of a local label is a long jump."""
+    """Return the index of the jump target, or None; a call of a local label is a long jump."""
     family, label = instruction.family, instruction.target
     if label is None or label not in labels:
         return None
@@ -48,7 +48,7 @@ def _jump_target(instruction: Instruction, labels: Mapping[str, int]) -> int | N
 def _successors(
     instructions: Sequence[Instruction], labels: Mapping[str, int]
 ) -> list[tuple[int, ...]]:
-    """Indices of the instructions that may run after each one."""
+    """Return the indices of the instructions that may run after each one."""
     successors: list[tuple[int, ...]] = []
     for index, instruction in enumerate(instructions):
         follows = (index + 1,) if index + 1 < len(instructions) else ()
@@ -65,7 +65,7 @@ def _successors(
 
 
 def _blocks(successors: Sequence[tuple[int, ...]]) -> list[range]:
-    """Maximal runs of instructions entered at the first and left after the last."""
+    """Return the maximal runs of instructions entered at the first and left after the last."""
     leaders = {0}
     for index, following in enumerate(successors):
         if following != (index + 1,):
@@ -76,7 +76,7 @@ def _blocks(successors: Sequence[tuple[int, ...]]) -> list[range]:
 
 
 def _dominators(edges: Sequence[Sequence[int]]) -> list[int]:
-    """For each block the set of blocks on every path to it, as a bit mask; 0 if unreachable."""
+    """Return for each block the set of its dominators as a bit mask; 0 if unreachable."""
     order: list[int] = []
     seen = {0}
     stack = [(0, iter(edges[0]))]
@@ -111,17 +111,14 @@ def _dominators(edges: Sequence[Sequence[int]]) -> list[int]:
 
 
 def find_loops(instructions: Sequence[Instruction], labels: Mapping[str, int]) -> list[Loop]:
-    """Natural loops of a program, by address of the header, outer before inner.
+    """Return the natural loops of a program, by address of the header, outer before inner.
 
-    Code that cannot be reached, such as the branch to itself behind a program, has none. Back edges
-    to one header make one loop.
+    Unreachable code, such as the branch to itself behind a program, has none. All back edges to one
+    header form one loop.
 
     Args:
-        instructions: a whole program, entered at the first.
-        labels: index that each label stands before.
-
-    Returns:
-        The loops.
+        instructions: Whole program, entered at its first instruction.
+        labels: Index of the instruction after each label.
     """
     successors = _successors(instructions, labels)
     blocks = _blocks(successors)

@@ -1,18 +1,18 @@
-"""Static figures of a compiled kernel: what its machine code must cost at least, loop by loop.
+"""Static figures of a compiled kernel: lower bounds of the cost of its machine code, by loop.
 
 Definitions, all modelled from the machine code and published rates, none measured:
 
-- *MMA FLOP*: multiplications and additions of the matrix instructions that one block issues, those
-  for padding and those that only sum rows included.
+- *MMA FLOP*: multiplications and additions of the matrix instructions that one block issues,
+  including those for padding and those that only sum rows.
 - *SM cycles of a pipe*, per iteration of a loop and for one block that has the SM to itself: the
-  results that the instructions of this pipe make, over the results that it makes per clock. The
-  issue pipe is the four schedulers, one instruction of one warp each per clock. A loop cannot run
-  faster than its highest figure; latencies, bank conflicts and memory are not in it.
+  results that the instructions of this pipe compute, over the results that it computes per clock.
+  The issue pipe is the four schedulers, one instruction of one warp each per clock. A loop cannot
+  run faster than its highest figure; latencies, bank conflicts and memory are not included.
 - *Issue cycles per 1,048,576 MMA FLOP*: issue cycles of an iteration over its MMA FLOP.
 - *Issue cycles of a launch per useful 1,048,576 MMA FLOP*: the same for all programs of a launch,
-  every loop as often as it runs and every other instruction once (branches that are skipped and the
-  padding behind the program included, so this part is an upper bound), over the FLOP that the
-  problem needs without padded tiles. Cycles of the other pipes are counted the same way.
+  every loop as often as it runs and every other instruction once (including branches not taken and
+  the padding after the program, so this part is an upper bound), over the FLOP that the problem
+  needs without padded tiles. Cycles of the other pipes are counted the same way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ from bench.machine_code.multiprocessor import (
     resident_blocks,
 )
 from bench.machine_code.offline import Binary
-from bench.machine_code.sass import Instruction, classify, copy_bytes, is_mma, mix, mma_flop, parse
+from bench.machine_code.sass import (
+    Instruction,
+    classify,
+    copy_bytes,
+    instruction_mix,
+    is_mma,
+    mma_flop,
+    parse,
+)
 
 UNIT_FLOP = 1 << 20
 """The 1,048,576 MMA FLOP that issue cycles are counted over."""
@@ -44,15 +52,15 @@ class LoopFigures:
     """One loop, per iteration of one block.
 
     Attributes:
-        line: line of the `for` in the kernel's source file, or None.
-        instructions: per warp.
-        mix: instructions per warp by class.
-        flop: MMA FLOP; None where the machine code does not tell.
+        line: Line of the `for` in the kernel's source file, or None.
+        instructions: Instructions per warp.
+        mix: Instructions per warp by class.
+        flop: MMA FLOP; None if the machine code does not show it.
         cycles: SM cycles of each pipe of `PIPES`; tensor is None where `flop` is.
-        wide_copy_bytes: bytes that 16-byte asynchronous copies move.
-        narrow_copy_bytes: bytes that narrower asynchronous copies move.
-        load_widths: bytes per thread of each synchronous load from global memory.
-        bulk_copies: instructions of the tensor memory accelerator.
+        wide_copy_bytes: Bytes moved by 16-byte asynchronous copies.
+        narrow_copy_bytes: Bytes moved by narrower asynchronous copies.
+        load_widths: Bytes per thread of each synchronous load from global memory.
+        bulk_copies: Instructions of the tensor memory accelerator.
     """
 
     line: int | None
@@ -77,19 +85,19 @@ class KernelFigures:
     """A compiled kernel.
 
     Attributes:
-        name: of the kernel.
-        binary: what the compiler made.
-        warps: of a block.
-        blocks_per_sm, occupancy: resident blocks, and resident warps over the most possible;
-            None for AMD.
-        shared_limit: bytes that a block may ask for.
-        instructions: of the whole program, per warp, padding included.
-        mix: the same by class.
-        loops: those that issue matrix instructions, in the order of the source. Empty for AMD.
-        plain_loops: those that neither issue any nor are part of one that does, in the same order.
+        name: Name of the kernel.
+        binary: Output of the compiler.
+        warps: Warps per block.
+        blocks_per_sm, occupancy: Resident blocks, and resident warps over the most possible; None
+            for AMD.
+        shared_limit: Most bytes of shared memory per block.
+        instructions: Instructions of the whole program, per warp, including padding.
+        mix: Those instructions by class.
+        loops: Loops that issue matrix instructions, in source order. Empty for AMD.
+        plain_loops: Loops that neither issue any nor are part of one that does, in source order.
         cycles: SM cycles of each pipe of `PIPES` for every instruction of the program once.
         flop: MMA FLOP of every matrix instruction of the program once; None if the code does not
-            tell.
+            show it.
     """
 
     name: str
@@ -107,12 +115,12 @@ class KernelFigures:
 
     @property
     def shared_fits(self) -> bool:
-        """Whether a block may have the shared memory it asks for."""
+        """Whether a block may have the shared memory it requests."""
         return self.binary.shared <= self.shared_limit
 
 
 def _sum_flop(instructions: Sequence[Instruction], warps: int) -> tuple[int | None, int | None]:
-    """(MMA FLOP, the same at the rate of bf16: TF32 counts twice) of one block."""
+    """Return (MMA FLOP, MMA FLOP at the rate of bf16: TF32 counts twice) of one block."""
     plain = weighted = 0
     for instruction in instructions:
         flop = mma_flop(instruction, warps)
@@ -126,7 +134,7 @@ def _sum_flop(instructions: Sequence[Instruction], warps: int) -> tuple[int | No
 def _loop_figures(
     instructions: Sequence[Instruction], line: int | None, warps: int, sm: Multiprocessor
 ) -> LoopFigures:
-    counts = mix(instructions)
+    counts = instruction_mix(instructions)
     flop, weighted = _sum_flop(instructions, warps)
     lanes = warps * WARP_SIZE
     copies = [(classify(i), copy_bytes(i)) for i in instructions]
@@ -156,10 +164,10 @@ _Body = tuple[int | None, list[int]]
 def _loop_bodies(
     instructions: Sequence[Instruction], loops: Sequence[Loop]
 ) -> tuple[list[_Body], list[_Body]]:
-    """Loops with a matrix instruction of their own, and the others.
+    """Return the loops with a matrix instruction of their own, and the others.
 
-    Those of the others that such a loop holds, such as waits for a barrier, are counted to it, as
-    run once.
+    A loop without one inside such a loop, for example a wait for a barrier, is counted as part of
+    it, run once.
     """
     holds = [any(is_mma(instructions[i]) for i in loop.own) for loop in loops]
     bodies = {number: list(loop.own) for number, loop in enumerate(loops)}
@@ -181,17 +189,17 @@ def _loop_bodies(
 
 
 def kernel_figures(name: str, binary: Binary) -> KernelFigures:
-    """Reads the machine code of a compiled kernel.
+    """Read the machine code of a compiled kernel.
 
     Args:
-        name: of the kernel, for tables.
-        binary: from `bench.machine_code.offline.compile_kernel`.
+        name: Name of the kernel, for tables.
+        binary: Result of `bench.machine_code.offline.compile_kernel`.
 
     Returns:
         Its figures. AMD machine code is not read: resources only.
 
     Raises:
-        ValueError: if the target is unknown or a matrix instruction cannot be read.
+        ValueError: If the target is unknown or a matrix instruction cannot be read.
     """
     architecture = binary.architecture
     if isinstance(architecture, str):
@@ -233,11 +241,11 @@ Runs = Sequence[tuple[LoopFigures, int]]
 
 
 def program_cycles(figures: KernelFigures, runs: Runs) -> dict[str, float | None]:
-    """SM cycles of each pipe for one program; None where the machine code does not tell.
+    """Return the SM cycles of each pipe for one program; None if the code does not show them.
 
     Args:
-        figures: of the kernel.
-        runs: its loops; what is not in them counts once.
+        figures: Figures of the kernel.
+        runs: Its loops and how often each runs; other instructions count once.
     """
     cycles = {
         pipe: _repeated(once, [(loop.cycles[pipe], times) for loop, times in runs])
@@ -247,19 +255,19 @@ def program_cycles(figures: KernelFigures, runs: Runs) -> dict[str, float | None
 
 
 def issue_cycles(figures: KernelFigures, runs: Runs) -> float:
-    """SM cycles of the issue pipe for one program; arguments as of `program_cycles`."""
+    """Return the SM cycles of the issue pipe for one program; see `program_cycles`."""
     inside = sum((times - 1) * loop.instructions for loop, times in runs)
     return (figures.instructions + inside) * figures.warps / SCHEDULERS
 
 
 def program_flop(figures: KernelFigures, runs: Runs) -> int | None:
-    """MMA FLOP that one program issues; arguments as of `program_cycles`."""
+    """Return the MMA FLOP that one program issues; see `program_cycles`."""
     total = _repeated(figures.flop, [(loop.flop, times) for loop, times in runs])
     return None if total is None else int(total)
 
 
 def _repeated(once: float | None, loops: Sequence[tuple[float | None, int]]) -> float | None:
-    """A figure of the whole program with those of its loops as often as they run."""
+    """Return a figure of the whole program with each loop as often as it runs."""
     if once is None or any(value is None for value, _ in loops):
         return None
     return once + sum((times - 1) * (value or 0) for value, times in loops)
@@ -268,19 +276,19 @@ def _repeated(once: float | None, loops: Sequence[tuple[float | None, int]]) -> 
 def launch_issue_cycles(
     figures: KernelFigures, trips: Sequence[int], programs: int, useful_flop: int
 ) -> float:
-    """Issue cycles of a whole launch per useful 1,048,576 MMA FLOP (see the module's definitions).
+    """Return the issue cycles of a launch per useful 1,048,576 MMA FLOP (see the module).
 
     Args:
-        figures: of the kernel.
-        trips: iterations of each loop of `figures.loops` in one program.
-        programs: number of programs.
+        figures: Figures of the kernel.
+        trips: Iterations of each loop of `figures.loops` in one program.
+        programs: Number of programs.
         useful_flop: MMA FLOP that the problem needs, over all programs.
 
     Returns:
         The modelled figure, of the four schedulers of one SM.
 
     Raises:
-        ValueError: if the number of loops is not that of the trip counts.
+        ValueError: If the number of loops differs from that of the trip counts.
     """
     if len(trips) != len(figures.loops):
         raise ValueError(

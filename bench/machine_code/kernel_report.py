@@ -1,16 +1,16 @@
-"""Static report of every kernel: its machine code, judged without a GPU.
+"""Static report of every kernel: its machine code compared with limits, without a GPU.
 
     python -m bench.machine_code.kernel_report [--family attention plain experts rows heads windows]
         [--target 80 90] [--kernel forward] [--head-dim 64] [--width 768] [--dtype bf16]
         [--shape 197,50] [--all] [--output report.csv]
 
-Every launch is compiled as the launcher would launch it, with the tiles that the launch table gives
-it. Registers, spills, shared memory and occupancy are the compiler's; cycles are modelled from the
+Every launch is compiled as the launcher would launch it, with the tiles of the launch table.
+Registers, spills, shared memory and occupancy are the compiler's; cycles are modelled from the
 instructions and published rates, as `bench.machine_code.figures` and
 `bench.machine_code.reports.entry` define them. Nothing is run and nothing is timed. Limits are
-those of the Triton that is installed (`bench.machine_code.limit_tables`). Without options: what
-they are for, bf16 on sm_80 and sm_90. `--all`: every head dimension, width, dtype and target, which
-takes hours the first time. Windows have shapes and a head dimension of their own
+those for the installed Triton (`bench.machine_code.limit_tables`). Without options the report
+covers what the limits are for, bf16 on sm_80 and sm_90; with `--all` every head dimension, width,
+dtype and target, which takes hours the first time. Windows have their own shapes and head dimension
 (`bench.machine_code.reports.window_attention`).
 """
 
@@ -28,7 +28,7 @@ from bench.machine_code.multiprocessor import AMD_SHARED_BLOCK, MULTIPROCESSORS
 from bench.machine_code.offline import Architecture
 from bench.machine_code.problems import attention as problems
 from bench.machine_code.problems import rowwise as row_problems
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem
 from bench.machine_code.problems.experts import ExpertProblem
 from bench.machine_code.problems.rowwise import ACTIVATION_KERNELS, RowProblem
 from bench.machine_code.reports import (
@@ -59,7 +59,7 @@ KERNELS = {
     "heads": heads_report.KERNELS,
     "windows": window_report.KERNELS,
 }
-"""Names of the kernels by family; plain is what attention is compared with."""
+"""Names of the kernels by family; attention is compared with plain."""
 
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 112, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -67,22 +67,23 @@ TARGETS: tuple[Architecture, ...] = (*MULTIPROCESSORS, *AMD_SHARED_BLOCK)
 
 TITLE = "Static figures, modelled from machine code and published rates; nothing was run or timed."
 LEGEND = """\
-useful      part of the issued matrix work that the problem needs
+useful      share of the issued matrix work that the problem needs
 per unit    SM cycles of each pipe per useful 1,048,576 MMA FLOP, all programs of a launch: padding,
             prologue and epilogue included (under "instr" the whole program, under "trips" programs)
 over memory the same over the cycles that device memory takes for what the launch has to move
 loops       SM cycles of each pipe per iteration of one block, its instruction classes, and issue
             cycles per 1,048,576 MMA FLOP of the loop; narrow tiles of attention are counted over
-            the usual tiles that they take the place of
--           not known: gfx942's machine code is not read, sm_100's does not tell its MMA FLOP;
-            memory cycles are for the targets whose bandwidth multiprocessor.py has"""
-BESIDE = """\
-Beside a plain flash attention on concatenated keys and values: SM cycles of each pipe per useful
-1,048,576 MMA FLOP, the same FLOP for all; copies: memory cycles of concatenating and splitting."""
+            the FLOP of the usual tiles that they replace
+-           unknown: gfx942's machine code is not read, sm_100's does not show its MMA FLOP;
+            memory cycles are known for targets whose bandwidth multiprocessor.py has"""
+COMPARISON = """\
+Compared with plain flash attention on concatenated keys and values: SM cycles of each pipe per
+useful 1,048,576 MMA FLOP, the same FLOP for all; copies: memory cycles of concatenating and
+splitting."""
 
 
 def _architecture(text: str) -> Architecture:
-    """An architecture from the command line: 90, sm_90 or gfx942."""
+    """Parse an architecture from the command line: 90, sm_90 or gfx942."""
     number = text.removeprefix("sm_")
     if number.isdigit() and int(number) in MULTIPROCESSORS:
         return int(number)
@@ -92,7 +93,7 @@ def _architecture(text: str) -> Architecture:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    """A shape from the command line: N,p."""
+    """Parse a shape from the command line: N,p."""
     try:
         sizes = [int(size) for size in text.split(",")]
     except ValueError:
@@ -109,7 +110,7 @@ def _positive(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command-line parser."""
     result = argparse.ArgumentParser(
         prog="python -m bench.machine_code.kernel_report",
         description=__doc__,
@@ -118,22 +119,24 @@ def parser() -> argparse.ArgumentParser:
     kernels = [name for names in KERNELS.values() for name in names]
     add = result.add_argument
     add("--family", nargs="+", choices=KERNELS, default=list(KERNELS))
-    add("--target", nargs="+", type=_architecture, help="80 90 unless given, or all with --all")
+    add("--target", nargs="+", type=_architecture, help="default 80 90; all with --all")
     add("--kernel", nargs="+", choices=kernels, default=kernels, metavar="NAME")
     add("--shape", nargs="+", type=_shape, help="N,p of attention and experts; rows: 64 x 197")
-    add("--head-dim", nargs="+", type=_positive, help="of attention: 64 unless given")
-    add("--width", nargs="+", type=_positive, help="D of experts, rows, heads: 768 unless given")
-    add("--dtype", nargs="+", choices=DTYPES, help="bf16 unless given")
+    add("--head-dim", nargs="+", type=_positive, help="head dimensions of attention; default 64")
+    add("--width", nargs="+", type=_positive, help="D of experts, rows, heads; default 768")
+    add("--dtype", nargs="+", choices=DTYPES, help="default bf16")
     add("--all", action="store_true", help="every head dimension, width, dtype and target")
     add("--output", type=Path, help="CSV file to write; must not exist")
     return result
 
 
 def patch_grid(tokens: int) -> tuple[tuple[int, int], int]:
-    """The largest square of patches that leaves at least one of so many tokens, and what it leaves.
+    """Return the largest square of patches within so many tokens, and the number of other tokens.
+
+    At least one token is left over.
 
     Raises:
-        ValueError: if that is less than 2 x 2, where the experts' convolution has no place.
+        ValueError: If the square is smaller than 2 x 2, which the experts' convolution needs.
     """
     side = math.isqrt(tokens - 1)
     if side < 2:
@@ -142,7 +145,7 @@ def patch_grid(tokens: int) -> tuple[tuple[int, int], int]:
 
 
 def entries(options: argparse.Namespace) -> Iterator[Entry]:
-    """Compiles what the options ask for, one launch after the other."""
+    """Compile the launches that the options select, one after another."""
     every = options.all
     targets = options.target or (TARGETS if every else JUDGED_TARGETS)
     dtypes = [DTYPES[name] for name in options.dtype or (DTYPES if every else ["bf16"])]
@@ -182,10 +185,10 @@ def entries(options: argparse.Namespace) -> Iterator[Entry]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the report.
+    """Print the report.
 
     Args:
-        arguments: of the command line; those of the process if None.
+        arguments: Command-line arguments; those of the process if None.
 
     Returns:
         1 if a limit does not hold, else 0.
@@ -209,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(format_entry(entry), flush=True)
     attention = [entry for entry in done if entry.family.endswith("attention")]
     if {entry.family for entry in attention} == {"attention", "plain attention"}:
-        print("", BESIDE, "", comparison(attention), sep="\n")
+        print("", COMPARISON, "", comparison(attention), sep="\n")
     over = sum(not verdict.holds for entry in done for verdict in entry.judged)
     print(f"\n{over} figures over their limits." if over else "\nEvery limit holds.")
     if no_limits():

@@ -1,8 +1,9 @@
-"""Limits that depend on the compiler, by version of Triton; `limits.py` says how they are used.
+"""Limits that depend on the compiler, by version of Triton; see `bench.machine_code.limits`.
 
-They lie 2 to 3% above the figures of the day that they were set, so that a kernel that gets slower
-is named. Triton 3.6 is what PyTorch 2.11 brings. Its code is worse in places: a few registers
-spill, tables of position biases are loaded piece by piece, divisions by constants take longer.
+They are 2 to 3% above the figures of the day they were set, so that a kernel that becomes slower is
+noticed. Triton 3.6 is the version that PyTorch 2.11 requires. Its code is worse in places: a few
+registers spill, tables of position biases are loaded in narrow pieces, and divisions by constants
+take more instructions.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 SMALL, MANY, LARGE = (197, 10), (197, 50), (577, 50)
-"""(N, p) of attention: 224 px with few and with many prompts, and 384 px, in patches of 16."""
+"""(N, p) of attention: 224 px with few and with many prompts, and 384 px, patches of 16."""
 
 SEVEN_FEW, SEVEN_MANY, TWELVE_FEW = ((7, 7), 10), ((7, 7), 50), ((12, 12), 10)
-"""(window, p): Swin-T's first stage at 224 px, with few and with many prompts, Swin-B's at 384."""
+"""(window, p): Swin-T's first stage at 224 px with few and many prompts, and Swin-B's at 384 px."""
 
 Key = tuple[str, int]
 """(kernel, target), such as ("forward", 90)."""
@@ -32,25 +33,25 @@ class LoopLimit(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for one version of Triton; bf16, and most issue cycles where nothing else is said.
+    """Limits for one version of Triton, in bf16; most issue cycles unless noted.
 
     Attributes:
-        launch: of a whole launch of attention per useful 1,048,576 MMA FLOP, by (N, p); head
+        launch: Whole launches of attention per useful 1,048,576 MMA FLOP, by (N, p); head
             dimension 64.
-        loops: of its loops, at every (N, p).
-        delta: of the delta kernel per memory cycle, by target, at every (N, p).
-        spills: most bytes of spills of attention and windows, where a kernel has any.
-        experts: of a launch of VAPT's experts per memory cycle, by p; 64 images of 14 x 14 patches,
+        loops: Loops of attention, at every (N, p).
+        delta: The delta kernel per memory cycle, by target, at every (N, p).
+        spills: Most spilled bytes of attention and windows, for kernels that have any.
+        experts: Launches of VAPT's experts per memory cycle, by p; 64 images of 14 x 14 patches,
             D = 768.
-        rows: of a launch over rows per memory cycle, by kernel and target; D = 768, and 3072 hidden
+        rows: Row-wise launches per memory cycle, by kernel and target; D = 768, and 3072 hidden
             channels.
-        heads: of many tasks' classifiers per memory cycle, by target; 64 images, each of a task of
-            its own with 100 classes; F = 768.
-        heads_occupancy: least part of a multiprocessor's warps that are resident for them.
-        windows: of a launch per memory cycle, by (window, p); head dimension 32.
-        narrow_products: kernels that take the row sums of a softmax with narrower matrix
+        heads: Classifiers of many tasks per memory cycle, by target; 64 images, each of another
+            task with 100 classes; F = 768.
+        heads_occupancy: Least occupancy of those classifiers.
+        windows: Launches of window attention per memory cycle, by (window, p); head dimension 32.
+        narrow_products: Kernels that compute the row sums of a softmax with narrower matrix
             instructions than the architecture's own.
-        amd: whether the version compiles every kernel for gfx942.
+        amd: Whether the version compiles every kernel for gfx942.
     """
 
     launch: Mapping[Key, Mapping[Shape, int]]
@@ -226,4 +227,4 @@ _TRITON_3_6 = Limits(
 )
 
 LIMITS = {"3.8": _TRITON_3_8, "3.6": _TRITON_3_6}
-"""By version of Triton, major and minor."""
+"""Limits by major and minor version of Triton."""

@@ -1,4 +1,4 @@
-"""Bytes that a launch has to move, and the rate that device memory moves them at."""
+"""Bytes that a launch has to move, and the rate of device memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from bench.machine_code.offline import Architecture
 from vpt_fast.kernels.runtime.launch import Launch
 
 RATED_TARGETS = [a for a, sm in MULTIPROCESSORS.items() if sm.memory is not None]
-"""Architectures whose published bandwidth is known here."""
+"""Architectures whose published bandwidth is known."""
 
 
 def tensor_bytes(launch: Launch, in_place: Collection[str] = ()) -> int:
-    """Bytes of the tensors that a launch reads or writes, each tensor once.
+    """Return the bytes of the tensors that a launch reads or writes, each tensor once.
 
     Args:
-        launch: of a kernel.
-        in_place: parameters that are read and written, which count twice.
+        launch: Launch of a kernel.
+        in_place: Parameters that are both read and written, which count twice.
     """
     tensors = {
         id(value): value for value in launch.arguments.values() if isinstance(value, torch.Tensor)
@@ -29,7 +29,7 @@ def tensor_bytes(launch: Launch, in_place: Collection[str] = ()) -> int:
 
 
 def memory_rate(architecture: Architecture) -> float | None:
-    """Bytes of device memory per clock and multiprocessor; None where it is not known here."""
+    """Return the bytes of device memory per clock and multiprocessor; None if unknown."""
     if not isinstance(architecture, int):
         return None
     return MULTIPROCESSORS[architecture].memory

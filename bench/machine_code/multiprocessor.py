@@ -1,10 +1,10 @@
-"""What each GPU architecture offers a kernel: limits of a block and rates of a multiprocessor (SM).
+"""Resources of each GPU architecture: limits of a block and rates of a multiprocessor (SM).
 
 Limits are those of the CUDA C++ Programming Guide's table of technical specifications by compute
 capability; instruction rates those of its arithmetic throughput table (results per clock and SM);
-dense tensor rates are the architectures' white papers' (bf16 and fp16 with fp32 accumulation, FLOP
-per clock and SM; data-centre parts for 8.0, 9.0 and 10.0). They are published rates: nothing here
-was timed.
+dense tensor rates are those of the architectures' white papers (bf16 and fp16 with fp32
+accumulation, FLOP per clock and SM; data-centre parts for 8.0, 9.0 and 10.0). They are published
+rates: nothing here was timed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class Multiprocessor:
     """One NVIDIA architecture.
 
     Attributes:
-        warps, blocks: most resident warps and blocks of an SM.
-        shared_sm, shared_block: shared memory of an SM, and most that one block may ask for, bytes.
-        registers: 32-bit registers of an SM.
+        warps, blocks: Most resident warps and blocks per SM.
+        shared_sm, shared_block: Bytes of shared memory per SM, and the most per block.
+        registers: 32-bit registers per SM.
         tensor: bf16 FLOP per clock and SM; TF32 runs at half of it.
-        fp32: additions, multiplications and fused multiply-adds per clock and SM.
-        alu: comparisons, selections, minima, and integer and logic results per clock and SM.
-        mufu: exponentials and reciprocals per clock and SM.
-        mma: prefix of the opcode that dense matrix products should compile to.
-        memory: bytes of device memory per clock and SM, at the clock that the published tensor peak
+        fp32: Additions, multiplications and fused multiply-adds per clock and SM.
+        alu: Comparisons, selections, minima, and integer and logic results per clock and SM.
+        mufu: Exponentials and reciprocals per clock and SM.
+        mma: Prefix of the opcode that dense matrix products should compile to.
+        memory: Bytes of device memory per clock and SM, at the clock that the published tensor peak
             implies: 2,039 GB/s and 312 TFLOPS over 108 SMs (A100 80 GB SXM), 3,352 GB/s and 989.4
             TFLOPS over 132 SMs (H100 SXM); None where it was not looked up.
     """
@@ -60,24 +60,24 @@ MULTIPROCESSORS = {
     100: Multiprocessor(64, 32, 228 * KIB, 227 * KIB, tensor=8192, fp32=128, mma="UTC"),
     120: Multiprocessor(48, 24, 100 * KIB, 99 * KIB, tensor=1024, fp32=128, mma="HMMA"),
 }
-"""By compute capability, ten times it: 80 is 8.0."""
+"""Architectures by compute capability times 10: 80 is 8.0."""
 
 AMD_SHARED_BLOCK = {"gfx942": 64 * KIB}
-"""Local data share that one workgroup may ask for, bytes."""
+"""Most bytes of local data share per workgroup."""
 
 
 def resident_blocks(sm: Multiprocessor, registers: int, shared: int, warps: int) -> int:
-    """Blocks that fit on one SM together.
+    """Return the number of blocks that fit on one SM together.
 
-    Registers are given out per warp in units of 256, a quarter of the file to each scheduler; each
-    block's shared memory is rounded up to 128 bytes after 1 KiB that the system keeps (compute
-    capability 8.0 and later).
+    Registers are allocated per warp in units of 256, a quarter of the file to each scheduler; each
+    block's shared memory is rounded up to 128 bytes after adding the 1 KiB that the system reserves
+    (compute capability 8.0 and later).
 
     Args:
-        sm: the architecture.
+        sm: Architecture.
         registers: 32-bit registers per thread.
-        shared: bytes of shared memory per block.
-        warps: warps per block.
+        shared: Bytes of shared memory per block.
+        warps: Warps per block.
 
     Returns:
         The number of blocks; 0 if one block does not fit.

@@ -1,12 +1,12 @@
-"""Compiles a Triton kernel for a GPU that is not there, exactly as a launch on it would.
+"""Compiles a Triton kernel without a GPU, exactly as a launch on the GPU would.
 
     binary = compile_kernel(launch, 90)          # cubin, machine code, registers, shared memory
 
 Arguments are specialised by Triton's own launcher code (divisibility by 16, integers equal to 1),
-so the machine code is that of the real launch. That code is internal to Triton, and known to be
-there in 3.6 and 3.8: nothing public compiles a launch without a driver.
+so the machine code is that of the real launch. That code is internal to Triton, and present in 3.6
+and 3.8: no public function compiles a launch without a driver.
 
-    variant(launch, 90)                          # what Triton tells compiled kernels apart by
+    variant(launch, 90)                          # what Triton distinguishes compiled kernels by
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from vpt_fast.kernels.runtime.launch import Launch
 
 Architecture = int | str
-"""Ten times the compute capability of an NVIDIA GPU (90), or the name of an AMD one ("gfx942")."""
+"""Compute capability of an NVIDIA GPU times 10 (90), or the name of an AMD one ("gfx942")."""
 
 
 @dataclass(frozen=True)
 class Binary:
-    """What the compiler made of a launch.
+    """Output of the compiler for a launch.
 
     Attributes:
-        architecture: what it was compiled for.
-        threads: threads of a block.
-        registers: per thread.
-        spill_bytes: memory per thread that registers spill to (stack and local).
-        shared: bytes per block.
-        listing: machine code, as nvdisasm -gi -c or the AMD assembler prints it.
+        architecture: Architecture it was compiled for.
+        threads: Threads per block.
+        registers: Registers per thread.
+        spill_bytes: Bytes per thread that registers spill to (stack and local memory).
+        shared: Bytes of shared memory per block.
+        listing: Machine code, as nvdisasm -gi -c or the AMD assembler prints it.
     """
 
     architecture: Architecture
@@ -53,7 +53,7 @@ class Binary:
 
 
 def gpu_target(architecture: Architecture) -> GPUTarget:
-    """Triton's description of an architecture."""
+    """Return Triton's description of an architecture."""
     if isinstance(architecture, int):
         return GPUTarget("cuda", architecture, 32)
     return GPUTarget("hip", architecture, 64)
@@ -61,13 +61,13 @@ def gpu_target(architecture: Architecture) -> GPUTarget:
 
 @functools.cache
 def _binder(kernel: JITFunction, target: GPUTarget) -> tuple[Any, Any]:
-    """A target's compiler, and the function that specialises a kernel's arguments for it."""
+    """Return a target's compiler, and the function that specialises a kernel's arguments for it."""
     backend = make_backend(target)
     return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
-    """Source and options that Triton's launcher would compile for these arguments."""
+    """Return the source and options that Triton's launcher would compile for these arguments."""
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
         raise TypeError(
@@ -84,17 +84,17 @@ def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, 
 
 
 def variant(launch: Launch, architecture: Architecture) -> tuple[Any, ...]:
-    """What Triton tells compiled kernels apart by: launches of one variant share their code.
+    """Return what Triton distinguishes compiled kernels by; equal variants share their code.
 
     Args:
-        launch: what would run; its tensors may be on the "meta" device.
-        architecture: as of `compile_kernel`.
+        launch: Launch; its tensors may be on the "meta" device.
+        architecture: As for `compile_kernel`.
 
     Returns:
         The kernel, types, compile-time values, alignments and options, as strings.
 
     Raises:
-        TypeError: as `compile_kernel`.
+        TypeError: As for `compile_kernel`.
     """
     source, options = specialise(launch, gpu_target(architecture))
     parts = (source.signature, source.constants, source.attrs, options)
@@ -109,18 +109,18 @@ def _run(*command: str) -> str:
 
 
 def compile_kernel(launch: Launch, architecture: Architecture) -> Binary:
-    """Compiles one launch without a GPU.
+    """Compile one launch without a GPU.
 
     Args:
-        launch: what would run; its tensors may be on the "meta" device.
+        launch: Launch to compile; its tensors may be on the "meta" device.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
 
     Returns:
-        Machine code and the compiler's account of it.
+        Machine code and the resources that the compiler reports.
 
     Raises:
-        TypeError: if the kernel is not a compiled Triton function.
-        RuntimeError: if a tool of the compiler fails.
+        TypeError: If the kernel is not a compiled Triton function.
+        RuntimeError: If a tool of the compiler fails.
     """
     target = gpu_target(architecture)
     source, options = specialise(launch, target)
@@ -142,7 +142,7 @@ def compile_kernel(launch: Launch, architecture: Architecture) -> Binary:
 
 
 def _amd_resources(listing: str) -> tuple[int, int]:
-    """(vector registers per lane, spilled bytes per lane) from the code object's metadata."""
+    """Return (vector registers, spilled bytes) per lane, from the code object's metadata."""
     found = {
         name: int(n)
         for name, n in re.findall(

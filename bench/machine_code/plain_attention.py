@@ -1,13 +1,12 @@
-"""A plain flash attention on concatenated keys and values: what prompt attention is held against.
+"""A plain flash attention on concatenated keys and values: the baseline of prompt attention.
 
 FlashAttention-2 (arXiv 2307.08691): algorithm 1 forward; algorithm 2 backward in two passes, one
-that owns rows of queries (dQ, and D = rowsum(dO * O) on its way) and one that owns rows of keys
-(dK, dV). No prompts are known here: keys and values are contiguous (B, H, S, d) tensors with
-S = N + p, which somebody has concatenated, and queries (B, H, M, d) with M = N, or M = N + p where
-prompts are rows like any other. Everything that costs nothing is as good as in the kernels it is
-compared with: exponents of base 2, one stored logarithm per row, no masks in full tiles, transposed
-scores in the pass of the keys, narrow tiles for what is left, rows at a stride that the compiler
-knows.
+that owns rows of queries (dQ, and D = rowsum(dO * O) as it goes) and one that owns rows of keys
+(dK, dV). It knows nothing of prompts: keys and values are contiguous (B, H, S, d) tensors with
+S = N + p, concatenated beforehand, and queries (B, H, M, d) with M = N, or M = N + p where prompts
+are rows like any other. For a fair comparison it has the same optimizations as the kernels: base-2
+exponents, one stored logarithm per row, no masks in full tiles, transposed scores in the pass over
+keys, narrow tiles for the remainder, and row strides known at compile time.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -34,7 +33,7 @@ class PlainTiles(NamedTuple):
 
 @triton.jit
 def _load(pointers, dims, exists, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """A tile, [rows, BLOCK_D]; rows that do not exist, and dims past HEAD_DIM, read as 0."""
+    """Load a tile, [rows, BLOCK_D]; rows that do not exist, and dims past HEAD_DIM, are 0."""
     if MASKED:
         if dims.shape[0] == HEAD_DIM:
             return tl.load(pointers, mask=exists[:, None], other=0.0)
@@ -48,7 +47,7 @@ def _load(pointers, dims, exists, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _store(pointers, dims, exists, tile, HEAD_DIM: tl.constexpr):
-    """Write the rows of a tile that exist."""
+    """Store the rows of a tile that exist."""
     mask = exists[:, None]
     if dims.shape[0] != HEAD_DIM:
         mask = mask & (dims < HEAD_DIM)[None, :]
@@ -60,7 +59,7 @@ def _forward_step(
     q, k_tile, v_tile, acc, row_max, row_sum, scale_log2, dims, exists,
     HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Lines 8 to 10 of algorithm 1: fold one tile of keys into the running softmax."""
+    """Apply lines 8 to 10 of algorithm 1: fold one tile of keys into the running softmax."""
     k = _load(k_tile, dims, exists, HEAD_DIM, MASKED)
     v = _load(v_tile, dims, exists, HEAD_DIM, MASKED)
     scores = tl.dot(q, tl.trans(k))
@@ -127,7 +126,7 @@ def _dq_step(
     q, grad_out, lse, delta, k_tile, v_tile, dq, scale_log2, dims, exists,
     HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Lines 11, 13, 14 and 15 of algorithm 2 for one tile of keys."""
+    """Apply lines 11, 13, 14 and 15 of algorithm 2 to one tile of keys."""
     k = _load(k_tile, dims, exists, HEAD_DIM, MASKED)
     v = _load(v_tile, dims, exists, HEAD_DIM, MASKED)
     scores = tl.dot(q, tl.trans(k))
@@ -197,7 +196,7 @@ def _dkdv_step(
     k, v, q_tile, grad_out_tile, lse_tile, delta_tile, dk, dv, scale_log2, dims, exists,
     HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Lines 11 to 14 and 16 of algorithm 2 for one tile of queries, transposed: [keys, queries]."""
+    """Apply lines 11 to 14 and 16 of algorithm 2 to a tile of queries; [keys, queries]."""
     q = _load(q_tile, dims, exists, HEAD_DIM, MASKED)
     grad_out = _load(grad_out_tile, dims, exists, HEAD_DIM, MASKED)
     if MASKED:
@@ -270,18 +269,18 @@ def plain_dkdv_kernel(
 def plain_launches(
     tensors: dict[str, torch.Tensor], scale: float, tiles: dict[str, PlainTiles]
 ) -> dict[str, Launch]:
-    """The launches of a forward and a backward pass by name: forward, dq, dkdv, in this order.
+    """Return the launches of a forward and a backward pass: forward, dq, dkdv, in this order.
 
     Args:
-        tensors: contiguous, by name: q, out, grad_out, dq (B, H, M, d) and k, v, dk, dv
+        tensors: Contiguous tensors by name: q, out, grad_out, dq (B, H, M, d) and k, v, dk, dv
             (B, H, S, d), bf16 or fp16; lse and delta (B, H, M), fp32. The forward launch fills out
             and lse, dq fills dq and delta, dkdv fills dk and dv.
-        scale: what the scores are multiplied by.
-        tiles: by launch; dkdv owns rows of keys, the others rows of queries.
+        scale: Factor of the scores.
+        tiles: Tiles by launch; dkdv owns rows of keys, the others rows of queries.
 
     Raises:
-        TypeError: for fp32 tensors.
-        ValueError: for tensors that are not contiguous.
+        TypeError: If the tensors are fp32.
+        ValueError: If a tensor is not contiguous.
     """
     q, k = tensors["q"], tensors["k"]
     if q.dtype not in (torch.bfloat16, torch.float16):

@@ -1,4 +1,4 @@
-"""Reads the text that nvdisasm prints: instructions, labels, instruction classes, matrix FLOP.
+"""Parses the output of nvdisasm: instructions, labels, instruction classes, matrix FLOP.
 
     instructions, labels = parse(text)           # nvdisasm -gi -c kernel.cubin
 
@@ -58,7 +58,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     ),
     ("MOVE", r"MOV|CS2R|S2R|LDC|VOTE\w*|POPC|MATCH"),
 )
-"""Class and pattern of the opcode's first part, first match wins."""
+"""Class, and pattern of the opcode's first part; the first match wins."""
 
 _CLASSES = tuple((name, re.compile(pattern)) for name, pattern in CLASSES)
 
@@ -76,11 +76,11 @@ class Instruction:
     """One machine instruction.
 
     Attributes:
-        address: offset in the program, bytes.
-        opcode: with its modifiers, such as "LDGSTS.E.BYPASS.128".
-        operands: the text after the opcode.
-        guard: predicate ("P0", "!UP1"), or None if it always executes.
-        line: line of the kernel's own source file, the outermost if inlined; None if unknown.
+        address: Offset in the program, bytes.
+        opcode: Opcode with its modifiers, such as "LDGSTS.E.BYPASS.128".
+        operands: Text after the opcode.
+        guard: Predicate ("P0", "!UP1"), or None if it always executes.
+        line: Line of the kernel's own source file, the outermost if inlined; None if unknown.
     """
 
     address: int
@@ -91,12 +91,12 @@ class Instruction:
 
     @property
     def family(self) -> str:
-        """The opcode without modifiers."""
+        """Opcode without modifiers."""
         return self.opcode.split(".", 1)[0]
 
     @property
     def conditional(self) -> bool:
-        """Whether control may also pass to the next instruction of a branch."""
+        """Whether control may also continue after a branch."""
         return self.guard is not None or ".DIV" in self.opcode or ", " in self.operands
 
     @property
@@ -107,16 +107,16 @@ class Instruction:
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions of nvdisasm's listing in order, and the index that each label stands before.
+    """Return the instructions of a listing in order, and the index that follows each label.
 
     Args:
-        text: output of `nvdisasm -c`, with `-gi` for source lines.
+        text: Output of `nvdisasm -c`, with `-gi` for source lines.
 
     Returns:
         (instructions, labels).
 
     Raises:
-        ValueError: if the text holds no instruction.
+        ValueError: If the text holds no instruction.
     """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -138,7 +138,7 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def classify(instruction: Instruction) -> str:
-    """Class of an instruction: a name of `CLASSES`, or "OTHER"."""
+    """Return the class of an instruction: a name of `CLASSES`, or "OTHER"."""
     family = instruction.family
     for name, pattern in _CLASSES:
         if pattern.fullmatch(family):
@@ -146,31 +146,31 @@ def classify(instruction: Instruction) -> str:
     return "OTHER"
 
 
-def mix(instructions: Iterable[Instruction]) -> Counter[str]:
-    """Number of instructions of each class."""
+def instruction_mix(instructions: Iterable[Instruction]) -> Counter[str]:
+    """Return the number of instructions of each class."""
     return Counter(classify(instruction) for instruction in instructions)
 
 
 def is_mma(instruction: Instruction) -> bool:
-    """Whether it is a matrix instruction."""
+    """Return whether it is a matrix instruction."""
     return classify(instruction) in ("HMMA", "HGMMA", "UTCMMA")
 
 
 def mma_flop(instruction: Instruction, warps: int) -> int | None:
-    """Multiply and add operations that one block issues when each of its warps issues it once.
+    """Return the FLOP that one block issues when each of its warps issues an instruction once.
 
     A warp issues HMMA by itself, four warps issue one HGMMA together.
 
     Args:
-        instruction: any instruction.
-        warps: warps of the block.
+        instruction: Any instruction.
+        warps: Warps per block.
 
     Returns:
         FLOP, 0 for other instructions; None for a tensor-memory instruction, whose shape is in a
         register and not in the text.
 
     Raises:
-        ValueError: for a matrix instruction of unknown shape.
+        ValueError: If the shape of a matrix instruction is unknown.
     """
     if not is_mma(instruction):
         return 0
@@ -187,12 +187,12 @@ def mma_flop(instruction: Instruction, warps: int) -> int | None:
 
 
 def copy_bytes(instruction: Instruction) -> int:
-    """Bytes that one thread moves with a global load or an asynchronous copy; 0 for others."""
+    """Return the bytes that one thread moves with a global load or asynchronous copy; else 0."""
     return 0 if classify(instruction) == "STG" else access_bytes(instruction)
 
 
 def access_bytes(instruction: Instruction) -> int:
-    """Bytes that one thread moves to or from global memory with an instruction; 0 for others."""
+    """Return the bytes that one thread moves to or from global memory; 0 for other instructions."""
     if classify(instruction) not in ("LDG", "LDGSTS", "STG"):
         return 0
     parts = instruction.opcode.split(".")

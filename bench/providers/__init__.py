@@ -1,1 +1,1 @@
-"""Who is compared: the same work in several implementations."""
+"""The implementations that are compared: one module per kind of work."""

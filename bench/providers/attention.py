@@ -1,8 +1,8 @@
-"""Attention with prompts, forward and backward, in the ways that are compared.
+"""Attention with prompts, forward and backward, in the implementations that are compared.
 
-The names are those of `bench.providers.models`. Tokens give packed queries, keys and values
-(B, N, 3, H, d), prompts (1, p, 3, H, d) for the whole batch; only where prompt rows are
-concatenated is the prompts' query used, and its result thrown away.
+Provider names are those of `bench.providers.models`. Tokens are packed queries, keys and values
+(B, N, 3, H, d); prompts (1, p, 3, H, d) are shared by the batch. The prompts' queries are used only
+where prompt rows are concatenated, and their results are discarded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from bench.compare.correctness import WORST, Check, Results, budget, largest_error
-from bench.compare.rounds import Turn, timed
+from bench.compare.rounds import ProviderResult, time_interleaved
 from bench.providers.models import (
     COMPILED,
     CUDNN,
@@ -31,8 +31,8 @@ from bench.providers.models import (
 )
 from vpt_fast.ops.attention.operator import prompt_attention
 
-Attend = Callable[[Tensor, Tensor], Tensor]
-"""(tokens, prompts) to (B, N, H * d)."""
+Attention = Callable[[Tensor, Tensor], Tensor]
+"""Function of tokens and prompts that returns (B, N, H * d)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class AttentionCase:
     def inputs(
         self, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Seeded tokens, prompts and the gradient of the result."""
+        """Return seeded tokens, prompts and the gradient of the result."""
         generator = torch.Generator().manual_seed(1)
         heads = (3, self.heads, self.head_dim)
 
@@ -89,8 +89,8 @@ def _concat(tokens: Tensor, prompts: Tensor) -> Tensor:
 
 
 def _keys_concat(tokens: Tensor, prompts: Tensor) -> Tensor:
-    keys = torch.cat([prompts[:, :, 1:].expand(len(tokens), -1, -1, -1, -1), tokens[:, :, 1:]], 1)
-    k, v = _heads(keys)
+    kv = torch.cat([prompts[:, :, 1:].expand(len(tokens), -1, -1, -1, -1), tokens[:, :, 1:]], 1)
+    k, v = _heads(kv)
     return _rows(F.scaled_dot_product_attention(tokens[:, :, 0].transpose(1, 2), k, v))
 
 
@@ -102,7 +102,7 @@ def _without(tokens: Tensor, prompts: Tensor) -> Tensor:
     return _rows(F.scaled_dot_product_attention(*_heads(tokens)))
 
 
-WAYS: dict[str, Attend] = {
+IMPLEMENTATIONS: dict[str, Attention] = {
     PUBLISHED: _published,
     "concat": _concat,
     "keys_concat": _keys_concat,
@@ -111,21 +111,21 @@ WAYS: dict[str, Attend] = {
 }
 
 
-def attend(name: str) -> Attend:
-    """The function of a provider; a compiled one is compiled at its first call."""
-    function = WAYS[base(name)]
+def implementation(name: str) -> Attention:
+    """Return a provider's function; a compiled one is compiled at its first call."""
+    function = IMPLEMENTATIONS[base(name)]
     if name in COMPILED:
         return torch.compile(function)
     return partial(_cudnn_first, function) if name in CUDNN else function
 
 
-def _cudnn_first(function: Attend, tokens: Tensor, prompts: Tensor) -> Tensor:
+def _cudnn_first(function: Attention, tokens: Tensor, prompts: Tensor) -> Tensor:
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         return function(tokens, prompts)
 
 
-def run(function: Attend, tokens: Tensor, prompts: Tensor, gradient: Tensor) -> Results:
-    """The result and the gradients of tokens' and prompts' keys and values."""
+def run(function: Attention, tokens: Tensor, prompts: Tensor, gradient: Tensor) -> Results:
+    """Return the result, and the gradients of the tokens and of the prompts' keys and values."""
     tokens.grad = prompts.grad = None
     out = function(tokens, prompts)
     out.backward(gradient)
@@ -138,25 +138,27 @@ def run(function: Attend, tokens: Tensor, prompts: Tensor, gradient: Tensor) -> 
 def functions(
     case: AttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Callable[[], Results]]:
-    """What is timed, by provider."""
+    """Return the function to time, by provider."""
     return {
-        name: partial(run, attend(name), *case.inputs(dtype, device)) for name in case.providers
+        name: partial(run, implementation(name), *case.inputs(dtype, device))
+        for name in case.providers
     }
 
 
 def checks(
     case: AttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Check]:
-    """Every provider against fp64, as `bench.compare.correctness` does it."""
+    """Check every provider against fp64, as `bench.compare.correctness` does for models."""
     kind = str(dtype).removeprefix("torch.")
     given = case.inputs(dtype, device)
     tokens, prompts = (tensor.detach().double().requires_grad_() for tensor in given[:2])
     wanted = {
-        name: run(WAYS[name], tokens, prompts, given[2].double()) for name in (PUBLISHED, WITHOUT)
+        name: run(IMPLEMENTATIONS[name], tokens, prompts, given[2].double())
+        for name in (PUBLISHED, WITHOUT)
     }
 
     def error(name: str) -> tuple[float, str]:
-        have = run(attend(name), *case.inputs(dtype, device))
+        have = run(implementation(name), *case.inputs(dtype, device))
         want = wanted[WITHOUT if base(name) == WITHOUT else PUBLISHED]
         return largest_error({key: value.double() for key, value in have.items()}, want)
 
@@ -165,10 +167,10 @@ def checks(
     return {name: Check(name, *error(name), limits.get(name, limit)) for name in case.providers}
 
 
-def take_turns(case: AttentionCase, rounds: int) -> dict[str, Turn]:
-    """Check every provider in fp32 on the CPU, then time those that hold, in turns.
+def check_and_time(case: AttentionCase, rounds: int) -> dict[str, ProviderResult]:
+    """Check every provider in fp32 on the CPU, then time those that pass in interleaved rounds.
 
-    A call takes milliseconds, so each of the `rounds` is four.
+    A call takes milliseconds, so four rounds are run for each of `rounds`.
     """
     kind = torch.float32
-    return timed(checks(case, kind), functions(case, kind), 4 * rounds)
+    return time_interleaved(checks(case, kind), functions(case, kind), 4 * rounds)

@@ -1,11 +1,12 @@
-"""Attention of a batch whose images are of as many tasks, in the ways that are compared.
+"""Attention of a batch in which every image belongs to another task, in several implementations.
 
-    one_call_per_image  `prompt_attention` of one image after the other, each with its own prompts
-    gathered            each image's prompts copied beside its keys, fused attention in plain
-                        PyTorch; padded to the most prompts, and masked, where their numbers differ
-    vpt_fast            one launch that reads all prompts where they are
+    one_call_per_image  one call of `prompt_attention` per image, each with its own prompts
+    gathered            each image's prompts copied before its keys and values, then fused attention
+                        in plain PyTorch; padded to the largest number of prompts, and masked, where
+                        the numbers differ
+    vpt_fast            one launch that reads all prompts without copying them
 
-Inference: there are no gradients. The classifiers of such a batch are checked here too.
+Inference only: there are no gradients. The classifiers of such a batch are checked here too.
 """
 
 from __future__ import annotations
@@ -26,32 +27,34 @@ from vpt_fast.ops.attention.ragged import bank_attention
 from vpt_fast.ops.rowwise.grouped_heads import grouped_heads
 
 ONE_BY_ONE, GATHERED = "one_call_per_image", "gathered"
-OWN_NAMES = (ONE_BY_ONE, GATHERED)
-"""Providers that only batches of many tasks have."""
+BANK_PROVIDERS = (ONE_BY_ONE, GATHERED)
+"""Providers that exist only for batches of many tasks."""
 
 
-class Given(NamedTuple):
-    """Arguments of `bank_attention`, and each image's (start, count) on the host."""
+class BankInputs(NamedTuple):
+    """Arguments of `bank_attention`, and the (row offset, count) of each image on the host."""
 
     tokens: Tensor
-    rest: Tensor
-    made: Tensor
-    starts: Tensor
+    cached: Tensor
+    computed: Tensor
+    offsets: Tensor
     counts: Tensor
     spans: tuple[tuple[int, int], ...]
 
     @property
-    def most(self) -> int:
+    def max_prompts(self) -> int:
+        """Largest number of prompts of an image."""
         return max(count for _, count in self.spans)
 
     @property
     def scale(self) -> float:
+        """Factor of the attention scores."""
         return float(self.tokens.shape[-1] ** -0.5)
 
     def prompts(self, image: int) -> Tensor:
-        """(1, p, 2, H, d), a view."""
-        start, count = self.spans[image]
-        pool, first = (self.made, ~start) if start < 0 else (self.rest, start)
+        """Return an image's prompts as a view (1, p, 2, H, d)."""
+        offset, count = self.spans[image]
+        pool, first = (self.computed, ~offset) if offset < 0 else (self.cached, offset)
         return pool[first : first + count].unsqueeze(0)
 
 
@@ -60,10 +63,14 @@ class BankAttentionCase:
     """Shapes of one comparison; the defaults are those of ViT-B/16 at 224 pixels.
 
     Attributes:
-        prompts: of each task; of the task with the most where they are `mixed`.
-        batch: images, each of a task of its own.
-        mixed: whether tasks have other numbers of prompts, none among them, and every third has
-            prompts that were made for the batch.
+        prompts: Prompts per task; the largest number if `mixed`.
+        batch: Images, each of another task.
+        tokens: Tokens per image.
+        heads: Attention heads.
+        head_dim: Channels per head.
+        mixed: Whether the tasks differ in their number of prompts, some having none, and every
+            third task's prompts are computed per call instead of cached.
+        providers: Providers to compare.
     """
 
     prompts: int = 50
@@ -72,22 +79,22 @@ class BankAttentionCase:
     heads: int = 12
     head_dim: int = 64
     mixed: bool = False
-    providers: tuple[str, ...] = (*OWN_NAMES, OURS)
+    providers: tuple[str, ...] = (*BANK_PROVIDERS, OURS)
 
     def __str__(self) -> str:
         kind = "mixed" if self.mixed else "equal"
         return f"bank_attention-p{self.prompts}-{kind}-b{self.batch}-n{self.tokens}"
 
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Start and number of each image's prompts, `prompts` rows apart."""
+        """Return row offset and number of each image's prompts, `prompts` rows apart."""
         p = self.prompts
         if not self.mixed:
             return tuple((b * p, p) for b in range(self.batch))
         counts = [(p, 0, p // 3, 1)[b % 4] for b in range(self.batch)]
         return tuple((~(b * p) if b % 3 == 2 else b * p, n) for b, n in enumerate(counts))
 
-    def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Given:
-        """Seeded tensors."""
+    def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> BankInputs:
+        """Return seeded tensors."""
         generator = torch.Generator().manual_seed(1)
         rows, spans = self.batch * self.prompts, self.spans()
 
@@ -95,14 +102,14 @@ class BankAttentionCase:
             return torch.randn(shape, generator=generator).to(device, dtype)
 
         heads = self.heads, self.head_dim
-        starts, counts = (torch.tensor(n, device=device) for n in zip(*spans, strict=True))
-        return Given(
+        offsets, counts = (torch.tensor(n, device=device) for n in zip(*spans, strict=True))
+        return BankInputs(
             draw(self.batch, self.tokens, 3, *heads), draw(rows, 2, *heads),
-            draw(rows if self.mixed else 0, 2, *heads), starts, counts, spans,
+            draw(rows if self.mixed else 0, 2, *heads), offsets, counts, spans,
         )  # fmt: skip
 
 
-def _one_by_one(given: Given) -> Tensor:
+def _one_by_one(given: BankInputs) -> Tensor:
     return torch.cat(
         [
             prompt_attention([given.tokens[b : b + 1]], [given.prompts(b)], given.scale)
@@ -111,15 +118,16 @@ def _one_by_one(given: Given) -> Tensor:
     )
 
 
-def _gathered(given: Given) -> Tensor:
-    tokens, rest, made, starts, counts, _ = given
-    slots = torch.arange(given.most, device=tokens.device)
-    pool, first = rest, starts
-    if len(made):
-        pool, first = torch.cat([rest, made]), torch.where(starts < 0, len(rest) + ~starts, starts)
+def _gathered(given: BankInputs) -> Tensor:
+    tokens, cached, computed, offsets, counts, _ = given
+    slots = torch.arange(given.max_prompts, device=tokens.device)
+    pool, first = cached, offsets
+    if len(computed):
+        pool = torch.cat([cached, computed])
+        first = torch.where(offsets < 0, len(cached) + ~offsets, offsets)
     rows = (first[:, None] + slots).clamp(max=len(pool) - 1)
-    keys = torch.cat([pool[rows], tokens[:, :, 1:]], 1)
-    k, v = keys.permute(2, 0, 3, 1, 4).unbind(0)
+    kv = torch.cat([pool[rows], tokens[:, :, 1:]], 1)
+    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
     mask = None
     if len({count for _, count in given.spans}) > 1:
         own = torch.ones(len(tokens), tokens.shape[1], dtype=torch.bool, device=tokens.device)
@@ -128,21 +136,21 @@ def _gathered(given: Given) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-def _ours(given: Given) -> Tensor:
-    pools = given.rest, given.made
-    places = given.starts, given.counts
-    return bank_attention([given.tokens], *pools, *places, given.most, given.scale)[0]
+def _ours(given: BankInputs) -> Tensor:
+    pools = given.cached, given.computed
+    rows = given.offsets, given.counts
+    return bank_attention([given.tokens], *pools, *rows, given.max_prompts, given.scale)[0]
 
 
-WAYS: dict[str, Callable[[Given], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[BankInputs], Tensor]] = {
     ONE_BY_ONE: _one_by_one,
     GATHERED: _gathered,
     OURS: _ours,
 }
 
 
-def _exact(given: Given) -> Tensor:
-    """Image by image in fp64, written out."""
+def _exact(given: BankInputs) -> Tensor:
+    """Return the result in fp64, computed image by image from the formula."""
     outs = []
     for b in range(len(given.spans)):
         q, k, v = given.tokens[b : b + 1].double().unbind(2)
@@ -153,28 +161,31 @@ def _exact(given: Given) -> Tensor:
     return torch.cat(outs)
 
 
-def _run(way: Callable[[Given], Tensor], given: Given) -> Results:
+def _run(implementation: Callable[[BankInputs], Tensor], given: BankInputs) -> Results:
     with torch.no_grad():
-        return {"out": way(given)}
+        return {"out": implementation(given)}
 
 
 def functions(
     case: BankAttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Callable[[], Results]]:
-    """What is timed, by provider."""
-    return {name: partial(_run, WAYS[name], case.inputs(dtype, device)) for name in case.providers}
+    """Return the function to time, by provider."""
+    return {
+        name: partial(_run, IMPLEMENTATIONS[name], case.inputs(dtype, device))
+        for name in case.providers
+    }
 
 
 def checks(
     case: BankAttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Check]:
-    """Every provider against fp64, as `bench.compare.correctness` does it."""
+    """Check every provider against fp64, as `bench.compare.correctness` does for models."""
     kind = str(dtype).removeprefix("torch.")
     given = case.inputs(dtype, device)
     wanted = {"out": _exact(given)}
 
     def error(name: str) -> tuple[float, str]:
-        return largest_error({"out": WAYS[name](given).double()}, wanted)
+        return largest_error({"out": IMPLEMENTATIONS[name](given).double()}, wanted)
 
     limit = budget(error(GATHERED)[0], kind)
     limits = {GATHERED: WORST[kind]}
@@ -195,7 +206,7 @@ class HeadsCase:
 def _heads(
     case: HeadsCase, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
-    """Classes of each image's task, features, and the classifiers' weights and biases."""
+    """Return class counts by image, features, and the classifiers' weights and biases."""
     generator = torch.Generator().manual_seed(case.width)
     counts = [(13, 0, 1, 30)[b % 4] for b in range(case.batch)]
     rows = sum(counts)
@@ -207,17 +218,19 @@ def _heads(
 
 
 def run_heads(case: HeadsCase, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Logits of all classifiers; the last image's comes first among them."""
+    """Return the logits of all classifiers, stored with the last image's first."""
     counts, features, weight, bias = _heads(case, dtype, device)
     sizes = torch.tensor(counts, device=device)
-    offsets = sizes.cumsum(0) - sizes
+    logit_offsets = sizes.cumsum(0) - sizes
     rows = sum(counts)
-    starts = rows - offsets - sizes
-    return grouped_heads(features, weight, bias, starts, sizes, offsets, rows, max(counts))
+    weight_offsets = rows - logit_offsets - sizes
+    return grouped_heads(
+        features, weight, bias, weight_offsets, sizes, logit_offsets, rows, max(counts)
+    )
 
 
 def check_heads(case: HeadsCase, dtype: torch.dtype, device: torch.device | str) -> Check:
-    """The classifiers' check, against a product for each image."""
+    """Check the classifiers against one matrix product per image."""
     counts, features, weight, bias = _heads(case, dtype, device)
 
     def plain(kind: torch.dtype) -> Results:

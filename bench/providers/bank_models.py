@@ -1,4 +1,4 @@
-"""A model's answers for a batch of as many tasks: one call of a `PromptBank` or one an image."""
+"""A model's logits for a batch of many tasks: one call of a `PromptBank`, or one call per image."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from bench.providers.models import OURS, PUBLISHED, provide, set_values, values
 from vpt_fast import PromptBank, prompt_tune, save_adapter
 
 _ADAPTERS = 2
-"""Sets of values, of which the tasks have one after the other. Each task has rows of its own."""
+"""Adapters with different values, assigned to the tasks in rotation; each task has its own rows."""
 
 _CHECKED = 8
-"""Images whose logits are held against fp64, the batch's first ones."""
+"""Images, the first of the batch, whose logits are compared with fp64."""
 
 
 @dataclass(frozen=True)
 class BankModelCase:
-    """One comparison, in inference: `batch` images, each of a task of its own."""
+    """One comparison, in inference: `batch` images, each of another task."""
 
     model: str = "vit_base_patch16_224"
     batch: int = 64
@@ -40,10 +40,10 @@ class BankModelCase:
         return f"bank-{self.model}-{self.method}-p{self.prompts}-b{self.batch}"
 
 
-def entrant(
+def prepare(
     case: BankModelCase, name: str, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Check, Run]:
-    """A provider's check and what is timed of it."""
+    """Return a provider's check and the function to time."""
     kind = str(dtype).removeprefix("torch.")
     step = Case(
         INFERENCE, case.model, case.method, case.batch, case.prompts, dtype=kind,
@@ -71,7 +71,7 @@ def entrant(
 def _bank(
     step: Case, tasks: Sequence[str], dtype: torch.dtype, device: torch.device | str
 ) -> tuple[list[dict[str, Tensor]], PromptBank]:
-    """Values of each adapter, and a bank of tasks that have them."""
+    """Return the values of each adapter, and a bank whose tasks have them."""
     tuned = prompt_tune(step.build().to(dtype), step.settings())
     bank = PromptBank(step.build().to(dtype).to(device))
     generator = torch.Generator().manual_seed(3)
@@ -93,7 +93,10 @@ def _bank(
 def _logits(
     step: Case, name: str, dtype: torch.dtype, adapters: Sequence[dict[str, Tensor]], images: Tensor
 ) -> Tensor:
-    """Logits of the first images under the adapters in turn, fp64, by another provider."""
+    """Return the logits (fp64) of the first images, computed by another provider.
+
+    Image i has adapter i modulo the number of adapters.
+    """
     module: Any = provide(name, step.build().to(images.dtype), step.settings())
     module = module.to(images.device, dtype).eval()
     images = images[:_CHECKED].to(dtype)

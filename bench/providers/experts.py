@@ -1,8 +1,8 @@
-"""What a block does with VAPT's experts before attention, in the ways that are compared.
+"""VAPT's experts in one block, before attention, in the implementations that are compared.
 
-norm1 of the tokens and of the prompts that the experts make of them, forward and backward. "concat"
-is the equations as they are written (`vpt_fast.reference.vit.ConcatenatedExperts`); the other names
-are those of `bench.providers.models`.
+The result is norm1 of the tokens and of the prompts that the experts compute from them, forward and
+backward. "concat" is the equations as published (`vpt_fast.reference.vit.ConcatenatedExperts`); the
+other names are those of `bench.providers.models`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from bench.compare.correctness import WORST, Check, Results, budget, largest_error
-from bench.compare.rounds import Turn, timed
+from bench.compare.rounds import ProviderResult, time_interleaved
 from bench.providers.models import OURS, provide, set_values, trained, values
 from vpt_fast import VAPT
-from vpt_fast.ops.block.add_norm import OpenSum
+from vpt_fast.ops.block.add_norm import DeferredSum
 
 PROVIDERS = ("concat", "concat_compiled", OURS)
 _BLOCK = 1
-Make = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Tokens (B, N, D) to norm1 of them and of their prompts (B, p, D)."""
+Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Function of tokens (B, N, D) that returns norm1 of them and of their prompts (B, p, D)."""
 
 
 @dataclass(frozen=True)
 class ExpertCase:
-    """One comparison; dropouts are off."""
+    """Shapes and model of one comparison; dropout is off."""
 
     prompts: int = 50
     batch: int = 8
@@ -41,7 +41,7 @@ class ExpertCase:
         return f"experts-{self.model}-p{self.prompts}-b{self.batch}"
 
     def module(self, name: str) -> Any:
-        """A model of two blocks, the second of which has experts."""
+        """Return a model of two blocks, the second of which has experts."""
         torch.manual_seed(0)
         model = timm.create_model(self.model, depth=_BLOCK + 1).eval()
         return provide(name, model, VAPT(self.prompts, projector_dropout=0, channel_dropout=0))
@@ -49,7 +49,7 @@ class ExpertCase:
     def inputs(
         self, model: Any, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Seeded tokens, and gradients of both results."""
+        """Return seeded tokens, and the gradients of both results."""
         generator = torch.Generator().manual_seed(1)
         patches = model.patch_embed.num_patches + model.num_prefix_tokens
 
@@ -60,32 +60,32 @@ class ExpertCase:
         return draw(patches).requires_grad_(), draw(patches), draw(self.prompts)
 
 
-def _eager(module: Any) -> Make:
+def _eager(module: Any) -> Forward:
     norm = module.model.blocks[_BLOCK].norm1
     return lambda x: (norm(x), norm(module.experts(_BLOCK, x)))
 
 
-def _ours(module: Any) -> Make:
+def _ours(module: Any) -> Forward:
     block = module.blocks[_BLOCK]
-    return lambda x: block.prompt.with_norm(OpenSum(x), block.norm1)[1:]
+    return lambda x: block.prompt.with_norm(DeferredSum(x), block.norm1)[1:]
 
 
 @dataclass(frozen=True)
-class Way:
+class ExpertProvider:
     """A provider, ready to run."""
 
     module: Any
-    make: Make
+    forward: Forward
     inputs: tuple[Tensor, Tensor, Tensor]
 
     def run(self) -> Results:
-        """Both results, and the gradients of tokens and experts."""
+        """Return both results, and the gradients of the tokens and of the experts."""
         x, *grads = self.inputs
         parameters = [(name, p) for name, (p, row) in self._experts()]
         x.grad = None
         for _, parameter in parameters:
             parameter.grad = None
-        results = self.make(x)
+        results = self.forward(x)
         torch.autograd.backward(results, grads)
         found = {"norm": results[0].detach(), "prompts": results[1].detach(), "tokens": x.grad}
         return {**found, **{name: parameter.grad for name, parameter in parameters}}
@@ -95,44 +95,45 @@ class Way:
         return [(n, p) for n, p in trained(self.module).items() if n.startswith(kinds)]
 
 
-def way(
+def expert_provider(
     case: ExpertCase,
     name: str,
     dtype: torch.dtype,
     given: dict[str, Tensor],
     device: torch.device | str = "cpu",
-) -> Way:
-    """A provider with given values of what is trained."""
+) -> ExpertProvider:
+    """Return a provider whose trained parameters have the given values."""
     module = case.module(OURS if name == OURS else "concat").to(device, dtype)
     set_values(module, given)
-    make = _ours(module) if name == OURS else _eager(module)
+    forward = _ours(module) if name == OURS else _eager(module)
     if name == "concat_compiled":
-        make = torch.compile(make)
+        forward = torch.compile(forward)
     model = module if name == OURS else module.model
-    return Way(module, make, case.inputs(model, dtype, device))
+    return ExpertProvider(module, forward, case.inputs(model, dtype, device))
 
 
 def functions(
     case: ExpertCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Callable[[], Results]]:
-    """What is timed, by provider."""
+    """Return the function to time, by provider."""
     given = values(case.module("concat"))
     return {
-        name: partial(Way.run, way(case, name, dtype, given, device)) for name in case.providers
+        name: partial(ExpertProvider.run, expert_provider(case, name, dtype, given, device))
+        for name in case.providers
     }
 
 
 def checks(
     case: ExpertCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Check]:
-    """Every provider against the equations in fp64, as `bench.compare.correctness` does it."""
+    """Check every provider against the equations in fp64, as `bench.compare.correctness` does."""
     kind = str(dtype).removeprefix("torch.")
     given = values(case.module("concat"))
     rounded = {name: value.to(dtype) for name, value in given.items()}
-    truth = way(case, "concat", torch.float64, rounded, device).run()
+    truth = expert_provider(case, "concat", torch.float64, rounded, device).run()
 
     def error(name: str) -> tuple[float, str]:
-        have = way(case, name, dtype, given, device).run()
+        have = expert_provider(case, name, dtype, given, device).run()
         return largest_error({key: value.double() for key, value in have.items()}, truth)
 
     limit = budget(error("concat")[0], kind)
@@ -142,7 +143,7 @@ def checks(
     }
 
 
-def take_turns(case: ExpertCase, rounds: int) -> dict[str, Turn]:
-    """As `bench.providers.attention.take_turns`."""
+def check_and_time(case: ExpertCase, rounds: int) -> dict[str, ProviderResult]:
+    """Check and time every provider, as `bench.providers.attention.check_and_time` does."""
     kind = torch.float32
-    return timed(checks(case, kind), functions(case, kind), 4 * rounds)
+    return time_interleaved(checks(case, kind), functions(case, kind), 4 * rounds)

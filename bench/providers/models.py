@@ -1,19 +1,19 @@
-"""Who trains the prompts: the same model and method, computed in the ways that are compared.
+"""A model with prompts, in the implementations that are compared.
 
     published              concatenation, explicit softmax, fp32: the published formulation
     concat                 concatenation, fused attention
     concat_compiled        the same under torch.compile
     keys_concat            prompts' keys and values concatenated in plain PyTorch, fused attention
     keys_concat_compiled   the same under torch.compile
-    vpt_fast               ours
-    without_prompts        the same frozen model without prompts, the gradient through all blocks
+    vpt_fast               this package
+    without_prompts        the frozen model without prompts, the gradient through all blocks
 
-On a GPU also, beside the order in which PyTorch itself chooses among its kernels for attention:
+On a GPU there are more. PyTorch chooses its attention kernel in the providers above, and in these:
 
-    concat_cudnn, keys_concat_cudnn                cuDNN's attention wherever it can be taken
+    concat_cudnn, keys_concat_cudnn                cuDNN's attention wherever it is supported
     vpt_fast_compiled, without_prompts_compiled    the two under torch.compile
 
-All of them take images (B, 3, height, width) to logits, and start from the same values.
+All providers map images (B, 3, height, width) to logits and start from the same parameter values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.providers.keys_concat import ConcatenatedKeys
+from bench.providers.keys_concat import ConcatenatedKV
 from vpt_fast import VAPT, VPTDeep, prompt_tune
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.reference.swin import ConcatenatedWindows
@@ -46,10 +46,10 @@ COMPILED = {
     f"{OURS}_compiled": OURS,
     f"{WITHOUT}_compiled": WITHOUT,
 }
-"""Compiled providers, and what they compile."""
+"""Compiled providers, and the provider that each compiles."""
 
 CUDNN = {"concat_cudnn": "concat", "keys_concat_cudnn": "keys_concat"}
-"""Providers that prefer cuDNN's attention, and what they run with it."""
+"""Providers that prefer cuDNN's attention, and the provider that each runs with it."""
 
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -61,7 +61,7 @@ CUDNN_FIRST = [
 PROVIDERS = (
     PUBLISHED, "concat", "concat_compiled", "keys_concat", "keys_concat_compiled", OURS, WITHOUT,
 )  # fmt: skip
-"""Those that are compared everywhere."""
+"""Providers that are compared on every device."""
 
 EAGER = tuple(name for name in PROVIDERS if name not in COMPILED)
 GPU_EAGER = (PUBLISHED, "concat", *CUDNN, "keys_concat", OURS, WITHOUT)
@@ -69,14 +69,17 @@ GPU_PROVIDERS = (*GPU_EAGER, *COMPILED)
 
 
 def base(name: str) -> str:
-    """The provider that computes the same in eager PyTorch, with PyTorch's own order of kernels."""
+    """Return the eager provider that computes the same result.
+
+    It leaves the choice of the attention kernel to PyTorch.
+    """
     return COMPILED.get(name) or CUDNN.get(name, name)
 
 
 class PreferCudnn(nn.Module):
-    """A module whose attention is cuDNN's wherever that can be taken.
+    """A module that uses cuDNN's attention wherever it is supported.
 
-    The backward pass is by the kernel that the forward pass chose.
+    The backward pass uses the kernel that the forward pass chose.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -84,27 +87,27 @@ class PreferCudnn(nn.Module):
         self.inner = inner
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, height, width)."""
+        """Return logits (B, classes) of images (B, 3, height, width)."""
         with sdpa_kernel(CUDNN_FIRST, set_priority=True):
             return self.inner(images)
 
 
 def provide(name: str, model: Any, method: VPTDeep | VAPT, memory: str = "speed") -> nn.Module:
-    """A plain timm vision transformer as provider `name` trains it.
+    """Return a plain timm vision transformer as provider `name` trains it.
 
     Args:
-        name: one of `GPU_PROVIDERS`.
-        model: changed in place: frozen, its head trained. "published" makes it fp32. A
-            SwinTransformer has no "keys_concat".
+        name: One of `GPU_PROVIDERS`.
+        model: Model to change in place: it is frozen, except for its head. "published" converts it
+            to fp32. "keys_concat" does not support a SwinTransformer.
         method: VPTDeep with prompts in every block, or VAPT. With 0 prompts the gradient still
-            flows through all blocks, as it does "without_prompts".
-        memory: mode of ours, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+            flows through all blocks, as it does for "without_prompts".
+        memory: Memory mode of vpt_fast, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
 
     Returns:
         A module that maps images to logits, in training mode.
 
     Raises:
-        ValueError: an unknown name, or one that the model does not have.
+        ValueError: If the name is unknown, or the provider does not support the model.
     """
     if name not in GPU_PROVIDERS:
         raise ValueError(f"provider is {name!r}; choose one of {', '.join(GPU_PROVIDERS)}")
@@ -127,20 +130,20 @@ def provide(name: str, model: Any, method: VPTDeep | VAPT, memory: str = "speed"
     if not method.num_prompts:
         require_gradient(model, 0)
     elif name == "keys_concat":
-        tuned = ConcatenatedKeys(tuned)
+        tuned = ConcatenatedKV(tuned)
     return tuned.train() if method.num_prompts else tuned
 
 
 def trained(module: nn.Module) -> dict[str, tuple[Any, int | None]]:
-    """What a provider trains, by the names that adapters use.
+    """Return what a provider trains, under the names that adapters use.
 
     Returns:
-        Name to a parameter and the index in it, None for the whole: eager PyTorch keeps the
-        prompts of all blocks in one.
+        A dict of name to a parameter and an index into it, None for the whole parameter: eager
+        PyTorch stores the prompts of all blocks in one parameter.
     """
     inner: Any = getattr(module, "_orig_mod", module)
     inner = inner.inner if isinstance(inner, PreferCudnn) else inner
-    inner = inner.source if isinstance(inner, ConcatenatedKeys) else inner
+    inner = inner.source if isinstance(inner, ConcatenatedKV) else inner
     found: dict[str, tuple[Any, int | None]] = {}
     if isinstance(inner, ConcatenatedPrompts):
         for row, block in enumerate(inner.blocks):
@@ -168,7 +171,7 @@ def trained(module: nn.Module) -> dict[str, tuple[Any, int | None]]:
 
 
 def values(module: nn.Module) -> dict[str, Tensor]:
-    """Values of what a provider trains, by name."""
+    """Return the values of what a provider trains, by name."""
     return {
         name: (parameter if row is None else parameter[row]).detach().clone()
         for name, (parameter, row) in trained(module).items()
@@ -176,7 +179,7 @@ def values(module: nn.Module) -> dict[str, Tensor]:
 
 
 def set_values(module: nn.Module, wanted: Mapping[str, Tensor]) -> None:
-    """Give what a provider trains the values of those names; others stay as they are."""
+    """Set what a provider trains to the values of the same name; leave the rest unchanged."""
     with torch.no_grad():
         for name, (parameter, row) in trained(module).items():
             if name in wanted:
@@ -184,10 +187,10 @@ def set_values(module: nn.Module, wanted: Mapping[str, Tensor]) -> None:
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Gradients of what a provider trains, by name.
+    """Return the gradients of what a provider trains, by name.
 
     Raises:
-        RuntimeError: one is missing.
+        RuntimeError: If a gradient is missing.
     """
     found = {}
     for name, (parameter, row) in trained(module).items():

@@ -1,1 +1,1 @@
-"""Single questions, each with its answer."""
+"""Studies of single questions."""

@@ -1,17 +1,17 @@
-"""One batch over many tasks: a bank beside one task alone, and beside switching adapters.
+"""One batch over many tasks: a bank compared with one task alone, and with switching adapters.
 
     python -m bench.studies.bank [--model M] [--method vpt-deep|vapt] [--prompts P] [--tasks T]
         [--images B] [--rounds R]
 
-Measured on this machine, in turns, in inference:
+Measured on this machine, in interleaved rounds, in inference:
 
     one task    a tuned model on B images of its only task
     bank        a `PromptBank` on B images, spread over T tasks
-    switching   the tuned model, which is given the tensors of one task after another and runs that
-                task's images alone
+    switching   the tuned model, into which one task's tensors after another are copied, each time
+                for that task's images alone
 
-Every answer of the bank is held against the tuned model's first. Then launches and bytes of the
-same work on a GPU, in bf16: counted by `bench.counted.trace`, not run.
+Every logit of the bank is first compared with the tuned model's. Then the launches and bytes of the
+same work on a GPU, in bf16, are counted by `bench.counted.trace`; nothing is run there.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class BankCase:
-    """What is compared.
+    """One comparison.
 
     Attributes:
-        model: timm's name of a vision transformer.
+        model: Name of a vision transformer in timm.
         method: "vpt-deep" or "vapt".
-        prompts: of each block.
-        tasks: number of tasks.
-        images: of the batch; a multiple of `tasks`.
-        dtype: of the model.
+        prompts: Prompts per block.
+        tasks: Number of tasks.
+        images: Images in the batch, a multiple of `tasks`.
+        dtype: Dtype of the model.
     """
 
     model: str = "vit_small_patch16_224"
@@ -69,16 +69,16 @@ class BankCase:
 
     @property
     def settings(self) -> VPTDeep | VAPT:
-        """The tasks' method."""
+        """Method that all tasks use."""
         return VAPT(self.prompts) if self.method == "vapt" else VPTDeep(self.prompts)
 
 
-class Ways:
-    """The ways to answer a batch, with seeded weights; speed does not depend on what they are.
+class BankComparison:
+    """The implementations on one batch, with seeded weights, whose values do not affect speed.
 
     Args:
-        case: what is compared.
-        folder: where the adapters are written.
+        case: Case to compare.
+        folder: Directory to write the adapters to.
     """
 
     def __init__(self, case: BankCase, folder: Path) -> None:
@@ -104,34 +104,36 @@ class Ways:
         self.names = [f"task {i % case.tasks}" for i in range(case.images)]
 
     def by_bank(self) -> list[Tensor]:
-        """Every image's logits, all tasks in one batch."""
+        """Return the logits of every image, all tasks in one batch."""
         return self.bank(self.images, self.names)
 
     def one_task(self) -> Tensor:
-        """Logits of all images under the task that the tuned model has now."""
+        """Return the logits of all images under the tuned model's current task."""
         with torch.no_grad():
             logits: Tensor = self.tuned(self.images)
         return logits
 
     def switch(self, task: int) -> None:
-        """Give the tuned model the tensors of a task."""
+        """Copy a task's tensors into the tuned model."""
         with torch.no_grad():
             for name, tensor in self._tensors[task].items():
                 self._own[name].copy_(tensor)
 
     def after_switch(self, task: int) -> Tensor:
-        """Logits of a task's images alone, after the switch to it."""
+        """Switch to a task, and return the logits of its images alone."""
         self.switch(task)
         with torch.no_grad():
             logits: Tensor = self.tuned(self.images[task :: self.case.tasks])
         return logits
 
     def by_switching(self) -> list[Tensor]:
-        """Logits of each task's images, one task after another."""
+        """Return the logits of each task's images, one task after another."""
         return [self.after_switch(task) for task in range(self.case.tasks)]
 
     def error(self) -> float:
-        """Largest error of the bank's logits, relative to the largest logit of the task alone."""
+        """Return the largest error of the bank's logits.
+
+        It is relative to the largest logit of the task alone."""
         apart = self.by_switching()
         tasks = self.case.tasks
         errors = [
@@ -142,21 +144,21 @@ class Ways:
 
 
 def _redraw(model: nn.Module) -> None:
-    """New values for what is trained: experts that start at zero would not mix anything."""
+    """Draw new values for what is trained; experts that start at zero would have no effect."""
     with torch.no_grad():
         for _, parameter in trainable_parameters(model):
             parameter.normal_(std=0.1)
 
 
 def counted(run: Callable[[], object]) -> tuple[int, int]:
-    """Launches and bytes of some work on a GPU, counted; nothing is run there."""
+    """Return the launches and bytes of some work on a GPU, counted without running it there."""
     with torch.no_grad(), traced() as ops:
         run()
     return sum(op.launches for op in ops), sum(op.nbytes for op in ops)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints times, ratios and counts; 1 if the bank's answers are wrong."""
+    """Print times, ratios and counts; return 1 if the bank's logits are wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.studies.bank", description=(__doc__ or "").partition("\n")[0]
     )
@@ -175,14 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(wrong))
     print(f"{case.model}, {case.method}, {case.prompts} prompts, {case.images} images")
     with tempfile.TemporaryDirectory() as folder:
-        ways = Ways(case, Path(folder))
-        error = ways.error()
-        print(f"{case.tasks} tasks, logits' largest error beside the task alone: {error:.1e}")
+        comparison = BankComparison(case, Path(folder))
+        error = comparison.error()
+        print(f"{case.tasks} tasks, logits' largest error relative to the task alone: {error:.1e}")
         if not error <= TOLERANCE:
             print(f"more than {TOLERANCE:g}: nothing is timed")
             return 1
         functions = {
-            "one task": ways.one_task, "bank": ways.by_bank, "switching": ways.by_switching,
+            "one task": comparison.one_task, "bank": comparison.by_bank,
+            "switching": comparison.by_switching,
         }  # fmt: skip
         times = interleave(functions, options.rounds)
         for name, found in times.items():
@@ -196,13 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_counts(case: BankCase, folder: Path) -> None:
-    ways = Ways(
+    comparison = BankComparison(
         BankCase(case.model, case.method, case.prompts, case.tasks, case.images, torch.bfloat16),
         folder / "bf16",
     )
-    launches, nbytes = counted(ways.by_bank)
+    launches, nbytes = counted(comparison.by_bank)
     print(f"on a GPU, bf16, counted: bank {launches} launches, {nbytes / 2**20:,.0f} MiB moved")
-    launches, nbytes = (case.tasks * n for n in counted(lambda: ways.after_switch(0)))
+    launches, nbytes = (case.tasks * n for n in counted(lambda: comparison.after_switch(0)))
     print(f"  switching {launches} launches, {nbytes / 2**20:,.0f} MiB")
 
 

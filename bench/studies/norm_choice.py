@@ -1,10 +1,10 @@
-"""How a block's LayerNorm may reach the next product: error and bytes of each way.
+"""Error and bytes of the ways to pass a block's LayerNorm on to the next matrix product.
 
     python -m bench.studies.norm_choice
 
 The LayerNorm's affine folds into a frozen Linear, Wg = diag(gamma) W, b' = b + beta W, and with s
-the column sums of Wg, LayerNorm(x) W + b = rstd * (x Wg - mean * s) + b'. So instead of writing the
-normalised row, a pass may multiply x as it is and correct the product where it is read next.
+the column sums of Wg, LayerNorm(x) W + b = rstd * (x Wg - mean * s) + b'. Instead of writing the
+normalised row, a pass may therefore multiply x itself and correct the product where it is read.
 
 Errors are measured here, on the CPU, against fp64: the norm of the difference over the norm of the
 result, all operands in bf16, products summed in fp32. Bytes are counted from the dataflow. No time
@@ -29,7 +29,7 @@ INPUTS = (*OFFSETS, MASSIVE)
 
 
 class Problem(NamedTuple):
-    """Rows x (N, D) and a frozen LayerNorm and Linear (D, O) behind it, all bf16."""
+    """Rows x (N, D), and a frozen LayerNorm followed by a frozen Linear (D, O), all bf16."""
 
     x: Tensor
     gamma: Tensor
@@ -39,7 +39,14 @@ class Problem(NamedTuple):
 
 
 def problem(name: float | str, rows: int = 512, width: int = 768, seed: int = 0) -> Problem:
-    """Random rows with a common offset, or with a few channels that are 1,000 times the others."""
+    """Return random rows and weights.
+
+    Args:
+        name: Common offset of the rows, or `MASSIVE` for a few channels 1,000 times the others.
+        rows: Number of rows N.
+        width: Channels D.
+        seed: Seed of the random numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def values(*shape: int) -> Tensor:
@@ -58,12 +65,12 @@ def problem(name: float | str, rows: int = 512, width: int = 768, seed: int = 0)
 
 
 def _rounded(value: Tensor) -> Tensor:
-    """fp32 that has been stored as bf16."""
+    """Return fp32 values after a round trip through bf16."""
     return value.bfloat16().float()
 
 
 class _Folded(NamedTuple):
-    """What the ways that fold the affine have in common, fp32."""
+    """What the implementations that fold the affine share, fp32."""
 
     x: Tensor
     mean: Tensor  # (N, 1)
@@ -82,47 +89,47 @@ def _folded(p: Problem) -> _Folded:
 
 
 def exact(p: Problem) -> Tensor:
-    """The result in fp64."""
+    """Return the result in fp64."""
     x, gamma, beta, weight, bias = (t.double() for t in p)
     return F.layer_norm(x, x.shape[1:], gamma, beta, EPS) @ weight + bias
 
 
 def eager(p: Problem) -> Tensor:
-    """PyTorch's LayerNorm and Linear in bf16."""
+    """Return the result of PyTorch's LayerNorm and Linear in bf16."""
     return F.linear(F.layer_norm(p.x, p.x.shape[1:], p.gamma, p.beta, EPS), p.weight.T, p.bias)
 
 
 def row(p: Problem) -> Tensor:
-    """The normalised row, affine applied, is written in bf16: what the project does."""
+    """Write the normalised row, affine applied, in bf16, as this package does."""
     y = F.layer_norm(p.x.float(), p.x.shape[1:], p.gamma.float(), p.beta.float(), EPS)
     return (_rounded(y) @ p.weight.float() + p.bias.float()).bfloat16()
 
 
 def row_folded(p: Problem) -> Tensor:
-    """The normalised row without affine is written in bf16."""
+    """Write the normalised row without affine in bf16."""
     f = _folded(p)
     return (_rounded((f.x - f.mean) * f.rstd) @ f.weight + f.bias).bfloat16()
 
 
 def rank_one_bf16(p: Problem) -> Tensor:
-    """x as it is; the product is stored in bf16 and corrected where it is read."""
+    """Multiply x itself; store the product in bf16 and correct it where it is read."""
     f = _folded(p)
     return (f.rstd * (_rounded(f.x @ f.weight) - f.mean * f.sums) + f.bias).bfloat16()
 
 
 def rank_one_fp32(p: Problem) -> Tensor:
-    """x as it is; the product is corrected in fp32: in its own epilogue, or stored so."""
+    """Multiply x itself; correct the product in fp32, in its epilogue or stored as fp32."""
     f = _folded(p)
     return (f.rstd * (f.x @ f.weight - f.mean * f.sums) + f.bias).bfloat16()
 
 
 def centred(p: Problem) -> Tensor:
-    """The centred row is written in bf16; its product is stored so and scaled where it is read."""
+    """Write the centred row in bf16; store its product in bf16 and scale it where it is read."""
     f = _folded(p)
     return (f.rstd * _rounded(_rounded(f.x - f.mean) @ f.weight) + f.bias).bfloat16()
 
 
-WAYS: dict[str, Callable[[Problem], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Problem], Tensor]] = {
     "eager": eager,
     "row": row,
     "row, affine folded": row_folded,
@@ -134,17 +141,17 @@ CHOSEN = "row"
 
 
 def errors(rows: int = 512, width: int = 768) -> dict[str, dict[float | str, float]]:
-    """Error of every way for every input, against fp64."""
-    result: dict[str, dict[float | str, float]] = {name: {} for name in WAYS}
+    """Return the error of every implementation for every input, against fp64."""
+    result: dict[str, dict[float | str, float]] = {name: {} for name in IMPLEMENTATIONS}
     for kind in INPUTS:
         p = problem(kind, rows, width)
         right = exact(p)
-        for name, way in WAYS.items():
-            result[name][kind] = float((way(p).double() - right).norm() / right.norm())
+        for name, implementation in IMPLEMENTATIONS.items():
+            result[name][kind] = float((implementation(p).double() - right).norm() / right.norm())
     return result
 
 
-# What a pass reads and writes of one token, in rows of D. The hidden layer has 4 D channels.
+# Rows of D channels that a pass reads and writes per token. The hidden layer has 4 D channels.
 _PRODUCTS = {"qkv": (1, 3), "attention": (3, 1), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}
 _SUMS = ("sum, norm1", "sum, norm2")
 
@@ -166,12 +173,13 @@ DATAFLOW: dict[str, dict[str, tuple[int, int]]] = {
         **_PRODUCTS, **dict.fromkeys(_SUMS, (2, 1)), "activation": (4, 4),
     },
 }  # fmt: skip
-"""Passes of a block's forward by what they read and write; row statistics (8 bytes) are left out.
-The correction of fc1's product is in the activation's pass."""
+"""Passes of a block's forward with what they read and write; row statistics (8 bytes) are left out.
+The correction of fc1's product is part of the activation's pass.
+"""
 
 
 def rows_moved(choice: str) -> int:
-    """Rows of D that go through memory for a token and a block, forward."""
+    """Return the rows of D channels that a token moves through memory in one block, forward."""
     return sum(sum(reads_writes) for reads_writes in DATAFLOW[choice].values())
 
 

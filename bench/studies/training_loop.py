@@ -1,13 +1,14 @@
-"""What training costs beyond its steps: data, metrics, adapters and checkpoints.
+"""What training costs in addition to its steps: data, metrics, adapters and checkpoints.
 
     python -m bench.studies.training_loop                    ViT-S/16, 1,000 images, batch 64
     python -m bench.studies.training_loop --model vit_tiny_patch16_224 --rounds 5
 
-1,000 image files, as many as a VTAB-1k set has, go through an epoch as `vpt-fast train` runs it:
-decoded once, cropped and flipped anew (or not, with --no-aug), with metrics.csv, TensorBoard, an
-adapter and a checkpoint at its end; only the steps themselves are left out. The bare step is the
-same model, batch size and optimizer on one batch that is there already. Both take turns. Measured
-apart, the small part is not lost in the noise of the large one.
+1,000 image files, the size of a VTAB-1k training set, go through an epoch as `vpt-fast train` runs
+it: decoded once, cropped and flipped in every epoch (or not, with --no-aug), with metrics.csv,
+TensorBoard, an adapter and a checkpoint at the end. Only the steps themselves are left out. The
+bare step is the same model, batch size and optimizer on one batch that is already in memory. The
+two are measured separately, in interleaved rounds, so that the noise of the large part does not
+hide the small one.
 """
 
 from __future__ import annotations
@@ -42,24 +43,24 @@ _SIDE = 256
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Seeded JPEG files of 256 x 256 pixels in train/<class>/."""
+    """Write seeded JPEG files of 256 x 256 pixels to train/<class>/."""
     rng = np.random.default_rng(0)
     for index in range(count):
-        place = folder / "train" / f"class{index % _CLASSES}"
-        place.mkdir(parents=True, exist_ok=True)
+        target = folder / "train" / f"class{index % _CLASSES}"
+        target.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-        coarse.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(place / f"{index}.jpg")
+        coarse.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).save(target / f"{index}.jpg")
 
 
-class Loop:
-    """An epoch of `fit` on a folder without its steps, and steps on a batch that is there already.
+class EpochTrial:
+    """An epoch of `fit` without its steps, and steps on a batch that is already in memory.
 
     Args:
-        folder: of `write_images`; the run is written beside it.
-        model: timm's name.
-        batch_size: images per step.
-        prompts: of VPT-Deep.
-        no_aug: whether images are left as they are.
+        folder: Folder written by `write_images`; the run is written to a subfolder.
+        model: Model name in timm.
+        batch_size: Images per step.
+        prompts: Prompts per block of VPT-Deep.
+        no_aug: Whether augmentation is off.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class Loop:
         init_head(net)
         return prompt_tune(net, VPTDeep(prompts)).train()
 
-    def rest(self) -> float:
-        """Seconds of an epoch as `vpt-fast train` runs it, without its steps."""
+    def overhead(self) -> float:
+        """Return the seconds of an epoch as `vpt-fast train` runs it, without its steps."""
 
         def save(net: nn.Module, directory: Path) -> None:
             save_adapter(net, directory, class_names=self.classes, overwrite=True)
@@ -104,7 +105,7 @@ class Loop:
         return time.perf_counter() - start
 
     def step(self) -> float:
-        """Seconds of a bare step."""
+        """Return the seconds of a bare step."""
         start = time.perf_counter()
         self._step()
         self._optimizer.step()
@@ -113,44 +114,47 @@ class Loop:
 
 class _NoStep(TrainStep):
     def __call__(self, batch: Any) -> torch.Tensor:
-        """No step: a loss of 1 for every image, none of which is right."""
+        """Return a loss of 1 for every image, with none classified correctly."""
         return torch.tensor([1.0, 0.0, len(batch.labels)], dtype=torch.float64)
 
 
-def measure(whole: Loop, rounds: int) -> tuple[float, float]:
-    """Seconds of an epoch's rest and of its steps: medians over rounds, the first one left out."""
-    pairs = [(whole.rest(), whole.step()) for _ in range(rounds + 1)][1:]
-    rest, step_time = (float(np.median(values)) for values in zip(*pairs, strict=True))
-    return rest, step_time * whole.count / whole.batch_size
+def measure(trial: EpochTrial, rounds: int) -> tuple[float, float]:
+    """Return the seconds of an epoch without its steps, and of its steps.
+
+    Both are medians over the rounds, after one round of warm-up.
+    """
+    pairs = [(trial.overhead(), trial.step()) for _ in range(rounds + 1)][1:]
+    overhead, step_time = (float(np.median(values)) for values in zip(*pairs, strict=True))
+    return overhead, step_time * trial.count / trial.batch_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m bench.studies.training_loop`."""
+    """Run `python -m bench.studies.training_loop`."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.studies.training_loop", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--model", default="vit_small_patch16_224", help="vit_small_patch16_224")
-    parser.add_argument("--images", type=int, default=1000, help="1000")
-    parser.add_argument("--batch-size", type=int, default=64, help="64")
-    parser.add_argument("--prompts", type=int, default=10, help="10")
-    parser.add_argument("--rounds", type=int, default=3, help="3")
+    parser.add_argument("--model", default="vit_small_patch16_224", help="default %(default)s")
+    parser.add_argument("--images", type=int, default=1000, help="default %(default)s")
+    parser.add_argument("--batch-size", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--prompts", type=int, default=10, help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--no-aug", action="store_true", help="only resize and crop the centre")
     options = parser.parse_args(arguments)
     if min(options.images, options.batch_size, options.rounds) < 1:
         parser.error("--images, --batch-size and --rounds must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), options.images)
-        whole = Loop(
+        trial = EpochTrial(
             Path(folder), options.model, options.batch_size, options.prompts, options.no_aug
         )
-        rest, steps = measure(whole, options.rounds)
+        overhead, steps = measure(trial, options.rounds)
     augmented = ", no augmentation" if options.no_aug else ""
     print(
         f"{options.model}, {options.images:,} images{augmented}, "
         f"batch {options.batch_size}, VPT-Deep with {options.prompts} prompts, {processor()}, "
         f"{torch.get_num_threads()} threads: an epoch's steps take {steps:.1f} s, the rest of it "
-        f"{rest:.2f} s: {steps / (steps + rest):.3f} of the bare step's images a second (measured, "
-        f"medians of {options.rounds} rounds)"
+        f"{overhead:.2f} s: {steps / (steps + overhead):.3f} of the bare step's images per second "
+        f"(measured, medians of {options.rounds} rounds)"
     )
     return 0
 

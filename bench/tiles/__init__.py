@@ -1,1 +1,1 @@
-"""Tiles of the attention kernels: candidates, times, the choice."""
+"""Tiles of the attention kernels: candidates, measured times, and the choice."""

@@ -1,15 +1,15 @@
-"""Candidate tiles of an attention kernel: compiled without a GPU, and the best by stated rules.
+"""Candidate tiles of an attention kernel, compiled without a GPU, and the rules to choose one.
 
-Everything is static: what the compiler says of the code, and issue cycles modelled from it as
+Everything is static: figures of the compiled code, and issue cycles modelled from it as
 `bench.machine_code.figures` defines them, averaged over `SHAPES`. The rules of `choose`, in order:
 
-1. Shared memory fits, and loads are ahead of their use (two pipeline stages).
-2. Fewest bytes spilled by any shape: none, wherever a candidate spills none.
-3. Fewest limits broken: none, likewise. Everywhere, `MIN_WARPS` resident warps, since issue cycles
-   know nothing of latency; where they apply, all of
+1. Shared memory fits, and loads are issued ahead of their use (two pipeline stages).
+2. The fewest bytes spilled by any shape: none, if a candidate spills none.
+3. The fewest limits broken: none, likewise. Everywhere `MIN_WARPS` resident warps, since issue
+   cycles do not include latency; where they apply, all of
    `bench.machine_code.reports.attention.verdicts`.
-4. Fewest issue cycles of the whole launch per useful 1,048,576 MMA FLOP. Within 2% of the fewest,
-   the highest occupancy, and then the fewest registers.
+4. The fewest issue cycles of the whole launch per useful 1,048,576 MMA FLOP. Within 2% of the
+   fewest, the highest occupancy, and then the fewest registers.
 
 AMD machine code is not read. There the fourth rule is the largest tile (of up to 64 x 64), then the
 most warps (of 16 rows or more each, but for fp32), then the fewest registers.
@@ -25,10 +25,9 @@ from triton.errors import TritonError
 from bench.machine_code.figures import kernel_figures
 from bench.machine_code.limits import MIN_STAGES, MIN_WARPS
 from bench.machine_code.offline import compile_kernel
-from bench.machine_code.problems.attention import launch_target
-from bench.machine_code.problems.attention_launches import AttentionProblem, attention_plan
+from bench.machine_code.problems.attention import AttentionProblem, attention_plan, launch_target
 from bench.machine_code.reports.attention import verdicts
-from bench.machine_code.reports.report import LaunchReport
+from bench.machine_code.reports.attention_launch import LaunchReport
 from vpt_fast.kernels.attention.launch_table import TABLE
 from vpt_fast.kernels.attention.tiles import (
     DTYPE_NAMES,
@@ -42,32 +41,32 @@ SHAPES = ((197, 10), (197, 50), (577, 50))
 """(N, p) that issue cycles are averaged over."""
 
 SCREEN = ((197, 50),)
-"""What every candidate is compiled for first."""
+"""(N, p) that every candidate is compiled for first."""
 
 FINALISTS = 3
-"""How many of them are compiled for all of `SHAPES`; the table's own choice is one more."""
+"""Candidates compiled for all of `SHAPES`, in addition to the table's current choice."""
 
 TIE = 1.02
 """Issue cycles over the fewest that count as equal."""
 
 LAUNCH_NAMES = {"dkdv": "token_dkdv"}
-"""Launch that stands for a kernel, where it is not called the same."""
+"""Launch that stands for a kernel, where its name differs."""
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class Score:
-    """What is known of one candidate.
+    """Figures of one candidate.
 
     Attributes:
-        choice: rows, rows per loop iteration, warps and pipeline stages.
-        reason: why it cannot run; empty if it can.
-        spill_bytes, registers: most of any shape, per thread.
-        broken: limits that do not hold, at any shape.
-        occupancy: least of any shape; 0 where it is not known.
-        issue_cycles: of the launch per useful 1,048,576 MMA FLOP, mean over shapes, modelled; None
-            where the machine code is not read.
+        choice: Rows, rows per loop iteration, warps and pipeline stages.
+        reason: Why it cannot run; empty if it can.
+        spill_bytes, registers: Most of any shape, per thread.
+        broken: Limits that do not hold, at any shape.
+        occupancy: Least of any shape; 0 if unknown.
+        issue_cycles: Issue cycles of the launch per useful 1,048,576 MMA FLOP, mean over shapes,
+            modelled; None if the machine code is not read.
     """
 
     choice: Choice
@@ -80,11 +79,11 @@ class Score:
 
 
 def candidates(key: Key, stages: Sequence[int] = (2,)) -> list[Choice]:
-    """The choices that are tried for an entry of the launch table.
+    """Return the choices to try for an entry of the launch table.
 
-    A warp takes 16 rows of a product with matrix instructions, and four warps take theirs together
-    on sm_90 and sm_100. fp32 products have none, and hold their operands in registers. No shape has
-    so many prompts that more than 64 rows of them could be told from 64.
+    A warp owns 16 rows of a product with matrix instructions, and four warps share one on sm_90 and
+    sm_100. fp32 products use none, and hold their operands in registers. No shape of `SHAPES` has
+    more than 64 prompts, so larger tiles of prompts would be narrowed to 64 rows.
     """
     kernel, _, dtype, architecture = key
     steps: tuple[int, ...]
@@ -106,7 +105,7 @@ def candidates(key: Key, stages: Sequence[int] = (2,)) -> list[Choice]:
 def launch_of(
     key: Key, shape: tuple[int, int], choice: Choice, device: str = "meta"
 ) -> tuple[AttentionProblem, Launch]:
-    """The launch that an entry of the table would make for (N, p), as the launcher makes it."""
+    """Return the problem (N, p) and the launch that an entry of the table gives for it."""
     kernel, head_dim, dtype, architecture = key
     problem = AttentionProblem(*shape, head_dim, DTYPES[dtype])
     target = launch_target(architecture)
@@ -116,14 +115,14 @@ def launch_of(
 
 
 def report_of(key: Key, shape: tuple[int, int], choice: Choice) -> LaunchReport:
-    """Compiles what an entry of the table would launch for (N, p)."""
+    """Compile what an entry of the table would launch for (N, p)."""
     problem, launch = launch_of(key, shape, choice)
     figures = kernel_figures(launch.name, compile_kernel(launch, key[3]))
     return LaunchReport(problem, key[3], launch, figures)
 
 
 def score(key: Key, choice: Choice, shapes: Sequence[tuple[int, int]] = SHAPES) -> Score:
-    """Compiles a candidate for every shape and sums up its figures."""
+    """Compile a candidate for every shape and summarize its figures."""
     if choice[3] < MIN_STAGES:
         return Score(choice, reason=f"{choice[3]} pipeline stage")
     try:
@@ -134,7 +133,7 @@ def score(key: Key, choice: Choice, shapes: Sequence[tuple[int, int]] = SHAPES) 
 
 
 def summary(choice: Choice, reports: Sequence[LaunchReport]) -> Score:
-    """The figures of one candidate over its launches for several shapes."""
+    """Summarize the figures of one candidate over its launches for several shapes."""
     figures = [report.figures for report in reports]
     shared = max(f.binary.shared for f in figures)
     too_much = not all(f.shared_fits for f in figures)
@@ -154,17 +153,17 @@ def summary(choice: Choice, reports: Sequence[LaunchReport]) -> Score:
 
 
 def _rank(scored: Score) -> tuple[float, ...]:
-    """Lower is better: the rules but those of ties."""
+    """Return a sort key by the rules except ties; lower is better."""
     rows, step, warps, _ = scored.choice
     cost = (scored.issue_cycles,) if scored.issue_cycles is not None else (-rows * step, -warps)
     return (scored.spill_bytes, len(scored.broken), *cost, scored.registers)
 
 
 def choose(scores: Sequence[Score]) -> Score:
-    """The best candidate by the rules of this module.
+    """Return the best candidate by the rules of this module.
 
     Raises:
-        ValueError: if none of them can run.
+        ValueError: If none can run.
     """
     able = sorted((s for s in scores if not s.reason), key=lambda s: (_rank(s), s.choice))
     if not able:
@@ -184,10 +183,10 @@ def choose(scores: Sequence[Score]) -> Score:
 
 
 def finalists(key: Key, choices: Sequence[Choice]) -> list[Choice]:
-    """The best few of `choices` at the shape of `SCREEN`, and the table's own choice.
+    """Return the best few of `choices` at the shape of `SCREEN`, and the table's current choice.
 
     fp16 is screened as bf16, whose programs differ from its own in conversions only; without the
-    limits, which are bf16's.
+    limits, which are for bf16.
     """
     kernel, head_dim, dtype, architecture = key
     screened_as = (kernel, head_dim, "bf16" if dtype == "fp16" else dtype, architecture)
@@ -199,6 +198,6 @@ def finalists(key: Key, choices: Sequence[Choice]) -> list[Choice]:
 
 
 def current(key: Key) -> Choice:
-    """What the table holds now, or falls back to."""
+    """Return the table's current choice, or the one it falls back to."""
     kernel, head_dim, dtype, architecture = key
     return look_up(TABLE, kernel, head_dim, DTYPES[dtype], launch_target(architecture))

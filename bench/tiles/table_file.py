@@ -45,14 +45,14 @@ def _literal(value: tuple[int | str, ...]) -> str:
 
 
 def table_text(table: Table, measured: Collection[Key]) -> str:
-    """The file's text, as `ruff format` leaves it.
+    """Return the file's text, as `ruff format` leaves it.
 
     Args:
-        table: every entry.
-        measured: keys of the entries that were chosen from measured times.
+        table: Every entry.
+        measured: Keys of the entries that were chosen from measured times.
 
     Raises:
-        ValueError: if an entry that was measured is not in the table.
+        ValueError: If an entry that was measured is not in the table.
     """
     missing = [key for key in measured if key not in table]
     if missing:
@@ -72,11 +72,11 @@ def table_text(table: Table, measured: Collection[Key]) -> str:
 
 
 def write_table(path: Path, table: Table, measured: Collection[Key]) -> None:
-    """Writes the file; arguments as of `table_text`."""
+    """Write the file; arguments as for `table_text`."""
     path.write_text(table_text(table, measured), encoding="utf-8")
 
 
 def read_table(path: Path) -> tuple[Table, tuple[Key, ...]]:
-    """The table in a file, and the keys of its measured entries."""
+    """Return the table in a file, and the keys of its measured entries."""
     names = runpy.run_path(str(path))
     return names["TABLE"], names["MEASURED"]

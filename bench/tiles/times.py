@@ -1,7 +1,7 @@
-"""Measured times of candidate tiles: a CSV file of them, and how a CUDA GPU writes it.
+"""Measured times of candidate tiles: their CSV file, and how they are measured on a CUDA GPU.
 
-One row is one candidate of one entry of the launch table; `milliseconds` is the geometric mean,
-over the shapes of `bench.tiles.candidates.SHAPES`, of its launch's median time, 64 images of 12
+A row is one candidate of one entry of the launch table; `milliseconds` is the geometric mean, over
+the shapes of `bench.tiles.candidates.SHAPES`, of the launch's median time, for 64 images of 12
 heads.
 """
 
@@ -28,18 +28,19 @@ COLUMNS = (
 )  # fmt: skip
 
 STAGES = (2, 3, 4)
-"""Pipeline stages that are timed. Static figures know of no use for more than two, and are wrong:
-on an H200 a third one took 5 to 25% off the time of most tiles."""
+"""Pipeline stages to time. Static figures see no benefit in more than two, and are wrong: on an
+H200 a third one took 5 to 25% off the time of most tiles.
+"""
 
 Row = tuple[Key, Choice, float]
 Value = TypeVar("Value")
 
 
 def read_times(path: Path) -> dict[Key, dict[Choice, float]]:
-    """Milliseconds by entry of the launch table and candidate; the least where there are several.
+    """Return milliseconds by entry of the launch table and candidate, the least of several.
 
     Raises:
-        ValueError: for a column or a value that is missing or wrong, with its line.
+        ValueError: If a column or value is missing or invalid; names the line.
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -84,17 +85,17 @@ def _one_of(value: Value, known: Sequence[Value]) -> Value:
 
 
 def best_of(times: Mapping[Choice, float]) -> Choice:
-    """The fastest candidate; of those within 2% of it one of the fewest stages."""
+    """Return the fastest candidate; among those within 2% of it, one with the fewest stages."""
     limit = TIE * min(times.values())
     equal = [choice for choice, time in times.items() if time <= limit]
     return min(equal, key=lambda choice: (choice[3], times[choice], choice))
 
 
 def write_times(path: Path, rows: Iterable[Row]) -> None:
-    """Writes rows as they come, so that what was measured is kept.
+    """Write rows as they arrive, so that measured times survive an interruption.
 
     Raises:
-        FileExistsError: if `path` exists.
+        FileExistsError: If `path` exists.
     """
     with path.open("x", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -105,7 +106,7 @@ def write_times(path: Path, rows: Iterable[Row]) -> None:
 
 
 def median_milliseconds(launch: Launch) -> float:
-    """Median time of a launch on the current GPU, by CUDA events, with a cold L2 cache."""
+    """Return the median time of a launch by CUDA events, with a cold L2 cache."""
     return float(triton.testing.do_bench(launch.run, return_mode="median"))
 
 
@@ -114,14 +115,14 @@ def measure(
     device: str = "cuda",
     time: Callable[[Launch], float] = median_milliseconds,
 ) -> Iterable[Row]:
-    """Times every candidate of every entry on the GPU that is current.
+    """Time every candidate of every entry on the current GPU.
 
     Args:
-        keys: entries; their architecture is replaced by the GPU's own.
-        device: of the tensors.
-        time: milliseconds of a launch.
+        keys: Entries; their architecture is replaced by the GPU's own.
+        device: Device of the tensors.
+        time: Returns the milliseconds of a launch.
 
-    Returns:
+    Yields:
         The candidates that can run with their times, as they are measured.
     """
     target = target_of(torch.empty(0, device=device))
@@ -129,14 +130,14 @@ def measure(
     for key in dict.fromkeys((*key[:3], own) for key in keys):
         for choice in dict.fromkeys((current(key), *candidates(key, STAGES))):
             try:
-                found = [time(_filled(launch_of(key, s, choice, device)[1])) for s in SHAPES]
-            except (RuntimeError, TritonError):  # does not compile, or wants too much of the GPU
+                found = [time(_randomized(launch_of(key, s, choice, device)[1])) for s in SHAPES]
+            except (RuntimeError, TritonError):  # does not compile, or exceeds the GPU's resources
                 continue
             yield key, choice, statistics.geometric_mean(found)
 
 
-def _filled(launch: Launch) -> Launch:
-    """The launch with random numbers in its tensors, as activations are."""
+def _randomized(launch: Launch) -> Launch:
+    """Fill the tensors of a launch with random numbers, like activations."""
     for tensor in launch.arguments.values():
         if isinstance(tensor, torch.Tensor):
             tensor.normal_()

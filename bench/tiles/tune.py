@@ -1,14 +1,13 @@
-"""Chooses the tiles of the attention kernels: from static figures now, from times on a GPU later.
+"""Chooses the tiles of the attention kernels, from static figures or from measured times.
 
-    python -m bench.tiles.tune --head-dim 64 --target 80 90           # print choices, change
-    nothing python -m bench.tiles.tune --head-dim 64 --target 80 90 --write   # and write the launch
-    table python -m bench.tiles.tune --measure times.csv                    # on a GPU: time
-    candidates python -m bench.tiles.tune --times times.csv --write              # choose from
-    measured times
+    python -m bench.tiles.tune --head-dim 64 --target 80 90           # print choices only
+    python -m bench.tiles.tune --head-dim 64 --target 80 90 --write   # and write the launch table
+    python -m bench.tiles.tune --measure times.csv           # on a GPU: time the candidates
+    python -m bench.tiles.tune --times times.csv --write     # choose from measured times
 
 Without `--times`, candidates are compiled without a GPU and chosen by the rules of
 `bench.tiles.candidates`: issue cycles are modelled, nothing is run or timed. With it, only entries
-with measured times are chosen, and they stay as they are in later runs without it. Nothing is tuned
+with measured times are chosen, and later runs without it leave them unchanged. Nothing is tuned
 when a model runs: the kernels read `kernels/attention/launch_table.py`.
 """
 
@@ -33,7 +32,7 @@ _LINE = "  {:>5}{:>6}{:>7}{:>8}{:>7}{:>8}{:>11}{:>9}  {}"
 
 
 def choose_statically(key: Key) -> Choice:
-    """Compiles the candidates of an entry, prints them, and returns the best one."""
+    """Compile the candidates of an entry, print them, and return the best one."""
     now = current(key)
     scores = [score(key, choice) for choice in finalists(key, candidates(key))]
     best = choose(scores)
@@ -59,7 +58,7 @@ def choose_statically(key: Key) -> Choice:
 
 
 def _margin(best: Score, now: Score) -> str:
-    """What the choice is worth beside the table's own, in words."""
+    """Describe the benefit of the choice over the table's current one."""
     if best.choice == now.choice:
         return "no change"
     if now.reason:
@@ -73,7 +72,7 @@ def _margin(best: Score, now: Score) -> str:
 
 
 def choose_by_times(key: Key, times: Mapping[Choice, float]) -> Choice:
-    """Prints the measured times of an entry's candidates, and returns the fastest."""
+    """Print the measured times of an entry's candidates, and return the fastest."""
     best, now = best_of(times), current(key)
     for choice, milliseconds in sorted(times.items(), key=lambda item: (item[1], item[0])):
         notes = ["chosen"] * (choice == best) + ["in the table now"] * (choice == now)
@@ -82,7 +81,7 @@ def choose_by_times(key: Key, times: Mapping[Choice, float]) -> Choice:
 
 
 def _architecture(text: str) -> Architecture:
-    """An architecture from the command line: 90, sm_90 or gfx942."""
+    """Parse an architecture from the command line: 90, sm_90 or gfx942."""
     number = text.removeprefix("sm_")
     if number.isdigit() and int(number) in MULTIPROCESSORS:
         return int(number)
@@ -101,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--target", nargs="+", type=_architecture, help="all, if left out")
+    parser.add_argument(
+        "--target", nargs="+", type=_architecture, help="architectures; default: all"
+    )
     parser.add_argument("--times", type=Path, help="CSV file of measured times to choose from")
     parser.add_argument(
         "--measure", type=Path, help="CSV file to write on a GPU, for its own architecture"
@@ -118,10 +119,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Chooses, prints and writes.
+    """Choose, print and write.
 
     Args:
-        arguments: of the command line; those of the process if None.
+        arguments: Command-line arguments; those of the process if None.
 
     Returns:
         0.

@@ -6,7 +6,7 @@ tiles of prompts, then the full tiles of tokens, and last what is left of both, 
 tiles. Only those need masks; their rows choose between two addresses.
 
 In a *ragged* launch every image says where its own prompts start and how many they are
-(`bank_attention.py`).
+(`ragged.py`).
 """
 
 # mypy: disallow-untyped-defs=False
@@ -226,6 +226,19 @@ class Ragged(NamedTuple):
     most: int
 
 
+def _ragged_pointers(ragged: Ragged | None) -> dict[str, torch.Tensor | None]:
+    names = ("made_k_ptr", "made_v_ptr", "starts_ptr", "counts_ptr")
+    if ragged is None:
+        return dict.fromkeys(names)
+    return dict(zip(names, (*ragged.made, ragged.starts, ragged.counts), strict=True))
+
+
+def _pool_strides(num_heads: int, head_dim: int) -> dict[str, int]:
+    """Strides of pools of prompts; not their own: that of a single row says nothing."""
+    row = dict.fromkeys(("stride_pkn", "stride_pvn"), 2 * num_heads * head_dim)
+    return row | dict.fromkeys(("stride_pkh", "stride_pvh"), head_dim)
+
+
 def forward_launch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -255,25 +268,19 @@ def forward_launch(
     num_keys = k.shape[1]
     prompt_k, prompt_v = prompts if prompts is not None else (k, v)
     num_prompts = prompt_k.shape[1] if prompts is not None else 0
-    pools = [(prompt_k, prompt_v)]
     views = (q, k, v, prompt_k, prompt_v, out.view(q.shape))
     strides = stride_arguments(q=q, k=k, v=v, pk=prompt_k, pv=prompt_v)
     if ragged is None:
-        made_k = made_v = starts = counts = None
         meta = common_meta(*views)
     else:
-        (made_k, made_v), starts, counts, num_prompts = ragged
-        pools.append(ragged.made)
-        # Not the pools' own strides: that of a single row says nothing.
-        row = 2 * num_heads * head_dim
-        strides |= dict.fromkeys(("stride_pkn", "stride_pvn"), row)
-        strides |= dict.fromkeys(("stride_pkh", "stride_pvh"), head_dim)
+        num_prompts = ragged.most
+        strides |= _pool_strides(num_heads, head_dim)
         meta = common_meta(q, k, v, out.view(q.shape), rows=num_prompts)
-        meta["ALIGNMENT"] = alignment(*views, made_k, made_v)
+        meta["ALIGNMENT"] = alignment(*views, *ragged.made)
     tiles = launch_tiles.forward_tiles(
         head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
     )
-    kv_offset = packed_offset((k, v), *pools)
+    kv_offset = packed_offset((k, v), (prompt_k, prompt_v), *([ragged.made] if ragged else []))
     return Launch(
         name="forward" if ragged is None else "ragged_forward",
         kernel=attention_forward_kernel,
@@ -284,10 +291,7 @@ def forward_launch(
             "v_ptr": v,
             "prompt_k_ptr": prompt_k,
             "prompt_v_ptr": prompt_v,
-            "made_k_ptr": made_k,
-            "made_v_ptr": made_v,
-            "starts_ptr": starts,
-            "counts_ptr": counts,
+            **_ragged_pointers(ragged),
             "out_ptr": out,
             "lse_ptr": lse,
             "num_queries": num_queries,

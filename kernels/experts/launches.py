@@ -19,7 +19,8 @@ from ..runtime.allocate import empty
 from ..runtime.chunks import chunk_count
 from ..runtime.launch import Launch, target_of
 from ..runtime.launch_plan import Launcher, contiguous, launcher, layout_of
-from .features import features_backward_launches, features_launch
+from .features import features_launch
+from .features_backward import features_backward_launches
 from .fold import fold_backward_launch, fold_launch
 from .inputs import FeatureInputs
 from .mix import mix_launch

@@ -152,40 +152,36 @@ def backward_launches(
     delta = gradients.delta
     if delta is None:
         raise ValueError("gradients.delta is None; windows in tiles need it (see empty_gradients)")
-    launches = [_dq_launch(grid, common, constexprs, written, out, delta, needs["NEEDS_TOKENS"])]
-    common = {**common, **written, "delta_ptr": delta}
-    shape = (grid.area, grid.keys, grid.head_dim, qkv.dtype)
+    first = _dq_launch(grid, common, constexprs, written, out, delta, needs["NEEDS_TOKENS"])
+    arguments = {**common, **written, "delta_ptr": delta}
+    return [first, *_keys_launches(grid, sums, arguments, constexprs, needs, qkv.dtype)]
+
+
+def _keys_launches(
+    grid: WindowGrid,
+    sums: Sums,
+    arguments: dict[str, Any],
+    constexprs: dict[str, Any],
+    needs: dict[str, bool],
+    dtype: torch.dtype,
+) -> list[Launch]:
+    """The launches over tiles of keys: gradients of keys and values, and sums of dS."""
+    launches = []
     if needs["NEEDS_TOKENS"] or needs["NEEDS_PROMPTS"]:
-        tiles = key_tiles(*shape)
+        tiles = key_tiles(grid.area, grid.keys, grid.head_dim, dtype)
         first = 0 if needs["NEEDS_PROMPTS"] else grid.num_prompts // tiles.keys
         last = triton.cdiv(grid.keys if needs["NEEDS_TOKENS"] else grid.num_prompts, tiles.keys)
+        flags = {**constexprs, **needs, "NEEDS_TABLE": False}
         launches.append(
-            _keys_launch(
-                "window_dkdv",
-                grid,
-                sums,
-                common,
-                {**constexprs, **needs, "NEEDS_TABLE": False},
-                tiles,
-                range(first, last),
-                1,
-            )  # fmt: skip
+            _keys_launch("window_dkdv", grid, sums, arguments, flags, tiles, range(first, last), 1)
         )
     if needs["NEEDS_TABLE"]:
-        tiles = bias_tiles(grid.area, grid.head_dim, qkv.dtype)
-        only = {"NEEDS_TOKENS": False, "NEEDS_PROMPTS": False, "NEEDS_TABLE": True}
-        used_tiles = range(grid.num_prompts // tiles.keys, triton.cdiv(grid.keys, tiles.keys))
+        tiles = bias_tiles(grid.area, grid.head_dim, dtype)
+        flags = {**constexprs, **dict.fromkeys(needs, False), "NEEDS_TABLE": True}
+        used = range(grid.num_prompts // tiles.keys, triton.cdiv(grid.keys, tiles.keys))
+        rows = triton.cdiv(grid.area, tiles.queries)
         launches.append(
-            _keys_launch(
-                "window_dbias",
-                grid,
-                sums,
-                common,
-                {**constexprs, **only},
-                tiles,
-                used_tiles,
-                triton.cdiv(grid.area, tiles.queries),
-            )  # fmt: skip
+            _keys_launch("window_dbias", grid, sums, arguments, flags, tiles, used, rows)
         )
     return launches
 

@@ -12,9 +12,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from support import families
-from support.families import AVERAGE, FAMILIES, TOKEN
-from support.plain import VARIANTS, prompt_names, redraw_prompts
+from support.formulations import families
+from support.formulations.families import AVERAGE, FAMILIES, TOKEN
+from support.formulations.plain import VARIANTS, prompt_names, redraw_prompts
 from torch import Tensor, nn
 
 import vpt_fast

@@ -12,20 +12,21 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from support import families
-from support.adapter_editing import rewrite_config
-from support.families import FAMILIES, TOKEN
+from support.adapters.adapter_editing import rewrite_config
+from support.formulations import families
+from support.formulations.families import FAMILIES, TOKEN
 from test_adapter import save, trained
 from test_adapter_refusals import plain, refuse
 from timm.layers import QuickGELU, RmsNorm
 from torch import nn
 
 from vpt_fast import VAPT, LinearProbe, MLPHead, PromptBank, VPTDeep, VPTShallow, prompt_tune
-from vpt_fast.adapter.adapter import load_adapter, save_adapter
 from vpt_fast.adapter.architecture import describe, different_architecture
 from vpt_fast.adapter.files import read_config
 from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.fixed_image import seen_in_fixed_image
+from vpt_fast.adapter.load import load_adapter
+from vpt_fast.adapter.save import save_adapter
 from vpt_fast.methods import METHODS
 from vpt_fast.train.backbones.build import backbone_of_adapter
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.adapter_editing import rewrite_config
-from support.families import TOKEN
-from support.flipped_bits import flipped_bits
+from support.adapters.adapter_editing import rewrite_config
+from support.adapters.flipped_bits import flipped_bits
+from support.formulations.families import TOKEN
 from test_adapter import CONFIG, NAMES, TENSORS, save, trained
 from test_adapter_refusals import plain
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.adapter_editing import rewrite_config, rewrite_tensors
-from support.families import CLASSES, TOKEN
+from support.adapters.adapter_editing import rewrite_config, rewrite_tensors
+from support.formulations import families
+from support.formulations.families import CLASSES, TOKEN
 from support.unchanged import assert_unchanged, snapshot
 from test_adapter import CONFIG, TENSORS, save, trained
 from torch import nn

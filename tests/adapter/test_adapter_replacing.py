@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.families import TOKEN
+from support.formulations.families import TOKEN
 from test_adapter import CONFIG, TENSORS, save, trained
 from test_adapter_refusals import plain
 
@@ -20,7 +20,7 @@ from vpt_fast.adapter import atomic
 from vpt_fast.adapter.files import read_adapter, read_config
 
 ROOT = Path(__file__).parents[2]
-KILLED = ROOT / "tests" / "support" / "kill_while_saving.py"
+KILLED = ROOT / "tests" / "support" / "adapters" / "kill_while_saving.py"
 
 
 @pytest.mark.parametrize("kills", [40, pytest.param(1000, marks=pytest.mark.full)])

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from support import families
-from support.families import TOKEN
+from support.formulations import families
+from support.formulations.families import TOKEN
+from support.formulations.plain import distance, pair
+from support.formulations.plain_vapt import vapt_pair
 from support.pictures import backbone, make_folders, write_checkpoint
-from support.plain import distance, pair
-from support.plain_vapt import vapt_pair
 from typer.testing import CliRunner
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune, save_adapter

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.plain_swin import PlainSwin, build, images, pair
+from support.formulations.plain_swin import PlainSwin, build, images, pair
 from torch import Tensor
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, fold_backbone, prompt_tune

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support.banks import VIT, alone, backbone, fill, images_of, relative, write
+from support.adapters.banks import VIT, alone, backbone, fill, images_of, relative, write
 from torch import Tensor
 
 from vpt_fast import (

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import families
-from support.adapter_editing import rewrite_config, rewrite_tensors
-from support.banks import VIT, backbone, images_of, write
-from support.families import FAMILIES
+from support.adapters.adapter_editing import rewrite_config, rewrite_tensors
+from support.adapters.banks import VIT, backbone, images_of, write
+from support.formulations import families
+from support.formulations.families import FAMILIES
 from torch import Tensor, nn
 
 from vpt_fast import (

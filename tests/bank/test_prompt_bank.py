@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.banks import METHODS, VIT, alone, backbone, fill, images_of, relative, write
-from support.families import FAMILIES
+from support.adapters.banks import METHODS, VIT, alone, backbone, fill, images_of, relative, write
+from support.formulations.families import FAMILIES
 from torch import Tensor
 
 from vpt_fast import (

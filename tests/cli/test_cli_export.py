@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.formulations.plain import distance, redraw_prompts
 from support.pictures import CLASSES, IMG_SIZE
 from support.pictures import backbone as any_backbone
-from support.plain import distance, redraw_prompts
 from typer.testing import CliRunner
 
 from vpt_fast import VAPT, VPTDeep, load_adapter, prompt_tune, save_adapter

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 from PIL import Image
-from support.adapter_editing import rewrite_config
+from support.adapters.adapter_editing import rewrite_config
 from support.pictures import CLASSES, make_folders, write_checkpoint
 from typer.testing import CliRunner
 

@@ -10,11 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import VARIANTS, distance, pair, redraw_prompts
-from support.plain_baselines import BASELINES, baseline_pair
-from support.plain_vapt import vapt_pair
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import VARIANTS, distance, pair, redraw_prompts
+from support.formulations.plain_baselines import BASELINES, baseline_pair
+from support.formulations.plain_vapt import vapt_pair
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import families
-from support.families import TOKEN
-from support.plain import distance
+from support.formulations import families
+from support.formulations.families import TOKEN
+from support.formulations.plain import distance
 from test_bake import EXACT, EXPERTS, deep, tune
 from torch.export import Dim
 
@@ -138,4 +138,4 @@ def test_exported_programs_run_without_this_package(tmp_path: Path) -> None:
 
 
 def test_it_is_public() -> None:
-    assert vpt_fast.export.bake is bake and "bake" in vpt_fast.__all__
+    assert vpt_fast.bake is vpt_fast.export.bake is bake and "bake" in vpt_fast.__all__

@@ -17,7 +17,7 @@ from torch import Tensor
 from vpt_fast.kernels.rowwise import activation as kernels
 from vpt_fast.ops.rowwise.activation import KINDS, reference, reference_backward
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.on_device import differs_by_one_rounding
+from support.kernels.on_device import differs_by_one_rounding
 
 from vpt_fast.kernels.attention.launches import attention_backward, attention_forward
 from vpt_fast.kernels.attention.layouts import split, split_prompts
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 TOKENS = (1, 17, 50, 197, 257)
 PROMPTS = (0, 1, 5, 10, 50, 100, 200)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from support.on_device import differs_by_one_rounding
+from support.kernels.on_device import differs_by_one_rounding
 from torch import Tensor
 
 from bench.machine_code import offline
@@ -24,7 +24,7 @@ from vpt_fast.kernels.runtime.launch import Target
 from vpt_fast.ops import operation
 from vpt_fast.ops.attention.ragged import bank_attention
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 112, 128)

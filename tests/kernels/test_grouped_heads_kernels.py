@@ -16,7 +16,7 @@ from vpt_fast.kernels.rowwise import grouped_heads as kernels
 from vpt_fast.ops import operation
 from vpt_fast.ops.rowwise import grouped_heads as operator
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -17,9 +17,9 @@ import pytest
 import timm
 import torch
 import triton
-from support import families
-from support.plain_vapt import ACTING
-from support.recording_driver import LAUNCHES, RecordingDriver, compared, recording
+from support.formulations import families
+from support.formulations.plain_vapt import ACTING
+from support.kernels.recording_driver import LAUNCHES, RecordingDriver, compared, recording
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from bench.machine_code.offline import gpu_target, specialise, variant
-from bench.machine_code.problems.attention import ragged_launch
-from bench.machine_code.problems.attention_launches import AttentionProblem, attention_plan
+from bench.machine_code.problems.attention import AttentionProblem, attention_plan, ragged_launch
 from bench.machine_code.problems.experts import ExpertProblem, expert_plan
 from bench.machine_code.problems.rowwise import RowProblem, row_launch
 from bench.machine_code.problems.window_attention import WindowProblem, window_plan

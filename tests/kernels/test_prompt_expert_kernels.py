@@ -21,7 +21,7 @@ from vpt_fast.kernels.rowwise import residual_norm as norm_kernels
 from vpt_fast.ops.experts import reference
 from vpt_fast.ops.rowwise import residual_norm_reference as norm_reference
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 HIDDEN_DIM = 8
 EPS, NORM_EPS = 1e-5, 1e-6

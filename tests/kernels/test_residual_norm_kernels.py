@@ -19,7 +19,7 @@ from torch import Tensor
 from vpt_fast.kernels.rowwise import residual_norm as kernels
 from vpt_fast.ops.rowwise import residual_norm_reference as reference
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 EPS, EXPERT_EPS = 1e-6, 1e-5
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.on_device import differs_by_one_rounding
-from support.plain_windows import plain_window_attention
+from support.formulations.plain_windows import plain_window_attention
+from support.kernels.on_device import differs_by_one_rounding
 from torch import Tensor
 
 from vpt_fast.kernels.window_attention.launches import (
@@ -21,7 +21,7 @@ from vpt_fast.kernels.window_attention.launches import (
     window_attention_forward,
 )
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2_E = 1.4426950408889634

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import families
-from support.families import TOKEN
+from support.formulations import families
+from support.formulations.families import TOKEN
+from support.formulations.plain import distance
+from support.formulations.plain_baselines import BASELINES, assert_same, baseline_pair
 from support.fusion import indices, spied
-from support.plain import distance
-from support.plain_baselines import BASELINES, assert_same, baseline_pair
 from timm.optim import param_groups_layer_decay
 from torch import nn
 

@@ -13,9 +13,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from support import families
-from support.families import TOKEN
-from support.plain_baselines import BASELINES, baseline_pair, redraw_added
+from support.formulations import families
+from support.formulations.families import TOKEN
+from support.formulations.plain_baselines import BASELINES, baseline_pair, redraw_added
 from torch import nn
 
 from vpt_fast import (

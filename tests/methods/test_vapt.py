@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import assert_same, distance, redraw_prompts
-from support.plain_vapt import ACTING, STILL, PlainVAPT, compare, seeded, vapt_pair, weigh_down
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import assert_same, distance, redraw_prompts
+from support.formulations.plain_vapt import (
+    ACTING,
+    STILL,
+    PlainVAPT,
+    compare,
+    seeded,
+    vapt_pair,
+    weigh_down,
+)
 
 from vpt_fast import VAPT, prompt_tune
 

@@ -13,10 +13,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import families
-from support.families import TOKEN
-from support.plain import assert_same, distance, redraw_prompts
-from support.plain_vapt import ACTING, PlainVAPT, compare, prompt_names, seeded, vapt_pair
+from support.formulations import families
+from support.formulations.families import TOKEN
+from support.formulations.plain import assert_same, distance, redraw_prompts
+from support.formulations.plain_vapt import (
+    ACTING,
+    PlainVAPT,
+    compare,
+    prompt_names,
+    seeded,
+    vapt_pair,
+)
 from support.unchanged import assert_alike, assert_unchanged, snapshot
 from torch import Tensor, nn
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import families
-from support.families import TOKEN
-from support.plain import distance
-from support.plain_vapt import ACTING, compare, vapt_pair
+from support.formulations import families
+from support.formulations.families import TOKEN
+from support.formulations.plain import distance
+from support.formulations.plain_vapt import ACTING, compare, vapt_pair
 from torch import Tensor, nn
 
 from vpt_fast import VAPT

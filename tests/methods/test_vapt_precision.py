@@ -14,10 +14,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support import families
-from support.families import TOKEN
-from support.plain import assert_same, distance, gradients, redraw_prompts, tuned_gradients
-from support.plain_vapt import ACTING, STILL, PlainVAPT, seeded, vapt_pair
+from support.formulations import families
+from support.formulations.families import TOKEN
+from support.formulations.plain import (
+    assert_same,
+    distance,
+    gradients,
+    redraw_prompts,
+    tuned_gradients,
+)
+from support.formulations.plain_vapt import ACTING, STILL, PlainVAPT, seeded, vapt_pair
 from torch import Tensor, nn
 
 from vpt_fast import VAPT

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import families
-from support.families import TOKEN
-from support.plain import gradients, tuned_gradients
-from support.plain_vapt import STILL, PlainVAPT, prompt_names, vapt_pair
+from support.formulations import families
+from support.formulations.families import TOKEN
+from support.formulations.plain import gradients, tuned_gradients
+from support.formulations.plain_vapt import STILL, PlainVAPT, prompt_names, vapt_pair
 from torch import Tensor, nn
 
 from vpt_fast import (

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE
-from support.plain import distance, gradients, redraw_prompts, tuned_gradients
+from support.formulations import families
+from support.formulations.families import AVERAGE
+from support.formulations.plain import distance, gradients, redraw_prompts, tuned_gradients
 from torch import Tensor
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune
-from vpt_fast.ops.block.prompt_kv import KeyWeights, prompt_keys
+from vpt_fast.ops.block.prompt_kv import KVWeights, prompt_kv
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 METHODS: dict[str, Any] = {
@@ -122,7 +122,7 @@ def test_under_autocast_the_copies_are_what_backward_reads() -> None:
         output.float().sum().backward()
 
 
-def key_weights(blocks: int = 2, affine: bool = True) -> KeyWeights:
+def key_weights(blocks: int = 2, affine: bool = True) -> KVWeights:
     """For D = 6, A = 4, H = 2."""
     generator = torch.Generator().manual_seed(3)
 
@@ -131,7 +131,7 @@ def key_weights(blocks: int = 2, affine: bool = True) -> KeyWeights:
 
     none: list[Tensor | None] = [None] * blocks
     weights = [rand(8, 6) for _ in range(blocks)]
-    return KeyWeights(
+    return KVWeights(
         [rand(6) for _ in range(blocks)] if affine else none,
         [rand(6) for _ in range(blocks)] if affine else none,
         weights,
@@ -151,18 +151,16 @@ def tokens(blocks: int = 2) -> list[Tensor]:
 @pytest.mark.parametrize("affine", [True, False])
 def test_gradcheck_of_prompt_keys(affine: bool) -> None:
     weights = key_weights(affine=affine)
-    assert torch.autograd.gradcheck(
-        lambda *rows: prompt_keys(weights, torch.float64, rows), tokens()
-    )
+    assert torch.autograd.gradcheck(lambda *rows: prompt_kv(weights, torch.float64, rows), tokens())
     # Of keys that nobody reads, and of prompts that are not trained.
     assert torch.autograd.gradcheck(
-        lambda *rows: prompt_keys(weights, torch.float64, rows)[1], tokens()[1:] * 2
+        lambda *rows: prompt_kv(weights, torch.float64, rows)[1], tokens()[1:] * 2
     )
     first, second = tokens()
     first.requires_grad_(False)
-    keys = prompt_keys(weights, torch.float64, [first, second])
+    keys = prompt_kv(weights, torch.float64, [first, second])
     assert torch.autograd.grad(keys[0].sum() + keys[1].sum(), second)[0].shape == (3, 6)
-    unused = prompt_keys(weights, torch.float64, tokens())[0]
+    unused = prompt_kv(weights, torch.float64, tokens())[0]
     assert unused.shape == (1, 3, 2, 2, 2)
 
 
@@ -170,7 +168,7 @@ def test_weights_of_the_prompts_keys_are_refused() -> None:
     for field in ("norm_weights", "weights"):
         for index in (0, 1):
             weights, rows = key_weights(), tokens()
-            keys = prompt_keys(weights, torch.float64, rows)
+            keys = prompt_kv(weights, torch.float64, rows)
             getattr(weights, field)[index].mul_(2)
             with pytest.raises(RuntimeError, match=REFUSED):
                 (keys[0].sum() + keys[1].sum()).backward()
@@ -179,7 +177,7 @@ def test_weights_of_the_prompts_keys_are_refused() -> None:
 def test_second_derivatives_are_refused() -> None:
     """At once, not where somebody asks for the second, who may get none where inputs are named."""
     rows = tokens()
-    keys = prompt_keys(key_weights(), torch.float64, rows)
+    keys = prompt_kv(key_weights(), torch.float64, rows)
     with pytest.raises(RuntimeError, match="no second derivatives where backward is recorded"):
         torch.autograd.grad(keys[0].square().sum(), rows[0], create_graph=True)
     model = tuned("deep")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block.add_norm import Mix, Norm, OpenSum, enter_block
+from vpt_fast.ops.block.add_norm import DeferredSum, Mix, Norm, enter_block
 from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution, project_features
 
 OPS = torch.ops.vpt_fast
@@ -44,7 +44,7 @@ def test_gradcheck_of_mix_tokens(affine: str, patches: int) -> None:
     bias = rand(6, seed=3, grad=False) if affine == "both" else None
 
     def function(x: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
-        _, y, mixed = enter_block(OpenSum(x), Norm(weight, bias, 0.2), Mix(mix, patches, 0.1))
+        _, y, mixed = enter_block(DeferredSum(x), Norm(weight, bias, 0.2), Mix(mix, patches, 0.1))
         assert mixed is not None
         return y, mixed
 
@@ -149,4 +149,6 @@ def test_the_result_has_the_dtype_that_is_asked_for() -> None:
 @pytest.mark.parametrize("patches", [0, 6])
 def test_patches_that_are_not_there_are_refused(patches: int) -> None:
     with pytest.raises(ValueError, match=r"\(2, 5, 6\).*patches"):
-        enter_block(OpenSum(rand(2, 5, 6)), Norm(None, None, 1e-6), Mix(rand(3, 4), patches, 1e-5))
+        enter_block(
+            DeferredSum(rand(2, 5, 6)), Norm(None, None, 1e-6), Mix(rand(3, 4), patches, 1e-5)
+        )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.plain import distance
+from support.formulations.plain import distance
 from timm.models.swin_transformer import (
     SwinTransformerBlock,
     get_relative_position_index,

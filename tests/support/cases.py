@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support import families, plain_swin
 from support.changes_of_parts import Change, changes_of
-from support.plain import Plain, redraw_prompts
-from support.plain_baselines import PlainBaseline, redraw_added
-from support.plain_vapt import PlainVAPT
+from support.formulations import families, plain_swin
+from support.formulations.plain import Plain, redraw_prompts
+from support.formulations.plain_baselines import PlainBaseline, redraw_added
+from support.formulations.plain_vapt import PlainVAPT
 from vpt_fast import (
     VAPT,
     AdapterTuning,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.plain import distance
+from support.formulations.plain import distance
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import plain_swin
 from support.changes import blocks_of
-from support.families import build, images
-from support.plain import assert_same, pair, redraw_prompts
+from support.formulations import plain_swin
+from support.formulations.families import build, images
+from support.formulations.plain import assert_same, pair, redraw_prompts
 from timm.layers import Attention
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import Block

@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import plain_swin
 from support.changes import LowRank, Scaled, merged, swapped, with_low_rank
-from support.families import build, depth, images
-from support.plain import VARIANTS, assert_same, distance, gradients, pair, redraw_prompts
+from support.formulations import plain_swin
+from support.formulations.families import build, depth, images
+from support.formulations.plain import (
+    VARIANTS,
+    assert_same,
+    distance,
+    gradients,
+    pair,
+    redraw_prompts,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 

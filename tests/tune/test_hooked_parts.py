@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import plain_swin
 from support.changes import blocks_of, changed, changing
-from support.families import build, depth, images
-from support.plain import VARIANTS, assert_same, distance, pair, redraw_prompts
+from support.formulations import plain_swin
+from support.formulations.families import build, depth, images
+from support.formulations.plain import VARIANTS, assert_same, distance, pair, redraw_prompts
 from torch import nn
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune

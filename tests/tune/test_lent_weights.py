@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from support import plain_swin
 from support.changes import blocks_of, lend_weights
-from support.families import build, images
-from support.plain import VARIANTS, distance, gradients, redraw_prompts
+from support.formulations import plain_swin
+from support.formulations.families import build, images
+from support.formulations.plain import VARIANTS, distance, gradients, redraw_prompts
 from torch import nn
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune

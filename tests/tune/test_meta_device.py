@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import plain_swin
-from support.families import build, images
-from support.plain import distance, redraw_prompts
+from support.formulations import plain_swin
+from support.formulations.families import build, images
+from support.formulations.plain import distance, redraw_prompts
 from support.snapshots import assert_same_model, snapshot
 
 from vpt_fast import (

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
 from support.unchanged import assert_unchanged, snapshot
 from timm.layers import Attention
 from timm.models.vision_transformer import (

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import plain_swin
 from support.changes import blocks_of
-from support.families import build, images
+from support.formulations import plain_swin
+from support.formulations.families import build, images
 from support.snapshots import assert_same_model, snapshot
 from torch import nn
 

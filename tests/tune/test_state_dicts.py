@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import plain_swin
-from support.families import build, images
-from support.plain import distance, redraw_prompts
+from support.formulations import plain_swin
+from support.formulations.families import build, images
+from support.formulations.plain import distance, redraw_prompts
 
 from vpt_fast import VAPT, AdapterTuning, LinearProbe, MLPHead, VPTDeep, VPTShallow, prompt_tune
 

@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import VARIANTS, assert_same, distance, pair, prompt_names, redraw_prompts
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import (
+    VARIANTS,
+    assert_same,
+    distance,
+    pair,
+    prompt_names,
+    redraw_prompts,
+)
 from support.unchanged import assert_unchanged, snapshot
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn

@@ -32,7 +32,7 @@ from vpt_fast.ops.backend import (
     statistics_dtype,
     uses_kernels,
 )
-from vpt_fast.ops.block.add_norm import OpenSum, Saved
+from vpt_fast.ops.block.add_norm import DeferredSum, SavedInput
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
 from vpt_fast.ops.block.sites import OPERATOR_SITES
@@ -49,7 +49,7 @@ def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
     """
     patches = embedded_patches(model.patch_embed, images)
     x = model.norm_pre(model.patch_drop(model._pos_embed(patches)))
-    total, count = OpenSum(x), rows_read(model, Block)
+    total, count = DeferredSum(x), rows_read(model, Block)
     last = len(model.blocks) - 1
     for number, block in enumerate(model.blocks):
         prompts = _BlockPrompts(index, number)
@@ -58,8 +58,8 @@ def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
         if is_fusable(block) and (first is None or uses_kernels(x)):
             total = _fused(block, total, prompts, first)
         else:
-            total = OpenSum(_by_modules(block, total.closed(), prompts, first))
-    x = model.norm(total.closed())
+            total = DeferredSum(_by_modules(block, total.materialize(), prompts, first))
+    x = model.norm(total.materialize())
     if isinstance(model, VisionTransformerDistilled):
         return x[:, :2].flatten(1)
     pooled: Tensor = model.forward_head(x, pre_logits=True)
@@ -147,7 +147,9 @@ class _Steps(BlockSteps):
         return self.prompts.attend(list(tokens), self.computed_kv, self.config.scale)
 
 
-def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts, first: int | None) -> OpenSum:
+def _fused(
+    block: Any, total: DeferredSum, prompts: _BlockPrompts, first: int | None
+) -> DeferredSum:
     """Return the first rows of the block's output, or all of them, by the fused operators."""
     dtype = computing_dtype(total.residual)
     eps = EPS if prompts.groups else None
@@ -162,8 +164,8 @@ def _fused(block: Any, total: OpenSum, prompts: _BlockPrompts, first: int | None
     config = block_config(block, None, Use("speed", queries=first))
     steps = _Steps(config, weights.to(dtype), dtype, prompts, computed_kv)
     with in_full_precision(x):
-        middle, result, _ = steps.forward_from(y, Saved(x, statistics))
-    return OpenSum(middle, result, weights.scale2)
+        middle, result, _ = steps.forward_from(y, SavedInput(x, statistics))
+    return DeferredSum(middle, result, weights.scale2)
 
 
 def _by_modules(block: Any, x: Tensor, prompts: _BlockPrompts, first: int | None) -> Tensor:

@@ -17,7 +17,7 @@ from vpt_fast.methods import VAPT
 from vpt_fast.modules.hooks import has_own_forward, hooks_version, is_watched
 from vpt_fast.modules.norms import is_frozen_norm, norm_of
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype
-from vpt_fast.ops.block.add_norm import Mix, Norm, OpenSum, enter_block
+from vpt_fast.ops.block.add_norm import DeferredSum, Mix, Norm, enter_block
 from vpt_fast.ops.block.parts import contiguous
 from vpt_fast.ops.block.prompt_source import ExpertPrompts
 from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution, project_features
@@ -99,7 +99,7 @@ class PromptExperts(nn.Module):
         return project_features(inputs, self.residual, None, mix.matrix.dtype)
 
     def enter(
-        self, total: OpenSum, norm: Norm, dtype: torch.dtype
+        self, total: DeferredSum, norm: Norm, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, FeatureInputs]:
         """A block's input, norm1 of it, and what its prompts are made of.
 
@@ -125,7 +125,7 @@ class PromptExperts(nn.Module):
             raise RuntimeError("enter_block returned no mix")
         return x, y, self.features(mixed, mix_sum)
 
-    def with_norm(self, total: OpenSum, norm1: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    def with_norm(self, total: DeferredSum, norm1: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """A block's input (B, N, D), and norm1 of it and of its prompts (B, p, D) in its dtype.
 
         Args:

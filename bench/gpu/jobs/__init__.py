@@ -1,1 +1,1 @@
-"""What a run on a GPU does."""
+"""What a run on a GPU does: comparisons, checks, and other jobs."""

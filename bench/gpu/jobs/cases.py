@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures, what matters most first: time may not last for all of it."""
+"""The jobs of the GPU benchmark, most important first: there may not be time for all."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import TypeVar
 
 from bench.compare.cases import INFERENCE, SWIN, Case
 from bench.gpu.jobs.checks import kernel_cases
-from bench.gpu.jobs.models import ModelCheck
-from bench.gpu.jobs.steps import KINDS, StepCheck
-from bench.gpu.jobs.subjects import (
-    CeilingsWanted,
+from bench.gpu.jobs.job import (
+    CeilingsJob,
     Comparison,
-    FactsWanted,
+    FactsJob,
     Job,
     KernelCheck,
-    Subject,
+    RunnableJob,
 )
+from bench.gpu.jobs.models import ModelCheck
+from bench.gpu.jobs.steps import KINDS, StepCheck
 from bench.providers.attention import AttentionCase
-from bench.providers.bank_attention import OWN_NAMES, BankAttentionCase
+from bench.providers.bank_attention import BANK_PROVIDERS, BankAttentionCase
 from bench.providers.bank_models import BankModelCase
 from bench.providers.experts import PROVIDERS as EXPERT_PROVIDERS
 from bench.providers.experts import ExpertCase
@@ -35,7 +35,7 @@ from bench.providers.models import (
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 _SECONDS = {
-    KernelCheck: 3.0, CeilingsWanted: 8.0, FactsWanted: 10.0, ExpertCase: 8.0,
+    KernelCheck: 3.0, CeilingsJob: 8.0, FactsJob: 10.0, ExpertCase: 8.0,
     BankAttentionCase: 8.0, BankModelCase: 20.0,
 }  # fmt: skip
 _STEP_SECONDS, _PROVIDER_SECONDS, _COMPILE_SECONDS, _LARGE_FACTOR = 5.0, 1.5, 25.0, 2.5
@@ -43,7 +43,9 @@ C = TypeVar("C", bound=Comparison)
 
 _UNPUBLISHED = tuple(name for name in GPU_EAGER if name != PUBLISHED)
 _DEFAULT = tuple(name for name in _UNPUBLISHED if name not in CUDNN)
-"""cuDNN's attention is put first where most depends on it; PyTorch may take it by itself."""
+"""Eager providers of most steps. cuDNN's attention is preferred only where it matters most; PyTorch
+may choose it anyway.
+"""
 
 _VAPT = ("concat", OURS, WITHOUT)
 _FIRST_COMPILED = ("keys_concat_compiled", "concat_compiled")
@@ -53,15 +55,15 @@ TINY = "test_vit"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for.
+    """What is requested.
 
     Attributes:
-        model: timm's name, of most steps.
-        batch: images of them.
-        prompts: of their blocks, the most important number first.
-        providers: who takes part where a case has them.
-        full: whether other models, batch sizes, methods and inference are measured too.
-        trial: whether everything is tiny, to show on a CPU that it runs.
+        model: Model of most steps, by its timm name.
+        batch: Images per step.
+        prompts: Prompts per block, the most important number first.
+        providers: Providers to include where a case has them.
+        full: Whether other models, batch sizes, methods and inference are measured too.
+        trial: Whether everything is tiny, to try the code on a CPU.
     """
 
     model: str = "vit_base_patch16_224"
@@ -73,29 +75,29 @@ class Plan:
 
     @property
     def step(self) -> Case:
-        """A training step with the most important number of prompts."""
+        """Training step with the most important number of prompts."""
         return Case(
             model=self.model, batch=self.batch, prompts=self.prompts[0], dtype="bfloat16",
             image_size=32 if self.trial else 224, providers=_UNPUBLISHED,
         )  # fmt: skip
 
 
-def first_subjects(plan: Plan) -> list[Subject]:
-    """One number of each kind, before anything else may fail: ceilings, the step, attention."""
+def first_jobs(plan: Plan) -> list[Job]:
+    """Return one job of each kind that matters most: ceilings, the step, attention."""
     step = plan.step
-    return [CeilingsWanted(), *_chosen([step, _attention(plan, plan.prompts[0])], plan.providers)]
+    return [CeilingsJob(), *_select([step, _attention(plan, plan.prompts[0])], plan.providers)]
 
 
-def correctness_subjects(plan: Plan) -> list[Subject]:
-    """What is checked on the device besides what is timed: models, steps, operators."""
+def correctness_jobs(plan: Plan) -> list[Job]:
+    """Return the checks in addition to those of timed cases: models, steps, operators."""
     step, vit = plan.step, replace(plan.step, batch=4)
     models = [TINY] if plan.trial else ["vit_small_patch16_224", plan.model, SWIN]
-    found: list[Subject] = []
+    found: list[Job] = []
     for dtype in DTYPES:
         for model in models:
             case = replace(vit, model=model, dtype=dtype)
             found.append(ModelCheck(case))
-            if model != SWIN:  # eager PyTorch has no such experts to hold them against
+            if model != SWIN:  # eager PyTorch has no experts for Swin to compare with
                 few = min(10, plan.prompts[0])
                 found.append(ModelCheck(replace(case, method="vapt", prompts=few)))
     small = replace(step, model=models[0], batch=4)
@@ -109,14 +111,15 @@ def correctness_subjects(plan: Plan) -> list[Subject]:
     return found
 
 
-def timed_subjects(plan: Plan) -> list[Subject]:
-    """What is timed, in order; of the compiled providers, which take longest, only the two that
-    are compared most come before the end.
+def timed_jobs(plan: Plan) -> list[Job]:
+    """Return the comparisons to time, in order.
+
+    Compiled providers take longest: only the two that are compared most come before the end.
     """
     step = plan.step
     found: list[Comparison] = [
-        replace(step, prompts=p, providers=_UNPUBLISHED if place < 2 else _DEFAULT)
-        for place, p in enumerate(plan.prompts)
+        replace(step, prompts=p, providers=_UNPUBLISHED if index < 2 else _DEFAULT)
+        for index, p in enumerate(plan.prompts)
     ]
     compiled = _compiled(plan)
     if plan.full:
@@ -130,11 +133,11 @@ def timed_subjects(plan: Plan) -> list[Subject]:
         ]
         found += _rest(plan)
         compiled = compiled[2:]
-    return _chosen([*found, *compiled], plan.providers)
+    return _select([*found, *compiled], plan.providers)
 
 
 def _attention(plan: Plan, prompts: int) -> AttentionCase:
-    """Attention alone, with the heads of the plan's model."""
+    """Return attention alone, with the heads of the plan's model."""
     if plan.trial:
         return AttentionCase(prompts, plan.batch, 17, 2, 32, GPU_EAGER)
     return AttentionCase(prompts, plan.batch, heads=12, providers=GPU_EAGER)
@@ -175,7 +178,10 @@ def _rest(plan: Plan) -> list[Comparison]:
 
 
 def _compiled(plan: Plan) -> list[Comparison]:
-    """Each beside ours, in eager PyTorch: what one of them hangs in costs no other its time."""
+    """Return compiled providers, each in a comparison with eager vpt_fast.
+
+    So a compiler that hangs costs no other provider its time.
+    """
     step = plan.step
     many = (*COMPILED, OURS)
     found: list[Comparison] = [replace(step, providers=(name, OURS)) for name in _FIRST_COMPILED]
@@ -193,31 +199,31 @@ def _compiled(plan: Plan) -> list[Comparison]:
     return found
 
 
-def _chosen(cases: Sequence[Comparison], providers: Sequence[str]) -> list[Subject]:
-    if OURS in providers:  # names that only some cases have are there to be set beside ours
-        providers = (*providers, *OWN_NAMES)
-    kept = [only(case, providers) for case in cases]
-    # A compiled provider's companion alone was measured before.
+def _select(cases: Sequence[Comparison], providers: Sequence[str]) -> list[Job]:
+    if OURS in providers:  # providers of single cases are only compared with ours
+        providers = (*providers, *BANK_PROVIDERS)
+    selected = [with_providers(case, providers) for case in cases]
+    # What accompanies a compiled provider was measured before, on its own.
     return [
         case
-        for case, asked in zip(kept, cases, strict=True)
-        if case.providers and (case.providers != (OURS,) or asked.providers == (OURS,)
-                               or not set(COMPILED) & set(asked.providers))
+        for case, requested in zip(selected, cases, strict=True)
+        if case.providers and (case.providers != (OURS,) or requested.providers == (OURS,)
+                               or not set(COMPILED) & set(requested.providers))
     ]  # fmt: skip
 
 
-def only(case: C, providers: Sequence[str]) -> C:
-    """A comparison of those of its providers that are named."""
+def with_providers(case: C, providers: Sequence[str]) -> C:
+    """Return a comparison with those of its providers that are named."""
     return replace(case, providers=tuple(n for n in case.providers if n in providers))
 
 
-def guessed_seconds(subject: Subject) -> float:
-    """How long a subject may take; it is skipped where less is left. A guess, not measured."""
-    if isinstance(subject, Job):
-        return subject.seconds
-    if isinstance(subject, Case | AttentionCase):
-        eager = [name for name in subject.providers if name not in COMPILED]
-        compiled = len(subject.providers) - len(eager)
+def estimated_seconds(job: Job) -> float:
+    """Return the estimated seconds of a job, which is skipped if less time is left."""
+    if isinstance(job, RunnableJob):
+        return job.seconds
+    if isinstance(job, Case | AttentionCase):
+        eager = [name for name in job.providers if name not in COMPILED]
+        compiled = len(job.providers) - len(eager)
         seconds = _STEP_SECONDS + _PROVIDER_SECONDS * len(eager) + _COMPILE_SECONDS * compiled
-        return seconds * (_LARGE_FACTOR if "large" in getattr(subject, "model", "") else 1.0)
-    return _SECONDS[type(subject)]
+        return seconds * (_LARGE_FACTOR if "large" in getattr(job, "model", "") else 1.0)
+    return _SECONDS[type(job)]

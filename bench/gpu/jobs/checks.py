@@ -1,8 +1,8 @@
-"""The public operators on a device, each against its equations in fp64, at odd shapes.
+"""Checks of the public operators on a device, against their equations in fp64, at odd shapes.
 
-Attention, the experts and batches of many tasks are checked as they are before they are timed; the
-operators that work row by row against PyTorch's autograd of the plain formulas. A result may be
-twice as far from fp64 as eager PyTorch is in the same dtype, plus a slack of the dtype.
+Attention, the experts and batches of many tasks are checked as before they are timed; row-wise
+operators against PyTorch's autograd of the plain formulas. A result may have twice the error of
+eager PyTorch against fp64 in the same dtype, plus a slack that depends on the dtype.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from bench.compare.correctness import Check, Results, budget, largest_error
 from bench.providers import (
-    attention as attention_ways,
+    attention as attention_providers,
 )
 from bench.providers import (
-    bank_attention as bank_ways,
+    bank_attention as bank_attention_providers,
 )
 from bench.providers import (
-    experts as expert_ways,
+    experts as expert_providers,
 )
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase, HeadsCase, check_heads, run_heads
@@ -65,7 +65,9 @@ _SHAPES = ((50, 3, 197, 3, 64), (1, 2, 50, 2, 32), (13, 2, 65, 2, 80), (200, 1, 
 
 
 def kernel_cases(expert_models: Sequence[str] = ("vit_tiny_patch16_224",)) -> list[KernelCase]:
-    """What is checked: attention with heads of 64, 32, 80 and 128 channels, experts, rows, and
+    """Return the cases to check.
+
+    They are attention with heads of 64, 32, 80 and 128 channels, experts, row-wise operators, and
     batches of many tasks.
     """
     return [
@@ -80,13 +82,13 @@ def kernel_cases(expert_models: Sequence[str] = ("vit_tiny_patch16_224",)) -> li
 
 
 def check_kernel(case: KernelCase, dtype: torch.dtype, device: torch.device | str) -> Check:
-    """The operator's check."""
+    """Check an operator."""
     if isinstance(case, AttentionCase):
-        return attention_ways.checks(case, dtype, device)[OURS]
+        return attention_providers.checks(case, dtype, device)[OURS]
     if isinstance(case, ExpertCase):
-        return expert_ways.checks(case, dtype, device)[OURS]
+        return expert_providers.checks(case, dtype, device)[OURS]
     if isinstance(case, BankAttentionCase):
-        return bank_ways.checks(case, dtype, device)[OURS]
+        return bank_attention_providers.checks(case, dtype, device)[OURS]
     if isinstance(case, HeadsCase):
         return check_heads(case, dtype, device)
     given = [t.to(device, dtype) for t in _inputs(case)]
@@ -98,16 +100,14 @@ def check_kernel(case: KernelCase, dtype: torch.dtype, device: torch.device | st
     return Check(OURS, error, worst, budget(eager, kind))
 
 
-def launches_alone(
-    case: KernelCase, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> None:
-    """An operator of ours, forward and backward, without what it is held against."""
+def run_operator(case: KernelCase, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Run an operator of vpt_fast, forward and backward, without its reference."""
     if isinstance(case, AttentionCase):
-        attention_ways.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
+        attention_providers.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
     elif isinstance(case, ExpertCase):
-        expert_ways.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
+        expert_providers.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
     elif isinstance(case, BankAttentionCase):
-        bank_ways.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
+        bank_attention_providers.functions(replace(case, providers=(OURS,)), dtype, device)[OURS]()
     elif isinstance(case, HeadsCase):
         run_heads(case, dtype, device)
     else:

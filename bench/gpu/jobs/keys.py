@@ -1,4 +1,4 @@
-"""Keys of Triton's cache that are the same in every process."""
+"""Makes keys of Triton's cache the same in every process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import vpt_fast.kernels
 def stable_keys() -> None:
     """Make Triton's cache keys the same in every process that calls this first.
 
-    Up to Triton 3.6 a function takes over the globals of those that it calls only if their keys
-    were asked for before, so that a key hangs on what was launched earlier in the process.
+    Up to Triton 3.6 a function's key includes the globals of the functions that it calls only if
+    their keys were computed before, so it depends on what was launched earlier in the process.
     """
     functions: dict[str, JITFunction] = {}
     root = vpt_fast.kernels
@@ -23,4 +23,4 @@ def stable_keys() -> None:
             if isinstance(value, JITFunction):
                 functions[f"{value.__module__}.{value.__name__}"] = value
     for name in sorted(functions):
-        functions[name].cache_key  # noqa: B018  asking is what settles it
+        functions[name].cache_key  # noqa: B018  reading it computes it

@@ -1,8 +1,8 @@
-"""One comparison on a device: every provider checked, then timed in turns, then replayed.
+"""One comparison on a device: every provider checked, timed in interleaved rounds, then replayed.
 
-What goes wrong for a provider (a wrong result, memory that does not suffice, a failure to compile
-or to capture) is written in its row, and the others go on. Everything is told as soon as it is
-known, and who is at work before it starts.
+A provider's failure (a wrong result, lack of memory, a failure to compile or to capture) is written
+to its row, and the others continue. Every event is emitted as soon as it is known, and the running
+providers before they start.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from bench.compare.interleave import Times
 from bench.compare.rounds import work
 from bench.gpu.device import Device, replay_error
 from bench.gpu.jobs.checks import check_kernel
-from bench.gpu.jobs.subjects import (
-    CeilingsWanted,
+from bench.gpu.jobs.job import (
+    CeilingsJob,
     Comparison,
-    FactsWanted,
+    FactsJob,
     Job,
     KernelCheck,
-    Subject,
-    facts_of,
+    RunnableJob,
+    case_columns,
 )
-from bench.gpu.outcome import Outcome, Tell, nobody
+from bench.gpu.outcome import Emit, Outcome, ignore_event
 from bench.providers import (
-    attention as attention_ways,
-)
-from bench.providers import (
-    bank_attention as bank_ways,
+    attention as attention_providers,
 )
 from bench.providers import (
-    bank_models as bank_model_ways,
+    bank_attention as bank_attention_providers,
 )
 from bench.providers import (
-    experts as expert_ways,
+    bank_models as bank_model_providers,
+)
+from bench.providers import (
+    experts as expert_providers,
 )
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase
@@ -57,21 +57,21 @@ ROUNDS = {"cuda": 15, "cpu": 3}
 GRAPH_ROUNDS = {"cuda": 10, "cpu": 0}
 
 
-_WAYS = {
-    AttentionCase: attention_ways,
-    ExpertCase: expert_ways,
-    BankAttentionCase: bank_ways,
+_PROVIDERS = {
+    AttentionCase: attention_providers,
+    ExpertCase: expert_providers,
+    BankAttentionCase: bank_attention_providers,
 }
 
 
 @dataclass(frozen=True)
-class _Entrant:
+class _Prepared:
     check: Check
     run: Run
     parameters: tuple[torch.nn.Parameter, ...] = ()
 
 
-class _Fault(Exception):
+class _DeviceFault(Exception):
     """The device no longer computes."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -80,94 +80,94 @@ class _Fault(Exception):
 
 
 def measure(
-    subject: Subject, device: Device, dtype: str = "bfloat16", tell: Tell = nobody
+    job: Job, device: Device, dtype: str = "bfloat16", emit: Emit = ignore_event
 ) -> Outcome:
-    """Check and time a subject, or do a job.
+    """Run a job.
 
     Args:
-        subject: what.
-        device: where.
-        dtype: of attention, experts and checks; a `Case` says its own.
-        tell: is told everything as it becomes known.
+        job: Job to run.
+        device: Device to run it on.
+        dtype: Dtype of attention, experts and checks; a `Case` has its own.
+        emit: Receives every event as it occurs.
 
     Returns:
-        All that was told.
+        All events.
     """
     outcome = Outcome()
 
     def both(kind: str, value: Any) -> None:
-        outcome.take(kind, value)
-        tell(kind, value)
+        outcome.add(kind, value)
+        emit(kind, value)
 
-    if isinstance(subject, CeilingsWanted):
+    if isinstance(job, CeilingsJob):
         both("ceilings", measure_ceilings(device))
-    elif isinstance(subject, FactsWanted):
+    elif isinstance(job, FactsJob):
         both("facts", facts(gpu=device.name == "cuda"))
-    elif isinstance(subject, Job):
-        subject.run(device, both)
+    elif isinstance(job, RunnableJob):
+        job.run(device, both)
         device.release()
     else:
-        _Measuring(subject, device, dtype, both)
+        _Comparing(job, device, dtype, both)
     return outcome
 
 
-class _Measuring:
+class _Comparing:
     def __init__(
-        self, subject: Comparison | KernelCheck, device: Device, dtype: str, tell: Tell
+        self, job: Comparison | KernelCheck, device: Device, dtype: str, emit: Emit
     ) -> None:
-        self.subject, self.device, self.tell = subject, device, tell
-        self.facts = facts_of(subject, dtype)
+        self.job, self.device, self.emit = job, device, emit
+        self.facts = case_columns(job, dtype)
         self.dtype = self.facts["dtype"]
         self.rows: dict[str, Row] = {}
         self._truth: Truth | None = None
-        spent = False
+        device_lost = False
         try:
-            if isinstance(subject, KernelCheck):
-                self._check_kernel(subject)
+            if isinstance(job, KernelCheck):
+                self._check_kernel(job)
             else:
-                spent = self._compare(subject)
-            if not spent:
+                device_lost = self._compare(job)
+            if not device_lost:
                 device.release()
-        except _Fault as fault:
-            tell("faulted", fault.names)
+        except _DeviceFault as fault:
+            emit("faulted", fault.names)
 
     def _note(self, name: str, **columns: Any) -> None:
-        """Add to a provider's row, and tell it."""
+        """Add columns to a provider's row, and emit the row."""
         row = self.rows.setdefault(name, {**self.facts, "provider": name, "rounds": 0})
         row |= columns
-        self.tell("row", dict(row))
+        self.emit("row", dict(row))
 
     def _failed(self, name: str, note: str, wrong: bool = True) -> None:
         before = self.rows.get(name, {}).get("note", "")
         self._note(name, note="; ".join(filter(None, [before, note])))
         if wrong:
-            self.tell("wrong", f"{self.subject}, {name}: {note}")
+            self.emit("wrong", f"{self.job}, {name}: {note}")
 
     def _try(
         self, names: tuple[str, ...], what: str, function: Callable[[], Any], wrong: bool = True
     ) -> Any:
-        """The function's result; None, and a note in the providers' rows, if it fails.
+        """Return the function's result; None, and a note in the providers' rows, if it fails.
 
         Raises:
-            _Fault: the device no longer computes.
+            _DeviceFault: If the device no longer computes.
         """
-        self.tell("doing", names)
+        self.emit("running", names)
         try:
             return function()
         except torch.OutOfMemoryError:
             note, wrong = f"{what}: out of memory", False
-        # Compilers raise whatever their authors chose.
+        # Compilers raise errors of any type.
         except Exception as error:
             note = f"{what}: {one_line(error)}"
         for name in names:
             self._failed(name, note, wrong)
-        if not self.device.well():
-            raise _Fault(names)
+        if not self.device.usable():
+            raise _DeviceFault(names)
         self.device.release()
         return None
 
-    def _check_kernel(self, subject: KernelCheck) -> None:
-        check = partial(check_kernel, subject.case, DTYPES[self.dtype], self.device.name)
+    def _check_kernel(self, job: KernelCheck) -> None:
+        check = partial(check_kernel, job.case, DTYPES[self.dtype], self.device.name)
         found = self._try((OURS,), "check", check)
         if found is not None:
             self._holds(found)
@@ -181,97 +181,101 @@ class _Measuring:
             )
         return check.holds
 
-    def _compare(self, subject: Comparison) -> bool:
-        """Check, time, replay; whether the device was lost after the times."""
-        entrants: dict[str, _Entrant] = {}
-        for name in subject.providers:
+    def _compare(self, job: Comparison) -> bool:
+        """Check, time and replay; return whether the device was lost after the times."""
+        prepared: dict[str, _Prepared] = {}
+        for name in job.providers:
             self.device.release()
             before, start = self.device.allocated(), perf_counter()
-            entrant = self._try(
-                (name,), "check", partial(self._enter, subject, name), name not in COMPILED
+            entry = self._try(
+                (name,), "check", partial(self._enter, job, name), name not in COMPILED
             )
-            if entrant is None or not self._holds(entrant.check):
+            if entry is None or not self._holds(entry.check):
                 continue
             if name in COMPILED:
                 took = perf_counter() - start
-                self.tell("said", f"{name}: {took:.0f} s to compile and check, not counted")
+                self.emit("message", f"{name}: {took:.0f} s to compile and check, not counted")
             self.device.release()
-            peak = self._try((name,), "peak memory", partial(_peak, self.device, entrant.run))
-            if peak is not None and isinstance(self.subject, Case):
+            peak = self._try((name,), "peak memory", partial(_peak, self.device, entry.run))
+            if peak is not None and isinstance(self.job, Case):
                 self._note(name, peak_mib=f"{(peak - before) / 2**20:.1f}")
-            entrants[name] = entrant
+            prepared[name] = entry
         self._truth = None
         self.device.release()
         # Ours last: a capture that fails may leave its process without a device.
-        timed = sorted(self._time(entrants), key=lambda name: name == OURS)
-        if isinstance(subject, BankModelCase):
-            return False  # a bank looks its tasks up on the host: a graph would not do it again
-        return self._replay_all(timed, entrants)
+        timed = sorted(self._time(prepared), key=lambda name: name == OURS)
+        if isinstance(job, BankModelCase):
+            return False  # a bank looks tasks up on the host, which a graph would not repeat
+        return self._replay_all(timed, prepared)
 
-    def _replay_all(self, timed: Sequence[str], entrants: dict[str, _Entrant]) -> bool:
-        """Replay those that were timed; whether the device was lost."""
-        for place, name in enumerate(timed):
-            replay = partial(self._replay, name, entrants.pop(name))
+    def _replay_all(self, timed: Sequence[str], prepared: dict[str, _Prepared]) -> bool:
+        """Replay the providers that were timed; return whether the device was lost."""
+        for index, name in enumerate(timed):
+            replay = partial(self._replay, name, prepared.pop(name))
             try:
                 self._try((name,), "graph", replay, wrong=False)
-            except _Fault:
-                for other in timed[place + 1 :]:
-                    self._failed(other, "graph: not tried, another's failed", wrong=False)
-                self.tell("spent", True)
+            except _DeviceFault:
+                for other in timed[index + 1 :]:
+                    self._failed(other, "graph: not tried, another provider's failed", wrong=False)
+                self.emit("device_lost", True)
                 return True
             del replay
             self.device.release()
         return False
 
-    def _enter(self, subject: Comparison, name: str) -> _Entrant:
+    def _enter(self, job: Comparison, name: str) -> _Prepared:
         if name in COMPILED:
-            # Or what another case left behind would make shapes dynamic, or stop compilation.
+            # Compiled code of another case would make shapes dynamic, or stop compilation.
             torch.compiler.reset()
         device, dtype = self.device.name, DTYPES[self.dtype]
-        if isinstance(subject, Case):
+        if isinstance(job, Case):
             if self._truth is None:
-                self._truth = Truth(subject, device, whole=True)
+                self._truth = Truth(job, device, whole=True)
             module = self._truth.module(name, 0.0)
             check = self._truth.check(name, module)
-            if subject.dropout:
-                module = self._truth.module(name, subject.dropout)
-            trained = () if subject.work == INFERENCE else tuple(_trained(module))
-            return _Entrant(check, work(subject, module, device), trained)
-        if isinstance(subject, BankModelCase):
-            return _Entrant(*bank_model_ways.entrant(subject, name, dtype, device))
-        ways: Any = _WAYS[type(subject)]
-        one = replace(subject, providers=(name,))
-        check = ways.checks(one, dtype, device)[name]
-        return _Entrant(check, ways.functions(one, dtype, device)[name])
+            if job.dropout:
+                module = self._truth.module(name, job.dropout)
+            trained = () if job.work == INFERENCE else tuple(_trained(module))
+            return _Prepared(check, work(job, module, device), trained)
+        if isinstance(job, BankModelCase):
+            return _Prepared(*bank_model_providers.prepare(job, name, dtype, device))
+        providers: Any = _PROVIDERS[type(job)]
+        one = replace(job, providers=(name,))
+        check = providers.checks(one, dtype, device)[name]
+        return _Prepared(check, providers.functions(one, dtype, device)[name])
 
-    def _time(self, entrants: Mapping[str, _Entrant]) -> tuple[str, ...]:
-        """Time them in turns; the names of those that have times."""
+    def _time(self, prepared: Mapping[str, _Prepared]) -> tuple[str, ...]:
+        """Time the providers in interleaved rounds; return the names of those that have times."""
         timer, rounds = self.device.timer, ROUNDS[self.device.name]
         counts = {}
-        for name, entrant in entrants.items():
-            count = self._try((name,), "timing", partial(repeats, timer, entrant.run))
+        for name, entry in prepared.items():
+            count = self._try((name,), "timing", partial(repeats, timer, entry.run))
             if count is not None:
-                counts[name] = entrant.run, count
+                counts[name] = entry.run, count
         names = tuple(counts)
-        telling = _Telling(timer, self.tell, {run: name for name, (run, _) in counts.items()})
-        times = self._try(names, "timing", partial(times_of, telling, counts, rounds)) or {}
+        announcing_timer = _AnnouncingTimer(
+            timer, self.emit, {run: name for name, (run, _) in counts.items()}
+        )
+        times = (
+            self._try(names, "timing", partial(times_of, announcing_timer, counts, rounds)) or {}
+        )
         for name, found in times.items():
             columns = {"rounds": rounds, **percentiles(found.seconds.tolist())}
             if OURS in times:
                 columns |= ratios(found.seconds.tolist(), times[OURS].seconds.tolist())
             self._note(name, **columns)
         for name, found in times.items():
-            self._try((name,), "host time", partial(self._beside, name, counts[name][0], found))
+            self._try((name,), "host time", partial(self._add_load, name, counts[name][0], found))
         return tuple(times)
 
-    def _beside(self, name: str, run: Run, found: Times) -> None:
-        """What stands beside a time: the host's own, and the device's clock and power."""
+    def _add_load(self, name: str, run: Run, found: Times) -> None:
+        """Add the host's time, and the device's clock and power, to a provider's row."""
         host = self.device.host_seconds(run)
         columns = {} if host is None else {"host_ms": f"{host * 1e3:.4g}"}
         self._note(name, **columns, **self.device.load(run, found.median))
 
-    def _replay(self, name: str, entrant: _Entrant) -> None:
-        graph = self.device.capture(entrant.run, entrant.parameters)
+    def _replay(self, name: str, entry: _Prepared) -> None:
+        graph = self.device.capture(entry.run, entry.parameters)
         if graph is None:
             return
         error = 0.0 if self._dropout() else replay_error(graph)
@@ -284,27 +288,27 @@ class _Measuring:
         self._note(name, graph_p50_ms=found["p50_ms"])
 
     def _dropout(self) -> bool:
-        """Whether two runs draw different masks."""
-        return isinstance(self.subject, Case) and self.subject.dropout > 0
+        """Return whether two runs draw different masks."""
+        return isinstance(self.job, Case) and self.job.dropout > 0
 
 
 @dataclass
-class _Telling:
-    """A timer that tells whose round it is before it starts: a hang has a name."""
+class _AnnouncingTimer:
+    """Timer that emits which provider runs before each round, so that a hang can be attributed."""
 
     timer: Timer
-    tell: Tell
+    emit: Emit
     names: Mapping[Run, str]
 
-    round_seconds: float = 0.0  # rounds are counted by then
+    round_seconds: float = 0.0  # calls per round are known by then
 
     def seconds(self, run: Run, repeats: int = 1) -> float:
-        self.tell("doing", (self.names[run],))
+        self.emit("running", (self.names[run],))
         return self.timer.seconds(run, repeats)
 
 
 def _peak(device: Device, run: Run) -> int | None:
-    run()  # what is allocated once, and compiled, does not count
+    run()  # excludes one-time allocations and compilation
     return device.peak(run)
 
 
@@ -313,6 +317,6 @@ def _trained(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, for a column of a table."""
+    """Return an error as one line, for a column of a table."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]

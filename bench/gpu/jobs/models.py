@@ -1,4 +1,4 @@
-"""A whole model of ours on the device, against the published formulation in fp64."""
+"""Check of a whole model on the device, against the published formulation in fp64."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from bench.compare.cases import Case
 from bench.compare.correctness import Truth
 from bench.gpu.device import Device
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.providers.models import OURS
 
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """Logits and every trained gradient of a model, which is not timed.
+    """Check of the logits and every trained gradient of a model, without times.
 
     Attributes:
-        case: the model and its method; two images of it are run.
-        seconds: that it may take, a guess.
+        case: Model and method; two images of it are run.
+        seconds: Estimated seconds.
     """
 
     case: Case
@@ -26,9 +26,9 @@ class ModelCheck:
     def __str__(self) -> str:
         return f"check {self.case}"
 
-    def run(self, device: Device, tell: Tell) -> None:
-        """Check it."""
-        tell("doing", (OURS,))
+    def run(self, device: Device, emit: Emit) -> None:
+        """Check the model and emit its row."""
+        emit("running", (OURS,))
         check = Truth(self.case, device.name, whole=False).check(OURS)
         row = {
             "kind": "measured", "bench": "check", "model": str(self), "dtype": self.case.dtype,
@@ -38,5 +38,5 @@ class ModelCheck:
         if not check.holds:
             note = f"{check.worst} is {check.error:.1e} from fp64, limit {check.limit:.1e}"
             row["note"] = f"wrong: {note}"
-            tell("wrong", f"{self}: {note}")
-        tell("row", row)
+            emit("wrong", f"{self}: {note}")
+        emit("row", row)

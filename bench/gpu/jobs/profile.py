@@ -1,4 +1,4 @@
-"""Where a step's time goes on the device: its kernels by time, and the share in which any ran."""
+"""Profile of a step: the device's kernels by time, and the share of time in which any ran."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from torch.profiler import profile as profiler
 from bench.compare.cases import DTYPES, Case
 from bench.compare.rounds import work
 from bench.gpu.device import Device
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.providers.models import OURS, provide
 
 COLUMNS = (
     "provider", "what", "name", "calls", "us", "share", "tflops", "gb_per_s", "shapes",
 )  # fmt: skip
-"""Of the file: calls and microseconds of one step, the share of the device's busy time; rates of
-products by FLOP of their shapes and by bytes of their operands and results."""
+"""Columns of the file. Calls and microseconds are those of one step, `share` is of the device's
+busy time, and rates of matrix products follow from the shapes of their operands and results.
+"""
 
 _STEPS = 3
 _SHOWN = 12
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::bmm": (0, 1)}
-"""Products of PyTorch's, and which of their arguments are multiplied."""
+"""PyTorch's matrix products, and the indices of the arguments that are multiplied."""
 
 Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class ProfileWanted:
-    """A provider's step, profiled into `profile.csv`; ours into `trace.json.gz` for Perfetto too.
+class ProfileJob:
+    """Profile of a provider's step in `profile.csv`; vpt_fast's also as a trace for Perfetto.
 
     Attributes:
-        case: the step.
-        provider: whose.
-        folder: of the files.
-        seconds: that it may take, a guess.
+        case: Step to profile.
+        provider: Provider to profile.
+        folder: Folder of the files.
+        seconds: Estimated seconds.
     """
 
     case: Case
@@ -52,8 +53,8 @@ class ProfileWanted:
     def __str__(self) -> str:
         return f"profile of {self.provider}, {self.case}"
 
-    def run(self, device: Device, tell: Tell) -> None:
-        """Profile it."""
+    def run(self, device: Device, emit: Emit) -> None:
+        """Profile the step, write its rows and emit the longest kernels."""
         model = self.case.build().to(DTYPES[self.case.dtype]).to(device.name)
         module = provide(self.provider, model, self.case.settings(), self.case.memory)
         run = work(self.case, module, device.name)
@@ -71,7 +72,7 @@ class ProfileWanted:
         if self.provider == OURS:
             found.export_chrome_trace(str(Path(self.folder) / "trace.json.gz"))
         for line in self._lines(found, rows, cuda):
-            tell("said", line)
+            emit("message", line)
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         path = Path(self.folder) / "profile.csv"
@@ -102,7 +103,7 @@ class ProfileWanted:
 
 
 def spans_of(found: Any) -> list[Span]:
-    """Start and end of everything that ran on the device, in microseconds."""
+    """Return start and end of everything that ran on the device, in microseconds."""
     return [
         (event.time_range.start, event.time_range.end)
         for event in found.events()
@@ -111,7 +112,7 @@ def spans_of(found: Any) -> list[Span]:
 
 
 def busy_time(spans: Sequence[Span]) -> tuple[float, float]:
-    """How long any span lasted, and from the first start to the last end."""
+    """Return how long any span lasted, and the time from the first start to the last end."""
     ordered = sorted(spans)
     busy, last = 0.0, ordered[0][0]
     for start, end in ordered:
@@ -121,7 +122,7 @@ def busy_time(spans: Sequence[Span]) -> tuple[float, float]:
 
 
 def kernel_rows(found: Any, cuda: bool) -> list[dict[str, Any]]:
-    """Kernels (on a CPU: operators) of one step, the longest first."""
+    """Return the kernels (on a CPU, the operators) of one step, longest first."""
     times = []
     for entry in found.key_averages():
         on_device = getattr(entry, "device_type", None) == DeviceType.CUDA
@@ -139,7 +140,7 @@ def kernel_rows(found: Any, cuda: bool) -> list[dict[str, Any]]:
 
 
 def product_rows(found: Any, cuda: bool) -> list[dict[str, Any]]:
-    """PyTorch's matrix products of one step by shape, with rates, the longest first."""
+    """Return PyTorch's matrix products of one step by shape, with rates, longest first."""
     rows = []
     for entry in found.key_averages(group_by_input_shape=True):
         factors = _PRODUCTS.get(entry.key)

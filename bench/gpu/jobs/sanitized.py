@@ -1,4 +1,4 @@
-"""Small launches of every operator and of a step, for a program that watches them.
+"""Small launches of every operator and of a step, to run under compute-sanitizer.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m bench.gpu.jobs.sanitized
 """
@@ -17,7 +17,7 @@ import torch
 from bench.compare.cases import DTYPES, SWIN, Case
 from bench.compare.rounds import work
 from bench.gpu.jobs.cases import TINY
-from bench.gpu.jobs.checks import kernel_cases, launches_alone
+from bench.gpu.jobs.checks import kernel_cases, run_operator
 from bench.gpu.jobs.keys import stable_keys
 from bench.providers.models import OURS, provide
 
@@ -28,7 +28,7 @@ def _step(case: Case, device: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Launch it all; 1 if something failed."""
+    """Launch all operators and steps; return 1 if any failed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.jobs.sanitized",
         description=__doc__,
@@ -43,19 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps.append(replace(step, model=SWIN, image_size=224, batch=1))
     failed = 0
     for case in kernel_cases([TINY]):
-        failed += _fails(case, partial(launches_alone, case, torch.bfloat16, device), device)
+        failed += _fails(case, partial(run_operator, case, torch.bfloat16, device), device)
     for whole in steps:
         failed += _fails(whole, partial(_step, whole, device), device)
     return min(failed, 1)
 
 
 def _fails(name: object, launch: Callable[[], object], device: str) -> bool:
-    """Launch and wait for it; whether it failed, which is printed, and the next is launched."""
+    """Launch and synchronize, print a failure; return whether it failed."""
     try:
         launch()
         if device == "cuda":
             torch.cuda.synchronize()
-    # Whatever it is: what comes after it is wanted too.
+    # Any failure: the launches after it still run.
     except Exception:
         print(f"failed {name}\n{traceback.format_exc()}", flush=True)
         return True

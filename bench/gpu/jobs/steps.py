@@ -1,7 +1,7 @@
-"""One training step in the ways that people run it.
+"""Checks of one training step as users run it: CUDA graph, DistributedDataParallel, torch.compile.
 
-A graph and DistributedDataParallel run the same kernels as the step in eager PyTorch, and are held
-against that; compiled code rounds elsewhere, and is held against fp64 as every provider is.
+A graph and DistributedDataParallel run the same kernels as the step in eager PyTorch, and are
+compared with it; compiled code rounds differently, and is compared with fp64 as every provider is.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from bench.compare.cases import Case
 from bench.compare.correctness import SLACK, Results, Truth, largest_error
 from bench.compare.rounds import step
 from bench.gpu.device import Device, replay_error
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.providers.models import OURS, provide
 
 KINDS = ("graph", "parallel", "compile")
 
 Found = tuple[float, float, str]
-"""An error, the largest allowed, and what it is measured from."""
+"""Error, largest error allowed, and what the error is measured against."""
 
 
 @dataclass(frozen=True)
 class StepCheck:
-    """One step of ours, which is not timed.
+    """Check of one step of vpt_fast, without times.
 
     Attributes:
-        case: the model and its method.
+        case: Model and method.
         kind: "graph" for the replay of a CUDA graph, "parallel" for DistributedDataParallel in a
             group of one process, "compile" for torch.compile with the whole graph.
     """
@@ -44,18 +44,18 @@ class StepCheck:
 
     @property
     def seconds(self) -> float:
-        """That it may take, a guess."""
+        """Estimated seconds."""
         return 40.0 if self.kind == "compile" else 6.0
 
     def __str__(self) -> str:
         return f"one step by {self.kind}, {self.case}"
 
-    def run(self, device: Device, tell: Tell) -> None:
-        """Check it."""
-        tell("doing", (OURS,))
+    def run(self, device: Device, emit: Emit) -> None:
+        """Run the step and compare it."""
+        emit("running", (OURS,))
         found = self._compiled(device) if self.kind == "compile" else self._error(device)
         if found is None:
-            tell("said", f"not on a {device.name}")
+            emit("message", f"not on a {device.name}")
             return
         error, limit, truth = found
         row = {
@@ -65,8 +65,8 @@ class StepCheck:
         }  # fmt: skip
         if not error <= limit:
             row["note"] = f"wrong: {error:.1e} from {truth}, limit {limit:.1e}"
-            tell("wrong", f"{self}: {row['note']}")
-        tell("row", row)
+            emit("wrong", f"{self}: {row['note']}")
+        emit("row", row)
 
     def _compiled(self, device: Device) -> Found:
         truth = Truth(self.case, device.name, whole=True)
@@ -77,7 +77,7 @@ class StepCheck:
         return check.error, check.limit, "fp64"
 
     def _error(self, device: Device) -> Found | None:
-        """How far it is from the step in eager PyTorch; None where the device has no such step."""
+        """Return the error against the eager step; None where the device lacks such a step."""
         limit, truth = SLACK[self.case.dtype], "the step in eager PyTorch"
         model: Any = self.case.build().to(getattr(torch, self.case.dtype)).to(device.name)
         module = provide(OURS, model, self.case.settings())
@@ -95,7 +95,7 @@ class StepCheck:
 
 
 def _step(module: nn.Module, run: Callable[[], torch.Tensor]) -> Results:
-    """Loss and gradients of a step, by the module's own names."""
+    """Return the loss and gradients of a step, by the module's own names."""
     found = {"loss": run()}
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
@@ -105,7 +105,7 @@ def _step(module: nn.Module, run: Callable[[], torch.Tensor]) -> Results:
 
 @contextlib.contextmanager
 def _group(device: str) -> Iterator[None]:
-    """A process group of this process alone."""
+    """Open a process group of this process alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Times of attention's candidate tiles, 64 channels, bf16: what `bench.tiles.tune` measures."""
+"""Times of attention's candidate tiles, 64 channels, bf16, as `bench.tiles.tune` measures them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 
 from bench.gpu.device import Device
 from bench.gpu.jobs.keys import stable_keys
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.tiles.times import Row, measure, median_milliseconds, write_times
 from vpt_fast.kernels.attention.tiles import KERNELS, Key
 from vpt_fast.kernels.runtime.launch import Launch
 
 KEYS: list[Key] = [(kernel, 64, "bf16", 90) for kernel in KERNELS]
-"""Their architecture gives way to the device's own."""
+"""The device's own architecture replaces the one given here."""
 
 _TRIAL_ROWS = 2
 
 
 @dataclass(frozen=True)
-class TilesWanted:
-    """Candidate tiles, timed one after another into a file.
+class TilesJob:
+    """Times of candidate tiles, written to a file one after another.
 
     Attributes:
-        path: of the CSV file; an older one is replaced.
-        trial: whether nothing is launched, and programs of a launch stand in for milliseconds.
-        seconds: that it may take.
+        path: CSV file to write; an older one is replaced.
+        trial: Whether to launch nothing, and write the number of programs instead of milliseconds.
+        seconds: Seconds that it may take.
     """
 
     path: str
@@ -38,8 +38,8 @@ class TilesWanted:
     def __str__(self) -> str:
         return "tiles of attention, 64 channels, bf16"
 
-    def run(self, device: Device, tell: Tell) -> None:
-        """Time them; the file grows row by row."""
+    def run(self, device: Device, emit: Emit) -> None:
+        """Time the candidates; the file grows row by row."""
         stable_keys()
         Path(self.path).unlink(missing_ok=True)
         time: Callable[[Launch], float] = _programs if self.trial else median_milliseconds
@@ -48,7 +48,7 @@ class TilesWanted:
             rows = islice(rows, _TRIAL_ROWS)
         write_times(Path(self.path), rows)
         count = len(Path(self.path).read_text(encoding="utf-8").splitlines()) - 1
-        tell("said", f"{count} candidates in {Path(self.path).name}")
+        emit("message", f"{count} candidates in {Path(self.path).name}")
 
 
 def _programs(launch: Launch) -> float:

@@ -1,10 +1,10 @@
-"""Compiles, by all cores at once, the kernels that a run of the benchmark will launch.
+"""Compiles, on all cores, the kernels that a run of the benchmark will launch.
 
     python -m bench.gpu.jobs.warm [--jobs N] [--capability 90] [--quick] [--tiles] [--trial]
 
 They go to Triton's own cache (TRITON_CACHE_DIR), where every later process finds them. No GPU is
-needed: models run on tensors without values, and launches are noted instead of made. A cache that
-was made elsewhere with the same Python, Triton and source is found too: copy the folder.
+needed: models run on fake tensors, and launches are recorded instead of made. A cache that was
+filled elsewhere with the same Python, Triton and source is found too: copy the folder.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from triton.compiler import ASTSource
 
 from bench.compare.cases import DTYPES, INFERENCE, Case
 from bench.compare.rounds import inference, step
-from bench.counted.step_trace import without_values
+from bench.counted.step_trace import fake_copy
 from bench.counted.trace import Trace, traced
-from bench.gpu.jobs.cases import Plan, correctness_subjects, first_subjects, timed_subjects
-from bench.gpu.jobs.checks import launches_alone
+from bench.gpu.jobs.cases import Plan, correctness_jobs, first_jobs, timed_jobs
+from bench.gpu.jobs.checks import run_operator
+from bench.gpu.jobs.job import Job, KernelCheck
 from bench.gpu.jobs.keys import stable_keys
 from bench.gpu.jobs.models import ModelCheck
 from bench.gpu.jobs.steps import StepCheck
-from bench.gpu.jobs.subjects import KernelCheck, Subject
 from bench.machine_code.offline import gpu_target, specialise
 from bench.providers import (
-    attention as attention_ways,
+    attention as attention_providers,
 )
 from bench.providers import (
-    bank_attention as bank_ways,
+    bank_attention as bank_attention_providers,
 )
 from bench.providers import (
-    experts as expert_ways,
+    experts as expert_providers,
 )
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase
@@ -59,13 +59,13 @@ from vpt_fast.kernels.runtime.launch import Launch, Target
 
 
 class Kernel(NamedTuple):
-    """What Triton compiles, as one process can hand it to another.
+    """What Triton compiles, in a form that can be sent to another process.
 
     Attributes:
-        module, name: where the function is.
-        signature, constants, attributes: of `triton.compiler.ASTSource`.
-        options: of `triton.compile`.
-        launch: what it computes, for reports.
+        module, name: Module and name of the function.
+        signature, constants, attributes: Arguments of `triton.compiler.ASTSource`.
+        options: Options of `triton.compile`.
+        launch: Name of the launch, for reports.
     """
 
     module: str
@@ -78,8 +78,8 @@ class Kernel(NamedTuple):
 
 
 @contextlib.contextmanager
-def noted(capability: int) -> Iterator[list[Launch]]:
-    """Note the launches inside, as a GPU of this capability would make them."""
+def recorded_launches(capability: int) -> Iterator[list[Launch]]:
+    """Record the launches inside, as a GPU of this capability would make them."""
     found: list[Launch] = []
 
     with contextlib.ExitStack() as stack:
@@ -93,23 +93,23 @@ def noted(capability: int) -> Iterator[list[Launch]]:
         yield found
 
 
-def _run(subject: Subject) -> None:
-    """Run ours of a subject on tensors without values; those of whom nothing is ours do nothing."""
-    if isinstance(subject, ModelCheck):
-        return _run_model(replace(subject.case, batch=2))
-    if isinstance(subject, StepCheck):
-        return _run_model(subject.case)
-    if isinstance(subject, Case):
-        return _run_model(subject) if OURS in subject.providers else None
+def _run(job: Job) -> None:
+    """Run vpt_fast's part of a job on fake tensors; do nothing for jobs without one."""
+    if isinstance(job, ModelCheck):
+        return _run_model(replace(job.case, batch=2))
+    if isinstance(job, StepCheck):
+        return _run_model(job.case)
+    if isinstance(job, Case):
+        return _run_model(job) if OURS in job.providers else None
     dtype = torch.bfloat16
-    if isinstance(subject, KernelCheck):
-        launches_alone(subject.case, DTYPES[subject.dtype or "bfloat16"])
-    elif isinstance(subject, AttentionCase):
-        attention_ways.functions(replace(subject, providers=(OURS,)), dtype)[OURS]()
-    elif isinstance(subject, ExpertCase):
-        expert_ways.functions(replace(subject, providers=(OURS,)), dtype)[OURS]()
-    elif isinstance(subject, BankAttentionCase):
-        bank_ways.functions(replace(subject, providers=(OURS,)), dtype)[OURS]()
+    if isinstance(job, KernelCheck):
+        run_operator(job.case, DTYPES[job.dtype or "bfloat16"])
+    elif isinstance(job, AttentionCase):
+        attention_providers.functions(replace(job, providers=(OURS,)), dtype)[OURS]()
+    elif isinstance(job, ExpertCase):
+        expert_providers.functions(replace(job, providers=(OURS,)), dtype)[OURS]()
+    elif isinstance(job, BankAttentionCase):
+        bank_attention_providers.functions(replace(job, providers=(OURS,)), dtype)[OURS]()
     return None
 
 
@@ -118,7 +118,7 @@ def _run_model(case: Case) -> None:
     with torch.device("meta"):
         plain = timm.create_model(case.model, num_classes=case.classes, img_size=size).eval()
     mode = FakeTensorMode()
-    plain = without_values(plain, dtype, mode)
+    plain = fake_copy(plain, dtype, mode)
     with mode:
         module = provide(OURS, plain, case.settings(), case.memory)
         images = torch.empty(case.batch, 3, size, size, dtype=dtype)
@@ -128,28 +128,31 @@ def _run_model(case: Case) -> None:
             step(module, images, torch.empty(case.batch, dtype=torch.int64))()
 
 
-def kernels_of(subject: Subject, capability: int) -> list[Kernel] | str:
-    """Kernels that ours of a subject launches; or why it could not be run here, in words.
+def kernels_of(job: Job, capability: int) -> list[Kernel] | str:
+    """Return the kernels that a job launches; or why it could not be run here.
 
-    What is not found beforehand is compiled when it is launched.
+    Kernels that are not found here are compiled when they are launched.
     """
-    whole = isinstance(subject, Case | ModelCheck | StepCheck | ExpertCase) or (
-        isinstance(subject, KernelCheck) and isinstance(subject.case, ExpertCase)
+    whole = isinstance(job, Case | ModelCheck | StepCheck | ExpertCase) or (
+        isinstance(job, KernelCheck) and isinstance(job.case, ExpertCase)
     )
     try:
-        with noted(capability) as found, contextlib.nullcontext() if whole else FakeTensorMode():
-            _run(subject)
+        with (
+            recorded_launches(capability) as found,
+            contextlib.nullcontext() if whole else FakeTensorMode(),
+        ):
+            _run(job)
         return kernels(found, capability)
     except Exception as error:
-        return f"{subject}: {type(error).__name__}: {error}"[:200]
+        return f"{job}: {type(error).__name__}: {error}"[:200]
 
 
 def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
-    """Kernels of launches, each once."""
+    """Return the kernels of launches, each once."""
     target = gpu_target(capability)
     by_key: dict[str, Kernel] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # addresses of tensors without values are asked for
+        warnings.simplefilter("ignore")  # fake tensors are asked for their addresses
         for launch in found:
             source, options = specialise(launch, target)
             function = launch.kernel
@@ -162,7 +165,7 @@ def kernels(found: Sequence[Launch], capability: int) -> list[Kernel]:
 
 
 def tile_launches(capability: int) -> list[Launch]:
-    """Launches of attention's candidate tiles at 64 channels in bf16."""
+    """Return launches of attention's candidate tiles at 64 channels in bf16."""
     from vpt_fast.kernels.attention.tiles import KERNELS
 
     found = []
@@ -177,21 +180,21 @@ _FEW = 1
 
 
 def _build(kernel: Kernel, capability: int) -> str:
-    """Compile a kernel; what went wrong, in words."""
+    """Compile a kernel; return an error message, "" if there is none."""
     try:
         function = getattr(importlib.import_module(kernel.module), kernel.name)
         source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
         target = gpu_target(capability)
         _build_launcher(triton.compile(source, target=target, options=kernel.options))
-    # Candidates that want too much of the device are among them.
+    # Some candidates exceed the device's resources.
     except Exception as failure:
         return f"{kernel.launch}: {type(failure).__name__}: {failure}"[:160]
     return ""
 
 
 def _build_launcher(kernel: Any) -> None:
-    """Build the C function that launches a kernel, where Triton (up to 3.6) has one for each."""
-    with contextlib.suppress(Exception):  # without CUDA's library it cannot be linked here
+    """Build the C function that launches a kernel, where Triton (up to 3.6) has one per kernel."""
+    with contextlib.suppress(Exception):  # it cannot be linked without CUDA's library
         from triton.backends.nvidia import driver
 
         if hasattr(driver, "make_launcher") and driver.library_dirs():
@@ -200,18 +203,18 @@ def _build_launcher(kernel: Any) -> None:
 
 
 def warm(
-    subjects: Sequence[Subject], given: Sequence[Kernel], capability: int, jobs: int
+    jobs: Sequence[Job], given: Sequence[Kernel], capability: int, processes: int
 ) -> Iterator[str]:
-    """Find the kernels of subjects and compile them, with others that are given, in processes.
+    """Find and compile the kernels of jobs, and the given kernels, in parallel processes.
 
     Yields:
-        What is worth saying, as it becomes known.
+        Lines to print, as they become known.
     """
     start = time.perf_counter()
     context = multiprocessing.get_context("fork")
-    with context.Pool(jobs, torch.set_num_threads, (1,)) as pool:
+    with context.Pool(processes, torch.set_num_threads, (1,)) as pool:
         by_key = {repr(kernel[:-1]): kernel for kernel in given}
-        tasks = [(subject, capability) for subject in subjects]
+        tasks = [(job, capability) for job in jobs]
         for found in pool.starmap(kernels_of, tasks, chunksize=1):
             if isinstance(found, str):
                 yield found
@@ -228,7 +231,7 @@ def warm(
 
 
 def _capability() -> int:
-    """The GPU's own, asked without taking hold of it; 90 where there is none."""
+    """Return the GPU's capability, without opening the device; 90 where there is none."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -238,16 +241,16 @@ def _capability() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, and say what did not."""
+    """Compile kernels, and print which did not compile."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.jobs.warm",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--capability", type=int, help="of the GPU; its own by default, or 90")
+    parser.add_argument("--capability", type=int, help="default that of the GPU, or 90")
     parser.add_argument("--quick", action="store_true", help="the kernels of --cases quick")
-    parser.add_argument("--trial", action="store_true", help="only a few, to show that it works")
+    parser.add_argument("--trial", action="store_true", help="only a few, to try the code")
     parser.add_argument(
         "--tiles", action="store_true", help="candidate tiles of `bench.tiles.tune`"
     )
@@ -255,21 +258,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     capability = options.capability or _capability()
     stable_keys()
     given: list[Kernel] = []
-    subjects = _trial() if options.trial else _subjects(Plan(full=not options.quick))
+    jobs = _trial() if options.trial else _jobs(Plan(full=not options.quick))
     if options.tiles:
-        subjects = []
+        jobs = []
         tiles = tile_launches(capability)
         given = kernels(tiles[:_FEW] if options.trial else tiles, capability)
-    for line in warm(subjects, given, capability, options.jobs):
+    for line in warm(jobs, given, capability, options.jobs):
         print(line, flush=True)
     return 0
 
 
-def _subjects(plan: Plan) -> list[Subject]:
-    return [*first_subjects(plan), *timed_subjects(plan), *correctness_subjects(plan)]
+def _jobs(plan: Plan) -> list[Job]:
+    return [*first_jobs(plan), *timed_jobs(plan), *correctness_jobs(plan)]
 
 
-def _trial() -> list[Subject]:
+def _trial() -> list[Job]:
     return [AttentionCase(3, 2, 17, 2, 32, (OURS,))]
 
 

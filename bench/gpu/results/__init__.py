@@ -1,1 +1,1 @@
-"""What a run on a GPU leaves."""
+"""What a run on a GPU leaves behind: results, counts and plots."""

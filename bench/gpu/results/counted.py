@@ -1,6 +1,6 @@
-"""Counted FLOP and bytes of what was timed, and the time that a model gives it.
+"""Counted FLOP and bytes of what was timed, and its modelled time.
 
-The one place that asks `bench.counted.trace` and `bench.counted.step_model` for the GPU benchmark.
+The only module of the GPU benchmark that uses `bench.counted.trace` and `bench.counted.step_model`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.counted.gpus import Assumptions, gpu_of
 from bench.counted.step_trace import CLASSES, step_ops
 from bench.counted.trace import Op, traced
 from bench.host import page as host_page
-from bench.providers import attention as attention_ways
+from bench.providers import attention as attention_providers
 from bench.providers.attention import AttentionCase
 from bench.providers.models import COMPILED, PUBLISHED, base
 
@@ -30,44 +30,44 @@ class Counted(NamedTuple):
     graph_ms: float | None = None
 
 
-def count(subject: object, provider: str, dtype: str, device: str) -> Counted | None:
+def count(case: object, provider: str, dtype: str, device: str) -> Counted | None:
     """Count a provider's step, or attention alone.
 
     Args:
-        subject: what was timed.
-        provider: of `bench.providers.models`; compiled ones after ideal fusion.
-        dtype: of attention; a `Case` says its own.
-        device: its name; a time is modelled where its peaks are known.
+        case: Case that was timed.
+        provider: One of `bench.providers.models`; compiled ones are counted after ideal fusion.
+        dtype: Dtype of attention; a `Case` has its own.
+        device: Name of the device; a time is modelled if its peaks are known.
 
     Returns:
-        None where the trace does not reach: inference, and experts alone.
+        None for what cannot be traced: inference, and experts alone.
     """
-    ops = _ops(subject, provider, dtype)
+    ops = _ops(case, provider, dtype)
     if ops is None:
         return None
     done = step_model.work(ops)
     flop, nbytes = sum(done.flop.values()), sum(done.nbytes.values())
     gpu = gpu_of(device)
-    if gpu is None or not isinstance(subject, Case):
+    if gpu is None or not isinstance(case, Case):
         return Counted(flop, nbytes)
-    hosts = step_model.Hosts(host_page.latest())
-    host = step_model.host_ms(hosts, subject.model, provider, subject.method)
+    hosts = step_model.HostTimes(host_page.latest())
+    host = step_model.host_ms(hosts, case.model, provider, case.method)
     times = step_model.modelled(ops, gpu, Assumptions(), host)
     return Counted(flop, nbytes, times.eager, times.graph)
 
 
-def _ops(subject: object, provider: str, dtype: str) -> list[Op] | None:
+def _ops(case: object, provider: str, dtype: str) -> list[Op] | None:
     eager = base(provider)
-    if isinstance(subject, AttentionCase):
+    if isinstance(case, AttentionCase):
         with FakeTensorMode():
-            inputs = subject.inputs(DTYPES[dtype])
+            inputs = case.inputs(DTYPES[dtype])
             with traced() as ops:
-                attention_ways.run(attention_ways.WAYS[eager], *inputs)
-    elif isinstance(subject, Case) and subject.work == STEP and subject.classes == CLASSES:
-        kind = "float32" if provider == PUBLISHED else subject.dtype
+                attention_providers.run(attention_providers.IMPLEMENTATIONS[eager], *inputs)
+    elif isinstance(case, Case) and case.work == STEP and case.classes == CLASSES:
+        kind = "float32" if provider == PUBLISHED else case.dtype
         ops = step_ops(
-            subject.model, eager, subject.settings(), subject.batch, DTYPES[kind],
-            image_size=subject.image_size,
+            case.model, eager, case.settings(), case.batch, DTYPES[kind],
+            image_size=case.image_size,
         )  # fmt: skip
     else:
         return None
@@ -75,7 +75,7 @@ def _ops(subject: object, provider: str, dtype: str) -> list[Op] | None:
 
 
 def rates(row: Row, counted: Counted) -> Row:
-    """Achieved rates of a row that has a time: counted work over measured time."""
+    """Return the achieved rates of a row that has a time: counted work over measured time."""
     seconds = float(row["p50_ms"]) / 1e3
     return {
         "tflops": f"{counted.flop / seconds / 1e12:.4g}",

@@ -1,4 +1,4 @@
-"""FLOP, bytes and rates of a results file's rows, and its picture: afterwards, and anywhere."""
+"""FLOP, bytes and rates of a results file's rows, and plots: computed afterwards, anywhere."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Task = tuple[Case | AttentionCase, str, str, str]
 """Arguments of `bench.gpu.results.counted.count`."""
 
 
-def subject_of(row: dict[str, str]) -> Case | AttentionCase | None:
-    """What a row timed; None if it has no time, or the trace does not reach there."""
+def case_of(row: dict[str, str]) -> Case | AttentionCase | None:
+    """Return the case that a row timed; None if it has no time, or cannot be traced."""
     if not row["p50_ms"]:
         return None
     if row["bench"] == STEP:
@@ -37,16 +37,16 @@ def subject_of(row: dict[str, str]) -> Case | AttentionCase | None:
 
 
 def _count(task: Task) -> Counted | str | None:
-    """The counted work of a row, or what went wrong."""
+    """Return the counted work of a row, or an error message."""
     try:
         return count(*task)
-    # It adds to what was measured, and must not cost it.
+    # A failure to count must not lose what was measured.
     except Exception as error:
         return f"{task[0]}, {task[1]} is not counted: {type(error).__name__}: {error}"
 
 
 def counted(tasks: Sequence[Task], processes: int) -> list[Counted | str | None]:
-    """Counted work of rows, in so many processes; in this one with 0."""
+    """Return the counted work of rows, in parallel processes; in this process with 0."""
     if not processes:
         return [_count(task) for task in tasks]
     context = multiprocessing.get_context("spawn")
@@ -55,18 +55,18 @@ def counted(tasks: Sequence[Task], processes: int) -> list[Counted | str | None]
 
 
 def add_counts(path: Path, processes: int | None = None) -> list[str]:
-    """Add FLOP and bytes over measured time to a results file, and draw it beside it.
+    """Add rates (FLOP and bytes over measured time) to a results file, and draw it next to it.
 
     Args:
-        path: of the CSV file; it is written anew.
-        processes: to count in; by default as many as there are cores.
+        path: CSV file, which is rewritten.
+        processes: Processes to count in; by default the number of cores.
 
     Returns:
-        What was not counted, a word on the figures, and both paths.
+        Lines to print: what was not counted, a note on the figures, and both paths.
 
     Raises:
-        OSError: it cannot be read or written.
-        ValueError: it is no results file of a GPU, or has no rows.
+        OSError: If the file cannot be read or written.
+        ValueError: If it is not a results file of a GPU, or has no rows.
     """
     rows = collect.read(path)
     if not rows:
@@ -74,14 +74,14 @@ def add_counts(path: Path, processes: int | None = None) -> list[str]:
     missing = set(FIELDS) - set(rows[0])
     if missing:
         raise ValueError(f"{path} has no columns {', '.join(sorted(missing))}")
-    subjects = [subject_of(row) for row in rows]
+    cases = [case_of(row) for row in rows]
     tasks = [
-        (subject, row["provider"], row["dtype"], row["device"])
-        for subject, row in zip(subjects, rows, strict=True)
-        if subject is not None
+        (case, row["provider"], row["dtype"], row["device"])
+        for case, row in zip(cases, rows, strict=True)
+        if case is not None
     ]
     found = iter(counted(tasks, os.cpu_count() or 1 if processes is None else processes))
-    by_row = [None if subject is None else next(found) for subject in subjects]
+    by_row = [None if case is None else next(found) for case in cases]
     for row, work in zip(rows, by_row, strict=True):
         if isinstance(work, Counted):
             row |= rates(row, work)

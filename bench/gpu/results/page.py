@@ -1,7 +1,7 @@
 """One page of plots of a GPU benchmark's results.
 
-Times, memory and ceilings are measured, FLOP and bytes counted, and the times on the last
-diagram's horizontal axis modelled (`bench.counted.roofline`), for GPUs whose peaks are known.
+Times, memory and ceilings are measured, FLOP and bytes counted. The times on the last diagram's
+horizontal axis are modelled (`bench.counted.roofline`), for GPUs whose peaks are known.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def draw(rows: Sequence[Row], path: Path, counted: Sequence[Counted | None] = ()
     """Draw the page.
 
     Args:
-        rows: of a results file.
-        path: of the PNG.
-        counted: of each row, with what is modelled; nothing modelled is drawn without it.
+        rows: Rows of a results file.
+        path: PNG file to write.
+        counted: Counted work of each row, with the modelled times; without it none are drawn.
     """
     modelled = [
         (row, work)
@@ -46,17 +46,17 @@ def draw(rows: Sequence[Row], path: Path, counted: Sequence[Counted | None] = ()
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14)
     figure = Figure(figsize=(16, 10.4), dpi=110, layout=layout)
     figure.suptitle(_heading(rows, one), color=INK, fontsize=12)
-    places = iter(figure.subplots(2, 3).flat)
+    axes = iter(figure.subplots(2, 3).flat)
     at = f"at {one[0]['prompts']} prompts" if one else ""
     for title, function in (
-        (f"Time over {OURS}'s, by prompts", lambda ax: _speedup(ax, by_prompts)),
+        (f"Time relative to {OURS}, by prompts", lambda ax: _speedup(ax, by_prompts)),
         (f"Time of a step {at}", lambda ax: _step_time(ax, one)),
         ("Peak memory, by prompts", lambda ax: _memory(ax, by_prompts)),
         (f"Achieved TFLOP/s {at}", lambda ax: _rate(ax, one, "tflops", "TFLOP/s")),
         (f"Achieved GB/s {at}", lambda ax: _rate(ax, one, "gb_per_s", "GB/s")),
-        ("Measured beside modelled, all training steps", lambda ax: _model(ax, modelled)),
+        ("Measured and modelled, all training steps", lambda ax: _model(ax, modelled)),
     ):
-        ax = next(places)
+        ax = next(axes)
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         _clean(ax)
         function(ax)
@@ -73,7 +73,7 @@ def draw(rows: Sequence[Row], path: Path, counted: Sequence[Counted | None] = ()
 
 
 def _fullest(rows: Sequence[Row]) -> list[Row]:
-    """Training steps of the VPT-Deep comparison that has most providers; the first of several."""
+    """Return the training steps of the VPT-Deep comparison with the most providers."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in select(rows, bench=STEP, method="vpt-deep", dropout="0.0", memory="speed"):
         groups.setdefault(tuple(row[n] for n in ("model", "batch", "prompts")), []).append(row)
@@ -106,7 +106,7 @@ def _nothing(ax: Axes, why: str) -> None:
 
 
 def _lines(ax: Axes, rows: Sequence[Row], column: str) -> None:
-    """A line per provider over the number of prompts."""
+    """Draw a line per provider over the number of prompts."""
     rows = [row for row in rows if row[column] and row["prompts"] != "0"]
     if not rows:
         return _nothing(ax, "not measured")
@@ -120,7 +120,7 @@ def _lines(ax: Axes, rows: Sequence[Row], column: str) -> None:
     ax.set(xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
         low, high = axis.get_view_interval()
-        # Fewer than two of 1, 2 and 5 may lie in a narrow range.
+        # A narrow range may contain fewer than two of 1, 2 and 5 times a power of ten.
         narrow = high < 5 * low
         axis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(_PLAIN)
@@ -141,18 +141,18 @@ def _memory(ax: Axes, rows: Sequence[Row]) -> None:
 
 
 def _bars(ax: Axes, rows: Sequence[Row], values: Sequence[float], graph: Sequence[float]) -> None:
-    """A bar per provider, and a lighter one of its replay as a graph."""
+    """Draw a bar per provider, and a lighter one for its replay as a graph."""
     both = any(graph)
     height = 0.38 if both else 0.6
     colours = [COLOUR[row["provider"]] for row in rows]
     shift = height / 2 if both else 0.0
-    places = range(len(rows))
-    eager = ax.barh([place + shift for place in places], values, height, color=colours)
+    positions = range(len(rows))
+    eager = ax.barh([y + shift for y in positions], values, height, color=colours)
     drawn = [eager]
     if both:
         drawn.append(
             ax.barh(
-                [place - shift for place in places], graph, height, color=colours,
+                [y - shift for y in positions], graph, height, color=colours,
                 alpha=_GRAPH_ALPHA,
             )
         )  # fmt: skip
@@ -168,12 +168,12 @@ def _bars(ax: Axes, rows: Sequence[Row], values: Sequence[float], graph: Sequenc
                 (-4 if cut else 4, 0), textcoords="offset points", va="center",
                 ha="right" if cut else "left", fontsize=8, color="white" if cut else INK,
             )  # fmt: skip
-    ax.set_yticks(list(places), [row["provider"] for row in rows])
+    ax.set_yticks(list(positions), [row["provider"] for row in rows])
     ax.grid(axis="y", visible=False)
 
 
 def _room(rows: Sequence[Row], values: Sequence[float], graph: Sequence[float]) -> float:
-    """The end of the axis: one bar that is several times the others is cut off."""
+    """Return the end of the axis: a bar that is several times the others is cut off."""
     largest = [max(pair) for pair in zip(values, graph, strict=True)]
     others = [
         n for row, n in zip(rows, largest, strict=True) if row["provider"] != PUBLISHED
@@ -201,7 +201,7 @@ def _step_time(ax: Axes, rows: Sequence[Row]) -> None:
 
 
 def _rate(ax: Axes, rows: Sequence[Row], column: str, unit: str) -> None:
-    """Counted work over measured time, with the measured ceiling."""
+    """Draw counted work over measured time, with the measured ceiling."""
     rows = [row for row in rows if row[column]]
     if not rows:
         return _nothing(ax, "not counted")
@@ -222,7 +222,7 @@ def _rate(ax: Axes, rows: Sequence[Row], column: str, unit: str) -> None:
 
 
 def _model(ax: Axes, rows: Sequence[tuple[Row, Counted]]) -> None:
-    """Measured times over modelled ones, of eager steps and of graphs."""
+    """Draw measured over modelled times, of eager steps and of graphs."""
     if not rows:
         return _nothing(ax, "not modelled: no published peaks of this device are known here")
     seen: list[float] = []

@@ -1,4 +1,4 @@
-"""The files of a run: rows of results, whole at any moment, and a log of its lines."""
+"""The files of a run: rows of results, complete at any moment, and a log of the printed lines."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from bench.compare import collect
 from bench.compare.collect import Row
 from bench.compare.facts import file_stem
 
-BESIDE = ("host_ms", "sm_mhz", "watts", "memory", "tokens", "heads", "head_dim")
-"""What only a GPU's results have beside a time: the host's own time until the last launch, clock
-(MHz) and power (W) under that work, the memory mode; and the shapes of attention alone."""
+GPU_COLUMNS = ("host_ms", "sm_mhz", "watts", "memory", "tokens", "heads", "head_dim")
+"""Columns of GPU results only: the host's time until the last launch, clock (MHz) and power (W)
+under that work, the memory mode, and the shapes of attention alone.
+"""
 
-FIELDS = (*collect.FIELDS, *BESIDE)
+FIELDS = (*collect.FIELDS, *GPU_COLUMNS)
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """Write a results file whole, or leave the one that is there."""
+    """Write a results file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     with open(fresh, "w", newline="", encoding="utf-8") as file:
@@ -31,15 +32,15 @@ def write(rows: Iterable[Row], path: Path) -> None:
 
 
 class Record:
-    """What is kept of a run, as it goes.
+    """Files of a run, written as it proceeds.
 
     Args:
-        folder: of the files.
-        say: prints a line.
+        folder: Folder of the files.
+        say: Prints a line.
 
     Attributes:
-        folder: of the files.
-        facts: columns of every row; set once they are known.
+        folder: Folder of the files.
+        facts: Columns of every row; set once they are known.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
@@ -49,17 +50,17 @@ class Record:
 
     @property
     def path(self) -> Path:
-        """Of the results."""
+        """Path of the results file."""
         trial = "" if "cuda" in self.facts else "_trial"
         return self.folder / f"{file_stem(self.facts)}{trial}.csv"
 
     def line(self, text: str) -> None:
-        """Print a line, and keep it."""
+        """Print a line, and append it to the log."""
         self._say(text)
         with open(self.folder / "gpu.log", "a", encoding="utf-8") as log:
             log.write(text + "\n")
 
     def rows(self, rows: Iterable[Row]) -> None:
-        """Keep all rows so far."""
+        """Write all rows so far."""
         today = date.today().isoformat()
         write(({**row, **self.facts, "date": today} for row in rows), self.path)

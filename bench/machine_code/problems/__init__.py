@@ -1,1 +1,1 @@
-"""The launches of a problem, for tensors without memory."""
+"""The launches of a problem on tensors without memory, one module per operation."""

@@ -1,4 +1,4 @@
-"""What VAPT's experts would launch, without a GPU: to compile the kernels offline and read them."""
+"""The launches of VAPT's experts for a problem, without a GPU, to read the compiled kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from vpt_fast.kernels.experts.features import features_backward_launches, features_launch
+from vpt_fast.kernels.experts.features import features_launch
+from vpt_fast.kernels.experts.features_backward import features_backward_launches
 from vpt_fast.kernels.experts.fold import fold_backward_launch, fold_launch
 from vpt_fast.kernels.experts.mix import mix_launch
 from vpt_fast.kernels.experts.mix_backward import mix_backward_launch
@@ -20,15 +21,15 @@ class ExpertProblem(NamedTuple):
     """The prompt experts of one block.
 
     Attributes:
-        grid: rows and columns of patches.
-        prompts: p.
-        width: channels D.
-        dtype: of tokens and parameters.
-        prefix: tokens before the patches.
-        batch: images B.
-        kernel_size: of the convolution.
-        hidden_dim: of the feature projector.
-        dropout: whether the dropout masks are there.
+        grid: Rows and columns of patches.
+        prompts: Number of prompts p.
+        width: Channels D.
+        dtype: Dtype of tokens and parameters.
+        prefix: Tokens before the patches.
+        batch: Number of images B.
+        kernel_size: Side of the convolution kernel.
+        hidden_dim: Hidden channels of the feature projector.
+        dropout: Whether there are dropout masks.
     """
 
     grid: tuple[int, int] = (14, 14)
@@ -43,15 +44,15 @@ class ExpertProblem(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """Patches of an image."""
+        """Patches per image."""
         return self.grid[0] * self.grid[1]
 
     def necessary_bytes(self) -> int:
-        """Bytes that the forward update (mix, features) has to move through memory.
+        """Return the bytes that the forward update (token mixing, features) has to move.
 
-        The patches of x and their mean and reciprocal standard deviation read once, the folded
-        matrix read once, the mix g (fp32) written and read once, the normalised prompts written
-        once.
+        The patches of x and their mean and reciprocal standard deviation are read once, the mixing
+        weight is read once, the mixed tokens g (fp32) are written and read once, and the normalised
+        prompts are written once.
         """
         tokens = self.batch * self.patches
         rows = self.batch * self.prompts
@@ -61,13 +62,13 @@ class ExpertProblem(NamedTuple):
 
 
 def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, Launch]:
-    """The launches of a forward and a backward pass by name, on tensors without memory.
+    """Return the launches of a forward and a backward pass by name, on tensors without memory.
 
-    They are made by the code that makes the real ones.
+    The code that makes the real launches makes these.
 
     Args:
-        problem: shapes and dtype.
-        target: what to tune for.
+        problem: Shapes and dtype.
+        target: Target to tune for.
     """
     batch, prompts, width = problem.batch, problem.prompts, problem.width
     rows, r = problem.prefix + problem.patches, problem.hidden_dim
@@ -81,12 +82,13 @@ def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, La
     inner = [n - problem.kernel_size + 1 for n in problem.grid]
     weight = param(prompts, inner[0] * inner[1])
     kernel = param(1, 1, problem.kernel_size, problem.kernel_size)
-    mix, mix_sum = empty(prompts, -(-problem.patches // 64) * 64), empty(prompts)
+    mixing_weight = empty(prompts, -(-problem.patches // 64) * 64)
+    mixing_sum = empty(prompts)
     x, y = param(batch, rows, width), param(batch, rows, width)
     statistics, mixed = empty(3, batch, rows), empty(batch, prompts, width)
     out, row = param(batch, prompts, width), empty(batch, prompts)
     tensors: dict[str, torch.Tensor | None] = {
-        "mix_sum": mix_sum,
+        "mix_sum": mixing_sum,
         "weight": param(width),
         "shift": param(width),
         "bias": param(prompts),
@@ -97,8 +99,8 @@ def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, La
         "norm_weight": param(width),
     }
     launches = [
-        fold_launch(weight, kernel, problem.grid, mix, mix_sum),
-        mix_launch(x, mix, statistics, mixed, problem.patches, target),
+        fold_launch(weight, kernel, problem.grid, mixing_weight, mixing_sum),
+        mix_launch(x, mixing_weight, statistics, mixed, problem.patches, target),
         features_launch(
             mixed, {**tensors, "norm_bias": param(width)}, True, out, row, empty(batch, prompts),
             1e-6, target,
@@ -109,12 +111,12 @@ def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, La
             empty(chunk_count(batch * prompts), 2 * r + 2, width), target,
         ),
         mix_backward_launch(
-            x, mix, problem.patches, param(width), statistics, y, mixed, param(*x.shape),
+            x, mixing_weight, problem.patches, param(width), statistics, y, mixed, param(*x.shape),
             param(*x.shape),
             empty(chunk_count(batch), prompts, problem.patches), target,
         ),
         fold_backward_launch(
-            weight, kernel, problem.grid, mix, mix_sum, param(*weight.shape),
+            weight, kernel, problem.grid, mixing_weight, mixing_sum, param(*weight.shape),
             empty(prompts, kernel.numel()),
         ),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The launches of the kernels that go over rows once, by name, for tensors without memory."""
+"""The launches of the row-wise kernels, by name, on tensors without memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ NORM_KERNELS = (
     "norm", "residual_norm", "residual_norm_scaled",
     "residual_norm_backward", "residual_norm_backward_scaled",
 )  # fmt: skip
-"""norm has no sum (prompts; rows that are made again), _scaled LayerScale, which gives the branch a
-gradient of its own, and in the forward pass the statistics of VAPT's experts."""
+"""norm has no residual sum (prompts; recomputed rows). _scaled has LayerScale, which gives the
+branch its own gradient, and in the forward pass the statistics of VAPT's experts.
+"""
 
 KINDS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 ACTIVATION_KERNELS = tuple(
@@ -31,10 +32,10 @@ class RowProblem(NamedTuple):
     """Rows of one width.
 
     Attributes:
-        width: channels, D or those of the hidden layer.
-        dtype: of what a block computes in.
-        residual: dtype of the residual stream and the parameters; None: the same.
-        rows: how many, all images together.
+        width: Channels D, or those of the hidden layer.
+        dtype: Dtype that a block computes in.
+        residual: Dtype of the residual stream and the parameters; None for the same.
+        rows: Number of rows of all images together.
     """
 
     width: int = 768
@@ -44,10 +45,10 @@ class RowProblem(NamedTuple):
 
 
 def row_launch(kernel: str, problem: RowProblem) -> Launch:
-    """The launch of one of `KERNELS`, made by the code that makes the real one.
+    """Return the launch of one of `KERNELS`; the code that makes the real one makes it.
 
     Raises:
-        ValueError: for another kernel.
+        ValueError: If the kernel is another one.
     """
     width, dtype, rows = problem.width, problem.dtype, problem.rows
     stream = problem.residual or dtype

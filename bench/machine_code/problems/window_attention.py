@@ -1,4 +1,4 @@
-"""What windowed attention would launch, without a GPU: to compile the kernels and read them."""
+"""The launches of windowed attention for a problem, without a GPU, to read the compiled kernels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class WindowProblem(NamedTuple):
     """One call of windowed attention; by default that of Swin-T's first stage at 224 px.
 
     Attributes:
-        size: tokens H, W of an image.
-        window: rows and columns of a window.
-        shift: rows and columns that the image is rolled by.
-        num_prompts: prompts p.
-        num_heads: heads h.
-        head_dim: channels of a head d.
-        dtype: of everything.
-        batch: images B.
-        shared_prompts: whether the batch shares the prompts.
+        size: Tokens H, W of an image.
+        window: Rows and columns of a window.
+        shift: Rows and columns that the image is rolled by.
+        num_prompts: Number of prompts p.
+        num_heads: Number of heads h.
+        head_dim: Channels per head d.
+        dtype: Dtype of all tensors except fp32 statistics.
+        batch: Number of images B.
+        shared_prompts: Whether the batch shares the prompts.
     """
 
     size: Pair = (56, 56)
@@ -46,14 +46,14 @@ def window_plan(
     needs_prompts: bool = True,
     needs_table: bool = False,
 ) -> dict[str, Launch]:
-    """The launches of a forward and a backward pass by name, on tensors without memory.
+    """Return the launches of a forward and a backward pass by name, on tensors without memory.
 
-    They are made by the code that makes the real ones.
+    The code that makes the real launches makes these.
 
     Args:
-        problem: shapes and dtype.
-        target: what to compile for, such as `Target(90)`.
-        needs_tokens, needs_prompts, needs_table: gradients that the backward pass computes.
+        problem: Shapes and dtype.
+        target: Target to compile for, such as `Target(90)`.
+        needs_tokens, needs_prompts, needs_table: Gradients that the backward pass computes.
     """
     batch, heads, dim = problem.batch, problem.num_heads, problem.head_dim
     rows, columns = problem.window

@@ -1,1 +1,1 @@
-"""One kind of kernel each: its figures, its limits, how the report shows them."""
+"""Reports of the kernels of each operation: figures, limits, presentation."""

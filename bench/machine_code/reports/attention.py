@@ -10,25 +10,24 @@ from bench.machine_code.limits import (
     MIN_WARPS,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.multiprocessor import MULTIPROCESSORS
 from bench.machine_code.offline import Architecture
-from bench.machine_code.problems.attention import useful_flop
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem, useful_flop
+from bench.machine_code.reports.attention_launch import FULL_LOOPS, LaunchReport, launch_report
 from bench.machine_code.reports.entry import Entry, LoopEntry
-from bench.machine_code.reports.report import FULL_LOOPS, LaunchReport, launch_report
 
 
 def attention_entry(kernel: str, problem: AttentionProblem, architecture: Architecture) -> Entry:
-    """Compile one launch of a problem and hold it against its limits.
+    """Compile one launch of a problem and compare it with its limits.
 
     Args:
-        kernel: one of `bench.machine_code.problems.attention.KERNELS` or `OTHER_KERNELS`.
-        problem: shapes and dtype; prompt_dkdv is that of prompts that each image has for itself.
+        kernel: One of `bench.machine_code.problems.attention.KERNELS` or `OTHER_KERNELS`.
+        problem: Shapes and dtype; prompt_dkdv implies that each image has its own prompts.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
     """
     if kernel == "prompt_dkdv":
@@ -38,7 +37,7 @@ def attention_entry(kernel: str, problem: AttentionProblem, architecture: Archit
 
 
 def entry_of(report: LaunchReport) -> Entry:
-    """A launch as the report shows it."""
+    """Return a launch as the report shows it."""
     problem, trips = report.problem, report.launch.trips
     return Entry(
         family="attention",
@@ -61,7 +60,7 @@ def entry_of(report: LaunchReport) -> Entry:
 
 
 def tile_sizes(report: LaunchReport) -> str:
-    """Sizes of the launch's tile: rows of queries x rows of keys, and of the narrower tiles."""
+    """Return the launch's tile: rows of queries x rows of keys, and rows of the narrower tiles."""
     sizes = report.launch.constexprs
     narrow = sizes.get("BLOCK_MIX", sizes.get("BLOCK_TAIL"))
     other = sizes.get("BLOCK_N", sizes["BLOCK_D"])
@@ -69,7 +68,7 @@ def tile_sizes(report: LaunchReport) -> str:
 
 
 def _is_judged(report: LaunchReport) -> bool:
-    """Whether every limit applies: to whole blocks, not to the last one's single query."""
+    """Return whether every limit applies: to whole blocks, not to the last one's single query."""
     problem = report.problem
     return (
         is_judged(report.architecture)
@@ -80,23 +79,16 @@ def _is_judged(report: LaunchReport) -> bool:
 
 
 def verdicts(report: LaunchReport) -> list[Verdict]:
-    """Every limit that applies to a launch, held against its figures.
-
-    Args:
-        report: the launch.
-
-    Returns:
-        One verdict per limit.
-    """
+    """Return every limit that applies to a launch, compared with its figures."""
     binary, figures = report.figures.binary, report.figures
-    fits = resources(binary.shared, figures.shared_limit)
+    fits = shared_memory_fits(binary.shared, figures.shared_limit)
     if not _is_judged(report):
         return [fits]
     warps = (figures.blocks_per_sm or 0) * figures.warps
     resident = Verdict("resident warps", str(warps), f"at least {MIN_WARPS}", warps >= MIN_WARPS)
     target, shape = int(report.architecture), (report.problem.num_keys, report.problem.num_prompts)
     spilled = limits().spills.get((report.kernel, target), {}).get(shape, 0)
-    everywhere = [fits, few_spills(binary.spill_bytes, spilled), resident]
+    everywhere = [fits, spills_at_most(binary.spill_bytes, spilled), resident]
     if report.kernel == "delta":
         limit = limits().delta[target]
         return [*everywhere, at_most("issue over memory, launch", report.over_memory, limit, 3)]
@@ -114,7 +106,7 @@ def verdicts(report: LaunchReport) -> list[Verdict]:
 
 
 def _matrix_instructions(report: LaunchReport) -> Verdict:
-    """The architecture's own matrix instructions, where a block has the warps that they take."""
+    """Check for the architecture's own matrix instructions, if a block has enough warps."""
     mma = MULTIPROCESSORS[int(report.architecture)].mma
     if report.figures.warps < 4:
         mma = "HMMA"
@@ -129,10 +121,10 @@ def _matrix_instructions(report: LaunchReport) -> Verdict:
 
 
 def _loads(report: LaunchReport) -> list[Verdict]:
-    """Activations arrive in 16-byte pieces, asynchronously in loops over full tiles.
+    """Check that activations arrive in 16-byte pieces, asynchronously in loops over full tiles.
 
-    An iteration reads two tiles of `rows` rows; row statistics (fp32) come beside them. Where all
-    threads together need less than 16 bytes each of what is left, their pieces are smaller.
+    An iteration reads two tiles of `rows` rows, and row statistics (fp32). If a remainder has less
+    than 16 bytes per thread, its pieces are smaller.
     """
     result = []
     constexprs = report.launch.constexprs
@@ -154,14 +146,14 @@ def _loads(report: LaunchReport) -> list[Verdict]:
 
 
 def _rows_of(kernel: str, loop: str) -> str:
-    """Name of the constexpr that holds the rows of a loop's tile."""
+    """Return the name of the constexpr that holds the rows of a loop's tile."""
     if loop in FULL_LOOPS:
         return "BLOCK_M" if kernel.endswith("dkdv") else "BLOCK_N"
     return {"mixed": "BLOCK_MIX", "tail": "BLOCK_TAIL"}[loop]
 
 
 def _cycles(report: LaunchReport) -> list[Verdict]:
-    """Issue cycles of the launch and of its loops."""
+    """Compare issue cycles of the launch and of its loops with their limits."""
     result = []
     key = (report.kernel, int(report.architecture))
     by_shape = limits().launch.get(key, {})

@@ -5,8 +5,8 @@ two measures:
 
 - per unit: over the useful MMA FLOP / 1,048,576, for kernels of matrix products;
 - over memory: over the cycles that device memory takes, at its published bandwidth, for the bytes
-  that the launch has to move. Both are of all multiprocessors together, so above 1 the pipe is
-  what a launch waits for, below 1 memory is.
+  that the launch has to move. Both are of all multiprocessors together: above 1 the launch is bound
+  by the pipe, below 1 by memory.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class LoopEntry:
     """One loop of a launch.
 
     Attributes:
-        name: what it goes over.
-        trips: how often one program runs it.
-        figures: of an iteration.
-        per_unit: issue cycles per 1,048,576 MMA FLOP of the loop itself, or None.
+        name: What the loop iterates over.
+        trips: How often one program runs it.
+        figures: Figures of an iteration.
+        per_unit: Issue cycles per 1,048,576 MMA FLOP of the loop itself, or None.
     """
 
     name: str
@@ -62,18 +62,18 @@ class Entry:
     """One compiled launch.
 
     Attributes:
-        family: attention, plain, experts or rows.
-        kernel: name of the kernel.
-        architecture: what it was compiled for.
-        shape, tile: as they are printed.
-        dtype: of activations.
-        launch: what would run.
-        figures: of its machine code.
-        loops: as far as the machine code's loops are known by name.
-        complete: whether that is all of its loops, so that cycles of the launch are known.
+        family: Family of the kernel: attention, plain attention, experts, rows, heads or windows.
+        kernel: Name of the kernel.
+        architecture: Architecture it was compiled for.
+        shape, tile: Shape and tile as printed.
+        dtype: Dtype of activations.
+        launch: Launch that was compiled.
+        figures: Figures of its machine code.
+        loops: Loops of the machine code whose names are known.
+        complete: Whether those are all loops, so that cycles of the launch are known.
         useful_flop: MMA FLOP that the problem needs; None for kernels without matrix products.
-        memory_bytes: bytes that the launch has to move.
-        judged: its limits.
+        memory_bytes: Bytes that the launch has to move.
+        judged: Limits that apply to it.
     """
 
     family: str
@@ -92,7 +92,7 @@ class Entry:
 
     @property
     def cycles(self) -> Pipes:
-        """SM cycles of each pipe for all programs of the launch; empty if they are not known."""
+        """SM cycles of each pipe for all programs of the launch; empty if unknown."""
         if not self.complete:
             return {}
         once = program_cycles(self.figures, [(loop.figures, loop.trips) for loop in self.loops])
@@ -100,18 +100,18 @@ class Entry:
 
     @property
     def per_unit(self) -> Pipes:
-        """Cycles of each pipe per useful 1,048,576 MMA FLOP; empty if they are not known."""
+        """Cycles of each pipe per useful 1,048,576 MMA FLOP; empty if unknown."""
         return _times(self.cycles, UNIT_FLOP / self.useful_flop) if self.useful_flop else {}
 
     @property
     def over_memory(self) -> Pipes:
-        """Cycles of each pipe per memory cycle; empty if either is not known."""
+        """Cycles of each pipe per memory cycle; empty if either is unknown."""
         rate = memory_rate(self.architecture)
         return _times(self.cycles, rate / self.memory_bytes) if rate else {}
 
     @property
     def useful_fraction(self) -> float | None:
-        """Useful MMA FLOP over those that are issued; None if the machine code does not tell."""
+        """Useful over issued MMA FLOP; None if the machine code does not show them."""
         if not self.complete or not self.useful_flop:
             return None
         flop = program_flop(self.figures, [(loop.figures, loop.trips) for loop in self.loops])
@@ -123,29 +123,29 @@ def _times(cycles: Pipes, factor: float) -> Pipes:
 
 
 def architecture_name(architecture: Architecture) -> str:
-    """sm_90 for 90; an AMD architecture's own name."""
+    """Return sm_90 for 90; an AMD architecture's own name."""
     return f"sm_{architecture}" if isinstance(architecture, int) else architecture
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """bf16, fp16 or fp32."""
+    """Return bf16, fp16 or fp32."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
 def cell(value: float | None, form: str = ".0f") -> str:
-    """A number as it is printed; a dash where it is not known."""
+    """Return a number as printed; a dash if it is unknown."""
     return "-" if value is None else format(value, form)
 
 
 def short_mix(mix: Counter[str], most: int = 9) -> str:
-    """The most frequent instruction classes and the sum of the others."""
+    """Return the most frequent instruction classes and the sum of the others."""
     named = [f"{name} {count}" for name, count in mix.most_common(most)]
     rest = mix.total() - sum(count for _, count in mix.most_common(most))
     return ", ".join([*named, f"others {rest}"] if rest else named)
 
 
 def header() -> str:
-    """The two rows of column names of `format_entry`."""
+    """Return the two rows of column names of `format_entry`."""
     first = _HEAD.format(
         "kernel", "target", "shape", "dtype", "tile", "warps", "stages", "regs", "spills", "shared",
         "occupancy", "useful",
@@ -154,7 +154,7 @@ def header() -> str:
 
 
 def format_entry(entry: Entry) -> str:
-    """A launch as lines of text: resources, the whole launch, loops, limits that do not hold."""
+    """Return a launch as text: resources, the whole launch, loops, limits that do not hold."""
     figures, launch, binary = entry.figures, entry.launch, entry.figures.binary
     lines = [
         _HEAD.format(
@@ -191,7 +191,7 @@ def format_entry(entry: Entry) -> str:
 
 
 def over_the_limit(judged: Sequence[Verdict]) -> list[str]:
-    """A line for each limit that does not hold."""
+    """Return a line for each limit that does not hold."""
     return [
         f"    OVER THE LIMIT  {verdict.figure}: {verdict.value}, limit {verdict.limit}"
         for verdict in judged
@@ -200,7 +200,7 @@ def over_the_limit(judged: Sequence[Verdict]) -> list[str]:
 
 
 def csv_rows(entry: Entry) -> list[dict[str, Any]]:
-    """One row per loop of a launch (one in all where no loop is known), for a CSV file."""
+    """Return one row per loop of a launch (one row if no loop is known), for a CSV file."""
     figures, launch, binary = entry.figures, entry.launch, entry.figures.binary
     common = {
         "kind": "static, modelled",
@@ -249,10 +249,10 @@ def _long_mix(mix: Counter[str]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows under the union of their columns.
+    """Write rows under the union of their columns.
 
     Raises:
-        FileExistsError: if `path` exists.
+        FileExistsError: If `path` exists.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("x", newline="", encoding="utf-8") as file:

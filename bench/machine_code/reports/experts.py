@@ -1,15 +1,15 @@
 """The prompt experts' kernels: their figures, their limits, how the report shows them.
 
-Memory cycles come from the bytes that a launch has to move and the published bandwidth, as
+Memory cycles follow from the bytes that a launch has to move and the published bandwidth, as
 `bench.machine_code.memory` and `bench.machine_code.multiprocessor` define them.
 
 Useful MMA FLOP of a launch, for B images of n patches, p prompts, D channels and r hidden units, of
-the products that the formulas need (each once, however many parts an operand is taken in):
+the products that the formulas need (each once, even if an operand is split into parts):
 
 - mix: M x, 2 B p n D
 - mix_backward: dG x^T and M^T dG, 4 B p n D
-- weight_gradient: the projector's output and its input's gradient again, and the gradients of both
-  its matrices, 8 B p r D
+- weight_gradient: the recomputed output of the projector and gradient of its input, and the
+  gradients of both its matrices, 8 B p r D
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch
 from bench.machine_code.figures import KernelFigures, LoopFigures, issue_cycles, kernel_figures
 from bench.machine_code.limits import (
     MIN_STAGES,
-    MIX_LIMIT,
-    MIX_PROMPTS,
+    MIXING_LOOP_LIMIT,
+    MIXING_LOOP_PROMPTS,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
@@ -46,7 +46,7 @@ KERNELS = (
 )  # fmt: skip
 
 _PRODUCTS = {"mix": 1, "mix_backward": 2, "weight_gradient": 4}
-"""Matrix products by kernel; the others have none."""
+"""Number of matrix products by kernel; the others have none."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ExpertReport:
 
     @property
     def useful_flop(self) -> int | None:
-        """Multiplications and additions of the products that the launch is for (see the module)."""
+        """FLOP of the products that the launch computes (see the module)."""
         if self.launch.name not in _PRODUCTS:
             return None
         problem = self.problem
@@ -75,18 +75,18 @@ class ExpertReport:
 
     @cached_property
     def loops(self) -> dict[str, tuple[LoopFigures, int]]:
-        """Loops by name with how often a program runs each; those that were not unrolled."""
+        """Loops that were not unrolled, by name, with how often a program runs each."""
         return {**self._named(self.figures.plain_loops, self._plain_trips), **self._products}
 
     @property
     def complete(self) -> bool:
-        """Whether every loop of the machine code is known by name."""
+        """Whether every loop of the machine code has a name."""
         known = len(self.figures.loops) + len(self.figures.plain_loops)
         return len(self.loops) == known and self.figures.instructions > 0
 
     @property
     def _products(self) -> dict[str, tuple[LoopFigures, int]]:
-        """Loops over matrix products; they run again for every image that a program goes over."""
+        """Loops over matrix products, which run once for every image of a program."""
         images = int(self.launch.arguments.get("images_per_chunk", 1))
         trips = {name: count * images for name, count in self.launch.trips.items()}
         return self._named(self.figures.loops, trips)
@@ -109,15 +109,15 @@ class ExpertReport:
     def _named(
         loops: tuple[LoopFigures, ...], trips: dict[str, int]
     ) -> dict[str, tuple[LoopFigures, int]]:
-        """Loops of the machine code by name; none where they are not those of the source."""
+        """Return loops of the machine code by name; none if they do not match the source."""
         if len(loops) != len(trips):
             return {}
         return {name: (loop, trips[name]) for name, loop in zip(trips, loops, strict=True)}
 
     def launch_ratio(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together.
+        """Return the issue cycles of the launch over its memory cycles, on all SMs together.
 
-        None where a loop whose trips are not known here is part of it.
+        None if the trips of one of its loops are unknown.
         """
         memory = memory_rate(self.architecture)
         if memory is None or not self.complete:
@@ -125,9 +125,9 @@ class ExpertReport:
         cycles = issue_cycles(self.figures, list(self.loops.values()))
         return cycles * math.prod(self.launch.grid) * memory / self.memory_bytes
 
-    def mix_loop_ratio(self) -> float | None:
-        """Issue cycles over memory cycles of x in an iteration of the mix."""
-        memory, loop = memory_rate(self.architecture), self.mix_loop
+    def mixing_loop_ratio(self) -> float | None:
+        """Return issue over memory cycles of x in an iteration of the token mixing."""
+        memory, loop = memory_rate(self.architecture), self.mixing_loop
         if memory is None or loop is None:
             return None
         sizes = self.launch.constexprs
@@ -136,8 +136,8 @@ class ExpertReport:
         return issue * memory / (size * self.problem.dtype.itemsize)
 
     @property
-    def mix_loop(self) -> LoopFigures | None:
-        """The loop over whole tiles of patches, if it runs on the tensor cores."""
+    def mixing_loop(self) -> LoopFigures | None:
+        """Loop of the token mixing over full tiles of patches, if it uses tensor cores."""
         is_mix = self.launch.name == "mix" and self.figures.loops
         return self.figures.loops[0] if is_mix else None
 
@@ -146,8 +146,8 @@ def expert_report(kernel: str, problem: ExpertProblem, architecture: Architectur
     """Compile one launch of a problem and read its machine code.
 
     Args:
-        kernel: one of `KERNELS`.
-        problem: shapes and dtype.
+        kernel: One of `KERNELS`.
+        problem: Shapes and dtype.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
     """
     launch = expert_plan(problem, launch_target(architecture))[kernel]
@@ -156,7 +156,7 @@ def expert_report(kernel: str, problem: ExpertProblem, architecture: Architectur
 
 
 def expert_entry(kernel: str, problem: ExpertProblem, architecture: Architecture) -> Entry:
-    """Compile one launch and hold it against its limits; arguments as of `expert_report`."""
+    """Compile one launch and compare it with its limits; arguments as for `expert_report`."""
     report = expert_report(kernel, problem, architecture)
     sizes = report.launch.constexprs
     tile = [sizes[name] for name in ("BLOCK_P", "BLOCK_T", "BLOCK_M", "BLOCK_D") if name in sizes]
@@ -182,18 +182,18 @@ def expert_entry(kernel: str, problem: ExpertProblem, architecture: Architecture
 
 
 def verdicts(report: ExpertReport) -> list[Verdict]:
-    """The limits that apply to a launch: shared memory always, the others for bf16."""
+    """Return the limits that apply to a launch: shared memory always, the others for bf16."""
     binary = report.figures.binary
-    result = [resources(binary.shared, report.figures.shared_limit)]
+    result = [shared_memory_fits(binary.shared, report.figures.shared_limit)]
     if report.problem.dtype != torch.bfloat16 or not is_judged(report.architecture):
         return result
-    result.append(few_spills(binary.spill_bytes))
+    result.append(spills_at_most(binary.spill_bytes))
     problem, name = report.problem, report.launch.name
     if problem == ExpertProblem(prompts=problem.prompts):
         limit = limits().experts[name, int(report.architecture)].get(problem.prompts)
         if limit is not None:
             result.append(at_most("issue over memory, launch", report.launch_ratio(), limit, 3))
-    loop, ratio = report.mix_loop, report.mix_loop_ratio()
+    loop, ratio = report.mixing_loop, report.mixing_loop_ratio()
     if loop is None or ratio is None:
         return result
     stages = report.launch.num_stages
@@ -203,6 +203,6 @@ def verdicts(report: ExpertReport) -> list[Verdict]:
     size = sizes["BLOCK_T"] * sizes["BLOCK_D"] * 2
     wide = loop.wide_copy_bytes
     result.append(Verdict("asynchronous 16-byte loads", f"{wide} B", f"{size} B", wide >= size))
-    if problem.prompts <= MIX_PROMPTS and problem.width >= sizes["BLOCK_D"]:
-        result.append(at_most("issue over memory, loop", ratio, MIX_LIMIT, 2))
+    if problem.prompts <= MIXING_LOOP_PROMPTS and problem.width >= sizes["BLOCK_D"]:
+        result.append(at_most("issue over memory, loop", ratio, MIXING_LOOP_LIMIT, 2))
     return result

@@ -15,10 +15,10 @@ from bench.machine_code.limits import (
     WIDE,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
@@ -30,17 +30,17 @@ from vpt_fast.kernels.runtime.launch import Launch
 KERNELS = ("grouped_heads",)
 
 ROWS = ("tl.load(weight_rows", "tl.load(pointers")
-"""Lines of the kernel that load rows of F channels; places, biases and logits are narrow."""
+"""Source lines that load rows of F channels; row offsets, biases and logits are narrow."""
 
 
 class HeadsProblem(NamedTuple):
-    """Images that each belong to a task of their own.
+    """Images that each belong to another task.
 
     Attributes:
-        width: features F.
-        dtype: of features, weight and bias.
-        classes: of each task.
-        batch: images.
+        width: Features F.
+        dtype: Dtype of features, weight and bias.
+        classes: Classes per task.
+        batch: Number of images.
     """
 
     width: int = 768
@@ -54,7 +54,10 @@ class HeadsReport:
     """The launch of a problem, compiled.
 
     Attributes:
-        narrow: loads of rows of less than `WIDE` bytes to a lane, in words.
+        problem, architecture: Problem and architecture of the launch.
+        launch: Launch.
+        figures: Figures of its machine code.
+        narrow: Descriptions of loads of rows of less than `WIDE` bytes per lane.
     """
 
     problem: HeadsProblem
@@ -65,13 +68,13 @@ class HeadsReport:
 
     @property
     def loops(self) -> list[tuple[LoopFigures, int]]:
-        """The loop over the features and how often it runs; none where it is unrolled."""
+        """Loop over the features and how often it runs; empty if it is unrolled."""
         trips = self.launch.trips["features"]
         return [(loop, trips) for loop in self.figures.plain_loops]
 
     @property
     def issue_over_memory(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together."""
+        """Issue cycles of the launch over its memory cycles, on all SMs together."""
         rate = memory_rate(self.architecture)
         if rate is None:
             return None
@@ -80,16 +83,16 @@ class HeadsReport:
 
 
 def heads_launch(problem: HeadsProblem) -> Launch:
-    """The launch of a problem, made by the code that makes the real one."""
+    """Return the launch of a problem; the code that makes the real one makes it."""
     width, dtype, classes, batch = problem
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
     rows = batch * classes
-    starts, counts, offsets = (empty(batch, kind=torch.int64) for _ in range(3))
+    weight_offsets, counts, logit_offsets = (empty(batch, kind=torch.int64) for _ in range(3))
     return grouped_heads_launch(
-        empty(batch, width), empty(rows, width), empty(rows), starts, counts, offsets,
+        empty(batch, width), empty(rows, width), empty(rows), weight_offsets, counts, logit_offsets,
         empty(rows), classes,
     )  # fmt: skip
 
@@ -111,7 +114,7 @@ def heads_report(problem: HeadsProblem, architecture: Architecture) -> HeadsRepo
     """Compile the launch of a problem and read its machine code.
 
     Args:
-        problem: shapes and dtype.
+        problem: Shapes and dtype.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
     """
     launch = heads_launch(problem)
@@ -124,7 +127,7 @@ def heads_report(problem: HeadsProblem, architecture: Architecture) -> HeadsRepo
 
 
 def heads_entry(problem: HeadsProblem, architecture: Architecture) -> Entry:
-    """Compile the launch and hold it against its limits; arguments as of `heads_report`."""
+    """Compile the launch and compare it with its limits; arguments as for `heads_report`."""
     report = heads_report(problem, architecture)
     sizes, figures = report.launch.constexprs, report.figures
     return Entry(
@@ -145,9 +148,9 @@ def heads_entry(problem: HeadsProblem, architecture: Architecture) -> Entry:
 
 
 def verdicts(report: HeadsReport) -> list[Verdict]:
-    """The limits that apply: shared memory always, the others for 16-bit tensors."""
+    """Return the limits that apply: shared memory always, the others for 16-bit tensors."""
     figures, problem = report.figures, report.problem
-    fits = resources(figures.binary.shared, figures.shared_limit)
+    fits = shared_memory_fits(figures.binary.shared, figures.shared_limit)
     if problem.dtype == torch.float32 or not is_judged(report.architecture):
         return [fits]
     occupancy, narrow = figures.occupancy or 0.0, ", ".join(report.narrow)
@@ -155,7 +158,7 @@ def verdicts(report: HeadsReport) -> list[Verdict]:
     asked = f"at least {least:.0%}"
     judged = [
         fits,
-        few_spills(figures.binary.spill_bytes),
+        spills_at_most(figures.binary.spill_bytes),
         Verdict("occupancy", f"{occupancy:.0%}", asked, occupancy >= least),
         Verdict("widths of loads of rows", narrow or f"{WIDE} B", f"{WIDE} B", not narrow),
     ]

@@ -1,11 +1,11 @@
-"""Plain flash attention on concatenated keys and values in the report, beside prompt attention.
+"""Plain flash attention on concatenated keys and values in the report, next to prompt attention.
 
 Both are counted over the same useful MMA FLOP: what N queries with N + p keys need
-(`bench.machine_code.problems.attention`). So rows of queries that belong to prompts, whose output
-nobody reads, are waste as padding is. In a column of their own stand the cycles that device memory
-takes for the copies around plain attention: keys and values read and written once to be
-concatenated, and their gradients once to be taken apart. The sums of shared prompts' gradients over
-the batch, or over chunks of it, are not counted for either.
+(`bench.machine_code.problems.attention`). Queries of prompts, whose output nothing reads, are
+therefore waste, as padding is. A separate column shows the cycles that device memory takes for the
+copies around plain attention: keys and values read and written once to be concatenated, and their
+gradients once to be split. The sums of shared prompts' gradients over the batch, or over chunks of
+it, are not counted for either.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from bench.machine_code.figures import PIPES, UNIT_FLOP, kernel_figures
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
 from bench.machine_code.plain_attention import PlainTiles, plain_launches
-from bench.machine_code.problems.attention import attention_launches, useful_flop
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem, attention_launches, useful_flop
 from bench.machine_code.reports.entry import Entry, LoopEntry, architecture_name, cell
 from vpt_fast.kernels.runtime.launch import Launch
 
@@ -30,11 +29,11 @@ _PASSES = {
     "dq": ("dq",),
     "dkdv": ("token_dkdv", "shared_prompt_dkdv"),
 }
-"""Launches of prompt attention by the plain pass that does their work."""
+"""Launches of prompt attention by the pass of plain attention that does the same work."""
 
 
 def same_tiles(problem: AttentionProblem, architecture: Architecture) -> dict[str, PlainTiles]:
-    """Tiles, warps and stages that the launch table gives prompt attention, by plain pass."""
+    """Return the launch table's tiles, warps and stages for prompt attention, by plain pass."""
     launches = attention_launches(problem, architecture)
 
     def tiles(launch: Launch, rows: str, step: str) -> PlainTiles:
@@ -49,7 +48,7 @@ def same_tiles(problem: AttentionProblem, architecture: Architecture) -> dict[st
 
 
 def useful_flop_of(kernel: str, problem: AttentionProblem) -> int:
-    """What prompt attention needs of a plain kernel's work (see the module)."""
+    """Return the share of a plain kernel's FLOP that prompt attention needs (see the module)."""
     launches = _PASSES[kernel.removeprefix("plain_")]
     return sum(useful_flop(launch, problem) for launch in launches)
 
@@ -60,13 +59,13 @@ def plain_entry(
     """Compile one launch of plain attention with the tiles of prompt attention.
 
     Args:
-        kernel: one of `KERNELS`.
-        problem: shapes and dtype, bf16 or fp16.
+        kernel: One of `KERNELS`.
+        problem: Shapes and dtype, bf16 or fp16.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
-        prompt_queries: whether prompts are rows of queries too, M = N + p; else M = N.
+        prompt_queries: Whether prompts are queries too, M = N + p; otherwise M = N.
 
     Raises:
-        TypeError: for an fp32 problem.
+        TypeError: If the problem is fp32.
     """
     keys = problem.num_keys + problem.num_prompts
     queries = keys if prompt_queries else problem.num_keys
@@ -96,7 +95,7 @@ def plain_entry(
 
 
 def _tensors(problem: AttentionProblem, queries: int, keys: int) -> dict[str, torch.Tensor]:
-    """Contiguous tensors without memory, as `plain_launches` takes them."""
+    """Return contiguous tensors without memory, as `plain_launches` takes them."""
 
     def empty(rows: int, *channels: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
         shape = (problem.batch, problem.num_heads, rows, *channels)
@@ -110,19 +109,19 @@ def _tensors(problem: AttentionProblem, queries: int, keys: int) -> dict[str, to
 
 
 _COPIED = {"plain_forward": ("k_ptr", "v_ptr"), "plain_dkdv": ("dk_ptr", "dv_ptr")}
-"""Arguments that are copies of tensors that lie elsewhere."""
+"""Arguments that are copies of other tensors."""
 
 _ROW = "{:10}{:8}{:15}{:18}{:>8}{:>7}{:>8}{:>10}" + "{:>8}" * (len(PIPES) + 1)
 
 
 def comparison(entries: Sequence[Entry]) -> str:
-    """Prompt attention and plain attention side by side, as text.
+    """Return prompt attention and plain attention side by side, as text.
 
-    A pass of prompt attention may be two launches: its cycles are those of both.
+    A pass of prompt attention may be two launches, whose cycles are added.
 
     Args:
-        entries: of both families, with whatever problems and architectures they are for. Passes
-            for which either family is not complete are left out.
+        entries: Entries of both families, for any problems and architectures. Passes that are not
+            complete for both families are left out.
     """
     lines = [
         _ROW.format("pass", "target", "shape", "kernels", "regs", "spills", "shared", "occupancy",
@@ -137,34 +136,36 @@ def comparison(entries: Sequence[Entry]) -> str:
         }
         sums: dict[str, list[Entry]] = {}
         for name, ours in _PASSES.items():
-            ways = {"ours": ours}
+            implementations = {"ours": ours}
             for queries in ("M = N", "M = N + p"):
-                ways[f"plain, {queries}"] = (f"plain_{name}, {queries}",)
-            if not all(kernel in here for kernels in ways.values() for kernel in kernels):
+                implementations[f"plain, {queries}"] = (f"plain_{name}, {queries}",)
+            if not all(
+                kernel in here for kernels in implementations.values() for kernel in kernels
+            ):
                 continue
-            for way, kernels in ways.items():
+            for implementation, kernels in implementations.items():
                 chosen = [here[kernel] for kernel in kernels]
-                sums.setdefault(way, []).extend(chosen)
-                lines.append(_line(name, architecture, shape, way, chosen))
+                sums.setdefault(implementation, []).extend(chosen)
+                lines.append(_line(name, architecture, shape, implementation, chosen))
         if sums and all(len(chosen) >= len(_PASSES) for chosen in sums.values()):
-            for way, chosen in sums.items():
-                lines.append(_line("all three", architecture, shape, way, chosen))
+            for implementation, chosen in sums.items():
+                lines.append(_line("all three", architecture, shape, implementation, chosen))
     return "\n".join(lines)
 
 
 def _line(
-    name: str, architecture: Architecture, shape: str, way: str, entries: Sequence[Entry]
+    name: str, architecture: Architecture, shape: str, implementation: str, entries: Sequence[Entry]
 ) -> str:
     def each(values: Sequence[object]) -> str:
         return " ".join(map(str, dict.fromkeys(values)))
 
     single = len(entries) <= 2
-    cycles = together(entries)
+    cycles = summed_cycles(entries)
     return _ROW.format(
         name,
         architecture_name(architecture),
         shape,
-        way,
+        implementation,
         each([e.figures.binary.registers for e in entries]) if single else "",
         each([e.figures.binary.spill_bytes for e in entries]) if single else "",
         max(e.figures.binary.shared for e in entries) if single else "",
@@ -175,9 +176,9 @@ def _line(
 
 
 def copy_cycles(entries: Sequence[Entry]) -> float | None:
-    """Memory cycles of the copies around launches per useful 1,048,576 MMA FLOP of them together.
+    """Return the memory cycles of the copies around launches per useful 1,048,576 MMA FLOP.
 
-    None where the bandwidth is not known.
+    The FLOP are those of all the launches. None if the bandwidth is unknown.
     """
     rate = memory_rate(entries[0].architecture)
     moved = 0
@@ -189,8 +190,8 @@ def copy_cycles(entries: Sequence[Entry]) -> float | None:
     return moved / rate * UNIT_FLOP / flop if rate else None
 
 
-def together(entries: Sequence[Entry]) -> dict[str, float | None]:
-    """Cycles of each pipe of several launches per useful 1,048,576 MMA FLOP of them together."""
+def summed_cycles(entries: Sequence[Entry]) -> dict[str, float | None]:
+    """Return the cycles of each pipe of all launches per useful 1,048,576 MMA FLOP."""
     flop = sum(entry.useful_flop or 0 for entry in entries)
     result: dict[str, float | None] = {}
     for pipe in PIPES:

@@ -1,4 +1,4 @@
-"""The kernels that go over rows once: their figures, their limits, how the report shows them.
+"""The row-wise kernels: their figures, their limits, how the report shows them.
 
 Widths of loads and stores are read from the machine code.
 """
@@ -20,10 +20,10 @@ from bench.machine_code.limits import (
     WIDE,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
@@ -33,7 +33,7 @@ from bench.machine_code.sass import Instruction, access_bytes, classify, parse
 from vpt_fast.kernels.runtime.launch import Launch
 
 STATISTICS = "statistics_ptr"
-"""What may be loaded and stored in narrower pieces: one fp32 number to a row."""
+"""Pointer whose loads and stores may be narrower: one fp32 number per row."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Access:
 
     Attributes:
         kind: "load" or "store".
-        size: bytes of a lane.
-        statistics: whether they are for row statistics.
+        size: Bytes per lane.
+        statistics: Whether they access row statistics.
     """
 
     kind: str
@@ -64,12 +64,12 @@ class RowReport:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the tensors that the launch reads and writes; twice of what it overwrites."""
+        """Bytes of the tensors that the launch reads and writes; twice for those it overwrites."""
         return tensor_bytes(self.launch, in_place=("grad_ptr",))
 
     @property
     def issue_over_memory(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together."""
+        """Issue cycles of the launch over its memory cycles, on all SMs together."""
         rate = memory_rate(self.architecture)
         if rate is None:
             return None
@@ -87,7 +87,7 @@ class RowReport:
 
 
 def global_accesses(launch: Launch, instructions: Sequence[Instruction]) -> Counter[Access]:
-    """Every load and store of a program, with what the kernel's source says it is of."""
+    """Return every load and store of a program, attributed by the kernel's source lines."""
     source, first = inspect.getsourcelines(launch.kernel.fn)
     of_rows = {first + number for number, line in enumerate(source) if STATISTICS in line}
     return Counter(
@@ -103,8 +103,8 @@ def row_report(kernel: str, problem: RowProblem, architecture: Architecture) -> 
     """Compile one launch of a problem and read its machine code.
 
     Args:
-        kernel: one of `bench.machine_code.problems.rowwise.KERNELS`.
-        problem: shapes and dtypes.
+        kernel: One of `bench.machine_code.problems.rowwise.KERNELS`.
+        problem: Shapes and dtypes.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
     """
     launch = row_launch(kernel, problem)
@@ -117,7 +117,7 @@ def row_report(kernel: str, problem: RowProblem, architecture: Architecture) -> 
 
 
 def row_entry(kernel: str, problem: RowProblem, architecture: Architecture) -> Entry:
-    """Compile one launch and hold it against its limits; arguments as of `row_report`."""
+    """Compile one launch and compare it with its limits; arguments as for `row_report`."""
     report = row_report(kernel, problem, architecture)
     sizes = report.launch.constexprs
     letter = "C" if kernel in ACTIVATION_KERNELS else "D"
@@ -140,12 +140,12 @@ def row_entry(kernel: str, problem: RowProblem, architecture: Architecture) -> E
 
 
 def verdicts(report: RowReport) -> list[Verdict]:
-    """The limits that apply to a launch: shared memory always, the others for 16-bit tensors."""
+    """Return the limits that apply: shared memory always, the others for 16-bit tensors."""
     binary = report.figures.binary
-    fits = resources(binary.shared, report.figures.shared_limit)
+    fits = shared_memory_fits(binary.shared, report.figures.shared_limit)
     if report.problem.dtype == torch.float32 or not is_judged(report.architecture):
         return [fits]
-    return [fits, few_spills(binary.spill_bytes), *_rates(report)]
+    return [fits, spills_at_most(binary.spill_bytes), *_rates(report)]
 
 
 def _rates(report: RowReport) -> list[Verdict]:
@@ -159,7 +159,7 @@ def _rates(report: RowReport) -> list[Verdict]:
 
 
 def issue_limit(report: RowReport) -> float:
-    """Most issue cycles per memory cycle: the kernel's own at the usual width, else that of all."""
+    """Return the most issue cycles per memory cycle: the kernel's own at the usual width."""
     width = 3072 if report.kernel in ACTIVATION_KERNELS else 768
     is_usual = report.problem == RowProblem(width)
     return limits().rows[report.kernel][int(report.architecture)] if is_usual else ISSUE_LIMIT

@@ -18,10 +18,10 @@ from bench.machine_code.limits import (
     MIN_WARPS,
     Verdict,
     at_most,
-    few_spills,
     is_judged,
     limits,
-    resources,
+    shared_memory_fits,
+    spills_at_most,
 )
 from bench.machine_code.memory import memory_rate
 from bench.machine_code.offline import Architecture, compile_kernel
@@ -40,7 +40,7 @@ _ROWS = {
     "window_backward": (7, 1), "window_backward_dbias": (4, 1),
     "window_dq": (6, 2), "window_dkdv": (6, 2), "window_dbias": (4, 2),
 }  # fmt: skip
-"""Rows of d channels of a token, and fp32 statistics, that a launch reads and writes."""
+"""Rows of d channels per token, and fp32 statistics, that a launch reads and writes."""
 
 FEW, MANY = WindowProblem(), WindowProblem(num_prompts=50)
 """Windows of 7 x 7 (Swin-T's first stage at 224 px), with few and with many prompts."""
@@ -50,12 +50,12 @@ WIDE = WindowProblem((96, 96), (12, 12), (6, 6), num_heads=4, batch=32)
 
 
 def problems(kernel: str) -> tuple[WindowProblem, ...]:
-    """The problems that a kernel is judged at."""
+    """Return the problems that a kernel has limits for."""
     return (FEW, MANY) if kernel in KERNELS[:3] else (WIDE,)
 
 
 def launched(problem: WindowProblem) -> tuple[str, ...]:
-    """The kernels that a problem launches: fp32 has no tiles that hold whole windows."""
+    """Return the kernels that a problem launches: fp32 has no tiles of whole windows."""
     return tuple(window_plan(problem, launch_target(80), needs_table=True))
 
 
@@ -89,7 +89,7 @@ class WindowReport:
 
     @property
     def useful_flop(self) -> int:
-        """Multiplications and additions of the products that the launch is for."""
+        """FLOP of the products that the launch computes."""
         return window_flop(self.launch)
 
     @cached_property
@@ -98,7 +98,7 @@ class WindowReport:
         trips = self.launch.trips
         found = self.figures.loops
         if self.launch.name in ("window_dkdv", "window_dbias"):
-            # Their queries are a loop in that of the windows; only the inner one has products.
+            # The loop over queries is inside that over windows; only the inner one has products.
             found = found[-1:]
             trips = {"queries": math.prod(trips.values())}
         if len(found) != len(trips):
@@ -106,7 +106,7 @@ class WindowReport:
         return {name: (loop, trips[name]) for name, loop in zip(trips, found, strict=True)}
 
     def launch_ratio(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together."""
+        """Return issue cycles of the launch over its memory cycles, on all SMs together."""
         rate = memory_rate(self.architecture)
         if rate is None or not self.loops:
             return None
@@ -118,12 +118,12 @@ def window_report(kernel: str, problem: WindowProblem, architecture: Architectur
     """Compile one launch of a problem and read its machine code.
 
     Args:
-        kernel: one of `KERNELS`.
-        problem: shapes and dtype.
+        kernel: One of `KERNELS`.
+        problem: Shapes and dtype.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
 
     Raises:
-        ValueError: if the problem launches no such kernel.
+        ValueError: If the problem launches no such kernel.
     """
     table = kernel in ("window_backward_dbias", "window_dbias")
     plan = window_plan(problem, launch_target(architecture), needs_table=table)
@@ -134,7 +134,7 @@ def window_report(kernel: str, problem: WindowProblem, architecture: Architectur
 
 
 def window_entry(kernel: str, problem: WindowProblem, architecture: Architecture) -> Entry:
-    """Compile one launch and hold it against its limits; arguments as of `window_report`."""
+    """Compile one launch and compare it with its limits; arguments as for `window_report`."""
     report = window_report(kernel, problem, architecture)
     sizes = report.launch.constexprs
     tile = [sizes[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_P", "BLOCK_TAIL") if sizes.get(n)]
@@ -160,9 +160,9 @@ def window_entry(kernel: str, problem: WindowProblem, architecture: Architecture
 
 
 def verdicts(report: WindowReport) -> list[Verdict]:
-    """The limits that apply to a launch: shared memory always, the others for bf16."""
+    """Return the limits that apply to a launch: shared memory always, the others for bf16."""
     figures, launch = report.figures, report.launch
-    result = [resources(figures.binary.shared, figures.shared_limit)]
+    result = [shared_memory_fits(figures.binary.shared, figures.shared_limit)]
     if report.problem.dtype != torch.bfloat16 or not is_judged(report.architecture):
         return result
     target, problem = int(report.architecture), report.problem
@@ -175,7 +175,7 @@ def verdicts(report: WindowReport) -> list[Verdict]:
     stages, asked = launch.num_stages, f"at least {MIN_STAGES}"
     return [
         *result,
-        few_spills(figures.binary.spill_bytes, limits().spills.get(key, {}).get(shape, 0)),
+        spills_at_most(figures.binary.spill_bytes, limits().spills.get(key, {}).get(shape, 0)),
         resident,
         Verdict("pipeline stages", str(stages), asked, stages >= MIN_STAGES),
         *_loads(report),
@@ -186,13 +186,13 @@ def verdicts(report: WindowReport) -> list[Verdict]:
 
 
 def _loads(report: WindowReport) -> list[Verdict]:
-    """Rows of d channels arrive in 16-byte pieces, asynchronously: two tiles at least."""
+    """Check that rows of d channels arrive in asynchronous 16-byte pieces, at least two tiles."""
     sizes = report.launch.constexprs
     result = []
     for name, (loop, _) in report.loops.items():
         rows = {"tail": "BLOCK_TAIL", "queries": "BLOCK_M"}.get(name, "BLOCK_N")
         if report.launch.name == "window_dbias":
-            continue  # its tiles of queries are read once a window, not in a loop of their own
+            continue  # its tiles of queries are read once per window, outside this loop
         least = 2 * sizes[rows] * sizes["BLOCK_D"] * report.problem.dtype.itemsize
         wide = loop.wide_copy_bytes
         result.append(

@@ -1,4 +1,4 @@
-"""No provider is timed before it is held against fp64, and a wrong one never is."""
+"""Every provider is checked against fp64 before it is timed, and a wrong one is never timed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from bench.compare import correctness
 from bench.compare.cases import Case, cpu_cases
 from bench.compare.correctness import Check, Truth, largest_error, norm_gradients
-from bench.compare.rounds import take_turns, timed
-from bench.providers import attention as attention_ways
-from bench.providers import experts as expert_ways
+from bench.compare.rounds import check_and_time, time_interleaved
+from bench.providers import attention as attention_providers
+from bench.providers import experts as expert_providers
 from bench.providers.attention import AttentionCase
 from bench.providers.experts import ExpertCase
 from bench.providers.models import EAGER, OURS, PROVIDERS
@@ -29,7 +29,7 @@ def test_every_provider_holds(method: str, dtype: str) -> None:
     assert all(check.error > 0 for check in checks)
 
 
-def test_inference_is_held_by_its_logits() -> None:
+def test_inference_is_checked_by_its_logits() -> None:
     truth = Truth(Case("inference", **SMALL))
     assert {truth.check(name).worst for name in EAGER} == {"logits"}
 
@@ -49,11 +49,10 @@ def test_a_wrong_provider_is_named_and_not_timed(
         return found
 
     monkeypatch.setattr(correctness, "results", wrong)
-    turns = take_turns(Case(**SMALL), rounds=1)
-    assert [n for n, turn in turns.items() if turn.times is None] == [OURS]
-    assert turns[OURS].check.worst == name and turns[OURS].check.error == pytest.approx(
-        1e-3, rel=0.1
-    )
+    outcome = check_and_time(Case(**SMALL), rounds=1)
+    assert [n for n, result in outcome.items() if result.times is None] == [OURS]
+    check = outcome[OURS].check
+    assert check.worst == name and check.error == pytest.approx(1e-3, rel=0.1)
 
 
 def test_nan_does_not_hold() -> None:
@@ -65,27 +64,27 @@ def test_nan_does_not_hold() -> None:
         largest_error({"a": want["a"]}, want)
 
 
-def test_every_way_of_attention_holds() -> None:
+def test_every_implementation_of_attention_holds() -> None:
     case = AttentionCase(prompts=5, batch=2, tokens=9, heads=2, head_dim=16, providers=EAGER)
     for dtype in (torch.float32, torch.bfloat16):
-        checks = attention_ways.checks(case, dtype)
+        checks = attention_providers.checks(case, dtype)
         assert list(checks) == list(EAGER) and all(check.holds for check in checks.values()), checks
-    assert set(attention_ways.functions(case, torch.float32)) == set(EAGER)
+    assert set(attention_providers.functions(case, torch.float32)) == set(EAGER)
 
 
 def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = AttentionCase(prompts=5, batch=2, tokens=9, heads=2, head_dim=16, providers=EAGER)
-    right = attention_ways.WAYS[OURS]
-    monkeypatch.setitem(attention_ways.WAYS, OURS, lambda t, p: right(t, p[:, 1:]))
-    checks = attention_ways.checks(case, torch.float32)
+    right = attention_providers.IMPLEMENTATIONS[OURS]
+    monkeypatch.setitem(attention_providers.IMPLEMENTATIONS, OURS, lambda t, p: right(t, p[:, 1:]))
+    checks = attention_providers.checks(case, torch.float32)
     assert [name for name, check in checks.items() if not check.holds] == [OURS]
 
 
-def test_both_ways_of_the_experts_hold() -> None:
+def test_both_implementations_of_the_experts_hold() -> None:
     case = ExpertCase(3, batch=2, model="test_vit")
-    checks = expert_ways.checks(case, torch.float32)
+    checks = expert_providers.checks(case, torch.float32)
     assert list(checks) == ["concat", OURS] and all(check.holds for check in checks.values())
-    results = {name: run() for name, run in expert_ways.functions(case, torch.float32).items()}
+    results = {name: run() for name, run in expert_providers.functions(case, torch.float32).items()}
     assert "blocks.1.prompt.conv.weight" in results[OURS]
     assert set(results["concat"]) == set(results[OURS])
 
@@ -93,9 +92,11 @@ def test_both_ways_of_the_experts_hold() -> None:
 def test_only_what_holds_is_run() -> None:
     ran: list[str] = []
     checks = {name: Check(name, error, "logits", 0.1) for name, error in (("a", 0.0), ("b", 1.0))}
-    turns = timed(checks, {name: lambda name=name: ran.append(name) for name in checks}, 2)
-    assert set(ran) == {"a"} and turns["b"].times is None
-    assert turns["a"].times is not None and len(turns["a"].times.seconds) == 2
+    outcome = time_interleaved(
+        checks, {name: lambda name=name: ran.append(name) for name in checks}, 2
+    )
+    assert set(ran) == {"a"} and outcome["b"].times is None
+    assert outcome["a"].times is not None and len(outcome["a"].times.seconds) == 2
 
 
 def test_the_default_cases_cover_what_they_should() -> None:

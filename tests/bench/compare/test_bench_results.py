@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bench.compare import collect, plots
-from bench.compare import saved_bytes as kept
-from bench.compare import tables as readme
+from bench.compare import collect, plots, tables
 from bench.compare.collect import read, rows_of
 from bench.compare.facts import facts, file_stem
 from bench.compare.interleave import interleave
 from bench.compare.recorded import RecordedClock
+from bench.counted import saved_bytes
 from bench.providers.models import EAGER, OURS
 
 ROOT = Path(__file__).parents[3]
@@ -47,7 +46,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept, "MODEL", "vit_tiny_patch16_224")
+        patch.setattr(saved_bytes, "MODEL", "vit_tiny_patch16_224")
         assert collect.main([str(run_file), "--output", str(folder)]) == 0
     (path,) = folder.iterdir()
     return path
@@ -105,10 +104,10 @@ def test_the_plots_show_every_series(results: Path, tmp_path: Path) -> None:
 
 def test_the_page_gets_every_comparison(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    assert readme.main([str(results), "--page", str(page), "--check"]) == 1
-    assert readme.main([str(results), "--page", str(page)]) == 0
-    assert readme.main([str(results), "--page", str(page), "--check"]) == 0
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    assert tables.main([str(results), "--page", str(page), "--check"]) == 1
+    assert tables.main([str(results), "--page", str(page)]) == 0
+    assert tables.main([str(results), "--page", str(page), "--check"]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("| test_vit, vpt-deep, batch ") == 2 * 3
@@ -118,14 +117,14 @@ def test_the_page_gets_every_comparison(results: Path, tmp_path: Path) -> None:
 
 
 def test_the_page_of_the_project_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its tables are those of the picture below them."""
+    """The tables and the picture below them come from the same results file."""
     text = (ROOT / "docs" / "benchmarks" / "cpu.md").read_text()
     (name,) = re.findall(r"bench/results/(\S+_cpu-\S+)\.png\)", text)
     results = collect.RESULTS / f"{name}.csv"
-    assert readme.main([str(results), "--check"]) == 0, capsys.readouterr().out
+    assert tables.main([str(results), "--check"]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tool", [plots, readme])
+@pytest.mark.parametrize("tool", [plots, tables])
 def test_files_that_are_no_results_are_refused(
     tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +153,7 @@ def test_a_page_without_marks_is_refused(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("no marks")
     with pytest.raises(SystemExit):
-        readme.main([str(results), "--page", str(page)])
+        tables.main([str(results), "--page", str(page)])
     assert page.read_text() == "no marks"
 
 
@@ -164,11 +163,11 @@ def test_the_clock_replays_what_was_recorded() -> None:
     assert (second - first, fourth - third) == (1.0, 2.5)
 
 
-def test_functions_take_turns_in_changing_order() -> None:
+def test_rounds_are_interleaved_in_changing_order() -> None:
     ran: list[str] = []
     functions = {name: lambda name=name: ran.append(name) for name in "abc"}
     times = interleave(functions, rounds=20, warmup=1)
     rounds = [tuple(ran[i : i + 3]) for i in range(0, len(ran), 3)]
-    assert len(rounds) == 21 and all(sorted(turn) == list("abc") for turn in rounds)
+    assert len(rounds) == 21 and all(sorted(order) == list("abc") for order in rounds)
     assert len(set(rounds)) > 2
     assert {len(taken.seconds) for taken in times.values()} == {20}

@@ -1,4 +1,4 @@
-"""All providers compute one function: the same logits, and the same gradients by name."""
+"""All providers compute the same function: the same logits, and the same gradients by name."""
 
 from __future__ import annotations
 

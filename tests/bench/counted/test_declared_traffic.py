@@ -1,4 +1,4 @@
-"""What kernels are declared to load and store, held against what they do, byte by byte.
+"""What kernels are declared to load and store, compared with what they do, byte by byte.
 
 Every launch of every kernel runs on the CPU under ttsem, which sees each address. The distinct
 bytes of all loads, and of all stores, have to be exactly those declared: masks are honoured, and
@@ -28,7 +28,7 @@ from vpt_fast.kernels.rowwise import activation, grouped_heads, residual_norm
 from vpt_fast.kernels.runtime.launch import Launch, Target
 from vpt_fast.kernels.window_attention import launches as window_attention
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counted by ttsem, which runs kernels on the CPU"
 )
@@ -41,23 +41,23 @@ Bytes = dict[str, tuple[int, int]]
 @contextlib.contextmanager
 def both() -> Iterator[tuple[Bytes, Bytes]]:
     """Declared and executed bytes of the launches inside, each kernel at most once."""
-    said: Bytes = {}
-    done: Bytes = {}
+    declared_bytes: Bytes = {}
+    executed_bytes: Bytes = {}
     run = Launch.run
 
     def counting(launch: Launch) -> None:
-        assert launch.name not in said
+        assert launch.name not in declared_bytes
         touched = declared.declared(launch)
-        said[launch.name] = (
+        declared_bytes[launch.name] = (
             distinct_bytes(regions_of(touched.loads)),
             distinct_bytes(regions_of(touched.stores)),
         )
         with counted() as traffic:
             run(launch)
-        done[launch.name] = traffic.distinct("load"), traffic.distinct("store")
+        executed_bytes[launch.name] = traffic.distinct("load"), traffic.distinct("store")
 
     with mock.patch.object(Launch, "run", counting):
-        yield said, done
+        yield declared_bytes, executed_bytes
 
 
 class Draw:
@@ -96,13 +96,13 @@ def test_attention(
     if queries is not None:
         tokens = [draw(batch, queries, heads, dim), draw(batch, rows, 2, heads, dim)]
     keys = [draw(1 if shared else batch, prompts, 2, heads, dim)] if prompts else []
-    with both() as (said, done):
+    with both() as (declared_bytes, executed_bytes):
         out, lse = attention.attention_forward(tokens, keys, dim**-0.5)
         attention.attention_backward(
             tokens, keys, out, lse, draw(*out.shape), dim**-0.5, needs_tokens, bool(keys)
         )
-    assert set(done) == launches
-    assert said == done
+    assert set(executed_bytes) == launches
+    assert declared_bytes == executed_bytes
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -111,7 +111,7 @@ def test_residual_norm(plain: bool, kernel_device: torch.device) -> None:
     branch, scale, weight, bias = (
         [None] * 4 if plain else [draw(*shape), draw(width), draw(width), draw(width)]
     )
-    with both() as (said, done):
+    with both() as (declared_bytes, executed_bytes):
         x, y, statistics = residual_norm.residual_norm(
             draw(*shape), branch, scale, weight, bias, 1e-6, None if plain else 1e-5, BF16
         )
@@ -119,30 +119,30 @@ def test_residual_norm(plain: bool, kernel_device: torch.device) -> None:
             y if plain else x, statistics, weight, scale, draw(*shape),
             None if plain else draw(*shape), None if plain else BF16,
         )  # fmt: skip
-    assert set(done) == {"residual_norm", "residual_norm_backward"}
-    assert said == done
+    assert set(executed_bytes) == {"residual_norm", "residual_norm_backward"}
+    assert declared_bytes == executed_bytes
 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_activation(biased: bool, kernel_device: torch.device) -> None:
     draw, shape = Draw(kernel_device), (2, 9, 100)
     h, bias = draw(*shape), draw(100) if biased else None
-    with both() as (said, done):
+    with both() as (declared_bytes, executed_bytes):
         activation.activation(h, bias, "gelu")
         activation.activation_backward(h, bias, draw(*shape), "gelu")
-    assert set(done) == {"activation", "activation_backward"}
-    assert said == done
+    assert set(executed_bytes) == {"activation", "activation_backward"}
+    assert declared_bytes == executed_bytes
 
 
 @pytest.mark.parametrize("grid", [(5, 5), (8, 4)])
 def test_fold(grid: tuple[int, int], kernel_device: torch.device) -> None:
     draw, prompts = Draw(kernel_device), 3
     weight, kernel = draw(prompts, (grid[0] - 1) * (grid[1] - 1)), draw(1, 1, 2, 2)
-    with both() as (said, done):
+    with both() as (declared_bytes, executed_bytes):
         mix, mix_sum = prompt_expert.fold_forward(weight, kernel, grid, 64)
         prompt_expert.fold_backward(weight, kernel, mix, mix_sum, grid)
-    assert set(done) == {"fold", "fold_backward"}
-    assert said == done
+    assert set(executed_bytes) == {"fold", "fold_backward"}
+    assert declared_bytes == executed_bytes
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,14 @@ def test_mix(
     mix = torch.zeros(prompts, -(-patches // 64) * 64).to(kernel_device)
     mix[:, :patches] = draw(prompts, patches, dtype=FP32)
     statistics = draw(3, 2, 1 + patches, dtype=FP32)
-    with both() as (said, done):
+    with both() as (declared_bytes, executed_bytes):
         mixed = prompt_expert.mix_forward(x, mix, patches, statistics)
         prompt_expert.mix_backward(
             x, mix, patches, draw(width) if options else None, statistics, draw(*x.shape), mixed,
             draw(*x.shape) if options else None, needs_x, needs_mix,
         )  # fmt: skip
-    assert set(done) == {"mix", "mix_backward"}
-    assert said == done
+    assert set(executed_bytes) == {"mix", "mix_backward"}
+    assert declared_bytes == executed_bytes
 
 
 @pytest.mark.parametrize("options", [True, False])
@@ -186,13 +186,13 @@ def test_features(options: bool, kernel_device: torch.device) -> None:
         optional(batch, prompts, hidden, dtype=FP32),
     )
     norm = optional(width), optional(width)
-    with both() as (said, done):
+    with both() as (declared_bytes, executed_bytes):
         out, mean, rstd = prompt_expert.features_forward(inputs, options, *norm, 1e-6, BF16)
         prompt_expert.features_backward(
             inputs, options, norm[0], mean, rstd, draw(batch, prompts, width)
         )
-    assert set(done) == {"features", "features_backward", "weight_gradient"}
-    assert said == done
+    assert set(executed_bytes) == {"features", "features_backward", "weight_gradient"}
+    assert declared_bytes == executed_bytes
 
 
 TOKENS, PROMPTS, TABLE = (True, False, False), (False, True, False), (False, False, True)
@@ -240,14 +240,14 @@ def test_window_attention(
     keys = draw(1 if shared else batch, prompts, 2, heads, dim) if prompts else None
     given = qkv, padding, table, keys
     geometry = window, shift, dim**-0.5
-    with both() as (said, done):
+    with both() as (declared_bytes, executed_bytes):
         out, lse = window_attention.window_attention_forward(*given, *geometry)
         window_attention.window_attention_backward(
             *given, out, lse, draw(*out.shape), *geometry, *needs
         )
     forward = "window_forward" if launches <= WHOLE | SCORES else "window_forward_tiled"
-    assert set(done) == {forward, *launches}
-    assert said == done
+    assert set(executed_bytes) == {forward, *launches}
+    assert declared_bytes == executed_bytes
 
 
 @pytest.mark.parametrize(
@@ -268,34 +268,34 @@ def test_bank_attention(
         "kv": [draw(batch, 1, heads, dim), draw(batch, rows, 2, heads, dim)],
         "apart": [draw(batch, rows, heads, dim) for _ in range(3)],
     }[layout]
-    starts, counts = (torch.tensor(n).to(kernel_device) for n in zip(*tasks, strict=True))
+    offsets, counts = (torch.tensor(n).to(kernel_device) for n in zip(*tasks, strict=True))
     pools = draw(90, 2, heads, dim), draw(12, 2, heads, dim)
     most = max(count for _, count in tasks)
-    with both() as (said, done):
-        bank_attention.bank_attention_forward(tokens, *pools, starts, counts, most, 0.2)
-    assert set(done) == {"ragged_forward"}
-    assert said == done
+    with both() as (declared_bytes, executed_bytes):
+        bank_attention.bank_attention_forward(tokens, *pools, offsets, counts, most, 0.2)
+    assert set(executed_bytes) == {"ragged_forward"}
+    assert declared_bytes == executed_bytes
 
 
 def test_grouped_heads(kernel_device: torch.device) -> None:
     draw, heads = Draw(kernel_device), ((3, 5), (30, 0), (3, 5), (6, 21), (39, 1))
-    starts, counts = (torch.tensor(n).to(kernel_device) for n in zip(*heads, strict=True))
-    offsets, total = counts.cumsum(0) - counts, int(counts.sum())
-    with both() as (said, done):
+    weight_offsets, counts = (torch.tensor(n).to(kernel_device) for n in zip(*heads, strict=True))
+    logit_offsets, total = counts.cumsum(0) - counts, int(counts.sum())
+    with both() as (declared_bytes, executed_bytes):
         grouped_heads.grouped_heads_forward(
-            draw(5, 72), draw(40, 72), draw(40), starts, counts, offsets, total, 30
+            draw(5, 72), draw(40, 72), draw(40), weight_offsets, counts, logit_offsets, total, 30
         )
-    assert set(done) == {"grouped_heads"}
-    assert said == done
+    assert set(executed_bytes) == {"grouped_heads"}
+    assert declared_bytes == executed_bytes
 
 
 def test_flop_of_a_bank() -> None:
-    """Of what each image has where that is known, else of the most that one may have."""
+    """Counted from each image's number of prompts if known, else from the largest number."""
     pool = torch.zeros(20, 2, 2, 8)
     for device, prompts in (("cpu", 3 + 5), ("meta", 2 * 6)):
-        starts, counts = (torch.tensor(n, device=device) for n in ((0, 4), (3, 5)))
+        offsets, counts = (torch.tensor(n, device=device) for n in ((0, 4), (3, 5)))
         launch = bank_attention.bank_attention_launch(
-            [torch.zeros(2, 7, 3, 2, 8)], pool, pool, starts, counts, 6, torch.zeros(2, 7, 16),
+            [torch.zeros(2, 7, 3, 2, 8)], pool, pool, offsets, counts, 6, torch.zeros(2, 7, 16),
             torch.zeros(2, 2, 7), 0.3, Target(80),
         )  # fmt: skip
         assert product_flop(launch) == 4 * 7 * (2 * 7 + prompts) * 8 * 2
@@ -319,9 +319,9 @@ def test_a_wrong_declaration_is_found(
 ) -> None:
     monkeypatch.setitem(declared.DECLARATIONS, "forward", wrong)
     draw = Draw(kernel_device)
-    with both() as (said, done):
+    with both() as (declared_bytes, executed_bytes):
         attention.attention_forward([draw(1, 9, 3, 1, 16)], [draw(1, 3, 2, 1, 16)], 0.25)
-    assert said != done
+    assert declared_bytes != executed_bytes
 
 
 def test_a_kernel_without_a_declaration_is_refused() -> None:

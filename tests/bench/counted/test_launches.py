@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.counted.launches import counted, main, of_a_block, providers
+from bench.counted.launches import counted, launches_per_block, main, providers
 from vpt_fast.kernels.runtime.launch import Launch
 
 FORWARD, BACKWARD = 9, 13
@@ -35,8 +35,8 @@ def test_our_operators_count_the_launches_that_they_would_make() -> None:
 @pytest.mark.parametrize("layer_scale", [False, True])
 def test_a_block_of_vpt_deep_launches_no_more_than_it_may(layer_scale: bool) -> None:
     builders = providers(10, layer_scale)
-    forward, backward = of_a_block(builders["VPT-Deep, speed"])
-    eager_forward, eager_backward = of_a_block(builders["VPT-Deep, eager"])
+    forward, backward = launches_per_block(builders["VPT-Deep, speed"])
+    eager_forward, eager_backward = launches_per_block(builders["VPT-Deep, eager"])
     assert 8 <= forward.total() <= FORWARD < eager_forward.total()
     assert 11 <= backward.total() <= BACKWARD < eager_backward.total()
     assert forward["forward"] == backward["dq"] == backward["shared_prompt_dkdv"] == 1
@@ -45,7 +45,7 @@ def test_a_block_of_vpt_deep_launches_no_more_than_it_may(layer_scale: bool) -> 
 
 def test_a_block_of_vapt_launches_no_more_than_it_may() -> None:
     """Its matrix is folded together with those of the other blocks."""
-    forward, backward = of_a_block(providers(10)["VAPT, speed"])
+    forward, backward = launches_per_block(providers(10)["VAPT, speed"])
     assert forward.total() <= 11 and backward.total() <= 22
     assert "fold" not in forward and forward["features"] == forward["mix"] == 1
 
@@ -53,7 +53,7 @@ def test_a_block_of_vapt_launches_no_more_than_it_may() -> None:
 def test_modes_that_keep_less_launch_more_in_backward_only() -> None:
     builders = providers(10)
     pairs = [
-        of_a_block(builders[f"VPT-Deep, {memory}"])
+        launches_per_block(builders[f"VPT-Deep, {memory}"])
         for memory in ("speed", "balanced", "lean", "minimal")
     ]
     assert {forward.total() for forward, _ in pairs} == {FORWARD}

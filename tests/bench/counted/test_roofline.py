@@ -1,4 +1,4 @@
-"""The roofline: its formula, what it prints, and modelled beside measured times."""
+"""The roofline: its formula, what it prints, and measured and modelled times."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 from bench.counted import roofline, roofline_page
 from bench.counted.gpus import DEFAULT, GPUS, Assumptions, gpu_of
-from bench.counted.roofline import beside, main, shrinks
+from bench.counted.roofline import figures_by_provider, main, measured_steps
 from bench.counted.step_model import (
     DEVICE,
     HOST,
     Case,
-    Hosts,
+    HostTimes,
     Modelled,
     case_ops,
     host_ms,
@@ -32,7 +32,7 @@ TINY = "vit_tiny_patch16_224"
 H100 = GPUS["H100"]
 EXACT = Assumptions(gemm=0.5, attention=0.25, memory=1.0, driver_us=10, replay_us=0, gap_us=0)
 
-# Milliseconds of the host that nobody measured, 12 blocks.
+# Invented milliseconds of the host, 12 blocks.
 MADE_UP = {
     "vit-without_prompts": 6.0, "vit-concat-vpt-deep": 9.0, "vit-keys_concat-vpt-deep": 8.0,
     "vit-vpt_fast-vpt-deep": 4.0, "swin-without_prompts": 10.0, "swin-concat-vpt-deep": 20.0,
@@ -53,8 +53,8 @@ def host_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hosts(host_file: Path) -> Hosts:
-    return Hosts(host_file)
+def hosts(host_file: Path) -> HostTimes:
+    return HostTimes(host_file)
 
 
 def op(kind: str, flop: float, megabytes: float, **more: object) -> Op:
@@ -99,28 +99,28 @@ def test_attention_reaches_the_gpus_own_part_of_the_peak() -> None:
     assert modelled([attention], H100, half, 0).eager == pytest.approx(1e3 / (H100.tensor * 0.5))
 
 
-def test_the_hosts_time_is_what_was_measured_for_as_many_blocks(hosts: Hosts) -> None:
+def test_the_hosts_time_is_what_was_measured_for_as_many_blocks(hosts: HostTimes) -> None:
     assert host_ms(hosts, "vit_base_patch16_224", "vpt_fast") == 4.0
     assert host_ms(hosts, "vit_large_patch16_224", "vpt_fast") == 8.0
     assert host_ms(hosts, "swin_base_patch4_window12_384", "without_prompts") == 20.0
     assert host_ms(hosts, TINY, "without_prompts", "vapt") == 6.0
     assert host_ms(hosts, TINY, "published") == host_ms(hosts, TINY, "concat") == 9.0
     assert {host_ms(hosts, TINY, name) for name in COMPILED} == {0.0}
-    with pytest.raises(ValueError, match="have no vit-vpt_fast-vapt; make them again"):
+    with pytest.raises(ValueError, match="have no vit-vpt_fast-vapt; measure them again"):
         host_ms(hosts, TINY, "vpt_fast", "vapt")
 
 
 def test_results_that_are_not_the_hosts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("bench,device\nstep,x\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no results file of bench.host.host"):
-        Hosts(path)
-    with pytest.raises(ValueError, match="`python -m bench.host` makes one"):
+    with pytest.raises(ValueError, match="not a results file of bench.host"):
+        HostTimes(path)
+    with pytest.raises(ValueError, match="`python -m bench.host` creates one"):
         host_page.latest(tmp_path)
 
 
 @pytest.mark.parametrize("provider", ["published", "keys_concat_compiled", "vpt_fast"])
-def test_more_work_or_a_slower_gpu_takes_no_less(provider: str, hosts: Hosts) -> None:
+def test_more_work_or_a_slower_gpu_takes_no_less(provider: str, hosts: HostTimes) -> None:
     case = Case(TINY, 16, 10, "bfloat16", provider)
     assumed = Assumptions()
 
@@ -178,9 +178,9 @@ def test_swin_has_a_row_for_each_of_its_providers(
     assert float(rows["vpt_fast"]["H100_graph_ms_modelled"]) > 0
 
 
-def test_what_shrinks_on_vit_b(hosts: Hosts) -> None:
+def test_what_shrinks_on_vit_b(hosts: HostTimes) -> None:
     case = Case("vit_base_patch16_224", 64, 50, "bfloat16", "vpt_fast")
-    found = shrinks(case, H100, Assumptions(), hosts)
+    found = figures_by_provider(case, H100, Assumptions(), hosts)
     gemm = found["GEMM GFLOP, counted"]
     assert gemm["vpt_fast"] < 0.75 * gemm["concat"] == 0.75 * gemm["concat_compiled"]
     # the tokens' products alone: 11 blocks of 12 and the last one's keys and values, without the
@@ -229,7 +229,7 @@ ROW = {
 
 
 def made_up(path: Path, *changes: dict[str, str]) -> Path:
-    """A CSV of rows that nobody measured."""
+    """Write a CSV of invented rows."""
     rows = [{**ROW, **change} for change in changes]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -238,7 +238,7 @@ def made_up(path: Path, *changes: dict[str, str]) -> Path:
     return path
 
 
-def test_measured_rows_stand_beside_what_is_modelled_for_them(tmp_path: Path, hosts: Hosts) -> None:
+def test_measured_rows_come_with_their_modelled_times(tmp_path: Path, hosts: HostTimes) -> None:
     path = made_up(
         tmp_path / "made_up.csv",
         {},
@@ -246,7 +246,7 @@ def test_measured_rows_stand_beside_what_is_modelled_for_them(tmp_path: Path, ho
         {"device": "Some GPU"},
         {"device": "Some GPU", "prompts": "50"},
     )
-    found, unknown = beside(path, Assumptions(), hosts)
+    found, unknown = measured_steps(path, Assumptions(), hosts)
     assert [(b.case.provider, b.gpu.name, b.measured) for b in found] == [
         ("vpt_fast", "H100", 2.5),
         ("concat_compiled", "L4", 9.0),
@@ -256,7 +256,7 @@ def test_measured_rows_stand_beside_what_is_modelled_for_them(tmp_path: Path, ho
     assert unknown == ["Some GPU"]
 
 
-def test_of_a_gpus_results_the_steps_of_vpt_deep_are_modelled(tmp_path: Path, hosts: Hosts) -> None:
+def test_of_a_gpus_results_only_vpt_deep_is_modelled(tmp_path: Path, hosts: HostTimes) -> None:
     step = {"bench": "step", "method": "vpt-deep"}
     path = made_up(
         tmp_path / "made_up.csv",
@@ -268,7 +268,7 @@ def test_of_a_gpus_results_the_steps_of_vpt_deep_are_modelled(tmp_path: Path, ho
         {**step, "bench": "inference"},
         {**step, "bench": "attention", "model": "", "batch": "64"},
     )
-    found, unknown = beside(path, Assumptions(), hosts)
+    found, unknown = measured_steps(path, Assumptions(), hosts)
     assert [b.case.provider for b in found] == ["vpt_fast", "concat"] and unknown == []
 
 
@@ -309,17 +309,17 @@ def test_the_report_states_its_assumptions_and_says_modelled(
     [({"provider": "magic"}, "provider is 'magic'"), ({"dtype": "int8"}, "dtype is 'int8'")],
 )
 def test_a_measured_row_that_cannot_be_modelled_is_refused(
-    change: dict[str, str], message: str, tmp_path: Path, hosts: Hosts
+    change: dict[str, str], message: str, tmp_path: Path, hosts: HostTimes
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        beside(made_up(tmp_path / "made_up.csv", change), Assumptions(), hosts)
+        measured_steps(made_up(tmp_path / "made_up.csv", change), Assumptions(), hosts)
 
 
-def test_a_table_without_a_column_is_refused(tmp_path: Path, hosts: Hosts) -> None:
+def test_a_table_without_a_column_is_refused(tmp_path: Path, hosts: HostTimes) -> None:
     path = tmp_path / "short.csv"
     path.write_text("model,batch\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no column prompts, dtype, provider, device, p50_ms"):
-        beside(path, Assumptions(), hosts)
+        measured_steps(path, Assumptions(), hosts)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_what_cannot_be_modelled_ends_with_a_message(
 
 
 def test_the_page_says_what_bounds_a_step(
-    tmp_path: Path, host_file: Path, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, host_file: Path, hosts: HostTimes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert roofline_page.main(["--check"]) == 0
     monkeypatch.setattr(roofline_page, "CASES", ((TINY, 16),))

@@ -229,7 +229,7 @@ def test_the_explicit_softmax_has_the_products_of_the_fused_one() -> None:
     assert not any(op.fp32 for op in concat if op.flop)
     pairs = 2 * 12 * 202 * 202 * 64
     found, fused_attention = (sum(op.flop for op in ops) for ops in (published, concat))
-    # its backward has four products: the scores are kept
+    # its backward has four products: the scores are saved
     assert found == fused_attention - 12 * 2 * pairs
 
 
@@ -284,8 +284,8 @@ def test_parts_that_are_written_one_by_one_are_read_as_one() -> None:
 def test_fusion_leaves_products_alone_and_moves_less(provider: str) -> None:
     ops = step_ops(TINY, provider, VPTDeep(10), 4, BF16)
     small = fused(ops)
-    kept = [[op for op in many if op.kind != "elementwise"] for many in (ops, small)]
-    assert kept[0] == kept[1]
+    unfused = [[op for op in many if op.kind != "elementwise"] for many in (ops, small)]
+    assert unfused[0] == unfused[1]
     assert len(small) < len(ops)
     eager, less = (
         sum(op.nbytes for op in many if op.kind == "elementwise") for many in (ops, small)
@@ -298,6 +298,6 @@ def test_launches_of_a_step_are_those_that_are_counted_by_block() -> None:
     images = torch.zeros(4, 3, 32, 32, dtype=BF16)
     with traced() as ops:
         model(images).float().sum().backward()
-    forward, backward = launches.of_a_step(model, images)
+    forward, backward = launches.launches_of_step(model, images)
     found = counts(ops)
     assert found - forward - backward == {} and found.total() >= forward.total()

@@ -17,19 +17,19 @@ from bench.gpu.device import CpuDevice
 from bench.gpu.jobs.cases import (
     DTYPES,
     Plan,
-    correctness_subjects,
-    first_subjects,
-    guessed_seconds,
-    timed_subjects,
+    correctness_jobs,
+    estimated_seconds,
+    first_jobs,
+    timed_jobs,
 )
+from bench.gpu.jobs.job import CeilingsJob, KernelCheck
 from bench.gpu.jobs.measure import measure
 from bench.gpu.jobs.models import ModelCheck
 from bench.gpu.jobs.steps import StepCheck
-from bench.gpu.jobs.subjects import CeilingsWanted, KernelCheck
 from bench.gpu.run import main
 from bench.gpu.stages import STAGES
 from bench.providers.attention import AttentionCase
-from bench.providers.bank_attention import ONE_BY_ONE, OWN_NAMES
+from bench.providers.bank_attention import BANK_PROVIDERS, ONE_BY_ONE
 from bench.providers.models import COMPILED, CUDNN, EAGER, OURS, PUBLISHED, WITHOUT, provide
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
@@ -57,12 +57,12 @@ def of(rows: list[dict[str, str]], **wanted: str) -> list[dict[str, str]]:
 
 def test_every_stage_runs(tmp_path: Path, capsys: Any) -> None:
     assert main(["--device", "cpu", "--output", str(tmp_path)]) == 0
-    rows, said = results(tmp_path), capsys.readouterr().out
+    rows, printed = results(tmp_path), capsys.readouterr().out
     steps = of(rows, bench="step", method="vpt-deep", dropout="0.0", memory="speed")
     assert {row["prompts"] for row in steps} == {"3", "5"}
     for bench in ("step", "inference", "attention"):
         assert {row["provider"] for row in of(rows, bench=bench)} >= set(EAGER) - {PUBLISHED}
-    for bench, names in (("attention", OWN_NAMES), ("inference", [ONE_BY_ONE])):
+    for bench, names in (("attention", BANK_PROVIDERS), ("inference", [ONE_BY_ONE])):
         many = of(rows, bench=f"{bench} of many tasks")
         assert {row["provider"] for row in many} == {*names, OURS}
     assert {row["memory"] for row in of(rows, bench="step", provider=OURS)} == set(MEMORY_MODES)
@@ -77,17 +77,17 @@ def test_every_stage_runs(tmp_path: Path, capsys: Any) -> None:
         assert not row["peak_mib"] and not row["graph_p50_ms"] and not row["cuda"]
         assert float(row["tflops_ceiling"]) > 0 and not row["tflops"]
     for stage in STAGES:
-        assert f"== {stage}, " in said
+        assert f"== {stage}, " in printed
     for line in (
         "1 kernels compiled for sm_90", "1 passed, 0 failed, exit status 0", " x aten::",
         "launched step-test_vit-vapt", "2 candidates in tiles.csv",
     ):  # fmt: skip
-        assert line in said, line
-    assert "WRONG" not in said and "Skipped" not in said
+        assert line in printed, line
+    assert "WRONG" not in printed and "Skipped" not in printed
     # What comes back from a machine that is lent is eight files at most.
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"gpu.log", "profile.csv", "tiles.csv", "trace.json.gz"} and len(names) <= 8
-    assert (tmp_path / "gpu.log").read_text() == said
+    assert (tmp_path / "gpu.log").read_text() == printed
 
 
 QUICK = ["--device", "cpu", "--stage", "times", "--cases", "quick", "--prompts", "3"]
@@ -138,8 +138,8 @@ def test_with_no_time_nothing_is_measured(tmp_path: Path, capsys: Any) -> None:
 def test_without_a_gpu_it_says_so(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
-    said = capsys.readouterr()
-    assert "no CUDA GPU here" in said.err and "--device cpu" in said.err and not said.out
+    printed = capsys.readouterr()
+    assert "no CUDA GPU here" in printed.err and "--device cpu" in printed.err and not printed.out
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_wrong_arguments(arguments: list[str], complaint: str, capsys: Any) -> N
 
 
 def test_first_times_come_first_and_most_compilers_last() -> None:
-    ceilings, step, attention = first_subjects(Plan())
-    assert isinstance(ceilings, CeilingsWanted) and isinstance(attention, AttentionCase)
+    ceilings, step, attention = first_jobs(Plan())
+    assert isinstance(ceilings, CeilingsJob) and isinstance(attention, AttentionCase)
     assert (
         isinstance(step, Case)
         and str(step) == "step-vit_base_patch16_224-vpt-deep-p50-b64-bfloat16"
     )
     assert {"concat", "concat_cudnn", OURS} <= set(step.providers)  # type: ignore[union-attr]
-    timed = timed_subjects(Plan())
+    timed = timed_jobs(Plan())
     compiled = [bool(set(COMPILED) & set(getattr(s, "providers", ()))) for s in timed]
     # The two that are compared most come after three comparisons, all others at the end.
     assert compiled[:5] == [False] * 3 + [True] * 2 and sum(compiled) == 9
@@ -180,11 +180,11 @@ def test_first_times_come_first_and_most_compilers_last() -> None:
     ]  # fmt: skip
     assert timed[0] == step
     assert {*CUDNN, "keys_concat", OURS} <= set(timed[0].providers)  # type: ignore[union-attr]
-    assert all(guessed_seconds(s) > 0 for s in timed)
+    assert all(estimated_seconds(s) > 0 for s in timed)
 
 
 def test_everything_that_is_asked_for_is_timed() -> None:
-    cases = [s for s in timed_subjects(Plan()) if isinstance(s, Case)]
+    cases = [s for s in timed_jobs(Plan()) if isinstance(s, Case)]
     steps = [c for c in cases if c.work == "step" and c.batch == 64 and c.dropout == 0]
     base = [c for c in steps if c.model == "vit_base_patch16_224"]
     assert {c.prompts for c in base if c.method == "vpt-deep"} == {0, 10, 50, 100, 200}
@@ -198,14 +198,14 @@ def test_everything_that_is_asked_for_is_timed() -> None:
 
 
 def test_what_is_checked_on_a_gpu() -> None:
-    subjects = correctness_subjects(Plan())
-    models = [s.case for s in subjects if isinstance(s, ModelCheck)]
+    jobs = correctness_jobs(Plan())
+    models = [s.case for s in jobs if isinstance(s, ModelCheck)]
     vits = [f"vit_{size}_patch16_224" for size in ("small", "base")]
     wanted = {(m, "vpt-deep", 50) for m in (*vits, SWIN)} | {(m, "vapt", 10) for m in vits}
     assert {(c.model, c.method, c.prompts, c.dtype) for c in models} == {
         (*case, dtype) for case in wanted for dtype in DTYPES
     }
-    checks = [s for s in subjects if isinstance(s, KernelCheck)]
+    checks = [s for s in jobs if isinstance(s, KernelCheck)]
     attention = [c.case for c in checks if isinstance(c.case, AttentionCase)]
     assert {case.head_dim for case in attention} == {32, 64, 80, 128}
     assert {c.dtype for c in checks} == set(DTYPES)
@@ -213,9 +213,9 @@ def test_what_is_checked_on_a_gpu() -> None:
 
 def test_a_plan_of_ones_own() -> None:
     plan = Plan("vit_tiny_patch16_224", 2, (7,), (OURS,), full=False)
-    (step,) = timed_subjects(plan)
+    (step,) = timed_jobs(plan)
     assert step == dataclasses.replace(
         plan.step, prompts=7, providers=(OURS,), model="vit_tiny_patch16_224", batch=2
     )
-    alone = [s for s in timed_subjects(Plan(providers=(OURS,))) if isinstance(s, Case)]
+    alone = [s for s in timed_jobs(Plan(providers=(OURS,))) if isinstance(s, Case)]
     assert alone and all(case.providers == (OURS,) for case in alone)

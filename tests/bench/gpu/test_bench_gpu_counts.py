@@ -10,10 +10,10 @@ import pytest
 
 from bench.compare.cases import Case
 from bench.compare.collect import read
-from bench.gpu.jobs.subjects import facts_of
+from bench.gpu.jobs.job import case_columns
 from bench.gpu.results import page
 from bench.gpu.results.counted import Counted
-from bench.gpu.results.counts import add_counts, counted, subject_of
+from bench.gpu.results.counts import add_counts, case_of, counted
 from bench.gpu.results.record import FIELDS, write
 from bench.gpu.run import main
 from bench.providers.attention import AttentionCase
@@ -26,8 +26,8 @@ PNG = b"\x89PNG"
 def test_counted_work_of_a_row() -> None:
     device = "NVIDIA H100 80GB HBM3"
     larger = dataclasses.replace(SMALL, image_size=64)
-    subjects = (SMALL, AttentionCase(3, 2, 17, 2, 32), larger)
-    step, alone, more = counted([(s, OURS, "bfloat16", device) for s in subjects], 0)
+    cases = (SMALL, AttentionCase(3, 2, 17, 2, 32), larger)
+    step, alone, more = counted([(s, OURS, "bfloat16", device) for s in cases], 0)
     assert isinstance(step, Counted) and step.eager_ms and step.graph_ms
     # Two products forward and five backward, of 17 queries with 20 keys each.
     assert isinstance(alone, Counted) and alone.eager_ms is None
@@ -40,24 +40,24 @@ def test_counted_work_of_a_row() -> None:
         assert found.flop == wanted.flop
 
 
-def test_what_cannot_be_counted_is_said() -> None:
+def test_what_cannot_be_counted_is_reported() -> None:
     (found,) = counted([(SMALL, "nobody", "bfloat16", "a GPU")], 0)
     assert isinstance(found, str) and "nobody is not counted: " in found
 
 
 @pytest.mark.parametrize(
-    "subject",
+    "case",
     [dataclasses.replace(SMALL, memory="lean", method="vapt"), AttentionCase(3, 2, 17, 2, 32)],
     ids=str,
 )
-def test_a_row_says_what_it_timed(subject: Any) -> None:
+def test_a_row_says_what_it_timed(case: Any) -> None:
     row = dict.fromkeys(FIELDS, "") | {"p50_ms": "1"}
-    row |= {name: str(value) for name, value in facts_of(subject, "bfloat16").items()}
-    wanted = {name: getattr(subject, name) for name in vars(subject) if name != "providers"}
-    found = subject_of(row)
+    row |= {name: str(value) for name, value in case_columns(case, "bfloat16").items()}
+    wanted = {name: getattr(case, name) for name in vars(case) if name != "providers"}
+    found = case_of(row)
     assert {name: getattr(found, name) for name in wanted} == wanted
-    assert subject_of(row | {"p50_ms": ""}) is None
-    assert subject_of(row | {"bench": "inference"}) is None
+    assert case_of(row | {"p50_ms": ""}) is None
+    assert case_of(row | {"bench": "inference"}) is None
 
 
 @pytest.mark.full
@@ -70,7 +70,7 @@ def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Made-up numbers: with graphs, memory, a ceiling, an H100's name, and a row without times."""
 
     def row(name: str, prompts: int, times: bool = True) -> dict[str, Any]:
-        made = {
+        columns = {
             "bench": "step", "model": "test_vit", "method": "vpt-deep", "batch": 2,
             "prompts": prompts, "dropout": 0.0, "dtype": "bfloat16", "image_size": 32,
             "provider": name, "memory": "speed", "device": "NVIDIA H100 80GB HBM3", "cuda": "13.0",
@@ -80,7 +80,7 @@ def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             "p50_ms": 3 * slow, "graph_p50_ms": 2 * slow, "ratio_p50": slow, "peak_mib": 50,
             "tflops": 2, "tflops_ceiling": 9, "gb_per_s": 4, "gb_per_s_ceiling": 8,
         }  # fmt: skip
-        return made | (times_of if times else {"note": "check: out of memory"})
+        return columns | (times_of if times else {"note": "check: out of memory"})
 
     names = (PUBLISHED, "concat", OURS)
     rows = [row(name, p) for p in (3, 5) for name in names] + [row("keys_concat", 3, times=False)]

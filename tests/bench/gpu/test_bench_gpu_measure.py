@@ -29,7 +29,7 @@ from bench.providers.attention import AttentionCase
 from bench.providers.models import OURS, provide
 from vpt_fast.ops.rowwise import activation
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat16")
 
@@ -82,7 +82,7 @@ def test_a_fault_of_the_device_ends_the_case(monkeypatch: pytest.MonkeyPatch) ->
         return provide(name, model, method)
 
     monkeypatch.setattr(correctness, "provide", broken)
-    monkeypatch.setattr(CpuDevice, "well", lambda _: False)
+    monkeypatch.setattr(CpuDevice, "usable", lambda _: False)
     case = dataclasses.replace(SMALL, providers=("keys_concat", OURS, "concat"))
     outcome = measure(case, CpuDevice())
     assert outcome.faulted == (OURS,)
@@ -143,13 +143,13 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert log[-1] == "wait"
             return end.place - self.place
 
-    def noted(name: str, value: Any = None) -> Callable[[], Any]:
+    def recorded_launches(name: str, value: Any = None) -> Callable[[], Any]:
         return lambda: (log.append(name), value)[1]
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", noted("synchronize"))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", noted("reset"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", noted("peak", 77))
+    monkeypatch.setattr(torch.cuda, "synchronize", recorded_launches("synchronize"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", recorded_launches("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", recorded_launches("peak", 77))
     return log
 
 
@@ -236,17 +236,17 @@ def test_a_capture_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None
     outcome = measure(case, CpuDevice())
     for row in outcome.rows:
         assert row["p50_ms"] and row["note"].startswith("graph: RuntimeError: operation not")
-    assert not outcome.wrong and not outcome.spent
+    assert not outcome.wrong and not outcome.device_lost
     # If it leaves no device behind, what was timed stands, and nothing is measured again.
-    monkeypatch.setattr(CpuDevice, "well", lambda _: False)
+    monkeypatch.setattr(CpuDevice, "usable", lambda _: False)
     outcome = measure(case, CpuDevice())
     ours, theirs = outcome.rows
-    assert ours["p50_ms"] and ours["note"] == "graph: not tried, another's failed"
-    assert theirs["p50_ms"] and theirs["ratio_p50"] and outcome.spent and not outcome.faulted
+    assert ours["p50_ms"] and ours["note"] == "graph: not tried, another provider's failed"
+    assert theirs["p50_ms"] and theirs["ratio_p50"] and outcome.device_lost and not outcome.faulted
 
 
 def test_inference_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its results may only be written to under inference mode, where they were made."""
+    """Its results may only be written to in inference mode, in which they were created."""
 
     class Kept(CpuDevice):
         def capture(self, run: Any, parameters: Any) -> Any:
@@ -267,16 +267,16 @@ def test_inference_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not outcome.wrong and not any(row.get("note") for row in outcome.rows)
 
 
-def test_rows_are_told_as_they_grow() -> None:
-    told: list[tuple[str, Any]] = []
+def test_rows_are_emitted_as_they_grow() -> None:
+    emitted: list[tuple[str, Any]] = []
     case = dataclasses.replace(SMALL, providers=("concat", OURS))
-    outcome = measure(case, CpuDevice(), tell=lambda kind, value: told.append((kind, value)))
-    rows = [value for kind, value in told if kind == "row"]
+    outcome = measure(case, CpuDevice(), emit=lambda kind, value: emitted.append((kind, value)))
+    rows = [value for kind, value in emitted if kind == "row"]
     assert [row["provider"] for row in rows[:2]] == ["concat", OURS]
     assert "error" in rows[0] and "p50_ms" not in rows[0] and "p50_ms" in rows[-1]
     assert {row["provider"]: row for row in rows} == outcome.by_provider
-    # Who is at work is told before it starts.
-    assert told[0] == ("doing", ("concat",)) and ("doing", (OURS,)) in told
+    # The running provider is emitted before it starts.
+    assert emitted[0] == ("running", ("concat",)) and ("running", (OURS,)) in emitted
 
 
 def test_the_host_is_timed_from_an_idle_device(events: list[str]) -> None:
@@ -298,7 +298,7 @@ def test_clock_and_power_are_read_under_load(
 
 
 class Cuda(CpuDevice):
-    """A device that has what stands beside a time."""
+    """A device that reports host time, clock and power."""
 
     def host_seconds(self, run: Any) -> float | None:
         return 0.0123

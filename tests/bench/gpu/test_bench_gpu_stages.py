@@ -1,4 +1,4 @@
-"""A GPU benchmark ends in its minutes, and keeps what it has, whatever hangs or dies."""
+"""A GPU benchmark ends within its time, and its results survive hangs and crashes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from bench.gpu import session as sessions
 from bench.gpu import stages
 from bench.gpu.jobs.cases import Plan
 from bench.gpu.jobs.checks import NormCase
-from bench.gpu.jobs.subjects import CeilingsWanted, FactsWanted, KernelCheck, facts_of
-from bench.gpu.outcome import Tell
+from bench.gpu.jobs.job import CeilingsJob, FactsJob, KernelCheck, case_columns
+from bench.gpu.outcome import Emit
 from bench.gpu.programs import run_program
 from bench.gpu.results.record import Record
 from bench.gpu.run import measure
 from bench.gpu.session import Budget, Session
 from bench.gpu.stages import STAGES, Run
-from bench.gpu.worker import Lost, Worker
+from bench.gpu.worker import Worker, WorkerDied
 from bench.providers.models import COMPILED, GPU_PROVIDERS, OURS
 
 SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat16")
@@ -35,31 +35,31 @@ Event = tuple[str, Any]
 
 
 def row(name: str, **more: Any) -> Event:
-    return "row", {**facts_of(SMALL, "bfloat16"), "provider": name, "rounds": 3, **more}
+    return "row", {**case_columns(SMALL, "bfloat16"), "provider": name, "rounds": 3, **more}
 
 
 class Scripted:
-    """A runner that tells what it is given, and whose jobs take 100 seconds each."""
+    """A runner that emits the given events, and whose jobs take 100 seconds each."""
 
-    def __init__(self, *script: list[Event | Lost]) -> None:
+    def __init__(self, *script: list[Event | WorkerDied]) -> None:
         self.script, self.asked, self.now = list(script), [], 0.0
         self.limits: list[float] = []
 
-    def measure(self, subject: Any, seconds: float, tell: Tell) -> None:
-        self.asked.append(subject)
+    def measure(self, job: Any, seconds: float, emit: Emit) -> None:
+        self.asked.append(job)
         self.limits.append(seconds)
         self.now += 100
         for event in self.script.pop(0):
-            if isinstance(event, Lost):
+            if isinstance(event, WorkerDied):
                 raise event
-            tell(*event)
+            emit(*event)
 
     def close(self) -> None:
         pass
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Callable[[Any], Session]:
+def make_session(tmp_path: Path) -> Callable[[Any], Session]:
     """Makes a session of a runner."""
 
     def make(runner: Any) -> Session:
@@ -70,52 +70,52 @@ def made(tmp_path: Path) -> Callable[[Any], Session]:
     return make
 
 
-def test_what_does_not_fit_is_skipped_and_said(made: Any) -> None:
+def test_what_does_not_fit_is_skipped_and_reported(make_session: Any) -> None:
     runner = Scripted([("ceilings", Ceilings(1.0, 2.0))], [row(OURS)], [])
-    session = made(runner)
+    session = make_session(runner)
     check = KernelCheck(NormCase(8))
-    subjects = [CeilingsWanted(), SMALL, dataclasses.replace(SMALL, prompts=9), check]
-    session.run(subjects, Budget(207, lambda: runner.now))
+    jobs = [CeilingsJob(), SMALL, dataclasses.replace(SMALL, prompts=9), check]
+    session.run(jobs, Budget(207, lambda: runner.now))
     # 7 seconds are left: too little for a step, enough for a check.
-    assert runner.asked == [subjects[0], subjects[1], check] and runner.limits[2] == 7
+    assert runner.asked == [jobs[0], jobs[1], check] and runner.limits[2] == 7
     assert session.skipped == ["step-test_vit-vpt-deep-p9-b2-bfloat16"]
     assert session.ceilings == Ceilings(1.0, 2.0) and len(session.rows) == 1
-    (kept,) = read(session.record.path)
-    assert kept["tflops_ceiling"] == "1" and kept["torch"]
+    (stored,) = read(session.record.path)
+    assert stored["tflops_ceiling"] == "1" and stored["torch"]
 
 
-def test_what_was_timed_whole_is_not_timed_again(made: Any) -> None:
+def test_what_was_timed_whole_is_not_timed_again(make_session: Any) -> None:
     whole = [row("concat", p50_ms="1"), row(OURS, p50_ms="2")]
     runner = Scripted(whole, [row("concat", p50_ms="1"), row(OURS)], whole)
-    session, other = made(runner), dataclasses.replace(SMALL, prompts=9)
+    session, other = make_session(runner), dataclasses.replace(SMALL, prompts=9)
     session.run([SMALL, SMALL, other, other], Budget(900))
     assert runner.asked == [SMALL, other, other]
 
 
-def test_rows_are_kept_before_their_job_ends(made: Any) -> None:
+def test_rows_are_written_before_their_job_ends(make_session: Any) -> None:
     seen: list[list[str]] = []
 
     class Watched(Scripted):
-        def measure(self, subject: Any, seconds: float, tell: Tell) -> None:
-            tell(*row("concat", error="0.1"))
-            tell(*row(OURS))
+        def measure(self, job: Any, seconds: float, emit: Emit) -> None:
+            emit(*row("concat", error="0.1"))
+            emit(*row(OURS))
             seen.append([r["provider"] for r in read(session.record.path)])
-            tell(*row("concat", error="0.1", p50_ms="3"))
+            emit(*row("concat", error="0.1", p50_ms="3"))
             seen.append([r["p50_ms"] for r in read(session.record.path)])
 
-    session = made(Watched())
+    session = make_session(Watched())
     session.run([SMALL], Budget(900))
     assert seen == [["concat", OURS], ["3", ""]]
 
 
-def test_a_hang_is_its_providers_alone(made: Any) -> None:
-    """Those who were not at work are measured again without it; what was told is kept."""
+def test_a_hang_is_its_providers_alone(make_session: Any) -> None:
+    """The other providers are measured again without it; what was emitted is saved."""
     hung = "concat_compiled"
     runner = Scripted(
-        [row("concat"), ("doing", (hung,)), Lost("stopped after 9 s")],
+        [row("concat"), ("running", (hung,)), WorkerDied("stopped after 9 s")],
         [row(name, p50_ms="1") for name in GPU_PROVIDERS if name != hung],
     )
-    session = made(runner)
+    session = make_session(runner)
     case = dataclasses.replace(SMALL, providers=GPU_PROVIDERS)
     session.run([case], Budget(900, lambda: runner.now))
     assert runner.asked[1].providers == tuple(n for n in GPU_PROVIDERS if n != hung)
@@ -126,10 +126,10 @@ def test_a_hang_is_its_providers_alone(made: Any) -> None:
     assert hung in COMPILED
 
 
-def test_a_hang_in_a_graph_costs_no_times(made: Any) -> None:
-    timed = [row("concat", p50_ms="2"), row(OURS, p50_ms="1"), ("doing", (OURS,))]
-    runner = Scripted([*timed, Lost("its process ended with exit status -11")])
-    session = made(runner)
+def test_a_hang_in_a_graph_costs_no_times(make_session: Any) -> None:
+    timed = [row("concat", p50_ms="2"), row(OURS, p50_ms="1"), ("running", (OURS,))]
+    runner = Scripted([*timed, WorkerDied("its process ended with exit status -11")])
+    session = make_session(runner)
     session.run(
         [dataclasses.replace(SMALL, providers=("concat", OURS))], Budget(900, lambda: runner.now)
     )
@@ -137,10 +137,10 @@ def test_a_hang_in_a_graph_costs_no_times(made: Any) -> None:
     assert session.wrong == [f"{SMALL}, {OURS}: its process ended with exit status -11"]
 
 
-def test_a_fault_does_not_cost_the_others(made: Any) -> None:
+def test_a_fault_does_not_cost_the_others(make_session: Any) -> None:
     first = [row("concat"), ("wrong", "ours, wrong"), row(OURS, note="lost"), ("faulted", (OURS,))]
     runner = Scripted(first, [row("concat", p50_ms="1"), row("keys_concat", p50_ms="1")])
-    session = made(runner)
+    session = make_session(runner)
     case = dataclasses.replace(SMALL, providers=("concat", "keys_concat", OURS))
     session.run([case], Budget(900, lambda: runner.now))
     assert runner.asked[1].providers == ("concat", "keys_concat")
@@ -148,42 +148,42 @@ def test_a_fault_does_not_cost_the_others(made: Any) -> None:
     assert session.wrong == ["ours, wrong"]
 
 
-def hang_or_answer(subject: Any, device: Any, dtype: str, tell: Tell) -> None:
+def hang_or_answer(job: Any, device: Any, dtype: str, emit: Emit) -> None:
     """What the workers of the tests below call."""
-    if isinstance(subject, CeilingsWanted):
+    if isinstance(job, CeilingsJob):
         os._exit(3)
-    if isinstance(subject, FactsWanted):
-        return tell("facts", facts(gpu=False))
-    tell("said", f"{subject} on {device.name} in {dtype}")
-    if not isinstance(subject, KernelCheck):
+    if isinstance(job, FactsJob):
+        return emit("facts", facts(gpu=False))
+    emit("message", f"{job} on {device.name} in {dtype}")
+    if not isinstance(job, KernelCheck):
         time.sleep(600)
     return None
 
 
 def test_a_worker_that_ends_or_hangs_is_replaced() -> None:
-    worker, told = Worker("cpu", "float32", hang_or_answer), []
+    worker, messages = Worker("cpu", "float32", hang_or_answer), []
 
-    def tell(kind: str, value: Any) -> None:
-        told.append(value)
+    def emit(kind: str, value: Any) -> None:
+        messages.append(value)
 
     check = KernelCheck(NormCase(8))
     try:
-        worker.measure(check, 60, tell)
-        assert told == ["check residual_norm-d8-layer_scale on cpu in float32"]
-        with pytest.raises(Lost, match="stopped after 1 s"):
-            worker.measure(SMALL, 1.0, tell)
-        assert told[1] == f"{SMALL} on cpu in float32"
-        with pytest.raises(Lost, match="ended with exit status 3"):
-            worker.measure(CeilingsWanted(), 60, tell)
+        worker.measure(check, 60, emit)
+        assert messages == ["check residual_norm-d8-layer_scale on cpu in float32"]
+        with pytest.raises(WorkerDied, match="stopped after 1 s"):
+            worker.measure(SMALL, 1.0, emit)
+        assert messages[1] == f"{SMALL} on cpu in float32"
+        with pytest.raises(WorkerDied, match="ended with exit status 3"):
+            worker.measure(CeilingsJob(), 60, emit)
         # A new process, which is stopped before it has even started.
-        with pytest.raises(Lost, match="stopped after 0 s"):
-            worker.measure(check, 0.1, tell)
+        with pytest.raises(WorkerDied, match="stopped after 0 s"):
+            worker.measure(check, 0.1, emit)
     finally:
         worker.close()
 
 
 def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
-    made: Any, monkeypatch: pytest.MonkeyPatch
+    make_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every job and every program of it, as a driver that no longer answers would have it."""
     programs: list[str] = []
@@ -195,21 +195,21 @@ def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
 
     monkeypatch.setattr(stages, "run_program", sleep)
     monkeypatch.setattr(stages.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(sessions, "guessed_seconds", lambda subject: 0.1)
+    monkeypatch.setattr(sessions, "estimated_seconds", lambda job: 0.1)
     monkeypatch.setattr(sessions, "_LEAST_SECONDS", 0.1)
     worker = Worker("cpu", "bfloat16", hang_or_answer)
-    session = made(worker)
-    worker.measure(FactsWanted(), 60, lambda kind, value: None)  # its start is not in the minutes
+    session = make_session(worker)
+    worker.measure(FactsJob(), 60, lambda kind, value: None)  # its start is not in the minutes
     start, seconds = time.monotonic(), 8.0
     try:
         measure(Run(session, Plan(), "cuda"), ["all"], Budget(seconds))
     finally:
         worker.close()
     assert time.monotonic() - start < seconds + 3
-    # Each stage had its part of the time, and what it lost is said.
+    # Each stage had its share of the time, and reports what it lost.
     assert programs == ["warm", "tests", "memcheck", "warm", "demo"]
-    asked = {type(subject).__name__ for subject, _ in session.outcomes}
-    assert {"CeilingsWanted", "ModelCheck", "Case", "ProfileWanted", "TilesWanted"} <= asked
+    asked = {type(job).__name__ for job, _ in session.outcomes}
+    assert {"CeilingsJob", "ModelCheck", "Case", "ProfileJob", "TilesJob"} <= asked
     assert any("stopped after" in text for text in session.wrong)
     assert "memcheck: it did not end" in session.skipped
     assert [r["note"] for r in read(session.record.path) if r["provider"] == OURS]

@@ -1,4 +1,4 @@
-"""Kernels are compiled beforehand into the cache where launches find them."""
+"""Kernels are compiled ahead into the cache where launches find them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 from bench.compare.cases import Case
 from bench.gpu.jobs.checks import ActivationCase, HeadsCase, NormCase
+from bench.gpu.jobs.job import KernelCheck
 from bench.gpu.jobs.models import ModelCheck
-from bench.gpu.jobs.subjects import KernelCheck
-from bench.gpu.jobs.warm import kernels_of, noted, tile_launches
-from bench.providers import attention as attention_ways
+from bench.gpu.jobs.warm import kernels_of, recorded_launches, tile_launches
+from bench.providers import attention as attention_providers
 from bench.providers.attention import AttentionCase
 from bench.providers.models import OURS
 
@@ -28,8 +28,8 @@ import torch, triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from bench.gpu.jobs.keys import stable_keys
-from bench.gpu.jobs.warm import noted
-from bench.providers import attention as attention_ways
+from bench.gpu.jobs.warm import recorded_launches
+from bench.providers import attention as attention_providers
 from bench.providers.attention import AttentionCase
 
 class Driver:
@@ -42,9 +42,9 @@ triton.runtime.driver.set_active(Driver())
 hits = []
 knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
 stable_keys()
-with noted(90) as found:
+with recorded_launches(90) as found:
     case = AttentionCase(3, 2, 17, 2, 32, ("vpt_fast",))
-    attention_ways.functions(case, torch.bfloat16)["vpt_fast"]()
+    attention_providers.functions(case, torch.bfloat16)["vpt_fast"]()
 for launch in reversed(found):
     launch.kernel.warmup(
         **launch.arguments, **launch.constexprs, grid=launch.grid,
@@ -69,13 +69,13 @@ def test_launches_find_what_was_compiled_beforehand(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    said = run("-m", "bench.gpu.jobs.warm", "--trial", "--jobs", "2", "--capability", "90")
-    assert "4 kernels compiled for sm_90" in said
+    printed = run("-m", "bench.gpu.jobs.warm", "--trial", "--jobs", "2", "--capability", "90")
+    assert "4 kernels compiled for sm_90" in printed
     assert run("-c", LAUNCH_AGAIN).strip() == "4 [True, True, True, True]"
 
 
 @pytest.mark.parametrize(
-    ("subject", "names"),
+    ("job", "names"),
     [
         (STEP, {"forward", "dq", "token_dkdv", "shared_prompt_dkdv", "residual_norm"}),
         (replace(STEP, work="inference"), {"forward", "residual_norm", "activation"}),
@@ -86,16 +86,16 @@ def test_launches_find_what_was_compiled_beforehand(tmp_path: Path) -> None:
         (KernelCheck(ActivationCase("silu")), {"activation", "activation_backward"}),
         (replace(STEP, providers=("concat",)), set()),
     ],
-    # Sets have no order of their own, and processes that share the tests must agree on their names.
+    # Sets are unordered, and the processes that share the tests must agree on the names.
     ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )
-def test_kernels_of_a_subject(subject: object, names: set[str]) -> None:
-    found = kernels_of(subject, 90)  # type: ignore[arg-type]
+def test_kernels_of_a_subject(job: object, names: set[str]) -> None:
+    found = kernels_of(job, 90)  # type: ignore[arg-type]
     assert not isinstance(found, str), found
     assert names <= {kernel.launch for kernel in found} and bool(found) == bool(names)
 
 
-def test_what_cannot_be_found_beforehand_is_said() -> None:
+def test_what_cannot_be_found_beforehand_is_reported() -> None:
     found = kernels_of(replace(STEP, image_size=33), 90)
     assert isinstance(found, str) and found.startswith(f"{STEP}: ")
 
@@ -104,9 +104,9 @@ def test_the_target_is_the_gpus_own() -> None:
     """Launches are those of the GPU that they are compiled for, not of the CPU that finds them."""
     warps = {}
     for capability in (80, 90):
-        with noted(capability) as found:
+        with recorded_launches(capability) as found:
             case = AttentionCase(3, 2, 300, 2, 64, (OURS,))
-            attention_ways.functions(case, torch.float16)[OURS]()
+            attention_providers.functions(case, torch.float16)[OURS]()
         warps[capability] = [(x.name, x.constexprs, x.num_warps) for x in found]
     assert warps[80] != warps[90]
     assert {launch.kernel.__name__ for launch in tile_launches(90)} >= {"attention_forward_kernel"}

@@ -1,7 +1,7 @@
-"""The host's time and Python calls of a step: how they are taken, and how many calls there may be.
+"""The host's time and Python calls of a step: how they are measured, and limits of the calls.
 
-What compiles kernels for a driver that launches nothing runs in a process of its own: plans and
-compiled kernels that it leaves behind are of no use to a real device.
+Code that compiles kernels for the null driver runs in a process of its own: the cached launch plans
+and compiled kernels that it leaves behind are useless to a real device.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import triton
 from bench.host import host
 from bench.host import page as host_page
 from bench.host.calls import Calls, counted
+from bench.host.cases import HostCase
 from bench.host.null_driver import NullDriver, null_driver
-from bench.host.subjects import Subject
 from bench.providers.models import OURS, WITHOUT
 from vpt_fast.ops import backend
 
 ROOT = Path(__file__).parents[3]
 
-# Calls of Python functions per block, forward and backward, where every step worked out its
-# launches anew: Python 3.11, torch 2.14, Triton 3.8.
-TODAY = {
+# Calls of Python functions per block, forward and backward, before launch plans were cached:
+# Python 3.11, torch 2.14, Triton 3.8.
+UNCACHED = {
     "vpt-deep": 1337,
     "vpt-deep, balanced": 1391,
     "vapt": 1662,
@@ -58,12 +58,12 @@ def taken() -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
     return calls, rows
 
 
-@pytest.mark.parametrize("method", TODAY)
+@pytest.mark.parametrize("method", UNCACHED)
 def test_python_calls_of_a_block_and_step_are_few(method: str, taken: Any) -> None:
     calls = taken[0][method]
     assert set(calls) == ({"forward"} if method == "inference" else {"forward", "backward"})
     found = sum(python for python, _ in calls.values())
-    assert 0 < found <= TODAY[method] // 5, f"{found:g} calls of Python functions"
+    assert 0 < found <= UNCACHED[method] // 5, f"{found:g} calls of Python functions"
 
 
 def test_calls_are_counted_by_kind() -> None:
@@ -82,14 +82,14 @@ def test_calls_are_counted_by_kind() -> None:
         sys.setprofile(None)
 
 
-def test_a_row_for_every_part_and_what_it_is_compared_with(
+def test_a_row_for_every_part_and_its_baseline(
     taken: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = taken[1]
     by = {(row["subject"], row["part"]): row for row in rows}
-    subjects = {str(s) for s in host.RATIOS.values()}
-    subjects |= {str(s.base) for s in host.RATIOS.values()}
-    assert {name for name, part in by if part == "first"} == subjects == {name for name, _ in by}
+    cases = {str(s) for s in host.RATIOS.values()}
+    cases |= {str(s.base) for s in host.RATIOS.values()}
+    assert {name for name, part in by if part == "first"} == cases == {name for name, _ in by}
     for (_, part), row in by.items():
         assert set(row) == set(host.FIELDS) and row["threads"] == "1" and row["rounds"] == 2
         assert 0 < float(row["least_ms"]) <= float(row["p50_ms"])
@@ -112,7 +112,7 @@ def test_a_row_for_every_part_and_what_it_is_compared_with(
     assert float(words["vapt"]) == pytest.approx(vapt, abs=0.01)
 
 
-def test_the_null_driver_is_undone() -> None:
+def test_the_null_driver_is_removed_afterwards() -> None:
     driver, uses = triton.runtime.driver._active, backend.uses_kernels
     with contextlib.suppress(KeyError), null_driver():
         assert isinstance(triton.runtime.driver.active, NullDriver)
@@ -126,7 +126,7 @@ def test_a_subject_of_ours_that_launches_nothing_is_not_timed(
 ) -> None:
     monkeypatch.setattr(host, "null_driver", contextlib.nullcontext)
     with pytest.raises(RuntimeError, match="vit-vpt_fast-vpt-deep launched none"):
-        host.measure([Subject("vit", OURS)], 1)
+        host.measure([HostCase("vit", OURS)], 1)
 
 
 def test_no_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,5 +150,5 @@ def test_a_table_has_every_subject(taken: Any, tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert text.count("\n| ") == 1 + len({row["subject"] for row in taken[1]})
     assert host_page.latest(tmp_path) == path
-    with pytest.raises(ValueError, match="no results file of bench.host.host"):
+    with pytest.raises(ValueError, match="not a results file of bench.host"):
         host_page.read(page)

@@ -12,12 +12,11 @@ import itertools
 
 import pytest
 import torch
-from support.slower import JUDGED_VERSION, need_compiler, slower
+from support.kernels.slower import JUDGED_VERSION, need_compiler, slower
 
 from bench.machine_code import kernel_report
 from bench.machine_code.offline import compile_kernel
-from bench.machine_code.problems.attention import attention_launches
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem, attention_launches
 from bench.machine_code.reports.grouped_heads import (
     HeadsProblem,
     heads_launch,

@@ -13,7 +13,7 @@ import itertools
 
 import pytest
 import torch
-from support.slower import JUDGED_VERSION, need_compiler, slower
+from support.kernels.slower import JUDGED_VERSION, need_compiler, slower
 
 from bench.counted.traffic import counted
 from bench.machine_code import kernel_report
@@ -27,7 +27,7 @@ from vpt_fast.kernels.runtime.launch import Target
 
 pytestmark = JUDGED_VERSION
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -82,10 +82,10 @@ def test_every_limit_holds(
 
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("prompts", [1, 10, 16])
-def test_the_mix_issues_less_than_a_third_of_what_memory_takes(prompts: int, target: int) -> None:
+def test_mixing_issues_less_than_a_third_of_what_memory_takes(prompts: int, target: int) -> None:
     report = report_of("mix", ExpertProblem(prompts=prompts), target)
     assert "issue over memory, loop" in {v.figure for v in verdicts(report)}
-    ratio = report.mix_loop_ratio()
+    ratio = report.mixing_loop_ratio()
     assert ratio is not None and 0.05 < ratio <= 0.3
 
 

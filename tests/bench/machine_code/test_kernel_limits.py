@@ -1,7 +1,7 @@
 """The attention kernels' machine code, compiled for GPUs that need not be there, within its limits.
 
 Everything is static: compiled code and figures modelled from it. The first launch of a kernel for a
-target takes a second or two to compile; Triton's cache keeps it.
+target takes a second or two to compile; after that it is in Triton's cache.
 """
 
 import csv
@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from support.slower import JUDGED_VERSION, need_compiler, slower
+from support.kernels.slower import JUDGED_VERSION, need_compiler, slower
 
 from bench.machine_code import kernel_report
 from bench.machine_code.figures import KernelFigures, LoopFigures
@@ -21,12 +21,12 @@ from bench.machine_code.offline import Binary, compile_kernel
 from bench.machine_code.problems.attention import (
     KERNELS,
     OTHER_KERNELS,
+    AttentionProblem,
     attention_launches,
     useful_flop,
 )
-from bench.machine_code.problems.attention_launches import AttentionProblem
 from bench.machine_code.reports.attention import entry_of, verdicts
-from bench.machine_code.reports.report import LaunchReport, launch_report
+from bench.machine_code.reports.attention_launch import LaunchReport, launch_report
 
 pytestmark = JUDGED_VERSION
 
@@ -266,7 +266,7 @@ def test_one_command_and_one_schema_for_every_family(capsys, tmp_path):
     arguments = ["--target", "90", "--shape", "197,10", "--kernel", *kernels]
     assert kernel_report.main([*arguments, "--output", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "Every limit holds." in text and "Beside a plain flash attention" in text
+    assert "Every limit holds." in text and "Compared with plain flash attention" in text
     with path.open() as file:
         rows = list(csv.DictReader(file))
     families = {"attention", "plain attention", "experts", "rows"}

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from bench.machine_code.plain_attention import PlainTiles, plain_launches
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem
 from bench.machine_code.reports.attention import attention_entry
 from bench.machine_code.reports.plain_attention import (
     comparison,
     copy_cycles,
     plain_entry,
-    together,
+    summed_cycles,
 )
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 TILES = {
     "forward": PlainTiles(32, 16, 2, 2),
@@ -108,7 +108,7 @@ def test_both_are_counted_over_the_same_useful_flop() -> None:
     assert (with_dead_rows.useful_fraction or 1) < 0.9 * (without.useful_fraction or 0)
 
     issue = sum(entry.cycles["issue"] or 0 for entry in ours)
-    assert together(ours)["issue"] == pytest.approx(issue * 2**20 / (8 * 247 * unit))
+    assert summed_cycles(ours)["issue"] == pytest.approx(issue * 2**20 / (8 * 247 * unit))
     copied = 2 * 2 * 64 * 12 * 247 * 64 * 2  # dk and dv, read and written, bf16
     assert copy_cycles([without]) == pytest.approx(copied / 13.9 * 2**20 / (8 * 247 * unit))
     assert copy_cycles(ours) == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from support.slower import JUDGED_VERSION, slower
+from support.kernels.slower import JUDGED_VERSION, slower
 
 from bench.machine_code import kernel_report, offline
 from bench.machine_code.limits import HIDDEN, WIDTHS

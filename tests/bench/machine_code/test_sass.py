@@ -6,7 +6,14 @@ from bench.machine_code.control_flow import find_loops
 from bench.machine_code.figures import kernel_figures, launch_issue_cycles
 from bench.machine_code.multiprocessor import MULTIPROCESSORS, resident_blocks
 from bench.machine_code.offline import Binary
-from bench.machine_code.sass import Instruction, classify, copy_bytes, mix, mma_flop, parse
+from bench.machine_code.sass import (
+    Instruction,
+    classify,
+    copy_bytes,
+    instruction_mix,
+    mma_flop,
+    parse,
+)
 
 
 def listing(*rows: str) -> str:
@@ -186,7 +193,7 @@ def test_figures_of_a_loop():
     assert loop.cycles == {"tensor": flop / 4096, "mufu": 8, "fp32": 0, "alu": 0, "issue": 4}
     assert loop.issue_per_unit == 4 * 2**20 / flop
     assert (loop.wide_copy_bytes, loop.narrow_copy_bytes, loop.load_widths) == (2048, 0, ())
-    assert figures.mix == mix(parse(LOOP_OF_HOPPER)[0])
+    assert figures.mix == instruction_mix(parse(LOOP_OF_HOPPER)[0])
     assert (figures.blocks_per_sm, figures.occupancy) == (3, 3 * 4 / 64)
 
 

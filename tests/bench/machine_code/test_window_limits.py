@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from support.slower import JUDGED_VERSION, need_compiler, slower
+from support.kernels.slower import JUDGED_VERSION, need_compiler, slower
 
 from bench.machine_code import kernel_report
 from bench.machine_code.offline import compile_kernel

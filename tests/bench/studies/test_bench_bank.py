@@ -1,4 +1,4 @@
-"""The comparison of a bank with one task and with switching: right answers, counts, wrong input."""
+"""A bank compared with one task and with switching: correct logits, counts, wrong input."""
 
 from __future__ import annotations
 
@@ -29,20 +29,22 @@ def test_the_report(method: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_answers_are_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = bank.Ways.by_bank
-    monkeypatch.setattr(bank.Ways, "by_bank", lambda ways: [1.01 * x for x in right(ways)])
+    right = bank.BankComparison.by_bank
+    monkeypatch.setattr(
+        bank.BankComparison, "by_bank", lambda comparison: [1.01 * x for x in right(comparison)]
+    )
     assert bank.main(SMALL) == 1
     assert "nothing is timed" in capsys.readouterr().out
 
 
 def test_switching_changes_the_task(tmp_path: Path) -> None:
-    ways = bank.Ways(bank.BankCase("test_vit", "vpt-deep", 2, 2, 2), tmp_path)
-    ways.switch(0)
-    first = ways.one_task()
-    ways.switch(1)
-    assert not torch.allclose(first, ways.one_task())
-    ways.switch(0)
-    assert torch.equal(first, ways.one_task())
+    comparison = bank.BankComparison(bank.BankCase("test_vit", "vpt-deep", 2, 2, 2), tmp_path)
+    comparison.switch(0)
+    first = comparison.one_task()
+    comparison.switch(1)
+    assert not torch.allclose(first, comparison.one_task())
+    comparison.switch(0)
+    assert torch.equal(first, comparison.one_task())
 
 
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:

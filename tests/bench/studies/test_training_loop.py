@@ -12,9 +12,9 @@ from bench.studies.training_loop import main
 def test_both_parts_are_measured(capsys: Any) -> None:
     arguments = ["--model", "test_vit", "--images", "12", "--batch-size", "4", "--rounds", "1"]
     assert main([*arguments, "--no-aug"]) == 0
-    said = capsys.readouterr().out
-    assert "test_vit, 12 images, no augmentation, batch 4" in said
-    assert 0 < float(said.split("s: ")[-1].split()[0]) < 1
+    printed = capsys.readouterr().out
+    assert "test_vit, 12 images, no augmentation, batch 4" in printed
+    assert 0 < float(printed.split("s: ")[-1].split()[0]) < 1
 
 
 def test_wrong_arguments(capsys: Any) -> None:

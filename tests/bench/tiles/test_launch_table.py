@@ -8,8 +8,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from bench.machine_code.offline import compile_kernel
-from bench.machine_code.problems.attention import launch_target
-from bench.machine_code.problems.attention_launches import AttentionProblem, attention_plan
+from bench.machine_code.problems.attention import AttentionProblem, attention_plan, launch_target
 from bench.tiles.table_file import TABLE_FILE, table_text
 from vpt_fast.kernels.attention import tiles as launch_tiles
 from vpt_fast.kernels.attention.launch_table import MEASURED, TABLE

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE
-from support.plain import distance, redraw_prompts, tuned_gradients
+from support.formulations import families
+from support.formulations.families import AVERAGE
+from support.formulations.plain import distance, redraw_prompts, tuned_gradients
 from test_fused_changes import Doubling, LowRank, Shifted, _patch
 from timm.layers import QuickGELU
 from torch import Tensor, nn

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import distance, redraw_prompts, tuned_gradients
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import distance, redraw_prompts, tuned_gradients
 from test_first_rows import BATCH, HEADS, KINDS, ROWS, WIDTH, rand, sources, weights
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks

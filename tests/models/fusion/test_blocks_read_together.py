@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE
-from support.plain import distance
+from support.formulations import families
+from support.formulations.families import AVERAGE
+from support.formulations.plain import distance
 from test_block_reading import assert_as_read_anew, autocast, images, tuned
 from torch import Tensor, nn
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.plain import assert_same, distance, pair, redraw_prompts, tuned_gradients
-from support.plain_vapt import ACTING, seeded, vapt_pair, weigh_down
+from support.formulations import families
+from support.formulations.plain import assert_same, distance, pair, redraw_prompts, tuned_gradients
+from support.formulations.plain_vapt import ACTING, seeded, vapt_pair, weigh_down
 from torch import Tensor
 
 from vpt_fast import VAPT, AdapterTuning, LinearProbe, VPTDeep, prompt_tune

@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import Plain, assert_same, distance, pair, redraw_prompts, tuned_gradients
-from support.plain_vapt import ACTING, STILL, seeded, vapt_pair, weigh_down
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import (
+    Plain,
+    assert_same,
+    distance,
+    pair,
+    redraw_prompts,
+    tuned_gradients,
+)
+from support.formulations.plain_vapt import ACTING, STILL, seeded, vapt_pair, weigh_down
 from torch import nn
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow

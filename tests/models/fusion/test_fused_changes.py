@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import families
-from support.families import AVERAGE
+from support.formulations import families
+from support.formulations.families import AVERAGE
+from support.formulations.plain import assert_same, distance, pair
+from support.formulations.plain_vapt import vapt_pair
 from support.fusion import indices
-from support.plain import assert_same, distance, pair
-from support.plain_vapt import vapt_pair
 from test_fused_choice import CHANGED, METHODS, OTHERS, make_pair, ran
 from timm.layers import Attention
 from torch import Tensor, nn

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support import families
-from support.families import AVERAGE
+from support.formulations import families
+from support.formulations.families import AVERAGE
+from support.formulations.plain import Plain, assert_same, distance, pair
+from support.formulations.plain_vapt import STILL, seeded, vapt_pair
 from support.fusion import indices, spied
-from support.plain import Plain, assert_same, distance, pair
-from support.plain_vapt import STILL, seeded, vapt_pair
 from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules import module as nn_module

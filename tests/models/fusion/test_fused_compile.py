@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.plain import assert_same, distance, pair
-from support.plain_vapt import ACTING, seeded, vapt_pair
+from support.formulations import families
+from support.formulations.plain import assert_same, distance, pair
+from support.formulations.plain_vapt import ACTING, seeded, vapt_pair
 
 from vpt_fast import VAPT, VPTDeep, VPTShallow
 from vpt_fast.ops.memory_modes import MEMORY_MODES

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support import families
-from support.families import AVERAGE
-from support.plain import distance, redraw_prompts
+from support.formulations import families
+from support.formulations.families import AVERAGE
+from support.formulations.plain import distance, redraw_prompts
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -18,10 +18,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support.families import randomise
-from support.fixed_masks import FixedMasks
-from support.plain import gradients, pair, redraw_prompts, tuned_gradients
-from support.plain_vapt import STILL, seeded, vapt_pair
+from support.formulations.families import randomise
+from support.formulations.fixed_masks import FixedMasks
+from support.formulations.plain import gradients, pair, redraw_prompts, tuned_gradients
+from support.formulations.plain_vapt import STILL, seeded, vapt_pair
 from torch import Tensor, nn
 
 from vpt_fast import VAPT, VPTDeep, VPTShallow

@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import assert_same, distance, gradients, pair, redraw_prompts, tuned_gradients
-from support.plain_vapt import ACTING, seeded, vapt_pair
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import (
+    assert_same,
+    distance,
+    gradients,
+    pair,
+    redraw_prompts,
+    tuned_gradients,
+)
+from support.formulations.plain_vapt import ACTING, seeded, vapt_pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vpt_fast import VAPT, VPTDeep, VPTShallow, prompt_tune
-from vpt_fast.ops.block.prompt_kv import KeyWeights
+from vpt_fast.ops.block.prompt_kv import KVWeights
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 
@@ -24,13 +31,13 @@ from vpt_fast.ops.memory_modes import MEMORY_MODES
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many blocks keys were made together, by call."""
     counts: list[int] = []
-    make = KeyWeights.make
+    make = KVWeights.make
 
-    def spy(self: KeyWeights, dtype: torch.dtype, tokens: Any) -> Any:
+    def spy(self: KVWeights, dtype: torch.dtype, tokens: Any) -> Any:
         counts.append(len(tokens))
         return make(self, dtype, tokens)
 
-    monkeypatch.setattr(KeyWeights, "make", spy)
+    monkeypatch.setattr(KVWeights, "make", spy)
     return counts
 
 

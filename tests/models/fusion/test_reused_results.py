@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import families
-from support.recording_driver import compared, recording
+from support.formulations import families
+from support.kernels.recording_driver import compared, recording
 from test_first_rows import BATCH, HEADS, KINDS, ROWS, WIDTH, rand, sources, weights
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from vpt_fast.ops.block.sites import REFERENCE_SITES, PlannedSites, Sites
 from vpt_fast.ops.operation import Operation
 from vpt_fast.ops.window_attention.rows import Windows
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 BLOCKS = 4
 WINDOWS = Windows((2, 3), (2, 2), (0, 1))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import plain_swin
-from support.plain import assert_same, distance, redraw_prompts
-from support.plain_swin import SWINS, build, images, pair
+from support.formulations import plain_swin
+from support.formulations.plain import assert_same, distance, redraw_prompts
+from support.formulations.plain_swin import SWINS, build, images, pair
 from timm.models.swin_transformer import SwinTransformer
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune

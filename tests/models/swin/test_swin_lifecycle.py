@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import plain_swin
-from support.plain import distance, redraw_prompts
-from support.plain_swin import build, images, pair
+from support.formulations import plain_swin
+from support.formulations.plain import distance, redraw_prompts
+from support.formulations.plain_swin import build, images, pair
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import families, plain_swin
-from support.plain import distance
+from support.formulations import families, plain_swin
+from support.formulations.plain import distance
 from torch import Tensor, nn
 from torch._guards import CompileContext
 from torch._library.custom_ops import OPDEFS

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.cases import METHODS, SWIN, build, images
-from support.plain import distance, redraw_prompts
-from support.plain_baselines import redraw_added
+from support.formulations.plain import distance, redraw_prompts
+from support.formulations.plain_baselines import redraw_added
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import families
-from support.plain import VARIANTS, assert_same, distance, pair
+from support.formulations import families
+from support.formulations.plain import VARIANTS, assert_same, distance, pair
 from torch import Tensor, nn
 
 import vpt_fast

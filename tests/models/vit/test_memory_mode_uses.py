@@ -6,10 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import Plain, assert_same, distance, gradients, pair, tuned_gradients
-from support.plain_vapt import ACTING, STILL, seeded, vapt_pair
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import (
+    Plain,
+    assert_same,
+    distance,
+    gradients,
+    pair,
+    tuned_gradients,
+)
+from support.formulations.plain_vapt import ACTING, STILL, seeded, vapt_pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

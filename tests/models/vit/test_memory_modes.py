@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import assert_same, distance, pair, tuned_gradients
-from support.plain_vapt import ACTING, STILL, seeded, vapt_pair
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import assert_same, distance, pair, tuned_gradients
+from support.formulations.plain_vapt import ACTING, STILL, seeded, vapt_pair
 from support.unchanged import assert_unchanged, snapshot
 from torch import Tensor, nn
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import plain_swin
-from support.families import build, images
-from support.plain import VARIANTS, assert_same, pair
+from support.formulations import plain_swin
+from support.formulations.families import build, images
+from support.formulations.plain import VARIANTS, assert_same, pair
 from timm.layers import PatchEmbed
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook

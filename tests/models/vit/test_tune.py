@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import families
-from support.families import AVERAGE, FAMILIES, TOKEN
-from support.fixed_masks import FixedMasks
-from support.plain import VARIANTS, Plain, assert_same, distance, pair, redraw_prompts
+from support.formulations import families
+from support.formulations.families import AVERAGE, FAMILIES, TOKEN
+from support.formulations.fixed_masks import FixedMasks
+from support.formulations.plain import VARIANTS, Plain, assert_same, distance, pair, redraw_prompts
 from torch import Tensor
 
 from vpt_fast import VPTDeep, VPTShallow, prompt_tune

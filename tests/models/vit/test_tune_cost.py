@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families
-from support.families import TOKEN
-from support.plain import Plain, pair
+from support.formulations import families
+from support.formulations.families import TOKEN
+from support.formulations.plain import Plain, pair
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

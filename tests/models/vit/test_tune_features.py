@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import families
-from support.families import AVERAGE, TOKEN
-from support.plain import VARIANTS, Plain, assert_same, distance, pair, redraw_prompts
+from support.formulations import families
+from support.formulations.families import AVERAGE, TOKEN
+from support.formulations.plain import VARIANTS, Plain, assert_same, distance, pair, redraw_prompts
 from support.unchanged import assert_alike
 from torch import Tensor, nn
 

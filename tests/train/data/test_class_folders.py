@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.adapter_editing import rewrite_config
+from support.adapters.adapter_editing import rewrite_config
 from support.pictures import make_folders, write_checkpoint, write_image
 from typer.testing import CliRunner
 

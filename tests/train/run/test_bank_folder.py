@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.adapter_editing import rewrite_config, rewrite_tensors
+from support.adapters.adapter_editing import rewrite_config, rewrite_tensors
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.flipped_bits import flipped_bits
+from support.adapters.flipped_bits import flipped_bits
 from support.pictures import backbone
 from support.training import Stopped, endings, pictures
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from support.flipped_bits import flipped_bits
+from support.adapters.flipped_bits import flipped_bits
 from test_sweep import LINEAR, SEEDS, FakeTask, lines
 
 from vpt_fast.train.sweep import sweep

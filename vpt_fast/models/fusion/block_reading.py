@@ -180,7 +180,7 @@ class BlocksReading(_Reading):
     Attributes:
         weights: of each block.
         prompts: module of each block, or None.
-        prompt_keys: what makes keys of prompts, worked out from `weights` by `look_ahead`.
+        prompt_kv: what makes keys of prompts, worked out from `weights` by `look_ahead`.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class BlocksReading(_Reading):
         self._types = [*map(type, blocks)]
         self._rows = [d.get("rows") for d in own]
         self.prompts = [children.get("prompt") for children in self._children]
-        self.prompt_keys: Any = None
+        self.prompt_kv: Any = None
 
     def holds(self, blocks: Sequence[Any]) -> bool:
         """Whether these are the blocks, and all is as it was read; if not, each is to be read."""

@@ -23,11 +23,11 @@ from vpt_fast.models.fusion.weights_reading import WeightsReading
 from vpt_fast.modules.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.modules.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.block.add_norm import OpenSum
+from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.function import run_blocks, run_traced
 from vpt_fast.ops.block.parts import AttentionPattern, BlockConfig, BlockWeights, contiguous
-from vpt_fast.ops.block.prompt_kv import RowKeys
+from vpt_fast.ops.block.prompt_kv import RowKV
 from vpt_fast.ops.block.prompt_source import PromptSource
 from vpt_fast.ops.block.sites import sites_for
 from vpt_fast.ops.tracing import is_traced, is_transformed
@@ -197,7 +197,7 @@ class _Input(NamedTuple):
     branch: torch.dtype | None  # of the branch
 
 
-def run(block: Any, now: Fused, prompts: Prompts, total: OpenSum, use: Use) -> OpenSum:
+def run(block: Any, now: Fused, prompts: Prompts, total: DeferredSum, use: Use) -> DeferredSum:
     """A block from the sum that it reads to the sum that is its output.
 
     Args:
@@ -223,21 +223,21 @@ def run(block: Any, now: Fused, prompts: Prompts, total: OpenSum, use: Use) -> O
         middle, result = run_blocks([steps], residual, branch, [sources])
     adapter, scale = block._modules.get("adapter"), now.weights.scale2
     if adapter is None:
-        return OpenSum(middle, result, scale)
-    return OpenSum(middle, adapter(result if scale is None else result * scale))
+        return DeferredSum(middle, result, scale)
+    return DeferredSum(middle, adapter(result if scale is None else result * scale))
 
 
 def run_together(
     ahead: Sequence[tuple[Fused, Prompts]],
-    row_keys: RowKeys | None,
-    total: OpenSum,
+    row_kv: RowKV | None,
+    total: DeferredSum,
     uses: Iterable[Use],
-) -> OpenSum:
+) -> DeferredSum:
     """Blocks one after the other, as one function; see `run`.
 
     Args:
         ahead: each block, and its prompts, in a call in which nobody traces; without adapters.
-        row_keys: what makes keys of some of their prompts, if there are any.
+        row_kv: what makes keys of some of their prompts, if there are any.
         total: the first block's input.
         uses: how each is run; all compute all rows but the last.
     """
@@ -252,11 +252,11 @@ def run_together(
         if len(steps) == 1:  # as wide as what it sums; LayerScale does not count
             wide = torch.promote_types(total.dtype, dtype)
             read = read._replace(dtype=wide, branch=dtype)
-    middle, result = run_blocks(steps, total.residual, total.branch, sources, row_keys)
-    return OpenSum(middle, result, scale)
+    middle, result = run_blocks(steps, total.residual, total.branch, sources, row_kv)
+    return DeferredSum(middle, result, scale)
 
 
-def _input_of(total: OpenSum) -> _Input:
+def _input_of(total: DeferredSum) -> _Input:
     residual, branch, _ = total
     kind = None if branch is None else branch.dtype
     return _Input(residual.shape, residual.device, residual.dtype, kind)

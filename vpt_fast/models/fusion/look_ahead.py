@@ -18,7 +18,7 @@ from vpt_fast.modules.hooks import has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.modules.prompt_tokens import PromptTokens
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block.parts import BlockWeights, contiguous
-from vpt_fast.ops.block.prompt_kv import KeyWeights, RowKeys
+from vpt_fast.ops.block.prompt_kv import KVWeights, RowKV
 from vpt_fast.ops.block.prompt_source import GIVEN_KEYS, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
 
@@ -42,7 +42,7 @@ def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
 
 def look_ahead(
     blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor | None], Fused | None]
-) -> tuple[list[Ahead], RowKeys | None] | None:
+) -> tuple[list[Ahead], RowKV | None] | None:
     """Blocks as they will be fused, and what makes keys of their static prompts, for all at once.
 
     Args:
@@ -61,8 +61,8 @@ def look_ahead(
     if reading is None:
         return None
     now = [Fused(known.weights, known) for known in reading.weights]
-    prompts, row_keys = _prompts_together(reading, x)
-    return list(zip(now, prompts, strict=True)), row_keys
+    prompts, row_kv = _prompts_together(reading, x)
+    return list(zip(now, prompts, strict=True)), row_kv
 
 
 def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> BlockReading | None:
@@ -78,11 +78,11 @@ def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> Bl
     return found
 
 
-def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts], RowKeys | None]:
+def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts], RowKV | None]:
     """The blocks' prompts; dropout masks are drawn in the blocks' order."""
     prompts = reading.prompts
     static = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
-    keys: RowKeys | None = None
+    keys: RowKV | None = None
     found: dict[int, Prompts] = {}
     if len(static) > 1:
         tokens = [prompts[i].undropped() for i in static]
@@ -102,7 +102,7 @@ def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts],
 
 def _keys_of(
     reading: BlocksReading, static: list[int], tokens: list[Tensor], dtype: torch.dtype
-) -> RowKeys | None:
+) -> RowKV | None:
     """What makes keys of several blocks' static prompts.
 
     None for blocks whose attention, norm1 or prompts have different forms.
@@ -111,18 +111,18 @@ def _keys_of(
         return None
     read = [reading.weights[i] for i in static]
     weights = [known.in_dtype(dtype) for known in read]
-    known = reading.prompt_keys
+    known = reading.prompt_kv
     if known is None or known[0] != static or False in map(is_, weights, known[1]):
         constants = _key_weights(read, weights)
-        keys = None if constants is None else RowKeys(constants, static)
-        known = reading.prompt_keys = static, weights, keys
-    found: RowKeys | None = known[2]
+        keys = None if constants is None else RowKV(constants, static)
+        known = reading.prompt_kv = static, weights, keys
+    found: RowKV | None = known[2]
     return found
 
 
 def _key_weights(
     read: Sequence[WeightsReading], weights: Sequence[BlockWeights]
-) -> KeyWeights | None:
+) -> KVWeights | None:
     """What makes keys of prompts, of several blocks; None if they have different forms."""
     forms = {
         (
@@ -138,7 +138,7 @@ def _key_weights(
     # Whatever mode is on now, they serve training later.
     with torch.inference_mode(False), torch.no_grad():
         parts = [w.qkv_weight[width:] for w in weights]
-        return KeyWeights(
+        return KVWeights(
             [w.norm1_weight for w in weights],
             [w.norm1_bias for w in weights],
             parts,

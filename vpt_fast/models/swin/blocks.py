@@ -30,7 +30,7 @@ from vpt_fast.modules.hooks import (
     is_watched,
 )
 from vpt_fast.modules.row_by_row import treats_rows_apart
-from vpt_fast.ops.block.add_norm import OpenSum
+from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.ops.window_attention.operator import window_attention
 from vpt_fast.ops.window_attention.rows import Windows, attend_from_prompts, padding_of
@@ -130,12 +130,14 @@ class PromptedSwinBlock(SwinTransformerBlock):
             ValueError: prompt rows should enter, but `live` has none.
         """
         grid = grid_of(x)
-        total = self.forward_open(OpenSum(x.flatten(1, 2)), grid, self.memory, live or LiveRows())
-        return total.closed().unflatten(1, grid)
+        total = self.forward_open(
+            DeferredSum(x.flatten(1, 2)), grid, self.memory, live or LiveRows()
+        )
+        return total.materialize().unflatten(1, grid)
 
     def forward_open(
-        self, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
-    ) -> OpenSum:
+        self, total: DeferredSum, grid: tuple[int, int], memory: str, live: LiveRows
+    ) -> DeferredSum:
         """As `forward`, from and to a sum of rows (B, H * W, D) that is left to its reader.
 
         Hooks on the block itself are not called.
@@ -165,31 +167,31 @@ class PromptedSwinBlock(SwinTransformerBlock):
         else:
             x, live.rows = recomputed(
                 self,
-                lambda x, entering: self._forward(OpenSum(x), windows, entering),
-                total.closed(),
+                lambda x, entering: self._forward(DeferredSum(x), windows, entering),
+                total.materialize(),
                 live.rows,
             )
-        return OpenSum(x)
+        return DeferredSum(x)
 
     def _normalise(
-        self, total: OpenSum, entering: Tensor | None
+        self, total: DeferredSum, entering: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Tokens and norm1 of them (B, N, D), prompts and norm1 of them (B or 1, p, D)."""
         prompt = self.prompt
         if takes_experts(prompt, self.norm1):
             tokens, y, made = prompt.with_norm(total, self.norm1)
             return tokens, y, None, made
-        x = total.closed()
+        x = total.materialize()
         prompts = entering if prompt is None else prompt(x).to(x.dtype)
         normed = None if prompts is None else self.norm1.forward(prompts)
         return x, self.norm1(x), prompts, normed
 
     def _forward(
-        self, total: OpenSum, windows: Windows, entering: Tensor | None
+        self, total: DeferredSum, windows: Windows, entering: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Module by module; tokens (B, N, D), and the prompt rows that leave."""
         if self._needs_windows(self.prompt is not None or entering is not None):
-            x = total.closed()
+            x = total.materialize()
             rows = entering if self.prompt is None else self.prompt(x).to(x.dtype)
             x, rows = through_windows(self, x, rows, windows)
             return x, rows if self.rows.leaving else None

@@ -31,7 +31,7 @@ from vpt_fast.modules.hooks import (
     is_taken_over,
     is_watched,
 )
-from vpt_fast.ops.block.add_norm import OpenSum
+from vpt_fast.ops.block.add_norm import DeferredSum
 
 
 class PromptedSwinStage(SwinTransformerStage):
@@ -61,12 +61,12 @@ class PromptedSwinStage(SwinTransformerStage):
         grid = grid_of(x)
         for block in blocks:
             check_grid(block._modules.get("prompt"), grid)
-        total = self._through(blocks, OpenSum(x.flatten(1, 2)), grid, live)
-        return total.closed().unflatten(1, grid)
+        total = self._through(blocks, DeferredSum(x.flatten(1, 2)), grid, live)
+        return total.materialize().unflatten(1, grid)
 
     def _through(
-        self, blocks: list[Any], total: OpenSum, grid: tuple[int, int], live: LiveRows
-    ) -> OpenSum:
+        self, blocks: list[Any], total: DeferredSum, grid: tuple[int, int], live: LiveRows
+    ) -> DeferredSum:
         """Rows (B, H * W, D) of an image of grid = (H, W) through the blocks."""
         memories = ["minimal" if self.grad_checkpointing else block.memory for block in blocks]
         ahead = look_ahead(blocks, total.residual, fused)
@@ -118,8 +118,8 @@ def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _through_block(
-    block: Any, total: OpenSum, grid: tuple[int, int], memory: str, live: LiveRows
-) -> OpenSum:
+    block: Any, total: DeferredSum, grid: tuple[int, int], memory: str, live: LiveRows
+) -> DeferredSum:
     """A block, called so that its own hooks are."""
     compiled = has_compiled_call(block)
     watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
@@ -134,9 +134,9 @@ def _through_block(
         x = calls(x, live=passing) if block.rows.entering or block.rows.leaving else calls(x)
         return x, passing.rows
 
-    x = total.closed().unflatten(1, grid)
+    x = total.materialize().unflatten(1, grid)
     if memory == block.memory:
         x, live.rows = call(x, live.rows)
     else:
         x, live.rows = recomputed(block, call, x, live.rows)
-    return OpenSum(x.flatten(1, 2))
+    return DeferredSum(x.flatten(1, 2))

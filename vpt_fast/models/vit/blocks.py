@@ -31,7 +31,7 @@ from vpt_fast.modules.hooks import (
 )
 from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.ops.block.add_norm import OpenSum
+from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.tracing import is_transformed
 
 
@@ -82,7 +82,7 @@ class PromptedBlock(Block):
             ValueError: `is_causal` is True.
         """
         if first is not None:
-            return self._first_rows(OpenSum(x), first, self.memory)
+            return self._first_rows(DeferredSum(x), first, self.memory)
         if self.prompt is None and not self.rows.entering:
             if attn_mask is not None or is_causal:
                 return self._plain(x, attn_mask, is_causal)
@@ -91,7 +91,7 @@ class PromptedBlock(Block):
         if live is not None:
             x = insert_rows(x, live.rows, self.rows.prefix)
         if attn_mask is None:
-            x = self.forward_open(OpenSum(x), self.memory).closed()
+            x = self.forward_open(DeferredSum(x), self.memory).materialize()
         elif self.memory == "speed":
             x = self._concatenated(x, attn_mask)
         else:
@@ -102,7 +102,7 @@ class PromptedBlock(Block):
             x = strip_rows(x, leaving, prefix)
         return x
 
-    def forward_open(self, total: OpenSum, memory: str) -> OpenSum:
+    def forward_open(self, total: DeferredSum, memory: str) -> DeferredSum:
         """As `forward`, from and to a residual sum that is left to its reader.
 
         Hooks on the block itself are not called.
@@ -116,16 +116,16 @@ class PromptedBlock(Block):
         if prompt is not None or rows.leaving or not rows.entering:
             now = fused(self, total.residual)
         if now is None:
-            return OpenSum(self._by_modules(total, memory))
+            return DeferredSum(self._by_modules(total, memory))
         if prompt is not None and (rows.entering or rows.leaving):
-            x = strip_rows(total.closed(), rows.entering, rows.prefix)
+            x = strip_rows(total.materialize(), rows.entering, rows.prefix)
             if rows.leaving:
                 x, prompt = insert_rows(x, prompt(x), rows.prefix), None
-            total = OpenSum(x)
+            total = DeferredSum(x)
         prompts = prompts_of(prompt, total.residual)
         return fused_block.run(self, now, prompts, total, Use(memory))
 
-    def forward_first(self, total: OpenSum, count: int, memory: str) -> Tensor:
+    def forward_first(self, total: DeferredSum, count: int, memory: str) -> Tensor:
         """The `count` first rows of the output, (B, count, D), from all rows of the input.
 
         On a GPU all keys and values are made, which its matrix units do faster than the smaller
@@ -137,25 +137,25 @@ class PromptedBlock(Block):
         """
         if not has_compiled_call(self):
             return self._first_rows(total, count, memory)
-        x = total.closed()
+        x = total.materialize()
         if memory == self.memory:
             return call_compiled(self, x, first=count)
         return recomputed(self, lambda x: self(x, first=count), x)
 
-    def _first_rows(self, total: OpenSum, count: int, memory: str) -> Tensor:
+    def _first_rows(self, total: DeferredSum, count: int, memory: str) -> Tensor:
         rows, now = self.rows, None
         if uses_kernels(total.residual) and not (rows.entering or rows.leaving):
             now = fused(self, total.residual)
         if now is None:
             return self._by_modules(total, memory, count)
         prompts = prompts_of(self._modules.get("prompt"), total.residual)
-        return fused_block.run(self, now, prompts, total, Use(memory, queries=count)).closed()
+        return fused_block.run(self, now, prompts, total, Use(memory, queries=count)).materialize()
 
-    def _by_modules(self, total: OpenSum, memory: str, first: int | None = None) -> Tensor:
+    def _by_modules(self, total: DeferredSum, memory: str, first: int | None = None) -> Tensor:
         """Module by module; anything but "speed" keeps the block's input only."""
         if memory == "speed":
             return self._forward(total, first)
-        return recomputed(self, lambda x: self._forward(OpenSum(x), first), total.closed())
+        return recomputed(self, lambda x: self._forward(DeferredSum(x), first), total.materialize())
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x with this block's live rows in it, and the prompts that are keys and values only."""
@@ -168,17 +168,17 @@ class PromptedBlock(Block):
             return insert_rows(x, prompts, rows.prefix), None
         return x, prompts.to(x.dtype)
 
-    def _normalise(self, total: OpenSum) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _normalise(self, total: DeferredSum) -> tuple[Tensor, Tensor, Tensor | None]:
         """`_enter`, then norm1 of the tokens and of the prompts that are keys and values only."""
         if takes_experts(self.prompt, self.norm1):
             return self.prompt.with_norm(total, self.norm1)
-        x, prompts = self._enter(total.closed())
+        x, prompts = self._enter(total.materialize())
         prompts = None if prompts is None else self.norm1.forward(prompts)
         return x, self.norm1(x), prompts
 
-    def _forward(self, total: OpenSum, first: int | None) -> Tensor:
+    def _forward(self, total: DeferredSum, first: int | None) -> Tensor:
         if self._needs_all_rows():
-            x = self._concatenated(total.closed())
+            x = self._concatenated(total.materialize())
             return x if first is None else x[:, :first]
         x, y, prompts = self._normalise(total)
         dead = self.rows.entering if self.prompt is None and not self.rows.leaving else 0
@@ -259,7 +259,7 @@ def _is_known(block: Any) -> bool:
     )
 
 
-def through_block(block: Any, total: OpenSum, memory: str) -> OpenSum:
+def through_block(block: Any, total: DeferredSum, memory: str) -> DeferredSum:
     """A frozen or prompted block, called so that its own hooks are.
 
     Args:
@@ -275,7 +275,7 @@ def through_block(block: Any, total: OpenSum, memory: str) -> OpenSum:
         now = fused(block, total.residual)
         if now is not None:
             return fused_block.run(block, now, NO_PROMPTS, total, Use(memory))
-    x = total.closed()
+    x = total.materialize()
     if memory != getattr(block, "memory", "speed"):
-        return OpenSum(recomputed(block, block, x))
-    return OpenSum(call_compiled(block, x) if compiled else block(x))
+        return DeferredSum(recomputed(block, block, x))
+    return DeferredSum(call_compiled(block, x) if compiled else block(x))

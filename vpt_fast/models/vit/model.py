@@ -22,7 +22,7 @@ from vpt_fast.modules.baseline_layers import new_classifier
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import is_taken_over
 from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.ops.block.add_norm import OpenSum
+from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.tracing import any_derivative, is_transformed
 
 
@@ -37,33 +37,33 @@ class _PromptedModel(Tuned, VisionTransformer):
         count = self._rows_read()
         if count is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self._head_of(OpenSum(self._embedded(x)), 0, count)
+        return self._head_of(DeferredSum(self._embedded(x)), 0, count)
 
     def forward_until(self, x: Tensor, first: int) -> Tensor:
         """What enters block `first` (B, N, D), from images (B, 3, height, width)."""
         blocks: Any = self.blocks
-        return self._through(list(blocks[:first]), OpenSum(self._embedded(x))).closed()
+        return self._through(list(blocks[:first]), DeferredSum(self._embedded(x))).materialize()
 
     def forward_from(self, x: Tensor, first: int) -> Tensor:
         """Logits (B, classes) from what enters block `first`, (B, N, D).
 
         With `forward_until` before it, this is the model.
         """
-        return self._head_of(OpenSum(x), first, self._rows_read())
+        return self._head_of(DeferredSum(x), first, self._rows_read())
 
-    def _head_of(self, total: OpenSum, first: int, count: int | None) -> Tensor:
+    def _head_of(self, total: DeferredSum, first: int, count: int | None) -> Tensor:
         """Logits from what enters block `first`; of the last block `count` rows, None for all."""
         graphs, static = self.tune_record.graphs, (first, count, self._memory())
-        x = replayed(graphs, self, self._rows_from, total.closed(), *static)
+        x = replayed(graphs, self, self._rows_from, total.materialize(), *static)
         return self.forward_head(self.norm(x))
 
     def _rows_from(self, x: Tensor, first: int, count: int | None, memory: str) -> Tensor:
         """What leaves the last block from what enters block `first`: `count` rows, None for all."""
-        total, blocks = OpenSum(x), list(self.blocks)[first:]
+        total, blocks = DeferredSum(x), list(self.blocks)[first:]
         if count is None or not blocks:
-            return self._without_late_rows(self._through(blocks, total).closed())
+            return self._without_late_rows(self._through(blocks, total).materialize())
         if uses_kernels(x):
-            return self._through(blocks, total, count).closed()
+            return self._through(blocks, total, count).materialize()
         # Where the last block is not fused it has no part in what is made for all.
         total = self._through(blocks[:-1], total)
         last: Any = blocks[-1]
@@ -95,7 +95,9 @@ class _PromptedModel(Tuned, VisionTransformer):
         patches = embedded_patches(self.patch_embed, images)
         return self.norm_pre(self.patch_drop(self._pos_embed(patches)))
 
-    def _through(self, blocks: list[Any], total: OpenSum, count: int | None = None) -> OpenSum:
+    def _through(
+        self, blocks: list[Any], total: DeferredSum, count: int | None = None
+    ) -> DeferredSum:
         """Tokens through the given blocks; of the last one `count` rows, None for all."""
         memory, last = self._memory(), len(blocks) - 1
         ahead = look_ahead(blocks, total.residual, fused)
@@ -104,7 +106,7 @@ class _PromptedModel(Tuned, VisionTransformer):
             return run_together(*ahead, total, uses)
         for index, block in enumerate(blocks):
             if index == last and count is not None:
-                return OpenSum(block.forward_first(total, count, memory))
+                return DeferredSum(block.forward_first(total, count, memory))
             total = through_block(block, total, memory)
         return total
 

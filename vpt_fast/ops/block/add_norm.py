@@ -25,7 +25,7 @@ from vpt_fast.ops.rowwise.residual_norm import (
 )
 
 
-class OpenSum(NamedTuple):
+class DeferredSum(NamedTuple):
     """A residual sum that is left to its reader: residual + scale * branch.
 
     Attributes:
@@ -44,7 +44,7 @@ class OpenSum(NamedTuple):
         kind = self.residual.dtype if self.branch is None else self.branch.dtype
         return torch.promote_types(self.residual.dtype, kind)
 
-    def closed(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """The sum, (B, N, D)."""
         if self.branch is None:
             return self.residual
@@ -59,7 +59,7 @@ class Norm(NamedTuple):
     eps: float
 
 
-class Saved(NamedTuple):
+class SavedInput(NamedTuple):
     """What the beginning of a block leaves for its end and for backward.
 
     Attributes:
@@ -75,7 +75,7 @@ class Saved(NamedTuple):
 
 def enter(
     steps: Any, residual: Tensor, branch: Tensor | None, sources: tuple[Any, ...]
-) -> tuple[Tensor, Saved]:
+) -> tuple[Tensor, SavedInput]:
     """norm1 of a block's input, and the input with what experts mix of it.
 
     Args:
@@ -89,12 +89,12 @@ def enter(
         residual, branch, steps.weights.branch_scale, *steps.norm1, eps, steps.dtype
     )
     mixed = () if eps is None else source.mix(steps.sites, sources, x, statistics)
-    return y, Saved(x, statistics, mixed)
+    return y, SavedInput(x, statistics, mixed)
 
 
 def entry_gradients(
     steps: Any,
-    entry: Saved,
+    entry: SavedInput,
     sources: tuple[Any, ...],
     grad_x: Tensor,
     grad_y: Tensor | None,
@@ -218,7 +218,7 @@ def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Te
 
 
 def enter_block(
-    total: OpenSum, norm: Norm, mix: Mix | None = None, dtype: torch.dtype | None = None
+    total: DeferredSum, norm: Norm, mix: Mix | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The residual sum, its LayerNorm, and the mix of its normalised patches.
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from vpt_fast.ops.attention.operator import ATTENTION, ATTENTION_BACKWARD
 from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.ops.block.add_norm import Norm, Saved, enter, entry_gradients
-from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, Kept
+from vpt_fast.ops.block.add_norm import Norm, SavedInput, enter, entry_gradients
+from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, SavedBlock
 from vpt_fast.ops.block.sites import Sites
 from vpt_fast.ops.rowwise.activation import ACTIVATION, ACTIVATION_BACKWARD
 from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD
@@ -94,31 +94,31 @@ class BlockSteps:
 
     # --- prompts -----------------------------------------------------------------------------
 
-    def prompt_keys(
+    def prompt_kv(
         self, sources: tuple[Any, ...], mixed: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Keys and values (B or 1, p, 2, H, d) of the prompts, and their norm1's statistics."""
         source = self.config.source
         if source is None:
             return None, ()
-        if source.gives_keys:
+        if source.gives_kv:
             return sources[0], ()
         prompts, statistics = source.make(self.sites, sources, mixed, self.norm1, self.dtype)
-        keys = F.linear(prompts, *self._projections[1])
-        return keys.view(*prompts.shape[:2], 2, self.config.heads, self.head_dim), statistics
+        kv = F.linear(prompts, *self._projections[1])
+        return kv.view(*prompts.shape[:2], 2, self.config.heads, self.head_dim), statistics
 
     def prompt_gradients(
         self,
         sources: tuple[Any, ...],
         mixed: tuple[Tensor, ...],
         statistics: tuple[Tensor, ...],
-        grad_keys: Tensor,
+        grad_kv: Tensor,
     ) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
         """Gradients of the sources and of what the experts have mixed."""
         source = self.config.source
-        if source is None or source.gives_keys:
-            return [grad_keys], ()
-        grad = torch.matmul(grad_keys.flatten(2), self._projections[1].weight)
+        if source is None or source.gives_kv:
+            return [grad_kv], ()
+        grad = torch.matmul(grad_kv.flatten(2), self._projections[1].weight)
         return source.gradients(self.sites, sources, mixed, self.norm1, statistics, grad)
 
     def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,30 +148,30 @@ class BlockSteps:
         grad[:, :count] += torch.matmul(grads[0].flatten(2), queries.weight)
         return grad
 
-    def attend(self, tokens: tuple[Tensor, ...], keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attend(self, tokens: tuple[Tensor, ...], kv: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output (B, M, A) and base-2 log-sum-exp (B, H, M) of attention."""
         scale, windows, w = self.config.scale, self.config.windows, self.weights
         if windows is None:
-            prompts = [] if keys is None else [keys]
+            prompts = [] if kv is None else [kv]
             return self.sites[ATTENTION, ""](list(tokens), prompts, scale)
         table = _there(w.position_bias)
-        return windows.attend(self.sites, tokens[0], w.qkv_bias, table, keys, scale)
+        return windows.attend(self.sites, tokens[0], w.qkv_bias, table, kv, scale)
 
     def attention_gradients(
-        self, full: Kept, grad_out: Tensor, needs_tokens: bool, needs_prompts: bool
+        self, full: SavedBlock, grad_out: Tensor, needs_tokens: bool, needs_prompts: bool
     ) -> tuple[list[Tensor], Tensor | None]:
         """Gradients of the tokens and of the prompts' keys, those that are asked for."""
-        keys, out, lse = full.keys, _there(full.out), _there(full.lse)
+        kv, out, lse = full.kv, _there(full.out), _there(full.lse)
         scale, windows, w = self.config.scale, self.config.windows, self.weights
         if windows is None:
             backward = self.sites[ATTENTION_BACKWARD, f"{needs_tokens} {needs_prompts}"]
             tokens, prompts = backward(
-                list(full.tokens), [] if keys is None else [keys], out, lse, grad_out, scale,
+                list(full.tokens), [] if kv is None else [kv], out, lse, grad_out, scale,
                 needs_tokens, needs_prompts,
             )  # fmt: skip
             return tokens, prompts[0] if prompts else None
         return windows.gradients(
-            self.sites, full.tokens[0], w.qkv_bias, _there(w.position_bias), keys, out, lse,
+            self.sites, full.tokens[0], w.qkv_bias, _there(w.position_bias), kv, out, lse,
             grad_out, scale, needs_tokens, needs_prompts,
         )  # fmt: skip
 
@@ -222,36 +222,38 @@ class BlockSteps:
 
     def forward(
         self, residual: Tensor, branch: Tensor | None, sources: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor, Kept]:
+    ) -> tuple[Tensor, Tensor, SavedBlock]:
         """x' and the MLP's output (B, M, D), and what backward may need."""
         y, entry = enter(self, residual, branch, sources)
-        keys, prompt_statistics = self.prompt_keys(sources, entry.mixed)
-        return self.forward_from(y, entry, keys, prompt_statistics)
+        kv, prompt_statistics = self.prompt_kv(sources, entry.mixed)
+        return self.forward_from(y, entry, kv, prompt_statistics)
 
     def forward_from(
         self,
         y: Tensor,
-        entry: Saved,
-        keys: Tensor | None = None,
+        entry: SavedInput,
+        kv: Tensor | None = None,
         prompt_statistics: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor, Kept]:
+    ) -> tuple[Tensor, Tensor, SavedBlock]:
         """As `forward`, from norm1 of the input and from the prompts' keys."""
         tokens = self.project(y)
-        out, lse = self.attend(tokens, keys)
+        out, lse = self.attend(tokens, kv)
         middle, y, statistics = self.add_attention(_there(entry.x), out)
         hidden, bias = self.expand(y)
         result = self.contract(hidden, bias)
-        kept = Kept(entry, keys, prompt_statistics, tokens, out, lse, middle, statistics, hidden)
-        return middle, result, kept
+        saved = SavedBlock(
+            entry, kv, prompt_statistics, tokens, out, lse, middle, statistics, hidden
+        )
+        return middle, result, saved
 
-    def keep(self, kept: Kept, needs_tokens: bool) -> Kept:
+    def save(self, saved: SavedBlock, needs_tokens: bool) -> SavedBlock:
         """What is kept of all that forward has made.
 
         Args:
             kept: from `forward`.
             needs_tokens: whether backward computes the gradient of the block's input.
         """
-        (x, entry_statistics, mixed), keys, prompt_statistics, tokens, *others = kept
+        (x, entry_statistics, mixed), kv, prompt_statistics, tokens, *others = saved
         out, lse, middle, statistics, hidden = others
         memory, alone = self.config.memory, not needs_tokens and len(mixed) == 0
         if memory in ("lean", "minimal"):
@@ -264,16 +266,18 @@ class BlockSteps:
             out = lse = middle = statistics = None
         if memory != "speed":
             hidden = None
-        if keys is not None and not self.config.keeps(keys):
-            keys, prompt_statistics = None, ()
-        entry = Saved(x, entry_statistics, mixed)
-        return Kept(entry, keys, prompt_statistics, tokens, out, lse, middle, statistics, hidden)
+        if kv is not None and not self.config.saves_kv(kv):
+            kv, prompt_statistics = None, ()
+        entry = SavedInput(x, entry_statistics, mixed)
+        return SavedBlock(
+            entry, kv, prompt_statistics, tokens, out, lse, middle, statistics, hidden
+        )
 
-    def computed_again(self, kept: Kept, sources: tuple[Any, ...]) -> Kept:
+    def recomputed(self, saved: SavedBlock, sources: tuple[Any, ...]) -> SavedBlock:
         """What was not kept, from what was."""
-        entry, keys, prompt_statistics, tokens, out, lse, middle, statistics, hidden = kept
-        if keys is None:
-            keys, prompt_statistics = self.prompt_keys(sources, entry.mixed)
+        entry, kv, prompt_statistics, tokens, out, lse, middle, statistics, hidden = saved
+        if kv is None:
+            kv, prompt_statistics = self.prompt_kv(sources, entry.mixed)
         if not tokens:
             tokens = self.project(
                 self.sites[RESIDUAL_NORM, "norm1 recomputed"](
@@ -281,17 +285,19 @@ class BlockSteps:
                 )[1]
             )
         if out is None or lse is None:
-            out, lse = self.attend(tokens, keys)
+            out, lse = self.attend(tokens, kv)
         y = None
         if middle is None:
             middle, y, statistics = self.add_attention(_there(entry.x), out)
         if hidden is None:
             hidden = self.expand(self.normalise_middle(middle) if y is None else y)[0]
-        return Kept(entry, keys, prompt_statistics, tokens, out, lse, middle, statistics, hidden)
+        return SavedBlock(
+            entry, kv, prompt_statistics, tokens, out, lse, middle, statistics, hidden
+        )
 
     def backward(
         self,
-        kept: Kept,
+        saved: SavedBlock,
         sources: tuple[Any, ...],
         grad_middle: Tensor | None,
         grad_result: Tensor | None,
@@ -303,20 +309,20 @@ class BlockSteps:
 
         Those of x' and of the MLP's output are contiguous, or None for 0.
         """
-        full = self.computed_again(kept, sources)
+        full = self.recomputed(saved, sources)
         middle = self._middle_gradients(full, grad_middle, grad_result)
         grad_out = torch.matmul(middle[-1], self.weights.proj_weight)
         grad_x = middle[0]
         del middle
         # Prompts that are mixed of tokens lead to them, trained or not.
-        needs_keys = needs_prompts or (needs_tokens and bool(full.entry.mixed))
-        tokens, keys = self.attention_gradients(full, grad_out, needs_tokens, needs_keys)
+        needs_kv = needs_prompts or (needs_tokens and bool(full.entry.mixed))
+        tokens, kv = self.attention_gradients(full, grad_out, needs_tokens, needs_kv)
         del grad_out
         prompt_grads: list[Tensor | None] = [None for _ in sources]
         mixed: tuple[Tensor, ...] = ()
-        if keys is not None:
+        if kv is not None:
             prompt_grads, mixed = self.prompt_gradients(
-                sources, full.entry.mixed, full.prompt_statistics, keys
+                sources, full.entry.mixed, full.prompt_statistics, kv
             )
         if not (needs_tokens or mixed):
             return None, None, prompt_grads
@@ -327,7 +333,7 @@ class BlockSteps:
         return residual, branch, [*mixing, *prompt_grads]
 
     def _middle_gradients(
-        self, full: Kept, grad_middle: Tensor | None, grad_result: Tensor | None
+        self, full: SavedBlock, grad_middle: Tensor | None, grad_result: Tensor | None
     ) -> list[Tensor]:
         """[gradient of x'], and what of it attention's branch gets where that is not the same."""
         w, middle = self.weights, _there(full.middle)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block.add_norm import Saved
+from vpt_fast.ops.block.add_norm import SavedInput
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.forward_only import run_forward
-from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, Kept, contiguous
-from vpt_fast.ops.block.prompt_kv import RowKeys, prompt_keys
+from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, SavedBlock, contiguous
+from vpt_fast.ops.block.prompt_kv import RowKV, prompt_kv
 from vpt_fast.ops.block.sites import OPERATOR_SITES
 from vpt_fast.ops.frozen import (
     apply_directly,
@@ -41,7 +41,7 @@ Sources = tuple[Tensor | None, ...]
 """The tensors of a block's `config.source`."""
 
 Counts = tuple[int, int, int, int]
-"""Tensors that are saved for a block: of its sources, and of the parts of `Kept` that vary."""
+"""Tensors saved for a block: of its sources, and of the parts of `SavedBlock` that vary."""
 
 
 class _Way(NamedTuple):
@@ -53,27 +53,27 @@ class _Way(NamedTuple):
     needs_tokens: bool  # whether the block before has a way back too
 
 
-def _packed(sources: Sources, kept: Kept) -> tuple[list[Tensor | None], Counts]:
+def _packed(sources: Sources, state: SavedBlock) -> tuple[list[Tensor | None], Counts]:
     """What is saved for backward of a block, and how many tensors each part of it has."""
-    entry = kept.entry
+    entry = state.entry
     tensors = [
-        *sources, *entry.mixed, *kept.prompt_statistics, *kept.tokens, entry.x, entry.statistics,
-        kept.keys, kept.out, kept.lse, kept.middle, kept.statistics, kept.hidden,
+        *sources, *entry.mixed, *state.prompt_statistics, *state.tokens, entry.x, entry.statistics,
+        state.kv, state.out, state.lse, state.middle, state.statistics, state.hidden,
     ]  # fmt: skip
-    counts = len(sources), len(entry.mixed), len(kept.prompt_statistics), len(kept.tokens)
+    counts = len(sources), len(entry.mixed), len(state.prompt_statistics), len(state.tokens)
     return tensors, counts
 
 
-def _unpacked(tensors: Sequence[Any], counts: Counts) -> tuple[Sources, Kept]:
+def _unpacked(tensors: Sequence[Any], counts: Counts) -> tuple[Sources, SavedBlock]:
     """What `_packed` was given."""
     parts, start = [], 0
     for count in counts:
         parts.append(tuple(tensors[start : start + count]))
         start += count
     sources, mixed, prompt_statistics, tokens = parts
-    x, statistics, keys, *others = tensors[start:]
-    kept = Kept(Saved(x, statistics, mixed), keys, prompt_statistics, tokens, *others)
-    return sources, kept
+    x, statistics, kv, *others = tensors[start:]
+    state = SavedBlock(SavedInput(x, statistics, mixed), kv, prompt_statistics, tokens, *others)
+    return sources, state
 
 
 def _dtypes(residual: Tensor, branch: Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
@@ -98,9 +98,9 @@ def _backward(
         grads: of x' and of the MLP's output.
         needs_tokens, needs_sources: what is asked for.
     """
-    sources, kept = _unpacked(saved, counts)
+    sources, state = _unpacked(saved, counts)
     residual, branch, found = steps.backward(
-        kept, sources, contiguous(grads[0]), contiguous(grads[1]), dtypes[1], needs_tokens,
+        state, sources, contiguous(grads[0]), contiguous(grads[1]), dtypes[1], needs_tokens,
         needs_sources,
     )  # fmt: skip
     if residual is not None and residual.dtype != dtypes[0]:
@@ -115,7 +115,7 @@ def _apart(tensors: Sequence[Any], counts: Sequence[int]) -> list[Any]:
 
 
 def _to_prompts(
-    row_keys: RowKeys,
+    row_kv: RowKV,
     dtype: torch.dtype,
     saved: Sequence[Any],
     counts: Sequence[int],
@@ -124,28 +124,28 @@ def _to_prompts(
     """Put the prompts' gradients in the place of their keys', in those of all blocks' sources."""
     mean, rstd, *tokens = saved
     starts = [0, *itertools.accumulate(counts)]
-    places = [starts[i] for i in row_keys.blocks]
+    places = [starts[i] for i in row_kv.blocks]
     grads = [found[place] for place in places]
     if any(grad is not None for grad in grads):
-        made = row_keys.weights.gradients(dtype, tokens, mean, rstd, grads)
+        made = row_kv.weights.gradients(dtype, tokens, mean, rstd, grads)
         for place, grad in zip(places, made, strict=True):
             found[place] = grad
 
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, blocks, row_keys, counts, residual, branch, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, blocks, row_kv, counts, residual, branch, *tensors):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad
         needs_tokens, first = needs[3] or needs[4], _BEFORE
         ways: list[_Way | None] = []
         saved: list[Tensor | None] = []
         frozen: list[Tensor] = []
         sources = _apart(tensors, counts)
-        if row_keys is not None:
-            tokens = row_keys.tokens(sources)
-            keys, mean, rstd = row_keys.weights.make(blocks[0].dtype, tokens)
+        if row_kv is not None:
+            tokens = row_kv.tokens(sources)
+            kv, mean, rstd = row_kv.weights.make(blocks[0].dtype, tokens)
             saved += [mean, rstd, *tokens]
-            sources = row_keys.given(sources, keys)
+            sources = row_kv.given(sources, kv)
         for steps, count, own in zip(blocks, counts, sources, strict=True):
             needed = needs_tokens or True in needs[first : first + count]
             first += count
@@ -154,14 +154,14 @@ class _Blocks(torch.autograd.Function):
                 residual, branch, _ = steps.forward(residual, branch, own)
                 continue
             dtypes = _dtypes(residual, branch)
-            residual, branch, kept = steps.forward(residual, branch, own)
-            own_saved, packed = _packed(own, steps.keep(kept, needs_tokens))
+            residual, branch, state = steps.forward(residual, branch, own)
+            own_saved, packed = _packed(own, steps.save(state, needs_tokens))
             saved += own_saved
             frozen += steps.frozen
             ways.append(_Way(steps, dtypes, packed, needs_tokens))
             needs_tokens = True
         ctx.ways, ctx.frozen, ctx.versions = ways, frozen, versions_of(frozen)
-        ctx.counts, ctx.row_keys, ctx.dtype = counts, row_keys, blocks[0].dtype
+        ctx.counts, ctx.row_kv, ctx.dtype = counts, row_kv, blocks[0].dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return residual, branch
@@ -196,8 +196,8 @@ class _Blocks(torch.autograd.Function):
                 found[:0] = own
                 last = first
             found[:0] = [None] * (last - _BEFORE)
-            if ctx.row_keys is not None:
-                _to_prompts(ctx.row_keys, ctx.dtype, saved, ctx.counts, found)
+            if ctx.row_kv is not None:
+                _to_prompts(ctx.row_kv, ctx.dtype, saved, ctx.counts, found)
         residual, branch = grads
         return (
             None, None, None, residual if needs[3] else None, branch if needs[4] else None, *found,
@@ -209,8 +209,8 @@ class _TracedBlock(torch.autograd.Function):
     def forward(ctx, config, dtype, needs_tokens, residual, branch, *tensors):  # type: ignore[no-untyped-def]
         weights, sources = tensors[:_WEIGHTS], tensors[_WEIGHTS:]
         steps = BlockSteps(config, BlockWeights(*weights).to(dtype), dtype, OPERATOR_SITES)
-        middle, result, kept = steps.forward(residual, branch, sources)
-        saved, ctx.counts = _packed(sources, steps.keep(kept, needs_tokens))
+        middle, result, state = steps.forward(residual, branch, sources)
+        saved, ctx.counts = _packed(sources, steps.save(state, needs_tokens))
         ctx.config, ctx.dtype, ctx.needs_tokens = config, dtype, needs_tokens
         ctx.dtypes = _dtypes(residual, branch)
         ctx.set_materialize_grads(False)
@@ -240,7 +240,7 @@ def run_blocks(
     residual: Tensor,
     branch: Tensor | None,
     sources: Sequence[Sources],
-    row_keys: RowKeys | None = None,
+    row_kv: RowKV | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Frozen blocks one after the other, but for the last one's last sum; nobody traces.
 
@@ -250,7 +250,7 @@ def run_blocks(
         residual: (B, N, D); with `branch` the input, residual + branch_scale * branch.
         branch: (B, N, D), or None for 0.
         sources: of each block.
-        row_keys: what makes keys of some blocks' prompts; their sources are the prompts, (p, D).
+        row_kv: what makes keys of some blocks' prompts; their sources are the prompts, (p, D).
 
     Returns:
         x' (B, M, D), the sum after the last block's attention, in the input's dtype or a wider one,
@@ -268,27 +268,27 @@ def run_blocks(
         inputs = [residual, branch, *[t for own in sources for t in own]]
         needed = True in [t is not None and t.requires_grad for t in inputs]
         if not (needed and torch.is_grad_enabled()):
-            sources = _with_keys(sources, row_keys, blocks[0].dtype)
+            sources = _with_keys(sources, row_kv, blocks[0].dtype)
             residual, branch = run_forward(blocks, residual, branch, sources)
         elif len(blocks) > 1 and has_saved_tensor_hooks():
             # Who stores what is saved elsewhere should have it block by block.
-            sources = _with_keys(sources, row_keys, blocks[0].dtype)
+            sources = _with_keys(sources, row_kv, blocks[0].dtype)
             for steps, own in zip(blocks, sources, strict=True):
                 residual, branch = run_blocks([steps], residual, branch, [own])
         else:
             counts = [len(own) for own in sources]
-            residual, branch = apply_directly(_Blocks, blocks, row_keys, counts, *inputs)
+            residual, branch = apply_directly(_Blocks, blocks, row_kv, counts, *inputs)
     return residual, branch
 
 
 def _with_keys(
-    sources: Sequence[Sources], row_keys: RowKeys | None, dtype: torch.dtype
+    sources: Sequence[Sources], row_kv: RowKV | None, dtype: torch.dtype
 ) -> Sequence[Sources]:
     """Sources of the blocks, with keys in the place of prompts."""
-    if row_keys is None:
+    if row_kv is None:
         return sources
-    keys = prompt_keys(row_keys.weights, dtype, row_keys.tokens(sources))
-    return row_keys.given(sources, keys)
+    kv = prompt_kv(row_kv.weights, dtype, row_kv.tokens(sources))
+    return row_kv.given(sources, kv)
 
 
 def run_traced(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block.add_norm import Saved
+from vpt_fast.ops.block.add_norm import SavedInput
 from vpt_fast.ops.block.prompt_source import PromptSource
 
 
@@ -83,21 +83,21 @@ class BlockConfig:
     windows: AttentionPattern | None = None
     queries: int | None = None
 
-    def keeps(self, keys: Tensor) -> bool:
+    def saves_kv(self, kv: Tensor) -> bool:
         """Whether the prompts' keys (B or 1, p, 2, H, d) are kept for backward.
 
         Those that the batch shares weigh nothing beside its tokens.
         """
-        if self.source is None or not self.source.keeps_keys:
+        if self.source is None or not self.source.saves_kv:
             return False
-        return self.memory == "speed" or keys.shape[0] == 1
+        return self.memory == "speed" or kv.shape[0] == 1
 
 
-class Kept(NamedTuple):
+class SavedBlock(NamedTuple):
     """What backward needs of forward; None for what it computes again."""
 
-    entry: Saved  # of the block's input, and of what its experts mix
-    keys: Tensor | None = None  # (B or 1, p, 2, H, d), the prompts'
+    entry: SavedInput  # of the block's input, and of what its experts mix
+    kv: Tensor | None = None  # (B or 1, p, 2, H, d), the prompts'
     prompt_statistics: tuple[Tensor, ...] = ()
     tokens: tuple[Tensor, ...] = ()  # qkv (B, N, 3, H, d); or q (B, M, H, d), kv (B, N, 2, H, d)
     out: Tensor | None = None  # (B, M, A)

@@ -24,7 +24,7 @@ from vpt_fast.ops.frozen import (
 )
 
 
-class KeyWeights:
+class KVWeights:
     """What makes keys and values of the normalised prompts of each block; constants.
 
     Args:
@@ -71,14 +71,14 @@ class KeyWeights:
         if gamma is not None:
             y = y * gamma if beta is None else torch.addcmul(beta, y, gamma)
         count, rows, width = y.shape[0], y.shape[1], self.weights[0].shape[0]
-        keys = torch.empty((count, rows, width), dtype=dtype, device=y.device)
-        parts = zip(y.to(dtype).unbind(), self.transposed, self.biases, keys.unbind(), strict=True)
+        kv = torch.empty((count, rows, width), dtype=dtype, device=y.device)
+        parts = zip(y.to(dtype).unbind(), self.transposed, self.biases, kv.unbind(), strict=True)
         for normed, weight, bias, out in parts:
             if bias is None:
                 torch.mm(normed, weight, out=out)
             else:
                 torch.addmm(bias, normed, weight, out=out)
-        heads = keys.view(count, 1, rows, 2, self.heads, width // (2 * self.heads))
+        heads = kv.view(count, 1, rows, 2, self.heads, width // (2 * self.heads))
         return heads.unbind(), mean, rstd
 
     def gradients(
@@ -113,7 +113,7 @@ def _stacked(vectors: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
     return torch.stack(there).unsqueeze(1).to(dtype) if there else None
 
 
-class RowKeys(NamedTuple):
+class RowKV(NamedTuple):
     """Blocks of a row whose prompts' keys are made together.
 
     Attributes:
@@ -121,17 +121,17 @@ class RowKeys(NamedTuple):
         blocks: their places in the row.
     """
 
-    weights: KeyWeights
+    weights: KVWeights
     blocks: list[int]
 
     def tokens(self, sources: Sequence[Any]) -> list[Tensor]:
         """The prompts (p, D), which are these blocks' sources."""
         return [sources[i][0] for i in self.blocks]
 
-    def given(self, sources: Sequence[Any], keys: Sequence[Tensor]) -> list[Any]:
+    def given(self, sources: Sequence[Any], kv: Sequence[Tensor]) -> list[Any]:
         """Sources of all blocks, with keys in the place of prompts."""
         found = [*sources]
-        for i, made in zip(self.blocks, keys, strict=True):
+        for i, made in zip(self.blocks, kv, strict=True):
             found[i] = (made,)
         return found
 
@@ -139,11 +139,11 @@ class RowKeys(NamedTuple):
 class _PromptKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, dtype, *tokens):  # type: ignore[no-untyped-def]
-        keys, mean, rstd = w.make(dtype, tokens)
+        kv, mean, rstd = w.make(dtype, tokens)
         ctx.w, ctx.dtype, ctx.versions = w, dtype, versions_of(w.frozen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, rstd, *tokens)
-        return keys
+        return kv
 
     @staticmethod
     @once_differentiable
@@ -154,8 +154,8 @@ class _PromptKeys(torch.autograd.Function):
             return None, None, *w.gradients(ctx.dtype, tokens, mean, rstd, grads)
 
 
-def prompt_keys(
-    weights: KeyWeights, dtype: torch.dtype, tokens: Sequence[Tensor]
+def prompt_kv(
+    weights: KVWeights, dtype: torch.dtype, tokens: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Keys and values (1, p, 2, H, d) in `dtype` for each block, as a function by itself.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vpt_fast.kernels.experts.inputs import FeatureInputs
-from vpt_fast.ops.block.add_norm import Norm, Saved
+from vpt_fast.ops.block.add_norm import Norm, SavedInput
 from vpt_fast.ops.block.sites import Sites
 from vpt_fast.ops.experts.operator import (
     FEATURES,
@@ -35,18 +35,18 @@ class PromptSource(Protocol):
     """Makes normalised prompts from tensors, and the tensors' gradients from theirs.
 
     Attributes:
-        keeps_keys: whether the prompts' keys and values are worth keeping: in mode "speed", and in
+        saves_kv: whether the prompts' keys and values are worth keeping: in mode "speed", and in
             every mode if the batch shares them. If not they are always computed again.
-        gives_keys: whether the one tensor is the prompts' keys and values themselves.
+        gives_kv: whether the one tensor is the prompts' keys and values themselves.
         eps: of the LayerNorm of tokens that prompts are mixed of; None where they are not.
     """
 
     @property
-    def keeps_keys(self) -> bool:
+    def saves_kv(self) -> bool:
         """See the class."""
 
     @property
-    def gives_keys(self) -> bool:
+    def gives_kv(self) -> bool:
         """See the class."""
 
     @property
@@ -62,7 +62,7 @@ class PromptSource(Protocol):
         self,
         sites: Sites,
         tensors: Tensors,
-        entry: Saved,
+        entry: SavedInput,
         norm: Norm,
         grad_mixed: tuple[Tensor, ...],
         grad_y: Tensor | None,
@@ -96,7 +96,7 @@ class PromptSource(Protocol):
 class _Unmixed:
     """A source that reads nothing of the block's input."""
 
-    keeps_keys, gives_keys, eps = True, False, None
+    saves_kv, gives_kv, eps = True, False, None
 
     def mix(self, *_: Any) -> tuple[Tensor, ...]:
         """Never called."""
@@ -110,7 +110,7 @@ class _Unmixed:
 class GivenKeys(_Unmixed):
     """Keys and values that were made before, tensors = (kv (1, p, 2, H, d),)."""
 
-    keeps_keys, gives_keys = False, True  # they are the source itself, which is kept
+    saves_kv, gives_kv = False, True  # they are the source itself, which is kept
 
     def make(self, *_: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Never called."""
@@ -190,12 +190,12 @@ class ExpertPrompts(NamedTuple):
     folded: bool = False
 
     @property
-    def keeps_keys(self) -> bool:
+    def saves_kv(self) -> bool:
         """The mix is kept already, in fp32, which takes as much."""
         return False
 
     @property
-    def gives_keys(self) -> bool:
+    def gives_kv(self) -> bool:
         """See `PromptSource`."""
         return False
 
@@ -214,7 +214,7 @@ class ExpertPrompts(NamedTuple):
         self,
         sites: Sites,
         tensors: Tensors,
-        entry: Saved,
+        entry: SavedInput,
         norm: Norm,
         grad_mixed: tuple[Tensor, ...],
         grad_y: Tensor | None,

@@ -192,7 +192,7 @@ def window_attention_backward(
         _add_gradients(
             qkv[images], pad, table, _of(prompts, images), out[images], lse[images],
             grad_out[images], _order(qkv[images], window, shift), scale,
-            grad_qkv[images], _of(grad_prompts, images), grad_bias, grad_pad,
+            _Gradients(grad_qkv[images], _of(grad_prompts, images), grad_bias, grad_pad),
         )  # fmt: skip
     grad_table = None
     if grad_bias is not None:
@@ -207,6 +207,15 @@ def window_attention_backward(
     )
 
 
+class _Gradients(NamedTuple):
+    """Where gradients go; those that are not asked for are None."""
+
+    qkv: Tensor
+    prompts: Tensor | None
+    bias: Tensor | None
+    pad: Tensor | None
+
+
 def _add_gradients(
     qkv: Tensor,
     pad: Tensor | None,
@@ -217,12 +226,10 @@ def _add_gradients(
     grad_out: Tensor,
     order: WindowOrder,
     scale: float,
-    grad_qkv: Tensor,
-    grad_prompts: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_pad: Tensor | None,
+    gradients: _Gradients,
 ) -> None:
     """Gradients of some images: that of qkv is written, those that images share are added to."""
+    grad_qkv, grad_prompts, grad_bias, grad_pad = gradients
     batch, *_, heads, dim = qkv.shape
     count = 0 if prompts is None else prompts.shape[1]
     places = _to_windows(qkv.reshape(-1, 3, heads, dim), order, pad)

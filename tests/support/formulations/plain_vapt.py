@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.plain import Plain, assert_same, distance, redraw_prompts, widen
+from support.formulations.plain import Plain, assert_same, distance, redraw_prompts, widen
 from vpt_fast import VAPT, prompt_tune
 
 ACTING = {"dropout": 0.3, "projector_dropout": 0.4, "channel_dropout": 0.3}

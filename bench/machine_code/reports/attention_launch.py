@@ -1,4 +1,4 @@
-"""Figures of one launch of prompt attention: its machine code, loops by name, whole cost."""
+"""Figures of one launch of prompt attention: its machine code, loops by name, total cost."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from bench.machine_code.figures import (
 )
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
-from bench.machine_code.problems.attention import attention_launches, useful_flop
-from bench.machine_code.problems.attention_launches import AttentionProblem
+from bench.machine_code.problems.attention import AttentionProblem, attention_launches, useful_flop
 from vpt_fast.kernels.runtime.launch import Launch
 
 FULL_LOOPS = frozenset({"prompts", "tokens", "queries"})
-"""Loops of the kernels over whole tiles; the others cover what is left, with masks."""
+"""Loops of the kernels over full tiles; the others cover the remainder, with masks."""
 
 USUAL_ROWS = 64
 """Rows of queries or keys that a program owns, unless there are fewer."""
@@ -31,9 +30,9 @@ class LaunchReport:
     """A launch for a problem, compiled for an architecture.
 
     Attributes:
-        problem, architecture: what for.
-        launch: what the launch table chose.
-        figures: of its machine code.
+        problem, architecture: Problem and architecture of the launch.
+        launch: Launch with the tiles of the launch table.
+        figures: Figures of its machine code.
     """
 
     problem: AttentionProblem
@@ -53,9 +52,12 @@ class LaunchReport:
 
     @cached_property
     def loops(self) -> dict[str, LoopFigures]:
-        """Figures of each loop by its name in the launch; none where no machine code was read.
+        """Figures of each loop by its name in the launch; empty if no machine code was read.
 
-        In fp32, whose products take no matrix instructions, those are the loops without any.
+        In fp32, whose products use no matrix instructions, they are the loops without any.
+
+        Raises:
+            ValueError: If the loops of the machine code do not match those of the launch.
         """
         if not self.figures.loops:
             plain = self.figures.plain_loops
@@ -71,7 +73,7 @@ class LaunchReport:
 
     @cached_property
     def issue_cycles(self) -> float | None:
-        """Issue cycles of the launch per useful 1,048,576 MMA FLOP; None if no FLOP is known."""
+        """Issue cycles per useful 1,048,576 MMA FLOP; None if no loop is known."""
         if not self.loops:
             return None
         programs = math.prod(self.launch.grid)
@@ -86,7 +88,7 @@ class LaunchReport:
 
     @property
     def over_memory(self) -> float | None:
-        """Issue cycles of the launch over its memory cycles, both of all SMs together."""
+        """Issue cycles of the launch over its memory cycles, on all SMs together."""
         rate = memory_rate(self.architecture)
         if rate is None or len(self.loops) != len(self.launch.trips):
             return None
@@ -96,7 +98,7 @@ class LaunchReport:
 
     @cached_property
     def useful_fraction(self) -> float | None:
-        """Useful MMA FLOP over those that the loops issue; None if the code does not tell."""
+        """Useful over issued MMA FLOP; None if the code does not show them."""
         issued = 0
         for name, loop in self.loops.items():
             if loop.flop is None:
@@ -106,11 +108,11 @@ class LaunchReport:
         return useful_flop(self.kernel, self.problem) / issued if issued else None
 
     def loop_cycles(self, name: str) -> float | None:
-        """Issue cycles per 1,048,576 MMA FLOP of a loop.
+        """Return the issue cycles per 1,048,576 MMA FLOP of a loop.
 
         A tile that is narrower than the usual one is counted over the FLOP of the usual tiles that
-        it takes the place of: it is worse per FLOP but cheaper, and cost is what matters. That goes
-        for a loop over what is left, and for a launch whose rows all fit in one narrow tile.
+        it replaces: it costs more per FLOP but less in total, and the total matters. The same
+        applies to a loop over the remainder, and to a launch whose rows all fit in one narrow tile.
         """
         loop, trips = self.loops[name], self.launch.trips[name]
         if not loop.flop or loop.issue_per_unit is None:
@@ -128,18 +130,15 @@ class LaunchReport:
 def launch_report(
     kernel: str, problem: AttentionProblem, architecture: Architecture
 ) -> LaunchReport:
-    """Compiles one launch of a problem and reads its machine code.
+    """Compile one launch of a problem and read its machine code.
 
     Args:
-        kernel: one of `problems.attention.KERNELS` or `OTHER_KERNELS`.
-        problem: shapes and dtype.
+        kernel: One of `problems.attention.KERNELS` or `OTHER_KERNELS`.
+        problem: Shapes and dtype.
         architecture: 80, 86, 89, 90, 100, 120 or "gfx942".
 
-    Returns:
-        Its report.
-
     Raises:
-        ValueError: if the problem launches no such kernel.
+        ValueError: If the problem launches no such kernel.
     """
     launches = attention_launches(problem, architecture, needs_tokens=kernel != "delta")
     if kernel not in launches:

@@ -11,24 +11,24 @@ from torch import Tensor
 
 from bench.counted.trace import counts, traced
 from bench.gpu.device import CpuDevice
-from bench.gpu.jobs.cases import Plan, only, timed_subjects
+from bench.gpu.jobs.cases import Plan, timed_jobs, with_providers
 from bench.gpu.jobs.checks import check_kernel, kernel_cases
 from bench.gpu.jobs.measure import KernelCheck, measure
-from bench.providers import bank_attention as bank_ways
-from bench.providers import bank_models as bank_model_ways
+from bench.providers import bank_attention as bank_attention_providers
+from bench.providers import bank_models as bank_model_providers
 from bench.providers.bank_attention import (
+    BANK_PROVIDERS,
     GATHERED,
     ONE_BY_ONE,
-    OWN_NAMES,
     BankAttentionCase,
     HeadsCase,
 )
-from bench.providers.bank_models import BankModelCase, entrant
+from bench.providers.bank_models import BankModelCase, prepare
 from bench.providers.models import OURS
 from vpt_fast import PromptBank
 from vpt_fast.ops import operation
 
-pytest_plugins = ("support.kernel_device",)
+pytest_plugins = ("support.kernels.kernel_device",)
 
 EQUAL = BankAttentionCase(5, 4, 17, 2, 16)
 MIXED = replace(EQUAL, prompts=9, batch=7, mixed=True)
@@ -37,11 +37,13 @@ SMALL = BankModelCase("test_vit", 3, 4, 32)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [EQUAL, MIXED], ids=str)
-def test_all_ways_compute_the_same(case: BankAttentionCase, dtype: torch.dtype) -> None:
-    checks = bank_ways.checks(case, dtype)
-    assert set(checks) == {*OWN_NAMES, OURS}
+def test_all_providers_compute_the_same(case: BankAttentionCase, dtype: torch.dtype) -> None:
+    checks = bank_attention_providers.checks(case, dtype)
+    assert set(checks) == {*BANK_PROVIDERS, OURS}
     assert all(check.holds and check.error > 0 for check in checks.values())
-    outs = {name: run()["out"] for name, run in bank_ways.functions(case, dtype).items()}
+    outs = {
+        name: run()["out"] for name, run in bank_attention_providers.functions(case, dtype).items()
+    }
     shape = (case.batch, case.tokens, case.heads * case.head_dim)
     for out in outs.values():
         assert out.shape == shape and out.dtype == dtype
@@ -53,31 +55,31 @@ def test_a_mixed_batch_has_everything() -> None:
     """Tasks of every kind, whose prompts do not lie in the order of the images in one pool."""
     spans = MIXED.spans()
     assert {0, 1, 3, 9} == {count for _, count in spans}
-    assert any(start < 0 and count for start, count in spans)
+    assert any(offset < 0 and count for offset, count in spans)
     given = MIXED.inputs(torch.float32)
-    assert given.most == 9 and given.starts.tolist() == [start for start, _ in spans]
-    assert len(EQUAL.inputs(torch.float32).made) == 0
+    assert given.max_prompts == 9 and given.offsets.tolist() == [offset for offset, _ in spans]
+    assert len(EQUAL.inputs(torch.float32).computed) == 0
 
 
 @pytest.mark.parametrize("case", [MIXED, EQUAL], ids=str)
 def test_prompts_of_another_task_are_noticed(
     case: BankAttentionCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = bank_ways.bank_attention
+    right = bank_attention_providers.bank_attention
 
-    def wrong(tokens: Any, rest: Tensor, made: Tensor, starts: Tensor, *others: Any) -> Any:
-        return right(tokens, rest.roll(1, 0), made, starts, *others)
+    def wrong(tokens: Any, cached: Tensor, computed: Tensor, offsets: Tensor, *others: Any) -> Any:
+        return right(tokens, cached.roll(1, 0), computed, offsets, *others)
 
-    monkeypatch.setattr(bank_ways, "bank_attention", wrong)
-    checks = bank_ways.checks(case, torch.bfloat16)
+    monkeypatch.setattr(bank_attention_providers, "bank_attention", wrong)
+    checks = bank_attention_providers.checks(case, torch.bfloat16)
     assert {name for name, check in checks.items() if not check.holds} == {OURS}
 
 
 @pytest.mark.parametrize("case", [MIXED, EQUAL], ids=str)
 def test_one_launch_for_all_tasks(case: BankAttentionCase) -> None:
-    """As they would be made on a GPU, counted."""
+    """Count the launches that a GPU would make."""
     launched = {}
-    for name, run in bank_ways.functions(case, torch.bfloat16).items():
+    for name, run in bank_attention_providers.functions(case, torch.bfloat16).items():
         with traced() as ops:
             run()
         launched[name] = ops
@@ -93,14 +95,16 @@ def test_one_launch_for_all_tasks(case: BankAttentionCase) -> None:
 
 def test_a_head_of_another_task_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_kernel(HeadsCase(40), torch.bfloat16, "cpu").holds
-    right = bank_ways.grouped_heads
-    monkeypatch.setattr(bank_ways, "grouped_heads", lambda x, w, *a: right(x, w.roll(1, 0), *a))
+    right = bank_attention_providers.grouped_heads
+    monkeypatch.setattr(
+        bank_attention_providers, "grouped_heads", lambda x, w, *a: right(x, w.roll(1, 0), *a)
+    )
     assert not check_kernel(HeadsCase(40), torch.bfloat16, "cpu").holds
 
 
 @pytest.mark.parametrize("name", [ONE_BY_ONE, OURS])
 def test_a_model_of_many_tasks(name: str) -> None:
-    check, run = entrant(SMALL, name, torch.float32, "cpu")
+    check, run = prepare(SMALL, name, torch.float32, "cpu")
     assert check.holds and 0 < check.error < 1e-4
     assert run()["logits"].shape == (3, 100)
 
@@ -110,9 +114,9 @@ def test_answers_of_another_task_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
         def __call__(self, images: Tensor, tasks: Any) -> list[Tensor]:
             return super().__call__(images, tasks[::-1])
 
-    monkeypatch.setattr(bank_model_ways, "PromptBank", Mixed)
+    monkeypatch.setattr(bank_model_providers, "PromptBank", Mixed)
     case = replace(SMALL, batch=2)
-    assert not entrant(case, OURS, torch.float32, "cpu")[0].holds
+    assert not prepare(case, OURS, torch.float32, "cpu")[0].holds
 
 
 def test_rows_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,16 +138,16 @@ def test_rows_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_gpu_measures() -> None:
-    subjects = timed_subjects(Plan())
-    (attention,) = [s for s in subjects if isinstance(s, BankAttentionCase)]
-    (model,) = [s for s in subjects if isinstance(s, BankModelCase)]
+    jobs = timed_jobs(Plan())
+    (attention,) = [s for s in jobs if isinstance(s, BankAttentionCase)]
+    (model,) = [s for s in jobs if isinstance(s, BankModelCase)]
     assert attention == BankAttentionCase(50, 64, 197, 12, 64) and not attention.mixed
     assert model == BankModelCase("vit_base_patch16_224", 64, 50)
-    assert attention.providers == (*OWN_NAMES, OURS) and model.providers == (ONE_BY_ONE, OURS)
-    # Only beside ours; and by name, as where one of them is lost.
-    others = timed_subjects(Plan(providers=("concat",)))
+    assert attention.providers == (*BANK_PROVIDERS, OURS) and model.providers == (ONE_BY_ONE, OURS)
+    # Only together with ours; or by name, as after a provider made the device fault.
+    others = timed_jobs(Plan(providers=("concat",)))
     assert not any(isinstance(s, BankAttentionCase | BankModelCase) for s in others)
-    assert only(attention, [ONE_BY_ONE]).providers == (ONE_BY_ONE,)
+    assert with_providers(attention, [ONE_BY_ONE]).providers == (ONE_BY_ONE,)
     checked = [c for c in kernel_cases() if isinstance(c, BankAttentionCase | HeadsCase)]
     assert {str(KernelCheck(c)) for c in checked} == {
         "check bank_attention-p70-mixed-b7-n197-heads 3x64",
@@ -154,7 +158,7 @@ def test_what_a_gpu_measures() -> None:
 
 
 def test_the_kernels_hold(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under ttsem tensors are on the CPU, so the choice is made for the operators."""
+    """Under ttsem tensors are on the CPU, so the operators are told to use the kernels."""
     monkeypatch.setattr(operation, "uses_kernels", lambda *_: True)
     case = replace(MIXED, providers=(OURS,))
     for checked in (case, HeadsCase(72)):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 
-from support import families
-from support.plain import redraw_prompts
+from support.formulations import families
+from support.formulations.plain import redraw_prompts
 from vpt_fast import VAPT, VPTShallow, prompt_tune
 
 

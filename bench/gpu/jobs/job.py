@@ -1,4 +1,4 @@
-"""What can be asked of a device: comparisons, checks, and other jobs."""
+"""The types of jobs: comparisons, checks, and others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.compare.cases import Case
 from bench.compare.collect import Row
 from bench.gpu.device import Device
 from bench.gpu.jobs.checks import KernelCase
-from bench.gpu.outcome import Tell
+from bench.gpu.outcome import Emit
 from bench.gpu.results.record import FIELDS
 from bench.providers.attention import AttentionCase
 from bench.providers.bank_attention import BankAttentionCase
@@ -19,7 +19,7 @@ from bench.providers.experts import ExpertCase
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """An operator that is checked, and not timed; in a dtype of its own if it has one."""
+    """Check of an operator, without times; in its own dtype if it has one."""
 
     case: KernelCase
     dtype: str | None = None
@@ -32,55 +32,55 @@ class KernelCheck:
 
 
 @dataclass(frozen=True)
-class CeilingsWanted:
-    """The device's own ceilings."""
+class CeilingsJob:
+    """Measurement of the device's ceilings."""
 
     def __str__(self) -> str:
         return "ceilings: one large product, one large copy"
 
 
 @dataclass(frozen=True)
-class FactsWanted:
-    """The device's name, and what else results hang on."""
+class FactsJob:
+    """Name of the device, and the versions that results depend on."""
 
     def __str__(self) -> str:
         return "device and versions"
 
 
 @runtime_checkable
-class Job(Protocol):
-    """Anything else that is run on the device.
+class RunnableJob(Protocol):
+    """A job that runs itself on the device.
 
     Attributes:
-        seconds: that it may take, a guess.
+        seconds: Estimated seconds.
     """
 
     @property
     def seconds(self) -> float: ...
 
-    def run(self, device: Device, tell: Tell) -> None:
-        """Do it."""
+    def run(self, device: Device, emit: Emit) -> None:
+        """Run the job, and emit its results."""
         ...
 
 
 Comparison = Case | AttentionCase | ExpertCase | BankAttentionCase | BankModelCase
-Subject = Comparison | KernelCheck | CeilingsWanted | FactsWanted | Job
+Job = Comparison | KernelCheck | CeilingsJob | FactsJob | RunnableJob
 
 
-def facts_of(subject: Comparison | KernelCheck, dtype: str) -> Row:
-    """The columns that say what a row is about."""
+def case_columns(job: Comparison | KernelCheck, dtype: str) -> Row:
+    """Return the columns that identify what a row measured."""
     row = {"kind": "measured", "dtype": dtype}
-    if isinstance(subject, KernelCheck):
-        return {**row, "dtype": subject.dtype or dtype, "bench": "check", "model": str(subject)}
-    if isinstance(subject, Case):
-        row |= {"bench": subject.work}
-    elif isinstance(subject, AttentionCase):
+    if isinstance(job, KernelCheck):
+        return {**row, "dtype": job.dtype or dtype, "bench": "check", "model": str(job)}
+    if isinstance(job, Case):
+        row |= {"bench": job.work}
+    elif isinstance(job, AttentionCase):
         row |= {"bench": "attention"}
-    elif isinstance(subject, ExpertCase):
+    elif isinstance(job, ExpertCase):
         row |= {"bench": "experts", "method": "vapt"}
-    elif isinstance(subject, BankAttentionCase):
+    elif isinstance(job, BankAttentionCase):
         row |= {"bench": "attention of many tasks"}
-    elif isinstance(subject, BankModelCase):
+    elif isinstance(job, BankModelCase):
         row |= {"bench": "inference of many tasks"}
-    row |= {name: value for name, value in vars(subject).items() if name in FIELDS}
+    row |= {name: value for name, value in vars(job).items() if name in FIELDS}
     return row

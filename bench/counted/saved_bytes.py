@@ -1,4 +1,4 @@
-"""Bytes kept for backward by number of prompted blocks, counted: rows for the results."""
+"""Bytes saved for backward by number of prompted blocks, counted, as rows of the results."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MODEL, BATCH, PROMPTS = "vit_base_patch16_224", 64, 50
 _NAMES = {EAGER: "concat", "speed": OURS}
 
 
-def kept_rows() -> Iterator[dict[str, Any]]:
-    """Rows of eager PyTorch, ours and the model without prompts, in bf16.
+def saved_rows() -> Iterator[dict[str, Any]]:
+    """Yield rows of eager PyTorch, of vpt_fast and of the model without prompts, in bf16.
 
-    Prompts stand before the last `blocks` blocks.
+    The prompted blocks are the last `blocks` blocks.
     """
     with torch.device("meta"):
         model: Any = timm.create_model(MODEL, num_classes=100)
@@ -32,11 +32,11 @@ def kept_rows() -> Iterator[dict[str, Any]]:
 
     def row(provider: str, blocks: int, name: str) -> dict[str, Any]:
         method = VPTDeep(PROMPTS, blocks=range(depth - blocks, depth) if blocks else None)
-        kept = meter.bytes_of(method, provider, BATCH) / 2**20
+        saved = meter.bytes_of(method, provider, BATCH) / 2**20
         prompts = PROMPTS if blocks else 0
         return {
             **common, "blocks": blocks, "prompts": prompts, "provider": name,
-            "kept_mib": f"{kept:.1f}",
+            "kept_mib": f"{saved:.1f}",
         }  # fmt: skip
 
     for blocks in range(1, depth + 1):

@@ -1,6 +1,7 @@
-"""What the host's time and calls are taken of: providers' steps and inference on tiny tensors.
+"""The cases whose host time and calls are measured: steps and inference on tiny tensors.
 
-So small that PyTorch's own kernels, which run on the CPU here, hardly count.
+The tensors are so small that PyTorch's own kernels, which run on the CPU here, take negligible
+time.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ WARMUP = 4
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is timed: a provider's step, or its inference.
+class HostCase:
+    """A provider's step, or its inference.
 
     Attributes:
-        model: a key of `MODELS`.
-        provider: of `bench.providers.models`.
+        model: Key of `MODELS`.
+        provider: One of `bench.providers.models`.
         method: "vpt-deep" or "vapt".
         work: `STEP` or `INFERENCE`.
-        memory: of ours.
+        memory: Memory mode of vpt_fast.
     """
 
     model: str
@@ -53,9 +54,9 @@ class Subject:
         return "-".join(parts)
 
     @property
-    def base(self) -> Subject:
-        """The same model and work without prompts."""
-        return Subject(self.model, WITHOUT, work=self.work)
+    def base(self) -> HostCase:
+        """Case with the same model and work, without prompts."""
+        return HostCase(self.model, WITHOUT, work=self.work)
 
 
 def _vit(depth: int, init_values: float | None = None) -> Any:
@@ -66,7 +67,7 @@ def _vit(depth: int, init_values: float | None = None) -> Any:
 
 
 def _swin(depth: int) -> Any:
-    """Swin-T's 12 blocks; windows of 2 x 2, so that the last stage alone has one, as with 7 x 7."""
+    """Return Swin-T's 12 blocks; only the last stage has one window, as with windows of 7 x 7."""
     return timm.models.swin_transformer.SwinTransformer(
         img_size=64, patch_size=4, embed_dim=16, depths=(2, 2, depth - 6, 2),
         num_heads=(1, 2, 4, 8), window_size=2, num_classes=CLASSES,
@@ -78,23 +79,23 @@ MODELS: Mapping[str, tuple[Callable[[int], Any], int]] = {
     "vit_layerscale": (functools.partial(_vit, init_values=1e-5), 32),
     "swin": (_swin, 64),
 }
-"""What makes a model of so many blocks, and the size of its images in pixels."""
+"""Function that builds a model of a given number of blocks, and its image size in pixels."""
 
 
 class Work:
-    """One subject, ready to run: a call is one step, or one inference."""
+    """A case, ready to run: a call is one step, or one inference."""
 
-    def __init__(self, subject: Subject, depth: int = DEPTH) -> None:
-        make, size = MODELS[subject.model]
+    def __init__(self, case: HostCase, depth: int = DEPTH) -> None:
+        build, size = MODELS[case.model]
         torch.manual_seed(0)
-        model = make(depth)
-        kind = VAPT if subject.method == "vapt" else VPTDeep
+        model = build(depth)
+        kind = VAPT if case.method == "vapt" else VPTDeep
         method = kind(num_prompts=PROMPTS)
-        if subject.provider == OURS:
-            self.module = prompt_tune(model, method, memory=subject.memory).train()
+        if case.provider == OURS:
+            self.module = prompt_tune(model, method, memory=case.memory).train()
         else:
-            self.module = provide(subject.provider, model, method)
-        self.infers = subject.work == INFERENCE
+            self.module = provide(case.provider, model, method)
+        self.infers = case.work == INFERENCE
         if self.infers:
             self.module.eval()
         self.images = torch.randn(BATCH, 3, size, size)
@@ -102,7 +103,7 @@ class Work:
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
 
     def forward(self) -> Tensor:
-        """Logits in inference; the loss of a step, whose old gradients are dropped first."""
+        """Return the logits in inference; in a step drop the old gradients and return the loss."""
         if self.infers:
             with torch.inference_mode():
                 return self.module(self.images)
@@ -116,7 +117,7 @@ class Work:
             loss.backward()
 
     def parts(self) -> dict[str, float]:
-        """Seconds of this thread's CPU time by part, of one call."""
+        """Run one call, and return the seconds of this thread's CPU time by part."""
         start = time.thread_time()
         loss = self.forward()
         middle = time.thread_time()
@@ -129,7 +130,7 @@ class Work:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, PyTorch's operators use the calling thread only."""
+    """Restrict PyTorch's operators to the calling thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -2,7 +2,7 @@
 
 ttsem executes the compiler's own IR of every launch on the CPU. It finds accesses out of bounds,
 races between programs and, because `torch.empty` is filled with NaN, outputs that nobody wrote. A
-test module says `pytest_plugins = ("support.kernel_device",)`, asks for the fixture
+test module says `pytest_plugins = ("support.kernels.kernel_device",)`, asks for the fixture
 `kernel_device` and makes its tensors on it. With a GPU the kernels run there, and what PyTorch
 allocates without values is filled with NaN all the same, inside of operators too.
 """
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench.gpu.jobs.keys import stable_keys
-from support.on_device import poisoned_empty
+from support.kernels.on_device import poisoned_empty
 
 # Asked once: while ttsem is at work, torch says that there is a GPU.
 HAS_GPU = torch.cuda.is_available()

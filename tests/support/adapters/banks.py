@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support import families
-from support.families import FAMILIES
-from support.plain import redraw_prompts
+from support.formulations import families
+from support.formulations.families import FAMILIES
+from support.formulations.plain import redraw_prompts
 from vpt_fast import (
     VAPT,
     LinearProbe,

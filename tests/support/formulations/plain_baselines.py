@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.plain import distance, gradients, tuned_gradients
+from support.formulations.plain import distance, gradients, tuned_gradients
 from vpt_fast import (
     AdapterTuning,
     BiasTuning,

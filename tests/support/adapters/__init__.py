@@ -1,0 +1,1 @@
+"""Adapters made, damaged, and killed while they are saved."""

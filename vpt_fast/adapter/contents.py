@@ -1,0 +1,84 @@
+"""What of a model an adapter holds, and what it says of the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vpt_fast.models.tuned import blocks_of
+from vpt_fast.tune import trainable_parameters
+
+
+def model_config(
+    model: nn.Module, model_args: dict[str, Any] | None = None, checkpoint: str | None = None
+) -> dict[str, Any]:
+    """What `timm.create_model` needs to build `model` again, as JSON values.
+
+    Args:
+        model: a timm vision transformer, plain or tuned.
+        model_args: arguments of `timm.create_model` that replace or complete the recorded ones.
+        checkpoint: the file its weights came from; its name is kept.
+    """
+    vit: Any = model
+    args = {
+        key: value
+        for key, value in {**getattr(vit, "_model_args", {}), **(model_args or {})}.items()
+        if not key.endswith(("drop_rate", "drop_path_rate"))
+    }
+    args |= {
+        "num_classes": vit.num_classes,
+        "in_chans": vit.in_chans,
+        "global_pool": vit.global_pool,
+        "img_size": list(vit.patch_embed.img_size),
+    }
+    unrecorded = sorted(key for key, value in args.items() if not _is_json(value))
+    pretrained: dict[str, Any] = getattr(vit, "pretrained_cfg", None) or {}
+    return {
+        "name": pretrained.get("architecture"),
+        "args": {key: value for key, value in args.items() if key not in unrecorded},
+        "unrecorded_args": unrecorded,
+        "source": _source(pretrained),
+        "pretrained_tag": pretrained.get("tag") or None,
+        "checkpoint": None if checkpoint is None else os.path.basename(checkpoint),
+        "width": vit.embed_dim,
+        "depth": len(blocks_of(vit)),
+    }
+
+
+def _source(pretrained: Mapping[str, Any]) -> str | None:
+    """What `timm.create_model` takes for a model that timm's own list has not."""
+    if pretrained.get("source") == "hf-hub":
+        return f"hf-hub:{pretrained['hf_hub_id']}"
+    if pretrained.get("source") == "local-dir":
+        return f"local-dir:{os.path.abspath(pretrained['file'])}"
+    return None
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def is_added(name: str) -> bool:
+    """Whether a tensor is of a module that a method has added: no plain model has it."""
+    return name.startswith(("prompt_", "head_hidden.")) or any(
+        part in name for part in (".prompt.", ".prompt_projector.", ".adapter.")
+    )
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What requires a gradient, and what was added even where it has been frozen since."""
+    trained = {name for name, _ in trainable_parameters(model)}
+    return {n: p.detach() for n, p in model.named_parameters() if n in trained or is_added(n)}
+
+
+def frozen_tensors(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
+    """Return the values that an adapter does not hold, by name."""
+    return {name: t for name, t in model.state_dict().items() if name not in set(trained)}

@@ -1,0 +1,160 @@
+"""Save what was trained: an adapter, a directory of two files.
+
+`adapter_model.safetensors` has the trained tensors under their names in the model, and
+`adapter_config.json` what is needed to build the model again and to know that it is the right one.
+That is told by a fingerprint of what was frozen (of an adapter of `FullTuning()`, which holds every
+weight, it is empty, and any values fit underneath), by the attributes that decide what is computed
+with it, and by what the tuned model makes of one image.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from vpt_fast.adapter.architecture import describe
+from vpt_fast.adapter.atomic import atomic_folder
+from vpt_fast.adapter.config import check_config
+from vpt_fast.adapter.contents import frozen_tensors, model_config, trained_tensors
+from vpt_fast.adapter.files import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    TENSORS_FILE,
+    check_finite,
+    config_sha256,
+    sha256,
+)
+from vpt_fast.adapter.fingerprint import fingerprint
+from vpt_fast.adapter.fixed_image import seen_in_fixed_image
+from vpt_fast.methods import to_dict
+from vpt_fast.models.tuned import is_tuned
+from vpt_fast.version import __version__
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    model_args: dict[str, Any] | None = None,
+    checkpoint: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write everything of `model` that requires a gradient, whole or not at all.
+
+    An adapter that is there is replaced in one moment (see `atomic_folder`); a link stays a link.
+
+    Args:
+        model: A tuned model.
+        directory: The adapter's directory; its parents are created.
+        class_names: Label names, in the order of the classes.
+        model_args: Arguments of `timm.create_model` that the model does not record itself.
+        checkpoint: The file that the backbone's weights came from; its name is kept.
+        overwrite: Whether an adapter that is there is replaced.
+
+    Returns:
+        `directory` as a Path.
+
+    Raises:
+        FileExistsError: `directory` exists and `overwrite` is False, or it holds other files.
+        TypeError: `class_names` is one string.
+        ValueError: `model` is not tuned, nothing in it is trained, a value of it is not finite,
+            the number of names is not the number of classes, or the configuration of `model` or
+            one of `model_args` is nothing that `load_adapter` takes.
+        OSError: It cannot be written; what was there is still there.
+    """
+    directory = Path(directory)
+    if not is_tuned(model):
+        raise ValueError(f"this {type(model).__name__} is not tuned; call prompt_tune first")
+    tuned: Any = model
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names must be a list of names, got {class_names!r}")
+    if class_names is not None and len(class_names) != tuned.num_classes:
+        raise ValueError(f"{len(class_names)} class names for {tuned.num_classes} classes")
+    _check_target(directory, overwrite)
+    trained = trained_tensors(model)
+    if not trained:
+        raise ValueError("nothing in this model requires a gradient; there is nothing to save")
+    check_finite(trained, "the model")
+    frozen = fingerprint(frozen_tensors(model, list(trained)))
+    for name, summary in frozen.items():
+        if not math.isfinite(summary["norm"]):
+            raise ValueError(f"{name} of the backbone has values that are not finite")
+    tensors = {name: t.to("cpu").contiguous().clone() for name, t in trained.items()}
+    content = save(tensors, metadata={"format": "pt"})
+    config = {
+        "format_version": FORMAT_VERSION,
+        "method": to_dict(tuned.tune_record.method),
+        "model": model_config(model, model_args, checkpoint),
+        "input": _input_config(tuned),
+        "class_names": None if class_names is None else [str(name) for name in class_names],
+        "versions": {
+            "vpt_fast": __version__,
+            "torch": torch.__version__,
+            "timm": str(timm.__version__),
+        },
+        "architecture": describe(model),
+        "fixed_image": seen_in_fixed_image(model),
+        "fingerprint": frozen,
+        "tensors_sha256": sha256(content),
+    }
+    text = _checked_text(config)
+    with atomic_folder(directory, replace=overwrite) as folder:
+        (folder / TENSORS_FILE).write_bytes(content)
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    return directory
+
+
+def _input_config(tuned: Any) -> dict[str, Any]:
+    """How images are prepared: of timm's configuration, or of the adapter that was loaded."""
+    data = {**resolve_model_data_config(tuned), **_told(tuned, "exif_transpose")}
+    data |= tuned.tune_record.inputs
+    return {
+        "input_size": [tuned.in_chans, *tuned.patch_embed.img_size],
+        "interpolation": data["interpolation"],
+        "mean": [float(value) for value in data["mean"]],
+        "std": [float(value) for value in data["std"]],
+        "crop_pct": float(data["crop_pct"]),
+        "crop_mode": data.get("crop_mode", "center"),
+        "exif_transpose": data.get("exif_transpose", False),
+    }
+
+
+def _checked_text(config: dict[str, Any]) -> str:
+    """The configuration as JSON, with its checksum, as `load_adapter` takes it."""
+    text = json.dumps({**config, "config_sha256": config_sha256(config)}, indent=2) + "\n"
+    try:
+        check_config(json.loads(text))
+    except ValueError as error:
+        raise ValueError(f"this adapter could not be loaded again: {error}") from None
+    return text
+
+
+def _told(model: Any, key: str) -> dict[str, Any]:
+    """A value of the model's configuration that timm does not resolve."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return {key: config[key]} if key in config else {}
+
+
+def _check_target(directory: Path, overwrite: bool) -> None:
+    if not directory.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{directory} exists; choose another directory, or pass overwrite=True"
+        )
+    if not directory.is_dir() or {f.name for f in directory.iterdir()} - {
+        TENSORS_FILE,
+        CONFIG_FILE,
+    }:
+        raise FileExistsError(f"{directory} holds more than an adapter; choose another directory")
