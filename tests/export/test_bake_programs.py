@@ -138,4 +138,4 @@ def test_exported_programs_run_without_this_package(tmp_path: Path) -> None:
 
 
 def test_it_is_public() -> None:
-    assert vpt_fast.export.bake is bake and "bake" in vpt_fast.__all__
+    assert vpt_fast.bake is vpt_fast.export.bake is bake and "bake" in vpt_fast.__all__
