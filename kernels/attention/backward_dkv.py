@@ -1,7 +1,7 @@
 """Prompt attention, backward pass: the kernels of the keys' and values' gradients.
 
 They work on transposed scores, keys by queries, so that P^T and dS^T stay in registers as operands
-of the products that follow. attention_backward.py has the formulas. Queries that do not exist load
+of the products that follow. backward_dq.py has the formulas. Queries that do not exist load
 lse as +inf, which makes their probabilities 0: scores need no masks.
 """
 

@@ -3,8 +3,8 @@
 With P = softmax(scores), dS = P * (dO V^T - delta) and delta = rowsum(dO * O):
 dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO. P is recomputed from the forward's lse.
 
-The dq kernel runs first and stores delta on its way; attention_backward_keys.py has the kernels
-that read it, attention_gradients.py launches them all. Queries that do not exist load lse as +inf,
+The dq kernel runs first and stores delta on its way; backward_dkv.py has the kernels
+that read it, gradients.py launches them all. Queries that do not exist load lse as +inf,
 which makes their probabilities 0.
 """
 

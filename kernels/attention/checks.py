@@ -19,7 +19,7 @@ _MAX_GRID = 65535
 def check_inputs(
     tokens: Sequence[torch.Tensor], prompts: Sequence[torch.Tensor], scale: float
 ) -> None:
-    """Raise unless prompt attention can take these tensors (see attention.py for the shapes).
+    """Raise unless prompt attention can take these tensors (see launches.py for the shapes).
 
     Raises:
         TypeError: a dtype that is not supported, or dtypes that differ.

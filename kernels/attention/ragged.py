@@ -1,7 +1,7 @@
 """Prompt attention in which every image has prompts of its own task: one launch, no copies.
 
 The prompts of all tasks lie in two pools of packed keys and values, those that stay and those that
-were made for this batch. The kernel of `attention_forward.py` reads each image's where they lie.
+were made for this batch. The kernel of `forward.py` reads each image's where they lie.
 Inference only.
 """
 
@@ -34,7 +34,7 @@ def bank_attention_launch(
     """The launch that fills `out` (B, M, H * d) and `lse` (B, H, M) fp32.
 
     Args:
-        tokens: queries, keys and values (see `attention.py`).
+        tokens: queries, keys and values (see `launches.py`).
         rest, made, starts, counts, most: as of `bank_attention_forward`; both pools contiguous.
         scale: what the scores are multiplied by.
         target: what to tune for.
@@ -62,7 +62,7 @@ def bank_attention_forward(
     """Attention of every query to its image's own prompts and tokens.
 
     Args:
-        tokens: queries, keys and values (see `attention.py`); fp32, fp16 or bf16, d up to 128.
+        tokens: queries, keys and values (see `launches.py`); fp32, fp16 or bf16, d up to 128.
         rest: packed prompt keys and values, (rows, 2, H, d).
         made: the same of those that were made for this batch, (rows', 2, H, d).
         starts: (B,) int64: row `starts[b]` of `rest`, or row `~starts[b]` of `made`.

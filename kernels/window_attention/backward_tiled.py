@@ -1,7 +1,7 @@
 """Attention inside windows, backward pass in tiles, for windows that are larger than one.
 
 The kernel of dQ runs first and stores delta = rowsum(grad_out * out); those of the keys' gradients
-and of the position bias's read it. window_backward.py has the formulas.
+and of the position bias's read it. backward.py has the formulas.
 """
 
 # mypy: disallow-untyped-defs=False

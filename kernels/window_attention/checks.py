@@ -22,7 +22,7 @@ def check_inputs(
     shift: Pair,
     scale: float,
 ) -> None:
-    """Raise unless windowed attention can take these tensors (see window_attention.py).
+    """Raise unless windowed attention can take these tensors (see launches.py).
 
     Raises:
         TypeError: a dtype that is not supported, or dtypes that differ.

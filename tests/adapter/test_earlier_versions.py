@@ -14,6 +14,7 @@ import timm
 import torch
 
 from vpt_fast import load_adapter, save_adapter
+from vpt_fast.methods import METHODS
 
 WRITTEN = Path(__file__).parent / "version_0_1_0"
 LOGITS = json.loads((WRITTEN / "logits.json").read_text(encoding="utf-8"))
@@ -34,8 +35,6 @@ def plain(family: str) -> Any:
 
 
 def test_there_is_one_of_each_method() -> None:
-    from vpt_fast.methods import METHODS
-
     found = {
         json.loads(path.read_text(encoding="utf-8"))["method"]["name"]
         for path in WRITTEN.glob("*/adapter_config.json")

@@ -14,7 +14,7 @@ PATH = re.compile(
     r"(?<![\w/.<-])((?:kernels|vpt_fast|bench|tests|examples|docs)/[\w./-]*\w/?)(?::([\w.]+\w))?"
 )
 MODULE = re.compile(r"(?<![\w./:-])((?:vpt_fast|bench|examples|kernels)(?:\.\w+)+)(?![\w/*-])")
-PRIVATE = re.compile(r"/work/|/tmp/|/root/|/home/|\s#\d+\b")
+PRIVATE = re.compile(r"(?:^|[\s`\"'(=:])/\w+/\w|\s#\d+\b")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 

@@ -1,8 +1,8 @@
 """Which of timm's blocks run as one function with a hand-written backward pass, and how.
 
-`ops.block_function` computes; here a block's modules are read: what they are, and whether somebody
+`ops.block.function` computes; here a block's modules are read: what they are, and whether somebody
 trains, hooks or drops out something that the fused functions pass by. Such a block runs module by
-module, as `blocks` has it.
+module, as `vit.blocks` and `swin.blocks` have it.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def run_forward(
     branch: Tensor | None,
     sources: Sequence[tuple[Tensor | None, ...]],
 ) -> tuple[Tensor, Any]:
-    """As `block_function.run_blocks`, without a way back."""
+    """As `function.run_blocks`, without a way back."""
     shared: _Shared | None = None
     for steps, own in zip(blocks, sources, strict=True):
         if isinstance(steps.sites, PlannedSites):

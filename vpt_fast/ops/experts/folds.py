@@ -1,6 +1,6 @@
 """The mixing matrices of several blocks' experts, folded together.
 
-They depend on parameters only, so that a few operations serve all blocks; `prompt_expert` says what
+They depend on parameters only, so that a few operations serve all blocks; `operator` says what
 is folded.
 """
 

@@ -1,6 +1,6 @@
 """VAPT's prompt experts in plain PyTorch: the CPU path, and what the kernels are held against.
 
-`prompt_expert` says what is computed. Nothing is unfolded here either.
+`operator` says what is computed. Nothing is unfolded here either.
 """
 
 from __future__ import annotations
