@@ -15,12 +15,16 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bench.compare.correctness import WORST, Check, Results, budget, largest_error
 from bench.compare.rounds import ProviderResult, time_interleaved
 from bench.providers.models import OURS, provide, set_values, trained, values
 from vpt_fast import VAPT
-from vpt_fast.ops.block.add_norm import DeferredSum
+from vpt_fast.models.fusion.fused_block import Use, block_config, block_weights
+from vpt_fast.ops.block.add_norm import SavedInput, enter, entry_gradients
+from vpt_fast.ops.block.core import BlockSteps
+from vpt_fast.ops.block.sites import sites_for
 
 PROVIDERS = ("concat", "concat_compiled", OURS)
 _BLOCK = 1
@@ -65,9 +69,47 @@ def _eager(module: Any) -> Forward:
     return lambda x: (norm(x), norm(module.experts(_BLOCK, x)))
 
 
+class _FusedExperts(torch.autograd.Function):
+    """The part of a fused block that is compared, as `vpt_fast.ops.block.core` runs it."""
+
+    @staticmethod
+    def forward(ctx, steps, x, *sources):  # type: ignore[no-untyped-def]
+        y, entry = enter(steps, x, None, sources)
+        prompts, statistics = steps.config.source.make(
+            steps.sites, sources, entry.mixed, steps.norm1, steps.dtype
+        )
+        ctx.steps, ctx.counts = steps, (len(sources), len(entry.mixed))
+        ctx.save_for_backward(*sources, *entry.mixed, *statistics, entry.x, entry.statistics)
+        return y, prompts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_prompts):  # type: ignore[no-untyped-def]
+        steps, (first, second) = ctx.steps, ctx.counts
+        *saved, x, statistics = ctx.saved_tensors
+        sources, mixed = saved[:first], tuple(saved[first : first + second])
+        found, grad_mixed = steps.config.source.gradients(
+            steps.sites, sources, mixed, steps.norm1, saved[first + second :], grad_prompts
+        )
+        no_sum: Any = None
+        grad_x, _, mixing = entry_gradients(
+            steps, SavedInput(x, statistics, mixed), sources, no_sum, grad_y, grad_mixed, None, True
+        )
+        return None, grad_x, *mixing, *found
+
+
 def _ours(module: Any) -> Forward:
     block = module.blocks[_BLOCK]
-    return lambda x: block.prompt.with_norm(DeferredSum(x), block.norm1)[1:]
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        source, sources = block.prompt.sources(x)
+        config = block_config(block, source, Use("speed"))
+        sites = sites_for(x, block.attn.head_dim, "experts", source, x.shape, x.dtype)
+        steps = BlockSteps(config, block_weights(block), x.dtype, sites)
+        results: Any = _FusedExperts.apply(steps, x, *sources)
+        return results
+
+    return forward
 
 
 @dataclass(frozen=True)

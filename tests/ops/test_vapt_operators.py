@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.block.add_norm import DeferredSum, Mix, Norm, enter_block
 from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution, project_features
 
 OPS = torch.ops.vpt_fast
@@ -36,6 +35,28 @@ def test_fold_convolution(grid: tuple[int, int], size: int) -> None:
     )
 
 
+class _NormAndMix(torch.autograd.Function):
+    """A LayerNorm and the mixed patches of the same rows, with the operators' gradients."""
+
+    @staticmethod
+    def forward(ctx, x, mix, weight, bias, patches):  # type: ignore[no-untyped-def]
+        _, y, statistics = OPS.residual_norm(x, None, None, weight, bias, 0.2, 0.1, x.dtype)
+        ctx.save_for_backward(x, mix, weight, statistics)
+        ctx.patches = patches
+        return y, OPS.mix_tokens(x, mix, patches, statistics)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_mixed):  # type: ignore[no-untyped-def]
+        x, mix, weight, statistics = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        found = iter(
+            OPS.mix_tokens_backward(
+                x, mix, ctx.patches, weight, statistics, grad_y, grad_mixed, None, *needs
+            )
+        )
+        return *(next(found) if need else None for need in needs), None, None, None
+
+
 @pytest.mark.parametrize("affine", ["both", "weight", "none"])
 @pytest.mark.parametrize("patches", [1, 4, 5])
 def test_gradcheck_of_mix_tokens(affine: str, patches: int) -> None:
@@ -44,9 +65,7 @@ def test_gradcheck_of_mix_tokens(affine: str, patches: int) -> None:
     bias = rand(6, seed=3, grad=False) if affine == "both" else None
 
     def function(x: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
-        _, y, mixed = enter_block(DeferredSum(x), Norm(weight, bias, 0.2), Mix(mix, patches, 0.1))
-        assert mixed is not None
-        return y, mixed
+        return _NormAndMix.apply(x, mix, weight, bias, patches)
 
     assert torch.autograd.gradcheck(function, (x, mix))
     assert torch.autograd.gradcheck(lambda x: function(x, mix.detach()), (x,))
@@ -144,11 +163,3 @@ def test_the_result_has_the_dtype_that_is_asked_for() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         torch.library.opcheck(OPS.project_features, (*inputs, True, None, None, 1e-6, dtype))
         assert OPS.project_features(*inputs, True, None, None, 1e-6, dtype)[0].dtype == dtype
-
-
-@pytest.mark.parametrize("patches", [0, 6])
-def test_patches_that_are_not_there_are_refused(patches: int) -> None:
-    with pytest.raises(ValueError, match=r"\(2, 5, 6\).*patches"):
-        enter_block(
-            DeferredSum(rand(2, 5, 6)), Norm(None, None, 1e-6), Mix(rand(3, 4), patches, 1e-5)
-        )

@@ -21,7 +21,7 @@ from vpt_fast.analysis.swin_shares import window_shares
 from vpt_fast.methods.baselines import Baseline, LinearProbe
 from vpt_fast.models.attention_inputs import projected
 from vpt_fast.models.patches import first_block_input
-from vpt_fast.models.prompt_rows import insert_rows, strip_rows
+from vpt_fast.models.prompt_rows import insert_rows
 from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.models.vit.blocks import PromptedBlock
 from vpt_fast.modules.experts import PromptExperts
@@ -159,12 +159,10 @@ def _with_prompts(block: Any, x: Tensor) -> tuple[Tensor, int]:
     """Return the rows that the block attends to, prompts after the prefix, and the number p."""
     if not isinstance(block, PromptedBlock):
         return x, 0
-    rows = block.rows
     if block.prompt is None:
-        return x, rows.entering
-    x = strip_rows(x, rows.entering, rows.prefix)
-    prompts = block.prompt(x)
-    return insert_rows(x, prompts, rows.prefix), prompts.shape[1]
+        return x, block.rows.entering
+    x, prompts = block.own_prompts(x)
+    return insert_rows(x, prompts, block.rows.prefix), prompts.shape[1]
 
 
 def _shares(model: Any, index: int, rows: Tensor, count: int) -> PromptAttention:

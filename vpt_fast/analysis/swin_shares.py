@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vpt_fast.kernels.constants import LOG2_E
+from vpt_fast.models.attention_inputs import projected_kv
 from vpt_fast.models.prompt_rows import LiveRows
 from vpt_fast.models.swin.blocks import windows_of
 from vpt_fast.models.swin.stages import merge_rows
@@ -46,9 +47,8 @@ def window_shares(model: Any, images: Tensor) -> list[tuple[int, Tensor]]:
 def _shares(block: Any, x: Tensor, prompts: Tensor) -> Tensor:
     attn = block.attn
     # Past the hooks of norm1 and qkv, which are for what the block itself computes.
-    rows = attn.qkv.forward(block.norm1.forward(prompts))
-    keys = rows.unflatten(-1, (3, attn.num_heads, -1))[:, :, 1:].contiguous()
     qkv = attn.qkv.forward(block.norm1.forward(x)).unflatten(-1, (3, attn.num_heads, -1))
+    keys = projected_kv(attn, block.norm1.forward(prompts), qkv.shape[-1])
     windows = windows_of(block, (x.shape[1], x.shape[2]))
     pad = padding_of(windows, attn.qkv_of_zeros(x), qkv)
     _, lse = window_attention_operator(

@@ -21,10 +21,11 @@ from vpt_fast.bank.task_experts import ExpertGroup
 from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
 from vpt_fast.models.fusion.fused_block import Use, block_config, block_weights
 from vpt_fast.models.patches import first_block_input
+from vpt_fast.models.residual import add_branches
 from vpt_fast.models.vit.blocks import is_fusable
 from vpt_fast.models.vit.head_rows import rows_read
 from vpt_fast.modules.experts import EPS
-from vpt_fast.modules.norms import is_layer_norm, norm_of
+from vpt_fast.modules.norms import is_layer_norm
 from vpt_fast.ops.attention.ragged import bank_attention
 from vpt_fast.ops.backend import (
     computing_dtype,
@@ -151,9 +152,10 @@ def _fused(
     """Return the first rows of the block's output, or all of them, by the fused operators."""
     dtype = computing_dtype(total.residual)
     eps = EPS if prompts.groups else None
+    norm1 = block.norm1
     with in_full_precision(total.residual):
         summed, y, statistics = residual_norm(
-            total.residual, total.branch, total.scale, *norm_of(block.norm1), eps, dtype
+            *total, norm1.weight, norm1.bias, norm1.eps, eps, dtype
         )
         x = total.residual if total.branch is None else summed
     mean, rstd = (None, None) if eps is None else (statistics[0], statistics[2])
@@ -178,6 +180,4 @@ def _by_modules(block: Any, x: Tensor, prompts: _BlockPrompts, first: int | None
     tokens = attention_tokens(block.attn, y, queries)
     out, _ = prompts.attend(tokens, computed_kv, block.attn.scale)
     x = x if first is None else x[:, :first]
-    x = x + block.drop_path1(block.ls1(block.attn.proj_drop(block.attn.proj(out))))
-    found: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return found
+    return add_branches(block, x, block.attn.proj_drop(block.attn.proj(out)))

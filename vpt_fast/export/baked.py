@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
 from vpt_fast.models.prompt_rows import insert_rows, strip_rows
+from vpt_fast.models.residual import add_branches
 from vpt_fast.models.vit.head_rows import rows_read
 from vpt_fast.modules.experts import check_grid
 from vpt_fast.ops.backend import statistics_dtype
@@ -176,11 +177,7 @@ class BakedBlock(Block):
         elif self.dead:
             x = strip_rows(x, self.dead, self.prefix)
             queries = strip_rows(y, self.dead, self.prefix)
-        y = self.attn(y, prompts=prompts, queries=queries)
-        x = x + self.drop_path1(self.ls1(y))
-        h = self.ls2(self.mlp(self.norm2(x)))
-        adapter = self._modules.get("adapter")
-        return x + self.drop_path2(h if adapter is None else adapter(h))
+        return add_branches(self, x, self.attn(y, prompts=prompts, queries=queries))
 
 
 def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:

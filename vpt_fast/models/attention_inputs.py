@@ -95,6 +95,21 @@ def attention_tokens(attn: Any, x: Tensor, queries: Tensor | None = None) -> lis
     return [attn.q_norm(q), attn.k_norm(k), v]
 
 
+def projected_kv(attn: Any, prompts: Tensor, head_dim: int) -> Tensor:
+    """Return K_p, V_p = P W_k + b_k, P W_v + b_v of normalised prompts, before any k_norm.
+
+    Args:
+        attn: timm's Attention or WindowAttention.
+        prompts: Normalised prompts P (B or 1, p, D).
+        head_dim: Channels d of a head.
+
+    Returns:
+        Keys and values (B or 1, p, 2, H, d).
+    """
+    kv = projected(attn, prompts, slice(attn.num_heads * head_dim, None))
+    return kv.unflatten(-1, (2, attn.num_heads, head_dim))
+
+
 def prompt_keys_values(attn: Any, prompts: Tensor) -> list[Tensor]:
     """Keys and values of normalised prompts, packed as `ops.attention` takes them.
 
@@ -105,8 +120,7 @@ def prompt_keys_values(attn: Any, prompts: Tensor) -> list[Tensor]:
     Returns:
         [kv (B or 1, p, 2, H, d)], or k and v apart.
     """
-    kv = projected(attn, prompts, slice(attn.num_heads * attn.head_dim, None))
-    kv = kv.unflatten(-1, (2, attn.num_heads, attn.head_dim))
+    kv = projected_kv(attn, prompts, attn.head_dim)
     if _does_nothing(attn.k_norm):
         return [kv]
     k, v = kv.unbind(2)

@@ -7,17 +7,15 @@ as one (p, gh * gw) matrix, and no grid, normalised copy or convolution output i
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpt_fast.methods import VAPT
-from vpt_fast.modules.hooks import has_own_forward, hooks_version, is_watched
-from vpt_fast.modules.norms import is_frozen_norm, norm_of
+from vpt_fast.modules.hooks import hooks_version, is_watched
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype
-from vpt_fast.ops.block.add_norm import DeferredSum, Mix, Norm, enter_block
 from vpt_fast.ops.block.parts import contiguous
 from vpt_fast.ops.block.prompt_source import ExpertPrompts
 from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution, project_features
@@ -106,66 +104,20 @@ class PromptExperts(nn.Module):
         self._owner = (owner,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Prompts (B, p, D) of a block's input x (B, N, D), before the block's norm1."""
+        """Return the prompts (B, p, D) of a block's input x (B, N, D), before the block's norm1.
+
+        Raises:
+            ValueError: The input does not have the rows of the model's patch grid, or the experts'
+                weights are on the meta device and x is not.
+        """
         self._check_present(x)
-        mix, mix_sum = self.mixing(x.shape[1])
-        patches = x[:, x.shape[1] - mix.patches :].to(mix.matrix.dtype)
+        patches = self._patches(x.shape[1])
+        matrix, mixing_sum = self._folded()
         with in_full_precision(x):
-            normalised = F.layer_norm(patches, x.shape[-1:], eps=mix.eps)
-            mixed = mix.matrix[:, : mix.patches] @ normalised
-        inputs = self.features(mixed, mix_sum)
-        return project_features(inputs, self.residual, None, mix.matrix.dtype)
-
-    def enter(
-        self, total: DeferredSum, norm: Norm, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, FeatureInputs]:
-        """A block's input, norm1 of it, and what its prompts are made of.
-
-        Mean and variance of a row serve both norm1 and this module's LayerNorm, and their
-        gradients reach x in one pass.
-
-        Args:
-            total: tokens (B, N, D), the last ones the patches of `grid`, row by row.
-            norm: the block's norm1, a constant.
-            dtype: of the normalised tokens.
-
-        Returns:
-            The tokens (B, N, D), norm1 of them (B, N, D), and the mix with what is applied to it.
-
-        Raises:
-            ValueError: the input does not have the rows of the model's patch grid, or the experts'
-                weights are not there.
-        """
-        self._check_present(total.residual)
-        mix, mix_sum = self.mixing(total.residual.shape[1])
-        x, y, mixed = enter_block(total, norm, mix, dtype)
-        if mixed is None:
-            raise RuntimeError("enter_block returned no mix")
-        return x, y, self.features(mixed, mix_sum)
-
-    def with_norm(self, total: DeferredSum, norm1: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's input (B, N, D), and norm1 of it and of its prompts (B, p, D) in its dtype.
-
-        Args:
-            total: as for `enter`.
-            norm1: the block's normalisation, one that `is_frozen_norm`.
-        """
-        norm = norm_of(norm1)
-        x, y, inputs = self.enter(total, norm, total.dtype)
-        return x, y, project_features(inputs, self.residual, norm, x.dtype)
-
-    def mixing(self, rows: int) -> tuple[Mix, Tensor]:
-        """What is mixed of a block's input of `rows` rows, and the matrix's row sums (p,).
-
-        Raises:
-            ValueError: the input does not have the rows of the model's patch grid.
-        """
-        matrix, mix_sum = self._folded()
-        return Mix(matrix, self._patches(rows), self.norm.eps), mix_sum
-
-    def features(self, mixed: Tensor, mix_sum: Tensor) -> FeatureInputs:
-        """The mix (B, p, D) with everything that makes prompts of it; draws the dropout masks."""
-        return FeatureInputs(mixed, mix_sum, *self._applied(mixed.shape[0]))
+            rows = x[:, x.shape[1] - patches :].to(matrix.dtype)
+            mixed = matrix[:, :patches] @ F.layer_norm(rows, x.shape[-1:], eps=self.norm.eps)
+        inputs = FeatureInputs(mixed, mixing_sum, *self._applied(x.shape[0]))
+        return project_features(inputs, self.residual, None, matrix.dtype)
 
     def sources(
         self,
@@ -282,16 +234,6 @@ class PromptExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
-
-
-def takes_experts(prompt: nn.Module | None, norm1: nn.Module) -> TypeGuard[PromptExperts]:
-    """Whether a block's input is taken by `PromptExperts.with_norm`, past both modules' calls."""
-    return (
-        type(prompt) is PromptExperts
-        and not is_watched(prompt)
-        and not has_own_forward(prompt)
-        and is_frozen_norm(norm1)
-    )
 
 
 def dropout_mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:

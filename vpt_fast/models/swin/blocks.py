@@ -17,14 +17,15 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.models.attention_inputs import check_attention, projected, reads_plainly
+from vpt_fast.models.attention_inputs import check_attention, projected_kv, reads_plainly
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import Fused, Use
 from vpt_fast.models.fusion.look_ahead import prompts_of
 from vpt_fast.models.prompt_rows import LiveRows, PromptRows
 from vpt_fast.models.recompute import recomputed
+from vpt_fast.models.residual import add_branches
 from vpt_fast.models.swin.windows import attend_beside, is_plain_softmax, through_windows
-from vpt_fast.modules.experts import PromptExperts, check_grid, takes_experts
+from vpt_fast.modules.experts import PromptExperts, check_grid
 from vpt_fast.modules.hooks import (
     has_own_forward,
     is_watched,
@@ -75,8 +76,7 @@ class PromptedWindowAttention(WindowAttention):
             rows = self.qkv.forward(live.rows).unflatten(-1, (3, heads, -1))
             keys = rows[:, :, 1:]
         elif prompts is not None:
-            keys = projected(self, prompts, slice(heads * qkv.shape[-1], None))
-            keys = keys.unflatten(-1, (2, heads, -1))
+            keys = projected_kv(self, prompts, qkv.shape[-1])
         table = self.relative_position_bias_table
         out = window_attention(qkv, pad, table, keys, windows.window, windows.shift, self.scale)
         if live is not None and rows is not None:
@@ -120,12 +120,11 @@ class PromptedSwinBlock(SwinTransformerBlock):
             ValueError: prompt rows should enter, but `live` has none.
         """
         grid = grid_of(x)
-        total = self.forward_open(
-            DeferredSum(x.flatten(1, 2)), grid, self.memory, live or LiveRows()
-        )
+        rows = DeferredSum(x.flatten(1, 2))
+        total = self.forward_deferred(rows, grid, self.memory, live or LiveRows())
         return total.materialize().unflatten(1, grid)
 
-    def forward_open(
+    def forward_deferred(
         self, total: DeferredSum, grid: tuple[int, int], memory: str, live: LiveRows
     ) -> DeferredSum:
         """As `forward`, from and to a sum of rows (B, H * W, D) that is left to its reader.
@@ -152,52 +151,34 @@ class PromptedSwinBlock(SwinTransformerBlock):
             live.rows = None
             prompts = prompts_of(prompt, total.residual)
             return fused_block.run(self, now, prompts, total, Use(memory, windows))
+        x = total.materialize()
         if memory == "speed":
-            x, live.rows = self._forward(total, windows, live.rows)
+            x, live.rows = self._by_modules(x, windows, live.rows)
         else:
             x, live.rows = recomputed(
-                self,
-                lambda x, entering: self._forward(DeferredSum(x), windows, entering),
-                total.materialize(),
-                live.rows,
+                self, lambda x, rows: self._by_modules(x, windows, rows), x, live.rows
             )
         return DeferredSum(x)
 
-    def _normalise(
-        self, total: DeferredSum, entering: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Tokens and norm1 of them (B, N, D), prompts and norm1 of them (B or 1, p, D)."""
-        prompt = self.prompt
-        if takes_experts(prompt, self.norm1):
-            tokens, y, made = prompt.with_norm(total, self.norm1)
-            return tokens, y, None, made
-        x = total.materialize()
-        prompts = entering if prompt is None else prompt(x).to(x.dtype)
-        normed = None if prompts is None else self.norm1.forward(prompts)
-        return x, self.norm1(x), prompts, normed
-
-    def _forward(
-        self, total: DeferredSum, windows: Windows, entering: Tensor | None
+    def _by_modules(
+        self, x: Tensor, windows: Windows, entering: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Module by module; tokens (B, N, D), and the prompt rows that leave."""
-        if self._needs_windows(self.prompt is not None or entering is not None):
-            x = total.materialize()
-            rows = entering if self.prompt is None else self.prompt(x).to(x.dtype)
-            x, rows = through_windows(self, x, rows, windows)
-            return x, rows if self.rows.leaving else None
-        x, y, prompts, normed = self._normalise(total, entering)
-        live: LiveRows | None = None
-        if self.rows.leaving and prompts is not None and normed is not None:
-            prompts = prompts.expand(x.shape[0], -1, -1)
-            live, normed = LiveRows(normed.expand(x.shape[0], -1, -1)), None
-        y = y.unflatten(1, windows.grid)
-        branch = self.attn(y, windows=windows, prompts=normed, live=live)
-        x = x + self.drop_path1(branch.flatten(1, 2))
-        x = x + self.drop_path2(self.after_mlp(self.mlp(self.norm2(x))))
+        """Return the output (B, N, D) of tokens x (B, N, D), and the prompt rows that leave."""
+        prompts = entering if self.prompt is None else self.prompt(x).to(x.dtype)
+        if self._needs_windows(prompts is not None):
+            x, prompts = through_windows(self, x, prompts, windows)
+            return x, prompts if self.rows.leaving else None
+        normed = live = None
+        if prompts is not None:
+            normed = self.norm1.forward(prompts)
+            if self.rows.leaving:
+                live, normed = LiveRows(normed.expand(x.shape[0], -1, -1)), None
+        y = self.norm1(x).unflatten(1, windows.grid)
+        attended = self.attn(y, windows=windows, prompts=normed, live=live)
+        x = add_branches(self, x, attended.flatten(1, 2))
         if live is None or live.rows is None or prompts is None:
             return x, None
-        rows = prompts + self.drop_path1(live.rows)
-        return x, rows + self.drop_path2(self.after_mlp(self.mlp(self.norm2(rows))))
+        return x, add_branches(self, prompts.expand(x.shape[0], -1, -1), live.rows)
 
     def _needs_windows(self, prompts: bool) -> bool:
         """Whether a part may do anything with the rows, or a hook would miss some of them.
@@ -224,11 +205,6 @@ class PromptedSwinBlock(SwinTransformerBlock):
             or is_watched(self.norm1, attn.qkv)  # which projects padding too
             or (not prompts and is_watched(self.drop_path1))  # of an image, as timm has it
         )
-
-    def after_mlp(self, branch: Tensor) -> Tensor:
-        """The MLP's output, adapted or not."""
-        adapter = self._modules.get("adapter")
-        return branch if adapter is None else adapter(branch)
 
 
 def check_blocks(blocks: list[Any]) -> None:

@@ -124,7 +124,7 @@ def _through_block(
     compiled = has_compiled_call(block)
     watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
     if not (compiled or watched):
-        return block.forward_open(total, grid, memory, live)
+        return block.forward_deferred(total, grid, memory, live)
     calls = functools.partial(call_compiled, block) if compiled else block
 
     def call(x: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor | None]:

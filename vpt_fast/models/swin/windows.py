@@ -16,6 +16,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from torch import Tensor, nn
 
 from vpt_fast.models.attention_inputs import check_attention
+from vpt_fast.models.residual import add_branches
 from vpt_fast.modules.hooks import has_own_forward, is_watched
 from vpt_fast.ops.window_attention.rows import Windows
 
@@ -51,8 +52,7 @@ def through_windows(
     if any(windows.shift):
         image = torch.roll(image, windows.shift, (1, 2))
     read = y[:, :count].unflatten(0, (batch, -1)).mean(1)
-    x = x + block.drop_path1(torch.cat([read, image.flatten(1, 2)], 1))
-    x = x + block.drop_path2(block.after_mlp(block.mlp(block.norm2(x))))
+    x = add_branches(block, x, torch.cat([read, image.flatten(1, 2)], 1))
     return x[:, count:], None if rows is None else x[:, :count]
 
 

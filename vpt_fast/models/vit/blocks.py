@@ -8,6 +8,7 @@ the block is (B, N, D) -> (B, N, D), like the one it replaces. Prompt rows that 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from timm.layers import Attention
@@ -26,8 +27,8 @@ from vpt_fast.models.prompt_rows import (
     strip_rows,
 )
 from vpt_fast.models.recompute import recomputed
+from vpt_fast.models.residual import add_branches
 from vpt_fast.models.vit.attention import PromptedAttention
-from vpt_fast.modules.experts import takes_experts
 from vpt_fast.modules.hooks import (
     call_compiled,
     has_compiled_call,
@@ -44,12 +45,18 @@ from vpt_fast.ops.tracing import is_transformed
 class PromptedBlock(Block):
     """timm's Block with prompts of its own, with live prompt rows passing through, or both.
 
+    It is computed in the first of three ways that is possible:
+
+    - fused: one autograd function of tensors (`vpt_fast.models.fusion.fused_block`);
+    - module by module, without the rows that are not read;
+    - concatenated: timm's own block on prompts and tokens, as published.
+
     A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum.
 
     Attributes:
-        prompt: module that makes this block's prompts from its tokens, or None.
-        rows: where prompt rows stand in its input and output.
-        memory: what it keeps for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+        prompt: Module that computes this block's prompts from its tokens, or None.
+        rows: Where prompt rows stand in its input and output.
+        memory: What it saves for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
     """
 
     attn: PromptedAttention
@@ -58,7 +65,7 @@ class PromptedBlock(Block):
     memory: str
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As every module's call; hooks see the block as (B, N, D) -> (B, N, D)."""
+        """Call the block; its hooks see (B, N, D) -> (B, N, D), without live prompt rows."""
         rows = self.rows
         if not (rows.entering or rows.leaving) or not has_hooks(self):
             return super().__call__(x, *args, **kwargs)
@@ -75,130 +82,109 @@ class PromptedBlock(Block):
         live: LiveRows | None = None,
         first: int | None = None,
     ) -> Tensor:
-        """(B, entering + N, D) -> (B, leaving + N, D), or the `first` rows of that.
+        """Return the output (B, leaving + N, D) of tokens (B, entering + N, D).
 
         Args:
-            x: tokens, with the live prompt rows that enter.
-            attn_mask: as timm's, (..., N, N) without prompt rows; prompts are always visible.
-            is_causal: refused: prompts have no place in an order of tokens.
-            live: prompt rows that travel beside x instead of in it.
-            first: as `count` of `forward_first`, without `attn_mask` and `live` only.
+            x: Tokens, with the live prompt rows that enter.
+            attn_mask: As timm's, (..., N, N) without prompt rows; prompts are always visible.
+            is_causal: As timm's; refused with prompts, which have no place in an order of tokens.
+            live: Prompt rows beside x instead of among its rows.
+            first: Number of first rows of the output that are computed; None computes all. Not
+                with `attn_mask`, `is_causal` or `live`.
 
         Raises:
-            ValueError: `is_causal` is True.
+            ValueError: `is_causal` is True in a block with prompts.
         """
-        if first is not None:
-            return self._first_rows(DeferredSum(x), first, self.memory)
-        if self.prompt is None and not self.rows.entering:
-            if attn_mask is not None or is_causal:
-                return self._plain(x, attn_mask, is_causal)
-        elif is_causal:
+        rows = self.rows
+        if is_causal and (self.prompt is not None or rows.entering):
             raise ValueError("is_causal=True cannot be used with prompts; pass an attn_mask")
         if live is not None:
-            x = insert_rows(x, live.rows, self.rows.prefix)
-        if attn_mask is None:
-            x = self.forward_open(DeferredSum(x), self.memory).materialize()
+            x = insert_rows(x, live.rows, rows.prefix)
+        if attn_mask is None and not is_causal:
+            x = self.forward_deferred(DeferredSum(x), self.memory, first).materialize()
         elif self.memory == "speed":
-            x = self._concatenated(x, attn_mask)
+            x = self._concatenated(x, attn_mask, is_causal)
         else:
-            x = recomputed(self, self._concatenated, x, attn_mask)
-        if live is not None and self.rows.leaving:
-            prefix, leaving = self.rows.prefix, self.rows.leaving
-            live.rows = x[:, prefix : prefix + leaving]
-            x = strip_rows(x, leaving, prefix)
+            x = recomputed(self, self._concatenated, x, attn_mask, is_causal)
+        if live is not None and rows.leaving:
+            live.rows = x[:, rows.prefix : rows.prefix + rows.leaving]
+            x = strip_rows(x, rows.leaving, rows.prefix)
         return x
 
-    def forward_open(self, total: DeferredSum, memory: str) -> DeferredSum:
-        """As `forward`, from and to a residual sum that is left to its reader.
-
-        Hooks on the block itself are not called.
+    def forward_deferred(
+        self, total: DeferredSum, memory: str, first: int | None = None
+    ) -> DeferredSum:
+        """Compute the block from one deferred residual sum to the next, past its own hooks.
 
         Args:
-            total: tokens, with the live prompt rows that enter.
-            memory: what is kept for backward.
+            total: Tokens, with the live prompt rows that enter.
+            memory: What is saved for backward.
+            first: As for `forward`.
         """
-        rows, prompt = self.rows, self._modules.get("prompt")
-        now = None
-        if prompt is not None or rows.leaving or not rows.entering:
+        rows, prompt, now = self.rows, self._modules.get("prompt"), None
+        # A fused block computes dead rows, too, and all keys and values, which a GPU's matrix units
+        # do faster than the smaller products of `absorbed_attention`, and a CPU does not.
+        if (prompt is not None or rows.leaving or not rows.entering) and (
+            first is None or uses_kernels(total.residual)
+        ):
             now = fused(self, total.residual)
         if now is None:
-            return DeferredSum(self._by_modules(total, memory))
+            if memory == "speed":
+                return DeferredSum(self._by_modules(total, first))
+            x = total.materialize()
+            again = recomputed(self, lambda x: self._by_modules(DeferredSum(x), first), x)
+            return DeferredSum(again)
         if prompt is not None and (rows.entering or rows.leaving):
             x = strip_rows(total.materialize(), rows.entering, rows.prefix)
             if rows.leaving:
                 x, prompt = insert_rows(x, prompt(x), rows.prefix), None
             total = DeferredSum(x)
         prompts = prompts_of(prompt, total.residual)
-        return fused_block.run(self, now, prompts, total, Use(memory))
+        return fused_block.run(self, now, prompts, total, Use(memory, queries=first))
 
-    def forward_first(self, total: DeferredSum, count: int, memory: str) -> Tensor:
-        """The `count` first rows of the output, (B, count, D), from all rows of the input.
-
-        On a GPU all keys and values are made, which its matrix units do faster than the smaller
-        products that `absorbed_attention` has in their place.
-
-        Args:
-            total, memory: as for `forward_open`.
-            count: of the rows.
-        """
-        if not has_compiled_call(self):
-            return self._first_rows(total, count, memory)
-        x = total.materialize()
-        if memory == self.memory:
-            return call_compiled(self, x, first=count)
-        return recomputed(self, lambda x: self(x, first=count), x)
-
-    def _first_rows(self, total: DeferredSum, count: int, memory: str) -> Tensor:
-        rows, now = self.rows, None
-        if uses_kernels(total.residual) and not (rows.entering or rows.leaving):
-            now = fused(self, total.residual)
-        if now is None:
-            return self._by_modules(total, memory, count)
-        prompts = prompts_of(self._modules.get("prompt"), total.residual)
-        return fused_block.run(self, now, prompts, total, Use(memory, queries=count)).materialize()
-
-    def _by_modules(self, total: DeferredSum, memory: str, first: int | None = None) -> Tensor:
-        """Module by module; anything but "speed" keeps the block's input only."""
-        if memory == "speed":
-            return self._forward(total, first)
-        return recomputed(self, lambda x: self._forward(DeferredSum(x), first), total.materialize())
-
-    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x with this block's live rows in it, and the prompts that are keys and values only."""
-        rows = self.rows
-        if self.prompt is None:
-            return x, None
-        x = strip_rows(x, rows.entering, rows.prefix)
-        prompts = self.prompt(x)
-        if rows.leaving:
-            return insert_rows(x, prompts, rows.prefix), None
-        return x, prompts.to(x.dtype)
-
-    def _normalise(self, total: DeferredSum) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`_enter`, then norm1 of the tokens and of the prompts that are keys and values only."""
-        if takes_experts(self.prompt, self.norm1):
-            return self.prompt.with_norm(total, self.norm1)
-        x, prompts = self._enter(total.materialize())
-        prompts = None if prompts is None else self.norm1.forward(prompts)
-        return x, self.norm1(x), prompts
-
-    def _forward(self, total: DeferredSum, first: int | None) -> Tensor:
+    def _by_modules(self, total: DeferredSum, first: int | None) -> Tensor:
+        x, rows = total.materialize(), self.rows
         if self._needs_all_rows():
-            x = self._concatenated(total.materialize())
+            x = self._concatenated(x)
             return x if first is None else x[:, :first]
-        x, y, prompts = self._normalise(total)
-        dead = self.rows.entering if self.prompt is None and not self.rows.leaving else 0
-        queries = None
+        prompts = queries = None
+        if self.prompt is not None:
+            x, prompts = self.own_prompts(x)
+            if rows.leaving:
+                x, prompts = insert_rows(x, prompts, rows.prefix), None
+            else:
+                prompts = self.norm1.forward(prompts.to(x.dtype))
+        y = self.norm1(x)
         if first is not None:
             x, queries = x[:, :first], y[:, :first]
-        elif dead:
-            x = strip_rows(x, dead, self.rows.prefix)
-            queries = strip_rows(y, dead, self.rows.prefix)
-        x = x + self.drop_path1(self.ls1(self.attn(y, prompts=prompts, queries=queries)))
-        return self._through_mlp(x)
+        elif self.prompt is None and rows.entering and not rows.leaving:
+            x = strip_rows(x, rows.entering, rows.prefix)
+            queries = strip_rows(y, rows.entering, rows.prefix)
+        return add_branches(self, x, self.attn(y, prompts=prompts, queries=queries))
+
+    def _concatenated(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        rows = self.rows
+        count = rows.entering
+        if self.prompt is not None:
+            x, prompts = self.own_prompts(x)
+            count = prompts.shape[1]
+            x = insert_rows(x, prompts, rows.prefix)
+        if attn_mask is not None and count:
+            attn_mask = extend_mask(attn_mask, count, rows.prefix)
+        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = add_branches(self, x, y)
+        return x if rows.leaving else strip_rows(x, count, rows.prefix)
+
+    def own_prompts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, N, D) without rows that enter, and this block's prompts."""
+        x = strip_rows(x, self.rows.entering, self.rows.prefix)
+        prompt: Any = self.prompt
+        return x, prompt(x)
 
     def _needs_all_rows(self) -> bool:
-        """Whether a part may do anything with the rows, or a hook would miss some of them.
+        """Return whether a part may do anything with the rows, or a hook would miss some of them.
 
         Hooks may change what they see; what comes after the keys is the tokens' own.
         """
@@ -215,39 +201,14 @@ class PromptedBlock(Block):
             or (not attn.fused_attn and is_watched(attn.attn_drop))
         )
 
-    def _through_mlp(self, x: Tensor) -> Tensor:
-        """The second half of the block: x with its MLP's output, adapted or not, added to it."""
-        adapter = self._modules.get("adapter")
-        h = self.ls2(self.mlp(self.norm2(x)))
-        return x + self.drop_path2(h if adapter is None else adapter(h))
-
-    def _plain(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool = False) -> Tensor:
-        """timm's own forward, and the adapter."""
-        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-        return self._through_mlp(x + self.drop_path1(self.ls1(y)))
-
-    def _concatenated(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """As published: prompts are ordinary rows of timm's own block, which a mask may cover."""
-        rows = self.rows
-        count, leaving = rows.entering, rows.leaving
-        if self.prompt is not None:
-            x = strip_rows(x, rows.entering, rows.prefix)
-            prompts = self.prompt(x)
-            count = prompts.shape[1]
-            x = insert_rows(x, prompts, rows.prefix)
-        if attn_mask is not None:
-            attn_mask = extend_mask(attn_mask, count, rows.prefix)
-        x = self._plain(x, attn_mask)
-        return x if leaving else strip_rows(x, count, rows.prefix)
-
 
 def is_fusable(block: Any) -> bool:
-    """`fused_block.can_fuse`; no subclass or wrapper, whose `forward` would be passed by."""
+    """Return `fused_block.can_fuse` of timm's and our classes; other classes compute anything."""
     return _is_known(block) and fused_block.can_fuse(block)
 
 
 def fused(block: Any, x: Tensor | None) -> Fused | None:
-    """`fused_block.fused`; no subclass or wrapper, whose `forward` would be passed by."""
+    """Return `fused_block.fused` of timm's and our classes; other classes compute anything."""
     return fused_block.fused(block, x) if _is_known(block) else None
 
 
@@ -258,23 +219,30 @@ def _is_known(block: Any) -> bool:
     )
 
 
-def through_block(block: Any, total: DeferredSum, memory: str) -> DeferredSum:
-    """A frozen or prompted block, called so that its own hooks are.
+def through_block(
+    block: Any, total: DeferredSum, memory: str, first: int | None = None
+) -> DeferredSum:
+    """Compute a frozen or prompted block, hooks on it included.
 
     Args:
         block: timm's `Block` or a `PromptedBlock`.
-        total: its input, a sum that is left to it.
-        memory: what is kept for backward.
+        total: Input, a deferred residual sum.
+        memory: What is saved for backward.
+        first: Number of first rows of the output that are computed, by a `PromptedBlock` that
+            nobody hooks; None computes all.
     """
     compiled = has_compiled_call(block)
-    watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
-    if not (compiled or watched):
+    hooked = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
+    if not (compiled or hooked):
         if isinstance(block, PromptedBlock):
-            return block.forward_open(total, memory)
+            return block.forward_deferred(total, memory, first)
         now = fused(block, total.residual)
         if now is not None:
             return fused_block.run(block, now, NO_PROMPTS, total, Use(memory))
+    call = functools.partial(call_compiled, block) if compiled else block
+    if first is not None:
+        call = functools.partial(call, first=first)
     x = total.materialize()
-    if memory != getattr(block, "memory", "speed"):
-        return DeferredSum(recomputed(block, block, x))
-    return DeferredSum(call_compiled(block, x) if compiled else block(x))
+    if memory == getattr(block, "memory", "speed"):
+        return DeferredSum(call(x))
+    return DeferredSum(recomputed(block, call, x))

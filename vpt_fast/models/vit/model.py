@@ -61,15 +61,9 @@ class _PromptedModel(Tuned, VisionTransformer):
 
     def _rows_from(self, x: Tensor, first: int, count: int | None, memory: str) -> Tensor:
         """What leaves the last block from what enters block `first`: `count` rows, None for all."""
-        total, blocks = DeferredSum(x), list(self.blocks)[first:]
-        if count is None or not blocks:
-            return self._without_late_rows(self._through(blocks, total).materialize())
-        if uses_kernels(x):
-            return self._through(blocks, total, count).materialize()
-        # Where the last block is not fused it has no part in what is made for all.
-        total = self._through(blocks[:-1], total)
-        last: Any = blocks[-1]
-        return last.forward_first(total, count, memory)
+        blocks = list(self.blocks)[first:]
+        rows = self._through(blocks, DeferredSum(x), count).materialize()
+        return rows if blocks and count is not None else self._without_late_rows(rows)
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -98,15 +92,17 @@ class _PromptedModel(Tuned, VisionTransformer):
         self, blocks: list[Any], total: DeferredSum, count: int | None = None
     ) -> DeferredSum:
         """Tokens through the given blocks; of the last one `count` rows, None for all."""
-        memory, last = self._memory(), len(blocks) - 1
-        ahead = look_ahead(blocks, total.residual, fused)
+        firsts = [*[None] * (len(blocks) - 1), count][: len(blocks)]
+        memory = self._memory()
+        # The last block is not fused where it computes a few rows on a CPU.
+        together = len(blocks) - (count is not None and not uses_kernels(total.residual))
+        ahead = look_ahead(blocks[:together], total.residual, fused)
         if ahead is not None:
-            uses = [Use(memory, queries=count if i == last else None) for i in range(last + 1)]
-            return run_together(*ahead, total, uses)
-        for index, block in enumerate(blocks):
-            if index == last and count is not None:
-                return DeferredSum(block.forward_first(total, count, memory))
-            total = through_block(block, total, memory)
+            uses = [Use(memory, queries=first) for first in firsts[:together]]
+            total = run_together(*ahead, total, uses)
+            blocks, firsts = blocks[together:], firsts[together:]
+        for block, first in zip(blocks, firsts, strict=True):
+            total = through_block(block, total, memory, first)
         return total
 
     def _pos_embed(self, x: Tensor) -> Tensor:
