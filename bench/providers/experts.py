@@ -75,11 +75,11 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, steps, x, *sources):  # type: ignore[no-untyped-def]
         y, entry = enter(steps, x, None, sources)
-        prompts, statistics = steps.config.source.make(
-            steps.sites, sources, entry.mixed, steps.norm1, steps.dtype
+        prompts, statistics = steps.config.source.normalised_prompts(
+            steps.sites, sources, entry.mixing, steps.norm1, steps.dtype
         )
-        ctx.steps, ctx.counts = steps, (len(sources), len(entry.mixed))
-        ctx.save_for_backward(*sources, *entry.mixed, *statistics, entry.x, entry.statistics)
+        ctx.steps, ctx.counts = steps, (len(sources), len(entry.mixing))
+        ctx.save_for_backward(*sources, *entry.mixing, *statistics, entry.x, entry.statistics)
         return y, prompts
 
     @staticmethod

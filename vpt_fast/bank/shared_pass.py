@@ -164,7 +164,7 @@ def _fused(
     config = block_config(block, None, Use("speed", queries=first))
     steps = _Steps(config, weights.to(dtype), dtype, prompts, computed_kv)
     with in_full_precision(x):
-        middle, result, _ = steps.forward_from(y, SavedInput(x, statistics))
+        middle, result, _ = steps.forward_entered(y, SavedInput(x, statistics))
     return DeferredSum(middle, result, weights.scale2)
 
 

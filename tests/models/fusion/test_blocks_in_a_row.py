@@ -218,7 +218,7 @@ def test_together_they_keep_what_they_keep_one_by_one(method: str, memory: str) 
                 continue
             seen.add(node)
             left += [other for other, _ in node.next_functions]
-            if type(node).__name__ in ("_BlocksBackward", "_PromptKeysBackward"):
+            if type(node).__name__ in ("_BlocksBackward", "_PromptKVBackward"):
                 for tensor in node.saved_tensors:
                     if tensor is not None:
                         storage = tensor.untyped_storage()

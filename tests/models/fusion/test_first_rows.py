@@ -22,7 +22,7 @@ from vpt_fast.models.vit import model as models
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.function import run_blocks, run_traced
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
-from vpt_fast.ops.block.prompt_source import GIVEN_KEYS, ExpertPrompts, StaticPrompts
+from vpt_fast.ops.block.prompt_source import GIVEN_KV, ExpertPrompts, StaticPrompts
 from vpt_fast.ops.block.sites import OPERATOR_SITES, REFERENCE_SITES
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
@@ -141,7 +141,7 @@ def sources(kind: str) -> tuple[Any, tuple[Any, ...]]:
     if kind == "none":
         return None, ()
     if kind == "keys":
-        return GIVEN_KEYS, (rand(1, PROMPTS, 2, HEADS, WIDTH // HEADS),)
+        return GIVEN_KV, (rand(1, PROMPTS, 2, HEADS, WIDTH // HEADS),)
     if kind == "static":
         return StaticPrompts(), (rand(1, PROMPTS, WIDTH), None)
     if kind == "dropped":

@@ -31,13 +31,13 @@ from vpt_fast.ops.memory_modes import MEMORY_MODES
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many blocks keys were made together, by call."""
     counts: list[int] = []
-    make = KVWeights.make
+    make = KVWeights.prompt_kv
 
     def spy(self: KVWeights, dtype: torch.dtype, tokens: Any) -> Any:
         counts.append(len(tokens))
         return make(self, dtype, tokens)
 
-    monkeypatch.setattr(KVWeights, "make", spy)
+    monkeypatch.setattr(KVWeights, "prompt_kv", spy)
     return counts
 
 

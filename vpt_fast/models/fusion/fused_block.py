@@ -27,7 +27,7 @@ from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.function import run_blocks, run_traced
 from vpt_fast.ops.block.parts import AttentionPattern, BlockConfig, BlockWeights, contiguous
-from vpt_fast.ops.block.prompt_kv import RowKV
+from vpt_fast.ops.block.prompt_kv import StaticKV
 from vpt_fast.ops.block.prompt_source import PromptSource
 from vpt_fast.ops.block.sites import sites_for
 from vpt_fast.ops.tracing import is_traced, is_transformed
@@ -229,7 +229,7 @@ def run(block: Any, now: Fused, prompts: Prompts, total: DeferredSum, use: Use) 
 
 def run_together(
     ahead: Sequence[tuple[Fused, Prompts]],
-    row_kv: RowKV | None,
+    static_kv: StaticKV | None,
     total: DeferredSum,
     uses: Iterable[Use],
 ) -> DeferredSum:
@@ -237,7 +237,7 @@ def run_together(
 
     Args:
         ahead: each block, and its prompts, in a call in which nobody traces; without adapters.
-        row_kv: what makes keys of some of their prompts, if there are any.
+        static_kv: what makes keys of some of their prompts, if there are any.
         total: the first block's input.
         uses: how each is run; all compute all rows but the last.
     """
@@ -252,7 +252,7 @@ def run_together(
         if len(steps) == 1:  # as wide as what it sums; LayerScale does not count
             wide = torch.promote_types(total.dtype, dtype)
             read = read._replace(dtype=wide, branch=dtype)
-    middle, result = run_blocks(steps, total.residual, total.branch, sources, row_kv)
+    middle, result = run_blocks(steps, total.residual, total.branch, sources, static_kv)
     return DeferredSum(middle, result, scale)
 
 

@@ -18,8 +18,8 @@ from vpt_fast.modules.hooks import has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.modules.prompt_tokens import PromptTokens
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block.parts import BlockWeights, contiguous
-from vpt_fast.ops.block.prompt_kv import KVWeights, RowKV
-from vpt_fast.ops.block.prompt_source import GIVEN_KEYS, StaticPrompts
+from vpt_fast.ops.block.prompt_kv import KVWeights, StaticKV
+from vpt_fast.ops.block.prompt_source import GIVEN_KV, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
 
 _form = attrgetter("shape", "dtype", "device")
@@ -42,7 +42,7 @@ def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
 
 def look_ahead(
     blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor | None], Fused | None]
-) -> tuple[list[Ahead], RowKV | None] | None:
+) -> tuple[list[Ahead], StaticKV | None] | None:
     """Blocks as they will be fused, and what makes keys of their static prompts, for all at once.
 
     Args:
@@ -61,8 +61,8 @@ def look_ahead(
     if reading is None:
         return None
     now = [Fused(known.weights, known) for known in reading.weights]
-    prompts, row_kv = _prompts_together(reading, x)
-    return list(zip(now, prompts, strict=True)), row_kv
+    prompts, static_kv = _prompts_together(reading, x)
+    return list(zip(now, prompts, strict=True)), static_kv
 
 
 def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> BlockReading | None:
@@ -78,17 +78,17 @@ def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> Bl
     return found
 
 
-def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts], RowKV | None]:
+def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts], StaticKV | None]:
     """The blocks' prompts; dropout masks are drawn in the blocks' order."""
     prompts = reading.prompts
     static = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
-    keys: RowKV | None = None
+    keys: StaticKV | None = None
     found: dict[int, Prompts] = {}
     if len(static) > 1:
         tokens = [prompts[i].undropped() for i in static]
         keys = _keys_of(reading, static, tokens, computing_dtype(x))
         if keys is not None:
-            found = {i: (GIVEN_KEYS, (rows,)) for i, rows in zip(static, tokens, strict=True)}
+            found = {i: (GIVEN_KV, (rows,)) for i, rows in zip(static, tokens, strict=True)}
     experts = [i for i, p in enumerate(prompts) if type(p) is PromptExperts]
     first = experts[0] if experts else len(prompts)
     for i, prompt in enumerate(prompts):
@@ -102,7 +102,7 @@ def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts],
 
 def _keys_of(
     reading: BlocksReading, static: list[int], tokens: list[Tensor], dtype: torch.dtype
-) -> RowKV | None:
+) -> StaticKV | None:
     """What makes keys of several blocks' static prompts.
 
     None for blocks whose attention, norm1 or prompts have different forms.
@@ -114,9 +114,9 @@ def _keys_of(
     known = reading.prompt_kv
     if known is None or known[0] != static or False in map(is_, weights, known[1]):
         constants = _key_weights(read, weights)
-        keys = None if constants is None else RowKV(constants, static)
+        keys = None if constants is None else StaticKV(constants, static)
         known = reading.prompt_kv = static, weights, keys
-    found: RowKV | None = known[2]
+    found: StaticKV | None = known[2]
     return found
 
 

@@ -1,7 +1,7 @@
-"""Where a block begins: the residual sum, norm1 and the mix of the block's prompt experts.
+"""The beginning of a block: its deferred residual sum, norm1 and VAPT's token mixing.
 
-Three gradients meet in the tokens (of the sum itself, of norm1 and of the experts' mix); they are
-added in one pass over them.
+Three gradients meet in the tokens (of the sum itself, of norm1 and of the token mixing); they are
+added in one pass.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM, RESIDUAL_NORM_BACK
 
 
 class DeferredSum(NamedTuple):
-    """A residual sum that is left to its reader: residual + scale * branch.
+    """A deferred residual: residual + scale * branch, which the next block adds up.
 
     Attributes:
         residual: (B, N, D).
         branch: (B, N, D), or None for 0.
-        scale: LayerScale (D,), a constant, or None for 1.
+        scale: LayerScale (D,) of the branch, frozen, or None for 1.
     """
 
     residual: Tensor
@@ -29,12 +29,12 @@ class DeferredSum(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the sum."""
+        """Dtype of the sum."""
         kind = self.residual.dtype if self.branch is None else self.branch.dtype
         return torch.promote_types(self.residual.dtype, kind)
 
     def materialize(self) -> Tensor:
-        """The sum, (B, N, D)."""
+        """Return the sum, (B, N, D)."""
         if self.branch is None:
             return self.residual
         return self.residual + (self.branch if self.scale is None else self.branch * self.scale)
@@ -49,36 +49,37 @@ class Norm(NamedTuple):
 
 
 class SavedInput(NamedTuple):
-    """What the beginning of a block leaves for its end and for backward.
+    """What the beginning of a block saves; None where it is recomputed or not needed.
 
     Attributes:
-        x: the block's input (B, N, D).
-        statistics: of its rows, (2 or 3, B, N).
-        mixed: what `PromptSource.mix` has returned.
+        x: Input (B, N, D) of the block, the sum.
+        statistics: Row statistics (2 or 3, B, N) of x.
+        mixing: What `PromptSource.mix` returned.
     """
 
     x: Tensor | None
     statistics: Tensor | None
-    mixed: tuple[Tensor, ...] = ()
+    mixing: tuple[Tensor, ...] = ()
 
 
 def enter(
     steps: Any, residual: Tensor, branch: Tensor | None, sources: tuple[Any, ...]
 ) -> tuple[Tensor, SavedInput]:
-    """norm1 of a block's input, and the input with what experts mix of it.
+    """Return norm1(x) of a block's input x, and x with its statistics and token mixing.
 
     Args:
-        steps: of the block, a `block_body.BlockSteps`.
-        residual, branch: the input, a sum (B, N, D) that is left open.
-        sources: tensors of `steps.config.source`.
+        steps: `vpt_fast.ops.block.core.BlockSteps` of the block.
+        residual: Residual (B, N, D) of the input, a deferred sum.
+        branch: Branch (B, N, D) of the input, or None for 0.
+        sources: Tensors of `steps.config.source`.
     """
     source = steps.config.source
     eps = None if source is None else source.eps
     x, y, statistics = steps.sites[RESIDUAL_NORM, "norm1"](
         residual, branch, steps.weights.branch_scale, *steps.norm1, eps, steps.dtype
     )
-    mixed = () if eps is None else source.mix(steps.sites, sources, x, statistics)
-    return y, SavedInput(x, statistics, mixed)
+    mixing = () if eps is None else source.mix(steps.sites, sources, x, statistics)
+    return y, SavedInput(x, statistics, mixing)
 
 
 def entry_gradients(
@@ -87,48 +88,48 @@ def entry_gradients(
     sources: tuple[Any, ...],
     grad_x: Tensor,
     grad_y: Tensor | None,
-    grad_mixed: tuple[Tensor, ...],
+    grad_mixing: tuple[Tensor, ...],
     branch_dtype: torch.dtype | None,
     needs_tokens: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """Gradients of a block's input as residual and as branch, and of sources that were mixed with.
+    """Return the gradients of a block's residual, of its branch, and of what mixed tokens.
 
     Args:
-        steps, sources: what `enter` was given.
-        entry: what it returned.
-        grad_x: the input's own gradient, (B, M, D) of the rows that the block computes.
-        grad_y: that of norm1 of it, (B, N, D); None if tokens need no gradient.
-        grad_mixed: those of `entry.mixed`, for `PromptSource.mix_gradients`.
-        branch_dtype: of the branch; None where there is none.
-        needs_tokens: whether the input's gradient is asked for.
+        steps: `vpt_fast.ops.block.core.BlockSteps` of the block.
+        entry: What `enter` returned.
+        sources: Tensors of `steps.config.source`.
+        grad_x: Gradient (B, M, D) that reaches x past norm1, of the rows that are computed.
+        grad_y: Gradient (B, N, D) of norm1(x); None if tokens need no gradient.
+        grad_mixing: Gradients of the token mixing, for `PromptSource.mix_gradients`.
+        branch_dtype: Dtype of the branch; None without one.
+        needs_tokens: Whether the input's gradient is needed.
     """
     scale, statistics = steps.weights.branch_scale, entry.statistics
     x: Any = entry.x
-    some = steps.config.queries is not None  # the others have no gradient of their own
-    grad_sum = None if some else grad_x
-    apart = branch_dtype is not None and (scale is not None or branch_dtype != x.dtype)
-    mixing: list[Tensor] = []
-    if grad_mixed:
-        total, mixing = steps.config.source.mix_gradients(
-            steps.sites, sources, entry, steps.norm1, grad_mixed, grad_y, grad_sum, needs_tokens
+    first_rows = steps.config.queries is not None  # other rows have no gradient past norm1
+    grad_sum = None if first_rows else grad_x
+    # Whether the branch's gradient is another tensor than the residual's.
+    separate = branch_dtype is not None and (scale is not None or branch_dtype != x.dtype)
+    mixing_grads: list[Tensor] = []
+    if grad_mixing:
+        total, mixing_grads = steps.config.source.mix_gradients(
+            steps.sites, sources, entry, steps.norm1, grad_mixing, grad_y, grad_sum, needs_tokens
         )
         if total is None:
-            return None, None, mixing
-        grads = [total, *([_scaled(total, scale, branch_dtype)] if apart else [])]
+            return None, None, mixing_grads
+        grads = [total, *([_scaled(total, scale, branch_dtype)] if separate else [])]
     else:
-        grads = steps.sites[RESIDUAL_NORM_BACKWARD, f"norm1 {some} {apart}"](
+        grads = steps.sites[RESIDUAL_NORM_BACKWARD, f"norm1 {first_rows} {separate}"](
             x, statistics, steps.norm1.weight, scale, grad_y, grad_sum,
-            branch_dtype if apart else None,
+            branch_dtype if separate else None,
         )  # fmt: skip
-    if some:
+    if first_rows:
         count = grad_x.shape[1]
         grads[0][:, :count] += grad_x
-        if apart:
+        if separate:
             grads[1][:, :count] += _scaled(grad_x, scale, branch_dtype)
-    return grads[0], None if branch_dtype is None else grads[-1], mixing
+    return grads[0], None if branch_dtype is None else grads[-1], mixing_grads
 
 
-def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    if dtype is None:
-        return None
+def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     return (grad if scale is None else grad * scale).to(dtype)

@@ -1,7 +1,7 @@
-"""Frozen blocks one after the other of which nothing is kept: all of one layout share memory.
+"""Frozen blocks without a backward pass: results of all blocks of one layout share memory.
 
-What a block computes is of no use once the next one has read it, so that the next one may write
-over it: norms, attention, activation and Linears allocate for the first block of a layout only.
+A block's results are dead once the next block has read them, and it writes over them: norms,
+attention, activation and Linears allocate for the first block of a layout only.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ def run_forward(
     branch: Tensor | None,
     sources: Sequence[tuple[Tensor | None, ...]],
 ) -> tuple[Tensor, Any]:
-    """As `function.run_blocks`, without a way back."""
-    shared: _Shared | None = None
+    """Return what `vpt_fast.ops.block.function.run_blocks` does, without saving anything."""
+    shared: _ReusingSites | None = None
     for steps, own in zip(blocks, sources, strict=True):
         if isinstance(steps.sites, PlannedSites):
             if shared is None or shared.sites is not steps.sites:
-                shared = _Shared(steps.sites)
-            steps = _SharingSteps(steps, shared)
+                shared = _ReusingSites(steps.sites)
+            steps = _ReusingSteps(steps, shared)
         residual, branch, _ = steps.forward(residual, branch, own)
     return residual, branch
 
 
-class _Shared(dict[tuple[Operation, str], Function]):
-    """Sites whose results share memory, for blocks of one layout, one call and one stream.
+class _ReusingSites(dict[tuple[Operation, str], Function]):
+    """Call sites whose results share memory, for blocks of one layout, one call and one stream.
 
     Attributes:
-        sites: the kernels' own.
-        linears: of each Linear its input and its result as rows, and the result.
+        sites: Call sites of the kernels.
+        linears: Input and result of each Linear, both as rows, and the result.
     """
 
     def __init__(self, sites: Sites) -> None:
@@ -56,14 +56,14 @@ class _Shared(dict[tuple[Operation, str], Function]):
         if operation is ACTIVATION:
             function = functools.partial(self.sites[operation, "in place"], in_place=True)
         elif operation.reuses_output:
-            function = _over_the_last(self.sites[site])
+            function = _overwriting(self.sites[site])
         else:
             function = self.sites[site]
         self[site] = function
         return function
 
 
-def _over_the_last(function: Function) -> Function:
+def _overwriting(function: Function) -> Function:
     last: Any = None
 
     def write(*arguments: Any) -> Any:
@@ -74,12 +74,12 @@ def _over_the_last(function: Function) -> Function:
     return write
 
 
-class _SharingSteps(BlockSteps):
-    """The steps of a block, with results in shared memory."""
+class _ReusingSteps(BlockSteps):
+    """Steps of a block with results in shared memory."""
 
     __slots__ = ("_results",)
 
-    def __init__(self, steps: BlockSteps, shared: _Shared) -> None:
+    def __init__(self, steps: BlockSteps, shared: _ReusingSites) -> None:
         self._take(steps, shared)
         self._results = shared.linears
 
@@ -87,7 +87,7 @@ class _SharingSteps(BlockSteps):
         known = self._results.get(name)
         if known is None or known[0].data_ptr() != x.data_ptr():
             result = F.linear(x, weight, bias)
-            # The views hold their memory: nothing else comes to lie there.
+            # The views keep the memory alive, so that the address stays the input's.
             self._results[name] = x.view(-1, x.shape[-1]), result.view(-1, result.shape[-1]), result
             return result
         flat, flat_result, result = known

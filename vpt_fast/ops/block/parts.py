@@ -1,4 +1,4 @@
-"""What a frozen block consists of, and what of its forward pass is kept for backward."""
+"""A frozen block's weights and settings, and what its forward pass saves for backward."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from vpt_fast.ops.block.prompt_source import PromptSource
 
 
 class AttentionPattern(Protocol):
-    """Which tokens attend to which, where that is not all to all: `attend` and its `gradients`.
+    """Attention that is restricted to parts of the tokens, with its gradients.
 
-    `vpt_fast.ops.window_attention.rows.Windows` is one, and says what they take and return.
+    `vpt_fast.ops.window_attention.rows.Windows` is one; arguments and results are documented there.
     """
 
     @property
     def attend(self) -> Any:
-        """Attention of the packed projection."""
+        """Attention of the packed qkv projection."""
 
     @property
     def gradients(self) -> Any:
-        """Its gradients."""
+        """Gradients of `attend`."""
 
 
 class BlockWeights(NamedTuple):
-    """The frozen weights of a block, as nn.Linear and nn.LayerNorm have them; biases may be None.
+    """Frozen weights of a block, as nn.Linear and nn.LayerNorm store them; biases may be None.
 
     D channels, H * d = A channels of attention, C channels of the MLP's hidden layer.
     """
@@ -39,7 +39,7 @@ class BlockWeights(NamedTuple):
     qkv_bias: Tensor | None
     proj_weight: Tensor  # (D, A)
     proj_bias: Tensor | None
-    scale1: Tensor | None  # (D,), LayerScale
+    scale1: Tensor | None  # (D,), LayerScale of attention's branch
     norm2_weight: Tensor | None
     norm2_bias: Tensor | None
     fc1_weight: Tensor  # (C, D)
@@ -47,11 +47,11 @@ class BlockWeights(NamedTuple):
     fc2_weight: Tensor  # (D, C)
     fc2_bias: Tensor | None
     position_bias: Tensor | None = None  # (positions, H), of attention in windows
-    scale2: Tensor | None = None  # (D,), LayerScale of the MLP's output, left to its reader
-    branch_scale: Tensor | None = None  # (D,), LayerScale of the branch that enters
+    scale2: Tensor | None = None  # (D,), LayerScale of the MLP's branch, applied by the next block
+    branch_scale: Tensor | None = None  # (D,), scale2 of the block before
 
     def to(self, dtype: torch.dtype) -> BlockWeights:
-        """With what matrix products read in `dtype`; norms read any."""
+        """Return the weights with the operands of matrix products in `dtype`."""
         matrices = ("qkv", "proj", "fc1", "fc2")
         names = [f"{matrix}_{part}" for matrix in matrices for part in ("weight", "bias")]
         changed = {n: t.to(dtype) for n in names if (t := getattr(self, n)) is not None}
@@ -60,17 +60,18 @@ class BlockWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What of a block is no tensor.
+    """Settings of a block, none of which is a tensor.
 
     Attributes:
-        heads: H.
-        scale: factor of the attention scores.
-        eps1, eps2: of norm1 and norm2.
-        activation: one of `vpt_fast.ops.rowwise.activation.KINDS`.
-        memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
-        source: of the block's prompts, or None.
-        windows: where attention is in windows of an image's rows, or None.
-        queries: how many of the first rows are computed, where no other is read; None for all.
+        heads: Number of heads H.
+        scale: Factor of the attention scores.
+        eps1: Epsilon of norm1.
+        eps2: Epsilon of norm2.
+        activation: One of `vpt_fast.ops.rowwise.activation.KINDS`.
+        memory: One of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+        source: Source of the block's prompts, or None.
+        windows: Windows that attention is restricted to, or None.
+        queries: Number of first rows that are computed; None computes all.
     """
 
     heads: int
@@ -84,9 +85,9 @@ class BlockConfig:
     queries: int | None = None
 
     def saves_kv(self, kv: Tensor) -> bool:
-        """Whether the prompts' keys (B or 1, p, 2, H, d) are kept for backward.
+        """Return whether K_p, V_p (B or 1, p, 2, H, d) are saved for backward.
 
-        Those that the batch shares weigh nothing beside its tokens.
+        Those that the batch shares are small beside the tokens' and always saved.
         """
         if self.source is None or not self.source.saves_kv:
             return False
@@ -94,19 +95,19 @@ class BlockConfig:
 
 
 class SavedBlock(NamedTuple):
-    """What backward needs of forward; None for what it computes again."""
+    """What the backward pass of a block reads of its forward pass; None where it is recomputed."""
 
-    entry: SavedInput  # of the block's input, and of what its experts mix
-    kv: Tensor | None = None  # (B or 1, p, 2, H, d), the prompts'
-    kv_statistics: tuple[Tensor, ...] = ()
+    entry: SavedInput
+    kv: Tensor | None = None  # (B or 1, p, 2, H, d), K_p and V_p
+    kv_statistics: tuple[Tensor, ...] = ()  # of norm1(P)
     tokens: tuple[Tensor, ...] = ()  # qkv (B, N, 3, H, d); or q (B, M, H, d), kv (B, N, 2, H, d)
-    out: Tensor | None = None  # (B, M, A)
-    lse: Tensor | None = None  # (B, H, M)
+    out: Tensor | None = None  # (B, M, A), attention's output
+    lse: Tensor | None = None  # (B, H, M), its base-2 log-sum-exp
     middle: Tensor | None = None  # (B, M, D), x'
-    statistics: Tensor | None = None  # (2, B, M), of x'
+    statistics: Tensor | None = None  # (2, B, M), row statistics of x'
     hidden: Tensor | None = None  # (B, M, C), fc1's output
 
 
 def contiguous(tensor: Any) -> Any:
-    """The tensor, copied if it is not contiguous; None stays None."""
+    """Return the tensor, copied if it is not contiguous; None stays None."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()

@@ -1,9 +1,9 @@
-"""Keys and values of the static prompts of several blocks, made together.
+"""K_p and V_p of the static prompts of several blocks, computed together.
 
     K_i, V_i = norm1_i(P_i) W_i + b_i       for every block i
 
-They do not depend on the tokens, so that one normalisation serves all blocks, and a block is left
-with one small product. Visual Prompt Tuning (arXiv 2203.12119), section 3.2.
+They do not depend on the tokens: one normalisation serves all blocks, and each block has one small
+product. Visual Prompt Tuning (arXiv 2203.12119), section 3.2.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from vpt_fast.ops.frozen import (
 
 
 class KVWeights:
-    """What makes keys and values of the normalised prompts of each block; constants.
+    """Frozen weights of norm1 and of the projection to keys and values, block by block.
 
     Args:
-        norm_weights, norm_biases: of norm1, (D,) each or None.
-        weights: (2 A, D), of keys and values.
-        transposed: (D, 2 A), the same.
-        biases: (2 A,) each, or None.
-        eps: of all norms.
-        heads: H.
+        norm_weights: Weight (D,) of each norm1, or None.
+        norm_biases: Bias (D,) of each norm1, or None.
+        weights: Weight (2 A, D) of each projection.
+        transposed: The same weights as views (D, 2 A).
+        biases: Bias (2 A,) of each projection, or None.
+        eps: Epsilon of every norm1.
+        heads: Number of heads H.
 
     Attributes:
-        frozen: all tensors that there are.
+        frozen: All weights that are not None.
     """
 
     def __init__(
@@ -52,21 +53,21 @@ class KVWeights:
         self.norm_weights, self.norm_biases = norm_weights, norm_biases
         self.weights, self.transposed, self.biases = weights, transposed, biases
         self.eps, self.heads = eps, heads
-        found = (*norm_weights, *norm_biases, *weights, *biases)
-        self.frozen = [t for t in found if t is not None]
+        every = (*norm_weights, *norm_biases, *weights, *biases)
+        self.frozen = [t for t in every if t is not None]
 
-    def make(
-        self, dtype: torch.dtype, tokens: Sequence[Tensor]
+    def prompt_kv(
+        self, dtype: torch.dtype, prompts: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """Keys and values (1, p, 2, H, d) of each block, and the prompts' mean and rstd.
+        """Return K_p, V_p (1, p, 2, H, d) of each block, and mean and rstd of the prompts' rows.
 
         Args:
-            dtype: of the products; statistics, (blocks, p, 1), are fp32 at least.
-            tokens: the blocks' prompts, (p, D) each.
+            dtype: Dtype of the products; the statistics, (blocks, p, 1), are fp32 at least.
+            prompts: Prompts P (p, D) of each block.
         """
-        wide = statistics_dtype(tokens[0].dtype)
-        prompts = torch.stack(list(tokens)).to(wide)
-        y, mean, rstd = torch.native_layer_norm(prompts, prompts.shape[-1:], None, None, self.eps)
+        wide = statistics_dtype(prompts[0].dtype)
+        stacked = torch.stack(list(prompts)).to(wide)
+        y, mean, rstd = torch.native_layer_norm(stacked, stacked.shape[-1:], None, None, self.eps)
         gamma, beta = _stacked(self.norm_weights, wide), _stacked(self.norm_biases, wide)
         if gamma is not None:
             y = y * gamma if beta is None else torch.addcmul(beta, y, gamma)
@@ -84,14 +85,22 @@ class KVWeights:
     def gradients(
         self,
         dtype: torch.dtype,
-        tokens: Sequence[Tensor],
+        prompts: Sequence[Tensor],
         mean: Tensor,
         rstd: Tensor,
         grads: Sequence[Tensor | None],
     ) -> tuple[Tensor, ...]:
-        """Gradients of the prompts from those of their keys and values; see `make`."""
-        wide, first = mean.dtype, tokens[0]
-        grad_y = torch.empty((len(tokens), *first.shape), dtype=dtype, device=first.device)
+        """Return the gradients (p, D) of the prompts.
+
+        Args:
+            dtype: Dtype of the products.
+            prompts: Prompts P (p, D) of each block.
+            mean: Mean of every prompt row, from `prompt_kv`.
+            rstd: Reciprocal standard deviation likewise.
+            grads: Gradients of K_p, V_p of each block; None for 0.
+        """
+        wide, first = mean.dtype, prompts[0]
+        grad_y = torch.empty((len(prompts), *first.shape), dtype=dtype, device=first.device)
         for grad, weight, out in zip(grads, self.weights, grad_y.unbind(), strict=True):
             if grad is None:
                 out.zero_()
@@ -100,75 +109,75 @@ class KVWeights:
         grad_y, gamma = grad_y.to(wide), _stacked(self.norm_weights, wide)
         if gamma is not None:
             grad_y = grad_y * gamma
-        prompts = torch.stack(list(tokens)).to(wide)
-        found = torch.ops.aten.native_layer_norm_backward(
-            grad_y, prompts, prompts.shape[-1:], mean, rstd, None, None, [True, False, False]
+        stacked = torch.stack(list(prompts)).to(wide)
+        result = torch.ops.aten.native_layer_norm_backward(
+            grad_y, stacked, stacked.shape[-1:], mean, rstd, None, None, [True, False, False]
         )[0]
-        return found.to(first.dtype).unbind()
+        return result.to(first.dtype).unbind()
 
 
 def _stacked(vectors: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """(blocks, 1, D), or None where the vectors are folded into others."""
-    there = [v for v in vectors if v is not None]
-    return torch.stack(there).unsqueeze(1).to(dtype) if there else None
+    """Return (blocks, 1, D), or None where the vectors are folded into other weights."""
+    present = [v for v in vectors if v is not None]
+    return torch.stack(present).unsqueeze(1).to(dtype) if present else None
 
 
-class RowKV(NamedTuple):
-    """Blocks of a row whose prompts' keys are made together.
+class StaticKV(NamedTuple):
+    """Those of several blocks whose K_p and V_p are computed together.
 
     Attributes:
-        weights: what makes them.
-        blocks: their places in the row.
+        weights: Weights that compute them.
+        blocks: Indices of these blocks among all.
     """
 
     weights: KVWeights
     blocks: list[int]
 
-    def tokens(self, sources: Sequence[Any]) -> list[Tensor]:
-        """The prompts (p, D), which are these blocks' sources."""
+    def prompts(self, sources: Sequence[Any]) -> list[Tensor]:
+        """Return the prompts (p, D), which are the sources of these blocks."""
         return [sources[i][0] for i in self.blocks]
 
-    def given(self, sources: Sequence[Any], kv: Sequence[Tensor]) -> list[Any]:
-        """Sources of all blocks, with keys in the place of prompts."""
-        found = [*sources]
-        for i, made in zip(self.blocks, kv, strict=True):
-            found[i] = (made,)
-        return found
+    def with_kv(self, sources: Sequence[Any], kv: Sequence[Tensor]) -> list[Any]:
+        """Return the sources of all blocks with K_p, V_p in place of these blocks' prompts."""
+        changed = [*sources]
+        for i, prompt_kv in zip(self.blocks, kv, strict=True):
+            changed[i] = (prompt_kv,)
+        return changed
 
 
-class _PromptKeys(torch.autograd.Function):
+class _PromptKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w, dtype, *tokens):  # type: ignore[no-untyped-def]
-        kv, mean, rstd = w.make(dtype, tokens)
-        ctx.w, ctx.dtype, ctx.versions = w, dtype, versions_of(w.frozen)
+    def forward(ctx, weights, dtype, *prompts):  # type: ignore[no-untyped-def]
+        kv, mean, rstd = weights.prompt_kv(dtype, prompts)
+        ctx.weights, ctx.dtype, ctx.versions = weights, dtype, versions_of(weights.frozen)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mean, rstd, *tokens)
+        ctx.save_for_backward(mean, rstd, *prompts)
         return kv
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        w, (mean, rstd, *tokens) = ctx.w, ctx.saved_tensors
-        check_versions(w.frozen, ctx.versions)
+        weights, (mean, rstd, *prompts) = ctx.weights, ctx.saved_tensors
+        check_versions(weights.frozen, ctx.versions)
         with exactly(mean):
-            return None, None, *w.gradients(ctx.dtype, tokens, mean, rstd, grads)
+            return None, None, *weights.gradients(ctx.dtype, prompts, mean, rstd, grads)
 
 
 def prompt_kv(
-    weights: KVWeights, dtype: torch.dtype, tokens: Sequence[Tensor]
+    weights: KVWeights, dtype: torch.dtype, prompts: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Keys and values (1, p, 2, H, d) in `dtype` for each block, as a function by itself.
+    """Return K_p, V_p (1, p, 2, H, d) in `dtype` of each block, as one autograd function.
 
     Args:
-        weights: frozen; they get no gradients. In `dtype` where products read them.
-        dtype: of the products; statistics are fp32 at least.
-        tokens: the blocks' prompts, (p, D) each.
+        weights: Frozen weights, without gradients; operands of products are in `dtype`.
+        dtype: Dtype of the products; statistics are fp32 at least.
+        prompts: Prompts P (p, D) of each block.
 
     Raises:
-        RuntimeError: in backward, where a weight was changed in place since.
+        RuntimeError: In backward, if a weight was changed in place since.
     """
-    with exactly(tokens[0]):
-        if not (torch.is_grad_enabled() and True in [t.requires_grad for t in tokens]):
-            return weights.make(dtype, tokens)[0]
-        found: Any = apply_directly(_PromptKeys, weights, dtype, *tokens)
-    return found
+    with exactly(prompts[0]):
+        if not (torch.is_grad_enabled() and True in [t.requires_grad for t in prompts]):
+            return weights.prompt_kv(dtype, prompts)[0]
+        kv: Any = apply_directly(_PromptKV, weights, dtype, *prompts)
+    return kv

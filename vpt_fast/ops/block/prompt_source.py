@@ -1,15 +1,14 @@
-"""Where a block's prompts come from, and how to compute them again in backward.
+"""Sources of a block's prompts: P, or K_p and V_p, from what is trained, and the gradients.
 
-A source makes norm1(P) from a few small tensors, or has the prompts' keys and values already. What
-is made per image (dropped prompts, prompt experts) is not kept for backward as long as it can be
-computed again from what is.
+A source computes norm1(P) from a few small tensors, or holds K_p and V_p already. Prompts that
+differ by image (prompt dropout, prompt experts) are recomputed in backward from what is smaller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,35 +27,40 @@ from vpt_fast.ops.experts.token_mixing import MIX, MIX_BACKWARD
 from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD
 
 Tensors = Sequence[Any]
-Gradients = tuple[list[Tensor | None], tuple[Tensor, ...]]
+Mixing = tuple[Tensor, ...]
+"""Token mixing, if any: M (p, columns), its row sums (p,), and M LayerNorm(x) (B, p, D)."""
+
+Gradients = tuple[list[Tensor | None], Mixing]
 
 
-class PromptSource(Protocol):
-    """Makes normalised prompts from tensors, and the tensors' gradients from theirs.
+class PromptSource:
+    """Base of the sources: norm1(P) from tensors, and the tensors' gradients from its gradient.
 
     Attributes:
-        saves_kv: whether the prompts' keys and values are worth keeping: in mode "speed", and in
-            every mode if the batch shares them. If not they are always computed again.
-        gives_kv: whether the one tensor is the prompts' keys and values themselves.
-        eps: of the LayerNorm of tokens that prompts are mixed of; None where they are not.
+        saves_kv: Whether K_p and V_p are worth saving: in mode "speed", and in every mode if the
+            batch shares them. Otherwise they are always recomputed.
+        gives_kv: Whether the one tensor is K_p, V_p itself.
     """
 
-    @property
-    def saves_kv(self) -> bool:
-        """See the class."""
-
-    @property
-    def gives_kv(self) -> bool:
-        """See the class."""
+    __slots__ = ()
+    saves_kv = True
+    gives_kv = False
 
     @property
     def eps(self) -> float | None:
-        """See the class."""
+        """Epsilon of the experts' LayerNorm; None without token mixing."""
+        return None
 
-    def mix(
-        self, sites: Sites, tensors: Tensors, x: Tensor, statistics: Tensor
-    ) -> tuple[Tensor, ...]:
-        """What is made of the block's input x (B, N, D) with its row statistics (3, B, N)."""
+    def mix(self, sites: Sites, tensors: Tensors, x: Tensor, statistics: Tensor) -> Mixing:
+        """Return the token mixing of a block's input.
+
+        Args:
+            sites: Call sites of the block.
+            tensors: Tensors of the source.
+            x: Input (B, N, D).
+            statistics: Its row statistics (3, B, N).
+        """
+        raise NotImplementedError(f"{type(self).__name__} mixes no tokens")
 
     def mix_gradients(
         self,
@@ -64,72 +68,68 @@ class PromptSource(Protocol):
         tensors: Tensors,
         entry: SavedInput,
         norm: Norm,
-        grad_mixed: tuple[Tensor, ...],
+        grad_mixing: Mixing,
         grad_y: Tensor | None,
         grad_sum: Tensor | None,
         needs_tokens: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """The gradient of x, norm1's and its own included, and those of the first tensors."""
+        """Return the gradient of the block's input, and those of the tensors that `mix` read.
 
-    def make(
-        self,
-        sites: Sites,
-        tensors: Tensors,
-        mixed: tuple[Tensor, ...],
-        norm: Norm,
-        dtype: torch.dtype,
+        Args:
+            sites: Call sites of the block.
+            tensors: Tensors of the source.
+            entry: What `enter` saved.
+            norm: norm1 of the block.
+            grad_mixing: Gradients that `gradients` returned.
+            grad_y: Gradient of norm1(x), (B, N, D), or None for 0.
+            grad_sum: Gradient (B, N, D) that reaches x past the norms, or None for 0.
+            needs_tokens: Whether the input's gradient is needed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} mixes no tokens")
+
+    def normalised_prompts(
+        self, sites: Sites, tensors: Tensors, mixing: Mixing, norm: Norm, dtype: torch.dtype
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """norm1(P), (B or 1, p, D) in `dtype`, and statistics that `gradients` needs."""
+        """Return norm1(P), (B or 1, p, D) in `dtype`, and statistics that `gradients` reads."""
+        raise NotImplementedError(f"{type(self).__name__} has keys and values, and no prompts")
 
     def gradients(
         self,
         sites: Sites,
         tensors: Tensors,
-        mixed: tuple[Tensor, ...],
+        mixing: Mixing,
         norm: Norm,
         statistics: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Gradients:
-        """Gradients of the tensors that `mix_gradients` leaves, None for constants; of `mixed`."""
+        """Return the gradients of the tensors that `mix` did not read, and those of the mixing.
+
+        Args:
+            sites: Call sites of the block.
+            tensors: Tensors of the source.
+            mixing: What `mix` returned.
+            norm: norm1 of the block.
+            statistics: What `normalised_prompts` returned.
+            grad: Gradient of norm1(P), (B or 1, p, D).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has keys and values, and no prompts")
 
 
-class _Unmixed:
-    """A source that reads nothing of the block's input."""
+class GivenKV(PromptSource):
+    """K_p and V_p that are computed already; tensors = (kv (1, p, 2, H, d),)."""
 
-    saves_kv, gives_kv, eps = True, False, None
-
-    def mix(self, *_: Any) -> tuple[Tensor, ...]:
-        """Never called."""
-        raise NotImplementedError(f"{type(self).__name__} mixes no tokens")
-
-    def mix_gradients(self, *_: Any) -> tuple[Tensor | None, list[Tensor]]:
-        """Never called."""
-        raise NotImplementedError(f"{type(self).__name__} mixes no tokens")
+    saves_kv, gives_kv = False, True  # the tensor is saved as the source's own
 
 
-class GivenKeys(_Unmixed):
-    """Keys and values that were made before, tensors = (kv (1, p, 2, H, d),)."""
-
-    saves_kv, gives_kv = False, True  # they are the source itself, which is kept
-
-    def make(self, *_: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Never called."""
-        raise NotImplementedError("the keys are there already")
-
-    def gradients(self, *_: Any) -> Gradients:
-        """Never called."""
-        raise NotImplementedError("the keys' gradient is the tensor's")
-
-
-GIVEN_KEYS = GivenKeys()
+GIVEN_KV = GivenKV()
 
 
 @dataclass(frozen=True)
-class StaticPrompts(_Unmixed):
-    """Prompts that do not depend on the image, tensors = (tokens (1, p, D), mask or None).
+class StaticPrompts(PromptSource):
+    """Prompts that do not depend on the image; tensors = (tokens (1, p, D), mask or None).
 
     Attributes:
-        keep: probability that a mask (B, p, D) of booleans keeps an element; prompt dropout.
+        keep: Probability with which a mask (B, p, D) of booleans is True; prompt dropout.
     """
 
     keep: float = 1.0
@@ -138,15 +138,10 @@ class StaticPrompts(_Unmixed):
         tokens, mask = tensors
         return tokens if mask is None else drop(tokens, mask, self.keep)
 
-    def make(
-        self,
-        sites: Sites,
-        tensors: Tensors,
-        mixed: tuple[Tensor, ...],
-        norm: Norm,
-        dtype: torch.dtype,
+    def normalised_prompts(
+        self, sites: Sites, tensors: Tensors, mixing: Mixing, norm: Norm, dtype: torch.dtype
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See `PromptSource`."""
+        """Return norm1(P) and its row statistics; see `PromptSource`."""
         normalise = sites[RESIDUAL_NORM, "prompts"]
         _, out, statistics = normalise(self._prompts(tensors), None, None, *norm, None, dtype)
         return out, (statistics,)
@@ -155,12 +150,12 @@ class StaticPrompts(_Unmixed):
         self,
         sites: Sites,
         tensors: Tensors,
-        mixed: tuple[Tensor, ...],
+        mixing: Mixing,
         norm: Norm,
         statistics: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Gradients:
-        """See `PromptSource`."""
+        """Return the gradient of the tokens; see `PromptSource`."""
         tokens, mask = tensors
         result = sites[RESIDUAL_NORM_BACKWARD, "prompts"](
             self._prompts(tensors), *statistics, norm.weight, None, grad, None, None
@@ -170,45 +165,37 @@ class StaticPrompts(_Unmixed):
         return [result.to(tokens.dtype), None], ()
 
 
-class ExpertPrompts(NamedTuple):
-    """VAPT's prompts; tensors = (projector's weight, convolution, *fields of `FeatureInputs` but
-    the first two), or the matrix and its row sums in place of weight and convolution.
-
-    What is mixed is (matrix (p, columns), mix_sum (p,), mixed (B, p, D)): the weight of every patch
-    in every prompt, its sum over the patches, and the patches so mixed, all fp32 at least.
-
-    Attributes:
-        residual: whether the mix itself is added to what the feature projector makes of it.
-        grid: height and width of the patch grid.
-        eps: of the LayerNorm of the patches.
-        folded: whether the first two tensors are the matrix and its row sums.
-    """
-
+class _ExpertSettings(NamedTuple):
     residual: bool
     grid: tuple[int, int]
     eps: float
     folded: bool = False
 
-    @property
-    def saves_kv(self) -> bool:
-        """The mix is kept already, in fp32, which takes as much."""
-        return False
 
-    @property
-    def gives_kv(self) -> bool:
-        """See `PromptSource`."""
-        return False
+class ExpertPrompts(_ExpertSettings, PromptSource):
+    """VAPT's prompts, P = g + W2 relu(W1 g), where g is the affine token mixing M LayerNorm(x).
 
-    def mix(
-        self, sites: Sites, tensors: Tensors, x: Tensor, statistics: Tensor
-    ) -> tuple[Tensor, ...]:
-        """See `PromptSource`."""
-        matrix, mix_sum = tensors[:2]
+    Tensors = (token-wise projector's weight, convolution, *fields of `FeatureInputs` but the first
+    two); with `folded`, M and its row sums in place of weight and convolution.
+
+    Attributes:
+        residual: Whether g is added, as in the published program; not in the paper's equations.
+        grid: Height and width of the patch grid.
+        eps: Epsilon of the experts' LayerNorm.
+        folded: Whether the first two tensors are M and its row sums.
+    """
+
+    __slots__ = ()
+    saves_kv = False  # the token mixing is saved, which is as large
+
+    def mix(self, sites: Sites, tensors: Tensors, x: Tensor, statistics: Tensor) -> Mixing:
+        """Return M, its row sums and M LayerNorm(x); see `PromptSource`."""
+        matrix, mixing_sum = tensors[:2]
         if not self.folded:
             columns = folded_columns(matrix, self.grid)
-            matrix, mix_sum = sites[FOLD, ""](*tensors[:2], self.grid, columns)
+            matrix, mixing_sum = sites[FOLD, ""](matrix, mixing_sum, self.grid, columns)
         patches = self.grid[0] * self.grid[1]
-        return matrix, mix_sum, sites[MIX, ""](x, matrix, patches, statistics)
+        return matrix, mixing_sum, sites[MIX, ""](x, matrix, patches, statistics)
 
     def mix_gradients(
         self,
@@ -216,34 +203,29 @@ class ExpertPrompts(NamedTuple):
         tensors: Tensors,
         entry: SavedInput,
         norm: Norm,
-        grad_mixed: tuple[Tensor, ...],
+        grad_mixing: Mixing,
         grad_y: Tensor | None,
         grad_sum: Tensor | None,
         needs_tokens: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """See `PromptSource`."""
-        matrix, (grad, grad_mix_sum), x = entry.mixed[0], grad_mixed, entry.x
+        """Return the gradients of x and of the first two tensors; see `PromptSource`."""
+        matrix, (grad, grad_mixing_sum), x = entry.mixing[0], grad_mixing, entry.x
         if grad_y is None:
             grad_y = torch.zeros_like(x)  # type: ignore[arg-type]
-        *total, grad_matrix = sites[MIX_BACKWARD, f"{needs_tokens} {grad_sum is None}"](
+        *grad_x, grad_matrix = sites[MIX_BACKWARD, f"{needs_tokens} {grad_sum is None}"](
             x, matrix, self.grid[0] * self.grid[1], norm.weight, entry.statistics, grad_y, grad,
             grad_sum, needs_tokens, True,
         )  # fmt: skip
-        first = (grad_matrix, grad_mix_sum)
+        grads = (grad_matrix, grad_mixing_sum)
         if not self.folded:
-            first = sites[FOLD_BACKWARD, ""](*tensors[:2], *first, self.grid)
-        return total[0] if total else None, list(first)
+            grads = sites[FOLD_BACKWARD, ""](*tensors[:2], *grads, self.grid)
+        return grad_x[0] if grad_x else None, list(grads)
 
-    def make(
-        self,
-        sites: Sites,
-        tensors: Tensors,
-        mixed: tuple[Tensor, ...],
-        norm: Norm,
-        dtype: torch.dtype,
+    def normalised_prompts(
+        self, sites: Sites, tensors: Tensors, mixing: Mixing, norm: Norm, dtype: torch.dtype
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See `PromptSource`."""
-        inputs = FeatureInputs(mixed[2], mixed[1], *tensors[2:])
+        """Return norm1(P) and its row statistics; see `PromptSource`."""
+        inputs = self._inputs(tensors, mixing)
         out, *statistics = sites[FEATURES, ""](inputs, self.residual, *norm, dtype)
         return out, tuple(statistics)
 
@@ -251,22 +233,26 @@ class ExpertPrompts(NamedTuple):
         self,
         sites: Sites,
         tensors: Tensors,
-        mixed: tuple[Tensor, ...],
+        mixing: Mixing,
         norm: Norm,
         statistics: tuple[Tensor, ...],
         grad: Tensor,
     ) -> Gradients:
-        """See `PromptSource`."""
-        inputs = FeatureInputs(mixed[2], mixed[1], *tensors[2:])
-        grad_mixed, grad_mix_sum, *found = sites[FEATURES_BACKWARD, ""](
+        """Return the gradients of the experts' tensors and of the mixing; see `PromptSource`."""
+        inputs = self._inputs(tensors, mixing)
+        grad_mixed, grad_mixing_sum, *grads = sites[FEATURES_BACKWARD, ""](
             inputs, self.residual, norm.weight, *statistics, grad
         )
         if inputs.bias is None:
-            found.insert(2, None)
-        weight, shift, bias, down, up = found
-        return [weight, shift, bias, None, down, up, None], (grad_mixed, grad_mix_sum)
+            grads.insert(2, None)
+        weight, norm_bias, bias, down, up = grads
+        return [weight, norm_bias, bias, None, down, up, None], (grad_mixed, grad_mixing_sum)
+
+    def _inputs(self, tensors: Tensors, mixing: Mixing) -> FeatureInputs:
+        _, mixing_sum, mixed = mixing
+        return FeatureInputs(mixed, mixing_sum, *tensors[2:])
 
 
 def drop(values: Tensor, mask: Tensor, keep: float) -> Tensor:
-    """Dropout of `values` by a mask of booleans that is True with probability `keep`."""
+    """Return the dropout of `values` by a mask of booleans, True with probability `keep`."""
     return values * mask * (1.0 / keep)
