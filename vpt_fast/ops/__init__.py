@@ -1,1 +1,1 @@
-"""Operators of PyTorch, one folder per operation: kernels on CUDA, a reference elsewhere."""
+"""Operations, one folder each: kernels on CUDA, a reference elsewhere, operators to be traced."""

@@ -1,4 +1,4 @@
-"""Which implementation computes a tensor: its device and dtype decide, and nothing else."""
+"""Which implementation computes: the device and dtype of a tensor decide, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def uses_kernels(tensor: Tensor, head_dim: int = 0) -> bool:
-    """True where the Triton kernels take `tensor`: on CUDA (or ROCm), in fp32, fp16 or bf16.
+    """Return whether Triton kernels take `tensor`: on CUDA (or ROCm), in fp32, fp16 or bf16.
 
     Args:
         tensor: Input of an operation.
@@ -24,12 +24,12 @@ def uses_kernels(tensor: Tensor, head_dim: int = 0) -> bool:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and statistics of `dtype` are held in: fp32 at least."""
+    """Return the dtype of sums and statistics of tensors in `dtype`: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with x: autocast's, or its own; autocast leaves fp64 alone."""
+    """Return the dtype of matrix products with x: autocast's, or that of x; fp64 stays fp64."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -37,12 +37,12 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 
 def in_full_precision(tensor: Tensor) -> AbstractContextManager[None]:
-    """Inside, autocast rounds nothing of what is computed on the tensor's device."""
+    """Return a context without autocast on the tensor's device."""
     if tensor.is_meta:
         return contextlib.nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where a tensor is; on the meta device there is none."""
+    """Return whether autocast is on for the tensor's device; never on the meta device."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)

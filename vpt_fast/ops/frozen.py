@@ -1,4 +1,4 @@
-"""What autograd functions with frozen weights need: autograd does not watch those for them."""
+"""Checks for autograd functions whose frozen weights are no inputs, unwatched by autograd."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _version = attrgetter("_version")
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As PyTorch's decorator of the same name, which would let second derivatives be None where
-    inputs are named: here a backward pass that is recorded is refused when it comes. It is passed
-    by where it has nothing to do.
+    """Decorate a function's backward: refuse to record it, where PyTorch would return None.
+
+    PyTorch's decorator of the same name applies only while gradients are recorded, to save time.
     """
     recorded = torch_once_differentiable(backward)
 
@@ -33,7 +33,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate an operator's backward function: one that is recorded or batched is refused."""
+    """Decorate an operator's backward: refuse to record or to batch it."""
 
     def checked(ctx: Any, *grads: Any) -> Any:
         check_first_order(*grads)
@@ -43,25 +43,25 @@ def of_first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def apply_directly(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """`function.apply(*inputs)` where nobody traces, so that functorch need not be asked."""
+    """Return `function.apply(*inputs)` without functorch's checks; not under tracing."""
     directly: Any = super(torch.autograd.Function, function)
     return directly.apply(*inputs)
 
 
 def has_saved_tensor_hooks() -> bool:
-    """Whether somebody stores what is saved for backward in a way of his own, or not at all."""
+    """Return whether default hooks on saved tensors are set (checkpoint, `save_on_cpu`)."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def exactly(x: Tensor) -> Any:
-    """Inside, autocast rounds nothing; a context that does nothing where there is no autocast."""
+    """Return a context without autocast, cheap where it is off already."""
     kind = x.device.type
     on = kind != "meta" and torch.is_autocast_enabled(kind)
     return in_full_precision(x) if on else _NOTHING
 
 
 def versions_of(weights: Sequence[Tensor]) -> list[int]:
-    """Version of each weight: it grows when one is changed in place."""
+    """Return each weight's version, which grows with every change in place."""
     return [*map(_version, weights)]
 
 

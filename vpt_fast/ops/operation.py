@@ -1,4 +1,4 @@
-"""An operation and its implementations: which of them computes is decided here, and only here."""
+"""An operation and its implementations; which of them computes is decided here only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Operation:
         kernels: Function that imports Triton, which is not everywhere, and returns kernels by name.
             Each takes a `launch` besides.
         reference: Implementation in PyTorch, for any device and dtype.
-        operator: Implementation as an operator of PyTorch's, which can be traced.
+        operator: Implementation as a PyTorch operator, which can be traced.
         reuses_output: Whether the kernel takes `out`, an earlier result that it writes over.
     """
 
@@ -38,7 +38,7 @@ class Operation:
         return self.kernels()[self.name]
 
     def on(self, tensor: Tensor, head_dim: int = 0) -> Function:
-        """Return what computes on a tensor where nobody traces: the kernel or the reference.
+        """Return what computes on a tensor outside of tracing: the kernel or the reference.
 
         Args:
             tensor: Input whose device and dtype decide.

@@ -1,4 +1,4 @@
-"""How our operators are registered with PyTorch."""
+"""Registration of operators with PyTorch."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ _BACKENDS = ("CPU", "CUDA")
 def operator(
     name: str, mutates_args: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Decorate a function as `torch.library.custom_op` does, for calls that cost the host less.
+    """Decorate a function as `torch.library.custom_op` does, with less host time per call.
 
-    custom_op's own kernel stands behind layers of Python that compare every result with every
-    argument in each call. Compiled code calls an operator a dozen times per block; its function is
-    registered as the backends' kernel too, which the dispatcher prefers. Fake tensors, autograd and
-    counting of in-place changes are custom_op's.
+    custom_op's kernel compares every result with every argument in Python. Here the function is
+    registered as the backends' kernel too, which the dispatcher prefers; fake tensors, autograd and
+    versions of changed arguments are custom_op's.
 
     Args:
         name: `vpt_fast::` and the operator's name.
-        mutates_args: arguments that the function changes in place.
+        mutates_args: Arguments that the function changes in place.
     """
 
     def define(function: Callable[..., Any]) -> CustomOpDef:
         defined = torch.library.custom_op(name, function, mutates_args=mutates_args)
-        # Called between two compiled graphs, the function is not to be traced itself.
+        # After a graph break the compiler would trace the function itself.
         kernel = torch.compiler.disable(function)
         for backend in _BACKENDS:
             _LIBRARY.impl(name, kernel, backend)

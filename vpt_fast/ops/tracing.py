@@ -1,4 +1,4 @@
-"""Whether somebody records or replaces what is computed, so that it has to go through operators."""
+"""Tracing: whether what is computed is recorded or replaced, and must consist of operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PLAIN = (Tensor, nn.Parameter)
-"""Types of tensors whose memory is their own."""
+"""Types of tensors that own their memory; subclasses may not."""
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -19,11 +19,11 @@ _jit_trace = torch._C._get_tracing_state
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """True under torch.compile and export, dispatch modes, functorch, dual numbers, jit.trace.
+    """Return whether torch.compile, export, a dispatch mode, functorch or jit.trace is at work.
 
-    There, and for subclasses of Tensor, computation must consist of operators of PyTorch's.
-    Anywhere else their implementations may be called as the functions that they are, which takes
-    the host a tenth of the time.
+    So it returns for dual numbers and subclasses of Tensor. Then computation must consist of
+    PyTorch operators; otherwise their implementations are called as functions, which takes the host
+    a tenth of the time.
     """
     return (
         torch.compiler.is_compiling()
@@ -36,9 +36,10 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode derivatives are at work: what runs must be PyTorch's own.
+    """Return whether torch.func or forward-mode derivatives are at work.
 
-    Our operators have derivatives of the first order only, backwards, and no batching rules.
+    They need PyTorch's own operators: ours have first derivatives in backward mode only, and no
+    batching rules.
     """
     if torch.compiler.is_compiling():
         return False
@@ -46,7 +47,7 @@ def is_transformed() -> bool:
 
 
 def any_derivative() -> Any:
-    """Inside, PyTorch's attention is the one that has derivatives of every kind and order."""
+    """Return a context in which PyTorch's attention has derivatives of every kind and order."""
     return sdpa_kernel(SDPBackend.MATH)
 
 

@@ -71,7 +71,7 @@ def test_one_copy_is_kept_and_dropped_with_its_use() -> None:
     block = model.blocks[MIDDLE]
 
     def copies() -> list[Any]:
-        return [block._reading.now(block).in_dtype(torch.bfloat16) for _ in range(2)]
+        return [block._reading.current(block).in_dtype(torch.bfloat16) for _ in range(2)]
 
     with autocast(torch.bfloat16):
         results(model, image)

@@ -1,1 +1,1 @@
-"""Blocks in a row as one function: read from their modules, checked, and run."""
+"""Fused blocks: read from their modules, checked in every call, and run as one function."""

@@ -1,9 +1,8 @@
-"""Blocks that can be fused, as they were read from their modules, and whether that still holds.
+"""Readings of blocks that can be fused, and whether they are still valid.
 
-Modules are read once. Every call then looks whether anything has changed that the fused function
-depends on or would pass by: modules and their types, hooks, forwards put on instances, dropout,
-flags, scalars, and the weights themselves. That look takes some microseconds a block, fewer where
-several are looked at together.
+A block's modules are read once. Every call then checks all that the fused function depends on or
+would skip: modules and their types, hooks, forwards of instances, dropout, flags, settings, and the
+weights themselves. A check takes some microseconds a block, fewer for several blocks together.
 """
 
 from __future__ import annotations
@@ -15,60 +14,64 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vpt_fast.models.fusion.weights_reading import Memory, WeightsReading
+from vpt_fast.models.fusion.weights_reading import BlockSettings, Memory, WeightsReading
 from vpt_fast.modules.hooks import HookWatch, with_descendants
 from vpt_fast.ops.block.parts import BlockWeights
 
-_NOTHING: dict[str, Any] = {}
+_NO_PARAMETERS: dict[str, Any] = {}
 
-# Where each field of BlockWeights is: container, module, parameter.
-_PLACES = {
+# Container and module of each field of BlockWeights.
+_MODULE_OF = {
     "norm1": ("", "norm1"), "qkv": ("attn", "qkv"), "proj": ("attn", "proj"),
     "scale1": ("", "ls1"), "norm2": ("", "norm2"), "fc1": ("mlp", "fc1"), "fc2": ("mlp", "fc2"),
     "scale2": ("", "ls2"),
 }  # fmt: skip
 
 Attributes = dict[str, Any]
-"""A dictionary of a module: its own, or that of its children or parameters."""
+"""Dictionary of a module: its own, its children's or its parameters'."""
 
 _trains, _children = itemgetter("training"), itemgetter("_modules")
 _known = attrgetter("known")
 
 
 def weight_slots(block: Any) -> list[tuple[Attributes, str]]:
-    """Dictionary and key of every field of `BlockWeights`, in order; folded ones have none."""
-    passed = block.__dict__.get("folded", ())
+    """Return dictionary and key of every field of `BlockWeights`, in order.
+
+    Folded weights and the branch's scale have an empty dictionary.
+    """
+    folded = block.__dict__.get("folded", ())
     slots: list[tuple[Attributes, str]] = []
     for field in BlockWeights._fields:
         if field == "position_bias":
             slots.append((block._modules["attn"]._parameters, "relative_position_bias_table"))
             continue
         module, _, leaf = field.partition("_")
-        if module not in _PLACES:  # the branch's scale belongs to another block
-            slots.append((_NOTHING, field))
+        if module not in _MODULE_OF:  # the branch's scale belongs to another block
+            slots.append((_NO_PARAMETERS, field))
             continue
-        container, name = _PLACES[module]
+        container, name = _MODULE_OF[module]
         parts = block._modules if not container else block._modules[container]._modules
-        part = None if name in passed else parts.get(name)
-        slots.append((_NOTHING if part is None else part._parameters, leaf or "gamma"))
+        part = None if name in folded else parts.get(name)
+        parameters = _NO_PARAMETERS if part is None else part._parameters
+        slots.append((parameters, leaf or "gamma"))
     return slots
 
 
 class _Parts(NamedTuple):
-    """Everything of blocks that is looked at. Nothing in it holds a block: blocks hold it."""
+    """All of the blocks that is checked. It has no reference to a block, which refers to it."""
 
     containers: list[Attributes]  # children of the block, of its attention and of its MLP
     modules: list[Any]  # in the containers
     types: list[type]
     attributes: list[Attributes]  # of every module inside
-    droppers: list[Attributes]  # of those of them that may drop something
+    droppers: list[Attributes]  # of those modules that may drop elements or paths
     scalars: list[Attributes]
     scalar_names: list[str]
     scalar_values: list[Any]
     slots: list[Attributes]  # of the weights
     slot_names: list[str]
     folded: list[Any]  # names of the modules that are folded into others
-    passed: list[Attributes]  # their parameters
+    folded_parameters: list[Attributes]
 
 
 def _parts_of(block: Any) -> _Parts:
@@ -87,31 +90,31 @@ def _parts_of(block: Any) -> _Parts:
         [d for d in attributes if "p" in d or "drop_prob" in d],
         [module.__dict__ for module, _ in scalars], [name for _, name in scalars],
         [module.__dict__.get(name) for module, name in scalars],
-        [place for place, _ in slots], [name for _, name in slots],
+        [parameters for parameters, _ in slots], [name for _, name in slots],
         [folded], [parts[name]._parameters for name in folded or ()],
     )  # fmt: skip
 
 
 class _Reading:
-    """Blocks as they were read.
+    """Reading of blocks.
 
     Args:
-        parts: of one block, or of several, those of one after those of the other.
+        parts: Parts of one block, or of several blocks in order.
     """
 
     def __init__(self, parts: _Parts) -> None:
         self._parts, self._hooks = parts, HookWatch()
 
     def __deepcopy__(self, memo: Any) -> None:
-        """Copies of a block are read anew."""
+        """Return None: a copy of a block is read anew."""
         return
 
     def __reduce__(self) -> Any:
-        """Pickled blocks are read anew."""
+        """Pickle as None: a pickled block is read anew."""
         return type(None), ()
 
     def tensors(self, blocks: Iterable[Any]) -> list[Tensor | None] | None:
-        """All weights of the blocks that were read; None if these have to be read anew."""
+        """Return all weights of the blocks that were read; None if the reading is not valid."""
         p = self._parts
         modules = [*chain.from_iterable(map(dict.values, p.containers))]
         if (
@@ -124,13 +127,13 @@ class _Reading:
             or (True in map(_trains, p.droppers) and any(map(_drops, p.droppers)))
         ):
             return None
-        for passed in p.passed:
-            if any(w is not None and w.requires_grad for w in passed.values()):
+        for parameters in p.folded_parameters:
+            if any(w is not None and w.requires_grad for w in parameters.values()):
                 return None
         return [*map(dict.get, p.slots, p.slot_names)]
 
     def _watched(self, blocks: Iterable[Any]) -> list[Attributes]:
-        """Of the modules that nobody may hook."""
+        """Return the attributes of the modules whose hooks prevent fusion."""
         return self._parts.attributes
 
 
@@ -139,48 +142,52 @@ def _drops(module: Attributes) -> bool:
 
 
 class BlockReading(_Reading):
-    """What the fused function reads of one block.
+    """Reading of one block.
 
     Args:
-        block: one that `fused_block.can_fuse`.
-        activation: of its MLP, one of `vpt_fast.ops.rowwise.activation.KINDS`.
+        block: Block that `fused_block.can_fuse`.
+        settings: Its settings.
+
+    Attributes:
+        known: Weights at the last check, or None.
     """
 
-    def __init__(self, block: Any, activation: str) -> None:
+    def __init__(self, block: Any, settings: BlockSettings) -> None:
         super().__init__(_parts_of(block))
-        self._scalars = (*self._parts.scalar_values[:4], activation)
+        self._settings = settings
         self.known: WeightsReading | None = None
 
     @property
     def parts(self) -> _Parts:
-        """For a reading of several blocks."""
+        """Parts of the block."""
         return self._parts
 
-    def now(self, block: Any) -> WeightsReading | None:
-        """The block's weights; None if it has to be read anew, or one of them is trained.
+    def current(self, block: Any) -> WeightsReading | None:
+        """Return the block's weights; None if the reading is not valid, or a weight is trained.
 
         Args:
-            block: the one that was read, which a reading does not hold: it is held by it.
+            block: The block that was read; it refers to its reading, and not the reverse.
         """
-        found, known = self.tensors((block,)), self.known
-        if found is None:
+        weights, known = self.tensors((block,)), self.known
+        if weights is None:
             return None
-        if known is None or not known.memory.is_of(found):
-            self.known = known = WeightsReading(BlockWeights._make(found), self._scalars)
+        if known is None or not known.memory.is_of(weights):
+            self.known = known = WeightsReading(BlockWeights._make(weights), self._settings)
         return known if known.plain and not known.memory.is_being_trained() else None
 
 
 class BlocksReading(_Reading):
-    """What is read of several blocks, and of whether each may be called past its own `forward`.
+    """Reading of several blocks that run as one function, without calls of their `forward`.
 
     Args:
-        blocks: without hooks, forwards, compiled calls, prompt rows and adapters of their own.
-        readings: of the blocks, in the same order.
+        blocks: Blocks without hooks, forwards, compiled calls, prompt rows and adapters.
+        readings: Reading of each block.
+        weights: Weights of each block.
 
     Attributes:
-        weights: of each block.
-        prompts: module of each block, or None.
-        prompt_kv: what makes keys of prompts, worked out from `weights` by `look_ahead`.
+        weights: The same.
+        prompts: Module of each block that computes its prompts, or None.
+        static_kv: Blocks whose K_p and V_p are computed together, cached by `look_ahead`.
     """
 
     def __init__(
@@ -198,15 +205,15 @@ class BlocksReading(_Reading):
         self._types = [*map(type, blocks)]
         self._rows = [d.get("rows") for d in own]
         self.prompts = [children.get("prompt") for children in self._children]
-        self.prompt_kv: Any = None
+        self.static_kv: Any = None
 
     def holds(self, blocks: Sequence[Any]) -> bool:
-        """Whether these are the blocks, and all is as it was read; if not, each is to be read."""
+        """Return whether these are the blocks, and nothing has changed since they were read."""
         own = [*map(vars, blocks)]
         if (
             len(own) != len(self._children)
             or True in map(is_not, map(_children, own), self._children)
-            # What each is read as by itself: there is one copy of its weights, not two.
+            # Each block's own reading: there is one copy of its weights, not two.
             or True in map(is_not, [d.get("_reading") for d in own], self._readings)
             or True in map(is_not, map(_known, self._readings), self.weights)
             or [*map(type, blocks)] != self._types
@@ -215,8 +222,8 @@ class BlocksReading(_Reading):
             or True in map(contains, own, repeat("_compiled_call_impl"))
         ):
             return False
-        found, memory = self.tensors(blocks), self._memory
-        return found is not None and memory.is_of(found) and not memory.is_being_trained()
+        weights, memory = self.tensors(blocks), self._memory
+        return weights is not None and memory.is_of(weights) and not memory.is_being_trained()
 
     def _watched(self, blocks: Iterable[Any]) -> list[Attributes]:
         return [*self._parts.attributes, *(block.__dict__ for block in blocks)]
@@ -225,19 +232,19 @@ class BlocksReading(_Reading):
 def read_together(
     blocks: Sequence[Any], read: Callable[[Any], BlockReading | None]
 ) -> BlocksReading | None:
-    """Blocks as they are; None if one of them runs by itself.
+    """Return a valid reading of several blocks; None if one of them does not run with the others.
 
     Args:
-        blocks: one or more.
-        read: a block's reading, of which `now` has just found the weights; None if it has none.
+        blocks: One or more blocks.
+        read: Function that returns a block's reading, just checked; None if it has none.
     """
-    # The last block holds it: one that is taken out of a model lets go of the others.
+    # The last block refers to it, so that a block taken out of a model does not hold the others.
     own = blocks[-1].__dict__
     known: BlocksReading | None = own.get("_together")
     if known is not None:
         if known.holds(blocks):
             return known
-        own.pop("_together", None)  # copies that are held there are of no use, fused or not
+        own.pop("_together", None)  # frees cached copies, also if no block is fused any more
     readings, weights = [], []
     for block in blocks:
         reading = read(block)
@@ -251,13 +258,17 @@ def read_together(
 
 
 def forget(block: Any) -> None:
-    """Let go of what was read of a block, and of the row of blocks that it is the last one of."""
+    """Drop the reading of a block, and that of the blocks of which it is the last."""
     block.__dict__.pop("_reading", None)
     block.__dict__.pop("_together", None)
 
 
 def copies_of(attributes: Iterable[Attributes]) -> list[Any]:
-    """The copies of weights that blocks read now, by the modules' `__dict__`."""
+    """Return the cached copies of weights that blocks read.
+
+    Args:
+        attributes: `__dict__` of the blocks.
+    """
     found: list[WeightsReading] = []
     for own in attributes:
         reading, together = own.get("_reading"), own.get("_together")

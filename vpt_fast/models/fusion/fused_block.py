@@ -1,8 +1,7 @@
-"""Which of timm's blocks run as one function with a hand-written backward pass, and how.
+"""Fused blocks: which of timm's blocks run as one function with a hand-written backward pass.
 
-`ops.block.function` computes; here a block's modules are read: what they are, and whether somebody
-trains, hooks or drops out something that the fused functions pass by. Such a block runs module by
-module, as `vit.blocks` and `swin.blocks` have it.
+`vpt_fast.ops.block.function` computes. A block is not fused where a part is trained, hooked or
+unknown, or drops elements or paths: it runs module by module then.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.nn.modules import module as nn_module
 
 from vpt_fast.models.attention_inputs import computes_as_timms
 from vpt_fast.models.fusion.block_reading import BlockReading, forget, weight_slots
-from vpt_fast.models.fusion.weights_reading import WeightsReading
+from vpt_fast.models.fusion.weights_reading import BlockSettings, WeightsReading
 from vpt_fast.modules.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.modules.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype
@@ -33,7 +32,7 @@ from vpt_fast.ops.block.sites import sites_for
 from vpt_fast.ops.tracing import is_traced, is_transformed
 
 Prompts = tuple[PromptSource | None, tuple[Tensor | None, ...]]
-"""Where a block's prompts come from, and the tensors that they are made of."""
+"""Source of a block's prompts, and its tensors."""
 
 NO_PROMPTS: Prompts = (None, ())
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -48,24 +47,23 @@ _LAYER_SCALES = (nn.Identity, LayerScale, NoneType)  # Swin's blocks have none
 
 _DROPOUTS = (nn.Identity, nn.Dropout, DropPath)
 
-# Parts of a block that are called as modules, before and after what is fused.
-_BESIDE = ("prompt", "adapter")
+# Parts of a fused block that are called as modules.
+_CALLED = ("prompt", "adapter")
 
 
 def activation_kind(module: nn.Module) -> str | None:
-    """Name of an activation that the fused MLP has; None for any other."""
+    """Return the name of an activation of the fused MLP; None for any other."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return _ACTIVATIONS.get(type(module))
 
 
 def can_fuse(block: nn.Module) -> bool:
-    """Whether a block is of a kind that is fused, frozen, without dropout and without hooks.
+    """Return whether a block's parts can be fused: known, frozen, without dropout and hooks.
 
-    Hooks on the block itself, which see its input and output, are not looked at.
+    Hooks on the block itself do not matter: they see its input and output.
     """
-    # Modules are looked up in their dictionaries: this runs for every block of every step, and
-    # nn.Module's attribute access is slow.
+    # In dictionaries: this runs often, and nn.Module's attribute access is slow.
     parts: Any = block._modules
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
     return (
@@ -86,23 +84,23 @@ def can_fuse(block: nn.Module) -> bool:
         and all(map(_drops_nothing, (mlp["drop1"], mlp["drop2"])))
         and all(_drops_nothing(parts[name]) for name in ("drop_path1", "drop_path2"))
         and not nn_module._has_any_global_hook()
-        and _is_left_alone(parts)
+        and _is_unchanged(parts)
     )
 
 
 def _has_timms_heads(attn: Any) -> bool:
     head_dim, rest = divmod(len(attn.qkv.weight), 3 * attn.num_heads)
-    drops = attn.training and attn.attn_drop.p  # timm's fused attention goes by its own mode
+    drops = attn.training and attn.attn_drop.p  # timm's fused attention reads attn.training
     return not rest and not drops and computes_as_timms(attn, head_dim)
 
 
-def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:
-    """Whether nothing that is fused is trained, and no hook or forward was put on any module."""
+def _is_unchanged(parts: Mapping[str, nn.Module | None]) -> bool:
+    """Return whether no fused part is trained, and no module has a hook or its own forward."""
     for name, part in parts.items():
         for module in with_descendants(part):
             if has_hooks(module) or has_own_forward(module):
                 return False
-            if name not in _BESIDE and any(
+            if name not in _CALLED and any(
                 p is not None and p.requires_grad for p in module._parameters.values()
             ):
                 return False
@@ -110,23 +108,29 @@ def _is_left_alone(parts: Mapping[str, nn.Module | None]) -> bool:
 
 
 def _drops_nothing(module: Any) -> bool:
-    """Whether a dropout, or timm's stochastic depth, is one, and not at work."""
+    """Return whether a module is a dropout or timm's stochastic depth that does nothing."""
     dropped = getattr(module, "p", 0) or getattr(module, "drop_prob", 0)
     return type(module) in _DROPOUTS and not (module.training and dropped)
 
 
 def block_weights(block: Any) -> BlockWeights:
-    """The weights of a block that `can_fuse`; None for those that are folded into others."""
-    return BlockWeights._make([place.get(name) for place, name in weight_slots(block)])
+    """Return the weights of a block that `can_fuse`; None for those folded into others."""
+    return BlockWeights._make([parameters.get(name) for parameters, name in weight_slots(block)])
+
+
+def _block_settings(block: Any) -> BlockSettings:
+    kind = activation_kind(block._modules["mlp"]._modules["act"]) or ""
+    attn = block.attn
+    return BlockSettings(attn.num_heads, attn.scale, block.norm1.eps, block.norm2.eps, kind)
 
 
 class Use(NamedTuple):
-    """How a block is run.
+    """Settings of a block in one call.
 
     Attributes:
-        memory: one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
-        windows: of its attention; None if that is over all rows.
-        queries: how many of its first rows are computed; None for all.
+        memory: One of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+        windows: Windows that attention is restricted to, or None.
+        queries: Number of first rows that are computed; None computes all.
     """
 
     memory: str
@@ -135,26 +139,16 @@ class Use(NamedTuple):
 
 
 def block_config(block: Any, source: PromptSource | None, use: Use) -> BlockConfig:
-    """What of a block that `can_fuse` is no tensor; its prompts come from `source`."""
-    return BlockConfig(
-        heads=block.attn.num_heads,
-        scale=block.attn.scale,
-        eps1=block.norm1.eps,
-        eps2=block.norm2.eps,
-        activation=activation_kind(block.mlp.act) or "",
-        memory=use.memory,
-        source=source,
-        windows=use.windows,
-        queries=use.queries,
-    )
+    """Return the settings of a block that `can_fuse`, with a source of its prompts."""
+    return BlockConfig(*_block_settings(block), use.memory, source, use.windows, use.queries)
 
 
 class Fused(NamedTuple):
     """A block that is fused in this call.
 
     Attributes:
-        weights: its weights as they are.
-        reading: of the weights; None where somebody traces, who reads the modules with us.
+        weights: Weights of the block.
+        reading: Reading of the weights; None under tracing, where modules are read in every call.
     """
 
     weights: BlockWeights
@@ -162,26 +156,24 @@ class Fused(NamedTuple):
 
 
 def fused(block: Any, x: Tensor | None) -> Fused | None:
-    """A block as it is fused in a call with input x; None if it cannot be.
+    """Return a block's weights for a fused call; None if it cannot be fused now.
 
     Args:
-        block: of a kind that can be fused, as far as its class says.
-        x: its input; None where it is known that nobody traces.
+        block: Block of a class that can be fused.
+        x: Input; None outside of tracing.
     """
     if x is not None and is_traced(x):
         if is_transformed():
             return None
         return Fused(block_weights(block), None) if can_fuse(block) else None
     reading = block.__dict__.get("_reading")
-    known = None if reading is None else reading.now(block)
+    known = None if reading is None else reading.current(block)
     if known is None:
-        # Copies that the old one holds are of no use, fused or not.
-        forget(block)
+        forget(block)  # frees cached copies, also if it is not fused any more
         if not can_fuse(block):
             return None
-        kind = activation_kind(block._modules["mlp"]._modules["act"])
-        reading = BlockReading(block, kind or "")
-        known = reading.now(block)
+        reading = BlockReading(block, _block_settings(block))
+        known = reading.current(block)
         if known is None:
             return None
         block.__dict__["_reading"] = reading
@@ -189,7 +181,7 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
 
 
 class _Input(NamedTuple):
-    """What of a block's input decides how it is computed with: the sum that is left to it."""
+    """Layout of a block's input, a deferred sum."""
 
     shape: torch.Size
     device: torch.device
@@ -198,19 +190,17 @@ class _Input(NamedTuple):
 
 
 def run(block: Any, now: Fused, prompts: Prompts, total: DeferredSum, use: Use) -> DeferredSum:
-    """A block from the sum that it reads to the sum that is its output.
+    """Run a fused block from one deferred sum to the next.
 
     Args:
-        block: the block.
-        now: it, as `fused` has found it for this input.
-        prompts: its prompts: where they come from, and the tensors that they are made of, laid out
-            as their source has them.
-        total: its input.
-        use: how it is run.
+        block: Block with the adapter that is called, if it has one.
+        now: What `fused` returned for this input.
+        prompts: Source of its prompts, and the source's tensors.
+        total: Input.
+        use: Settings in this call.
 
     Returns:
-        Its output (B, N, D), or of the first rows (B, queries, D), not yet summed; the branch
-        adapted by the block's adapter, if it has one.
+        Output (B, N, D), or its first rows (B, queries, D), deferred.
     """
     residual, branch, scale = total
     source, sources = prompts
@@ -233,23 +223,23 @@ def run_together(
     total: DeferredSum,
     uses: Iterable[Use],
 ) -> DeferredSum:
-    """Blocks one after the other, as one function; see `run`.
+    """Run fused blocks as one function; see `run`.
 
     Args:
-        ahead: each block, and its prompts, in a call in which nobody traces; without adapters.
-        static_kv: what makes keys of some of their prompts, if there are any.
-        total: the first block's input.
-        uses: how each is run; all compute all rows but the last.
+        ahead: Each block and its prompts, outside of tracing; blocks without adapters.
+        static_kv: Those blocks whose K_p and V_p are computed together, if any.
+        total: Input of the first block.
+        uses: Settings of each in this call; all but the last compute all rows.
     """
     dtype, scale, read = computing_dtype(total.residual), total.scale, _input_of(total)
     steps, sources = [], []
     for (now, prompts), use in zip(ahead, uses, strict=True):
         if now.reading is None:
-            raise RuntimeError("somebody traces: run blocks one by one")
+            raise RuntimeError("under tracing blocks run one by one")
         steps.append(_steps(now.reading, prompts, dtype, read, scale, use))
         sources.append(prompts[1])
         scale = now.weights.scale2
-        if len(steps) == 1:  # as wide as what it sums; LayerScale does not count
+        if len(steps) == 1:  # later sums have the wider dtype of input and products
             wide = torch.promote_types(total.dtype, dtype)
             read = read._replace(dtype=wide, branch=dtype)
     middle, result = run_blocks(steps, total.residual, total.branch, sources, static_kv)
@@ -270,7 +260,7 @@ def _steps(
     scale: Tensor | None,
     use: Use,
 ) -> BlockSteps:
-    """The steps of a block for inputs of one layout, which are remembered."""
+    """Return the steps of a block for inputs of one layout, cached."""
     weights, scale = reading.in_dtype(dtype), contiguous(scale)
     source, sources = prompts
     layout: tuple[Any, ...] = (
@@ -278,12 +268,9 @@ def _steps(
         *[None if t is None else (t.shape, t.dtype) for t in sources],
     )  # fmt: skip
     known = reading.steps.get(layout)
-    if known is not None and known[0] is weights and known[1] is scale:
-        return known[2]
-    heads, factor, eps1, eps2, activation = reading.scalars
-    config = BlockConfig(
-        heads, factor, eps1, eps2, activation, use.memory, source, use.windows, use.queries
-    )
+    if known is not None and known.weights is weights and known.scale is scale:
+        return known.steps
+    config = BlockConfig(*reading.settings, use.memory, source, use.windows, use.queries)
     head_dim = weights.qkv_weight.shape[0] // (3 * config.heads)
     sites = sites_for(weights.qkv_weight, head_dim, config, reading.layout, *layout[2:])
     steps = BlockSteps(config, weights._replace(branch_scale=scale), dtype, sites)

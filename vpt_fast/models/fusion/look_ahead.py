@@ -1,10 +1,10 @@
-"""What can be found out about several blocks before the first of them runs."""
+"""Several blocks before the first of them runs: whether all are fused, and all their prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,11 @@ from vpt_fast.ops.tracing import is_traced
 _form = attrgetter("shape", "dtype", "device")
 
 Ahead = tuple[Fused, Prompts]
-"""A block as it is fused in this call, and its prompts."""
+"""A fused block and its prompts."""
 
 
 def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
-    """Where the prompts of a block with input x (B, N, D) come from; draws dropout masks."""
+    """Return the prompts of a fused block with input x (B, N, D); draws dropout masks."""
     if prompt is None:
         return NO_PROMPTS
     if isinstance(prompt, PromptExperts):
@@ -43,17 +43,16 @@ def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
 def look_ahead(
     blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor | None], Fused | None]
 ) -> tuple[list[Ahead], StaticKV | None] | None:
-    """Blocks as they will be fused, and what makes keys of their static prompts, for all at once.
+    """Return all blocks with their prompts, and those whose K_p, V_p are computed together.
 
     Args:
-        blocks: of one width, in the order in which x passes through them.
-        x: tokens (B, N, D).
-        fused: a block as it is fused in a call in which nobody traces, or None.
+        blocks: Blocks of one width, in order.
+        x: Tokens (B, N, D).
+        fused: Function that returns a block's weights for a fused call, or None.
 
     Returns:
-        None where somebody traces, or where a block is hooked, compiled by itself, has an adapter
-        or runs module by module: what runs there may change the blocks after it, so that each looks
-        for itself.
+        None under tracing, or if a block is hooked, compiled by itself, has an adapter or runs
+        module by module: that may change the blocks after it, and each is checked when it runs.
     """
     if not blocks or is_traced(x):
         return None
@@ -66,7 +65,7 @@ def look_ahead(
 
 
 def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> BlockReading | None:
-    """A block's reading; None if it runs by itself."""
+    """Return a block's reading; None if it does not run with the others."""
     rows = block.__dict__.get("rows")
     if has_hooks(block) or has_own_forward(block) or has_compiled_call(block):
         return None
@@ -74,20 +73,20 @@ def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> Bl
         return None
     if fused(block, None) is None:
         return None
-    found: BlockReading | None = block.__dict__.get("_reading")
-    return found
+    reading: BlockReading | None = block.__dict__.get("_reading")
+    return reading
 
 
 def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts], StaticKV | None]:
-    """The blocks' prompts; dropout masks are drawn in the blocks' order."""
+    """Return the blocks' prompts; dropout masks are drawn in the blocks' order."""
     prompts = reading.prompts
     static = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
-    keys: StaticKV | None = None
+    static_kv: StaticKV | None = None
     found: dict[int, Prompts] = {}
     if len(static) > 1:
         tokens = [prompts[i].undropped() for i in static]
-        keys = _keys_of(reading, static, tokens, computing_dtype(x))
-        if keys is not None:
+        static_kv = _static_kv(reading, static, tokens, computing_dtype(x))
+        if static_kv is not None:
             found = {i: (GIVEN_KV, (rows,)) for i, rows in zip(static, tokens, strict=True)}
     experts = [i for i, p in enumerate(prompts) if type(p) is PromptExperts]
     first = experts[0] if experts else len(prompts)
@@ -97,45 +96,55 @@ def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts],
             found |= zip(experts, sources, strict=True)
         elif i not in found:
             found[i] = prompts_of(prompt, x)
-    return [found[i] for i in range(len(prompts))], keys
+    return [found[i] for i in range(len(prompts))], static_kv
 
 
-def _keys_of(
-    reading: BlocksReading, static: list[int], tokens: list[Tensor], dtype: torch.dtype
+class _CachedKV(NamedTuple):
+    """What `_static_kv` returned, and the blocks and weights that it returned it for."""
+
+    blocks: list[int]
+    weights: list[BlockWeights]
+    static_kv: StaticKV | None
+
+
+def _static_kv(
+    reading: BlocksReading, blocks: list[int], prompts: list[Tensor], dtype: torch.dtype
 ) -> StaticKV | None:
-    """What makes keys of several blocks' static prompts.
+    """Return the blocks' weights for K_p and V_p; None if they or the prompts differ in form.
 
-    None for blocks whose attention, norm1 or prompts have different forms.
+    Args:
+        reading: Reading of all blocks.
+        blocks: Indices of blocks with static prompts.
+        prompts: Prompts P of these blocks.
+        dtype: Dtype of the products.
     """
-    if len({*map(_form, tokens)}) > 1:
+    if len({*map(_form, prompts)}) > 1:
         return None
-    read = [reading.weights[i] for i in static]
+    read = [reading.weights[i] for i in blocks]
     weights = [known.in_dtype(dtype) for known in read]
-    known = reading.prompt_kv
-    if known is None or known[0] != static or False in map(is_, weights, known[1]):
-        constants = _key_weights(read, weights)
-        keys = None if constants is None else StaticKV(constants, static)
-        known = reading.prompt_kv = static, weights, keys
-    found: StaticKV | None = known[2]
-    return found
+    known: _CachedKV | None = reading.static_kv
+    if known is None or known.blocks != blocks or False in map(is_, weights, known.weights):
+        constants = _kv_weights(read, weights)
+        static_kv = None if constants is None else StaticKV(constants, blocks)
+        known = reading.static_kv = _CachedKV(blocks, weights, static_kv)
+    return known.static_kv
 
 
-def _key_weights(
+def _kv_weights(
     read: Sequence[WeightsReading], weights: Sequence[BlockWeights]
 ) -> KVWeights | None:
-    """What makes keys of prompts, of several blocks; None if they have different forms."""
     forms = {
         (
-            r.scalars[0], r.scalars[2], w.qkv_weight.shape, w.norm1_weight is None,
+            r.settings.heads, r.settings.eps1, w.qkv_weight.shape, w.norm1_weight is None,
             w.norm1_bias is None,
         )
         for r, w in zip(read, weights, strict=True)
     }  # fmt: skip
     if len(forms) > 1:
         return None
-    heads, _, eps, *_ = read[0].scalars
+    settings = read[0].settings
     width = weights[0].qkv_weight.shape[0] // 3  # queries come before keys and values
-    # Whatever mode is on now, they serve training later.
+    # Views taken under inference_mode could not serve training later.
     with torch.inference_mode(False), torch.no_grad():
         parts = [w.qkv_weight[width:] for w in weights]
         return KVWeights(
@@ -144,6 +153,6 @@ def _key_weights(
             parts,
             [part.t() for part in parts],
             [None if w.qkv_bias is None else w.qkv_bias[width:] for w in weights],
-            eps,
-            heads,
+            settings.eps1,
+            settings.heads,
         )

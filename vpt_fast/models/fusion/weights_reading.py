@@ -1,10 +1,10 @@
-"""The frozen weights of a block as they lie in memory, and what is worked out from them."""
+"""Frozen weights of a block at their addresses in memory, and what is derived from them."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from vpt_fast.ops.block.parts import BlockWeights, contiguous
 from vpt_fast.ops.tracing import PLAIN
 
 _MOST_LAYOUTS = 32
-"""Layouts of inputs whose steps are remembered."""
+"""Number of layouts of inputs whose steps are cached."""
 
 _address, _dtype = Tensor.data_ptr, attrgetter("dtype")
 _requires_grad = attrgetter("requires_grad")
@@ -22,39 +22,71 @@ _size, _is_contiguous = Tensor.numel, Tensor.is_contiguous
 
 
 class Memory:
-    """Tensors, and where their elements are: through `.data` they may become others at any time.
+    """Tensors and the memory they had: assignments to `.data` change it at any time.
 
     Args:
-        tensors: None where there is none.
+        tensors: Tensors, or None in place of one.
     """
 
-    __slots__ = ("_addresses", "_contiguous", "_dtypes", "_sizes", "_there", "tensors")
+    __slots__ = ("_addresses", "_contiguous", "_dtypes", "_present", "_sizes", "tensors")
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.tensors = tensors
-        self._there = [t for t in tensors if t is not None]
-        self._addresses = [*map(_address, self._there)]
-        self._dtypes = [*map(_dtype, self._there)]
-        self._sizes = [*map(_size, self._there)]
-        self._contiguous = [*map(_is_contiguous, self._there)]
+        self._present = [t for t in tensors if t is not None]
+        self._addresses = [*map(_address, self._present)]
+        self._dtypes = [*map(_dtype, self._present)]
+        self._sizes = [*map(_size, self._present)]
+        self._contiguous = [*map(_is_contiguous, self._present)]
 
     def is_of(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether `tensors`, as many, are these, and their elements where and as many as before."""
+        """Return whether `tensors`, as many, are these, with the memory that they had."""
         return (
             False not in map(is_, tensors, self.tensors)
-            and [*map(_address, self._there)] == self._addresses
-            and [*map(_dtype, self._there)] == self._dtypes
-            and [*map(_size, self._there)] == self._sizes
-            and [*map(_is_contiguous, self._there)] == self._contiguous
+            and [*map(_address, self._present)] == self._addresses
+            and [*map(_dtype, self._present)] == self._dtypes
+            and [*map(_size, self._present)] == self._sizes
+            and [*map(_is_contiguous, self._present)] == self._contiguous
         )
 
     def is_being_trained(self) -> bool:
-        """Whether one of them requires a gradient, where gradients are recorded."""
-        return torch.is_grad_enabled() and True in map(_requires_grad, self._there)
+        """Return whether one of them requires a gradient while gradients are recorded."""
+        return torch.is_grad_enabled() and True in map(_requires_grad, self._present)
+
+
+class BlockSettings(NamedTuple):
+    """Settings of a block that are read from its modules; see `vpt_fast.ops.block.parts`."""
+
+    heads: int
+    scale: float
+    eps1: float
+    eps2: float
+    activation: str
+
+
+class _Cast(NamedTuple):
+    """Weights in another dtype.
+
+    Attributes:
+        key: The dtype, and the versions of the matrices that were cast.
+        weights: The copies.
+        matrices: The originals, kept alive: no other weight gets their address.
+    """
+
+    key: tuple[torch.dtype, list[int]]
+    weights: BlockWeights
+    matrices: list[Tensor]
+
+
+class _CachedSteps(NamedTuple):
+    """Steps for inputs of one layout, and the tensors that they were built from."""
+
+    weights: BlockWeights
+    scale: Tensor | None
+    steps: BlockSteps
 
 
 def _matrices_of(weights: BlockWeights) -> list[Tensor]:
-    """What matrix products read: the Linears' weights and biases."""
+    """Return the weights and biases of the Linears, operands of matrix products."""
     w = weights
     pairs = (
         (w.qkv_weight, w.qkv_bias), (w.proj_weight, w.proj_bias), (w.fc1_weight, w.fc1_bias),
@@ -64,69 +96,69 @@ def _matrices_of(weights: BlockWeights) -> list[Tensor]:
 
 
 class WeightsReading:
-    """A block's weights as they are, until another tensor or other memory takes the place of one.
+    """Weights of a block; valid until one is replaced, or gets other memory.
 
     Args:
-        weights: of the block, frozen.
-        scalars: heads, scale, eps1, eps2 and the activation of the block.
+        weights: Frozen weights of the block.
+        settings: Settings of the block.
 
     Attributes:
-        weights, scalars: the same.
-        memory: of the weights.
-        plain: whether their memory is their own, so that kernels may read it.
-        layout: their shapes and dtypes, with gaps: these decide which pointers a launch has.
-        steps: what runs the block on inputs of one layout, for `fused_block`.
+        weights: The same.
+        settings: The same.
+        memory: Memory of the weights.
+        plain: Whether every weight owns its memory, so that kernels may read it.
+        layout: Shapes and dtypes, None where a weight is None: they decide a launch's pointers.
+        steps: Steps that run the block, by layout of its input.
     """
 
-    def __init__(self, weights: BlockWeights, scalars: tuple[Any, ...]) -> None:
-        there = [w for w in weights if w is not None]
-        self.weights, self.scalars, self.memory = weights, scalars, Memory(weights)
-        self.plain = all(type(w) in PLAIN for w in there)
-        self._contiguous = all(w.is_contiguous() for w in there)
+    def __init__(self, weights: BlockWeights, settings: BlockSettings) -> None:
+        present = [w for w in weights if w is not None]
+        self.weights, self.settings, self.memory = weights, settings, Memory(weights)
+        self.plain = all(type(w) in PLAIN for w in present)
+        self._contiguous = all(w.is_contiguous() for w in present)
         dtypes = {w.dtype for w in _matrices_of(weights)}
-        self._matrices = dtypes.pop() if len(dtypes) == 1 else None  # their dtype, if it is one
+        self._matrix_dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.layout: Hashable = tuple(None if w is None else (w.shape, w.dtype) for w in weights)
-        self._cast: tuple[Any, BlockWeights, list[Tensor]] | None = None
-        self.steps: dict[Hashable, tuple[BlockWeights, Tensor | None, BlockSteps]] = {}
+        self._cast: _Cast | None = None
+        self.steps: dict[Hashable, _CachedSteps] = {}
 
     def in_dtype(self, dtype: torch.dtype) -> BlockWeights:
-        """The weights with the matrices in `dtype`: themselves, or one copy that is kept.
+        """Return the weights with operands of matrix products in `dtype`.
 
-        The copy is of the weights as they are: it is made again when one has been changed in place.
-        Inference tensors have no version that would tell, so that no copy of them is kept.
+        The copy is cached until a weight is changed in place. Inference tensors have no version
+        that would show a change, so that a copy of them is not cached.
         """
         if not self._contiguous:
             return BlockWeights._make(map(contiguous, self.weights)).to(dtype)
-        if self._matrices == dtype:
+        if self._matrix_dtype == dtype:
             if self._cast is not None:
                 self._keep(None)
             return self.weights
         matrices = _matrices_of(self.weights)
         if True in map(Tensor.is_inference, matrices):
             return self.weights.to(dtype)
-        made_of = (dtype, [w._version for w in matrices])
-        cast = self._cast  # once: another thread may put another one in its place
-        if cast is None or cast[0] != made_of:
-            # Whatever mode is on now, the copy serves training later.
+        key = (dtype, [w._version for w in matrices])
+        cast = self._cast  # read once: another thread may replace it
+        if cast is None or cast.key != key:
+            # Cast under inference_mode, the copy could not serve training later.
             with torch.inference_mode(False), torch.no_grad():
-                # The memory is held with it: no other weight comes to lie at the same address.
-                cast = made_of, self.weights.to(dtype), [w.detach() for w in matrices]
+                cast = _Cast(key, self.weights.to(dtype), [w.detach() for w in matrices])
             self._keep(cast)
-        return cast[1]
+        return cast.weights
 
-    def _keep(self, cast: tuple[Any, BlockWeights, list[Tensor]] | None) -> None:
-        """Keep this copy and no other, which the steps of other layouts may hold."""
+    def _keep(self, cast: _Cast | None) -> None:
+        """Cache this copy alone; steps of other layouts may hold the one before."""
         self._cast = cast
         self.steps.clear()
 
-    def held(self) -> Any:
-        """The copy that is read now, or None: whoever records addresses has to hold it."""
+    def held(self) -> object:
+        """Return the cached copy, or None; a recording of its addresses must keep it alive."""
         return self._cast
 
     def remember(
         self, layout: Hashable, weights: BlockWeights, scale: Tensor | None, steps: BlockSteps
     ) -> None:
-        """Put something into `steps`, of which there are not more than a few."""
+        """Cache the steps for one layout."""
         if len(self.steps) >= _MOST_LAYOUTS:
             self.steps.clear()
-        self.steps[layout] = weights, scale, steps
+        self.steps[layout] = _CachedSteps(weights, scale, steps)

@@ -1,8 +1,8 @@
-"""What computes a block's operations: kernels, references or operators, chosen once per layout.
+"""Call sites of a block's operations, and what computes there, chosen once per layout.
 
-operators of PyTorch's   where somebody traces (`tracing`)
-the Triton kernels       on a GPU, called as functions, their launches planned once per layout
-the references           anywhere else, called as functions
+PyTorch operators   under tracing
+Triton kernels      on a GPU, called as functions, with launches planned once per layout
+references          anywhere else, called as functions
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from vpt_fast.ops.operation import Function, Operation
 from vpt_fast.ops.tracing import is_traced
 
 _MOST_LAYOUTS = 256
-"""Layouts of blocks that are remembered, of all models together."""
+"""Number of layouts of blocks that are cached, of all models together."""
 
 
 class Sites(Protocol):
-    """The implementation of an operation at a call site of a block: `sites[operation, site]`.
+    """Implementations by call site of a block: `sites[operation, site]`.
 
-    For kernels a call site is where tensors always have the same layout, so that it has launches
-    of its own; then all tensors must be contiguous.
+    At a call site tensors always have the same layout, so that a kernel has one launch plan there;
+    all tensors must be contiguous then.
     """
 
     def __getitem__(self, site: tuple[Operation, str], /) -> Function:
@@ -55,7 +55,7 @@ class PlannedSites(ReferenceSites):
 
 
 class _Operators:
-    """The operators, at every call site: without a memory, so that they can be traced."""
+    """Call sites of the operators: no dictionary, whose changes would be traced."""
 
     def __getitem__(self, site: tuple[Operation, str]) -> Function:
         return site[0].operator
@@ -77,7 +77,7 @@ def sites_for(x: Tensor, head_dim: int, *layout: Hashable) -> Sites:
     Args:
         x: Input of the block; its device and dtype decide.
         head_dim: Channels of a head.
-        layout: Everything that the layouts of the block's tensors depend on.
+        layout: All that the layouts of the block's tensors depend on.
     """
     if is_traced(x):
         return OPERATOR_SITES
