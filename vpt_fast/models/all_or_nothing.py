@@ -1,4 +1,4 @@
-"""A change of a model that is made whole or not at all."""
+"""Changes of a model that are made whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Inside, an exception gives every module its class, attributes, parameters and flags back.
+    """Return a context in which an exception restores classes, attributes, parameters and flags.
 
-    Values of tensors are left alone: what writes them comes last, and checks beforehand.
+    Values of tensors are not restored: they are written last, after all checks.
     """
     modules = [(module, type(module), _contents(module)) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -29,7 +29,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Every attribute, and a copy of what it holds, if it is a container that is changed."""
+    """Return every attribute, and a shallow copy of it if it is a container."""
     return {
         name: (value, value.copy() if isinstance(value, dict | set | list) else None)
         for name, value in vars(module).items()

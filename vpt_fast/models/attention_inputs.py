@@ -1,4 +1,4 @@
-"""What timm's Attention makes of its input: queries, keys and values of tokens and of prompts."""
+"""Projections of timm's Attention: q, k, v of tokens, and K_p, V_p of prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vpt_fast.modules.hooks import has_hooks, has_own_forward
 
 
 def is_normed(attn: Any) -> bool:
-    """Whether an attention normalises its queries or keys."""
+    """Return whether an attention normalises its queries or keys."""
     return not (_does_nothing(attn.q_norm) and _does_nothing(attn.k_norm))
 
 
@@ -21,10 +21,10 @@ def _does_nothing(norm: nn.Module) -> bool:
 
 
 def computes_as_timms(attn: Any, head_dim: int) -> bool:
-    """Whether an attention's scale and heads are those that timm's forward goes by.
+    """Return whether an attention's scale and heads are those of timm's forward.
 
-    Its fused form leaves the scale to PyTorch, and so has none but 1 / sqrt(head_dim); a scale that
-    `fold_backbone` has put in place is that one.
+    timm's fused attention ignores `scale`: PyTorch scales by 1 / sqrt(head_dim). A scale that
+    `fold_backbone` set is equivalent to that.
     """
     own = vars(attn)
     if own.get("head_dim", head_dim) != head_dim:
@@ -33,11 +33,11 @@ def computes_as_timms(attn: Any, head_dim: int) -> bool:
 
 
 def check_attention(attn: Any, head_dim: int) -> None:
-    """Raise ValueError if dropout is at work in an attention, or its scale would be ignored.
+    """Raise ValueError if an attention has active dropout, or a scale that timm would ignore.
 
     Args:
         attn: timm's Attention or WindowAttention.
-        head_dim: channels of a head, as the qkv projection gives them.
+        head_dim: Channels of a head in the output of the qkv projection.
     """
     dropout = getattr(attn.attn_drop, "p", 0.0)
     if dropout and (attn.training or attn.attn_drop.training):
@@ -54,15 +54,15 @@ def check_attention(attn: Any, head_dim: int) -> None:
 
 
 def reads_plainly(linear: nn.Module) -> bool:
-    """Whether a projection is its weight and bias and nothing else: it may be taken in parts.
+    """Return whether a projection is a plain Linear, whose rows can be used in part.
 
-    Anything else, an adapter of low rank or a quantised Linear, is called whole.
+    Others, an adapter of low rank or a quantised Linear, are called whole.
     """
     return type(linear) is nn.Linear and not has_own_forward(linear)
 
 
 def projected(attn: Any, x: Tensor, part: slice) -> Tensor:
-    """Columns `part` of the qkv projection of x (..., D), past hooks."""
+    """Return columns `part` of the qkv projection of x (..., D), past its hooks."""
     if not reads_plainly(attn.qkv):
         whole: Tensor = attn.qkv.forward(x)
         return whole[..., part]
@@ -71,12 +71,12 @@ def projected(attn: Any, x: Tensor, part: slice) -> Tensor:
 
 
 def attention_tokens(attn: Any, x: Tensor, queries: Tensor | None = None) -> list[Tensor]:
-    """Queries, keys and values of normalised tokens, packed as `ops.attention` takes them.
+    """Return q, k, v of normalised tokens, packed as `vpt_fast.ops.attention` takes them.
 
     Args:
         attn: timm's Attention.
-        x: (B, N, D).
-        queries: normalised query rows (B, M, D), if not those of x.
+        x: Normalised tokens (B, N, D).
+        queries: Normalised query rows (B, M, D); None takes those of x.
 
     Returns:
         [qkv (B, N, 3, H, d)], [q (B, M, H, d), kv (B, N, 2, H, d)], or q, k and v apart.
@@ -111,11 +111,11 @@ def projected_kv(attn: Any, prompts: Tensor, head_dim: int) -> Tensor:
 
 
 def prompt_keys_values(attn: Any, prompts: Tensor) -> list[Tensor]:
-    """Keys and values of normalised prompts, packed as `ops.attention` takes them.
+    """Return K_p, V_p of normalised prompts, packed as `vpt_fast.ops.attention` takes them.
 
     Args:
         attn: timm's Attention.
-        prompts: (B or 1, p, D).
+        prompts: Normalised prompts (B or 1, p, D).
 
     Returns:
         [kv (B or 1, p, 2, H, d)], or k and v apart.
@@ -128,6 +128,6 @@ def prompt_keys_values(attn: Any, prompts: Tensor) -> list[Tensor]:
 
 
 def packed_prompts(attn: Any, prompts: Tensor) -> Tensor:
-    """`prompt_keys_values` as one tensor (B or 1, p, 2, H, d)."""
-    keys = prompt_keys_values(attn, prompts)
-    return keys[0] if len(keys) == 1 else torch.stack(keys, 2)
+    """Return K_p, V_p of normalised prompts as one tensor (B or 1, p, 2, H, d)."""
+    kv = prompt_keys_values(attn, prompts)
+    return kv[0] if len(kv) == 1 else torch.stack(kv, 2)

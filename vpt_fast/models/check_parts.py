@@ -1,4 +1,4 @@
-"""Looking at a module part by part: what is known is accepted, anything else is refused by name."""
+"""Checks of a module part by part: known parts are accepted, others are refused by name."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from vpt_fast.methods import VAPT
+
 Parts = dict[str, tuple[type, ...] | None]
-"""Names of a module's parts, and their types; None for any."""
+"""Types of a module's parts by name; None for any type."""
 
 
 def refuse(where: str, value: Any, why: str) -> NoReturn:
-    """Raise the ValueError that names what cannot be tuned."""
+    """Raise ValueError, naming what cannot be tuned."""
     raise ValueError(f"cannot tune this model: {where} is {value}; {why}")
 
 
 def name_of(value: Any) -> str:
-    """Name of a value's type."""
+    """Return the name of a value's type."""
     return type(value).__name__
 
 
@@ -28,14 +30,14 @@ def check_parts(
     optional: str = "",
     parameters: Iterable[str] = (),
 ) -> None:
-    """Raise ValueError if a part is missing a known type, or is one too many.
+    """Raise ValueError if a part is of an unknown type, or is one too many.
 
     Args:
-        module: what is looked at.
-        parts: what it must have.
-        where: its name, for the message.
-        optional: a part that it may have.
-        parameters: names of its own parameters.
+        module: Module to check.
+        parts: Parts that it must have.
+        where: Name of the module, for the message.
+        optional: Name of a part that it may have.
+        parameters: Names of its own parameters.
     """
     if "forward" in vars(module):
         refuse(f"{where}.forward", "replaced on the instance", "restore the class's own")
@@ -54,14 +56,44 @@ def check_parts(
         refuse(f"{where}.{name}", name_of(getattr(module, name)), "timm's class has no such part")
 
 
-def check_apart(blocks: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse a block that stands in two places: each has prompts of its own.
+def check_projections(attn: Any, width: int, where: str) -> None:
+    """Raise ValueError unless qkv and proj have `width` channels of attention.
 
     Args:
-        blocks: names and blocks, in their order.
+        attn: timm's Attention or WindowAttention.
+        width: Channels H * d.
+        where: Name of the attention, for the message.
     """
-    places: dict[int, str] = {}
+    if attn.qkv.out_features != 3 * width:
+        refuse(f"{where}.qkv.out_features", attn.qkv.out_features, f"{3 * width} are needed")
+    if (attn.proj.in_features, attn.proj.out_features) != (width, attn.qkv.in_features):
+        shape = (attn.proj.in_features, attn.proj.out_features)
+        refuse(f"{where}.proj", shape, f"{width, attn.qkv.in_features} features are needed")
+
+
+def check_kernel_size(method: VAPT, grid: tuple[int, int], what: str) -> None:
+    """Raise ValueError if VAPT's convolution is larger than a grid of tokens.
+
+    Args:
+        method: Settings of VAPT.
+        grid: Height and width of the grid.
+        what: What has the grid, for the message.
+    """
+    if min(grid) < method.kernel_size:
+        raise ValueError(
+            f"kernel_size={method.kernel_size} does not fit the {grid[0]} x {grid[1]} grid of "
+            f"{what}; use at most {min(grid)}"
+        )
+
+
+def check_apart(blocks: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError if one block has two names: each needs prompts of its own.
+
+    Args:
+        blocks: Names and blocks, in order.
+    """
+    names: dict[int, str] = {}
     for name, block in blocks:
-        before = places.setdefault(id(block), name)
+        before = names.setdefault(id(block), name)
         if before != name:
             refuse(name, f"{before} again", "give each place a copy (copy.deepcopy)")

@@ -1,4 +1,4 @@
-"""What there is to know of one timm class: a record per class, looked up once and handed down."""
+"""Families: one record per timm class, looked up once and handed down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from vpt_fast.methods import VAPT, Method
 from vpt_fast.models.tuned import Tuned
 
-# Imported where a model of the class is met, so that the core does without its options.
+# Imported for a model of the class, so that the core does not import its options.
 _MODULES = {
     "timm.models.vision_transformer.VisionTransformer": "vpt_fast.models.vit.family",
     "timm.models.deit.VisionTransformerDistilled": "vpt_fast.models.vit.family",
@@ -25,7 +25,7 @@ KNOWN = tuple(name.rpartition(".")[2] for name in _MODULES)
 
 @dataclass(eq=False)
 class Family:
-    """One timm class, and what is made of it.
+    """A timm class and its tuned form.
 
     Attributes:
         plain: timm's class of the model.

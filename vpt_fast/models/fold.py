@@ -39,12 +39,12 @@ class Folds:
 
 @dataclass
 class FoldRecord:
-    """What was folded, and what is needed to undo it.
+    """What was folded, and what undoes it.
 
     Attributes:
-        folds: what was asked for.
-        originals: the weights from before by name, in host memory.
-        scales: `attn.scale` from before by block index.
+        folds: Requested folds.
+        originals: Original weights by name, in host memory.
+        scales: Original `attn.scale` by block index.
     """
 
     folds: Folds
@@ -120,7 +120,7 @@ def unfold_backbone(model: Any) -> None:
 
 
 def folded_parts(block: Any) -> frozenset[str]:
-    """Names of a block's parts that folding has made ones and zeros."""
+    """Return the names of a block's parts that folding has set to ones and zeros."""
     found: frozenset[str] = block.__dict__.get("folded", frozenset())
     return found
 
@@ -136,7 +136,7 @@ def _check(model: Any) -> None:
                 )
             if has_own_forward(module) or (name in _LINEARS and not reads_plainly(module)):
                 raise ValueError(
-                    f"cannot fold {where}: what it computes is not told by its weights, it is a "
+                    f"cannot fold {where}: it computes more than its weights tell, it is a "
                     f"{type(module).__name__}; merge it into a plain Linear, or do not fold"
                 )
             for leaf, parameter in module.named_parameters(recurse=False):
@@ -196,19 +196,19 @@ def _unfold(model: Any) -> None:
 
 
 def _fold_after_loading(model: Any, _: Any) -> None:
-    """Hook: `unfold_before_loading` has put plain weights in place for the loading."""
+    """Fold again after loading; `unfold_before_loading` restored the originals before."""
     if not model.tune_record.fold.originals:
         _fold(model)
 
 
 def unfold_before_loading(model: Any) -> None:
-    """Make place for plain weights; the hook of `fold_backbone` folds what has been loaded."""
+    """Restore the originals; a hook of `fold_backbone` folds again after loading."""
     if model.tune_record.fold is not None:
         _unfold(model)
 
 
 class _Folded:
-    """A block's tensors in fp64 on their way to new values."""
+    """Tensors of a block in fp64, replaced by new values."""
 
     def __init__(self, block: Any) -> None:
         self.block = block
@@ -226,7 +226,7 @@ class _Folded:
 def _folded_block(
     block: Any, folds: Folds
 ) -> tuple[dict[str, Tensor], float | None, frozenset[str]]:
-    """New values by name in the block, the new `attn.scale`, and what fused blocks now pass by."""
+    """Return new values by name, the new `attn.scale`, and the parts that fused blocks skip."""
     attn, mlp = block.attn, block.mlp
     new = _Folded(block)
     passed: set[str] = set()

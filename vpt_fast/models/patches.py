@@ -1,8 +1,8 @@
-"""Patches of images embedded by one product, which on a GPU is the faster form of the convolution.
+"""Patch embedding by one matrix product, on a GPU faster than the convolution.
 
-Patches do not overlap: embedding them is a product of their pixels, rearranged, and the
-convolution's weight (Dosovitskiy et al. 2021, equation 1). cuDNN's convolution of three channels
-takes ten times as long in 16 bits.
+Patches do not overlap: the embedding is the product of rearranged pixels and the convolution's
+weight (Dosovitskiy et al. 2021, equation 1). cuDNN's convolution of three channels takes ten times
+as long in 16 bits.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vpt_fast.modules.hooks import has_compiled_call, has_hooks, has_own_forward
 
 
 def embedded_patches(patch_embed: Any, images: Tensor) -> Tensor:
-    """As `patch_embed(images)`: by one product on a GPU, by the module itself elsewhere.
+    """Return `patch_embed(images)`, computed by one product on a GPU.
 
     Args:
-        patch_embed: of a timm model.
-        images: (B, channels, height, width).
+        patch_embed: Patch embedding of a timm model.
+        images: Images (B, channels, height, width).
 
     Returns:
-        What the module gives: (B, N, D), or (B, height / patch, width / patch, D).
+        Output of the module: (B, N, D), or (B, height / patch, width / patch, D).
     """
     if not _product_is_faster(images) or not is_one_product(patch_embed, images):
         return patch_embed(images)
@@ -43,7 +43,7 @@ def first_block_input(vit: Any, images: Tensor) -> Tensor:
 
     Args:
         vit: timm's VisionTransformer, plain or tuned.
-        images: (B, channels, height, width).
+        images: Images (B, channels, height, width).
 
     Returns:
         Tokens (B, N, D).
@@ -54,7 +54,7 @@ def first_block_input(vit: Any, images: Tensor) -> Tensor:
 
 
 def is_one_product(patch_embed: nn.Module, images: Tensor) -> bool:
-    """Whether a module is timm's, embeds whole patches of these images, and nobody looks."""
+    """Return whether a module is timm's, has no hooks, and embeds whole patches of images."""
     if type(patch_embed) is not PatchEmbed or patch_embed.dynamic_img_pad:
         return False
     proj = patch_embed.proj
@@ -82,10 +82,10 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def by_product(patch_embed: Any, images: Tensor) -> Tensor:
-    """What a module that `is_one_product` gives, by that product."""
+    """Return the output of a module that `is_one_product`, by that product."""
     proj, device = patch_embed.proj, images.device.type
     if torch.is_autocast_enabled(device):
-        # Before it is rearranged, which so moves half the bytes.
+        # Cast first: the rearrangement moves half the bytes then.
         images = images.to(torch.get_autocast_dtype(device))
     high, wide = proj.kernel_size
     # (B, C, rows, high, columns, wide)

@@ -1,7 +1,8 @@
-"""Rows of prompts that pass through blocks as tokens: where they stand, put in and taken out."""
+"""Live prompt rows, which pass through blocks as tokens: their position, inserted and stripped."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptRows:
-    """Where prompt rows stand in a block's input and output.
+    """Position and number of prompt rows in a block's input and output.
 
     Attributes:
-        prefix: number of prefix tokens; prompt rows come right after them.
-        entering: prompt rows in the block's input.
-        leaving: prompt rows in its output.
+        prefix: Number of prefix tokens; prompt rows follow them.
+        entering: Number of prompt rows in the block's input.
+        leaving: Number of prompt rows in its output.
     """
 
     prefix: int
@@ -23,13 +24,30 @@ class PromptRows:
     leaving: int = 0
 
 
-class LiveRows:
-    """Live prompt rows on their way beside an image's tokens.
+def rows_of_blocks(
+    prompted: Sequence[bool], num_prompts: int, prefix: int, pool: bool
+) -> list[PromptRows]:
+    """Return the prompt rows of consecutive blocks.
 
-    An object of its own, so that modules and their hooks see tokens only.
+    Args:
+        prompted: Whether each block has prompts of its own, which replace those that enter.
+        num_prompts: Number of prompts of a prompted block.
+        prefix: Number of prefix tokens.
+        pool: Whether the rows that leave the last block are read.
+    """
+    found, entering = [], 0
+    for own, replaced in zip(prompted, [*prompted[1:], not pool], strict=True):
+        leaving = 0 if replaced else num_prompts if own else entering
+        found.append(PromptRows(prefix, entering, leaving))
+        entering = leaving
+    return found
+
+
+class LiveRows:
+    """Live prompt rows beside an image's tokens, so that modules and their hooks see tokens only.
 
     Attributes:
-        rows: (B, p, D), or None while there are none.
+        rows: Live rows (B, p, D), or None.
     """
 
     def __init__(self, rows: Tensor | None = None) -> None:
@@ -37,7 +55,7 @@ class LiveRows:
 
 
 def insert_rows(x: Tensor, rows: Tensor | None, prefix: int) -> Tensor:
-    """Put `rows` (B or 1, p, D) after the `prefix` first tokens of x (B, N, D): (B, N + p, D)."""
+    """Insert `rows` (B or 1, p, D) after the first `prefix` tokens of x (B, N, D)."""
     if rows is None:
         return x
     rows = rows.to(x.dtype).expand(x.shape[0], -1, -1)
@@ -45,7 +63,7 @@ def insert_rows(x: Tensor, rows: Tensor | None, prefix: int) -> Tensor:
 
 
 def strip_rows(x: Tensor, count: int, prefix: int) -> Tensor:
-    """Drop the `count` rows after the `prefix` first tokens of x (B, N + count, D)."""
+    """Strip the `count` rows after the first `prefix` tokens of x (B, N + count, D)."""
     if not count:
         return x
     if not prefix:
@@ -54,7 +72,7 @@ def strip_rows(x: Tensor, count: int, prefix: int) -> Tensor:
 
 
 def extend_mask(mask: Tensor, count: int, prefix: int) -> Tensor:
-    """Give a (..., N, N) attention mask rows and columns for prompts, which everything sees."""
+    """Extend a (..., N, N) attention mask by `count` prompts, which every token attends to."""
     visible = True if mask.dtype == torch.bool else 0.0
     for dim in (-1, -2):
         if mask.shape[dim] == 1:  # broadcast over this dimension already

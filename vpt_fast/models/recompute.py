@@ -1,4 +1,4 @@
-"""Activation checkpointing that leaves the random generator alone where nothing is drawn."""
+"""Activation checkpointing that reads the generator's state only if something is drawn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vpt_fast.modules.prompt_tokens import PromptTokens
 from vpt_fast.ops.frozen import check_versions, versions_of
 from vpt_fast.ops.tracing import is_transformed
 
-# Modules that draw nothing in training either; their children are looked at apart.
+# Modules that draw nothing in training either; their children are checked by themselves.
 _QUIET = (
     nn.Identity,
     nn.Linear,
@@ -32,22 +32,22 @@ _QUIET = (
 
 
 def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, of which only the arguments are kept for backward.
+    """Return `function(*args)`; only the arguments are saved, and backward recomputes the rest.
 
-    The generator's state is kept too where the function draws, and nowhere else: it cannot be read
+    The generator's state is saved only if the function draws random numbers: it cannot be read
     while a CUDA graph is recorded.
 
     Args:
-        module: All that the function runs is below it.
-        function: What is computed, and computed again in backward.
-        args: What it is given.
+        module: Module that contains all modules which the function calls.
+        function: Function to compute, and to recompute in backward.
+        args: Arguments of the function.
 
     Raises:
-        CannotRecord: A CUDA graph is being recorded, and something draws.
+        CannotRecord: A CUDA graph is being recorded, and the function draws random numbers.
         RuntimeError: In backward, if a weight below the module has changed since.
     """
     if is_transformed():
-        return function(*args)  # torch.func knows no hooks on saved tensors
+        return function(*args)  # torch.func has no hooks on saved tensors
     if not torch.compiler.is_compiling() and not is_recording():
         function = _of_the_same_weights(module, function)
     draws = any(_draws(part) for part in module.modules())
@@ -60,12 +60,12 @@ def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
 
 
 def _of_the_same_weights(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which from its second call on refuses other weights than those of its first."""
+    """Return the function; from its second call on it refuses weights other than at its first."""
     before: tuple[list[Tensor], list[int]] | None = None
 
     def checked(*args: Any) -> Any:
         nonlocal before
-        # Inference tensors have no version, and on the meta device stands what is lent for a call.
+        # Inference tensors have no version; tensors on the meta device are replaced for a call.
         every = chain(module.parameters(), module.buffers())
         weights = [t for t in every if not t.is_inference() and not t.is_meta]
         if before is None:
@@ -83,7 +83,7 @@ def _of_the_same_weights(module: nn.Module, function: Callable[..., Any]) -> Cal
 
 
 def _draws(module: Any) -> bool:
-    """Whether a module draws random numbers; one that is not known does in training."""
+    """Return whether a module draws random numbers; unknown ones are assumed to in training."""
     if isinstance(module, PromptExperts):
         projector = module._owner[0].prompt_projector
         drops = module.training and module.channel_dropout

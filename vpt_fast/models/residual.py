@@ -1,4 +1,4 @@
-"""A frozen block after its attention, called module by module: both residual sums and the MLP."""
+"""A block after its attention, module by module: both residual sums and the MLP."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tuned models that share weights: what one of them would be given back, another may need frozen.
+"""Tuned models that share weights: undoing one may change weights that another needs frozen.
 
-Nothing in a model tells which others have its parameters, so that the tuned ones are remembered,
-weakly and in the order in which they were tuned or copied.
+Nothing in a model tells which others have its parameters: tuned models are listed here by weak
+references, in the order in which they were tuned or copied.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 Check = Callable[[nn.Module], bool]
-"""Whether a model is tuned now."""
+"""Predicate: a model is tuned now."""
 
 _numbers = itertools.count()
 _tuned: dict[int, weakref.ref[nn.Module]] = {}
 
 
 def remember(model: nn.Module) -> None:
-    """Count `model` among the tuned ones, as the latest."""
+    """List `model` as the latest of the tuned models."""
     number = next(_numbers)
     _tuned[number] = weakref.ref(model, lambda _: _tuned.pop(number, None))
 
@@ -30,9 +30,9 @@ def check_own_blocks(model: nn.Module, blocks: Iterable[nn.Module], is_tuned: Ch
     """Raise ValueError if a block of `model` is a block of another tuned model too.
 
     Args:
-        model: tuned or about to be.
-        blocks: those that are given prompts, or that they are taken from.
-        is_tuned: whether a model is tuned now.
+        model: Model that is tuned, or about to be.
+        blocks: Blocks that get prompts, or lose them.
+        is_tuned: Predicate: a model is tuned now.
     """
     own = {id(block) for block in blocks}
     for _, other in _others(model, is_tuned, lambda other: {*map(id, other.modules())} & own):
@@ -65,12 +65,12 @@ def _known() -> list[tuple[int, nn.Module]]:
 def _others(
     model: nn.Module, is_tuned: Check, shares: Callable[[nn.Module], object]
 ) -> list[tuple[int, nn.Module]]:
-    """Number and model of the other tuned models that share something."""
+    """Return number and model of the other tuned models that share something."""
 
     def look() -> list[tuple[int, nn.Module]]:
         known = [(number, other) for number, other in _known() if other is not model]
         return [(n, other) for n, other in known if is_tuned(other) and shares(other)]
 
     if look():
-        gc.collect()  # tuned models are cycles: one that nobody has any more may still be there
+        gc.collect()  # tuned models are cycles: one without references may still be listed
     return look()

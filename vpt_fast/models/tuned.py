@@ -1,4 +1,4 @@
-"""What all tuned models have in common, of whatever timm class: modes, records, state dicts."""
+"""Tuned models of any timm class: modes, records, state dicts."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from vpt_fast.modules.experts import FeatureProjector, PromptExperts
 from vpt_fast.modules.prompt_tokens import PromptTokens
 
 ADDED = ("prompt_projection", "prompt_projector", "head_hidden")
-"""What methods add to the model itself, beside the parameter `prompt_tokens`."""
+"""Modules that methods add to the model itself, beside the parameter `prompt_tokens`."""
 
 AnyTuned = TypeVar("AnyTuned", bound="Tuned")
 
 
 @dataclass
 class TuneRecord:
-    """What `prompt_tune` did to a model, and what `remove_prompts` needs to undo it.
+    """What `prompt_tune` did to a model, and what `remove_prompts` restores.
 
     Attributes:
-        method: the method it was tuned with.
-        memory: what blocks keep for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
-        requires_grad: the parameters' flags before, by name.
-        training: the modules' modes before, by name.
-        originals: copies of the weights that are trained in place, from before, by name, in host
-            memory; the classifier's at least.
-        fold: what `fold_backbone` did, or None.
-        graphs: CUDA graphs of the blocks; None if they are not asked for. Copies have none yet.
-        inputs: how images are prepared, of a model that an adapter was loaded onto.
+        method: Method of the model.
+        memory: What blocks save for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+        requires_grad: Original flags of the parameters, by name.
+        training: Original modes of the modules, by name.
+        originals: Copies of original weights that are trained in place (the classifier's at
+            least), by name, in host memory.
+        fold: What `fold_backbone` did, or None.
+        graphs: CUDA graphs of the blocks; None without `cuda_graphs`. Copies start without any.
+        inputs: Image preprocessing of the adapter that was loaded, if any.
     """
 
     method: Method
@@ -57,15 +57,14 @@ class Tuned(nn.Module):
     tune_record: TuneRecord
 
     def trained_modules(self) -> list[nn.Module]:
-        """The modules that follow `train()`: what the method has added, head and its dropout."""
+        """Return the modules that follow `train()`: those that the method added, and the head."""
         names = (*ADDED, "head_drop", "head", "head_dist")
         modules = [getattr(self, name) for name in names if hasattr(self, name)]
         added = (PromptTokens, PromptExperts, FeatureProjector, BottleneckAdapter)
         return modules + [m for m in self.modules() if isinstance(m, added)]
 
     def train(self: AnyTuned, mode: bool = True) -> AnyTuned:
-        """Set the mode of prompts, adapters and head; the backbone stays in eval mode, trained or
-        frozen."""
+        """Set the mode of prompts, adapters and head; the backbone stays in eval mode."""
         super().train(False)
         self.training = mode
         for module in self.trained_modules():
@@ -73,37 +72,37 @@ class Tuned(nn.Module):
         return self
 
     def pools_prompts(self) -> bool:
-        """Whether the pooling reads the prompt rows that leave the last block."""
+        """Return whether the pooling reads the prompt rows that leave the last block."""
         return bool(getattr(self.tune_record.method, "pool_prompts", False))
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script calls first."""
+        """Refuse torch.jit.script, which calls this first."""
         raise ValueError("a tuned model cannot be scripted; call remove_prompts(model) first")
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        """What nn.DataParallel calls first on several GPUs."""
+        """Refuse nn.DataParallel, which calls this first on several GPUs."""
         raise ValueError(
             "a tuned model cannot be replicated by nn.DataParallel; use DistributedDataParallel, "
             "which is faster"
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What copies and pickles are made by."""
+        """Restore a copy or a pickle, and list it as tuned."""
         super().__setstate__(state)
         remember(self)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What `to`, `half`, `cuda` and their like call."""
+        """Convert all tensors, as `to`, `half`, `cuda` and their like do."""
         self._forget()
         return super()._apply(*args, **kwargs)
 
     def _forget(self) -> None:
-        """Let go of what blocks have read of their weights."""
+        """Drop all readings of the blocks' weights."""
         for block in blocks_of(self):
             forget(block)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As timm's; of folded weights the originals."""
+        """Return the state dict, with the originals of folded weights."""
         state = super().state_dict(*args, **kwargs)
         if self.tune_record.fold is not None:
             prefix = kwargs.get("prefix", "")
@@ -115,8 +114,11 @@ class Tuned(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As every module's. With `strict` a plain backbone's checkpoint loads too: what the method
-        added stays, and a warning says so. Without, it is among the missing keys."""
+        """Load a state dict of a tuned model, or of a plain one.
+
+        With `strict`, a plain backbone's checkpoint leaves what the method added unchanged, with a
+        warning; without, those parameters are among the missing keys.
+        """
         self._lists_missing = not strict
         try:
             return super().load_state_dict(state_dict, strict, assign)
@@ -127,9 +129,9 @@ class Tuned(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         unfold_before_loading(self)
-        self._forget()  # of weights that are loaded over, or instead of others
+        self._forget()  # loading overwrites or replaces weights
         added = {f"{prefix}{name}": value for name, value in self._added_parameters().items()}
-        # PyTorch passes `strict` on to no module.
+        # PyTorch does not pass `strict` on to modules.
         lists = vars(self).get("_lists_missing", False)
         if added and not lists and added.keys().isdisjoint(state_dict):
             warnings.warn(
@@ -141,10 +143,10 @@ class Tuned(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _added_parameters(self) -> dict[str, nn.Parameter]:
-        """What the method has added, by name: prompts and what makes them, adapters, layers."""
+        """Return the parameters that the method added, by name."""
         kinds = (PromptTokens, PromptExperts, FeatureProjector, BottleneckAdapter)
-        places = [f"{name}." for name, part in self.named_modules() if isinstance(part, kinds)]
-        within = (*places, *(f"{name}." for name in ADDED))
+        parts = [f"{name}." for name, part in self.named_modules() if isinstance(part, kinds)]
+        within = (*parts, *(f"{name}." for name in ADDED))
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -153,22 +155,22 @@ class Tuned(nn.Module):
 
 
 def is_tuned(model: Any) -> bool:
-    """True if `prompt_tune` has been applied to `model`."""
+    """Return whether `model` is tuned."""
     return isinstance(model, Tuned)
 
 
 def take_out(model: nn.Module, plain: Mapping[type, type]) -> None:
-    """Take out what a method has added, and give the parts that were given a class theirs back.
+    """Remove the modules that a method added, and restore the classes of parts.
 
     Args:
-        model: tuned.
-        plain: the class of each part before, by the one that it was given.
+        model: Tuned model.
+        plain: Original class of each part by its tuned class.
     """
     for name in ADDED:
         model._modules.pop(name, None)
     model._parameters.pop("prompt_tokens", None)
     model.__dict__.pop("_head_reading", None)
-    for part in [*model.modules()]:  # below whatever others have put around them
+    for part in [*model.modules()]:  # wrapped by other modules or not
         forget(part)
         if type(part) in plain:
             part.__class__ = plain[type(part)]
@@ -179,7 +181,7 @@ def take_out(model: nn.Module, plain: Mapping[type, type]) -> None:
 
 
 def blocks_of(model: Any) -> list[Any]:
-    """The blocks of a timm model in their order, those of all stages where there are stages."""
+    """Return the blocks of a timm model in order, those of all stages if there are stages."""
     if hasattr(model, "blocks"):
         return list(model.blocks)
     return [block for stage in model.layers for block in stage.blocks]

@@ -1,4 +1,4 @@
-"""CUDA graphs of a model's blocks, in anybody's loop: when they are recorded and replayed."""
+"""CUDA graphs of a model's blocks, in any training loop: when they are recorded and replayed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from vpt_fast.models.graphs.recorded import Flight, Recorded
 from vpt_fast.models.graphs.watched import Watched, numeric_modes
 
 PARTS = ("blocks", "layers", "prompt_projection", "prompt_projector", "prompt_tokens")
-"""The children and parameters of a model that its blocks use."""
+"""Children and parameters of a model that its blocks use."""
 
-# Recordings of one model: one for each shape, mode and precision.
+# Number of recordings of one model: one for each shape, mode and precision.
 MOST_RECORDINGS = 16
-# Times that weights may change soon after a recording, before recording is given up.
+# Number of changes of weights soon after a recording that stop further recordings.
 _MOST_CHANGES = 4
 _SOON = 8
 
@@ -39,14 +39,14 @@ def replayed(
     x: Tensor,
     *static: Any,
 ) -> Tensor:
-    """`function(x, *static)`, replayed from a recording where that can be done.
+    """Return `function(x, *static)`, replayed from a recording where possible.
 
     Args:
-        graphs: The model's recordings; None if it has none.
-        owner: The model.
-        function: Of x, of what never changes (`static`, hashable) and of the model's `PARTS`.
-        x: (B, ...).
-        static: What else the function is told.
+        graphs: Recordings of the model, or None.
+        owner: Model.
+        function: Function of x, of `static` and of the model's `PARTS`.
+        x: Input (B, ...).
+        static: Hashable arguments; each combination has a recording of its own.
     """
     if graphs is None or torch.compiler.is_compiling():
         return function(x, *static)
@@ -54,12 +54,12 @@ def replayed(
 
 
 class BlockGraphs:
-    """The recordings of one model. Copies and pickles of it are empty.
+    """Recordings of one model. Copies and pickles are empty.
 
-    Recordings share their memory, so one forward pass at a time can wait for its backward pass.
+    Recordings share their memory: only one forward pass at a time may await its backward pass.
 
     Args:
-        make_capture: What records on a device.
+        make_capture: Factory of the capture for a device.
     """
 
     def __init__(self, make_capture: MakeCapture = capture_for) -> None:
@@ -72,7 +72,7 @@ class BlockGraphs:
         self.drop()
 
     def drop(self) -> None:
-        """Lets go of all recordings and of their memory."""
+        """Drop all recordings and their memory."""
         self._entries: dict[Any, Recorded | None] = {}
         self._capture: Capture | None = None
         self._watched: Watched | None = None
@@ -86,13 +86,13 @@ class BlockGraphs:
         return BlockGraphs, ()
 
     def __len__(self) -> int:
-        """How many recordings there are."""
+        """Return the number of recordings."""
         return sum(entry is not None for entry in self._entries.values())
 
     def run(
         self, owner: nn.Module, function: Callable[..., Tensor], x: Tensor, static: tuple[Any, ...]
     ) -> Tensor:
-        """As `replayed`."""
+        """Return what `replayed` does."""
         if _is_traced(x) or is_recording():
             return function(x, *static)
         with self._lock:
@@ -109,7 +109,7 @@ class BlockGraphs:
     def _entry(
         self, owner: nn.Module, function: Callable[..., Tensor], x: Tensor, static: tuple[Any, ...]
     ) -> Recorded | str:
-        """The recording to replay, or why there is none ("" if there is nothing to say)."""
+        """Return the recording to replay, or the reason why there is none ("" for no message)."""
         if self._capture is None:
             self._capture = self._make_capture(x.device)
         if self._capture is None or self._capture.is_busy():
@@ -140,7 +140,7 @@ class BlockGraphs:
         return self._entries[key] or ""
 
     def _refusal(self, capture: Capture, owner: nn.Module) -> str:
-        """Why nothing is recorded or replayed now; "" if that can be."""
+        """Return the reason why nothing can be recorded or replayed now; "" if something can."""
         stream = capture.stream()
         if self._stream is None:
             self._thread, self._stream = threading.get_ident(), stream
@@ -170,7 +170,7 @@ def record(
     watched: Watched,
     grad: bool,
 ) -> tuple[Recorded | None, str]:
-    """A recording, or None and why there is none; the arguments are those of `Recorded`."""
+    """Return `Recorded` of the arguments and "", or None and the reason why it failed."""
     if capture is None:
         return None, ""
     try:
@@ -190,7 +190,7 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether somebody looks at operators rather than running them."""
+    """Return whether operators are traced."""
     return (
         type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0

@@ -1,4 +1,4 @@
-"""What records work and replays it: a small interface, and CUDA graphs behind it."""
+"""Recording and replay of work: an interface, and CUDA graphs behind it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 Work = Callable[[], tuple[Tensor, ...]]
-"""What is recorded: it reads tensors that stay where they are, and makes its results."""
+"""Function to record: it reads tensors with fixed addresses and returns its results."""
 
-# Runs before a recording: kernels are compiled there, and libraries take their work space.
+# Number of runs before a recording, in which kernels compile and libraries allocate workspaces.
 WARM_UP = 2
 
 
 class CannotRecord(RuntimeError):
-    """What is about to be recorded cannot be; the message says why."""
+    """The work cannot be recorded, for the reason in the message."""
 
 
 class Replay(NamedTuple):
     """Recorded work.
 
     Attributes:
-        results: Tensors that every run writes anew, at the same place.
-        run: Does the work again, in the current stream.
+        results: Tensors that every run overwrites.
+        run: Function that repeats the work in the current stream.
     """
 
     results: tuple[Tensor, ...]
@@ -34,44 +34,43 @@ class Replay(NamedTuple):
 
 
 class Capture(Protocol):
-    """Records work on one device."""
+    """Recorder of work on one device."""
 
     def record(self, *work: Work) -> list[Replay]:
-        """Records each piece of work, in their order.
+        """Record each piece of work, in order.
 
-        The pieces are run together before, at least once, and the generators' state from before
-        that is put back. Memory that a piece no longer holds when it ends may be used by the pieces
-        that are recorded later.
+        All pieces run before, at least once; the generators' state is restored after that. Memory
+        that a piece frees may be reused by the pieces after it.
 
         Raises:
-            CannotRecord: A piece of work says so.
-            RuntimeError: It does what cannot be recorded.
+            CannotRecord: A piece of work raised it.
+            RuntimeError: A piece of work cannot be recorded.
         """
         ...
 
     def stream(self) -> int:
-        """The number of the current stream."""
+        """Return the number of the current stream."""
         ...
 
     def is_busy(self) -> bool:
-        """Whether somebody else is recording the current stream."""
+        """Return whether the current stream is being recorded by other code."""
         ...
 
 
 MakeCapture = Callable[[torch.device], "Capture | None"]
-"""Gives what records on a device; None if nothing does."""
+"""Factory of the capture for a device; None where nothing can be recorded."""
 
 _local = threading.local()
 
 
 def is_recording() -> bool:
-    """Whether this thread runs work that is being recorded, or warms it up."""
+    """Return whether this thread records work, or warms it up."""
     return getattr(_local, "recording", False)
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Inside, this thread `is_recording`."""
+    """Return a context in which this thread `is_recording`."""
     _local.recording = True
     try:
         yield
@@ -93,7 +92,7 @@ class CudaCapture:
             self._stream: Any = torch.cuda.Stream()
 
     def record(self, *work: Work) -> list[Replay]:
-        """As `Capture.record`."""
+        """Record each piece of work; see `Capture.record`."""
         with torch.cuda.device(self.device), recording():
             self._warm_up(work)
             return [self._record(piece) for piece in work]
@@ -113,7 +112,7 @@ class CudaCapture:
 
     def _record(self, piece: Work) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": threads that load and pin images go on meanwhile.
+        # "thread_local": other threads go on loading and pinning images.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
@@ -121,14 +120,14 @@ class CudaCapture:
         return Replay(results, graph.replay)
 
     def stream(self) -> int:
-        """As `Capture.stream`."""
+        """Return the number of the current stream."""
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def is_busy(self) -> bool:
-        """As `Capture.is_busy`."""
+        """Return whether the current stream is being recorded by other code."""
         return torch.cuda.is_current_stream_capturing()
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """CUDA graphs on a CUDA device; None on any other."""
+    """Return CUDA graphs for a CUDA device; None for any other."""
     return CudaCapture(device) if device.type == "cuda" else None

@@ -1,8 +1,8 @@
-"""Forward and backward of one function of a tensor, recorded, as one autograd function.
+"""Recorded forward and backward passes of a function, as one autograd function.
 
-Gradients of trained parameters go to autograd as from any other function, so that hooks, gradient
-accumulation, GradScaler and DistributedDataParallel see them. What a replay writes is copied before
-it is handed out: all gradients of one type in one copy.
+Autograd receives the gradients of trained parameters as usual: hooks, gradient accumulation,
+GradScaler and DistributedDataParallel see them. A replay's results are copied before they are
+returned, all gradients of one dtype in one copy.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from vpt_fast.ops.frozen import once_differentiable
 
 @contextmanager
 def _replaced(trained: Sequence[Trained], by: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, modules have other parameters, whose gradients are nobody else's to see."""
-    for (_, places), other in zip(trained, by, strict=True):
-        for parameters, name in places:
+    """Return a context in which modules have other parameters, unknown to hooks and optimisers."""
+    for (_, entries), other in zip(trained, by, strict=True):
+        for parameters, name in entries:
             parameters[name] = other
     try:
         yield
     finally:
-        for parameter, places in trained:
-            for parameters, name in places:
+        for parameter, entries in trained:
+            for parameters, name in entries:
                 parameters[name] = parameter
 
 
 @contextmanager
 def plain_modes(device: torch.device, grad: bool) -> Iterator[None]:
-    """Autocast as it is, but for its cache, which would hand out what a recording owns."""
+    """Return a context without inference mode and without autocast's cache of casts."""
     kind = device.type
     on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     with (
@@ -47,7 +47,7 @@ def plain_modes(device: torch.device, grad: bool) -> Iterator[None]:
 
 
 class Flight:
-    """A forward pass whose backward pass may come: gone when autograd lets go of it."""
+    """A forward pass that awaits its backward pass; autograd owns it."""
 
     def __init__(self, watched: Watched) -> None:
         self.versions = watched.versions()
@@ -55,17 +55,17 @@ class Flight:
 
 
 class Recorded:
-    """A function of x, recorded for x's shape and type.
+    """A function of x, recorded for x's shape and dtype.
 
     Args:
-        capture: What records.
-        function: Makes one tensor of x and of what `watched` has.
-        x: An input.
-        watched: Where the trained parameters are.
-        grad: Whether backward is recorded too.
+        capture: Capture for x's device.
+        function: Function of x and of the tensors in `watched` that returns one tensor.
+        x: Example of the input.
+        watched: Parts of the model, with the trained parameters.
+        grad: Whether backward is recorded, too.
 
     Raises:
-        CannotRecord, RuntimeError: As `Capture.record`.
+        CannotRecord, RuntimeError: As in `Capture.record`.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class Recorded:
                 with _replaced(trained, aliases):
                     out = function(x)
                 if grad and not out.requires_grad:
-                    raise CannotRecord("")  # nothing that this function uses is trained
+                    raise CannotRecord("")  # the function uses nothing that is trained
                 if grad:
                     between["graph"] = (x, aliases, out)
                 return (out.detach(),)
 
         def backward() -> tuple[Tensor, ...]:
             x, aliases, out = between.pop("graph")
-            if self._grad_out is None:  # in the warm-up, so that it is not the recording's
+            if self._grad_out is None:  # in the warm-up: not in the recording's memory
                 self._grad_out = torch.zeros_like(out, memory_format=torch.contiguous_format)
             leaves = [x, *aliases] if needs_x else aliases
             grads = torch.autograd.grad(out, leaves, self._grad_out, allow_unused=True)
@@ -119,20 +119,20 @@ class Recorded:
         return [forward, backward] if grad else [forward]
 
     def __call__(self, x: Tensor, flight: Flight | None) -> Tensor:
-        """The function of x; with `flight` its gradients can be asked for."""
+        """Return the function of x, with gradients if there is a `flight`."""
         if flight is None:
             return self.forward(x)
         out: Tensor = _Replayed.apply(self, flight, x, *self.parameters)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Replays forward; the result is the caller's."""
+        """Replay the forward pass; the result is a copy."""
         self._input.copy_(x)
         self._forward.run()
         return self._forward.results[0].clone()
 
     def backward(self, grad: Tensor) -> list[Tensor | None]:
-        """Gradients of x and of the parameters, None where there is none."""
+        """Return the gradients of x and of the parameters; None where there is none."""
         if self._grad_out is None:
             raise RuntimeError("no backward pass was recorded")
         self._grad_out.copy_(grad)
@@ -142,7 +142,7 @@ class Recorded:
 
 
 class _Layout:
-    """How gradients lie in a few tensors: x's alone, the parameters' by type, end to end."""
+    """Layout of gradients in a few tensors: that of x alone, the parameters' joined by dtype."""
 
     def __init__(self, grads: Sequence[Tensor | None], has_x: bool) -> None:
         self._shapes = [None if g is None else (g.shape, g.dtype) for g in grads]

@@ -1,7 +1,7 @@
-"""What recorded work depends on beside its input: modules, weights, modes and hooks.
+"""Dependencies of recorded work beside its input: modules, weights, modes and hooks.
 
-A recording holds addresses, and branches as they were taken. Whatever somebody can change about a
-model from outside is compared before every replay.
+A recording contains addresses, and the branches that were taken. All that can change in a model is
+compared before every replay.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from torch.nn.modules import module as nn_module
 from vpt_fast.models.fusion.block_reading import copies_of
 from vpt_fast.modules.hooks import hooks_of
 
-# Attributes of modules that drop something at random: probabilities.
-_CHANCES = ("p", "drop_prob", "dropout", "channel_dropout")
+# Attributes of modules that are probabilities of dropout.
+_PROBABILITIES = ("p", "drop_prob", "dropout", "channel_dropout")
 
 
 class Trained(NamedTuple):
-    """A parameter that requires a gradient, and where modules have it."""
+    """A parameter that requires a gradient.
+
+    Attributes:
+        parameter: The parameter.
+        entries: Dictionary of a module's parameters, and the key, wherever a module has it.
+    """
 
     parameter: nn.Parameter
-    places: tuple[tuple[dict[str, Any], str], ...]
+    entries: tuple[tuple[dict[str, Any], str], ...]
 
 
 class Watched:
-    """Some parts of a model as they are now.
+    """State of some parts of a model.
 
     Args:
-        owner: The model.
-        names: Of its children and parameters; those that it does not have are left out.
+        owner: Model.
+        names: Names of children and parameters; missing ones are ignored.
 
     Attributes:
         tensors: Parameters and buffers.
@@ -45,10 +50,10 @@ class Watched:
         modules = {id(m): m for root in roots for m in root.modules()}
         self._modules = list(modules.values())
         self._dicts = [vars(module) for module in self._modules]
-        self._chances = [
+        self._dropouts = [
             (every, name)
             for every in self._dicts
-            for name in _CHANCES
+            for name in _PROBABILITIES
             if isinstance(every.get(name), float | int)
         ]
         self._identities = self._now()
@@ -70,7 +75,7 @@ class Watched:
         ]
 
     def _values(self) -> list[Any]:
-        """All children, parameters and buffers, in a fixed order."""
+        """Return all children, parameters and buffers, in a fixed order."""
         values = self._roots()
         for every in self._dicts:
             values += every["_modules"].values()
@@ -82,7 +87,7 @@ class Watched:
         return [id(value) for value in self._values()]
 
     def is_same(self) -> bool:
-        """Whether modules, tensors, their places and types, and the frozen values are the same."""
+        """Return whether modules, tensors, addresses, flags and frozen values have not changed."""
         return (
             self._now() == self._identities
             and [t.requires_grad for t in self.tensors] == self._grads
@@ -91,16 +96,16 @@ class Watched:
         )
 
     def versions(self) -> list[int]:
-        """How often each parameter and buffer has been written."""
+        """Return the version of each parameter and buffer."""
         return [t._version for t in self.tensors]
 
     def modes(self) -> tuple[Any, ...]:
-        """Whether each module trains, and what the modules' dropout is."""
+        """Return the mode and the dropout of each module."""
         trains = [every["training"] for every in self._dicts]
-        return (*trains, *[every.get(name) for every, name in self._chances])
+        return (*trains, *[every.get(name) for every, name in self._dropouts])
 
     def is_hooked(self) -> bool:
-        """Whether somebody watches a module, which a replay would pass by."""
+        """Return whether a module has a hook or a forward of its own, which a replay would skip."""
         return (
             any(map(any, map(hooks_of, self._dicts)))
             or nn_module._has_any_global_hook()
@@ -108,26 +113,26 @@ class Watched:
         )
 
     def casts(self) -> list[Any]:
-        """The copies of frozen weights that blocks read now; a recording has to hold them.
+        """Return the cached copies of frozen weights, which a recording must keep alive.
 
-        A block drops its copy when it computes in another type for once.
+        A block drops its copy when it computes in another dtype.
         """
         return copies_of(self._dicts)
 
     def trained(self) -> list[Trained]:
-        """The parameters that require a gradient."""
-        places: dict[int, tuple[nn.Parameter, list[tuple[dict[str, Any], str]]]] = {}
+        """Return the parameters that require a gradient."""
+        entries: dict[int, tuple[nn.Parameter, list[tuple[dict[str, Any], str]]]] = {}
         for every in (vars(self._owner), *self._dicts):
             own = every is vars(self._owner)
             for name, parameter in every["_parameters"].items():
                 if parameter is None or not parameter.requires_grad:
                     continue
                 if not own or name in self._names:
-                    _, found = places.setdefault(id(parameter), (parameter, []))
+                    _, found = entries.setdefault(id(parameter), (parameter, []))
                     found.append((every["_parameters"], name))
-        return [Trained(parameter, tuple(found)) for parameter, found in places.values()]
+        return [Trained(parameter, tuple(found)) for parameter, found in entries.values()]
 
 
 def numeric_modes() -> tuple[Any, ...]:
-    """What of PyTorch's own settings decides which kernels run."""
+    """Return PyTorch's settings that decide which kernels run."""
     return torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()

@@ -1,9 +1,8 @@
-"""timm's WindowAttention, Swin block and stage with prompts: the classes that tuned ones are given.
+"""timm's WindowAttention and Swin block with prompts: the classes that tuned ones are given.
 
 In VPT-Deep a prompt is a key and a value that every window of its image reads, and the block is
-(B, H, W, D) -> (B, H, W, D) like the one it replaces: nothing is rolled, padded or cut. Prompt rows
-that are read later (VPT-Shallow, a prompted block before an unprompted one) have no place in an
-image; they travel beside it.
+(B, H, W, D) -> (B, H, W, D) like the one it replaces: nothing is rolled, padded or cut. Live prompt
+rows (VPT-Shallow, a prompted block before an unprompted one) pass beside the image.
 """
 
 from __future__ import annotations
@@ -52,17 +51,17 @@ class PromptedWindowAttention(WindowAttention):
         """Attend from every token to its window and to the prompts.
 
         Args:
-            x: normalised tokens (B, H, W, D); (windows, count + area, D) without `windows`, as
+            x: Normalised tokens (B, H, W, D); without `windows` (windows, count + area, D), as
                 timm's.
-            mask: as timm's; without `windows` only.
-            windows: how the image is cut.
-            prompts: normalised prompts (B or 1, p, D).
-            live: normalised prompt rows (B, p, D) in place of `prompts`, which attend too; what
-                they read is put into it.
-            count: of prompts among the rows of x; without `windows` only.
+            mask: As timm's; without `windows` only.
+            windows: Windows of the image.
+            prompts: Normalised prompts (B or 1, p, D).
+            live: Normalised prompt rows (B, p, D) in place of `prompts`, which attend, too; their
+                output replaces them.
+            count: Number of prompts among the rows of x; without `windows` only.
 
         Returns:
-            As x.
+            Output, in the shape of x.
         """
         if windows is None:
             return super().forward(x, mask) if not count else attend_beside(self, x, mask, count)
@@ -72,7 +71,7 @@ class PromptedWindowAttention(WindowAttention):
         pad = padding_of(windows, self.qkv_of_zeros(x), qkv)
         keys = rows = None
         if live is not None and live.rows is not None:
-            # Nobody watches these modules: see `_needs_windows`.
+            # These modules have no hooks: see `_needs_windows`.
             rows = self.qkv.forward(live.rows).unflatten(-1, (3, heads, -1))
             keys = rows[:, :, 1:]
         elif prompts is not None:
@@ -80,13 +79,13 @@ class PromptedWindowAttention(WindowAttention):
         table = self.relative_position_bias_table
         out = window_attention(qkv, pad, table, keys, windows.window, windows.shift, self.scale)
         if live is not None and rows is not None:
-            # The windows' copies of keys and values are made again in backward.
+            # The windows' copies of keys and values are recomputed in backward.
             read = recomputed(self, attend_from_prompts, windows, rows, qkv, pad, self.scale)
             live.rows = self.proj_drop.forward(self.proj.forward(read))
         return self.proj_drop(self.proj(out))
 
     def qkv_of_zeros(self, x: Tensor) -> Tensor | None:
-        """What the projection makes of a row of padding, (3 h d,); None for nothing."""
+        """Return the projection (3 h d,) of a row of padding; None for 0."""
         if reads_plainly(self.qkv):
             return self.qkv.bias
         zeros: Tensor = self.qkv.forward(x.new_zeros(1, x.shape[-1]))
@@ -99,9 +98,9 @@ class PromptedSwinBlock(SwinTransformerBlock):
     A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum.
 
     Attributes:
-        prompt: module that makes this block's prompts from its tokens, or None.
-        rows: how many prompt rows enter and leave.
-        memory: what it keeps for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
+        prompt: Module that computes this block's prompts from its tokens, or None.
+        rows: Numbers of prompt rows that enter and leave.
+        memory: What it saves for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
     """
 
     attn: PromptedWindowAttention
@@ -110,14 +109,14 @@ class PromptedSwinBlock(SwinTransformerBlock):
     memory: str
 
     def forward(self, x: Tensor, live: LiveRows | None = None) -> Tensor:
-        """(B, H, W, D) -> (B, H, W, D).
+        """Return the output (B, H, W, D).
 
         Args:
-            x: tokens.
-            live: the prompt rows that enter; those that leave are put into it.
+            x: Tokens (B, H, W, D).
+            live: Prompt rows that enter; those that leave replace them.
 
         Raises:
-            ValueError: prompt rows should enter, but `live` has none.
+            ValueError: Prompt rows must enter, but `live` has none.
         """
         grid = grid_of(x)
         rows = DeferredSum(x.flatten(1, 2))
@@ -127,15 +126,13 @@ class PromptedSwinBlock(SwinTransformerBlock):
     def forward_deferred(
         self, total: DeferredSum, grid: tuple[int, int], memory: str, live: LiveRows
     ) -> DeferredSum:
-        """As `forward`, from and to a sum of rows (B, H * W, D) that is left to its reader.
-
-        Hooks on the block itself are not called.
+        """Compute the block from one deferred sum to the next, past its own hooks.
 
         Args:
-            total: tokens, row by row of the image.
-            grid: (H, W).
-            memory: what is kept for backward.
-            live: as for `forward`.
+            total: Tokens (B, H * W, D), row by row of the image.
+            grid: Height and width (H, W).
+            memory: What is saved for backward.
+            live: As for `forward`.
         """
         prompt, rows = self._modules.get("prompt"), self.rows
         if prompt is None and rows.entering and live.rows is None:
@@ -181,10 +178,10 @@ class PromptedSwinBlock(SwinTransformerBlock):
         return x, add_branches(self, prompts.expand(x.shape[0], -1, -1), live.rows)
 
     def _needs_windows(self, prompts: bool) -> bool:
-        """Whether a part may do anything with the rows, or a hook would miss some of them.
+        """Return whether a part may do anything with the rows, or a hook would miss some of them.
 
-        Hooks may change what they see. Where prompts are keys and values only, what comes after
-        those is the tokens' own.
+        Hooks may change what they see. Where prompts are keys and values only, parts after the
+        projection see tokens alone.
         """
         attn: Any = self._modules["attn"]
         others = [part for name, part in self._modules.items() if name not in ("attn", "prompt")]
@@ -208,7 +205,7 @@ class PromptedSwinBlock(SwinTransformerBlock):
 
 
 def check_blocks(blocks: list[Any]) -> None:
-    """Raise ValueError if something else stands in a tuned block's place."""
+    """Raise ValueError if a tuned block was replaced by another module."""
     for kind in {*map(type, blocks)}:
         if not issubclass(kind, PromptedSwinBlock):
             raise ValueError(
@@ -218,13 +215,13 @@ def check_blocks(blocks: list[Any]) -> None:
 
 
 def check_expert_grid(prompt: nn.Module | None, grid: tuple[int, int]) -> None:
-    """Raise ValueError for a grid of tokens that a block's prompt experts were not made for."""
+    """Raise ValueError if a grid of tokens is not that of a block's prompt experts."""
     if isinstance(prompt, PromptExperts):
         check_grid(prompt.grid, grid, "the input of this block", "tokens")
 
 
 def windows_of(block: Any, grid: tuple[int, int]) -> Windows:
-    """How a block cuts an image of `grid` tokens."""
+    """Return the windows of a block on an image of `grid` tokens."""
     return Windows(grid, _pair(block.window_size), _pair(block.shift_size))
 
 
@@ -234,12 +231,12 @@ def _pair(values: Any) -> tuple[int, int]:
 
 
 def grid_of(x: Tensor) -> tuple[int, int]:
-    """Height and width of tokens (B, H, W, D)."""
+    """Return height and width of tokens (B, H, W, D)."""
     return x.shape[1], x.shape[2]
 
 
 def fused(block: Any, x: Tensor | None) -> Fused | None:
-    """`fused_block.fused`; no subclass or wrapper, whose `forward` would be passed by."""
+    """Return `fused_block.fused` of our classes; other classes compute anything."""
     attn = block._modules.get("attn")
     known = type(block) is PromptedSwinBlock and type(attn) is PromptedWindowAttention
     if not known or attn._parameters["relative_position_bias_table"].requires_grad:

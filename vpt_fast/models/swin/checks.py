@@ -1,4 +1,4 @@
-"""What `prompt_tune` can honour of timm's SwinTransformer: looked at before anything is changed."""
+"""Checks of timm's SwinTransformer: what cannot be tuned is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from timm.models.swin_transformer import (
 from torch import nn
 
 from vpt_fast.methods import VAPT, Method
-from vpt_fast.models.check_parts import Parts, check_apart, check_parts, name_of, refuse
+from vpt_fast.models.check_parts import (
+    Parts,
+    check_apart,
+    check_kernel_size,
+    check_parts,
+    check_projections,
+    name_of,
+    refuse,
+)
 from vpt_fast.models.swin.install import grids_of
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.modules.row_by_row import ROW_NORMS
@@ -79,10 +87,7 @@ def _check_block(block: Any, where: str) -> None:
     if attn.qkv.out_features % (3 * attn.num_heads):
         heads = 3 * attn.num_heads
         refuse(f"{where}.attn.qkv.out_features", attn.qkv.out_features, f"no multiple of {heads}")
-    width = attn.qkv.out_features // 3
-    if (attn.proj.in_features, attn.proj.out_features) != (width, attn.qkv.in_features):
-        shape = (attn.proj.in_features, attn.proj.out_features)
-        refuse(f"{where}.attn.proj", shape, f"{width, attn.qkv.in_features} features are needed")
+    check_projections(attn, attn.qkv.out_features // 3, f"{where}.attn")
 
 
 def _check_method(model: Any, method: Method) -> None:
@@ -104,9 +109,4 @@ def _check_method(model: Any, method: Method) -> None:
     if isinstance(method, VAPT):
         grids = grids_of(model)
         for index in prompted[1:]:
-            grid = grids[index]
-            if min(grid) < method.kernel_size:
-                raise ValueError(
-                    f"kernel_size={method.kernel_size} does not fit the {grid[0]} x {grid[1]} grid "
-                    f"of block {index}; use at most {min(grid)}"
-                )
+            check_kernel_size(method, grids[index], f"block {index}")

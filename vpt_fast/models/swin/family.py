@@ -20,10 +20,9 @@ from vpt_fast.models.swin.stages import PromptedSwinStage
 
 
 def _name_as_block(model: Any, name: str) -> str:
-    """A parameter's name as a model without stages would have it: `blocks.{i}.`, counted on.
+    """Return a parameter's name with the block's index in the model, `blocks.{i}.`.
 
-    A patch merging counts as the last block before it: it is between two blocks, and trained where
-    both are.
+    A patch merging has the name of the block before it: it is trained if both neighbours are.
     """
     if not name.startswith("layers."):
         return name

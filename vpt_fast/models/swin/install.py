@@ -1,4 +1,4 @@
-"""Where prompts stand in a SwinTransformer: what its blocks and stages are given."""
+"""Prompts of a SwinTransformer: the classes and prompt rows of its blocks and stages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.swin_transformer import PatchMerging
 
 from vpt_fast.methods import VAPT
-from vpt_fast.models.prompt_rows import PromptRows
+from vpt_fast.models.prompt_rows import rows_of_blocks
 from vpt_fast.models.swin.blocks import PromptedSwinBlock, PromptedWindowAttention
 from vpt_fast.models.swin.stages import PromptedSwinStage
 from vpt_fast.models.tuned import blocks_of
@@ -15,7 +15,7 @@ from vpt_fast.modules.experts import FeatureProjector, PromptExperts
 
 
 def add_experts(model: Any, method: VAPT, blocks: tuple[int, ...]) -> None:
-    """Prompt experts for the given blocks, and a feature projector for each of their stages.
+    """Add prompt experts to the given blocks, and a feature projector to each of their stages.
 
     VAPT is published for ViT only; this is its form for Swin: experts mix the grid of their own
     block, and the feature projector is shared by the blocks of one width.
@@ -35,7 +35,7 @@ def add_experts(model: Any, method: VAPT, blocks: tuple[int, ...]) -> None:
 
 
 def grids_of(model: Any) -> list[tuple[int, int]]:
-    """Height and width of every block's input, in tokens, for images of the model's own size."""
+    """Return height and width of every block's grid of tokens, at the model's image size."""
     height, width = model.patch_embed.grid_size
     grids = []
     for stage in model.layers:
@@ -50,19 +50,13 @@ def install_prompts(model: Any) -> None:
     method = model.tune_record.method
     blocks = blocks_of(model)
     prompted = [getattr(block, "prompt", None) is not None for block in blocks]
-    pool = bool(getattr(method, "pool_prompts", False))
-    entering = 0
-    for index, block in enumerate(blocks):
-        leaving = method.num_prompts if prompted[index] else entering
-        if index + 1 < len(blocks):
-            leaving = 0 if prompted[index + 1] else leaving
-        else:
-            leaving = leaving if pool else 0
+    count = getattr(method, "num_prompts", 0)
+    all_rows = rows_of_blocks(prompted, count, 0, model.pools_prompts())
+    for block, rows in zip(blocks, all_rows, strict=True):
         block.__class__ = PromptedSwinBlock
         block.attn.__class__ = PromptedWindowAttention
         block.prompt = getattr(block, "prompt", None)
-        block.rows = PromptRows(0, entering, leaving)
+        block.rows = rows
         block.memory = model.tune_record.memory
-        entering = leaving
     for stage in model.layers:
         stage.__class__ = PromptedSwinStage

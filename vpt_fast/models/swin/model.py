@@ -1,4 +1,4 @@
-"""timm's SwinTransformer, tuned: the class that models are given, and where their prompts stand."""
+"""timm's SwinTransformer, tuned: the class that models are given."""
 
 from __future__ import annotations
 
@@ -25,26 +25,29 @@ from vpt_fast.ops.tracing import any_derivative, is_transformed
 
 
 class PromptedSwinTransformer(Tuned, SwinTransformer):
-    """timm's SwinTransformer, tuned. Its features are images without prompt rows; but where those
-    are pooled they are (B, 1, p + H * W, D), prompt rows first."""
+    """timm's SwinTransformer, tuned.
+
+    Its features are images without prompt rows; with `pool_prompts` they are
+    (B, 1, p + H * W, D), prompt rows first.
+    """
 
     plain_class = SwinTransformer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, as timm's."""
+        """Return the logits."""
         if not is_transformed():
             return super().forward(x)
         with any_derivative():
             return super().forward(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """As timm's: the final norm of the last stage's output."""
+        """Return the final norm of the last stage's output, as timm's."""
         static = tuple(stage.grad_checkpointing for stage in self.layers)
         x = embedded_patches(self.patch_embed, x)
         return self.norm(replayed(self.tune_record.graphs, self, self._through, x, *static))
 
     def _through(self, x: Tensor, *static: bool) -> Tensor:
-        """What the head pools, from the first stage's input (B, H, W, D)."""
+        """Return the features that the head pools, from the first stage's input (B, H, W, D)."""
         if not self._has_live_rows():
             return self.layers(x)
         if type(self.layers) is not nn.Sequential or is_taken_over(self.layers):
@@ -63,13 +66,13 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         return any(block.rows.entering or block.rows.leaving for block in blocks)
 
     def _with_rows(self, x: Tensor, live: LiveRows) -> Tensor:
-        """What the head pools: x (B, H, W, D), with the rows that have left the last block."""
+        """Return the features that the head pools: x (B, H, W, D), with live rows if pooled."""
         if live.rows is None or not self.pools_prompts():
             return x
         return torch.cat([live.rows.to(x.dtype), x.flatten(1, 2)], 1).unsqueeze(1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """As timm's; hidden layers of an MLP head stand between pooled features and `head.fc`."""
+        """Return the logits of features; an MLP head's hidden layers come before `head.fc`."""
         hidden = self._modules.get("head_hidden")
         if hidden is None or isinstance(self.head.fc, nn.Identity):
             return super().forward_head(x, pre_logits=pre_logits)
@@ -85,10 +88,10 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """As timm's: outputs of stages (B, D, H, W), without prompt rows.
+        """Return outputs of stages (B, D, H, W) as timm does, without prompt rows.
 
         Raises:
-            ValueError: another `output_fmt`.
+            ValueError: `output_fmt` is not NCHW.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}; Swin's features are NCHW only")
@@ -109,9 +112,10 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         return x, intermediates
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As timm's; refused if the new pooling cannot read the prompts that it has to.
+        """Replace the classifier, of an MLP head its last layer.
 
-        Of an MLP head its last layer is replaced.
+        Raises:
+            ValueError: The new pooling does not read prompts, and the method pools them.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if num_classes:
@@ -124,7 +128,7 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
             self.head.fc = fc.train(self.training)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
-        """As timm's; the block that is now the last one keeps its prompt rows to itself."""
+        """Remove stages as timm does; the new last block drops its prompt rows."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
         install_prompts(self)
         return taken

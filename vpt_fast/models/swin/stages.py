@@ -1,4 +1,4 @@
-"""timm's Swin stage with prompts: what passes prompt rows from block to block, beside the image."""
+"""timm's Swin stage with prompts: it passes live prompt rows from block to block."""
 
 from __future__ import annotations
 
@@ -35,13 +35,17 @@ from vpt_fast.ops.block.add_norm import DeferredSum
 
 
 class PromptedSwinStage(SwinTransformerStage):
-    """timm's SwinTransformerStage, whose blocks leave sums open and pass prompt rows on."""
+    """timm's SwinTransformerStage, whose blocks defer residual sums and pass prompt rows on."""
 
     def forward(self, x: Tensor, live: LiveRows | None = None) -> Tensor:
-        """As timm's; `live` holds the prompt rows that enter, then those that leave.
+        """Return the stage's output, as timm's.
+
+        Args:
+            x: Input (B, H, W, D).
+            live: Prompt rows that enter; those that leave replace them.
 
         Raises:
-            ValueError: a hook on `blocks` would miss prompt rows.
+            ValueError: A hook on `blocks` would miss prompt rows.
         """
         x = self.downsample(x)
         live = LiveRows() if live is None else live
@@ -67,7 +71,7 @@ class PromptedSwinStage(SwinTransformerStage):
     def _through(
         self, blocks: list[Any], total: DeferredSum, grid: tuple[int, int], live: LiveRows
     ) -> DeferredSum:
-        """Rows (B, H * W, D) of an image of grid = (H, W) through the blocks."""
+        """Return the output of the blocks for rows (B, H * W, D) of an image of grid (H, W)."""
         memories = ["minimal" if self.grad_checkpointing else block.memory for block in blocks]
         ahead = look_ahead(blocks, total.residual, fused)
         if ahead is not None:
@@ -94,12 +98,12 @@ def _check_compiled(blocks: nn.Module) -> None:
 
 
 def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
-    """Prompt rows (B, p, D) through a patch merging, as four equal neighbours: (B, p, 2 D).
+    """Return the patch merging (B, p, 2 D) of prompt rows (B, p, D), each as four neighbours.
 
-    The merging's own hooks are for images, which have no place for rows.
+    The merging's own hooks are not called: they expect images.
 
     Raises:
-        ValueError: a part of it is hooked, or its forward is somebody's own.
+        ValueError: A part of it is hooked, or its forward was replaced.
     """
     if type(downsample) is nn.Identity:
         return rows
@@ -120,7 +124,7 @@ def merge_rows(downsample: nn.Module, rows: Tensor) -> Tensor:
 def _through_block(
     block: Any, total: DeferredSum, grid: tuple[int, int], memory: str, live: LiveRows
 ) -> DeferredSum:
-    """A block, called so that its own hooks are."""
+    """Compute a block, hooks on it included."""
     compiled = has_compiled_call(block)
     watched = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
     if not (compiled or watched):

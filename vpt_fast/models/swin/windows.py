@@ -1,8 +1,7 @@
 """A Swin block as published: prompt rows concatenated into every window of timm's own modules.
 
-For blocks of which somebody watches a part, or has put another in its place: each module is called
-once, as in timm's block, with the prompt rows before the tokens'. "Visual Prompt Tuning" (arXiv
-2203.12119), section 3.2.
+For blocks with hooked or replaced parts: each module is called once, as in timm's block, with the
+prompt rows before the tokens'. "Visual Prompt Tuning" (arXiv 2203.12119), section 3.2.
 """
 
 from __future__ import annotations
@@ -24,12 +23,18 @@ from vpt_fast.ops.window_attention.rows import Windows
 def through_windows(
     block: Any, x: Tensor, rows: Tensor | None, windows: Windows
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, N, D) and prompt rows (B or 1, p, D) through a block, to (B, N, D), (B, p, D).
+    """Return a block's output (B, N, D), and its prompt rows (B, p, D).
 
     Every window updates its copy of the rows; the copies are averaged.
 
+    Args:
+        block: Tuned block.
+        x: Tokens (B, N, D).
+        rows: Prompt rows (B or 1, p, D), or None.
+        windows: Windows of the image.
+
     Raises:
-        ValueError: there are rows, and attention is a module that knows nothing of them.
+        ValueError: There are rows, and attention is a module that does not take them.
     """
     batch, (height, width), window = len(x), windows.grid, windows.window
     count = 0 if rows is None else rows.shape[1]
@@ -67,7 +72,7 @@ def _check_knows_rows(attn: nn.Module) -> None:
 
 
 def _attended(attn: nn.Module, rows: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention's output of windows (w, area, D), each after its image's rows (B, p, D)."""
+    """Return attention's output for windows (w, area, D), each after its image's rows (B, p, D)."""
     count = rows.shape[1]
     if not count:
         return attn(tokens, mask=mask)
@@ -76,7 +81,7 @@ def _attended(attn: nn.Module, rows: Tensor, tokens: Tensor, mask: Tensor | None
 
 
 def attend_beside(attn: Any, x: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """timm's attention in windows (w, count + area, D), whose first rows have no bias or mask."""
+    """Attend in windows (w, count + area, D) as timm does; the first rows have no bias or mask."""
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     check_attention(attn, q.shape[-1])
     bias = attn._get_rel_pos_bias()
@@ -92,7 +97,7 @@ def attend_beside(attn: Any, x: Tensor, mask: Tensor | None, count: int) -> Tens
 
 
 def is_plain_softmax(attn: Any) -> bool:
-    """Whether softmax and dropout of the scores are timm's, and nobody watches them."""
+    """Return whether softmax and dropout of the scores are timm's, without hooks."""
     softmax, drop = attn.softmax, attn.attn_drop
     return (
         type(softmax) is nn.Softmax

@@ -19,7 +19,7 @@ from vpt_fast.ops.attention.absorbed import absorbed_attention
 from vpt_fast.ops.attention.operator import prompt_attention
 from vpt_fast.ops.tracing import is_transformed
 
-# Query rows up to which keys and values are not worth making. A model's head reads one or two.
+# Number of query rows up to which keys and values are not computed. Heads read one or two rows.
 _FEW_QUERIES = 2
 
 
@@ -37,14 +37,14 @@ class PromptedAttention(Attention):
         """Attend from every row of x, or from `queries`, to the prompts and to every row of x.
 
         Args:
-            x: normalised tokens (B, N, D).
-            attn_mask: as timm's; without `prompts` and `queries` only.
-            is_causal: as timm's; without `prompts` and `queries` only.
-            prompts: normalised prompts (B or 1, p, D).
-            queries: normalised query rows (B, M, D), if not those of x.
+            x: Normalised tokens (B, N, D).
+            attn_mask: As timm's; without `prompts` and `queries` only.
+            is_causal: As timm's; without `prompts` and `queries` only.
+            prompts: Normalised prompts (B or 1, p, D).
+            queries: Normalised query rows (B, M, D); None takes those of x.
 
         Returns:
-            (B, N or M, D).
+            Output (B, N or M, D).
         """
         if attn_mask is not None or is_causal:
             return self._as_timms(x, attn_mask, is_causal)
@@ -63,7 +63,7 @@ class PromptedAttention(Attention):
         return self.proj_drop(self.proj(out if norm is None else norm(out)))
 
     def _is_changed(self) -> bool:
-        """Whether somebody may look at more than rows: at scores, or at heads as timm lays them."""
+        """Return whether a part may read the scores, or heads in timm's layout."""
         if is_transformed() or not self.fused_attn:
             return True
         inside = (self.q_norm, self.k_norm, self.attn_drop)
@@ -72,7 +72,7 @@ class PromptedAttention(Attention):
     def _as_timms(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """timm's forward, whose fused form has PyTorch's scale: a folded one is 1."""
+        """Compute timm's forward, with a scale that is folded: timm's fused form ignores it."""
         if not self.fused_attn or self.scale == self.head_dim**-0.5:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""What `prompt_tune` can honour of timm's VisionTransformer: looked at before anything changes."""
+"""Checks of timm's VisionTransformer: what cannot be tuned is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
 from vpt_fast.methods import VAPT, Method
-from vpt_fast.models.check_parts import Parts, check_apart, check_parts, name_of, refuse
+from vpt_fast.models.check_parts import (
+    Parts,
+    check_apart,
+    check_kernel_size,
+    check_parts,
+    check_projections,
+    name_of,
+    refuse,
+)
 from vpt_fast.modules.row_by_row import ROW_NORMS
 
 _BLOCK_PARTS: Parts = {
@@ -47,12 +55,7 @@ def check_vit(model: Any, method: Method) -> None:
         refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
     method.prompted_blocks(len(model.blocks))
     if isinstance(method, VAPT) and method.num_prompts:
-        grid = model.patch_embed.grid_size
-        if min(grid) < method.kernel_size:
-            raise ValueError(
-                f"kernel_size={method.kernel_size} does not fit the model's {grid[0]} x {grid[1]} "
-                f"grid of patches; use at most {min(grid)}"
-            )
+        check_kernel_size(method, model.patch_embed.grid_size, "the model's patches")
 
 
 def _check_block(block: nn.Module, where: str) -> None:
@@ -72,9 +75,4 @@ def _check_block(block: nn.Module, where: str) -> None:
             "explicit softmax was asked for, which fused prompt attention would replace; set "
             "fused_attn = True",
         )
-    width = attn.num_heads * attn.head_dim
-    if attn.qkv.out_features != 3 * width:
-        refuse(f"{where}.attn.qkv.out_features", attn.qkv.out_features, f"{3 * width} are needed")
-    if (attn.proj.in_features, attn.proj.out_features) != (width, attn.qkv.in_features):
-        shape = (attn.proj.in_features, attn.proj.out_features)
-        refuse(f"{where}.attn.proj", shape, f"{width, attn.qkv.in_features} features are needed")
+    check_projections(attn, attn.num_heads * attn.head_dim, f"{where}.attn")

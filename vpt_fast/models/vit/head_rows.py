@@ -1,4 +1,4 @@
-"""How much of the last block's output a model's head reads."""
+"""Rows of the last block's output that a model's head reads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _AFTER_BLOCKS = ("norm", "fc_norm", "head_drop", "head_hidden", "head", "head_di
 
 
 def rows_read(model: Any, last: type[nn.Module]) -> int | None:
-    """Rows of the last block's output that the head reads, if they are its first and nobody looks.
+    """Return the number of first rows of the last block's output that are to be computed.
 
     Args:
-        model: a timm VisionTransformer, plain or of our classes.
-        last: the class that its last block must have to compute these rows alone.
+        model: timm VisionTransformer, plain, tuned or baked.
+        last: Class of a last block that can compute its first rows alone.
 
     Returns:
-        Their number; None if all rows have to be computed.
+        Number of rows; None for all, as where the head reads others, or a hook would see them.
     """
     if not _reads_first(model, last) or nn_module._has_any_global_hook():
         return None
@@ -33,7 +33,7 @@ def rows_read(model: Any, last: type[nn.Module]) -> int | None:
 
 
 def _reads_first(model: Any, last: type[nn.Module]) -> bool:
-    """Whether the head reads the first rows only, and the last block can compute them alone."""
+    """Return whether the head reads first rows only, and the last block can compute them alone."""
     if model.global_pool != "token" or model.attn_pool is not None:
         return False
     own = vars(model)
@@ -41,7 +41,7 @@ def _reads_first(model: Any, last: type[nn.Module]) -> bool:
         return False  # put on this instance: they may read any row
     if type(model._modules["norm"]) not in ROW_NORMS:
         return False
-    # In its dictionary: this runs in every call, and the attribute access of modules is slow.
+    # In its dictionary: this runs in every call, and nn.Module's attribute access is slow.
     all_blocks = model._modules["blocks"]
     if "_compiled_call_impl" in all_blocks.__dict__ or type(all_blocks) is not nn.Sequential:
         return False  # they are called as one module
@@ -55,7 +55,7 @@ def _reads_first(model: Any, last: type[nn.Module]) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody would notice that a module sees these rows only."""
+    """Return whether a hook or a replaced forward would see that a module gets these rows only."""
     return has_hooks(module) or has_own_forward(module)
 
 
@@ -64,7 +64,7 @@ def _count(model: Any) -> int:
 
 
 def _watched(model: Any) -> list[nn.Module]:
-    """The modules that see first rows only, or the last block's output."""
+    """Return the modules that get first rows only, or the last block's output."""
     modules = model._modules
     after = [modules[name] for name in _AFTER_BLOCKS if modules.get(name) is not None]
     inside = (m for module in (model.blocks[-1], *after) for m in with_descendants(module))
@@ -72,10 +72,10 @@ def _watched(model: Any) -> list[nn.Module]:
 
 
 class HeadReading:
-    """`rows_read`, asked again only when something that it depends on has changed.
+    """`rows_read`, cached until something that it depends on changes.
 
     Args:
-        last: as for `rows_read`.
+        last: As for `rows_read`.
     """
 
     def __init__(self, last: type[nn.Module]) -> None:
@@ -85,15 +85,15 @@ class HeadReading:
         self._children: list[Any] = []
 
     def __deepcopy__(self, memo: Any) -> HeadReading:
-        """A copy's modules are its own."""
+        """Return an empty cache: a copied model has modules of its own."""
         return HeadReading(self._last)
 
     def __reduce__(self) -> Any:
-        """As copies."""
+        """Pickle as an empty cache."""
         return HeadReading, (self._last,)
 
     def rows(self, model: Any) -> int | None:
-        """See `rows_read`."""
+        """Return `rows_read` of the model."""
         if torch.compiler.is_compiling():
             return rows_read(model, self._last)
         if not _reads_first(model, self._last):
@@ -111,7 +111,7 @@ class HeadReading:
 
     def _read(self, model: Any) -> None:
         modules = _watched(model)
-        self._hooks = HookWatch()  # before the modules that it is to look at: other threads read
+        self._hooks = HookWatch()  # first: other threads may read while this one writes
         self._own = [vars(module) for module in modules]
         self._places = [model._modules, *(module._modules for module in modules)]
         self._children = [*chain.from_iterable(map(dict.values, self._places))]

@@ -27,10 +27,10 @@ from vpt_fast.ops.tracing import any_derivative, is_transformed
 
 
 class _PromptedModel(Tuned, VisionTransformer):
-    """What both tuned classes override. Blocks make and strip prompt rows; the rest is timm's."""
+    """Base of both tuned classes. Blocks insert and strip prompt rows; the rest is timm's."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        """Logits, as timm's; the last block computes only the rows that the head reads."""
+        """Return the logits; the last block computes only the rows that the head reads."""
         if is_transformed():
             with any_derivative():
                 return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -40,27 +40,27 @@ class _PromptedModel(Tuned, VisionTransformer):
         return self._head_of(DeferredSum(first_block_input(self, x)), 0, count)
 
     def forward_until(self, x: Tensor, first: int) -> Tensor:
-        """What enters block `first` (B, N, D), from images (B, 3, height, width)."""
+        """Return the input (B, N, D) of block `first` for images (B, 3, height, width)."""
         blocks: Any = self.blocks
         return self._through(
             list(blocks[:first]), DeferredSum(first_block_input(self, x))
         ).materialize()
 
     def forward_from(self, x: Tensor, first: int) -> Tensor:
-        """Logits (B, classes) from what enters block `first`, (B, N, D).
+        """Return the logits (B, classes) for the input (B, N, D) of block `first`.
 
-        With `forward_until` before it, this is the model.
+        `forward_until` and then this is the model.
         """
         return self._head_of(DeferredSum(x), first, self._rows_read())
 
     def _head_of(self, total: DeferredSum, first: int, count: int | None) -> Tensor:
-        """Logits from what enters block `first`; of the last block `count` rows, None for all."""
+        """Return the logits for the input of block `first`, from `count` rows of the last block."""
         graphs, static = self.tune_record.graphs, (first, count, self._memory())
         x = replayed(graphs, self, self._rows_from, total.materialize(), *static)
         return self.forward_head(self.norm(x))
 
     def _rows_from(self, x: Tensor, first: int, count: int | None, memory: str) -> Tensor:
-        """What leaves the last block from what enters block `first`: `count` rows, None for all."""
+        """Return `count` rows of the last block (None: all) for the input of block `first`."""
         blocks = list(self.blocks)[first:]
         rows = self._through(blocks, DeferredSum(x), count).materialize()
         return rows if blocks and count is not None else self._without_late_rows(rows)
@@ -68,7 +68,7 @@ class _PromptedModel(Tuned, VisionTransformer):
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """As timm's: the final norm of the last block's rows (B, N, D)."""
+        """Return the final norm of the last block's output (B, N, D), as timm's."""
         blocks: Any = self.blocks
         apart = type(blocks) is not nn.Sequential or is_taken_over(blocks)
         if attn_mask is not None or is_causal or apart:
@@ -81,7 +81,7 @@ class _PromptedModel(Tuned, VisionTransformer):
         return self.norm(x)
 
     def _without_late_rows(self, x: Tensor) -> Tensor:
-        """x without prompt rows that the last block leaves: those after it were taken away."""
+        """Strip prompt rows that leave the last block where blocks after it were removed."""
         late = self._rows_leaving(-1) if len(self.blocks) and not self.pools_prompts() else 0
         return strip_rows(x, late, self.num_prefix_tokens)
 
@@ -91,7 +91,7 @@ class _PromptedModel(Tuned, VisionTransformer):
     def _through(
         self, blocks: list[Any], total: DeferredSum, count: int | None = None
     ) -> DeferredSum:
-        """Tokens through the given blocks; of the last one `count` rows, None for all."""
+        """Return the output of the given blocks: `count` rows of the last one, None for all."""
         firsts = [*[None] * (len(blocks) - 1), count][: len(blocks)]
         memory = self._memory()
         # The last block is not fused where it computes a few rows on a CPU.
@@ -106,14 +106,14 @@ class _PromptedModel(Tuned, VisionTransformer):
         return total
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """As timm's; refuses a patch grid that prompt experts were not made for."""
+        """Add position embeddings; refuse a patch grid other than that of the prompt experts."""
         experts = getattr(self.blocks[-1], "prompt", None)
         if isinstance(experts, PromptExperts):
             check_grid(experts.grid, x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size)
         return super()._pos_embed(x)
 
     def _rows_read(self) -> int | None:
-        """Rows of the last block that the head reads, if they are its first and nobody looks."""
+        """Return the number of rows that the last block has to compute; None for all."""
         reading = self.__dict__.get("_head_reading")
         if reading is None:
             reading = self.__dict__["_head_reading"] = HeadReading(PromptedBlock)
@@ -133,7 +133,7 @@ class _PromptedModel(Tuned, VisionTransformer):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
-        """As timm's, with the live prompt rows stripped from every entry."""
+        """Return timm's intermediates, with live prompt rows stripped from every entry."""
         height, width = x.shape[-2:]
         result: Any = super().forward_intermediates(
             x,
@@ -172,7 +172,7 @@ class _PromptedModel(Tuned, VisionTransformer):
         return patches if intermediates_only else (result["image_features"], patches)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """As timm's; hidden layers of an MLP head come between the pooled features and `head`."""
+        """Return the logits of features; an MLP head's hidden layers come before `head`."""
         hidden = self._modules.get("head_hidden")
         if hidden is None or isinstance(self.head, nn.Identity):
             return super().forward_head(x, pre_logits=pre_logits)
@@ -180,9 +180,10 @@ class _PromptedModel(Tuned, VisionTransformer):
         return pooled if pre_logits else self.head(hidden(pooled))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As timm's; refused if the new pooling cannot read the prompts that it has to.
+        """Replace the classifier, of an MLP head its last layer.
 
-        Of an MLP head its last layer is replaced.
+        Raises:
+            ValueError: The new pooling does not read prompts, and the method pools them.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if num_classes:
@@ -197,7 +198,7 @@ class _PromptedModel(Tuned, VisionTransformer):
             self.head = new_classifier(width, self.head).train(self.training)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
-        """As timm's; the block that is now the last one strips the prompt rows."""
+        """Remove blocks as timm does; the new last block strips its prompt rows."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
         install_prompts(self)
         return taken

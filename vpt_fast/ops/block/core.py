@@ -55,11 +55,7 @@ class BlockSteps:
     )  # fmt: skip
 
     def __init__(
-        self,
-        config: BlockConfig,
-        weights: BlockWeights,
-        dtype: torch.dtype,
-        sites: Sites,
+        self, config: BlockConfig, weights: BlockWeights, dtype: torch.dtype, sites: Sites
     ) -> None:
         self.config, self.weights, self.dtype, self.sites = config, weights, dtype, sites
         self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1)
@@ -225,13 +221,7 @@ class BlockSteps:
     def forward(
         self, residual: Tensor, branch: Tensor | None, sources: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, SavedBlock]:
-        """Return x' and the MLP's output (B, M, D), and all that backward may read.
-
-        Args:
-            residual: Residual (B, N, D) of the input, a deferred sum.
-            branch: Branch (B, N, D) of the input, or None for 0.
-            sources: Tensors of `config.source`.
-        """
+        """Return x' and the MLP's output (B, M, D), and all that backward may read."""
         y, entry = enter(self, residual, branch, sources)
         kv, kv_statistics = self.prompt_kv(sources, entry.mixing)
         return self.forward_entered(y, entry, kv, kv_statistics)
@@ -243,7 +233,7 @@ class BlockSteps:
         kv: Tensor | None = None,
         kv_statistics: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor, SavedBlock]:
-        """Return what `forward` does, from norm1(x) (B, N, D) and from K_p, V_p."""
+        """Return what `forward` does, from y = norm1(x) and from K_p, V_p."""
         tokens = self.project(y)
         out, lse = self.attend(tokens, kv)
         middle, y, statistics = self.add_attention(_required(entry.x), out)
@@ -253,12 +243,7 @@ class BlockSteps:
         return middle, result, saved
 
     def save(self, full: SavedBlock, needs_tokens: bool) -> SavedBlock:
-        """Return those tensors of a forward pass that are saved for backward.
-
-        Args:
-            full: All of them, from `forward`.
-            needs_tokens: Whether backward computes the gradient of the block's input.
-        """
+        """Return those tensors of a forward pass that are saved for backward."""
         memory, entry = self.config.memory, full.entry
         dropped: dict[str, Any] = {}
         ends_here = not needs_tokens and len(entry.mixing) == 0

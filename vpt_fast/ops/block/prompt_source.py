@@ -79,7 +79,7 @@ class PromptSource:
             sites: Call sites of the block.
             tensors: Tensors of the source.
             entry: What `enter` saved.
-            norm: norm1 of the block.
+            norm: LayerNorm norm1 of the block.
             grad_mixing: Gradients that `gradients` returned.
             grad_y: Gradient of norm1(x), (B, N, D), or None for 0.
             grad_sum: Gradient (B, N, D) that reaches x past the norms, or None for 0.
@@ -108,7 +108,7 @@ class PromptSource:
             sites: Call sites of the block.
             tensors: Tensors of the source.
             mixing: What `mix` returned.
-            norm: norm1 of the block.
+            norm: LayerNorm norm1 of the block.
             statistics: What `normalised_prompts` returned.
             grad: Gradient of norm1(P), (B or 1, p, D).
         """

@@ -29,7 +29,7 @@ class Sites(Protocol):
     """
 
     def __getitem__(self, site: tuple[Operation, str], /) -> Function:
-        """An implementation of the operation."""
+        """Return an implementation of the operation."""
 
 
 class ReferenceSites(dict[tuple[Operation, str], Function]):
