@@ -71,6 +71,11 @@ def strip_rows(x: Tensor, count: int, prefix: int) -> Tensor:
     return torch.cat([x[:, :prefix], x[:, prefix + count :]], dim=1)
 
 
+def split_rows(x: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """Return x (B, N + count, D) with the `count` rows after `prefix` stripped, and these rows."""
+    return strip_rows(x, count, prefix), x[:, prefix : prefix + count]
+
+
 def extend_mask(mask: Tensor, count: int, prefix: int) -> Tensor:
     """Extend a (..., N, N) attention mask by `count` prompts, which every token attends to."""
     visible = True if mask.dtype == torch.bool else 0.0

@@ -24,6 +24,7 @@ from vpt_fast.models.prompt_rows import (
     PromptRows,
     extend_mask,
     insert_rows,
+    split_rows,
     strip_rows,
 )
 from vpt_fast.models.recompute import recomputed
@@ -69,8 +70,8 @@ class PromptedBlock(Block):
         rows = self.rows
         if not (rows.entering or rows.leaving) or not has_hooks(self):
             return super().__call__(x, *args, **kwargs)
-        live = LiveRows(x[:, rows.prefix : rows.prefix + rows.entering])
-        x = strip_rows(x, rows.entering, rows.prefix)
+        x, entering = split_rows(x, rows.entering, rows.prefix)
+        live = LiveRows(entering)
         x = super().__call__(x, *args, live=live, **kwargs)
         return insert_rows(x, live.rows, rows.prefix) if rows.leaving else x
 
@@ -107,8 +108,7 @@ class PromptedBlock(Block):
         else:
             x = recomputed(self, self._concatenated, x, attn_mask, is_causal)
         if live is not None and rows.leaving:
-            live.rows = x[:, rows.prefix : rows.prefix + rows.leaving]
-            x = strip_rows(x, rows.leaving, rows.prefix)
+            x, live.rows = split_rows(x, rows.leaving, rows.prefix)
         return x
 
     def forward_deferred(
