@@ -34,7 +34,7 @@ _SOURCE = re.compile(r"hf-hub:[\w.-]+(/[\w.-]+)?(@[\w.-]+)?|local-dir:.+")
 def check_config(config: Mapping[str, Any]) -> None:
     """Raise ValueError, saying where, if a value is missing or none that `save_adapter` writes.
 
-    What the method takes is left to `vpt_fast.methods.from_dict`.
+    Which fields the method takes is left to `vpt_fast.methods.from_dict`.
     """
     for key, types in _TYPES.items():
         if key not in config:
@@ -46,6 +46,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     names = config["class_names"]
     if names is not None and not all(isinstance(name, str) for name in names):
         _wrong("class_names", names, "a list of strings")
+    for key, value in config["method"].items():
+        _check_value(f"method.{key}", value)
     _check_model(config["model"])
     classes = config["model"].get("args", {}).get("num_classes")
     if names is not None and classes not in (None, len(names)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vpt_fast.models.tuned import blocks_of
+from vpt_fast.models.tuned import Tuned, blocks_of
 from vpt_fast.tune import trainable_parameters
 
 
@@ -66,17 +66,10 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def is_added(name: str) -> bool:
-    """Whether a tensor is of a module that a method has added: no plain model has it."""
-    return name.startswith(("prompt_", "head_hidden.")) or any(
-        part in name for part in (".prompt.", ".prompt_projector.", ".adapter.")
-    )
-
-
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What requires a gradient, and what was added even where it has been frozen since."""
-    trained = {name for name, _ in trainable_parameters(model)}
-    return {n: p.detach() for n, p in model.named_parameters() if n in trained or is_added(n)}
+def trained_tensors(model: Tuned) -> dict[str, Tensor]:
+    """Return what requires a gradient, and what was added even where it has been frozen since."""
+    trained = {name for name, _ in trainable_parameters(model)} | model._added_parameters().keys()
+    return {name: p.detach() for name, p in model.named_parameters() if name in trained}
 
 
 def frozen_tensors(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from vpt_fast.adapter.architecture import describe
 from vpt_fast.adapter.checks import check_computation, check_dimensions, check_weights
-from vpt_fast.adapter.contents import frozen_tensors, is_added, model_config
+from vpt_fast.adapter.contents import frozen_tensors, model_config
 from vpt_fast.adapter.files import TENSORS_FILE, read_adapter
 from vpt_fast.adapter.fingerprint import difference, fingerprint
 from vpt_fast.adapter.fixed_image import seen_differently, seen_in_fixed_image
+from vpt_fast.adapter.tensors import check_tensors, expected_tensors
 from vpt_fast.checks import check_model
 from vpt_fast.methods import from_dict
 from vpt_fast.tune import apply_method, host_copy, remove_prompts
@@ -47,10 +48,14 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     method = from_dict(config["method"])
     family = check_model(model, method)
     rounded = _check_backbone(model, config, list(tensors), directory)
+    trained = expected_tensors(model, method, family)
+    known = {**{name: p.shape for name, p in model.named_parameters()}, **trained}
+    needed = (name for name in trained if name not in config["fingerprint"])
+    check_tensors(tensors, known, needed, directory / TENSORS_FILE)
     tuned: Any = apply_method(model, method, family)
     tuned.tune_record.inputs = config["input"]
     try:
-        _fill(tuned, tensors, config["fingerprint"], directory)
+        _fill(tuned, tensors)
         _check_fixed_image(tuned, config, directory, rounded)
     except BaseException:
         remove_prompts(tuned)
@@ -91,24 +96,12 @@ def _check_fixed_image(
         )
 
 
-def _fill(model: Any, tensors: dict[str, Tensor], frozen: dict[str, Any], directory: Path) -> None:
-    parameters = dict(model.named_parameters())
-    trained = [name for name, p in parameters.items() if p.requires_grad and name not in frozen]
-    for name, tensor in tensors.items():
-        if name not in parameters:
-            raise ValueError(f"{directory / TENSORS_FILE}: the model has no parameter {name}")
-        if parameters[name].shape != tensor.shape:
-            raise ValueError(
-                f"{directory / TENSORS_FILE}: {name} has shape {tuple(tensor.shape)}, the model's "
-                f"has {tuple(parameters[name].shape)}"
-            )
-    missing = [name for name in trained if name not in tensors]
-    if missing:
-        raise ValueError(f"{directory / TENSORS_FILE} has no {missing[0]}")
+def _fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    record, parameters = model.tune_record, dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if not is_added(name) and name not in model.tune_record.originals:
-                model.tune_record.originals[name] = host_copy(parameters[name])
+            if name in record.requires_grad and name not in record.originals:
+                record.originals[name] = host_copy(parameters[name])
             parameters[name].copy_(tensor)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in tensors)

@@ -82,7 +82,7 @@ def save_adapter(
     if class_names is not None and len(class_names) != tuned.num_classes:
         raise ValueError(f"{len(class_names)} class names for {tuned.num_classes} classes")
     _check_target(directory, overwrite)
-    trained = trained_tensors(model)
+    trained = trained_tensors(tuned)
     if not trained:
         raise ValueError("nothing in this model requires a gradient; there is nothing to save")
     check_finite(trained, "the model")
