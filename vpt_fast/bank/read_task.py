@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from vpt_fast.adapter.architecture import describe
-from vpt_fast.adapter.checks import check_computation, check_dimensions, check_weights
+from vpt_fast.adapter.checks import check_backbone
 from vpt_fast.adapter.files import TENSORS_FILE, read_adapter
 from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.tensors import Shapes, check_tensors, expected_tensors
@@ -125,10 +125,8 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
     config, tensors = read_adapter(directory)
     method = from_dict(config["method"])
     _check_method(method, backbone, directory)
-    check_dimensions(backbone.dimensions, config["model"], directory)
-    have = {key: value for key, value in backbone.weights.items() if key not in tensors}
-    check_weights(have, config, directory)
-    check_computation(backbone.architecture, config, directory)
+    weights = {key: value for key, value in backbone.weights.items() if key not in tensors}
+    check_backbone(backbone.dimensions, weights, backbone.architecture, config, directory)
     classes = _classes(tensors, directory)
     _check_tensors(backbone, method, classes, tensors, directory)
     inputs = _inputs(backbone, config["input"], directory)
