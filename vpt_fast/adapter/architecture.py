@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from vpt_fast.models.tuned import ADDED
+from vpt_fast.tune import classifiers_of
 
 Description = Mapping[str, Any]
 """JSON values: plain attributes by their name in the model, and the class of norms and activations
@@ -77,9 +78,7 @@ def _folded(model: nn.Module) -> dict[str, Any]:
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield names and modules of the plain backbone, without heads and what a method adds."""
-    vit: Any = model
-    heads = vit.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
+    heads = classifiers_of(model)
     left_out = {id(part) for head in heads if head is not None for part in head.modules()}
     for name, module in model.named_modules():
         if _plain_class(module) is nn.Module or name in ADDED:

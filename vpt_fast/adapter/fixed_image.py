@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vpt_fast.adapter.fingerprint import difference, fingerprint
+from vpt_fast.tune import classifiers_of
 
 # Relative to the norm. Outputs of ViT-S/16 with random weights differ by 1.3e-2 when computed in
 # bf16; those of four kinds of models by up to 1.2e-2 in 36 trials when the weights are rounded to
@@ -37,8 +38,7 @@ def seen_in_fixed_image(model: nn.Module) -> dict[str, Any] | None:
     # RandomState's stream is frozen by NumPy's compatibility policy.
     noise = np.random.RandomState(0).standard_normal((1, vit.in_chans, *vit.patch_embed.img_size))
     image = torch.from_numpy(noise).to(weight.device, weight.dtype)
-    heads = vit.get_classifier()
-    head = heads[0] if isinstance(heads, tuple) else heads
+    head = classifiers_of(model)[0]
     found: dict[str, Tensor] = {}
     record, modes = vit.tune_record, [(part, part.training) for part in model.modules()]
     graphs, record.graphs = record.graphs, None
