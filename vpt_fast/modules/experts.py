@@ -1,8 +1,8 @@
-"""VAPT's modules: prompt experts, which make a block's prompts from the block's own input.
+"""VAPT's modules: prompt experts, which compute a block's prompts from the block's own input.
 
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936),
-section 4. Convolution and token-wise projector are both linear over the patches, so they are used
-as one (p, gh * gw) matrix, and no grid, normalised copy or convolution output is ever made.
+section 4. Convolution and token-wise projector are both linear over the patches, so they are folded
+into one (p, gh * gw) matrix M; no grid, normalised copy or convolution output is stored.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ EPS = 1e-5
 
 
 class FeatureProjector(nn.Module):
-    """The feature projector that all blocks of one width share: up(dropout(relu(down(g)))).
+    """Feature projector that all blocks of one width share: up(dropout(relu(down(g)))).
 
     Args:
-        width: channels D of the blocks.
-        hidden_dim: channels r of the hidden layer.
-        dropout: of the hidden layer.
-        like: tensor whose device and dtype the weights get.
+        width: Number D of channels of the blocks.
+        hidden_dim: Number r of channels of the hidden layer.
+        dropout: Probability of dropout in the hidden layer.
+        like: Tensor with the device and dtype of the weights.
     """
 
     def __init__(self, width: int, hidden_dim: int, dropout: float, like: Tensor) -> None:
@@ -51,13 +51,13 @@ class FeatureProjector(nn.Module):
 def check_grid(
     experts: tuple[int, int], grid: tuple[int, ...], what: str = "this image", of: str = "patches"
 ) -> None:
-    """Raise ValueError where prompt experts meet another grid than the one they were made for.
+    """Raise ValueError unless a grid is the one that prompt experts were built for.
 
     Args:
         experts: Height and width of the experts' grid.
-        grid: Height and width of the grid that they meet.
-        what: What has the grid.
-        of: What the grid is of.
+        grid: Height and width of the other grid.
+        what: Owner of the other grid, for the message.
+        of: Elements of the grid, for the message.
     """
     if tuple(grid) != tuple(experts):
         raise ValueError(
@@ -67,19 +67,18 @@ def check_grid(
 
 
 class PromptExperts(nn.Module):
-    """Prompts of one block, made from its input.
+    """Prompts of one block, computed from its input.
 
-    P = g + up(dropout(relu(down(g)))) with g = W vec(dropout(conv(LayerNorm(patches)))) + b; in the
-    paper's variant without the residual and without b.
+    P = g + up(dropout(relu(down(g)))) with g = W vec(dropout(conv(LayerNorm(patches)))) + b; the
+    paper's variant has neither the residual nor b.
 
     Args:
-        method: the method's settings.
-        owner: the module whose `prompt_projector` is used, and before whose patches
-            `num_prefix_tokens` stand (none, if it has no such attribute): the model, or Swin's
-            stage.
-        grid: height and width of the block's patch grid.
-        width: channels D of the block.
-        like: tensor whose device and dtype the weights get.
+        method: Settings of the method.
+        owner: Model, or stage of a Swin, with the `prompt_projector`. Its `num_prefix_tokens`
+            counts the tokens before the patches; without this attribute there are none.
+        grid: Height and width of the block's patch grid.
+        width: Number D of channels of the block.
+        like: Tensor with the device and dtype of the weights.
     """
 
     def __init__(
@@ -96,17 +95,17 @@ class PromptExperts(nn.Module):
         nn.init.normal_(self.conv.weight)
         self.mix = nn.Linear(rows * columns, method.num_prompts, bias=code, **options)
         if code:
-            # Not so for the paper's variant: without the residual, relu'(0) = 0 would leave
-            # every expert without a gradient for ever.
+            # The paper's variant has no residual: as relu'(0) = 0, its experts would never get a
+            # gradient.
             nn.init.zeros_(self.mix.weight)
             nn.init.zeros_(self.mix.bias)
         self.residual = code
         self.channel_dropout = method.channel_dropout
-        # In a tuple the owner is no submodule of its own prompts.
+        # In a tuple, so that the owner does not become a submodule of its own prompts.
         self._owner = (owner,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Prompts (B, p, D) of a block's input x (B, N, D), before the block's norm1."""
+        """Return the prompts (B, p, D) for a block's input x (B, N, D), before its norm1."""
         self._check_present(x)
         mix, mix_sum = self.mixing(x.shape[1])
         patches = x[:, x.shape[1] - mix.patches :].to(mix.matrix.dtype)
@@ -119,22 +118,23 @@ class PromptExperts(nn.Module):
     def enter(
         self, total: DeferredSum, norm: Norm, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, FeatureInputs]:
-        """A block's input, norm1 of it, and what its prompts are made of.
+        """Return a block's input, its norm1, and the inputs of the feature projector.
 
         Mean and variance of a row serve both norm1 and this module's LayerNorm, and their
         gradients reach x in one pass.
 
         Args:
-            total: tokens (B, N, D), the last ones the patches of `grid`, row by row.
-            norm: the block's norm1, a constant.
-            dtype: of the normalised tokens.
+            total: Tokens (B, N, D), of which the last are the patches of `grid`, row by row.
+            norm: Frozen norm1 of the block.
+            dtype: Dtype of the normalised tokens.
 
         Returns:
-            The tokens (B, N, D), norm1 of them (B, N, D), and the mix with what is applied to it.
+            The tokens (B, N, D), their norm1 (B, N, D), and the token mixing with everything that
+            is applied to it.
 
         Raises:
-            ValueError: the input does not have the rows of the model's patch grid, or the experts'
-                weights are not there.
+            ValueError: If the number of rows does not fit the patch grid, or the experts' weights
+                are on the meta device.
         """
         self._check_present(total.residual)
         mix, mix_sum = self.mixing(total.residual.shape[1])
@@ -144,27 +144,27 @@ class PromptExperts(nn.Module):
         return x, y, self.features(mixed, mix_sum)
 
     def with_norm(self, total: DeferredSum, norm1: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's input (B, N, D), and norm1 of it and of its prompts (B, p, D) in its dtype.
+        """Return a block's input (B, N, D), its norm1, and norm1 of its prompts (B, p, D).
 
         Args:
-            total: as for `enter`.
-            norm1: the block's normalisation, one that `is_frozen_norm`.
+            total: Tokens, as for `enter`.
+            norm1: Normalisation of the block that `is_frozen_norm` accepts.
         """
         norm = norm_of(norm1)
         x, y, inputs = self.enter(total, norm, total.dtype)
         return x, y, project_features(inputs, self.residual, norm, x.dtype)
 
     def mixing(self, rows: int) -> tuple[Mix, Tensor]:
-        """What is mixed of a block's input of `rows` rows, and the matrix's row sums (p,).
+        """Return the folded matrix M for inputs of `rows` rows, and its row sums (p,).
 
         Raises:
-            ValueError: the input does not have the rows of the model's patch grid.
+            ValueError: If the number of rows does not fit the patch grid.
         """
         matrix, mix_sum = self._folded()
         return Mix(matrix, self._patches(rows), self.norm.eps), mix_sum
 
     def features(self, mixed: Tensor, mix_sum: Tensor) -> FeatureInputs:
-        """The mix (B, p, D) with everything that makes prompts of it; draws the dropout masks."""
+        """Return the token mixing (B, p, D) with all that is applied to it; draw dropout masks."""
         return FeatureInputs(mixed, mix_sum, *self._applied(mixed.shape[0]))
 
     def sources(
@@ -173,15 +173,16 @@ class PromptExperts(nn.Module):
         folded: tuple[Tensor, Tensor] | None = None,
         masks: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> tuple[ExpertPrompts, tuple[Tensor | None, ...]]:
-        """The source of a fused block's prompts, and its tensors.
+        """Return the prompt source of a fused block, and its tensors.
 
         Args:
-            x: the block's input (B, N, D), of which only the shape and the device matter.
-            folded: what `folded_parts` are folded to; None to fold them in the block.
-            masks: as `masks` draws them, which it does here if they are None.
+            x: Input (B, N, D) of the block; only its shape and device matter.
+            folded: Matrix and row sums of the folded `folded_parts`; None to fold them in the
+                block.
+            masks: Dropout masks, as `masks` returns them; None to draw them here.
 
         Raises:
-            ValueError: the input does not have the rows of the model's patch grid.
+            ValueError: If the number of rows does not fit the patch grid.
         """
         self._patches(x.shape[1])
         first = map(contiguous, self.folded_parts()) if folded is None else folded
@@ -189,28 +190,28 @@ class PromptExperts(nn.Module):
         source = ExpertPrompts(self.residual, self.grid, norm.eps, folded is not None)
         return source, (*first, *map(contiguous, self._applied(x.shape[0], masks)))
 
-    # Below, modules and parameters are looked up in their dictionaries: this runs for every block
-    # of every step, and nn.Module's attribute access is slow.
+    # The methods below look modules and parameters up in their dictionaries: they run for every
+    # block of every step, and nn.Module's attribute access is slow.
 
     def folded_parts(self) -> tuple[Tensor, Tensor]:
-        """Weight of the token-wise projector (p, gh' * gw'), and the convolution (1, 1, K, K)."""
+        """Return weights of token-wise projector (p, gh' * gw') and convolution (1, 1, K, K)."""
         modules: Any = self._modules
         return modules["mix"]._parameters["weight"], modules["conv"]._parameters["weight"]
 
     def dropouts(self) -> tuple[float, float]:
-        """Probabilities at work: of whole channels, and in the projector's hidden layer."""
+        """Return the dropout probabilities, of channels and hidden layer; 0 in eval mode."""
         projector: Any = self._owner[0]._modules["prompt_projector"]
         channels = self.channel_dropout if self.training else 0.0
         return channels, projector.dropout if projector.training else 0.0
 
     def mask_shapes(self, batch: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
-        """Of the masks of the channels (B, D) and of the hidden layer (B, p, r)."""
+        """Return the shapes of channel mask (B, D) and hidden mask (B, p, r)."""
         projector: Any = self._owner[0]._modules["prompt_projector"]
         hidden_dim, width = projector._modules["down"]._parameters["weight"].shape
         return (batch, width), (batch, self.folded_parts()[0].shape[0], hidden_dim)
 
     def masks(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
-        """Dropout masks of the channels (B, D) and of the hidden layer (B, p, r); None for none."""
+        """Draw channel mask (B, D) and hidden mask (B, p, r); None where nothing is dropped."""
         like = self.folded_parts()[0]
         channels, hidden = (
             dropout_mask(shape, dropout, like) if dropout else None
@@ -221,7 +222,7 @@ class PromptExperts(nn.Module):
     def _applied(
         self, batch: int, masks: tuple[Tensor | None, Tensor | None] | None = None
     ) -> tuple[Any, ...]:
-        """What is applied to the mix: the fields of `FeatureInputs` but the first two."""
+        """Return all fields of `FeatureInputs` except the first two."""
         self._refuse_hooks()
         modules: Any = self._modules
         norm, mix = modules["norm"]._parameters, modules["mix"]._parameters
@@ -232,7 +233,7 @@ class PromptExperts(nn.Module):
         return norm["weight"], norm["bias"], mix["bias"], channels, down, up, hidden
 
     def token_mixing(self) -> Tensor:
-        """The weight of every patch in every prompt before the feature projector, (p, gh, gw)."""
+        """Return the matrix M as (p, gh, gw): the weight of each patch in each prompt."""
         count = self.grid[0] * self.grid[1]
         return self._folded()[0][:, :count].unflatten(1, self.grid)
 
@@ -247,10 +248,9 @@ class PromptExperts(nn.Module):
         return count
 
     def _check_present(self, x: Tensor) -> None:
-        """Experts put the weights of several modules together, which so must be there at once.
+        """Raise ValueError if the weights are on the meta device and x is not.
 
-        Raises:
-            ValueError: they are on the meta device, and x is not.
+        Several modules' weights are combined, so they must be present at the same time.
         """
         if self.mix.weight.is_meta and not x.is_meta:
             raise ValueError(
@@ -260,10 +260,9 @@ class PromptExperts(nn.Module):
             )
 
     def _refuse_hooks(self) -> None:
-        """Refuse hooks on what is never called, looked for when somebody has registered one.
+        """Raise ValueError if a module that is never called carries a hook.
 
-        Raises:
-            ValueError: one of the modules whose weights are put together is hooked.
+        The modules are searched again only after somebody has registered a hook.
         """
         if torch.compiler.is_compiling():
             return
@@ -285,7 +284,7 @@ class PromptExperts(nn.Module):
 
 
 def takes_experts(prompt: nn.Module | None, norm1: nn.Module) -> TypeGuard[PromptExperts]:
-    """Whether a block's input is taken by `PromptExperts.with_norm`, past both modules' calls."""
+    """Return whether `PromptExperts.with_norm` may replace the calls of both modules."""
     return (
         type(prompt) is PromptExperts
         and not is_watched(prompt)
@@ -295,8 +294,8 @@ def takes_experts(prompt: nn.Module | None, norm1: nn.Module) -> TypeGuard[Promp
 
 
 def dropout_mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
-    """Dropout's factors: 0, or 1 / (1 - dropout); fp32 at least, on the device of `like`."""
-    if is_transformed():  # vmap draws for each image, but not in place
+    """Return dropout factors, 0 or 1 / (1 - dropout), in fp32 at least, on `like`'s device."""
+    if is_transformed():  # vmap cannot draw in place
         ones = torch.ones(shape, dtype=statistics_dtype(like.dtype), device=like.device)
         return F.dropout(ones, dropout)
     kept = torch.empty(shape, dtype=statistics_dtype(like.dtype), device=like.device)
