@@ -1,4 +1,4 @@
-"""An adapter's tensors are known before it is loaded: from its method, built without values."""
+"""Names and shapes of an adapter's tensors, from its method built on the meta device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def swin() -> nn.Module:
 
 
 def assert_expected(model: nn.Module, method: Any) -> None:
-    """Asserts that the names and shapes are those of `prompt_tune`, and that nothing changes."""
+    """Assert that names and shapes are those of `prompt_tune`, and that nothing changes."""
     before, state = snapshot(model), torch.random.get_rng_state()
     found = expected_tensors(model, method, check_model(model, method))
     assert_unchanged(model, before)
@@ -59,7 +59,7 @@ def test_stages(method: Any) -> None:
 
 
 def test_parts_of_other_kinds() -> None:
-    """Modules that are no copies of a class, hooked ones, and weights in two places."""
+    """Scripted, compiled, parametrised and hooked modules, and a weight that two modules share."""
     model: Any = families.build(TOKEN, dtype=torch.float32)
     model.blocks[0].mlp = torch.jit.script(model.blocks[0].mlp)
     model.blocks[1].mlp = torch.compile(model.blocks[1].mlp)

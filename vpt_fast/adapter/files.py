@@ -60,19 +60,18 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds {type(config).__name__}, not an object")
+        version = config.get("format_version")
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        if not newer:
+            check_config(config)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(config).__name__}, not an object")
-    version = config.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if newer:
         raise ValueError(
             f"{path} has format {version}, this vpt_fast reads up to {FORMAT_VERSION}; upgrade it"
         )
-    try:
-        check_config(config)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
     if version != 1 and config.get("config_sha256") != config_sha256(config):
         raise ValueError(
             f"{path} is damaged, or was changed after it was saved: its checksum does not fit; "

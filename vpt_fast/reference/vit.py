@@ -197,7 +197,7 @@ def check_compared(method: Method) -> None:
     """Raise ValueError for baselines except `LinearProbe`: they have no second implementation."""
     if isinstance(method, Baseline) and not isinstance(method, LinearProbe):
         raise ValueError(
-            f"method {method.name!r} has no second implementation to compare with; compare one of "
+            f"method {method.name!r} has no prompts, and no second implementation; compare one of "
             "linear, vpt-shallow, vpt-deep and vapt"
         )
 
