@@ -24,7 +24,7 @@ from vpt_fast import VAPT, LinearProbe, MLPHead, PromptBank, VPTDeep, VPTShallow
 from vpt_fast.adapter.architecture import describe, different_architecture
 from vpt_fast.adapter.files import read_config
 from vpt_fast.adapter.fingerprint import fingerprint
-from vpt_fast.adapter.fixed_image import seen_in_fixed_image
+from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.adapter.load import load_adapter
 from vpt_fast.adapter.save import save_adapter
 from vpt_fast.methods import METHODS
@@ -157,7 +157,7 @@ def test_the_fixed_image_changes_no_state(method: Any) -> None:
     model.get_submodule("head").eval()
     modes = [part.training for part in model.modules()]
     random = torch.get_rng_state()
-    first, second = seen_in_fixed_image(model), seen_in_fixed_image(model)
+    first, second = fixed_image_outputs(model), fixed_image_outputs(model)
     assert first == second and first is not None
     assert first["logits"]["norm"] > 0 and first["features"]["norm"] > 0
     assert [part.training for part in model.modules()] == modes
@@ -247,10 +247,10 @@ def test_logits_that_are_near_zero_by_chance(tmp_path: Path) -> None:
     """Rounding changes the logit of a single class by more than its size."""
     torch.manual_seed(0)
     model: Any = prompt_tune(plain(num_classes=1), LinearProbe())
-    seen: Any = seen_in_fixed_image(model)
+    seen: Any = fixed_image_outputs(model)
     with torch.no_grad():
         model.head.bias -= seen["logits"]["projection"] * float(_sign_of_one())
-    seen = seen_in_fixed_image(model)
+    seen = fixed_image_outputs(model)
     assert seen["logits"]["norm"] < 1e-5 * seen["scale"]
     adapter = save_adapter(model, tmp_path / "adapter")
     for dtype in (torch.bfloat16, torch.float16):

@@ -96,11 +96,10 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 continue
             if is_model and key not in _OF_THE_MODEL:
                 continue
-            if isinstance(value, tuple | list) and len(value) <= 4:
-                if value and all(type(item) in _PLAIN for item in value):
-                    yield key, list(value)
-            elif type(value) in _PLAIN:
-                yield key, value
+            many = isinstance(value, tuple | list)
+            values = list(value) if many else [value]
+            if 0 < len(values) <= 4 and all(type(item) in _PLAIN for item in values):
+                yield key, values if many else value
     if not isinstance(module, _DESCRIBED_BY_WEIGHTS) and not list(module.children()):
         yield "", _plain_class(module).__name__
 

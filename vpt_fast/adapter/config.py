@@ -59,13 +59,13 @@ def check_config(config: Mapping[str, Any]) -> None:
         _wrong("class_names", names, f"{classes} names, one for each class")
     _check_input(config["input"])
     _check_summaries("fingerprint", config["fingerprint"])
-    architecture, seen = config.get("architecture", {}), config.get("fixed_image")
+    architecture, outputs = config.get("architecture", {}), config.get("fixed_image")
     if not isinstance(architecture, dict):
         _wrong("architecture", architecture, "an object")
-    if seen is not None:
-        if not isinstance(seen, dict) or not isinstance(seen.get("dtype"), str):
-            _wrong("fixed_image", seen, "an object with a dtype")
-        summaries = {name: seen.get(name) for name in ("features", "logits")}
+    if outputs is not None:
+        if not isinstance(outputs, dict) or not isinstance(outputs.get("dtype"), str):
+            _wrong("fixed_image", outputs, "an object with a dtype")
+        summaries = {name: outputs.get(name) for name in ("features", "logits")}
         _check_summaries("fixed_image", summaries)
 
 

@@ -21,7 +21,7 @@ _TOLERANCE_16_BITS = 1e-1
 
 
 @torch.no_grad()
-def seen_in_fixed_image(model: nn.Module) -> dict[str, Any] | None:
+def fixed_image_outputs(model: nn.Module) -> dict[str, Any] | None:
     """Return fingerprints of a model's features and logits for one image of fixed noise.
 
     Args:
@@ -68,14 +68,14 @@ def seen_in_fixed_image(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def seen_differently(
+def different_outputs(
     have: Mapping[str, Any], expected: Mapping[str, Any], rounded: bool = False
 ) -> str:
     """Return how two models' outputs for the fixed image differ, in words; "" if they do not.
 
     Args:
-        have: `seen_in_fixed_image` of the model.
-        expected: `seen_in_fixed_image` of the model that was saved.
+        have: `fixed_image_outputs` of the model.
+        expected: `fixed_image_outputs` of the model that was saved.
         rounded: Whether the weights of one have been rounded.
     """
     types = {have["dtype"], expected["dtype"]}

@@ -15,7 +15,7 @@ from vpt_fast.adapter.checks import check_backbone
 from vpt_fast.adapter.contents import frozen_tensors, model_config
 from vpt_fast.adapter.files import TENSORS_FILE, read_adapter
 from vpt_fast.adapter.fingerprint import difference, fingerprint
-from vpt_fast.adapter.fixed_image import seen_differently, seen_in_fixed_image
+from vpt_fast.adapter.fixed_image import different_outputs, fixed_image_outputs
 from vpt_fast.adapter.tensors import check_tensors, expected_tensors
 from vpt_fast.checks import check_model
 from vpt_fast.methods import from_dict
@@ -78,8 +78,8 @@ def _check_fixed_image(
     expected = config.get("fixed_image")
     if expected is None:
         return  # format 1, or values that were not finite
-    have = seen_in_fixed_image(model)
-    different = "not finite" if have is None else seen_differently(have, expected, rounded)
+    have = fixed_image_outputs(model)
+    different = "not finite" if have is None else different_outputs(have, expected, rounded)
     if different:
         raise ValueError(
             f"with the adapter in {directory} this model computes something else of the same image "

@@ -35,7 +35,7 @@ from vpt_fast.adapter.files import (
     sha256,
 )
 from vpt_fast.adapter.fingerprint import fingerprint
-from vpt_fast.adapter.fixed_image import seen_in_fixed_image
+from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.methods import to_dict
 from vpt_fast.models.tuned import is_tuned
 from vpt_fast.version import __version__
@@ -104,7 +104,7 @@ def save_adapter(
             "timm": str(timm.__version__),
         },
         "architecture": describe(model),
-        "fixed_image": seen_in_fixed_image(model),
+        "fixed_image": fixed_image_outputs(model),
         "fingerprint": frozen,
         "tensors_sha256": sha256(content),
     }
