@@ -368,7 +368,7 @@ def bad_inputs() -> list[Any]:
         bad(TypeError, "qkv is torch.float64", qkv=qkv.double()),
         bad(ValueError, "qkv must be", qkv=qkv[0]),
         bad(ValueError, "no tokens", qkv=qkv[:, :0]),
-        bad(ValueError, "129 channels", qkv=torch.zeros(1, 2, 2, 3, 2, 129)),
+        bad(ValueError, "129 channels", qkv=torch.zeros(1, 2, 2, 3, 2, 129), prompts=None),
         bad(ValueError, "window is", window=(0, 2)),
         bad(ValueError, "shift is", shift=(2, 0)),
         bad(ValueError, "scale must be", scale=0.0),

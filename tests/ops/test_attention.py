@@ -145,7 +145,7 @@ def test_formula_for_other_devices(monkeypatch, layout, prompt_layout, shared) -
     out, lse = reference.attention_forward(tokens, prompts, 0.3)
     grad = torch.randn_like(out)
     flash = reference.attention_backward(tokens, prompts, out, lse, grad, 0.3, True, True)
-    monkeypatch.setattr(reference, "_has_flash", lambda q: False)
+    monkeypatch.setattr(reference, "has_flash", lambda q: False)
     plain_out, plain_lse = reference.attention_forward(tokens, prompts, 0.3)
     plain = reference.attention_backward(tokens, prompts, out, lse, grad, 0.3, True, True)
     torch.testing.assert_close(plain_out, out, rtol=1e-12, atol=1e-13)
@@ -226,16 +226,16 @@ def _zeros(*shapes: tuple[int, ...]) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("tokens", "prompts", "message"),
     [
-        ([], [], "1 to 3 token tensors"),
-        ([(2, 5, 2, 2, 4)], [], "must be 3"),
-        ([(2, 5, 3, 2)], [], "ranks"),
-        ([(2, 1, 2, 4), (2, 5, 3, 2, 4)], [], "must be 2"),
-        ([(2, 1, 2, 4), (3, 5, 2, 2, 4)], [], "do not fit each other"),
-        ([(2, 1, 2, 4), (2, 5, 2, 4), (2, 6, 2, 4)], [], "do not fit each other"),
-        ([(2, 5, 3, 2, 4)], [(1, 3, 3, 2, 4)], "must be 2"),
-        ([(2, 5, 3, 2, 4)], [(1, 3, 2, 2, 8)], "do not fit the heads"),
-        ([(2, 5, 3, 2, 4)], [(3, 3, 2, 2, 4)], "prompts for 3 images"),
-        ([(2, 5, 3, 2, 4)], [(1, 3, 2, 4)], "ranks"),
+        ([], [], "tokens must be 1, 2 or 3 tensors"),
+        ([(2, 5, 2, 2, 4)], [], r"qkv must be \(B, rows, 3, H, d\)"),
+        ([(2, 5, 3, 2)], [], "qkv must be"),
+        ([(2, 1, 2, 4), (2, 5, 3, 2, 4)], [], r"kv must be \(B, rows, 2, H, d\)"),
+        ([(2, 1, 2, 4), (3, 5, 2, 2, 4)], [], "kv has a leading dimension of 3 where q has 2"),
+        ([(2, 1, 2, 4), (2, 5, 2, 4), (2, 6, 2, 4)], [], "v has 6 rows where k has 5"),
+        ([(2, 5, 3, 2, 4)], [(1, 3, 3, 2, 4)], "prompt kv must be"),
+        ([(2, 5, 3, 2, 4)], [(1, 3, 2, 2, 8)], "prompt kv has 2 heads of 8"),
+        ([(2, 5, 3, 2, 4)], [(3, 3, 2, 2, 4)], "prompt kv has a leading dimension of 3"),
+        ([(2, 5, 3, 2, 4)], [(1, 3, 2, 4)], "prompt kv must be"),
     ],
 )
 def test_wrong_shapes_are_named(tokens, prompts, message) -> None:

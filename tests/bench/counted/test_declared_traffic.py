@@ -139,29 +139,34 @@ def test_fold(grid: tuple[int, int], kernel_device: torch.device) -> None:
     draw, prompts = Draw(kernel_device), 3
     weight, kernel = draw(prompts, (grid[0] - 1) * (grid[1] - 1)), draw(1, 1, 2, 2)
     with both() as (declared_bytes, executed_bytes):
-        mix, mix_sum = prompt_expert.fold_forward(weight, kernel, grid, 64)
-        prompt_expert.fold_backward(weight, kernel, mix, mix_sum, grid)
+        mixing_weight, mixing_sum = prompt_expert.fold_forward(weight, kernel, grid, 64)
+        prompt_expert.fold_backward(weight, kernel, mixing_weight, mixing_sum, grid)
     assert set(executed_bytes) == {"fold", "fold_backward"}
     assert declared_bytes == executed_bytes
 
 
 @pytest.mark.parametrize(
-    ("patches", "needs_x", "needs_mix", "options"),
+    ("patches", "needs_x", "needs_mixing_weight", "options"),
     [(25, True, True, True), (64, True, False, False), (100, False, True, True)],
 )
 def test_mix(
-    patches: int, needs_x: bool, needs_mix: bool, options: bool, kernel_device: torch.device
+    patches: int,
+    needs_x: bool,
+    needs_mixing_weight: bool,
+    options: bool,
+    kernel_device: torch.device,
 ) -> None:
     draw, prompts, width = Draw(kernel_device), 5, 72
     x = draw(2, 1 + patches, width)
-    mix = torch.zeros(prompts, -(-patches // 64) * 64).to(kernel_device)
-    mix[:, :patches] = draw(prompts, patches, dtype=FP32)
+    mixing_weight = torch.zeros(prompts, -(-patches // 64) * 64).to(kernel_device)
+    mixing_weight[:, :patches] = draw(prompts, patches, dtype=FP32)
     statistics = draw(3, 2, 1 + patches, dtype=FP32)
     with both() as (declared_bytes, executed_bytes):
-        mixed = prompt_expert.mix_forward(x, mix, patches, statistics)
+        mixing = prompt_expert.mix_forward(x, mixing_weight, patches, statistics)
         prompt_expert.mix_backward(
-            x, mix, patches, draw(width) if options else None, statistics, draw(*x.shape), mixed,
-            draw(*x.shape) if options else None, needs_x, needs_mix,
+            x, mixing_weight, patches, draw(width) if options else None, statistics,
+            draw(*x.shape), mixing, draw(*x.shape) if options else None, needs_x,
+            needs_mixing_weight,
         )  # fmt: skip
     assert set(executed_bytes) == {"mix", "mix_backward"}
     assert declared_bytes == executed_bytes

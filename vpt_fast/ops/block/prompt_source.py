@@ -261,7 +261,7 @@ class ExpertPrompts(NamedTuple):
         grad_mixed, grad_mix_sum, *found = sites[FEATURES_BACKWARD, ""](
             inputs, self.residual, norm.weight, *statistics, grad
         )
-        if inputs.bias is None:
+        if inputs.projector_bias is None:
             found.insert(2, None)
         weight, shift, bias, down, up = found
         return [weight, shift, bias, None, down, up, None], (grad_mixed, grad_mix_sum)
