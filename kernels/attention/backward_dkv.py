@@ -40,7 +40,7 @@ def _statistics(lse_ptr, delta_ptr, offsets, JOINED: tl.constexpr):
     """Load lse and delta at `offsets`.
 
     JOINED: one load of two columns, which has an element for each thread. With fewer elements
-    Triton 3.6 makes every thread load all that it multiplies, 4 bytes at a time.
+    Triton 3.6 makes every thread load all of its operands, 4 bytes at a time.
     """
     if JOINED:
         both = tl.where(tl.arange(0, 2) == 0, lse_ptr, delta_ptr)[None, :]

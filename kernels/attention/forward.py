@@ -251,8 +251,8 @@ def forward_launch(
         strides |= _pool_strides(num_heads, head_dim)
         meta = common_meta(q, k, v, out.view(q.shape), rows=num_prompts)
         meta["ALIGNMENT"] = alignment(*views, *ragged.computed)
-    tiles = launch_tiles.forward_tiles(
-        head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
+    tiles = launch_tiles.query_tiles(
+        "forward", head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
     )
     kv_offset = packed_offset((k, v), (prompt_k, prompt_v), *([ragged.computed] if ragged else []))
     return Launch(

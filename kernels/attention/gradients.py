@@ -97,8 +97,8 @@ def dq_launch(
     num_keys = k.shape[1]
     prompt_k, prompt_v = prompts if prompts is not None else (k, v)
     num_prompts = prompt_k.shape[1] if prompts is not None else 0
-    tiles = launch_tiles.dq_tiles(
-        head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
+    tiles = launch_tiles.query_tiles(
+        "dq", head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
     )
     kv_offset = packed_offset((k, v), (prompt_k, prompt_v))
     return Launch(

@@ -13,9 +13,7 @@ from ..runtime.allocate import empty
 from ..runtime.launch import Launch, Target, run, target_of
 from .checks import check_dtypes, check_inputs, check_pools
 from .forward import Ragged, forward_launch
-from .launch_table import TABLE
 from .layouts import Tensors, split
-from .tiles import Table
 
 
 def bank_attention_launch(
@@ -29,7 +27,6 @@ def bank_attention_launch(
     lse: Tensor,
     scale: float,
     target: Target,
-    table: Table = TABLE,
 ) -> Launch:
     """Return the launch that fills `out` (B, M, H * d) and `lse` (B, H, M) fp32.
 
@@ -38,16 +35,15 @@ def bank_attention_launch(
             `bank_attention_forward`; both pools are contiguous.
         out, lse: Results; written.
         target: Target to tune for.
-        table: Launch table.
     """
     q, k, v = split(tokens)
     if max_prompts == 0:
-        return forward_launch(q, k, v, None, out, lse, scale, target, table)
+        return forward_launch(q, k, v, None, out, lse, scale, target)
     # An empty pool has no address. No image reads it, so the other pool stands in.
     pools = (a if len(a) else b for a, b in ((cached, computed), (computed, cached)))
     (k_p, v_p), (k_c, v_c) = (pool.unsqueeze(0).unbind(2) for pool in pools)
     ragged = Ragged((k_c, v_c), row_offsets, counts, max_prompts)
-    return forward_launch(q, k, v, (k_p, v_p), out, lse, scale, target, table, ragged)
+    return forward_launch(q, k, v, (k_p, v_p), out, lse, scale, target, ragged=ragged)
 
 
 def bank_attention_forward(

@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
 their code is much the same on every NVIDIA GPU."""
 
 _KNOWN = (80, 86, 87, 89, 90, 100, 120)
-# 8.6 has the instructions of 8.0, but the shared memory of 8.9: 99 KiB a block.
+# 8.6 has the instructions of 8.0, but the shared memory of 8.9: 99 KiB per block.
 _SUBSTITUTES = {86: 89}
 
 
@@ -59,7 +59,7 @@ def look_up(table: Table, kernel: str, head_dim: int, dtype: torch.dtype, target
         table: `launch_table.TABLE`, or another with an entry for each of `ARCHITECTURES`.
         kernel: One of `KERNELS`.
         head_dim: Channels of a head, 1 to 128; the entry is that of the next larger of `HEAD_DIMS`.
-        dtype: bf16, fp16 or fp32.
+        dtype: Dtype, bf16, fp16 or fp32.
         target: Target; the entry is that of the nearest lower architecture that has one, or of the
             lowest.
 
@@ -92,7 +92,8 @@ def _by_preference(target: Target) -> list[Architecture]:
     ]
 
 
-def forward_tiles(
+def query_tiles(
+    kernel: str,
     head_dim: int,
     dtype: torch.dtype,
     target: Target,
@@ -101,23 +102,10 @@ def forward_tiles(
     prompts: int,
     table: Table = TABLE,
 ) -> Tiles:
-    """Return the forward kernel's tiles: `rows` queries, `step` keys, `tail` of a mixed tile."""
-    choice = look_up(table, "forward", head_dim, dtype, target)
-    return _query_tiles(choice, num_queries, num_keys, prompts)
-
-
-def dq_tiles(
-    head_dim: int,
-    dtype: torch.dtype,
-    target: Target,
-    num_queries: int,
-    num_keys: int,
-    prompts: int,
-    table: Table = TABLE,
-) -> Tiles:
-    """Return dq's tiles: `rows` queries, `step` keys, `tail` keys of a mixed tile."""
-    choice = look_up(table, "dq", head_dim, dtype, target)
-    return _query_tiles(choice, num_queries, num_keys, prompts)
+    """Return tiles of "forward" or "dq": `rows` queries, `step` keys, `tail` of a mixed tile."""
+    rows, step, warps, stages = look_up(table, kernel, head_dim, dtype, target)
+    rows, warps = _no_more_rows_than(num_queries, rows, warps)
+    return Tiles(rows, step, _mixed(num_keys % step + prompts % step, step), warps, stages)
 
 
 def dkdv_tiles(
@@ -158,12 +146,6 @@ def sum_columns(dtype: torch.dtype, target: Target) -> int:
     8 columns are the fewest of NVIDIA's tensor cores. fp32 weights are summed by a reduction.
     """
     return 0 if dtype == torch.float32 or target.hip else 8
-
-
-def _query_tiles(choice: Choice, num_queries: int, num_keys: int, prompts: int) -> Tiles:
-    rows, step, warps, stages = choice
-    rows, warps = _no_more_rows_than(num_queries, rows, warps)
-    return Tiles(rows, step, _mixed(num_keys % step + prompts % step, step), warps, stages)
 
 
 def _rows_of_a_warp(head_dim: int) -> int:

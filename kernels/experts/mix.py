@@ -128,10 +128,7 @@ def mix_launch(
 ) -> Launch:
     """Return the launch that fills `mixing` (B, p, D) fp32."""
     batch, rows, width = x.shape
-    prompts, columns = (
-        mixing_weight.shape[0],
-        mixing_weight.stride(0),
-    )  # zeros may lie between the rows
+    prompts, columns = len(mixing_weight), mixing_weight.stride(0)  # rows may be padded
     tiles = mix_tiles(prompts, width, x.dtype, target)
     return Launch(
         name="mix",

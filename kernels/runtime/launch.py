@@ -194,9 +194,9 @@ def common_meta(*views: torch.Tensor, images: int = 1, rows: int = 0) -> dict[st
     }
 
 
-def power_of_2_at_least(size: int, smallest: int = 16) -> int:
-    """Return the smallest power of two that is at least `size` and `smallest`."""
-    return max(smallest, 1 << (size - 1).bit_length())
+def power_of_2_at_least(size: int) -> int:
+    """Return the smallest power of two that is at least `size` and 16."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def packed_offset(*pairs: tuple[torch.Tensor, torch.Tensor]) -> int | None:

@@ -158,7 +158,7 @@ def contiguous(*tensors: Any) -> Any:
 
 
 def _run_and_plan(built: Launch | Sequence[Launch], tensors: Tensors) -> _Plan | None:
-    """Launch, and return the plan that repeats it; None where there can be none."""
+    """Run launches, and return the plan that repeats them; None where there can be none."""
     launches = [built] if isinstance(built, Launch) else built
     device = next(t.device for t in tensors if t is not None)
     steps: list[_Step] | None = []

@@ -12,15 +12,7 @@ from .launch import power_of_2_at_least
 
 
 class RowTiles(NamedTuple):
-    """A program's tile: `rows` whole rows of `width` channels, padded to a power of two."""
-
-    rows: int
-    width: int
-    num_warps: int
-
-
-class ElementTiles(NamedTuple):
-    """A program's tile: `rows` rows by `width` channels."""
+    """A program's tile: `rows` rows by `width` channels, a power of two."""
 
     rows: int
     width: int
@@ -39,7 +31,7 @@ def row_gradient_tiles(width: int) -> RowTiles:
     return RowTiles(max(1, 1024 // block), block, 4 if block <= 1024 else 8)
 
 
-def element_tiles(width: int) -> ElementTiles:
+def element_tiles(width: int) -> RowTiles:
     """Return the tiles of elementwise kernels."""
     block = min(256, power_of_2_at_least(width))
-    return ElementTiles(2048 // block, block, 4)
+    return RowTiles(2048 // block, block, 4)

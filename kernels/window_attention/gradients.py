@@ -114,109 +114,65 @@ def backward_launches(
         gradients: Gradients; written.
         target: Target to tune for.
     """
-    if gradients.qkv is gradients.prompts is gradients.scores is None:
+    needs = {
+        "NEEDS_TOKENS": gradients.qkv is not None,
+        "NEEDS_PROMPTS": gradients.prompts is not None,
+        "NEEDS_TABLE": gradients.scores is not None,
+    }
+    # Sums of dS take a launch of their own: with other gradients they do not fit in registers.
+    table_only = {**dict.fromkeys(needs, False), "NEEDS_TABLE": needs["NEEDS_TABLE"]}
+    parts = [p for p in ({**needs, "NEEDS_TABLE": False}, table_only) if any(p.values())]
+    if not parts:
         return []
     grid = window_grid(qkv, prompts, window, shift)
     sums = sums_of(grid)
     used = prompts if grid.num_prompts else None
     common: dict[str, Any] = {
         **shared_arguments(grid, qkv, pad, table, prompts),
-        "grad_out_ptr": grad_out,
-        "lse_ptr": lse,
-        "scale": scale,
-    }
-    written = {
+        "grad_out_ptr": grad_out, "lse_ptr": lse, "scale": scale,
         "grad_qkv_ptr": qkv if gradients.qkv is None else gradients.qkv,
-        "grad_prompts_ptr": lse if gradients.prompts is None else gradients.prompts,
-        "grad_scores_ptr": lse if gradients.scores is None else gradients.scores,
-        "chunk": sums.chunk,
-        "sums_of_list": sums.of_list,
-        "images_of_list": sums.images,
-    }
+    }  # fmt: skip
     constexprs = {
         **shared_constexprs(grid, pad, qkv, used, out, grad_out, gradients.qkv),
         "PRECISION": "ieee",
     }
-    needs = {
-        "NEEDS_TOKENS": gradients.qkv is not None,
-        "NEEDS_PROMPTS": gradients.prompts is not None,
-        "NEEDS_TABLE": gradients.scores is not None,
-    }
-    whole = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
-    if whole is not None:
-        whole = whole._replace(num_stages=whole_stages(target))
-        arguments = {**common, **written, "out_ptr": out if whole.tail else grad_out}
-        return [
-            _whole_launch(name, grid, sums, arguments, {**constexprs, **asked}, whole)
-            for name, asked in _whole_parts(needs).items()
-        ]
+    arguments = {
+        **common,
+        "grad_prompts_ptr": lse if gradients.prompts is None else gradients.prompts,
+        "grad_scores_ptr": lse if gradients.scores is None else gradients.scores,
+        "chunk": sums.chunk, "sums_of_list": sums.of_list, "images_of_list": sums.images,
+    }  # fmt: skip
+    tiles = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
+    if tiles is not None:
+        arguments["out_ptr"] = out if tiles.tail else grad_out
+        tiles = tiles._replace(num_stages=whole_stages(target))
+        return [_whole_launch(grid, sums, arguments, constexprs, part, tiles) for part in parts]
     delta = gradients.delta
     if delta is None:
         raise ValueError("gradients.delta is None; windows in tiles need it (see empty_gradients)")
-    first = _dq_launch(grid, common, constexprs, written, out, delta, needs["NEEDS_TOKENS"])
-    arguments = {**common, **written, "delta_ptr": delta}
-    return [first, *_keys_launches(grid, sums, arguments, constexprs, needs, qkv.dtype)]
+    read = {"out_ptr": out, "delta_ptr": delta}
+    first = _dq_launch(grid, {**common, **read}, constexprs, needs["NEEDS_TOKENS"])
+    arguments["delta_ptr"] = delta
+    return [first, *[_keys_launch(grid, sums, arguments, constexprs, part) for part in parts]]
 
 
-def _keys_launches(
+def _whole_launch(
     grid: WindowGrid,
     sums: Sums,
     arguments: dict[str, Any],
     constexprs: dict[str, Any],
     needs: dict[str, bool],
-    dtype: torch.dtype,
-) -> list[Launch]:
-    """Return the launches over tiles of keys: gradients of keys and values, and sums of dS."""
-    launches = []
-    if needs["NEEDS_TOKENS"] or needs["NEEDS_PROMPTS"]:
-        tiles = key_tiles(grid.area, grid.keys, grid.head_dim, dtype)
-        first = 0 if needs["NEEDS_PROMPTS"] else grid.num_prompts // tiles.keys
-        last = triton.cdiv(grid.keys if needs["NEEDS_TOKENS"] else grid.num_prompts, tiles.keys)
-        flags = {**constexprs, **needs, "NEEDS_TABLE": False}
-        launches.append(
-            _keys_launch("window_dkdv", grid, sums, arguments, flags, tiles, range(first, last), 1)
-        )
-    if needs["NEEDS_TABLE"]:
-        tiles = bias_tiles(grid.area, grid.head_dim, dtype)
-        flags = {**constexprs, **dict.fromkeys(needs, False), "NEEDS_TABLE": True}
-        used = range(grid.num_prompts // tiles.keys, triton.cdiv(grid.keys, tiles.keys))
-        rows = triton.cdiv(grid.area, tiles.queries)
-        launches.append(
-            _keys_launch("window_dbias", grid, sums, arguments, flags, tiles, used, rows)
-        )
-    return launches
-
-
-def _whole_parts(needs: dict[str, bool]) -> dict[str, dict[str, bool]]:
-    """Return the flags of the launches over whole windows, by name.
-
-    Sums of dS take a launch of their own: with the other gradients they do not fit in registers.
-    """
-    only = dict.fromkeys(needs, False)
-    parts = {}
-    if needs["NEEDS_TOKENS"] or needs["NEEDS_PROMPTS"]:
-        parts["window_backward"] = {**needs, "NEEDS_TABLE": False}
-    if needs["NEEDS_TABLE"]:
-        parts["window_backward_dbias"] = {**only, "NEEDS_TABLE": True}
-    return parts
-
-
-def _whole_launch(
-    name: str,
-    grid: WindowGrid,
-    sums: Sums,
-    arguments: dict[str, Any],
-    constexprs: dict[str, Any],
     tiles: WindowTiles,
 ) -> Launch:
     """Return the launch that fills the gradients of windows that fit in one tile."""
     return Launch(
-        name=name,
+        name="window_backward_dbias" if needs["NEEDS_TABLE"] else "window_backward",
         kernel=window_backward_kernel,
         grid=(grid.num_heads * sums.total, 1, 1),
         arguments=arguments,
         constexprs={
-            **constexprs, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "BLOCK_P": tiles.tail,
+            **constexprs, **needs,
+            "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "BLOCK_P": tiles.tail,
         },
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         trips={"windows": sums.chunk},
@@ -224,27 +180,16 @@ def _whole_launch(
 
 
 def _dq_launch(
-    grid: WindowGrid,
-    common: dict[str, Any],
-    constexprs: dict[str, Any],
-    written: dict[str, Any],
-    out: Tensor,
-    delta: Tensor,
-    needs_tokens: bool,
+    grid: WindowGrid, arguments: dict[str, Any], constexprs: dict[str, Any], needs_tokens: bool
 ) -> Launch:
     """Return the launch that fills delta, and dq if tokens need a gradient."""
-    tiles = dq_tiles(grid.area, grid.head_dim, out.dtype)
+    tiles = dq_tiles(grid.area, grid.head_dim, arguments["qkv_ptr"].dtype)
+    programs = grid.num_heads * grid.batch * grid.windows * triton.cdiv(grid.area, tiles.queries)
     return Launch(
         name="window_dq" if needs_tokens else "window_delta",
         kernel=window_dq_kernel,
-        grid=(
-            grid.num_heads * grid.batch * grid.windows * triton.cdiv(grid.area, tiles.queries),
-            1,
-            1,
-        ),
-        arguments={
-            **common, "out_ptr": out, "delta_ptr": delta, "grad_qkv_ptr": written["grad_qkv_ptr"],
-        },
+        grid=(programs, 1, 1),
+        arguments=arguments,
         constexprs={
             **constexprs, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys,
             "NEEDS_TOKENS": needs_tokens,
@@ -255,25 +200,30 @@ def _dq_launch(
 
 
 def _keys_launch(
-    name: str,
     grid: WindowGrid,
     sums: Sums,
-    common: dict[str, Any],
+    arguments: dict[str, Any],
     constexprs: dict[str, Any],
-    tiles: WindowTiles,
-    key_tiles: range,
-    query_tiles: int,
+    needs: dict[str, bool],
 ) -> Launch:
-    """Return the launch that fills the gradients of some tiles of keys, or the sums of dS."""
-    queries = 1 if query_tiles > 1 else triton.cdiv(grid.area, tiles.queries)
+    """Return the launch over tiles of keys that fills their gradients, or the sums of dS."""
+    needs_table, dtype = needs["NEEDS_TABLE"], arguments["qkv_ptr"].dtype
+    tiles = key_tiles(grid.area, grid.keys, grid.head_dim, dtype)
+    if needs_table:
+        tiles = bias_tiles(grid.area, grid.head_dim, dtype)
+    first = 0 if needs["NEEDS_PROMPTS"] else grid.num_prompts // tiles.keys
+    last_key = grid.keys if needs["NEEDS_TOKENS"] or needs_table else grid.num_prompts
+    count = triton.cdiv(last_key, tiles.keys) - first
+    query_tiles = triton.cdiv(grid.area, tiles.queries)
+    programs = grid.num_heads * sums.total * count * (query_tiles if needs_table else 1)
     return Launch(
-        name=name,
+        name="window_dbias" if needs_table else "window_dkdv",
         kernel=window_dkdv_kernel,
-        grid=(grid.num_heads * sums.total * len(key_tiles) * query_tiles, 1, 1),
-        arguments={**common, "first_tile": key_tiles.start, "num_tiles": len(key_tiles)},
-        constexprs={**constexprs, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys},
+        grid=(programs, 1, 1),
+        arguments={**arguments, "first_tile": first, "num_tiles": count},
+        constexprs={**constexprs, **needs, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys},
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        trips={"windows": sums.chunk, "queries": queries},
+        trips={"windows": sums.chunk, "queries": 1 if needs_table else query_tiles},
     )  # fmt: skip
 
 

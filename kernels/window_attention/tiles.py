@@ -1,7 +1,7 @@
 """Tiles of the window-attention kernels: pure functions of shape and dtype.
 
 Nothing is tuned at run time. A window whose queries and keys each fit in one tile is *whole*: one
-program iterates over several such windows of one head, and keeps what they share in registers.
+program iterates over several such windows of one head, and holds what they share in registers.
 Tiles have the fewest issue cycles in the code compiled for bf16 and 32 channels, among those that
 spill no register.
 """
@@ -29,7 +29,7 @@ _PROGRAMS = 1056
 """Programs that keep a large GPU busy: 8 for each of 132 multiprocessors."""
 
 _MOST_WINDOWS = 16
-"""Most windows of one program: beyond, what they share is a small part of the work."""
+"""Most windows of one program. With more, sharing saves hardly any work."""
 
 _FEWEST_WINDOWS = 4
 """Fewest windows of a sum of the backward pass, where there are as many: every sum is stored."""

@@ -1,7 +1,7 @@
 """The ragged forward kernel against softmax attention over a real concatenation, in fp64.
 
 Rows of the pools that belong to no image of the batch are NaN: reading one shows. A kernel may be
-no further from fp64 than PyTorch by hand in the same dtype, plus about one rounding of the result.
+no further from fp64 than plain PyTorch in the same dtype, plus about one rounding of the result.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ class Problem:
         )
 
     def image(self, b: int) -> tuple[list[Tensor], Tensor]:
-        """The tokens of an image, and its prompts (1, p, 2, H, d)."""
+        """Return the tokens of an image, and its prompts (1, p, 2, H, d)."""
         start, count = int(self.row_offsets[b]), int(self.counts[b])
         pool, first = (self.computed, ~start) if start < 0 else (self.cached, start)
         return [t[b : b + 1] for t in self.tokens], pool[first : first + count].unsqueeze(0)
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
-    """Random tensors; rows of the pools that nobody may read are NaN."""
+    """Return random tensors; rows of the pools that must not be read are NaN."""
     generator = torch.Generator().manual_seed(case.tokens * 1000 + case.head_dim)
 
     def rand(*shape: int) -> Tensor:
@@ -121,7 +121,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
 
 
 def by_hand(problem: Problem, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Image by image in `dtype`: concatenate, score, softmax, mix; and the base-2 log-sum-exp."""
+    """Compute attention image by image in `dtype`, and the base-2 log-sum-exp."""
     outs, sums = [], []
     for b in range(len(case.tasks)):
         tokens, prompts = problem.image(b)
@@ -246,7 +246,7 @@ def test_no_images(kernel_device: torch.device) -> None:
 
 
 def test_pools_with_other_strides(kernel_device: torch.device) -> None:
-    """They are made contiguous."""
+    """Such tensors are copied."""
     case = Case(TASKS)
     problem = make_problem(case, kernel_device)
     expected = kernels.bank_attention_forward(*problem.arguments(), case.scale)
@@ -260,7 +260,7 @@ def test_pools_with_other_strides(kernel_device: torch.device) -> None:
 
 @pytest.mark.parametrize("offset", [1, 4])
 def test_unaligned_pools(offset: int, kernel_device: torch.device) -> None:
-    """Prompts that start where no 16-byte load may: the hint to the compiler is smaller."""
+    """Prompts whose rows are not aligned to 16 bytes."""
     case = Case(TASKS)
     problem = make_problem(case, kernel_device)
     expected = kernels.bank_attention_forward(*problem.arguments(), case.scale)
@@ -273,7 +273,7 @@ def test_unaligned_pools(offset: int, kernel_device: torch.device) -> None:
 def test_the_operator_takes_the_kernel(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors are on the CPU under ttsem, so the choice is made for it."""
+    """Tensors are on the CPU under ttsem, so the device check is patched."""
     monkeypatch.setattr(operation, "uses_kernels", lambda *_: True)
     case = Case(TASKS[:3], heads=1)
     problem = make_problem(case, kernel_device)

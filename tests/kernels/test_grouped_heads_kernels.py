@@ -62,7 +62,7 @@ def make_problem(
 
 
 def image_by_image(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Logits in fp64, and for each the sum of its products' magnitudes."""
+    """Return logits in fp64, and the sum of the magnitudes of each one's products."""
     logits, sizes = [], []
     for x, start, count in zip(problem.features, problem.row_offsets, problem.counts, strict=True):
         rows = slice(int(start), int(start + count))
@@ -73,7 +73,7 @@ def image_by_image(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def assert_exact(problem: Problem, dtype: torch.dtype) -> None:
-    """Summed in fp32 and rounded once."""
+    """Assert that logits are summed in fp32 and rounded once."""
     logits = kernels.grouped_heads_forward(*problem.arguments())
     assert logits.dtype == dtype and logits.shape == (problem.total,)
     exact, sizes = image_by_image(problem)
@@ -134,7 +134,7 @@ def test_no_images(kernel_device: torch.device) -> None:
 def test_the_operator_takes_the_kernel(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors are on the CPU under ttsem, so the choice is made for it."""
+    """Tensors are on the CPU under ttsem, so the device check is patched."""
     monkeypatch.setattr(operation, "uses_kernels", lambda *_: True)
     problem = make_problem(HEADS, 72, BF16, kernel_device)
     have = operator.grouped_heads(*problem.arguments())

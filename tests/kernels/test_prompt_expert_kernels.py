@@ -76,7 +76,7 @@ class Draw:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value; NaN counts as infinitely far."""
+    """Return the largest difference over the largest expected value; infinity for NaN."""
     assert found.shape == expected.shape
     found, expected = found.double().cpu(), expected.double().cpu()
     error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
@@ -88,12 +88,12 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """One rounding to `dtype`, or some of fp32."""
+    """Return one rounding to `dtype`, or some of fp32."""
     return max(torch.finfo(dtype).eps, 2e-6)
 
 
 def folded(case: Case, draw: Draw) -> Tensor:
-    """A matrix as `fold_forward` makes them, for inputs of order one."""
+    """Return a mixing weight as `fold_forward` does, for inputs of order one."""
     mixing_weight = torch.zeros(case.prompts, case.padded, device=draw.device)
     mixing_weight[:, : case.patches] = draw(case.prompts, case.patches, dtype=torch.float32)
     return mixing_weight / case.patches**0.5
@@ -114,9 +114,9 @@ def check_fold(case: Case, device: torch.device) -> None:
     )
     found = kernels.fold_backward(weight, kernel, *grads, case.grid)
     expected = reference.fold_backward(*wide(weight, kernel, *grads), case.grid)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == case.dtype
-        assert distance(mine, theirs) < 4 * rounding(case.dtype)
+    for have, want in zip(found, expected, strict=True):
+        assert have.dtype == case.dtype
+        assert distance(have, want) < 4 * rounding(case.dtype)
 
 
 def check_folds(case: Case, device: torch.device) -> None:
@@ -150,7 +150,7 @@ def check_folds(case: Case, device: torch.device) -> None:
 def norm_and_mix(
     x: Tensor, mixing_weight: Tensor, patches: int, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """norm1(x), the token mixing, and the row statistics; fp64 by the reference."""
+    """Return norm1(x), the token mixing and row statistics; in fp64 by the reference."""
     exact = x.dtype == torch.float64
     norm, experts = (norm_reference, reference) if exact else (norm_kernels, kernels)
     _, y, statistics = norm.residual_norm(x, None, None, weight, bias, NORM_EPS, EPS, x.dtype)
@@ -185,8 +185,8 @@ def check_mix(case: Case, device: torch.device) -> None:
             x, mixing_weight, case.patches, weight, statistics, *grads, needs_x, needs_mixing_weight
         )
         asked = [g for g, asks in zip(right, (needs_x, needs_mixing_weight), strict=True) if asks]
-        for mine, theirs in zip(found, asked, strict=True):
-            assert distance(mine, theirs) < bound
+        for have, want in zip(found, asked, strict=True):
+            assert distance(have, want) < bound
 
 
 def eager_token_gradient(
@@ -196,7 +196,7 @@ def eager_token_gradient(
     weight: Tensor | None,
     grads: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """The gradient of x by eager PyTorch in the case's dtype, on the CPU."""
+    """Return the gradient of x by eager PyTorch in the case's dtype, on the CPU."""
     x, matrix = x.cpu().requires_grad_(), mixing_weight[:, : case.patches].cpu().to(case.dtype)
     affine = None if weight is None else weight.cpu()
     y = F.layer_norm(x, (case.width,), affine, None, NORM_EPS)
@@ -239,9 +239,9 @@ def check_features(case: Case, device: torch.device) -> None:
     plain = reference.features_backward(
         single, on, affine, *(t.float() for t in right[1:]), grad.float().cpu()
     )
-    for index, (mine, theirs, eager) in enumerate(zip(found, expected, plain, strict=True)):
+    for index, (have, want, eager) in enumerate(zip(found, expected, plain, strict=True)):
         bound = 1e-5 if index < 2 else 2 * rounding(case.dtype)
-        assert distance(mine, theirs) < max(bound, 4 * distance(eager, theirs)), index
+        assert distance(have, want) < max(bound, 4 * distance(eager, want)), index
 
 
 CHECKS = {"fold": check_fold, "folds": check_folds, "mix": check_mix, "features": check_features}

@@ -1,4 +1,4 @@
-"""What kernels are declared to load and store, compared with what they do, byte by byte.
+"""Declared loads and stores of the kernels, compared with the executed ones, byte by byte.
 
 Every launch of every kernel runs on the CPU under ttsem, which sees each address. The distinct
 bytes of all loads, and of all stores, have to be exactly those declared: masks are honoured, and
@@ -40,7 +40,7 @@ Bytes = dict[str, tuple[int, int]]
 
 @contextlib.contextmanager
 def both() -> Iterator[tuple[Bytes, Bytes]]:
-    """Declared and executed bytes of the launches inside, each kernel at most once."""
+    """Yield declared and executed bytes of the launches inside, each kernel at most once."""
     declared_bytes: Bytes = {}
     executed_bytes: Bytes = {}
     run = Launch.run
@@ -295,7 +295,7 @@ def test_grouped_heads(kernel_device: torch.device) -> None:
 
 
 def test_flop_of_a_bank() -> None:
-    """Counted from each image's number of prompts if known, else from the largest number."""
+    """FLOP follow from each image's number of prompts if known, else from the largest."""
     pool = torch.zeros(20, 2, 2, 8)
     for device, prompts in (("cpu", 3 + 5), ("meta", 2 * 6)):
         offsets, counts = (torch.tensor(n, device=device) for n in ((0, 4), (3, 5)))

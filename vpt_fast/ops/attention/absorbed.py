@@ -8,6 +8,8 @@ key bias cancels in the softmax; the value bias is added once, since the weights
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,27 +40,21 @@ def absorbed_attention(
         (B, M, H * d) in q's dtype; scores, softmax and weighted sums are fp32 at least.
     """
     wide = statistics_dtype(q.dtype)
+    tensors = (q, rows, prompts, k_weight, v_weight, v_bias)
     with in_full_precision(q):
-        out = _absorbed(
-            q.to(wide),
-            rows.to(wide),
-            None if prompts is None else prompts.to(wide),
-            None if v_bias is None else v_bias.to(wide),
-            k_weight.to(wide),
-            v_weight.to(wide),
-            scale,
-        )
+        converted: Any = [t if t is None else t.to(wide) for t in tensors]
+        out = _absorbed(scale, *converted)
     return out.to(q.dtype)
 
 
 def _absorbed(
+    scale: float,
     q: Tensor,
     rows: Tensor,
     prompts: Tensor | None,
-    v_bias: Tensor | None,
     k_weight: Tensor,
     v_weight: Tensor,
-    scale: float,
+    v_bias: Tensor | None,
 ) -> Tensor:
     batch, queries, heads, dim = q.shape
     width = rows.shape[-1]

@@ -52,7 +52,7 @@ def bank_attention(
     max_prompts: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Multi-head attention in which every image has the prompt keys and values of its own task.
+    """Compute attention in which every image has the prompt keys and values of its own task.
 
     Image b attends to its own tokens and to rows `row_offsets[b]` to `row_offsets[b] + counts[b]`
     of `cached`; where `row_offsets[b]` is negative, to as many rows of `computed` from row

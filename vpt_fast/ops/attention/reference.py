@@ -72,12 +72,13 @@ def attention_backward(
     if not needs_tokens:
         return [], _prompt_gradients(q, prompts, out, lse, grad_out, scale)
     q, k, v = _joined_qkv(tokens, prompts)
-    arguments = (grad_out.transpose(1, 2), q, k, v, out.transpose(1, 2), lse / LOG2_E, scale)
+    arguments = (grad_out.transpose(1, 2), q, k, v, out.transpose(1, 2), lse / LOG2_E)
     if has_flash(q):
-        dq, dk, dv = _flash_backward(*arguments)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = backward(*arguments, 0.0, False, scale=scale)
     else:
-        dq, dk, dv = _plain_backward(*arguments)
-    dq, dk, dv = (g.transpose(1, 2) for g in (dq, dk, dv))  # (B, rows, H, d)
+        grads = _plain_backward(*arguments, scale)
+    dq, dk, dv = (g.transpose(1, 2) for g in grads)  # (B, rows, H, d)
 
     num_prompts = k.shape[2] - split(tokens)[1].shape[1]
     token_grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tokens]
@@ -88,14 +89,6 @@ def attention_backward(
     if not needs_prompts:
         return token_grads, []
     return token_grads, _lay_out(prompts, dk[:, :num_prompts], dv[:, :num_prompts])
-
-
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, False, scale=scale
-    )
 
 
 def _plain_backward(

@@ -56,9 +56,9 @@ def is_padded(height: int, width: int, window: tuple[int, int]) -> bool:
     return bool(height % window[0] or width % window[1])
 
 
-def relative_positions(window: tuple[int, int], device: torch.device) -> Tensor:
+def relative_positions(window: tuple[int, int]) -> Tensor:
     """Return the row of the position-bias table for each query and key, (area, area)."""
-    y, x = (torch.arange(n, device=device) for n in window)
+    y, x = (torch.arange(n) for n in window)
     rows = (y[:, None] - y + window[0] - 1) * (2 * window[1] - 1)  # (wh, wh)
     columns = x[:, None] - x + window[1] - 1  # (ww, ww)
     area = window[0] * window[1]
@@ -89,13 +89,9 @@ def window_order(
             WindowGroup(number, None if mask is None else mask.to(device))
             for number, mask in order.groups
         )
-        return order._replace(
-            groups=groups,
-            rows=order.rows.to(device),
-            padding=order.padding.to(device),
-            positions=order.positions.to(device),
-            relative=order.relative.to(device),
-        )
+        names = ("rows", "padding", "positions", "relative")
+        moved = {name: getattr(order, name).to(device) for name in names}
+        return order._replace(groups=groups, **moved)
 
 
 def _window_order(
@@ -132,7 +128,7 @@ def _window_order(
         tokens_read.clamp(min=0),
         (~real).nonzero().flatten(),
         positions,
-        relative_positions(window, torch.device("cpu")),
+        relative_positions(window),
         is_identity=torch.equal(tokens_read, torch.arange(batch * tokens)),
     )
 

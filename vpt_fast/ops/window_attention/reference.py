@@ -141,16 +141,12 @@ def _attend(group: _Windows, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v, bias = group
     if attention_reference.has_flash(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=_as_mask(bias, q), scale=scale
+            q, k, v, 0.0, False, attn_mask=bias.expand(len(q), -1, -1, -1), scale=scale
         )
     scores = _scores(group, scale)
     lse = scores.logsumexp(-1)
     out = (scores - lse.unsqueeze(-1)).exp() @ v.to(scores.dtype)
     return out.to(q.dtype), lse
-
-
-def _as_mask(bias: Tensor, q: Tensor) -> Tensor:
-    return bias.expand(len(q), -1, -1, -1)
 
 
 def _scores(group: _Windows, scale: float) -> Tensor:
@@ -268,7 +264,7 @@ def _group_gradients(
     if attention_reference.has_flash(q) and not needs_scores:
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse.contiguous(), 0.0, False,
-            attn_mask=_as_mask(bias, q), scale=scale,
+            attn_mask=bias.expand(len(q), -1, -1, -1), scale=scale,
         )  # fmt: skip
         return *found, lse
     wide = bias.dtype
