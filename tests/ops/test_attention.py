@@ -33,7 +33,7 @@ def make(
     dtype: torch.dtype = torch.float64,
     grad: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Random tokens and prompts in one of the layouts."""
+    """Return random tokens and prompts in one of the layouts."""
     generator = torch.Generator().manual_seed(keys + 10 * prompts + 100 * queries)
 
     def rand(*shape: int) -> Tensor:
@@ -55,7 +55,7 @@ def make(
 
 
 def textbook(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> Tensor:
-    """softmax(q [K_p; K_x]^T scale) [V_p; V_x], written out."""
+    """Compute softmax(q [K_p; K_x]^T scale) [V_p; V_x] by concatenation."""
     q, k, v = tokens[0].unbind(2) if len(tokens) == 1 else (tokens[0], None, None)
     if len(tokens) == 2:
         k, v = tokens[1].unbind(2)
@@ -70,7 +70,7 @@ def textbook(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> Tenso
 
 
 def gradients(function, tokens: list[Tensor], prompts: list[Tensor]) -> list[Tensor]:
-    """Output and gradients of a fixed random projection of it."""
+    """Return the output, and gradients of a fixed random projection of it."""
     out = function(tokens, prompts, 0.3)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
     inputs = [t for t in (*tokens, *prompts) if t.requires_grad]
@@ -157,7 +157,7 @@ def test_formula_for_other_devices(monkeypatch, layout, prompt_layout, shared) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [True, False])
 def test_error_is_no_larger_than_eager(dtype: torch.dtype, shared: bool) -> None:
-    """Against fp64, next to SDPA on concatenated keys and values in the same dtype."""
+    """The error against fp64 is that of SDPA on concatenated keys and values in the same dtype."""
     tokens, prompts = make(1, 1, shared, batch=3, keys=37, prompts=9, dim=32, dtype=dtype)
     exact = [[t.detach().double().requires_grad_() for t in ts] for ts in (tokens, prompts)]
 
@@ -170,7 +170,7 @@ def test_error_is_no_larger_than_eager(dtype: torch.dtype, shared: bool) -> None
 
     truth = gradients(textbook, *exact)
     slack = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
-    for ours, theirs, true in zip(
+    for ours, plain, true in zip(
         gradients(prompt_attention, tokens, prompts),
         gradients(eager, tokens, prompts),
         truth,
@@ -178,7 +178,7 @@ def test_error_is_no_larger_than_eager(dtype: torch.dtype, shared: bool) -> None
     ):
         size = true.abs().max()
         error = (ours.double() - true).abs().max() / size
-        allowed = (theirs.double() - true).abs().max() / size + slack
+        allowed = (plain.double() - true).abs().max() / size + slack
         assert error <= allowed, f"{error:.2e} > {allowed:.2e}"
 
 

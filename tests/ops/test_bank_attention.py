@@ -18,7 +18,7 @@ from vpt_fast.ops.attention.ragged import bank_attention, bank_attention_operato
 LOG2_E = 1.4426950408889634
 SCALE = 0.3
 
-PLACES = {
+CASES = {
     "mixed": ([2, 0, ~1, 2, ~0], [3, 0, 4, 3, 1]),
     "overlapping": ([0, 1, 2, 3, 4], [5, 4, 3, 2, 1]),
     "equal": ([4, ~3, 0, 4, 1], [2, 2, 2, 2, 2]),
@@ -60,14 +60,14 @@ class Call:
         )
 
     def prompts(self, b: int) -> Tensor:
-        """(1, p, 2, H, d)."""
+        """Return the prompts of an image, (1, p, 2, H, d)."""
         start, count = int(self.row_offsets[b]), int(self.counts[b])
         pool, first = (self.computed, ~start) if start < 0 else (self.cached, start)
         return pool[first : first + count].unsqueeze(0)
 
 
 def make(
-    places: str = "mixed",
+    case: str = "mixed",
     layout: int = 1,
     *,
     batch: int = 5,
@@ -77,7 +77,7 @@ def make(
     dim: int = 4,
     dtype: torch.dtype = torch.float64,
 ) -> Call:
-    """Random tensors: nine cached prompts, six computed ones."""
+    """Return random tensors: nine cached prompts, six computed ones."""
     generator = torch.Generator().manual_seed(keys + 10 * dim + 100 * batch)
 
     def rand(*shape: int) -> Tensor:
@@ -89,7 +89,7 @@ def make(
         3: lambda: [rand(batch, r, heads, dim) for r in (queries, keys, keys)],
     }[layout]()
     row_offsets, counts = (
-        torch.tensor(values[:batch], dtype=torch.int64) for values in PLACES[places]
+        torch.tensor(values[:batch], dtype=torch.int64) for values in CASES[case]
     )
     max_prompts = int(counts.max()) if batch else 0
     return Call(
@@ -98,7 +98,7 @@ def make(
 
 
 def textbook(call: Call, scale: float = SCALE) -> tuple[Tensor, Tensor]:
-    """Image by image: concatenate, score, softmax, mix."""
+    """Compute attention image by image, by concatenation."""
     outs, sums = [], []
     for b in range(len(call.row_offsets)):
         q, k, v = split(call.image(b).tokens)
@@ -116,9 +116,9 @@ def assert_equal(have: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> No
 
 
 @pytest.mark.parametrize("layout", [1, 2, 3])
-@pytest.mark.parametrize("places", PLACES)
-def test_equals_textbook_attention(places: str, layout: int) -> None:
-    call = make(places, layout)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_textbook_attention(case: str, layout: int) -> None:
+    call = make(case, layout)
     out, lse = bank_attention(*call.arguments(), SCALE)
     assert out.is_contiguous() and lse.is_contiguous()
     assert_equal((out, lse), textbook(call))
@@ -139,10 +139,10 @@ def test_small_and_odd_sizes(layout: int, sizes: dict[str, int]) -> None:
 def test_long_runs_of_prompts_are_copied_in_pieces(
     max_prompts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one row, and of two rows of eight numbers, the last piece shorter."""
+    """Pieces have one row, or two rows of eight numbers and a shorter last piece."""
     monkeypatch.setattr(reference, "_ONE_REGION", max_prompts)
-    for places in ("mixed", "overlapping"):
-        call = make(places)
+    for case in ("mixed", "overlapping"):
+        call = make(case)
         assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
 
 
@@ -153,10 +153,10 @@ def test_no_images() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("places", ["mixed", "equal"])
-def test_is_prompt_attention_of_each_image(places: str, dtype: torch.dtype) -> None:
-    """Bit for bit: a task's images do not notice what else is in their batch."""
-    call = make(places, keys=19, dim=16, dtype=dtype)
+@pytest.mark.parametrize("case", ["mixed", "equal"])
+def test_is_prompt_attention_of_each_image(case: str, dtype: torch.dtype) -> None:
+    """Bit for bit: a task's images do not depend on the others of their batch."""
+    call = make(case, keys=19, dim=16, dtype=dtype)
     out, lse = bank_attention(*call.arguments(), SCALE)
     assert out.dtype == dtype and lse.dtype == torch.float32
     for b in range(len(call.row_offsets)):
@@ -166,9 +166,9 @@ def test_is_prompt_attention_of_each_image(places: str, dtype: torch.dtype) -> N
         assert torch.equal(out[b : b + 1], alone[0]) and torch.equal(lse[b : b + 1], alone[1])
 
 
-@pytest.mark.parametrize(("places", "calls"), [("mixed", 4), ("equal", 1), ("none", 1)])
+@pytest.mark.parametrize(("case", "calls"), [("mixed", 4), ("equal", 1), ("none", 1)])
 def test_one_fused_call_for_each_count(
-    places: str, calls: int, monkeypatch: pytest.MonkeyPatch
+    case: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
     attend = attention_reference.attend
@@ -178,7 +178,7 @@ def test_one_fused_call_for_each_count(
         return attend(q, k, v, scale)
 
     monkeypatch.setattr(reference, "attend", spy)
-    call = make(places)
+    call = make(case)
     bank_attention(*call.arguments(), SCALE)
     counts = call.counts.tolist()
     assert len(shapes) == calls
@@ -186,7 +186,7 @@ def test_one_fused_call_for_each_count(
 
 
 def test_one_count_copies_only_the_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queries stay where they are."""
+    """The queries are not copied."""
     call = make("equal")
     storages = []
 
@@ -199,11 +199,11 @@ def test_one_count_copies_only_the_join(monkeypatch: pytest.MonkeyPatch) -> None
     assert storages == [call.tokens[0].untyped_storage().data_ptr()]
 
 
-@pytest.mark.parametrize("places", ["mixed", "equal"])
-def test_formula_for_other_devices(places: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", ["mixed", "equal"])
+def test_formula_for_other_devices(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path without the CPU's fused attention, which MPS and XPU tensors take."""
     monkeypatch.setattr(attention_reference, "has_flash", lambda q: False)
-    call = make(places)
+    call = make(case)
     assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
 
 
@@ -220,9 +220,9 @@ def test_most_may_be_more_than_there_are() -> None:
     assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
 
 
-@pytest.mark.parametrize(("layout", "places"), [*itertools.product((1, 2, 3), ("mixed", "none"))])
-def test_opcheck(layout: int, places: str) -> None:
-    call = make(places, layout, dtype=torch.float32)
+@pytest.mark.parametrize(("layout", "case"), [*itertools.product((1, 2, 3), ("mixed", "none"))])
+def test_opcheck(layout: int, case: str) -> None:
+    call = make(case, layout, dtype=torch.float32)
     torch.library.opcheck(bank_attention_operator, (*call.arguments(), SCALE))
 
 

@@ -38,7 +38,7 @@ class Call:
 def make(
     heads: str = "mixed", *, batch: int = 5, width: int = 6, dtype: torch.dtype = torch.float64
 ) -> Call:
-    """Random features and eleven rows of heads."""
+    """Return random features and eleven rows of heads."""
     generator = torch.Generator().manual_seed(width)
 
     def rand(*shape: int) -> Tensor:
@@ -55,7 +55,7 @@ def make(
 
 
 def image_by_image(call: Call) -> Tensor:
-    """One matrix-vector product an image, in fp64."""
+    """Compute one matrix-vector product per image, in fp64."""
     logits = [call.features.new_empty(0, dtype=torch.float64)]
     for features, start, count in zip(call.features, call.row_offsets, call.counts, strict=True):
         rows = slice(int(start), int(start + count))
@@ -82,7 +82,7 @@ def test_error_is_that_of_a_linear_layer(dtype: torch.dtype) -> None:
 
 
 def test_offsets_may_come_in_any_order() -> None:
-    """They are where the logits are written, whatever the order of the images."""
+    """Logits are written at their offsets, whatever the order of the images."""
     call = make("one")
     call.logit_offsets = call.logit_offsets.flip(0)
     logits = grouped_heads(*call.arguments()).view(5, 6)

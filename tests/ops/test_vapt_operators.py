@@ -23,7 +23,7 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, **more:
 
 @pytest.mark.parametrize(("grid", "size"), [((3, 3), 2), ((2, 4), 1), ((3, 5), 3), ((1, 1), 1)])
 def test_fold_convolution(grid: tuple[int, int], size: int) -> None:
-    """The matrix times a map is the projector of the convolved map."""
+    """The mixing weight times a map is the projector of the convolved map."""
     positions = (grid[0] - size + 1) * (grid[1] - size + 1)
     weight, kernel = rand(2, positions), rand(1, 1, size, size, seed=1)
     mixing_weight, mixing_sum = fold_convolution(weight, kernel, grid)

@@ -15,11 +15,6 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def other_rstd(rstd: Tensor, eps: float, other: float) -> Tensor:
-    """Return 1 / sqrt(var + other) from rstd = 1 / sqrt(var + eps)."""
-    return rstd if eps == other else (rstd**-2 + (other - eps)).rsqrt()
-
-
 def residual_norm(
     residual: Tensor,
     branch: Tensor | None,
@@ -42,7 +37,8 @@ def residual_norm(
     )
     rows = [mean.squeeze(-1), rstd.squeeze(-1)]
     if expert_eps is not None:
-        rows.append(other_rstd(rows[1], norm_eps, expert_eps))
+        difference = expert_eps - norm_eps
+        rows.append((rows[1] ** -2 + difference).rsqrt() if difference else rows[1])
     return total, y.to(dtype), torch.stack(rows)
 
 
