@@ -1,1 +1,1 @@
-"""Kernels executed on the CPU, and what they are held against."""
+"""Kernels executed on the CPU, and recorded launches."""

@@ -1,10 +1,10 @@
 """The device that kernel tests run on: a CUDA GPU, or the CPU under ttsem's sanitizer.
 
 ttsem executes the compiler's own IR of every launch on the CPU. It finds accesses out of bounds,
-races between programs and, because `torch.empty` is filled with NaN, outputs that nobody wrote. A
-test module says `pytest_plugins = ("support.kernels.kernel_device",)`, asks for the fixture
-`kernel_device` and makes its tensors on it. With a GPU the kernels run there, and what PyTorch
-allocates without values is filled with NaN all the same, inside of operators too.
+races between programs and, because `torch.empty` is filled with NaN, outputs that are not written.
+A test module sets `pytest_plugins = ("support.kernels.kernel_device",)`, requests the fixture
+`kernel_device` and allocates its tensors on it. With a GPU the kernels run there, and memory that
+PyTorch allocates without values is filled with NaN too, also in operators.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from bench.gpu.jobs.keys import stable_keys
 from support.kernels.on_device import poisoned_empty
 
-# Asked once: while ttsem is at work, torch says that there is a GPU.
+# Evaluated once: in a session of ttsem, torch reports a GPU.
 HAS_GPU = torch.cuda.is_available()
 
-# Accesses of one launch that are kept to look for races: the largest shapes fit, and take minutes.
+# Accesses of one launch that are stored to look for races: enough for the largest shapes, which
+# take minutes.
 _LARGE_BUDGET = 50_000_000
 # The GPU that kernels are compiled for when there is none.
 CPU_CAPABILITY = 90
@@ -32,15 +33,15 @@ CPU_CAPABILITY = 90
 def sanitized_kernels(
     capability: int = CPU_CAPABILITY, access_budget: int | None = None
 ) -> Iterator[Any]:
-    """While open, Triton launches run on the CPU under ttsem, and "cuda" means the CPU.
+    """Run Triton's launches inside on the CPU under ttsem; "cuda" means the CPU there.
 
     Args:
-        capability: of the GPU that kernels are compiled for.
-        access_budget: accesses of a launch that are kept to look for races; ttsem's own by default.
+        capability: Compute capability that kernels are compiled for, times ten.
+        access_budget: Accesses of a launch that are stored to look for races; ttsem's by default.
 
     Yields:
-        ttsem's session: its `launches`, and `races_unchecked`, launches that were too large to be
-        checked for races.
+        ttsem's session, with `launches`, and with `races_unchecked`, the number of launches that
+        were too large to be checked for races.
     """
     from ttsem import _fakedriver, harness, memory, mlir, sanitize
 
@@ -56,8 +57,8 @@ def sanitized_kernels(
 
     mlir.enable_generic_printing()
     original = harness.ir_for_launch
-    # ttsem compiles each kernel down to machine code and then takes an early stage of it. Stopping
-    # at that stage gives the same text hundreds of times faster for fp32 kernels.
+    # ttsem compiles each kernel to machine code and then reads an early stage. Stopping at that
+    # stage gives the same text, for fp32 kernels hundreds of times faster.
     harness.ir_for_launch = ir_up_to
     budget = memory.ACCESS_BUDGET
     memory.ACCESS_BUDGET = access_budget or budget
@@ -71,7 +72,7 @@ def sanitized_kernels(
 
 @pytest.fixture
 def kernel_device_sm80() -> Iterator[torch.device]:
-    """As `kernel_device`, with the kernels that an A100 would run; only without a GPU."""
+    """Yield `kernel_device` with the kernels that an A100 would run; only without a GPU."""
     if HAS_GPU:
         pytest.skip("a GPU runs its own kernels")
     _need_ttsem()
@@ -82,13 +83,13 @@ def kernel_device_sm80() -> Iterator[torch.device]:
 
 @pytest.fixture
 def kernel_device() -> Iterator[torch.device]:
-    """Where to make tensors for a kernel; without a GPU its launches are sanitized."""
+    """Yield the device of a kernel's tensors; without a GPU its launches are sanitized."""
     yield from _device(None)
 
 
 @pytest.fixture
 def kernel_device_large() -> Iterator[torch.device]:
-    """As `kernel_device`, for launches too large for ttsem's own budget; it takes minutes."""
+    """Yield `kernel_device` for launches too large for ttsem's own budget; they take minutes."""
     yield from _device(_LARGE_BUDGET)
 
 

@@ -1,4 +1,4 @@
-"""What kernel tests need where kernels run on a GPU: poisoned memory, and sums in another order."""
+"""Helpers of kernel tests on a GPU: poisoned memory, and sums in another order."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """What is allocated without values holds NaN, or the largest integer, so that reading it shows.
+    """Fill memory that is allocated without values with NaN, or the largest integer.
 
-    PyTorch itself fills it, wherever it is asked for; operators that are not deterministic still
-    run.
+    PyTorch itself fills it everywhere; operators that are not deterministic still run.
     """
     before = torch.get_deterministic_debug_mode()
     filled = torch.utils.deterministic.fill_uninitialized_memory
@@ -27,10 +26,10 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def differs_by_one_rounding(have: torch.Tensor, want: torch.Tensor) -> bool:
-    """Whether two results are equal but for the order of their sums.
+    """Return whether two results are equal except for the order of their sums.
 
-    Alignment, and what else is computed with them, change the program that is compiled; a sum
-    inside of it may then be taken in another order.
+    Alignment, and the other results of a launch, change the compiled program, whose sums may be in
+    another order.
     """
     units = 8 if have.dtype == torch.float32 else 1
     tolerance = units * torch.finfo(have.dtype).eps * float(want.abs().max())

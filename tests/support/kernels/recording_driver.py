@@ -1,8 +1,8 @@
-"""A driver that launches nothing and records what it was to launch.
+"""A driver that records launches instead of launching them.
 
-What a remembered launch passes to its kernel can so be compared with a launch that is built anew
-for the same tensors, without a GPU. As with `bench.host.null_driver`, on which it stands, Triton
-compiles for sm_90, and vpt_fast takes its kernels for tensors on the CPU.
+The arguments of a repeated launch can be compared with those of a newly built launch for the same
+tensors, without a GPU. As with `bench.host.null_driver`, on which it is based, Triton compiles for
+sm_90, and vpt_fast uses its kernels for tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Recorded(NamedTuple):
     """One launch.
 
     Attributes:
-        kernel: its name.
-        launcher: which specialisation of the kernel.
-        grid: programs.
-        device, stream: where; the device is the one that was current.
-        values: of the arguments that are not compiled in, in order; addresses for tensors.
+        kernel: Name of the kernel.
+        launcher: Identity of the kernel's specialisation.
+        grid: Programs along the three axes.
+        device, stream: Current device, and stream of the launch.
+        values: Arguments that are not compile-time values, in order; addresses for tensors.
     """
 
     kernel: str
@@ -43,7 +43,7 @@ class Recorded(NamedTuple):
 
 
 class _Launches(threading.local):
-    """Of each thread its own."""
+    """Launches that the current thread recorded."""
 
     def __init__(self) -> None:
         self.found: list[Recorded] = []
@@ -57,7 +57,7 @@ LAUNCHES = _Launches()
 
 
 class RecordingLauncher:
-    """Stands for the compiled launcher of one kernel."""
+    """Replacement of the compiled launcher of one kernel."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         self._name = metadata.name
@@ -80,12 +80,12 @@ class RecordingLauncher:
 
 
 class RecordingDriver(NullDriver):
-    """Its device and stream may be set."""
+    """Driver whose device and stream can be set."""
 
     launcher_cls = RecordingLauncher
 
     def __init__(self) -> None:
-        # No real device, and not the null driver's: compiled kernels keep their launcher.
+        # Neither a real device nor the null driver's: compiled kernels cache their launcher.
         self.device, self.stream = -2, 0
 
     def get_current_device(self) -> int:
@@ -96,14 +96,14 @@ class RecordingDriver(NullDriver):
 
 
 def _forget() -> None:
-    """Plans of one driver are of no use to another."""
+    """Clear the launch plans, which belong to one driver."""
     launch_plan.launcher.cache_clear()
     sites.planned_sites.cache_clear()
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[RecordingDriver]:
-    """Inside, launches are recorded in `LAUNCHES`; undone afterwards."""
+    """Record launches inside in `LAUNCHES`."""
     driver = RecordingDriver()
     with null_driver():
         triton.runtime.driver.set_active(driver)
@@ -116,12 +116,12 @@ def recording() -> Iterator[RecordingDriver]:
 
 
 class Compared:
-    """What was compared.
+    """Counts of compared launches.
 
     Attributes:
-        replayed: calls of launchers that had a plan.
-        built: those that built their launches.
-        kernels: names of all that were launched from plans.
+        replayed: Calls of launchers that had a plan.
+        built: Calls that built their launches.
+        kernels: Names of the kernels that were launched from plans.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class Compared:
 
 @contextlib.contextmanager
 def compared() -> Iterator[Compared]:
-    """Inside, whatever a launcher launches is also built anew for the same tensors, and equal."""
+    """Compare every launch of a launcher inside with a newly built one for the same tensors."""
     planned, result = Launcher.__call__, Compared()
 
     def both(self: Launcher, tensors: Any, build: Any, *others: Any) -> None:

@@ -1,4 +1,4 @@
-"""Machine code's figures made worse, to see that a limit notices; whether there are limits."""
+"""Worse figures of machine code, to test limits; whether there are limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.machine_code.figures import KernelFigures, LoopFigures
 from bench.machine_code.limits import limits, no_limits
 
 JUDGED_VERSION = pytest.mark.skipif(bool(no_limits()), reason=no_limits() or "limits are known")
-"""Of test modules that hold figures against the limits of the Triton that is installed."""
+"""Mark of test modules that compare figures with the limits of the installed Triton."""
 
 
 def need_compiler(target: int | str) -> None:
@@ -20,7 +20,7 @@ def need_compiler(target: int | str) -> None:
 
 
 def slower(figures: KernelFigures, factor: float) -> KernelFigures:
-    """The figures of a kernel whose program and loops issue `factor` times the instructions."""
+    """Return figures of a kernel whose program and loops issue `factor` times the instructions."""
 
     def more(loop: LoopFigures) -> LoopFigures:
         cycles = {**loop.cycles, "issue": (loop.cycles["issue"] or 0) * factor}
