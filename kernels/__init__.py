@@ -1,4 +1,5 @@
 """Triton kernels and their launchers.
 
-`constants`, `attention/layouts`, `attention/checks` and `experts/inputs` need no triton.
+`constants`, `attention/layouts`, `attention/checks`, `window_attention/checks` and `experts/inputs`
+need no triton.
 """

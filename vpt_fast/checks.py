@@ -1,4 +1,4 @@
-"""What `prompt_tune` can honour: every part of a model is looked at before anything is changed."""
+"""Checks of a model before `prompt_tune` changes it: what cannot be honoured is refused by name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def check_model(model: Any, method: Method) -> Family:
     """Return the record of a model's class, or raise if `method` cannot be honoured.
 
     Raises:
-        TypeError: not a timm VisionTransformer or SwinTransformer.
-        ValueError: a block, an attribute or the method does not fit, or it is tuned already.
+        TypeError: If it is no timm VisionTransformer or SwinTransformer.
+        ValueError: If a block, an attribute or the method does not fit, or it is tuned already.
     """
     if is_tuned(model):
         raise ValueError(
@@ -32,15 +32,11 @@ def check_model(model: Any, method: Method) -> Family:
     if "forward" in vars(model) or "forward_features" in vars(model):
         refuse("forward", "replaced on the instance", "restore the class's own")
     family.check(model, method)
-    check_pooling(method, _pooling(model))
+    # timm 1.0.29 lets the pooling of a ClassifierHead differ from the model's.
+    pool = getattr(model.head, "global_pool", None)
+    check_pooling(method, model.global_pool if pool is None else pool.pool_type)
     _check_baseline(model, method)
     return family
-
-
-def _pooling(model: Any) -> str:
-    """The kind of pooling; of a ClassifierHead its own, which timm 1.0.29 lets differ."""
-    pool = getattr(model.head, "global_pool", None)
-    return model.global_pool if pool is None else pool.pool_type
 
 
 def _check_baseline(model: Any, method: Method) -> None:
@@ -59,24 +55,21 @@ def _check_baseline(model: Any, method: Method) -> None:
         if not any(method.trains(name, depth) for name in backbone):
             raise ValueError(f"this {name_of(model)} has no bias to train; use another method")
     if isinstance(method, MLPHead):
-        if isinstance(model.get_classifier(), tuple):
-            refuse("head_dist", name_of(model.head_dist), "an MLP head fits models with one head")
         head = model.get_classifier()
+        if isinstance(head, tuple):
+            refuse("head_dist", name_of(model.head_dist), "an MLP head fits models with one head")
         if type(head) is not nn.Linear:
             refuse("head", name_of(head), "a Linear is needed; pass num_classes=...")
-
-
-_NOT_SWIN = {
-    "SwinTransformerV2": "its cosine attention with a position bias from an MLP is not known",
-    "SwinTransformerV2Cr": "its cosine attention with a position bias from an MLP is not known",
-}
 
 
 def _not_known(model: Any) -> str:
     known = " or ".join(f"timm {name}" for name in KNOWN)
     message = f"cannot tune a {name_of(model)}: a {known} is needed"
-    if name_of(model) in _NOT_SWIN:
-        return f"{message}; {_NOT_SWIN[name_of(model)]}, use a swin_* model of the first version"
+    if name_of(model) in ("SwinTransformerV2", "SwinTransformerV2Cr"):
+        return (
+            f"{message}; its cosine attention with a position bias from an MLP is not known, use a "
+            "swin_* model of the first version"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         return f"{message}; tune the model before scripting it"
     if hasattr(model, "_orig_mod"):

@@ -24,34 +24,29 @@ from vpt_fast.ops.memory_modes import check_memory_mode
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _classifiers(model: Any) -> list[nn.Module]:
+def classifiers_of(model: Any) -> list[nn.Module]:
+    """Return the classifiers of a timm model: one, or two of a distilled model."""
     classifier = model.get_classifier()
     return list(classifier) if isinstance(classifier, tuple) else [classifier]
 
 
-def _head_tensors(model: Any) -> dict[str, Tensor]:
-    """The classifier's parameters and buffers by their name in the model."""
+def _in_place(model: Any, method: Method, family: Family) -> dict[str, Tensor]:
+    """Return what `method` trains in place, by name: the classifiers with their buffers, and what
+    a baseline trains of the backbone."""
     heads = {
         id(tensor)
-        for head in _classifiers(model)
+        for head in classifiers_of(model)
         for tensor in (*head.parameters(), *head.buffers())
     }
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor for name, tensor in named if id(tensor) in heads}
-
-
-def _in_place(model: Any, method: Method, family: Family) -> dict[str, Tensor]:
-    """What `method` trains in place, by name: the classifier (its buffers too), and of the
-    backbone what a baseline names."""
-    tensors = _head_tensors(model)
-    if isinstance(method, Baseline):
-        depth = len(blocks_of(model))
-        tensors |= {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if method.trains(family.name_as_block(model, name), depth)
-        }
-    return tensors
+    depth = len(blocks_of(model))
+    found = {name: buffer for name, buffer in model.named_buffers() if id(buffer) in heads}
+    for name, parameter in model.named_parameters():
+        own = isinstance(method, Baseline) and method.trains(
+            family.name_as_block(model, name), depth
+        )
+        if own or id(parameter) in heads:
+            found[name] = parameter
+    return found
 
 
 def prompt_tune(
@@ -59,52 +54,54 @@ def prompt_tune(
 ) -> Model:
     """Freeze a timm vision transformer and give it the prompts of `method`, in place.
 
-    The backbone's parameters stop requiring gradients and its modules stay in eval mode under
-    `model.train()`; the prompts and the classifier are trained. What the model computes is the
-    published formulation (Visual Prompt Tuning, arXiv 2203.12119, section 3.2; for VAPT, arXiv
-    2501.18936, section 4), without its dead rows.
+    The prompts and the classifier are trained. The backbone's parameters require no gradients and
+    its modules stay in eval mode under `model.train()`. The model computes the published
+    formulation (Visual Prompt Tuning, arXiv 2203.12119, section 3.2; VAPT, arXiv 2501.18936,
+    section 4), except for rows that are never read.
 
-    Baselines train parameters of the backbone or modules of their own instead of prompts. The
-    backbone stays in eval mode there too: its dropout and stochastic depth, which the papers set
-    to 0, stay off even where its weights are trained.
+    Baselines train parameters of the backbone or modules of their own instead of prompts. There too
+    the backbone stays in eval mode: its dropout and stochastic depth, which the papers set to 0,
+    are off even where its weights are trained.
 
-    In a SwinTransformer blocks are counted on through all stages. Prompts have the width of their
-    stage, neither position bias nor mask, and rows that live on (VPT-Shallow, an unprompted block
-    after a prompted one) are averaged over the windows and pass through patch merging as four equal
-    neighbours. Images never depend on their batch mates, and prompt rows are pooled with
-    `pool_prompts=True` only; the published program differs in both. VAPT is published for ViT only:
-    here block 0 of the first stage has static prompts, every later block experts of its own grid,
-    and every stage a feature projector. Attention is fused whatever `attn.fused_attn` says, which
-    timm leaves off for Swin, and its module is called with whole images in place of windows, unless
-    somebody watches it or its parts: then with windows, and prompts in them.
+    The blocks of a SwinTransformer are numbered through all stages. Prompts have the width of their
+    stage, no position bias and no mask. Live rows (VPT-Shallow, an unprompted block after a
+    prompted one) are averaged over the windows and pass through patch merging as four equal
+    neighbours. Images never depend on their batch mates, and prompt rows are pooled only with
+    `pool_prompts=True`; the published program differs in both. VAPT is published for ViT only: here
+    block 0 of the first stage has static prompts, each later block has experts for its own grid,
+    and each stage has a feature projector. Attention is fused even where `attn.fused_attn` is
+    False, timm's default for Swin. The attention module is called with whole images; with windows,
+    prompts included, only where it or one of its parts carries a hook.
 
-    Weights that are trained in place are copied to host memory first, for `remove_prompts`: the
-    classifier's, and with `FullTuning()` those of the whole model.
+    Weights that are trained in place are first copied to host memory for `remove_prompts`: those of
+    the classifier, and with `FullTuning()` those of the whole model.
 
     Args:
-        model: A timm `VisionTransformer` of plain `Block`s with `Attention`: ViT, DeiT, DeiT III,
-            MAE, CLIP, DINOv2, SigLIP and their like; or a `SwinTransformer` (swin_*), where every
+        model: Timm `VisionTransformer` of plain `Block`s with `Attention` (ViT, DeiT, DeiT III,
+            MAE, CLIP, DINOv2, SigLIP and others), or a `SwinTransformer` (swin_*), where every
             window of an image reads the prompts.
         method: `VPTShallow(...)`, `VPTDeep(...)`, `VAPT(...)`, or a baseline: `LinearProbe()`,
             `MLPHead(...)`, `PartialTuning(...)`, `BiasTuning()`, `AdapterTuning(...)` or
             `FullTuning()`.
-        memory: What is saved for backward and what is recomputed there: "speed", "balanced",
-            "lean" or "minimal" save 10, 6, 3 or 1 rows of D channels per token and block (see
-            `vpt_fast.ops.memory_modes`). Blocks that cannot be fused (qk-norm, SwiGLU, hooks
-            inside, weights that are trained ...) save 1 in every mode but "speed". What a
-            bottleneck adapter saves comes on top.
-        cuda_graphs: Whether the blocks, forward and backward, are recorded as CUDA graphs when they
-            first run with a shape and a mode, and replayed afterwards. Where that cannot be done
-            they run as without, and a warning says why, once. On the CPU nothing changes.
+        memory: Memory mode, which decides what is saved for backward and what is recomputed:
+            "speed", "balanced", "lean" or "minimal" save 10, 6, 3 or 1 rows of D channels per token
+            and block (see `vpt_fast.ops.memory_modes`). Blocks that cannot be fused (qk-norm,
+            SwiGLU, hooks inside, trained weights ...) save 1 in every mode but "speed". Bottleneck
+            adapters save more on top.
+        cuda_graphs: Whether to record the blocks, forward and backward, as CUDA graphs when they
+            first run with a shape and a mode, and to replay these later. Where that is not possible
+            the blocks run without graphs, after one warning with the reason. Without effect on the
+            CPU.
 
     Returns:
         `model` itself.
 
     Raises:
-        TypeError: `model` is of another class, `method` is not a method, or `cuda_graphs` no bool.
-        ValueError: Something in the model cannot be honoured (named by attribute and value), the
-            method does not fit it, it is tuned already, or another tuned model has its blocks.
-            Whatever is raised, nothing has been changed then.
+        TypeError: If `model` is of another class, `method` is not a method, or `cuda_graphs` is no
+            bool.
+        ValueError: If something in the model cannot be honoured (named by attribute and value), the
+            method does not fit it, it is tuned already, or it shares blocks with another tuned
+            model. `model` is unchanged after any error.
     """
     method = check_method(method)
     check_memory_mode(memory)
@@ -116,11 +113,14 @@ def prompt_tune(
 def apply_method(
     model: Model, method: Method, family: Family, memory: str = "speed", cuda_graphs: bool = False
 ) -> Model:
-    """Do as `prompt_tune` does with a model that `check_model` has found to fit a method.
+    """Tune a model that `check_model` has accepted; see `prompt_tune`.
 
     Args:
-        model, method, memory, cuda_graphs: Arguments of `prompt_tune`.
-        family: What `check_model` returned.
+        model: Plain model.
+        method: Method that fits it.
+        family: Record that `check_model` returned.
+        memory: Memory mode.
+        cuda_graphs: Whether to record the blocks as CUDA graphs.
     """
     tuned: Any = model
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
@@ -140,7 +140,7 @@ def apply_method(
 
 
 def _install(tuned: Any, family: Family, record: TuneRecord, in_place: Collection[str]) -> None:
-    """Freeze a model but for the parameters named, and give it what the method adds."""
+    """Freeze a model except for the parameters in `in_place`, and add the method's modules."""
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(name in in_place)
     training = tuned.training
@@ -155,7 +155,7 @@ def _install(tuned: Any, family: Family, record: TuneRecord, in_place: Collectio
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory; of a tensor on the meta device, which has no values, one there."""
+    """Return a copy in host memory; of a tensor on the meta device, a copy on the meta device."""
     found = tensor.detach()
     return found.clone() if found.is_meta else found.to("cpu", copy=True)
 
@@ -188,42 +188,43 @@ def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT, family: Family
     prompted = method.prompted_blocks(len(blocks))
     if not prompted:
         return
-    like = blocks[0].attn.qkv.weight
-    patch_size, project_dim = model.patch_embed.patch_size, method.project_dim
-    shared = isinstance(method, VPTDeep) and method.shared
-    first = blocks[prompted[0]].attn.qkv.in_features
+    like, project_dim = blocks[0].attn.qkv.weight, method.project_dim
+
+    def tokens_of(index: int) -> nn.Parameter:
+        width = project_dim or blocks[index].attn.qkv.in_features
+        bound = init_bound(model.patch_embed.patch_size, width)
+        return new_tokens(method.num_prompts, width, bound, like)
+
     if project_dim is not None:
-        model.prompt_projection = new_projection(project_dim, first, like)
-    if shared:
-        width = first if project_dim is None else project_dim
-        bound = init_bound(patch_size, width)
-        model.prompt_tokens = new_tokens(method.num_prompts, width, bound, like)
-    owner = model if shared or project_dim is not None else None
+        width = blocks[prompted[0]].attn.qkv.in_features
+        model.prompt_projection = new_projection(project_dim, width, like)
+    if method.shared:
+        model.prompt_tokens = tokens_of(prompted[0])
+    owner = model if method.shared or project_dim is not None else None
     if isinstance(method, VAPT):
         family.add_experts(model, method, prompted[1:])
         prompted = prompted[:1]
     for index in prompted:
-        block = blocks[index]
-        width = block.attn.qkv.in_features if project_dim is None else project_dim
-        bound = init_bound(patch_size, width)
-        tokens = None if shared else new_tokens(method.num_prompts, width, bound, like)
-        block.prompt = PromptTokens(tokens, method.dropout, owner)
+        tokens = None if method.shared else tokens_of(index)
+        blocks[index].prompt = PromptTokens(tokens, method.dropout, owner)
 
 
 def remove_prompts(model: Model) -> Model:
-    """Undo `prompt_tune`: the classes, weights, flags and modes from before, bit for bit.
+    """Undo `prompt_tune`: restore classes, weights, requires_grad flags and modes, bit for bit.
 
-    What was trained in place is put back too, the classifier unless it has been replaced by one of
-    another shape.
-    Parameters that were added to the model since keep their flags. Of a model that was tuned on the
-    meta device there are no values from before: what it was filled with since stays.
+    Weights that were trained in place are restored too, except for a classifier that was replaced
+    by one of another shape. Parameters that were added to the model since keep their flags. A model
+    that was tuned on the meta device keeps the values that it has been given since.
+
+    Args:
+        model: Tuned model.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: `model` is not tuned, or a model that was tuned after it has some of its
-            parameters or its blocks. Whatever is raised, it is tuned as before.
+        ValueError: If `model` is not tuned, or shares parameters or blocks with a model that was
+            tuned after it. `model` stays tuned then.
     """
     family = family_of(model)
     if not is_tuned(model) or family is None:
@@ -258,18 +259,18 @@ def _uninstall(tuned: Any, family: Family, record: TuneRecord) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return name and parameter of everything that requires a gradient, in the model's order."""
+    """Return names and parameters of all that requires a gradient, in the model's order."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return how many scalars are trained, and how many the model's parameters have in all."""
+    """Return the number of trained scalars and of all scalars in the model's parameters."""
     total = sum(p.numel() for p in model.parameters())
     return sum(p.numel() for _, p in trainable_parameters(model)), total
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many scalars are trained, how many there are, and the share in percent."""
+    """Print the number of trained scalars, of all scalars, and the share in percent."""
     trainable, total = count_parameters(model)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable params: {trainable:,} | all params: {total:,} | trainable: {share:.4f}%")

@@ -1,4 +1,4 @@
-"""The version, which `setup.py` reads too: this module imports nothing."""
+"""Version of the package; `setup.py` reads it too, so this module imports nothing."""
 
 __version__ = "0.1.0"
 """Version of the package, by semantic versioning."""

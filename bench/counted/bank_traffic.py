@@ -27,7 +27,9 @@ def _values(tensor: Tensor) -> list[int] | None:
 
 def _spans(launch: Launch) -> list[tuple[int, int]] | None:
     """Return the (row offset, count) of each image; None if they have no values."""
-    offsets, counts = (_values(launch.arguments[f"{name}_ptr"]) for name in ("starts", "counts"))
+    offsets, counts = (
+        _values(launch.arguments[f"{name}_ptr"]) for name in ("row_offsets", "counts")
+    )
     return None if offsets is None or counts is None else list(zip(offsets, counts, strict=True))
 
 

@@ -133,21 +133,21 @@ _WINDOWS_KEYS = (
     Parameter("prompts", ("HAS_PROMPTS",), window_traffic.prompts_of_tiles),
     *_parameters("grad_out lse delta"),
 )
-_FEATURES = "mixed mix_sum weight shift bias? channels? down up"
+_FEATURES = "mixing mixing_sum norm_weight norm_bias projector_bias? channel_mask? down up"
 
 DECLARATIONS = {
     "forward": Declaration((*_parameters("q k v"), *_PROMPTS), _parameters("out lse")),
     "ragged_forward": Declaration(
         (
-            *_parameters("q k v starts counts"),
+            *_parameters("q k v row_offsets counts"),
             *(Parameter(f"prompt_{part}", part=bank_traffic.cached_prompts) for part in "kv"),
-            *(Parameter(f"made_{part}", part=bank_traffic.computed_prompts) for part in "kv"),
+            *(Parameter(f"computed_{part}", part=bank_traffic.computed_prompts) for part in "kv"),
         ),
         _parameters("out lse"),
     ),
     "grouped_heads": Declaration(
         (
-            *_parameters("starts counts offsets"),
+            *_parameters("row_offsets counts logit_offsets"),
             Parameter("features", part=bank_traffic.head_features),
             Parameter("weight", part=bank_traffic.head_rows),
             Parameter("bias", part=bank_traffic.head_rows),
@@ -176,40 +176,47 @@ DECLARATIONS = {
         ),
     ),
     "window_dbias": Declaration(_WINDOWS_KEYS, _parameters("grad_scores")),
-    "fold": Declaration(_parameters("weight kernel"), _parameters("mix sum")),
+    "fold": Declaration(_parameters("weight kernel"), _parameters("mixing_weight mixing_sum")),
     "fold_backward": Declaration(
-        (*_parameters("weight kernel grad_sum"), Parameter("grad_mix", part=_grid)),
+        (
+            *_parameters("weight kernel grad_mixing_sum"),
+            Parameter("grad_mixing_weight", part=_grid),
+        ),
         _parameters("grad_weight grad_kernel"),
     ),
     "mix": Declaration(
         (
             Parameter("x", part=_patch_rows),
-            Parameter("mix", part=_patch_columns),
+            Parameter("mixing_weight", part=_patch_columns),
             Parameter("statistics", part=_patch_statistics),
         ),
-        _parameters("mixed"),
+        _parameters("mixing"),
     ),
     "mix_backward": Declaration(
         (
-            *_parameters("x grad_mixed"),
+            *_parameters("x grad_mixing"),
             Parameter("statistics", part=_mix_backward_statistics),
-            Parameter("mix", ("NEEDS_X",), _patches),
-            Parameter("weight", ("NEEDS_X", "HAS_WEIGHT")),
+            Parameter("mixing_weight", ("NEEDS_X",), _patches),
+            Parameter("norm1_weight", ("NEEDS_X", "HAS_NORM1_WEIGHT")),
             Parameter("grad_y", ("NEEDS_X",)),
             Parameter("grad_sum", ("NEEDS_X", "HAS_SUM")),
         ),
-        (Parameter("grad_x", ("NEEDS_X",)), Parameter("grad_mix", ("NEEDS_MIX",))),
+        (
+            Parameter("grad_x", ("NEEDS_X",)),
+            Parameter("grad_mixing_weight", ("NEEDS_MIXING_WEIGHT",)),
+        ),
     ),
     "features": Declaration(
-        _parameters(f"{_FEATURES} hidden? norm_weight? norm_bias?"), _parameters("out mean rstd")
+        _parameters(f"{_FEATURES} hidden_mask? norm1_weight? norm1_bias?"),
+        _parameters("out mean rstd"),
     ),
     "features_backward": Declaration(
-        _parameters(f"{_FEATURES} hidden? norm_weight? mean rstd grad"),
-        _parameters("grad_mixed units sums"),
+        _parameters(f"{_FEATURES} hidden_mask? norm1_weight? mean rstd grad"),
+        _parameters("grad_mixing units sums"),
     ),
     "weight_gradient": Declaration(
         (
-            *_parameters(f"{_FEATURES} norm_weight? mean rstd grad units"),
+            *_parameters(f"{_FEATURES} norm1_weight? mean rstd grad units"),
             Parameter("sums", part=lambda _, sums: sums[2:]),
         ),
         _parameters("out"),

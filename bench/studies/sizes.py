@@ -1,4 +1,4 @@
-"""Counts the source: lines of the core and of each option, and what is longer than it should be.
+"""Counts of the source: lines of each part, and files and functions that are too long.
 
     python -m bench.studies.sizes
 
@@ -36,16 +36,19 @@ OPTIONS = {
 """Files and folders of each option."""
 
 CORE = (
-    "kernels", "vpt_fast/ops", "vpt_fast/methods", "vpt_fast/modules", "vpt_fast/models",
+    "kernels", "vpt_fast/ops", "vpt_fast/methods", "vpt_fast/modules", "vpt_fast/models/vit",
     "vpt_fast/adapter", "vpt_fast/tune.py", "vpt_fast/checks.py",
 )  # fmt: skip
-"""Files and folders of the core, without those of the options."""
+"""Files and folders of the ViT core, without those of the options."""
 
-LIMITS = {"core": 7_500, "swin": 2_000, "bank": 2_000, "export": 2_000}
+SHARED = ("vpt_fast/models",)
+"""What models of all families share: fusion, CUDA graphs, folding, records; without the others."""
+
+LIMITS = {"core": 7_500, "shared": 2_000, "swin": 2_000, "bank": 2_000, "export": 2_000}
 """Lines of code that each should have at most."""
 
-ALLOWED = {"core": 9_350, "swin": 2_860}
-"""What is not there yet, and must not grow: docs/architecture.md says why."""
+ALLOWED = {"swin": 2_830}
+"""What is longer, and must not grow: docs/architecture.md says why."""
 
 _DICTATED = ("jit", "operator", "register_fake")
 """Decorators, by their last name, of functions whose parameters a framework dictates."""
@@ -100,9 +103,11 @@ def files_of(*parts: str) -> set[Path]:
 
 
 def totals() -> dict[str, tuple[int, int]]:
-    """Return lines of code and all lines of the core and of each option."""
+    """Return lines of code and all lines of the core, of what models share, and of options."""
     options = {name: files_of(*parts) for name, parts in OPTIONS.items()}
-    rooms = {"core": files_of(*CORE) - set().union(*options.values()), **options}
+    core = files_of(*CORE) - set().union(*options.values())
+    shared = files_of(*SHARED) - core - set().union(*options.values())
+    rooms = {"core": core, "shared": shared, **options}
     return {
         name: (
             sum(map(code_lines, files)),

@@ -1,1 +1,1 @@
-"""Attention with prompts beside the tokens: softmax(q [K_p; K]^T scale) [V_p; V]."""
+"""Attention with prompts beside the tokens: softmax(q [K_p; K]^T * scale) [V_p; V]."""

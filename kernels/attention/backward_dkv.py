@@ -1,8 +1,8 @@
 """Prompt attention, backward pass: the kernels of the keys' and values' gradients.
 
-They work on transposed scores, keys by queries, so that P^T and dS^T stay in registers as operands
-of the products that follow. backward_dq.py has the formulas. Queries that do not exist load
-lse as +inf, which makes their probabilities 0: scores need no masks.
+Scores are transposed, keys by queries, so that P^T and dS^T stay in registers as operands of the
+next products. backward_dq.py has the formulas. Queries that do not exist load lse as +inf, which
+makes their probabilities 0: scores need no masks.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -23,10 +23,9 @@ def _dkdv_step(
     delta,  # [BLOCK_M]
     dk,  # [BLOCK_N, BLOCK_D]
     dv,  # [BLOCK_N, BLOCK_D]
-    scale_log2,
-    PRECISION: tl.constexpr,
-):
-    """Add one tile of queries to dk and dv; everything is transposed: [keys, queries]."""
+    scale_log2, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of queries to dk and dv. Scores are [keys, queries]."""
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     probs = tl.exp2(scores * scale_log2 - lse[None, :])
     dv = tl.dot(probs.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
@@ -37,37 +36,37 @@ def _dkdv_step(
 
 
 @triton.jit
-def _statistics(lse_ptr, delta_ptr, places, JOINED: tl.constexpr):
-    """Entries of lse and delta at `places`.
+def _statistics(lse_ptr, delta_ptr, offsets, JOINED: tl.constexpr):
+    """Load lse and delta at `offsets`.
 
-    JOINED: one load takes both, as two columns, and has an element for each thread. Of fewer
-    elements Triton 3.6 makes every thread load all that it multiplies, four bytes at a time.
+    JOINED: one load of two columns, which has an element for each thread. With fewer elements
+    Triton 3.6 makes every thread load all of its operands, 4 bytes at a time.
     """
     if JOINED:
         both = tl.where(tl.arange(0, 2) == 0, lse_ptr, delta_ptr)[None, :]
-        return tl.split(tl.load(both + places[:, None]))
+        return tl.split(tl.load(both + offsets[:, None]))
     else:
-        return tl.load(lse_ptr + places), tl.load(delta_ptr + places)
+        return tl.load(lse_ptr + offsets), tl.load(delta_ptr + offsets)
 
 
 @triton.jit
-def _statistics_where(lse_ptr, delta_ptr, places, exists, JOINED: tl.constexpr):
-    """As `_statistics`; of rows that do not exist lse is infinite, which makes their weights 0."""
+def _statistics_where(lse_ptr, delta_ptr, offsets, exists, JOINED: tl.constexpr):
+    """Load lse and delta at `offsets`; for rows that do not exist, infinity and 0."""
     if JOINED:
         is_lse = (tl.arange(0, 2) == 0)[None, :]
-        both = tl.where(is_lse, lse_ptr, delta_ptr) + places[:, None]
+        both = tl.where(is_lse, lse_ptr, delta_ptr) + offsets[:, None]
         absent = tl.where(is_lse, float("inf"), 0.0)
         return tl.split(tl.load(both, mask=exists[:, None], other=absent))
     else:
-        lse = tl.load(lse_ptr + places, mask=exists, other=float("inf"))
-        return lse, tl.load(delta_ptr + places, mask=exists, other=0.0)
+        lse = tl.load(lse_ptr + offsets, mask=exists, other=float("inf"))
+        return lse, tl.load(delta_ptr + offsets, mask=exists, other=0.0)
 
 
 @triton.jit(do_not_specialize=("num_queries", "num_keys", "num_heads"))
 def dkdv_kernel(
     # pointers
     q_ptr,  # (B, M, H, HEAD_DIM)
-    k_ptr,  # (B, N, H, HEAD_DIM), of the tokens or of each image's prompts
+    k_ptr,  # (B, N, H, HEAD_DIM); of tokens, or of prompts per image
     v_ptr,  # (B, N, H, HEAD_DIM)
     grad_out_ptr,  # (B, M, H, HEAD_DIM), contiguous
     lse_ptr,  # (B, H, M) fp32, contiguous
@@ -75,36 +74,17 @@ def dkdv_kernel(
     dk_ptr,  # (B, N, H, HEAD_DIM); written
     dv_ptr,  # (B, N, H, HEAD_DIM), dk's strides; written
     # dimensions and scale
-    num_queries,
-    num_keys,
-    num_heads,
-    scale,
-    scale_log2,
+    num_queries, num_keys, num_heads, scale, scale_log2,
     # strides in elements; the last one is 1
-    stride_qb,
-    stride_qm,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_dkb,
-    stride_dkn,
-    stride_dkh,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn,
+    stride_vh, stride_dkb, stride_dkn, stride_dkh,
     # meta
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
     JOINED: tl.constexpr,  # lse and delta are loaded together
-    ALIGNMENT: tl.constexpr,
-    INDEX: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of keys of one head of one image against all queries of that image."""
+    ALIGNMENT: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute dk and dv of one tile of keys of one head of one image."""
     head = tl.program_id(1).to(tl.int64)
     image = tl.program_id(2).to(tl.int64)
     q_ptr += image * stride_qb + head * stride_qh
@@ -156,14 +136,14 @@ def dkdv_kernel(
 
 @triton.jit
 def _rows_of_images(ptr, image, row, stride_b, stride_m, ALIGNMENT: tl.constexpr):
-    """Where rows `row` of images `image` start, [rows, 1]."""
+    """Return pointers [rows, 1] to rows `row` of images `image`."""
     offsets = image.to(tl.int64) * stride_b + row.to(tl.int64) * stride_m
     return tl.multiple_of((ptr + offsets)[:, None], [ALIGNMENT, ALIGNMENT])
 
 
 @triton.jit
-def _further_on(image, row, num_queries, images, rows):
-    """The rows that lie `images` images and `rows` rows, fewer than an image's, after others."""
+def _advance(image, row, num_queries, images, rows):
+    """Advance (image, row) by `images` images and `rows` rows, fewer than an image has."""
     row += rows
     passed = row >= num_queries
     return image + images + passed.to(tl.int32), tl.where(passed, row - num_queries, row)
@@ -181,40 +161,21 @@ def shared_prompt_dkdv_kernel(
     dk_ptr,  # (CHUNKS, P, H, HEAD_DIM) fp32; written
     dv_ptr,  # (CHUNKS, P, H, HEAD_DIM) fp32, dk's strides; written
     # dimensions and scale
-    batch,
-    chunk,
-    num_queries,
-    num_prompts,
-    num_heads,
-    scale,
-    scale_log2,
+    batch, chunk, num_queries, num_prompts, num_heads, scale, scale_log2,
     # strides in elements; the last one is 1
-    stride_qb,
-    stride_qm,
-    stride_qh,
-    stride_kn,
-    stride_kh,
-    stride_vn,
-    stride_vh,
-    stride_dkb,
-    stride_dkn,
-    stride_dkh,
+    stride_qb, stride_qm, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_dkb,
+    stride_dkn, stride_dkh,
     # meta
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
     JOINED: tl.constexpr,  # lse and delta are loaded together
-    FLAT: tl.constexpr,  # image i's queries follow image i - 1's at the same stride
-    ALIGNMENT: tl.constexpr,
-    GRAD_ALIGNMENT: tl.constexpr,
-    INDEX: tl.constexpr,
+    FLAT: tl.constexpr,  # rows of all images have one stride
+    ALIGNMENT: tl.constexpr, GRAD_ALIGNMENT: tl.constexpr, INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    """One tile of prompts of one head against all queries of a chunk of images.
+):  # fmt: skip
+    """Compute dk and dv of one tile of shared prompts of one head, summed over a chunk of images.
 
-    To a shared prompt the queries of a chunk are one long list, whichever image they are from.
+    The queries of all images of the chunk are one list.
     """
     first_image = tl.program_id(2).to(tl.int64) * chunk
     head = tl.program_id(1).to(tl.int64)
@@ -244,8 +205,8 @@ def shared_prompt_dkdv_kernel(
     num_rows = images * num_queries
     full = num_rows // BLOCK_M * BLOCK_M
     image_stats = num_heads * num_queries
-    # Row `row[i]` of image `image[i]`. They are divided once and carried along: the compiler leaves
-    # divisions in loops.
+    # Image and row of each query are divided once and advanced: the compiler does not move
+    # divisions out of loops.
     image = tile // num_queries
     row = tile - image * num_queries
     step_images = BLOCK_M // num_queries
@@ -262,7 +223,7 @@ def shared_prompt_dkdv_kernel(
         stats = image * image_stats + row
         lse, delta = _statistics(lse_ptr, delta_ptr, stats, JOINED)
         dk, dv = _dkdv_step(k, v, q, grad_out, lse, delta, dk, dv, scale_log2, PRECISION)
-        image, row = _further_on(image, row, num_queries, step_images, step_rows)
+        image, row = _advance(image, row, num_queries, step_images, step_rows)
     tile = tl.arange(0, BLOCK_TAIL)
     image = (full + tile) // num_queries
     row = full + tile - image * num_queries
@@ -280,7 +241,7 @@ def shared_prompt_dkdv_kernel(
         stats = image * image_stats + row
         lse, delta = _statistics_where(lse_ptr, delta_ptr, stats, exists, JOINED)
         dk, dv = _dkdv_step(k, v, q, grad_out, lse, delta, dk, dv, scale_log2, PRECISION)
-        image, row = _further_on(image, row, num_queries, step_images, step_rows)
+        image, row = _advance(image, row, num_queries, step_images, step_rows)
 
     dk_rows = row_pointers(dk_ptr, first_prompt, prompts, stride_dkn, GRAD_ALIGNMENT, INDEX)
     dv_rows = row_pointers(dv_ptr, first_prompt, prompts, stride_dkn, GRAD_ALIGNMENT, INDEX)

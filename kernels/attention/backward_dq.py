@@ -1,11 +1,10 @@
-"""Prompt attention, backward pass: the kernel of the queries' gradient, and that of delta.
+"""Prompt attention, backward pass: the kernels of the queries' gradient and of delta.
 
 With P = softmax(scores), dS = P * (dO V^T - delta) and delta = rowsum(dO * O):
 dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO. P is recomputed from the forward's lse.
 
-The dq kernel runs first and stores delta on its way; backward_dkv.py has the kernels
-that read it, gradients.py launches them all. Queries that do not exist load lse as +inf,
-which makes their probabilities 0.
+The dq kernel runs first and stores delta, which the kernels of backward_dkv.py read; gradients.py
+launches them all. Queries that do not exist load lse as +inf, which makes their probabilities 0.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -32,16 +31,13 @@ def _dq_step(
     k,  # [BLOCK_N, BLOCK_D]
     v,  # [BLOCK_N, BLOCK_D]
     dq,  # [BLOCK_M, BLOCK_D]
-    scale_log2,
-    num_valid,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    scale_log2, num_valid, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add one tile of keys to dq."""
     log2_probs = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
     if MASKED:
-        # Rows of k past the last key are 0, so it is enough that dscores stays finite there. fp16
-        # has no room for that: its probabilities are made 0.
+        # Rows of k past the last key are 0: dscores only has to be finite there. In fp16 it may
+        # overflow, so the probabilities are set to 0.
         if k.dtype == tl.float16:
             cap = tl.where(tl.arange(0, k.shape[0]) < num_valid, 0.0, -float("inf"))
             log2_probs = tl.minimum(log2_probs, cap[None, :])
@@ -67,45 +63,18 @@ def dq_kernel(
     delta_ptr,  # (B, H, M) fp32, contiguous; written
     dq_ptr,  # (B, M, H, HEAD_DIM); written
     # dimensions and scale
-    num_queries,
-    num_keys,
-    num_prompts,
-    num_heads,
-    scale,
-    scale_log2,
+    num_queries, num_keys, num_prompts, num_heads, scale, scale_log2,
     # strides and an offset in elements; the last stride is 1
-    v_offset,
-    stride_qb,
-    stride_qm,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_pkb,
-    stride_pkn,
-    stride_pkh,
-    stride_pvb,
-    stride_pvn,
-    stride_pvh,
-    stride_dqb,
-    stride_dqm,
-    stride_dqh,
+    v_offset, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb,
+    stride_vn, stride_vh, stride_pkb, stride_pkn, stride_pkh, stride_pvb, stride_pvn, stride_pvh,
+    stride_dqb, stride_dqm, stride_dqh,
     # meta
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_MIX: tl.constexpr,
-    HAS_PROMPTS: tl.constexpr,
-    PROMPT_TILES: tl.constexpr,  # at least BLOCK_N prompts
-    KV_PACKED: tl.constexpr,  # rows of v lie `v_offset` after those of k, for prompts too
-    ALIGNMENT: tl.constexpr,
-    INDEX: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_MIX: tl.constexpr, HAS_PROMPTS: tl.constexpr,
+    PROMPT_TILES: tl.constexpr,  # there are full tiles of prompts
+    KV_PACKED: tl.constexpr,  # rows of v are `v_offset` after those of k, for prompts too
+    ALIGNMENT: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     image = tl.program_id(2).to(tl.int64)
     q_ptr += image * stride_qb + head * stride_qh
@@ -183,16 +152,12 @@ def delta_kernel(
     grad_out_ptr,  # (B, M, H, HEAD_DIM), contiguous
     delta_ptr,  # (B, H, M) fp32, contiguous; written
     # dimensions
-    num_queries,
-    num_heads,
+    num_queries, num_heads,
     # meta
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ALIGNMENT: tl.constexpr,
     INDEX: tl.constexpr,
-):
-    """delta = rowsum(grad_out * out), for a backward pass that does not run the dq kernel."""
+):  # fmt: skip
+    """Compute delta = rowsum(grad_out * out) where the dq kernel does not run."""
     head = tl.program_id(1).to(tl.int64)
     image = tl.program_id(2).to(tl.int64)
     stride_om = num_heads * HEAD_DIM

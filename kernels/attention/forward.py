@@ -1,12 +1,11 @@
 """Prompt attention, forward pass: one kernel and its launch.
 
-A program owns one tile of queries of one head of one image and walks over the keys with an online
-softmax. The keys are the prompts' followed by the tokens', read where they lie: first the full
-tiles of prompts, then the full tiles of tokens, and last what is left of both, together, in *mixed*
-tiles. Only those need masks; their rows choose between two addresses.
+A program owns one tile of queries of one head of one image and iterates over the keys with an
+online softmax. The keys are the prompts' followed by the tokens', read in place: first the full
+tiles of prompts, then the full tiles of tokens, last the remainders of both together in *mixed*
+tiles. Only mixed tiles need masks; their rows choose between two addresses.
 
-In a *ragged* launch every image says where its own prompts start and how many they are
-(`ragged.py`).
+In a *ragged* launch every image has its own row offset and count of prompts (`ragged`).
 """
 
 # mypy: disallow-untyped-defs=False
@@ -47,12 +46,9 @@ def _softmax_step(
     acc,  # [BLOCK_M, BLOCK_D]
     row_max,  # [BLOCK_M], of the scaled scores
     row_sum,  # [BLOCK_M], or [BLOCK_M, SUM_COLUMNS] with equal columns
-    scale_log2,
-    num_valid,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Fold one tile of keys into the running softmax; exponents are base 2."""
+    scale_log2, num_valid, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys to the running softmax, whose exponents are base 2."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         valid = tl.arange(0, k.shape[0]) < num_valid
@@ -62,8 +58,8 @@ def _softmax_step(
     probs = tl.exp2(scores * scale_log2 - new_max[:, None])
     rounded = probs.to(v.dtype)
     if len(row_sum.shape) == 2:
-        # The tensor cores add up the rounded weights: fewer instructions than a reduction, and
-        # the weights that multiply v then sum to exactly 1.
+        # A product with ones sums the rounded weights: fewer instructions than a reduction, and the
+        # weights that multiply v sum to exactly 1.
         ones = tl.full([k.shape[0], row_sum.shape[1]], 1.0, v.dtype)
         row_sum = tl.dot(rounded, ones, row_sum * rescale[:, None])
     else:
@@ -72,10 +68,10 @@ def _softmax_step(
     return acc, new_max, row_sum
 
 
-# Places are read one at a time: wherever they lie, the code is the same.
+# Offsets and counts are read one at a time: their alignment makes no difference.
 @triton.jit(
     do_not_specialize=("num_queries", "num_keys", "num_prompts", "num_heads"),
-    do_not_specialize_on_alignment=("starts_ptr", "counts_ptr"),
+    do_not_specialize_on_alignment=("row_offsets_ptr", "counts_ptr"),
 )
 def attention_forward_kernel(
     # pointers
@@ -84,50 +80,26 @@ def attention_forward_kernel(
     v_ptr,  # (B, N, H, HEAD_DIM)
     prompt_k_ptr,  # (B or 1, P, H, HEAD_DIM); RAGGED: (rows, H, HEAD_DIM)
     prompt_v_ptr,  # as prompt_k
-    made_k_ptr,  # RAGGED: the rows that a negative start counts in, strides as of prompt_k
-    made_v_ptr,  # as made_k
-    starts_ptr,  # RAGGED: (B,) int64
+    computed_k_ptr,  # RAGGED: the pool of negative row offsets, prompt_k's strides
+    computed_v_ptr,  # as computed_k
+    row_offsets_ptr,  # RAGGED: (B,) int64
     counts_ptr,  # RAGGED: (B,) int64
     out_ptr,  # (B, M, H, HEAD_DIM), contiguous
     lse_ptr,  # (B, H, M) fp32, contiguous
     # dimensions and scale
-    num_queries,
-    num_keys,
-    num_prompts,
-    num_heads,
-    scale_log2,
+    num_queries, num_keys, num_prompts, num_heads, scale_log2,
     # strides and an offset in elements; the last stride is 1
-    v_offset,
-    stride_qb,
-    stride_qm,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_pkb,
-    stride_pkn,
-    stride_pkh,
-    stride_pvb,
-    stride_pvn,
-    stride_pvh,
+    v_offset, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb,
+    stride_vn, stride_vh, stride_pkb, stride_pkn, stride_pkh, stride_pvb, stride_pvn, stride_pvh,
     # meta
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MIX: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,  # 0: row sums by reduction
     HAS_PROMPTS: tl.constexpr,
-    PROMPT_TILES: tl.constexpr,  # at least BLOCK_N prompts
-    KV_PACKED: tl.constexpr,  # rows of v lie `v_offset` after those of k, for prompts too
-    ALIGNMENT: tl.constexpr,
-    INDEX: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
+    PROMPT_TILES: tl.constexpr,  # there are full tiles of prompts
+    KV_PACKED: tl.constexpr,  # rows of v are `v_offset` after those of k, for prompts too
+    ALIGNMENT: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
     q_ptr += image * stride_qb + head.to(tl.int64) * stride_qh
@@ -135,11 +107,11 @@ def attention_forward_kernel(
     v_ptr += image * stride_vb + head.to(tl.int64) * stride_vh
     if RAGGED:
         num_prompts = tl.load(counts_ptr + image).to(tl.int32)
-        place = tl.load(starts_ptr + image)
-        is_made = place < 0
-        place = tl.where(is_made, -1 - place, place)
-        prompt_k_ptr = tl.where(is_made, made_k_ptr, prompt_k_ptr) + place * stride_pkn
-        prompt_v_ptr = tl.where(is_made, made_v_ptr, prompt_v_ptr) + place * stride_pvn
+        offset = tl.load(row_offsets_ptr + image)
+        is_computed = offset < 0
+        offset = tl.where(is_computed, -1 - offset, offset)
+        prompt_k_ptr = tl.where(is_computed, computed_k_ptr, prompt_k_ptr) + offset * stride_pkn
+        prompt_v_ptr = tl.where(is_computed, computed_v_ptr, prompt_v_ptr) + offset * stride_pvn
         prompt_k_ptr += head.to(tl.int64) * stride_pkh
         prompt_v_ptr += head.to(tl.int64) * stride_pvh
     else:
@@ -212,29 +184,31 @@ def attention_forward_kernel(
 
 
 class Ragged(NamedTuple):
-    """Prompts of which every image has its own rows; the others of `forward_launch` are at rest.
+    """Prompts of a ragged launch, besides the cached pool.
 
     Attributes:
-        made: keys and values (1, rows, H, d) that negative starts count in; strides as at rest.
-        starts, counts: (B,) int64; row `starts[b]` at rest, or row `~starts[b]` of `made`.
-        most: the largest of the counts, greater than 0.
+        computed: Keys and values (1, rows, H, d) of the pool computed per batch, with the strides
+            of the cached pool.
+        row_offsets: Row of the cached pool, or ~row of the computed pool, (B,) int64.
+        counts: Prompts of each image, (B,) int64.
+        max_prompts: Largest of the counts, or more; greater than 0.
     """
 
-    made: tuple[torch.Tensor, torch.Tensor]
-    starts: torch.Tensor
+    computed: tuple[torch.Tensor, torch.Tensor]
+    row_offsets: torch.Tensor
     counts: torch.Tensor
-    most: int
+    max_prompts: int
 
 
 def _ragged_pointers(ragged: Ragged | None) -> dict[str, torch.Tensor | None]:
-    names = ("made_k_ptr", "made_v_ptr", "starts_ptr", "counts_ptr")
+    names = ("computed_k_ptr", "computed_v_ptr", "row_offsets_ptr", "counts_ptr")
     if ragged is None:
         return dict.fromkeys(names)
-    return dict(zip(names, (*ragged.made, ragged.starts, ragged.counts), strict=True))
+    return dict(zip(names, (*ragged.computed, ragged.row_offsets, ragged.counts), strict=True))
 
 
 def _pool_strides(num_heads: int, head_dim: int) -> dict[str, int]:
-    """Strides of pools of prompts; not their own: that of a single row says nothing."""
+    """Return the strides of pools of prompts: a pool of a single row shows no row stride."""
     row = dict.fromkeys(("stride_pkn", "stride_pvn"), 2 * num_heads * head_dim)
     return row | dict.fromkeys(("stride_pkh", "stride_pvh"), head_dim)
 
@@ -251,18 +225,18 @@ def forward_launch(
     table: launch_tiles.Table = TABLE,
     ragged: Ragged | None = None,
 ) -> Launch:
-    """The forward launch that fills `out` and `lse`.
+    """Return the forward launch that fills `out` and `lse`.
 
     Args:
-        q: (B, M, H, d); k, v: (B, N, H, d); any strides, the last one 1.
-        prompts: keys and values, (B or 1, p, H, d) each with p > 0, or None. Of a ragged launch
-            (1, rows, H, d), neighbouring rows 2 * H * d apart.
-        out: (B, M, H * d), contiguous.
-        lse: (B, H, M) fp32, contiguous: log2 of the sum of 2**(scaled scores * log2(e)).
-        scale: what the scores are multiplied by.
-        target: what to tune for.
-        table: where to look up the tiles.
-        ragged: where each image's prompts are, if they are not the batch's or one after the other.
+        q, k, v: Queries (B, M, H, d), keys and values (B, N, H, d); any strides, the last one 1.
+        prompts: Keys and values, (B or 1, p, H, d) each with p > 0, or None. In a ragged launch the
+            cached pool (1, rows, H, d), whose rows are 2 * H * d apart.
+        out: Output (B, M, H * d), contiguous.
+        lse: Log-sum-exp (B, H, M) fp32, contiguous: log2 of each row's sum of exp(scale * score).
+        scale: Factor of the scores.
+        target: Target to tune for.
+        table: Launch table.
+        ragged: Each image's prompts, in a ragged launch.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys = k.shape[1]
@@ -273,48 +247,30 @@ def forward_launch(
     if ragged is None:
         meta = common_meta(*views)
     else:
-        num_prompts = ragged.most
+        num_prompts = ragged.max_prompts
         strides |= _pool_strides(num_heads, head_dim)
         meta = common_meta(q, k, v, out.view(q.shape), rows=num_prompts)
-        meta["ALIGNMENT"] = alignment(*views, *ragged.made)
-    tiles = launch_tiles.forward_tiles(
-        head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
+        meta["ALIGNMENT"] = alignment(*views, *ragged.computed)
+    tiles = launch_tiles.query_tiles(
+        "forward", head_dim, q.dtype, target, num_queries, num_keys, num_prompts, table
     )
-    kv_offset = packed_offset((k, v), (prompt_k, prompt_v), *([ragged.made] if ragged else []))
+    kv_offset = packed_offset((k, v), (prompt_k, prompt_v), *([ragged.computed] if ragged else []))
     return Launch(
         name="forward" if ragged is None else "ragged_forward",
         kernel=attention_forward_kernel,
         grid=(triton.cdiv(num_queries, tiles.rows), num_heads, batch),
         arguments={
-            "q_ptr": q,
-            "k_ptr": k,
-            "v_ptr": v,
-            "prompt_k_ptr": prompt_k,
-            "prompt_v_ptr": prompt_v,
-            **_ragged_pointers(ragged),
-            "out_ptr": out,
-            "lse_ptr": lse,
-            "num_queries": num_queries,
-            "num_keys": num_keys,
-            "num_prompts": num_prompts,
-            "num_heads": num_heads,
-            "scale_log2": scale * LOG2_E,
-            "v_offset": kv_offset or 0,
-            **strides,
+            "q_ptr": q, "k_ptr": k, "v_ptr": v, "prompt_k_ptr": prompt_k, "prompt_v_ptr": prompt_v,
+            **_ragged_pointers(ragged), "out_ptr": out, "lse_ptr": lse, "num_queries": num_queries,
+            "num_keys": num_keys, "num_prompts": num_prompts, "num_heads": num_heads,
+            "scale_log2": scale * LOG2_E, "v_offset": kv_offset or 0, **strides,
         },
         constexprs={
-            **meta,
-            "BLOCK_M": tiles.rows,
-            "BLOCK_N": tiles.step,
-            "BLOCK_MIX": tiles.tail,
+            **meta, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.step, "BLOCK_MIX": tiles.tail,
             "SUM_COLUMNS": launch_tiles.sum_columns(q.dtype, target),
-            "HAS_PROMPTS": num_prompts > 0,
-            "PROMPT_TILES": num_prompts >= tiles.step,
-            "KV_PACKED": kv_offset is not None,
-            "PRECISION": "ieee",
-            "RAGGED": ragged is not None,
+            "HAS_PROMPTS": num_prompts > 0, "PROMPT_TILES": num_prompts >= tiles.step,
+            "KV_PACKED": kv_offset is not None, "PRECISION": "ieee", "RAGGED": ragged is not None,
         },
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         trips=key_trips(num_keys, num_prompts, tiles.step, tiles.tail),
-    )
+    )  # fmt: skip

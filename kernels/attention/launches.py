@@ -1,10 +1,10 @@
-"""Prompt attention on a GPU: softmax(q [K_p; K]^T * scale) [V_p; V] and its gradients.
+"""Prompt attention on a GPU, softmax(q [K_p; K]^T * scale) [V_p; V], and its gradients.
 
-K_p, V_p are keys and values that prompts add to the tokens' own; they have no queries. Nothing is
-concatenated, transposed or copied: every tensor is read through its strides.
+K_p and V_p are keys and values of prompts, which have no queries. Nothing is concatenated,
+transposed or copied: every tensor is read through its strides.
 
 Shapes: B images, M queries, N keys, p prompts, H heads of d channels. Queries, keys and values come
-packed as a model makes them, as a list of 1, 2 or 3 *tokens* tensors:
+packed as a model computes them, as a list of 1, 2 or 3 *tokens* tensors:
 
     [qkv (B, N, 3, H, d)]
     [q (B, M, H, d), kv (B, N, 2, H, d)]
@@ -39,22 +39,22 @@ def attention_forward(
     launch: Launcher | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every query to the prompts' and the tokens' keys.
+    """Compute the attention of every query to the prompts' and the tokens' keys.
 
     Args:
-        tokens: queries, keys and values (see the module); fp32, fp16 or bf16, d up to 128.
-        prompts: the prompts' keys and values; p may be 0.
-        scale: what the scores are multiplied by; positive.
-        launch: a launcher of this layout, whose holder has checked the tensors.
-        out: results of this layout that nobody reads any more, to write over.
+        tokens: Queries, keys and values (see the module); fp32, fp16 or bf16, d up to 128.
+        prompts: Keys and values of the prompts; p may be 0.
+        scale: Factor of the scores; positive.
+        launch: Launcher of this layout, where the tensors have been checked.
+        out: Earlier results of this layout, to be overwritten.
 
     Returns:
-        out (B, M, H * d), contiguous, in the tokens' dtype; and lse (B, H, M), fp32: log2 of the
+        out (B, M, H * d), contiguous, in the tokens' dtype; and lse (B, H, M) fp32, log2 of each
         row's sum of exp(scale * score).
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that differ.
-        ValueError: shapes, strides, devices or a scale that do not fit.
+        TypeError: A dtype is not supported, or dtypes differ.
+        ValueError: Shapes, strides, devices or the scale do not fit.
     """
     if launch is None:
         launch = _launcher("attention", tokens, prompts, scale)
@@ -88,27 +88,27 @@ def attention_backward(
     needs_prompts: bool,
     launch: Launcher | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Gradients of `attention_forward`; what is not needed is not computed.
+    """Compute the gradients of `attention_forward` that are needed.
 
-    The gradient of prompts that the batch shares is summed in fp32 over chunks of images, then over
-    the chunks, always in the same order: the same inputs give the same bits.
+    Gradients of prompts that the batch shares are summed in fp32 over chunks of images, then over
+    the chunks, in a fixed order: the same inputs give the same bits.
 
     Args:
-        tokens, prompts, scale: what the forward was given.
-        out, lse: what it returned.
-        grad_out: gradient of `out`, (B, M, H * d), in the tokens' dtype.
-        needs_tokens: whether to compute the gradients of `tokens`.
-        needs_prompts: whether to compute the gradients of `prompts`.
-        launch: a launcher of this layout, whose holder has checked the tensors; all that are not
-            tokens or prompts must be contiguous then.
+        tokens, prompts, scale: Arguments of the forward pass.
+        out, lse: Its results.
+        grad_out: Gradient of `out`, (B, M, H * d), in the tokens' dtype.
+        needs_tokens: Whether the gradients of `tokens` are computed.
+        needs_prompts: Whether the gradients of `prompts` are computed.
+        launch: Launcher of this layout, where the tensors have been checked; out, lse and grad_out
+            must be contiguous then.
 
     Returns:
         Gradients shaped as `tokens` and as `prompts`, contiguous, in their dtype; an empty list in
         place of those that are not needed.
 
     Raises:
-        TypeError, ValueError: as `attention_forward`; also `out`, `lse` or `grad_out` that do not
-            belong to these tokens.
+        TypeError: A dtype is not supported, or dtypes differ.
+        ValueError: As for `attention_forward`, or `out`, `lse` or `grad_out` do not fit the tokens.
     """
     if launch is None:
         out, lse, grad_out = contiguous(out, lse, grad_out)
@@ -118,7 +118,9 @@ def attention_backward(
         )  # fmt: skip
         if launch.is_new:
             check_inputs(tokens, prompts, scale)
-            check_saved(split(tokens)[0], out, lse, grad_out)
+            batch, rows, heads, dim = split(tokens)[0].shape
+            shapes = (batch, rows, heads * dim), (batch, heads, rows)
+            check_saved(*shapes, tokens[0], out, lse, grad_out)
     batch = tokens[0].shape[0]
     delta = torch.empty_like(lse)
     token_grads = []
@@ -130,27 +132,20 @@ def attention_backward(
     def build(*_: Any) -> list[Launch]:
         q, k, v = split(tokens)
         return backward_launches(
-            (q, k, v),
-            existing_prompts(prompts),
-            out,
-            grad_out,
-            lse,
-            delta,
-            split(token_grads) if needs_tokens else None,
-            existing_prompts(prompt_grads),
-            scale,
-            target_of(q),
-        )
+            (q, k, v), existing_prompts(prompts), out, grad_out, lse, delta,
+            split(token_grads) if needs_tokens else None, existing_prompts(prompt_grads),
+            scale, target_of(q),
+        )  # fmt: skip
 
     launch((*tokens, *prompts, out, lse, grad_out, delta, *token_grads, *prompt_grads), build)
     return token_grads, [_sum_chunks(g, t) for g, t in zip(prompt_grads, prompts, strict=False)]
 
 
 def _launcher(name: str, tokens: Tensors, prompts: Tensors, *others: Hashable) -> Launcher:
-    """The launcher for tensors of these layouts.
+    """Return the launcher for tensors of these layouts.
 
-    Where keys and values are tensors of their own, whether and how they lie in one allocation
-    counts too: the kernels step from one to the other.
+    For separate keys and values, their distance in one allocation is part of the layout: the
+    kernels step from one to the other.
     """
     layouts = (*map(layout_of, tokens), *map(layout_of, prompts))
     pairs = (tokens[1:] if len(tokens) == 3 else (), prompts if len(prompts) == 2 else ())
@@ -159,7 +154,7 @@ def _launcher(name: str, tokens: Tensors, prompts: Tensors, *others: Hashable) -
 
 
 def _empty_prompt_gradient(prompts: torch.Tensor, batch: int) -> torch.Tensor:
-    """Where the kernels write: the gradient per image, or fp32 sums over chunks of images."""
+    """Return memory for a gradient per image, or for fp32 sums over chunks of images."""
     if prompts.shape[0] == batch:
         return torch.empty_like(prompts, memory_format=torch.contiguous_format)
     shape = (chunk_count(batch), *prompts.shape[1:])
@@ -167,7 +162,7 @@ def _empty_prompt_gradient(prompts: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _sum_chunks(gradient: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-    """The gradient of prompts from what the kernels wrote."""
+    """Return the gradient of prompts from what the kernels wrote."""
     dtype = prompts.dtype
     if gradient.shape[0] == prompts.shape[0] and gradient.dtype == dtype:
         return gradient

@@ -1,6 +1,6 @@
-"""The layouts that queries, keys, values and prompts come in, and views of their parts.
+"""Views of queries, keys, values and prompts in their layouts, which `launches` describes.
 
-`launches` says what they are. This module needs no triton.
+This module needs no triton.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 def split(tokens: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of q (B, M, H, d), k and v (B, N, H, d) in the tensors that hold them."""
+    """Return views of q (B, M, H, d), k and v (B, N, H, d)."""
     if len(tokens) == 1:
         q, k, v = tokens[0].unbind(2)
         return q, k, v
@@ -26,7 +26,7 @@ def split(tokens: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def split_prompts(prompts: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Views of the prompts' k and v (B or 1, p, H, d), or None where there are no prompts."""
+    """Return views of the prompts' k and v (B or 1, p, H, d), or None where there are none."""
     if len(prompts) == 0:
         return None
     if len(prompts) == 1:
@@ -38,6 +38,6 @@ def split_prompts(prompts: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def existing_prompts(prompts: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The prompts' k and v, or None where there are none or p is 0."""
+    """Return the prompts' k and v, or None where there are none or p is 0."""
     pair = split_prompts(prompts)
     return pair if pair is not None and pair[0].shape[1] > 0 else None

@@ -1,8 +1,8 @@
-"""Tiles, warps and pipeline stages for each attention kernel: the launch table fitted to a shape.
+"""Tiles, warps and pipeline stages of the attention kernels: the launch table fitted to a shape.
 
-Nothing is tuned at run time, so the same inputs always run the same program. The batch is no
-argument: an image's result may not depend on how many others there are. `launch_table` holds the
-choices, which `python -m bench.tiles.tune` makes.
+Nothing is tuned at run time: the same inputs always run the same program. Tiles do not depend on
+the batch size, so that an image's result does not either. `python -m bench.tiles.tune` writes the
+table, `launch_table`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
     "fp16": (80, 89, 90, 100, 120, "gfx942"),
     "fp32": (80, "gfx942"),
 }
-"""Those that the table always has entries for. fp32 products take no matrix instructions, and their
-code is much the same on every NVIDIA GPU."""
+"""Architectures that have entries for every kernel. fp32 products take no matrix instructions, and
+their code is much the same on every NVIDIA GPU."""
 
 _KNOWN = (80, 86, 87, 89, 90, 100, 120)
-# 8.6 has the instructions of 8.0, but the shared memory of 8.9: 99 KiB a block.
-_STANDS_IN = {86: 89}
+# 8.6 has the instructions of 8.0, but the shared memory of 8.9: 99 KiB per block.
+_SUBSTITUTES = {86: 89}
 
 
 class Tiles(NamedTuple):
-    """A program's tile: `rows` it owns, `step` rows per loop iteration, `tail` for what is left."""
+    """A program's tile: `rows` it owns, `step` rows per iteration, `tail` rows of the remainder."""
 
     rows: int
     step: int
@@ -53,19 +53,18 @@ class Tiles(NamedTuple):
 
 
 def look_up(table: Table, kernel: str, head_dim: int, dtype: torch.dtype, target: Target) -> Choice:
-    """The table's choice for any head dimension, dtype and target.
+    """Return the table's choice for any head dimension, dtype and target.
 
     Args:
         table: `launch_table.TABLE`, or another with an entry for each of `ARCHITECTURES`.
-        kernel: one of `KERNELS`.
-        head_dim: channels of a head, 1 to 128; takes the entry of the smallest of `HEAD_DIMS` that
-            holds it.
-        dtype: bf16, fp16 or fp32.
-        target: takes the entry of the nearest lower architecture that has one, the lowest where
-            there is none.
+        kernel: One of `KERNELS`.
+        head_dim: Channels of a head, 1 to 128; the entry is that of the next larger of `HEAD_DIMS`.
+        dtype: Dtype, bf16, fp16 or fp32.
+        target: Target; the entry is that of the nearest lower architecture that has one, or of the
+            lowest.
 
     Raises:
-        ValueError: for a kernel, a head dimension or a dtype that has no entry.
+        ValueError: Kernel, head dimension or dtype has no entry.
     """
     if kernel not in KERNELS:
         raise ValueError(f"no tiles for kernel {kernel!r}: use one of {', '.join(KERNELS)}")
@@ -82,18 +81,19 @@ def look_up(table: Table, kernel: str, head_dim: int, dtype: torch.dtype, target
 
 
 def _by_preference(target: Target) -> list[Architecture]:
-    """Architectures whose entry serves a target, best first."""
+    """Return the architectures whose entry a target may take, best first."""
     if target.hip:
         return ["gfx942"]
     lower = [known for known in reversed(_KNOWN) if known <= target.capability] or [_KNOWN[0]]
     return [
         lower[0],
-        *[_STANDS_IN[known] for known in lower[:1] if known in _STANDS_IN],
+        *[_SUBSTITUTES[known] for known in lower[:1] if known in _SUBSTITUTES],
         *lower[1:],
     ]
 
 
-def forward_tiles(
+def query_tiles(
+    kernel: str,
     head_dim: int,
     dtype: torch.dtype,
     target: Target,
@@ -102,23 +102,10 @@ def forward_tiles(
     prompts: int,
     table: Table = TABLE,
 ) -> Tiles:
-    """Forward kernel: `rows` queries, `step` keys, `tail` keys of a mixed tile."""
-    choice = look_up(table, "forward", head_dim, dtype, target)
-    return _query_tiles(choice, num_queries, num_keys, prompts)
-
-
-def dq_tiles(
-    head_dim: int,
-    dtype: torch.dtype,
-    target: Target,
-    num_queries: int,
-    num_keys: int,
-    prompts: int,
-    table: Table = TABLE,
-) -> Tiles:
-    """Kernel of the queries' gradient: `rows` queries, `step` keys, `tail` keys of a mixed tile."""
-    choice = look_up(table, "dq", head_dim, dtype, target)
-    return _query_tiles(choice, num_queries, num_keys, prompts)
+    """Return tiles of "forward" or "dq": `rows` queries, `step` keys, `tail` of a mixed tile."""
+    rows, step, warps, stages = look_up(table, kernel, head_dim, dtype, target)
+    rows, warps = _no_more_rows_than(num_queries, rows, warps)
+    return Tiles(rows, step, _mixed(num_keys % step + prompts % step, step), warps, stages)
 
 
 def dkdv_tiles(
@@ -129,7 +116,7 @@ def dkdv_tiles(
     num_keys: int,
     table: Table = TABLE,
 ) -> Tiles:
-    """Kernel of the keys' and values' gradient: `rows` keys, `step` queries, `tail` queries."""
+    """Return the tiles of dk and dv: `rows` keys, `step` and `tail` queries."""
     rows, step, warps, stages = look_up(table, "dkdv", head_dim, dtype, target)
     rows, warps = _no_more_rows_than(num_keys, rows, warps, _rows_of_a_warp(head_dim))
     return Tiles(rows, step, _mixed(num_queries % step, step), warps, stages)
@@ -142,41 +129,34 @@ def shared_prompt_tiles(
     prompts: int,
     table: Table = TABLE,
 ) -> Tiles:
-    """Gradient of prompts shared by the batch: `rows` prompts, `step` and `tail` queries."""
+    """Return the tiles of shared prompts' dk and dv: `rows` prompts, `step` and `tail` queries."""
     rows, step, warps, stages = look_up(table, "shared_prompt_dkdv", head_dim, dtype, target)
     rows, warps = _no_more_rows_than(prompts, rows, warps, _rows_of_a_warp(head_dim))
     return Tiles(rows, step if rows > 32 else min(32, step), 16, warps, stages)
 
 
 def delta_tiles(num_queries: int) -> Tiles:
-    """Kernel of delta = rowsum(grad_out * out), which has no matrix product: `rows` queries."""
+    """Return the tiles of delta = rowsum(grad_out * out): `rows` queries."""
     return Tiles(min(64, power_of_2_at_least(num_queries)), 0, 0, 4, 1)
 
 
 def sum_columns(dtype: torch.dtype, target: Target) -> int:
-    """Columns of the product that sums the softmax weights; 0 where a reduction does it.
+    """Return the columns of the product that sums the softmax weights; 0 for a reduction.
 
-    8 is the narrowest product of NVIDIA's tensor cores. fp32 weights are not rounded and have none.
+    8 columns are the fewest of NVIDIA's tensor cores. fp32 weights are summed by a reduction.
     """
     return 0 if dtype == torch.float32 or target.hip else 8
 
 
-def _query_tiles(choice: Choice, num_queries: int, num_keys: int, prompts: int) -> Tiles:
-    rows, step, warps, stages = choice
-    rows, warps = _no_more_rows_than(num_queries, rows, warps)
-    return Tiles(rows, step, _mixed(num_keys % step + prompts % step, step), warps, stages)
-
-
 def _rows_of_a_warp(head_dim: int) -> int:
-    """Fewest rows of keys that a warp computes: of 16 with 128 channels, dk and dv would spill."""
+    """Return the fewest keys of a warp: with 16 of 128 channels, dk and dv would spill."""
     return 16 if head_dim <= 64 else 8
 
 
 def _no_more_rows_than(count: int, rows: int, warps: int, least: int = 16) -> tuple[int, int]:
-    """Halve a tile while half of it holds `count` rows, and its warps once they have no work.
+    """Halve a tile while half of it holds `count` rows, and its warps when they have too few rows.
 
-    A product takes at least 16 rows. A warp keeps `least` rows; where the choice gives it fewer, it
-    keeps those.
+    A product takes at least 16 rows, and a warp at least `least`, or what the choice gives it.
     """
     least = min(least, rows // warps)
     while rows > 16 and rows // 2 >= count:
@@ -187,5 +167,5 @@ def _no_more_rows_than(count: int, rows: int, warps: int, least: int = 16) -> tu
 
 
 def _mixed(left: int, step: int) -> int:
-    """Rows of the tile that takes what is left: `step` at most, for the registers."""
+    """Return the rows of the tile of the remainder: at most `step`, to save registers."""
     return min(step, power_of_2_at_least(left))

@@ -1,1 +1,1 @@
-"""VAPT's prompt experts: fold, mix, features."""
+"""VAPT's prompt experts: folding, token mixing, feature projector."""

@@ -1,4 +1,4 @@
-"""What the p rows of VAPT's experts are made from. This module needs no triton."""
+"""Inputs of VAPT's feature projector. This module needs no triton."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from torch import Tensor
 
 
 class FeatureInputs(NamedTuple):
-    """From the mix to the prompts: g = (mixed * weight + mix_sum * shift) * channels + bias.
+    """Inputs of the feature projector, whose output is the prompts P.
+
+    g = (mixing * norm_weight + mixing_sum * norm_bias) * channel_mask + projector_bias
+    P = g + up (relu(down g) * hidden_mask)
 
     Attributes:
-        mixed: (B, p, D), fp32 at least.
-        mix_sum: row sums of the mixing matrix, (p,), in the same dtype.
-        weight, shift: affine of the LayerNorm whose rows were mixed without it, (D,).
-        bias: of the token-wise projector, (p,), or None.
-        channels: mask of the channel dropout (B, D), scaled, or None.
-        down, up: the feature projector, (r, D) and (D, r).
-        hidden: mask of its hidden layer's dropout (B, p, r), scaled, or None.
+        mixing: Token mixing without the norm's affine, (B, p, D), fp32 at least.
+        mixing_sum: Row sums of the mixing weight, (p,), in the same dtype.
+        norm_weight, norm_bias: Weight and bias of the experts' LayerNorm, (D,).
+        projector_bias: Bias of the token-wise projector, (p,), or None.
+        channel_mask: Scaled dropout mask of channels, (B, D), or None.
+        down, up: Weights of the feature projector, (r, D) and (D, r).
+        hidden_mask: Scaled dropout mask of its hidden layer, (B, p, r), or None.
     """
 
-    mixed: Tensor
-    mix_sum: Tensor
-    weight: Tensor
-    shift: Tensor
-    bias: Tensor | None
-    channels: Tensor | None
+    mixing: Tensor
+    mixing_sum: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    projector_bias: Tensor | None
+    channel_mask: Tensor | None
     down: Tensor
     up: Tensor
-    hidden: Tensor | None
+    hidden_mask: Tensor | None

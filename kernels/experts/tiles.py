@@ -1,8 +1,8 @@
 """Tiles of the prompt-expert kernels: pure functions of shape and dtype.
 
-Nothing is tuned at run time. Those of the mix have the fewest issue cycles per byte of x in the
-code compiled for bf16, among those that spill no register. Warps and pipeline stages on sm_90 are
-those that were fastest on an H200, in bf16 at 50 prompts and 768 channels.
+Nothing is tuned at run time. Tiles of the token mixing have the fewest issue cycles per byte of x
+in the code compiled for bf16, among those that spill no register. Warps and pipeline stages on
+sm_90 are the fastest on an H200, in bf16 at 50 prompts and 768 channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MixTiles(NamedTuple):
 
 
 def feature_tiles(width: int, target: Target) -> RowTiles:
-    """Kernels of the p rows, which they hold whole."""
+    """Return the tiles of the kernels that hold whole prompts."""
     block = power_of_2_at_least(width)
     return RowTiles(
         max(1, 4096 // block), block, 4 if block <= 1024 and not target.is_hopper else 8
@@ -34,7 +34,7 @@ def feature_tiles(width: int, target: Target) -> RowTiles:
 
 
 def mix_tiles(prompts: int, width: int, dtype: torch.dtype, target: Target) -> MixTiles:
-    """Kernel of the mix."""
+    """Return the tiles of the token mixing."""
     block_d = min(256, power_of_2_at_least(width))
     block_p = power_of_2_at_least(prompts)
     if dtype != torch.bfloat16:
@@ -47,7 +47,7 @@ def mix_tiles(prompts: int, width: int, dtype: torch.dtype, target: Target) -> M
 
 
 def mix_gradient_tiles(prompts: int, width: int, dtype: torch.dtype, target: Target) -> MixTiles:
-    """Kernel of the gradients of tokens and matrix: `rows` tokens by all prompts."""
+    """Return the tiles of the gradients of tokens and mixing weight: `rows` by all prompts."""
     block_p, block_d = power_of_2_at_least(prompts), min(32, power_of_2_at_least(width))
     if dtype != torch.bfloat16 or block_p > 64:
         most = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 32}[dtype]
@@ -57,7 +57,7 @@ def mix_gradient_tiles(prompts: int, width: int, dtype: torch.dtype, target: Tar
 
 
 def weight_gradient_tiles(hidden_dim: int, width: int, target: Target) -> MixTiles:
-    """Kernel of the projector's and the LayerNorm's gradients: `rows` prompts per iteration."""
+    """Return the tiles of the gradients of projector and LayerNorm: `rows` prompts a step."""
     stages = 3 if target.is_hopper else 1
     block_d = min(64, power_of_2_at_least(width))
     return MixTiles(power_of_2_at_least(hidden_dim), 16, block_d, 4, stages)

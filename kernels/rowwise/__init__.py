@@ -1,1 +1,1 @@
-"""Kernels that go over rows once, bound by memory."""
+"""Kernels that read rows once and are bound by memory."""

@@ -35,17 +35,17 @@ SIGMOID_ACTIVATIONS = {
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x for x of at least 1, in two instructions; a division takes seven."""
+    """Return 1 / x for x of at least 1, in two instructions; a division takes seven."""
     root = tl.rsqrt(x)
     return root * root
 
 
 @triton.jit
 def _gelu_tail(h):
-    """Q(|h|) = P(X > |h|) for a normal X, and exp(-h^2 / 2).
+    """Return P(X > |h|) for a normal X, and exp(-h^2 / 2).
 
     Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: error at most 7.5e-8. The
-    exponential is needed for the derivative too; a library's erf costs twice the instructions.
+    derivative needs the exponential too, and a library's erf takes twice the instructions.
     """
     magnitude = tl.abs(h)
     t = _reciprocal(1.0 + 0.23164191 * magnitude)
@@ -92,7 +92,7 @@ def _derivative(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr
 
 @triton.jit
 def _exists(rows, channels, num_rows, WIDTH: tl.constexpr):
-    """Where a tile has elements, [BLOCK_M, BLOCK_C]."""
+    """Return the mask [BLOCK_M, BLOCK_C] of a tile's elements that exist."""
     mask = tl.broadcast_to((rows < num_rows)[:, None], [rows.shape[0], channels.shape[0]])
     if WIDTH % channels.shape[0] != 0:
         mask = mask & (channels < WIDTH)[None, :]
@@ -104,15 +104,9 @@ def activation_kernel(
     h_ptr,  # (rows, C), contiguous
     bias_ptr,  # (C,)
     out_ptr,  # (rows, C), contiguous
-    num_rows,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    LINEAR: tl.constexpr,
-    CUBIC: tl.constexpr,
-):
+    num_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = _exists(rows, channels, num_rows, WIDTH)
@@ -129,15 +123,9 @@ def activation_backward_kernel(
     h_ptr,  # (rows, C), contiguous
     bias_ptr,  # (C,)
     grad_ptr,  # (rows, C), contiguous; read and written
-    num_rows,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    LINEAR: tl.constexpr,
-    CUBIC: tl.constexpr,
-):
+    num_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = _exists(rows, channels, num_rows, WIDTH)
@@ -153,14 +141,14 @@ def activation_backward_kernel(
 def activation_launch(
     h: Tensor, bias: Tensor | None, out: Tensor, kind: str, backward: bool
 ) -> Launch:
-    """The launch that fills `out` (..., C) from h (..., C), or multiplies it by the derivative.
+    """Return the launch that fills `out` (..., C), or multiplies it by the derivative.
 
     Args:
-        h: the hidden layer, with the bias or without.
-        bias: (C,), added to h, or None.
-        out: result; for the backward pass the gradient of the activation's output, overwritten.
+        h: Hidden layer (..., C).
+        bias: Bias (C,) added to h, or None.
+        out: Result; in the backward pass the gradient of the activation's output, overwritten.
         kind: "gelu" or one of `SIGMOID_ACTIVATIONS`.
-        backward: which of the two kernels.
+        backward: Whether the launch is that of the backward pass.
     """
     rows, width = h.shape[:-1].numel(), h.shape[-1]
     tiles = element_tiles(width)
@@ -170,23 +158,15 @@ def activation_launch(
         kernel=activation_backward_kernel if backward else activation_kernel,
         grid=(triton.cdiv(rows, tiles.rows), triton.cdiv(width, tiles.width), 1),
         arguments={
-            "h_ptr": h,
-            "bias_ptr": h if bias is None else bias,
-            "grad_ptr" if backward else "out_ptr": out,
-            "num_rows": rows,
+            "h_ptr": h, "bias_ptr": h if bias is None else bias,
+            "grad_ptr" if backward else "out_ptr": out, "num_rows": rows,
         },
         constexprs={
-            "WIDTH": width,
-            "BLOCK_M": tiles.rows,
-            "BLOCK_C": tiles.width,
-            "HAS_BIAS": bias is not None,
-            "GELU": kind == "gelu",
-            "LINEAR": linear,
-            "CUBIC": cubic,
+            "WIDTH": width, "BLOCK_M": tiles.rows, "BLOCK_C": tiles.width,
+            "HAS_BIAS": bias is not None, "GELU": kind == "gelu", "LINEAR": linear, "CUBIC": cubic,
         },
-        num_warps=tiles.num_warps,
-        num_stages=1,
-    )
+        num_warps=tiles.num_warps, num_stages=1,
+    )  # fmt: skip
 
 
 def activation(
@@ -196,10 +176,10 @@ def activation(
     launch: Launcher | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """f(h + bias), (..., C); see `vpt_fast.ops.rowwise.activation`.
+    """Return f(h + bias), (..., C); see `vpt_fast.ops.rowwise.activation`.
 
-    With `launch`, a launcher of this layout, tensors must be contiguous. `in_place` writes
-    over h, and is part of the layout.
+    With `launch`, a launcher of this layout, tensors must be contiguous. `in_place` overwrites h,
+    and is part of the layout.
     """
     if launch is None:
         h, bias = contiguous(h, bias)

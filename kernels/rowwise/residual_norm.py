@@ -3,8 +3,8 @@
     residual_norm_kernel           x = residual + scale * branch; y = LayerNorm(x); row statistics
     residual_norm_backward_kernel  LayerNorm's gradient of x + the gradient of the sum itself
 
-Both read every row once and hold it whole in registers. Nobody trains the affine of a frozen
-LayerNorm, so it has no gradient here. The statistics are those of the sum as it is stored.
+Both read every row once and hold it in registers. The LayerNorm is frozen: its weight and bias have
+no gradient. The statistics are those of the stored, rounded sum.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -31,18 +31,10 @@ def residual_norm_kernel(
     sum_ptr,  # (rows, D), contiguous
     y_ptr,  # (rows, D), contiguous
     statistics_ptr,  # (2 or 3, rows) fp32: mean, rstd, rstd of the experts
-    num_rows,
-    norm_eps,
-    expert_eps,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    HAS_BRANCH: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_EXPERTS: tl.constexpr,
-):
+    num_rows, norm_eps, expert_eps, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_EXPERTS: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     exists = rows < num_rows
@@ -58,7 +50,7 @@ def residual_norm_kernel(
         tl.store(sum_ptr + offsets, stored, mask=mask)
         x = stored.to(tl.float32)
     mean = tl.sum(x, 1) * (1.0 / WIDTH)
-    centred = x - tl.where(channel, mean[:, None], 0.0)  # stays 0 where there is no channel
+    centred = x - tl.where(channel, mean[:, None], 0.0)  # 0 past WIDTH
     variance = tl.sum(centred * centred, 1) * (1.0 / WIDTH)
     rstd = tl.rsqrt(variance + norm_eps)
     y = centred * rstd[:, None]
@@ -84,15 +76,10 @@ def residual_norm_backward_kernel(
     grad_sum_ptr,  # (rows, D), contiguous: the sum's own gradient
     grad_x_ptr,  # (rows, D)
     grad_branch_ptr,  # (rows, D): scale * grad_x
-    num_rows,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_SUM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_SCALE: tl.constexpr,
     NEEDS_BRANCH: tl.constexpr,
-):
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     exists = rows < num_rows
@@ -102,15 +89,15 @@ def residual_norm_backward_kernel(
     rstd = tl.load(statistics_ptr + num_rows + rows, mask=exists, other=0.0)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SUM:  # ahead of the sums over rows, so that one wait is for all that is loaded
+    if HAS_SUM:  # loaded before the row sums, so that all loads share one wait
         grad_sum = tl.load(grad_sum_ptr + offsets, mask=mask, other=0.0)
     if HAS_WEIGHT:
         dy *= load_channels(weight_ptr, dims, mask)
-    # dy is 0 where there is no channel, so x need not be masked again.
+    # dy is 0 past WIDTH: x needs no second mask.
     normalised = (x - mean[:, None]) * rstd[:, None]
-    shift = tl.sum(dy, 1) * (1.0 / WIDTH)
+    grad_mean = tl.sum(dy, 1) * (1.0 / WIDTH)
     slope = tl.sum(dy * normalised, 1) * (1.0 / WIDTH)
-    dx = (dy - shift[:, None] - normalised * slope[:, None]) * rstd[:, None]
+    dx = (dy - grad_mean[:, None] - normalised * slope[:, None]) * rstd[:, None]
     if HAS_SUM:
         dx += grad_sum.to(tl.float32)
     tl.store(grad_x_ptr + offsets, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
@@ -132,9 +119,9 @@ def residual_norm_launch(
     norm_eps: float,
     expert_eps: float | None,
 ) -> Launch:
-    """The launch that fills `total`, `y` (B, N, D) and `statistics` (2 or 3, B, N) fp32.
+    """Return the launch that fills `total`, `y` (B, N, D) and `statistics` (2 or 3, B, N) fp32.
 
-    Without a branch (B, N, D) the residual (B, N, D) is normalised and `total` is None.
+    Without a branch the residual is normalised, and `total` is None.
     """
     rows, width = residual.shape[:-1].numel(), residual.shape[-1]
     tiles = row_tiles(width)
@@ -143,31 +130,22 @@ def residual_norm_launch(
         kernel=residual_norm_kernel,
         grid=(triton.cdiv(rows, tiles.rows), 1, 1),
         arguments={
-            "residual_ptr": residual,
-            "branch_ptr": residual if branch is None else branch,
+            "residual_ptr": residual, "branch_ptr": residual if branch is None else branch,
             "scale_ptr": residual if scale is None else scale,
             "weight_ptr": residual if weight is None else weight,
             "bias_ptr": residual if bias is None else bias,
-            "sum_ptr": y if total is None else total,
-            "y_ptr": y,
-            "statistics_ptr": statistics,
-            "num_rows": rows,
-            "norm_eps": norm_eps,
+            "sum_ptr": y if total is None else total, "y_ptr": y, "statistics_ptr": statistics,
+            "num_rows": rows, "norm_eps": norm_eps,
             "expert_eps": norm_eps if expert_eps is None else expert_eps,
         },
         constexprs={
-            "WIDTH": width,
-            "BLOCK_D": tiles.width,
-            "BLOCK_M": tiles.rows,
-            "HAS_BRANCH": branch is not None,
-            "HAS_SCALE": scale is not None,
-            "HAS_WEIGHT": weight is not None,
-            "HAS_BIAS": bias is not None,
+            "WIDTH": width, "BLOCK_D": tiles.width, "BLOCK_M": tiles.rows,
+            "HAS_BRANCH": branch is not None, "HAS_SCALE": scale is not None,
+            "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
             "HAS_EXPERTS": expert_eps is not None,
         },
-        num_warps=tiles.num_warps,
-        num_stages=1,
-    )
+        num_warps=tiles.num_warps, num_stages=1,
+    )  # fmt: skip
 
 
 def residual_norm_backward_launch(
@@ -180,7 +158,7 @@ def residual_norm_backward_launch(
     grad_x: Tensor,
     grad_branch: Tensor | None,
 ) -> Launch:
-    """The launch that fills `grad_x` (B, N, D), and `grad_branch` = scale * grad_x if given."""
+    """Return the launch that fills `grad_x` (B, N, D) and `grad_branch` = scale * grad_x."""
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     tiles = row_gradient_tiles(width)
     return Launch(
@@ -188,28 +166,18 @@ def residual_norm_backward_launch(
         kernel=residual_norm_backward_kernel,
         grid=(triton.cdiv(rows, tiles.rows), 1, 1),
         arguments={
-            "x_ptr": x,
-            "statistics_ptr": statistics,
-            "weight_ptr": x if weight is None else weight,
-            "scale_ptr": x if scale is None else scale,
-            "grad_y_ptr": grad_y,
-            "grad_sum_ptr": grad_y if grad_sum is None else grad_sum,
-            "grad_x_ptr": grad_x,
-            "grad_branch_ptr": grad_x if grad_branch is None else grad_branch,
-            "num_rows": rows,
+            "x_ptr": x, "statistics_ptr": statistics, "weight_ptr": x if weight is None else weight,
+            "scale_ptr": x if scale is None else scale, "grad_y_ptr": grad_y,
+            "grad_sum_ptr": grad_y if grad_sum is None else grad_sum, "grad_x_ptr": grad_x,
+            "grad_branch_ptr": grad_x if grad_branch is None else grad_branch, "num_rows": rows,
         },
         constexprs={
-            "WIDTH": width,
-            "BLOCK_D": tiles.width,
-            "BLOCK_M": tiles.rows,
-            "HAS_WEIGHT": weight is not None,
-            "HAS_SUM": grad_sum is not None,
-            "HAS_SCALE": scale is not None,
-            "NEEDS_BRANCH": grad_branch is not None,
+            "WIDTH": width, "BLOCK_D": tiles.width, "BLOCK_M": tiles.rows,
+            "HAS_WEIGHT": weight is not None, "HAS_SUM": grad_sum is not None,
+            "HAS_SCALE": scale is not None, "NEEDS_BRANCH": grad_branch is not None,
         },
-        num_warps=tiles.num_warps,
-        num_stages=1,
-    )
+        num_warps=tiles.num_warps, num_stages=1,
+    )  # fmt: skip
 
 
 def residual_norm(
@@ -224,22 +192,19 @@ def residual_norm(
     launch: Launcher | None = None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum (the residual itself without a branch), its LayerNorm in `dtype`, row statistics.
+    """Return the sum (the residual without a branch), its LayerNorm in `dtype`, row statistics.
 
-    With `launch`, a launcher of this layout, tensors must be contiguous; with `out`, results of
-    this layout that nobody reads any more, they are written over.
+    With `launch`, a launcher of this layout, tensors must be contiguous. `out` are earlier results
+    of this layout, to be overwritten.
     """
     if launch is None:
         residual, branch, scale, weight, bias = contiguous(residual, branch, scale, weight, bias)
         layouts = map(layout_of, (residual, branch, scale, weight, bias))
         launch = launcher("residual_norm", norm_eps, expert_eps, dtype, *layouts)
-    total: Tensor | None
+    total: Tensor | None = None
     if out is not None:
-        total, y, statistics = out
-        if branch is None:
-            total = None
+        total, y, statistics = out if branch is not None else (None, *out[1:])
     else:
-        total = None
         if branch is not None:
             wide = residual.dtype
             if branch.dtype != wide:
@@ -263,7 +228,7 @@ def residual_norm_backward(
     branch_dtype: torch.dtype | None,
     launch: Launcher | None = None,
 ) -> list[Tensor]:
-    """Gradient of the sum x and, if a dtype is given for it, of the branch that was added.
+    """Return the gradient of the sum x and, if its dtype is given, of the branch.
 
     With `launch`, a launcher of this layout, tensors must be contiguous.
     """

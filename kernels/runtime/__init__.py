@@ -1,1 +1,1 @@
-"""What every kernel is launched with: plans, memory, chunks of a batch, loads."""
+"""Launches, launch plans, allocation, chunks of a batch, loads."""

@@ -1,4 +1,4 @@
-"""Memory for what kernels write."""
+"""Allocation of results."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A contiguous tensor, as `torch.empty` makes it for twice the host's time.
+    """Return a contiguous tensor as `torch.empty` does, in half of the host's time.
 
-    That function has two overloads to choose from, which takes longer than to allocate.
+    Choosing between the two overloads of `torch.empty` takes longer than to allocate.
     """
     return torch.empty_strided(shape, _strides(shape), dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=4096)
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of contiguous memory, in elements."""
+    """Return the strides of a contiguous tensor, in elements."""
     strides = [1]
     for size in shape[:0:-1]:
         strides.append(strides[-1] * max(size, 1))

@@ -1,4 +1,4 @@
-"""Per-channel vectors as tiles of rows read them."""
+"""Loads of per-channel vectors for tiles of rows."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -8,11 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def load_channels(pointer, channels, mask):
-    """Values of `channels` [BLOCK_C] for every row of a tile, fp32, where `mask` [rows, BLOCK_C].
+    """Load `channels` [BLOCK_C] for every row of a tile, in fp32, where `mask` [rows, BLOCK_C].
 
-    A tile of pointers is spread over the lanes as the rows are: each loads the 16 bytes that it
-    needs. A vector of pointers is spread over all lanes, which leaves 2 to 8 bytes to each, and a
-    trip through shared memory.
+    A tile of pointers has the layout of the rows: each lane loads the 16 bytes that it needs. A
+    vector of pointers is spread over all lanes: each loads 2 to 8 bytes, which go through shared
+    memory.
     """
     pointers = tl.broadcast_to((pointer + channels)[None, :], mask.shape)
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)

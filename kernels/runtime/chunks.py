@@ -1,4 +1,4 @@
-"""Sums over a batch: partial sums over chunks of it, always the same ones and in the same order."""
+"""Sums over a batch: partial sums over a fixed number of chunks, in a fixed order."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ MOST_CHUNKS = 32
 
 
 def chunk_size(count: int) -> int:
-    """How many of `count` images or rows a partial sum is taken over, at least 1."""
+    """Return how many of `count` images or rows a partial sum takes, at least 1."""
     return max(1, -(-count // MOST_CHUNKS))
 
 
 @functools.lru_cache(maxsize=64)
 def chunk_count(count: int) -> int:
-    """How many partial sums that makes, at most `MOST_CHUNKS`."""
+    """Return the number of partial sums, at most `MOST_CHUNKS`."""
     return -(-count // chunk_size(count))

@@ -1,4 +1,4 @@
-"""A kernel launch as a value, so that what runs can also be compiled and read without a GPU."""
+"""A kernel launch as a value, which can also be compiled and read without a GPU."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _TYPE_NAMES = {
 
 
 class Target(NamedTuple):
-    """What a launch is tuned for: a CUDA compute capability (80, 90, ...) or an AMD GPU."""
+    """Target to tune a launch for: a CUDA compute capability (80, 90, ...) or an AMD GPU."""
 
     capability: int
     hip: bool = False
 
     @property
     def is_hopper(self) -> bool:
-        """Whether times measured on an H200 are times of this architecture."""
+        """Whether times that were measured on an H200 hold for this target."""
         return self.capability == 90 and not self.hip
 
 
 def target_of(tensor: torch.Tensor) -> Target:
-    """The target of the device that holds `tensor`; sm_80 for tensors that are on no GPU."""
+    """Return the target of a tensor's device; sm_80 where that is no GPU."""
     if tensor.device.type != "cuda":
         return Target(80)
     if torch.version.hip is not None:
@@ -43,7 +43,7 @@ def target_of(tensor: torch.Tensor) -> Target:
 
 
 def exact_precision(target: Target) -> str:
-    """How fp32 products are taken as exactly as in fp32: three tf32 products, where there are."""
+    """Return the input precision of exact fp32 products: three tf32 products, or IEEE on AMD."""
     return "ieee" if target.hip else "tf32x3"
 
 
@@ -52,16 +52,16 @@ class Launch:
     """One launch of one kernel.
 
     Attributes:
-        name: what it computes, for reports.
-        kernel: the `triton.jit` function.
-        grid: programs along the three axes.
-        arguments: tensors and numbers by parameter name, all of them but the constexprs; None for a
-            pointer that the constexprs leave no use of.
-        constexprs: compile-time values by parameter name.
-        num_warps: warps of a program.
-        num_stages: stages of the software pipeline of its loops.
-        trips: how often each loop over tiles runs in one program, by name, in source order. Loops
-            that the constexprs compile away are absent.
+        name: Name for reports.
+        kernel: `triton.jit` function.
+        grid: Programs along the three axes.
+        arguments: Tensors and numbers by parameter name, without the constexprs; None for a pointer
+            that is not used with these constexprs.
+        constexprs: Compile-time values by parameter name.
+        num_warps: Warps of a program.
+        num_stages: Stages of the software pipeline of its loops.
+        trips: Trip count of each loop over tiles in one program, by name, in source order. Loops
+            that the constexprs remove are absent.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Launch:
     trips: Mapping[str, int] = field(default_factory=dict)
 
     def run(self) -> Any:
-        """Launch on the current stream of the device that is current; the compiled kernel."""
+        """Launch on the current device and stream; return the compiled kernel."""
         return self.kernel[self.grid](
             **self.arguments,
             **self.constexprs,
@@ -83,7 +83,7 @@ class Launch:
         )
 
     def compile_constexprs(self) -> dict[str, Any]:
-        """Compile-time values by name: the constexprs, and None and 1 as Triton folds them."""
+        """Return compile-time values by name: constexprs, and None and 1 as Triton folds them."""
         general = {p.name for p in self.kernel.params if p.do_not_specialize}
         folded = {
             name: value
@@ -93,7 +93,7 @@ class Launch:
         return {**self.constexprs, **folded}
 
     def signature(self) -> dict[str, str]:
-        """Triton's type of each parameter, in order: "*bf16", "i32", "i64", "fp32", "constexpr"."""
+        """Return Triton's types of the parameters in order, such as "*bf16", "i32", "constexpr"."""
         constexprs = self.compile_constexprs()
         types = {}
         for name in self.kernel.arg_names:
@@ -109,7 +109,7 @@ class Launch:
         return types
 
     def divisible_by_16(self) -> list[str]:
-        """Parameters that the launcher specialises as multiples of 16 (pointers: in bytes)."""
+        """Return the parameters specialised as multiples of 16 (pointers: in bytes)."""
         constexprs = self.compile_constexprs()
         general = {
             p.name
@@ -130,10 +130,10 @@ class Launch:
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> list[tuple[Launch, Any]]:
-    """Run launches in order on `device`; those of an empty batch have nothing to do.
+    """Run launches in order on `device`, without those that have no programs.
 
     Returns:
-        What was launched, with the compiled kernels.
+        The launches that ran, and their compiled kernels.
     """
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
@@ -141,7 +141,7 @@ def run(launches: Iterable[Launch], device: torch.device) -> list[tuple[Launch, 
 
 
 def row_strides(view: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of (image, row, head) in elements; 0 along an axis of length 1."""
+    """Return the strides of (image, row, head) in elements; 0 along an axis of length 1."""
     batch, rows, heads = (
         s if n > 1 else 0 for s, n in zip(view.stride(), view.shape[:3], strict=False)
     )
@@ -149,7 +149,7 @@ def row_strides(view: torch.Tensor) -> tuple[int, int, int]:
 
 
 def alignment(*views: torch.Tensor) -> int:
-    """Largest power of two, at most 16, that divides every row's address in bytes."""
+    """Return the largest power of two, at most 16, that divides every row's address in bytes."""
     bits = 16
     for view in views:
         bits |= view.data_ptr()
@@ -159,9 +159,9 @@ def alignment(*views: torch.Tensor) -> int:
 
 
 def stride_arguments(**views: torch.Tensor) -> dict[str, int]:
-    """Stride arguments of (B, rows, H, d) views: `k=view` gives stride_kb, stride_kn, stride_kh.
+    """Return the stride arguments of (B, rows, H, d) views: stride_kb, stride_kn, stride_kh of `k`.
 
-    The rows of q and dq are called m, those of anything else n.
+    Rows of q and dq have the index m, all others n.
     """
     return {
         f"stride_{name}{dim}": stride
@@ -173,11 +173,12 @@ def stride_arguments(**views: torch.Tensor) -> dict[str, int]:
 
 
 def common_meta(*views: torch.Tensor, images: int = 1, rows: int = 0) -> dict[str, Any]:
-    """The constexprs that every kernel takes, from all the (B, rows, H, d) views that it reads.
+    """Return the constexprs that every kernel takes.
 
     Args:
-        images: how many images' rows a program numbers through.
-        rows: how many packed keys and values of no view it numbers through.
+        views: All (B, rows, H, d) views that the kernel reads.
+        images: Number of images whose rows a program indexes from one pointer.
+        rows: Rows of packed keys and values without a view that it indexes from one pointer.
     """
     head_dim = views[0].shape[-1]
     largest = max(
@@ -193,13 +194,13 @@ def common_meta(*views: torch.Tensor, images: int = 1, rows: int = 0) -> dict[st
     }
 
 
-def power_of_2_at_least(size: int, smallest: int = 16) -> int:
-    """The smallest power of two that is no smaller than `size` and `smallest`."""
-    return max(smallest, 1 << (size - 1).bit_length())
+def power_of_2_at_least(size: int) -> int:
+    """Return the smallest power of two that is at least `size` and 16."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def packed_offset(*pairs: tuple[torch.Tensor, torch.Tensor]) -> int | None:
-    """Elements from a row of k to that of v if every pair (k, v) is packed alike, else None."""
+    """Return the elements from k to v if all pairs (k, v) are packed with one offset, else None."""
     offsets: set[int] = set()
     for k, v in pairs:
         one_tensor = k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
@@ -209,7 +210,7 @@ def packed_offset(*pairs: tuple[torch.Tensor, torch.Tensor]) -> int | None:
 
 
 def key_trips(num_keys: int, num_prompts: int, step: int, tail: int) -> dict[str, int]:
-    """How often a query tile runs its loops: full prompt tiles, full token tiles, mixed tiles."""
+    """Return the trip counts of a query tile's loops over full prompt, full token, mixed tiles."""
     left = num_prompts % step + num_keys % step
     trips = {"prompts": num_prompts // step, "tokens": num_keys // step, "mixed": -(-left // tail)}
     if num_prompts < step:

@@ -1,8 +1,8 @@
-"""Launches that are worked out once for tensors of one layout, and repeated for others of it.
+"""Launch plans: launches that are built once for a layout of tensors, and repeated.
 
-What a launch needs besides addresses (tiles, grid, strides, the compiled kernel) depends on shapes,
-strides, dtypes, scalars and the device only. A `Launcher` stands for one operator and one such
-layout: its first call builds the launches, later ones put addresses into them. No tensor is held.
+What a launch needs besides addresses (tiles, grid, strides, compiled kernel) depends on shapes,
+strides, dtypes, scalars and the device only. A `Launcher` belongs to one operator and one such
+layout: its first call builds the launches, later calls only replace addresses. It holds no tensor.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from triton.compiler import CompiledKernel
 from .launch import Launch, run
 
 _MOST_LAYOUTS = 2048
-"""Layouts that are remembered by `launcher`, of all operators together."""
+"""Most layouts that `launcher` caches, of all operators together."""
 
 _MOST_ALIGNMENTS = 16
-"""Plans for tensors whose addresses are not all multiples of 16, per layout."""
+"""Most plans per layout for tensors whose addresses are not all multiples of 16."""
 
 Tensors = Sequence[Tensor | None]
 
 _runtime = triton.knobs.runtime
 _enter, _exit = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-# The lists that Triton's own chains of hooks add to; a profiler may be in them, or instead of one.
+# The lists of Triton's chains of hooks. A profiler adds itself to them, or replaces a chain.
 _hooks = [() if hook is None else getattr(hook, "calls", (hook,)) for hook in (_enter, _exit)]
 
 
 def _is_hooked() -> bool:
-    """Whether somebody wants to be told of Triton's launches."""
+    """Return whether Triton's launches have hooks."""
     if _runtime.launch_enter_hook is not _enter or _runtime.launch_exit_hook is not _exit:
         return True
     return bool(_hooks[0] or _hooks[1])
@@ -44,12 +44,12 @@ class _Step(NamedTuple):
     """One compiled launch.
 
     Attributes:
-        call: what a compiled kernel launches with.
-        grid: its programs.
-        handles: function and metadata, as `call` takes them.
-        addresses: those of its pointers, which are its first arguments, from those of the tensors.
-        others: the arguments after them.
-        runner: the same launch with Triton's hooks called.
+        call: Launch function of the compiled kernel.
+        grid: Programs along the three axes.
+        handles: Function and metadata, as `call` takes them.
+        addresses: Function from the tensors' addresses to those of the pointer arguments.
+        others: Arguments after the pointers.
+        runner: Launch function that calls Triton's hooks.
     """
 
     call: Any
@@ -61,12 +61,12 @@ class _Step(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """The launches of one operator with everything but addresses.
+    """The launches of one operator without addresses.
 
     Attributes:
-        steps: in order.
-        device: index of the GPU; None where there is none.
-        current_device, current_stream: of the driver.
+        steps: Launches in order.
+        device: Index of the GPU; None on the CPU.
+        current_device, current_stream: Functions of the driver.
     """
 
     steps: list[_Step]
@@ -76,12 +76,12 @@ class _Plan(NamedTuple):
 
 
 class Launcher:
-    """Makes the launches of one operator for tensors of one layout.
+    """Launcher of one operator for tensors of one layout.
 
-    That shapes, strides, dtypes, device and scalars are always the same is its holder's promise.
-    Alignment of the tensors' addresses, which the compiled kernels depend on too, is looked at
-    here: every combination has a plan of its own. Where a launch's pointers cannot be told from
-    the tensors (two of them share memory) it is built anew each time.
+    The caller guarantees that shapes, strides, dtypes, device and scalars are always the same. The
+    alignment of the tensors' addresses, on which compiled kernels depend too, is checked here:
+    every combination has its own plan. Where pointers cannot be assigned to tensors, because two of
+    them share memory, launches are built in every call.
     """
 
     __slots__ = ("_aligned", "_others")
@@ -92,17 +92,17 @@ class Launcher:
 
     @property
     def is_new(self) -> bool:
-        """Whether it has planned nothing yet, so that what it is given should be checked."""
+        """Whether it has no plan yet, so that the arguments should be checked."""
         return self._aligned is None and not self._others
 
     def __call__(self, tensors: Tensors, build: Callable[..., Any], *others: Any) -> None:
         """Launch on the tensors' device and its current stream.
 
         Args:
-            tensors: everything that the launches read or write.
-            build: called as build(*tensors, *others) if there is no plan yet; returns the launches
-                in order, or the one that there is.
-            others: what `build` gets besides.
+            tensors: All tensors that the launches read or write.
+            build: Called as build(*tensors, *others) where there is no plan yet; returns one
+                launch, or several in order.
+            others: Further arguments of `build`.
         """
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         bits = 0
@@ -141,37 +141,37 @@ class Launcher:
 
 @functools.lru_cache(maxsize=_MOST_LAYOUTS)
 def launcher(*layout: Hashable) -> Launcher:
-    """The launcher of an operator's layout: its name, scalars, and `layout_of` its tensors."""
+    """Return the launcher of an operator's name, scalars, and `layout_of` its tensors."""
     return Launcher()
 
 
 def layout_of(tensor: Tensor | None) -> Hashable:
-    """What a tensor adds to the key of a launch plan."""
+    """Return the part of a launcher's key that is due to a tensor."""
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def contiguous(*tensors: Any) -> Any:
-    """The tensors, those that are not contiguous copied; None stays None."""
+    """Return the tensors, contiguous; None stays None."""
     return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 def _run_and_plan(built: Launch | Sequence[Launch], tensors: Tensors) -> _Plan | None:
-    """Launch, and return what repeats it; None where that cannot be."""
+    """Run launches, and return the plan that repeats them; None where there can be none."""
     launches = [built] if isinstance(built, Launch) else built
     device = next(t.device for t in tensors if t is not None)
     steps: list[_Step] | None = []
     for launch, compiled in run(launches, device):
-        places = _places(launch, tensors) if isinstance(compiled, CompiledKernel) else None
-        if places is None:
+        sources = _sources(launch, tensors) if isinstance(compiled, CompiledKernel) else None
+        if sources is None:
             steps = None
         elif steps is not None:
             values = {**launch.arguments, **launch.constexprs}
-            others = [values[name] for name in launch.kernel.arg_names[len(places) :]]
+            others = [values[name] for name in launch.kernel.arg_names[len(sources) :]]
             handles = compiled.function, compiled.packed_metadata
             runner = compiled[launch.grid]
-            found = _addresses(places)
+            found = _addresses(sources)
             steps.append(_Step(compiled.run, launch.grid, handles, found, others, runner))
     if steps is None:
         return None
@@ -180,38 +180,38 @@ def _run_and_plan(built: Launch | Sequence[Launch], tensors: Tensors) -> _Plan |
     return _Plan(steps, index, driver.get_current_device, driver.get_current_stream)
 
 
-def _addresses(places: list[tuple[int, int]]) -> Callable[[list[int]], Sequence[int]]:
-    """Of pointers at `places`, as a function of the tensors' addresses."""
-    if len(places) > 1 and not any(offset for _, offset in places):
-        found: Any = operator.itemgetter(*(index for index, _ in places))
+def _addresses(sources: list[tuple[int, int]]) -> Callable[[list[int]], Sequence[int]]:
+    """Return the function from the tensors' addresses to those of pointers at `sources`."""
+    if len(sources) > 1 and not any(offset for _, offset in sources):
+        found: Any = operator.itemgetter(*(index for index, _ in sources))
         return found
-    return lambda pointers: [pointers[index] + offset for index, offset in places]
+    return lambda pointers: [pointers[index] + offset for index, offset in sources]
 
 
-def _places(launch: Launch, tensors: Tensors) -> list[tuple[int, int]] | None:
-    """Tensor and byte offset of each of the launch's pointers, which are its first arguments.
+def _sources(launch: Launch, tensors: Tensors) -> list[tuple[int, int]] | None:
+    """Return index of the tensor, and byte offset in it, of each pointer of the launch.
 
-    None where a pointer belongs to none of the tensors, or to several.
+    Pointers are the first arguments. None where a pointer belongs to no tensor, or to several.
     """
-    places = []
+    sources = []
     for name in launch.kernel.arg_names:
         if not name.endswith("_ptr"):
             break
         value = launch.arguments[name]
-        if value is None:  # compiled away, whatever is passed
-            places.append((0, 0))
+        if value is None:  # not used by the compiled kernel
+            sources.append((0, 0))
             continue
         found = [(i, t) for i, t in enumerate(tensors) if t is not None and _holds(t, value)]
         found = [(i, t) for i, t in found if t is value] or found
         if len(found) != 1:
             return None
         index, source = found[0]
-        places.append((index, value.data_ptr() - source.data_ptr()))
-    return places
+        sources.append((index, value.data_ptr() - source.data_ptr()))
+    return sources
 
 
 def _holds(tensor: Tensor, part: Tensor) -> bool:
-    """Whether `part` starts in the memory of `tensor`."""
+    """Return whether `part` starts in the memory of `tensor`."""
     storage = tensor.untyped_storage()
     return (
         storage.data_ptr() == part.untyped_storage().data_ptr()

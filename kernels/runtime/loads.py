@@ -1,8 +1,8 @@
-"""Small helpers that every attention kernel uses: where rows lie, and how a tile is read.
+"""Row pointers, loads and stores of the attention kernels.
 
-`ALIGNMENT` is the largest power of two, at most 16, that divides every address a row can start
-at, in bytes. The launcher works it out from pointers and strides; telling the compiler once, where
-the row pointers are made, is what keeps loads 16 bytes wide whatever the strides are.
+`ALIGNMENT` is the largest power of two, at most 16, that divides every row's address in bytes. The
+launch computes it from pointers and strides. The compiler is told once, where row pointers are
+computed, so that loads are 16 bytes wide whatever the strides are.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def row_pointers(ptr, first, tile, stride, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr):
-    """Where rows `first + tile` of a matrix start: a column of pointers, [rows, 1]."""
+    """Return pointers [rows, 1] to rows `first + tile` of a matrix."""
     start = ptr + tl.cast(first, INDEX) * stride
     return tl.multiple_of((start + tile.to(INDEX) * stride)[:, None], [ALIGNMENT, ALIGNMENT])
 
@@ -23,7 +23,7 @@ def key_value_rows(
     k_ptr, v_ptr, first, tile, stride_k, stride_v, v_offset,
     KV_PACKED: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Row pointers into k and v; where one tensor holds both, v's are k's plus an offset."""
+    """Return row pointers into k and v; where one tensor holds both, v's are k's plus an offset."""
     k_rows = row_pointers(k_ptr, first, tile, stride_k, ALIGNMENT, INDEX)
     if KV_PACKED:
         v_rows = tl.multiple_of(k_rows + v_offset, [ALIGNMENT, ALIGNMENT])
@@ -39,10 +39,10 @@ def mixed_rows(
     HAS_PROMPTS: tl.constexpr, KV_PACKED: tl.constexpr, ALIGNMENT: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Row pointers of a mixed tile: `left_prompts` rows of prompts, then rows of tokens.
+    """Return row pointers of a mixed tile: `left_prompts` rows of prompts, then rows of tokens.
 
-    Choosing between two addresses costs one load where choosing between two values costs two. It
-    hides the addresses' alignment from the compiler, hence the hints.
+    To choose between two addresses takes one load, between two values two. The compiler does not
+    see the alignment of chosen addresses, hence the hints.
     """
     first_key -= left_prompts
     k_rows, v_rows = key_value_rows(
@@ -66,7 +66,7 @@ def mixed_rows(
 
 @triton.jit
 def load_tile(pointers, dims, HEAD_DIM: tl.constexpr):
-    """A tile whose rows all exist, [rows, BLOCK_D]; dims past HEAD_DIM read as 0."""
+    """Load a tile [rows, BLOCK_D] whose rows all exist; dims past HEAD_DIM are 0."""
     if dims.shape[0] == HEAD_DIM:
         return tl.load(pointers + dims[None, :])
     else:
@@ -78,9 +78,9 @@ def load_tile_at(
     pointers, first, stride, dims,
     HEAD_DIM: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """As `load_tile`, for rows that start `first` rows after `pointers`, [rows, BLOCK_D].
+    """Load a tile as `load_tile` does, `first` rows after `pointers` [rows, BLOCK_D].
 
-    In a loop whose pointers do not change this takes fewer instructions than new row pointers.
+    In a loop this takes fewer instructions than new row pointers.
     """
     moved = tl.multiple_of(pointers + tl.cast(first, INDEX) * stride, [ALIGNMENT, ALIGNMENT])
     if dims.shape[0] == HEAD_DIM:
@@ -91,7 +91,7 @@ def load_tile_at(
 
 @triton.jit
 def load_tile_where(pointers, dims, exists, HEAD_DIM: tl.constexpr):
-    """A tile, [rows, BLOCK_D]; rows that do not exist, and dims past HEAD_DIM, read as 0."""
+    """Load a tile [rows, BLOCK_D]; rows that do not exist, and dims past HEAD_DIM, are 0."""
     mask = exists[:, None]
     if dims.shape[0] != HEAD_DIM:
         mask = mask & (dims < HEAD_DIM)[None, :]
@@ -100,7 +100,7 @@ def load_tile_where(pointers, dims, exists, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def store_tile(pointers, dims, exists, tile, HEAD_DIM: tl.constexpr):
-    """Write the rows of a tile that exist, rounded to the pointer's type."""
+    """Store the rows of a tile that exist, rounded to the pointer's type."""
     mask = exists[:, None]
     if dims.shape[0] != HEAD_DIM:
         mask = mask & (dims < HEAD_DIM)[None, :]

@@ -1,7 +1,7 @@
 """Attention inside windows, forward pass: the kernel of whole windows, and the launch of either.
 
-Where all queries and all keys of a window fit in one tile each, a program goes over several windows
-of one head, one softmax each; their position bias stays in registers.
+Where all queries and all keys of a window fit in one tile each, a program iterates over several
+windows of one head with one softmax each, and keeps their position bias in registers.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -17,7 +17,6 @@ from .forward_tiled import window_forward_tiled_kernel
 from .geometry import (
     LOG2_E,
     SIZES,
-    alike,
     bias_tile,
     key_coordinates,
     key_rows,
@@ -25,6 +24,7 @@ from .geometry import (
     token_rows,
     tokens_at,
     window_at,
+    windows_of_sum,
 )
 from .grid import Pair, shared_arguments, shared_constexprs, window_grid
 from .tiles import query_tiles, whole_stages, whole_tiles, windows_of_a_program
@@ -40,40 +40,21 @@ def window_forward_kernel(
     out_ptr,  # (B, H, W, heads, HEAD_DIM); written
     lse_ptr,  # (B, heads, H, W) fp32; written
     # dimensions and scale
-    num_heads,
-    num_prompts,
-    height,
-    width,
-    roll_h,
-    roll_w,
-    grid_h,
-    grid_w,
-    prompt_stride,
-    batch,
-    chunk,
-    scale,
+    num_heads, num_prompts, height, width, roll_h, roll_w, grid_h, grid_w, prompt_stride, batch,
+    chunk, scale,
     # meta
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    SHIFT_H: tl.constexpr,
-    SHIFT_W: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    HAS_PROMPTS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr, PADDED: tl.constexpr, HAS_PAD: tl.constexpr,
+    HAS_PROMPTS: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,  # 0: row sums by reduction
     PRECISION: tl.constexpr,
-):
-    """One head of `chunk` windows, whose queries and keys fit in one tile each."""
+):  # fmt: skip
+    """Compute one head of up to `chunk` windows whose queries and keys fit in one tile each."""
     head = tl.program_id(0) % num_heads
-    number_of_sum = tl.program_id(0) // num_heads
-    kind, _, first, last, first_row, first_column, rows, columns = alike(
-        number_of_sum, number_of_sum + 1, batch, chunk, grid_h, grid_w, SHIFT_H, SHIFT_W
+    sum_index = tl.program_id(0) // num_heads
+    kind, _, first, last, first_row, first_column, rows, columns = windows_of_sum(
+        sum_index, sum_index + 1, batch, chunk, grid_h, grid_w, SHIFT_H, SHIFT_W
     )
     channels = num_heads * HEAD_DIM
     size = height * width
@@ -99,14 +80,14 @@ def window_forward_kernel(
         window_row += first_row
         window_column += first_column
         base = qkv_ptr + image.to(tl.int64) * size * 3 * channels + head * HEAD_DIM
-        tokens, there = tokens_at(
+        tokens, inside = tokens_at(
             window_row, window_column, q_y, q_x, height, width, roll_h, roll_w,
             WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W,
         )  # fmt: skip
-        alive = q_exists & there if PADDED else q_exists
+        valid = q_exists & inside if PADDED else q_exists
         q_rows = token_rows(base, tokens, 3 * channels, ALIGNMENT, INDEX)
-        q = load_tile_where(q_rows, dims, alive, HEAD_DIM)
-        key_tokens, key_there = tokens_at(
+        q = load_tile_where(q_rows, dims, valid, HEAD_DIM)
+        key_tokens, key_inside = tokens_at(
             window_row, window_column, k_y, k_x, height, width, roll_h, roll_w,
             WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W,
         )  # fmt: skip
@@ -114,12 +95,12 @@ def window_forward_kernel(
             base + channels,
             pad_ptr + channels + head * HEAD_DIM,
             prompts_ptr + image.to(tl.int64) * prompt_stride + head * HEAD_DIM,
-            keys, num_prompts, key_tokens, key_there, num_heads,
+            keys, num_prompts, key_tokens, key_inside, num_heads,
             HEAD_DIM, HAS_PROMPTS, PADDED, HAS_PAD, ALIGNMENT, INDEX,
         )  # fmt: skip
         loaded = k_exists
         if PADDED and not HAS_PAD:
-            loaded = k_exists & (key_there | (keys < num_prompts) if HAS_PROMPTS else key_there)
+            loaded = k_exists & (key_inside | (keys < num_prompts) if HAS_PROMPTS else key_inside)
         k = load_tile_where(k_rows, dims, loaded, HEAD_DIM)
         v_rows = tl.multiple_of(k_rows + channels, [ALIGNMENT, ALIGNMENT])
         v = load_tile_where(v_rows, dims, loaded, HEAD_DIM)
@@ -137,9 +118,9 @@ def window_forward_kernel(
 
         out_base = out_ptr + image.to(tl.int64) * size * channels + head * HEAD_DIM
         out_rows = token_rows(out_base, tokens, channels, ALIGNMENT, INDEX)
-        store_tile(out_rows, dims, alive, acc * (1.0 / row_sum)[:, None], HEAD_DIM)
+        store_tile(out_rows, dims, valid, acc * (1.0 / row_sum)[:, None], HEAD_DIM)
         lse_base = lse_ptr + (image.to(tl.int64) * num_heads + head) * size
-        tl.store(lse_base + tokens, row_max + tl.log2(row_sum), mask=alive)
+        tl.store(lse_base + tokens, row_max + tl.log2(row_sum), mask=valid)
 
 
 def forward_launch(
@@ -154,9 +135,9 @@ def forward_launch(
     scale: float,
     target: Target,
 ) -> Launch:
-    """The launch that fills `out` (B, H, W, h * d) and `lse` (B, h, H, W) fp32.
+    """Return the launch that fills `out` (B, H, W, h * d) and `lse` (B, h, H, W) fp32.
 
-    The other tensors are those of `window_attention`, contiguous.
+    The other arguments are those of `window_attention_forward`, contiguous.
     """
     grid = window_grid(qkv, prompts, window, shift)
     used = prompts if grid.num_prompts else None
@@ -181,10 +162,9 @@ def forward_launch(
             grid=(grid.num_heads * grid.sums(grid.batch, chunk), 1, 1),
             arguments={**arguments, "batch": grid.batch, "chunk": chunk},
             constexprs={**constexprs, "BLOCK_M": whole.queries, "BLOCK_N": whole.keys},
-            num_warps=whole.num_warps,
-            num_stages=whole_stages(target),
+            num_warps=whole.num_warps, num_stages=whole_stages(target),
             trips={"windows": chunk},
-        )
+        )  # fmt: skip
     tiles = query_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
     return Launch(
         name="window_forward_tiled",
@@ -192,15 +172,11 @@ def forward_launch(
         grid=(grid.num_heads * windows * triton.cdiv(grid.area, tiles.queries), 1, 1),
         arguments=arguments,
         constexprs={
-            **constexprs,
-            "BLOCK_M": tiles.queries,
-            "BLOCK_N": tiles.keys,
-            "BLOCK_TAIL": tiles.tail,
+            **constexprs, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "BLOCK_TAIL": tiles.tail,
         },
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         trips={
             "keys": grid.keys // tiles.keys,
             "tail": triton.cdiv(grid.keys % tiles.keys, tiles.tail),
         },
-    )
+    )  # fmt: skip

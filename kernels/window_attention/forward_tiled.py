@@ -1,6 +1,6 @@
 """Attention inside windows, forward pass in tiles, for windows that are larger than one tile.
 
-A program owns one tile of queries of one window and walks over the keys with an online softmax.
+A program owns one tile of queries of one window and iterates over the keys with an online softmax.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -16,7 +16,7 @@ from .geometry import (
     key_coordinates,
     key_rows,
     mask_seams,
-    seams,
+    seams_of_window,
     token_rows,
     tokens_at,
     window_at,
@@ -32,10 +32,9 @@ def softmax_step(
     acc,  # [BLOCK_M, BLOCK_D]
     row_max,  # [BLOCK_M], of the scores times log2(e)
     row_sum,  # [BLOCK_M], or [BLOCK_M, SUM_COLUMNS] with equal columns
-    scale,
-    PRECISION: tl.constexpr,
-):
-    """Fold one tile of keys into the running softmax; exponents are base 2."""
+    scale, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys to the running softmax, whose exponents are base 2."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
     new_max = tl.maximum(row_max, tl.max(scores, 1) * LOG2_E)
     rescale = tl.exp2(row_max - new_max)
@@ -60,24 +59,24 @@ def key_tile(
     HAS_PROMPTS: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """k and v of a tile of keys, [keys, BLOCK_D], and what is added to scores, [queries, keys].
+    """Load k and v of a tile of keys, [keys, BLOCK_D], and bias plus mask, [queries, keys].
 
-    Where not `MASKED`, all keys exist.
+    Unless `MASKED`, all keys exist.
     """
     channels = num_heads * HEAD_DIM
     k_y, k_x = key_coordinates(keys, num_prompts, HAS_PROMPTS, WINDOW_W)
-    tokens, there = tokens_at(
+    tokens, inside = tokens_at(
         window_row, window_column, k_y, k_x, height, width, roll_h, roll_w,
         WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W,
     )  # fmt: skip
     k_rows = key_rows(
         base + channels, pad_ptr + channels + head * HEAD_DIM, prompt_base,
-        keys, num_prompts, tokens, there, num_heads,
+        keys, num_prompts, tokens, inside, num_heads,
         HEAD_DIM, HAS_PROMPTS, PADDED, HAS_PAD, ALIGNMENT, INDEX,
     )  # fmt: skip
     loaded = keys < (num_prompts if HAS_PROMPTS else 0) + WINDOW_H * WINDOW_W
     if PADDED and not HAS_PAD:
-        loaded = loaded & (there | (keys < num_prompts) if HAS_PROMPTS else there)
+        loaded = loaded & (inside | (keys < num_prompts) if HAS_PROMPTS else inside)
     k = load_tile_where(k_rows, dims, loaded, HEAD_DIM)
     v_rows = tl.multiple_of(k_rows + channels, [ALIGNMENT, ALIGNMENT])
     v = load_tile_where(v_rows, dims, loaded, HEAD_DIM)
@@ -86,10 +85,10 @@ def key_tile(
         WINDOW_H, WINDOW_W, HAS_PROMPTS, MASKED,
     )  # fmt: skip
     if SHIFT_H > 0 or SHIFT_W > 0:
-        held = seams(window_row, window_column, grid_h, grid_w)
-        if held > 0:
+        seams = seams_of_window(window_row, window_column, grid_h, grid_w)
+        if seams > 0:
             bias = mask_seams(
-                bias, q_y, q_x, k_y, k_x, keys, num_prompts, held,
+                bias, q_y, q_x, k_y, k_x, keys, num_prompts, seams,
                 WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W, HAS_PROMPTS,
             )  # fmt: skip
     return k, v, bias
@@ -105,40 +104,21 @@ def window_forward_tiled_kernel(
     out_ptr,  # (B, H, W, heads, HEAD_DIM); written
     lse_ptr,  # (B, heads, H, W) fp32; written
     # dimensions and scale
-    num_heads,
-    num_prompts,
-    height,
-    width,
-    roll_h,
-    roll_w,
-    grid_h,
-    grid_w,
-    prompt_stride,
-    scale,
+    num_heads, num_prompts, height, width, roll_h, roll_w, grid_h, grid_w, prompt_stride, scale,
     # meta
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    SHIFT_H: tl.constexpr,
-    SHIFT_W: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_PAD: tl.constexpr,
-    HAS_PROMPTS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr, PADDED: tl.constexpr, HAS_PAD: tl.constexpr,
+    HAS_PROMPTS: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,  # 0: row sums by reduction
     PRECISION: tl.constexpr,
-):
-    """One tile of queries of one head of one window against all of the window's keys."""
+):  # fmt: skip
+    """Compute one tile of queries of one head of one window."""
     area: tl.constexpr = WINDOW_H * WINDOW_W
     query_tiles: tl.constexpr = (area + BLOCK_M - 1) // BLOCK_M
     head = tl.program_id(0) % num_heads
-    rest = tl.program_id(0) // num_heads
-    image, window_row, window_column = window_at(rest // query_tiles, grid_h * grid_w, grid_w)
+    remainder = tl.program_id(0) // num_heads
+    image, window_row, window_column = window_at(remainder // query_tiles, grid_h * grid_w, grid_w)
     image = image.to(tl.int64)
     channels = num_heads * HEAD_DIM
     size = height * width
@@ -146,16 +126,16 @@ def window_forward_tiled_kernel(
     prompt_base = prompts_ptr + image * prompt_stride + head * HEAD_DIM
 
     dims = tl.arange(0, BLOCK_D)
-    queries = rest % query_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = remainder % query_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     q_exists = queries < area
     q_y, q_x = queries // WINDOW_W, queries % WINDOW_W
-    tokens, there = tokens_at(
+    tokens, inside = tokens_at(
         window_row, window_column, q_y, q_x, height, width, roll_h, roll_w,
         WINDOW_H, WINDOW_W, SHIFT_H, SHIFT_W,
     )  # fmt: skip
-    alive = q_exists & there if PADDED else q_exists
+    valid = q_exists & inside if PADDED else q_exists
     q_rows = token_rows(base, tokens, 3 * channels, ALIGNMENT, INDEX)
-    q = load_tile_where(q_rows, dims, alive, HEAD_DIM)
+    q = load_tile_where(q_rows, dims, valid, HEAD_DIM)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if SUM_COLUMNS > 0:
@@ -188,6 +168,6 @@ def window_forward_tiled_kernel(
         row_sum = tl.max(row_sum, 1)
     out_base = out_ptr + image * size * channels + head * HEAD_DIM
     out_rows = token_rows(out_base, tokens, channels, ALIGNMENT, INDEX)
-    store_tile(out_rows, dims, alive, acc * (1.0 / row_sum)[:, None], HEAD_DIM)
+    store_tile(out_rows, dims, valid, acc * (1.0 / row_sum)[:, None], HEAD_DIM)
     lse_base = lse_ptr + (image * num_heads + head) * size
-    tl.store(lse_base + tokens, row_max + tl.log2(row_sum), mask=alive)
+    tl.store(lse_base + tokens, row_max + tl.log2(row_sum), mask=valid)

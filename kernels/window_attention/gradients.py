@@ -1,4 +1,4 @@
-"""Attention inside windows, backward pass: the launches, in order, and the sums that they leave."""
+"""Attention inside windows, backward pass: the launches in order, and the sums of their results."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .tiles import (
 
 
 class Sums(NamedTuple):
-    """How windows are grouped: each program sums gradients over at most `chunk` windows.
+    """Groups of windows: each program sums gradients over at most `chunk` windows.
 
     Attributes:
-        lists: of images that are summed together: one of them all, or one for each image.
-        images: of a list.
-        chunk: windows of a sum.
-        of_list: sums that a list takes.
+        lists: Number of lists of images that are summed together: one, or one per image.
+        images: Images of a list.
+        chunk: Most windows of a sum.
+        of_list: Sums of a list.
     """
 
     lists: int
@@ -47,7 +47,7 @@ class Sums(NamedTuple):
 
 
 def sums_of(grid: WindowGrid) -> Sums:
-    """The sums of a problem; those of an image's own prompts do not depend on its batch."""
+    """Return the sums of a problem. With prompts per image they do not depend on the batch."""
     if grid.shared:
         chunk = windows_of_a_sum(grid.batch * grid.windows, grid.num_heads)
         return Sums(1, grid.batch, chunk, grid.sums(grid.batch, chunk))
@@ -56,13 +56,13 @@ def sums_of(grid: WindowGrid) -> Sums:
 
 
 class Gradients(NamedTuple):
-    """What a backward pass writes; None where it is not asked for.
+    """Results of a backward pass; None where they are not needed.
 
     Attributes:
-        qkv: as qkv.
-        prompts: (sums, p, 2, h, d) fp32, over the windows of each sum.
-        scores: (sums, h, area, area) fp32: dS of the tokens, likewise.
-        delta: (B, h, H, W) fp32, row sums of dO * O, which launches pass on to later ones.
+        qkv: Gradient of qkv.
+        prompts: Gradients of the prompts by sum, (sums, p, 2, h, d) fp32.
+        scores: dS of the tokens by sum, (sums, h, area, area) fp32.
+        delta: Row sums of dO * O, (B, h, H, W) fp32, written by the first launch for later ones.
     """
 
     qkv: Tensor | None
@@ -74,7 +74,7 @@ class Gradients(NamedTuple):
 def empty_gradients(
     qkv: Tensor, grid: WindowGrid, needs_tokens: bool, needs_prompts: bool, needs_table: bool
 ) -> Gradients:
-    """Memory for the gradients that are asked for."""
+    """Allocate the gradients that are needed."""
     sums, heads = sums_of(grid).total, grid.num_heads
 
     def fp32(*shape: int) -> Tensor:
@@ -106,189 +106,129 @@ def backward_launches(
     scale: float,
     target: Target,
 ) -> list[Launch]:
-    """The launches of one backward pass, in order; all tensors contiguous.
+    """Return the launches of one backward pass, in order; all tensors are contiguous.
 
     Args:
-        qkv, pad, table, prompts, out, lse: what the forward pass took and returned.
-        gradients: what to write.
-        target: what to tune for.
+        qkv, pad, table, prompts, window, shift, scale: Arguments of the forward pass.
+        out, lse, grad_out: Its results, and the gradient of `out`.
+        gradients: Gradients; written.
+        target: Target to tune for.
     """
-    if gradients.qkv is gradients.prompts is gradients.scores is None:
+    needs = {
+        "NEEDS_TOKENS": gradients.qkv is not None,
+        "NEEDS_PROMPTS": gradients.prompts is not None,
+        "NEEDS_TABLE": gradients.scores is not None,
+    }
+    # Sums of dS take a launch of their own: with other gradients they do not fit in registers.
+    table_only = {**dict.fromkeys(needs, False), "NEEDS_TABLE": needs["NEEDS_TABLE"]}
+    parts = [p for p in ({**needs, "NEEDS_TABLE": False}, table_only) if any(p.values())]
+    if not parts:
         return []
     grid = window_grid(qkv, prompts, window, shift)
     sums = sums_of(grid)
     used = prompts if grid.num_prompts else None
     common: dict[str, Any] = {
         **shared_arguments(grid, qkv, pad, table, prompts),
-        "grad_out_ptr": grad_out,
-        "lse_ptr": lse,
-        "scale": scale,
-    }
-    written = {
+        "grad_out_ptr": grad_out, "lse_ptr": lse, "scale": scale,
         "grad_qkv_ptr": qkv if gradients.qkv is None else gradients.qkv,
-        "grad_prompts_ptr": lse if gradients.prompts is None else gradients.prompts,
-        "grad_scores_ptr": lse if gradients.scores is None else gradients.scores,
-        "chunk": sums.chunk,
-        "sums_of_list": sums.of_list,
-        "images_of_list": sums.images,
-    }
+    }  # fmt: skip
     constexprs = {
         **shared_constexprs(grid, pad, qkv, used, out, grad_out, gradients.qkv),
         "PRECISION": "ieee",
     }
-    needs = {
-        "NEEDS_TOKENS": gradients.qkv is not None,
-        "NEEDS_PROMPTS": gradients.prompts is not None,
-        "NEEDS_TABLE": gradients.scores is not None,
-    }
-    whole = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
-    if whole is not None:
-        whole = whole._replace(num_stages=whole_stages(target))
-        arguments = {**common, **written, "out_ptr": out if whole.tail else grad_out}
-        return [
-            _whole_launch(name, grid, sums, arguments, {**constexprs, **asked}, whole)
-            for name, asked in _whole_parts(needs).items()
-        ]
+    arguments = {
+        **common,
+        "grad_prompts_ptr": lse if gradients.prompts is None else gradients.prompts,
+        "grad_scores_ptr": lse if gradients.scores is None else gradients.scores,
+        "chunk": sums.chunk, "sums_of_list": sums.of_list, "images_of_list": sums.images,
+    }  # fmt: skip
+    tiles = whole_backward_tiles(grid.area, grid.keys, grid.head_dim, qkv.dtype)
+    if tiles is not None:
+        arguments["out_ptr"] = out if tiles.tail else grad_out
+        tiles = tiles._replace(num_stages=whole_stages(target))
+        return [_whole_launch(grid, sums, arguments, constexprs, part, tiles) for part in parts]
     delta = gradients.delta
     if delta is None:
         raise ValueError("gradients.delta is None; windows in tiles need it (see empty_gradients)")
-    first = _dq_launch(grid, common, constexprs, written, out, delta, needs["NEEDS_TOKENS"])
-    arguments = {**common, **written, "delta_ptr": delta}
-    return [first, *_keys_launches(grid, sums, arguments, constexprs, needs, qkv.dtype)]
+    read = {"out_ptr": out, "delta_ptr": delta}
+    first = _dq_launch(grid, {**common, **read}, constexprs, needs["NEEDS_TOKENS"])
+    arguments["delta_ptr"] = delta
+    return [first, *[_keys_launch(grid, sums, arguments, constexprs, part) for part in parts]]
 
 
-def _keys_launches(
+def _whole_launch(
     grid: WindowGrid,
     sums: Sums,
     arguments: dict[str, Any],
     constexprs: dict[str, Any],
     needs: dict[str, bool],
-    dtype: torch.dtype,
-) -> list[Launch]:
-    """The launches over tiles of keys: gradients of keys and values, and sums of dS."""
-    launches = []
-    if needs["NEEDS_TOKENS"] or needs["NEEDS_PROMPTS"]:
-        tiles = key_tiles(grid.area, grid.keys, grid.head_dim, dtype)
-        first = 0 if needs["NEEDS_PROMPTS"] else grid.num_prompts // tiles.keys
-        last = triton.cdiv(grid.keys if needs["NEEDS_TOKENS"] else grid.num_prompts, tiles.keys)
-        flags = {**constexprs, **needs, "NEEDS_TABLE": False}
-        launches.append(
-            _keys_launch("window_dkdv", grid, sums, arguments, flags, tiles, range(first, last), 1)
-        )
-    if needs["NEEDS_TABLE"]:
-        tiles = bias_tiles(grid.area, grid.head_dim, dtype)
-        flags = {**constexprs, **dict.fromkeys(needs, False), "NEEDS_TABLE": True}
-        used = range(grid.num_prompts // tiles.keys, triton.cdiv(grid.keys, tiles.keys))
-        rows = triton.cdiv(grid.area, tiles.queries)
-        launches.append(
-            _keys_launch("window_dbias", grid, sums, arguments, flags, tiles, used, rows)
-        )
-    return launches
-
-
-def _whole_parts(needs: dict[str, bool]) -> dict[str, dict[str, bool]]:
-    """The launches over whole windows by name, and what each computes.
-
-    The sums of dS have one to themselves: beside the others they do not fit in registers.
-    """
-    only = dict.fromkeys(needs, False)
-    parts = {}
-    if needs["NEEDS_TOKENS"] or needs["NEEDS_PROMPTS"]:
-        parts["window_backward"] = {**needs, "NEEDS_TABLE": False}
-    if needs["NEEDS_TABLE"]:
-        parts["window_backward_dbias"] = {**only, "NEEDS_TABLE": True}
-    return parts
-
-
-def _whole_launch(
-    name: str,
-    grid: WindowGrid,
-    sums: Sums,
-    arguments: dict[str, Any],
-    constexprs: dict[str, Any],
     tiles: WindowTiles,
 ) -> Launch:
-    """Fills the gradients that its constexprs ask for, of windows that fit in one tile."""
+    """Return the launch that fills the gradients of windows that fit in one tile."""
     return Launch(
-        name=name,
+        name="window_backward_dbias" if needs["NEEDS_TABLE"] else "window_backward",
         kernel=window_backward_kernel,
         grid=(grid.num_heads * sums.total, 1, 1),
         arguments=arguments,
         constexprs={
-            **constexprs,
-            "BLOCK_M": tiles.queries,
-            "BLOCK_N": tiles.keys,
-            "BLOCK_P": tiles.tail,
+            **constexprs, **needs,
+            "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "BLOCK_P": tiles.tail,
         },
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         trips={"windows": sums.chunk},
-    )
+    )  # fmt: skip
 
 
 def _dq_launch(
-    grid: WindowGrid,
-    common: dict[str, Any],
-    constexprs: dict[str, Any],
-    written: dict[str, Any],
-    out: Tensor,
-    delta: Tensor,
-    needs_tokens: bool,
+    grid: WindowGrid, arguments: dict[str, Any], constexprs: dict[str, Any], needs_tokens: bool
 ) -> Launch:
-    """Fills dq, if tokens need a gradient, and delta."""
-    tiles = dq_tiles(grid.area, grid.head_dim, out.dtype)
+    """Return the launch that fills delta, and dq if tokens need a gradient."""
+    tiles = dq_tiles(grid.area, grid.head_dim, arguments["qkv_ptr"].dtype)
+    programs = grid.num_heads * grid.batch * grid.windows * triton.cdiv(grid.area, tiles.queries)
     return Launch(
         name="window_dq" if needs_tokens else "window_delta",
         kernel=window_dq_kernel,
-        grid=(
-            grid.num_heads * grid.batch * grid.windows * triton.cdiv(grid.area, tiles.queries),
-            1,
-            1,
-        ),
-        arguments={
-            **common,
-            "out_ptr": out,
-            "delta_ptr": delta,
-            "grad_qkv_ptr": written["grad_qkv_ptr"],
-        },
+        grid=(programs, 1, 1),
+        arguments=arguments,
         constexprs={
-            **constexprs,
-            "BLOCK_M": tiles.queries,
-            "BLOCK_N": tiles.keys,
+            **constexprs, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys,
             "NEEDS_TOKENS": needs_tokens,
         },
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         trips={"keys": triton.cdiv(grid.keys, tiles.keys)} if needs_tokens else {},
-    )
+    )  # fmt: skip
 
 
 def _keys_launch(
-    name: str,
     grid: WindowGrid,
     sums: Sums,
-    common: dict[str, Any],
+    arguments: dict[str, Any],
     constexprs: dict[str, Any],
-    tiles: WindowTiles,
-    key_tiles: range,
-    query_tiles: int,
+    needs: dict[str, bool],
 ) -> Launch:
-    """Fills the gradients of the keys of some tiles, or the sums of dS."""
-    queries = 1 if query_tiles > 1 else triton.cdiv(grid.area, tiles.queries)
+    """Return the launch over tiles of keys that fills their gradients, or the sums of dS."""
+    needs_table, dtype = needs["NEEDS_TABLE"], arguments["qkv_ptr"].dtype
+    tiles = key_tiles(grid.area, grid.keys, grid.head_dim, dtype)
+    if needs_table:
+        tiles = bias_tiles(grid.area, grid.head_dim, dtype)
+    first = 0 if needs["NEEDS_PROMPTS"] else grid.num_prompts // tiles.keys
+    last_key = grid.keys if needs["NEEDS_TOKENS"] or needs_table else grid.num_prompts
+    count = triton.cdiv(last_key, tiles.keys) - first
+    query_tiles = triton.cdiv(grid.area, tiles.queries)
+    programs = grid.num_heads * sums.total * count * (query_tiles if needs_table else 1)
     return Launch(
-        name=name,
+        name="window_dbias" if needs_table else "window_dkdv",
         kernel=window_dkdv_kernel,
-        grid=(grid.num_heads * sums.total * len(key_tiles) * query_tiles, 1, 1),
-        arguments={**common, "first_tile": key_tiles.start, "num_tiles": len(key_tiles)},
-        constexprs={**constexprs, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys},
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        trips={"windows": sums.chunk, "queries": queries},
-    )
+        grid=(programs, 1, 1),
+        arguments={**arguments, "first_tile": first, "num_tiles": count},
+        constexprs={**constexprs, **needs, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys},
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        trips={"windows": sums.chunk, "queries": 1 if needs_table else query_tiles},
+    )  # fmt: skip
 
 
 def prompt_gradient(partial: Tensor, prompts: Tensor) -> Tensor:
-    """The prompts' gradient from the sums (sums, p, 2, h, d): in their dtype, in a fixed order."""
+    """Return the gradient of `prompts` from sums (sums, p, 2, h, d), added in a fixed order."""
     if not len(prompts):
         return torch.empty_like(prompts)
     lists = partial.unflatten(0, (len(prompts), len(partial) // len(prompts)))
@@ -296,10 +236,10 @@ def prompt_gradient(partial: Tensor, prompts: Tensor) -> Tensor:
 
 
 def table_gradient(partial: Tensor, window: Pair) -> Tensor:
-    """The position-bias table's gradient, fp32, from the sums of dS (sums, h, area, area).
+    """Return the gradient of the position-bias table, fp32, from sums of dS (sums, h, area, area).
 
-    Every entry sums dS over the pairs at its offset, which lie on a diagonal of the rows' and of
-    the columns' coordinates.
+    An entry sums dS over all pairs with its offset, a diagonal of the rows' and of the columns'
+    coordinates.
     """
     grad = partial.sum(0).unflatten(2, window).unflatten(1, window)  # (h, yq, xq, yk, xk)
     grad = _diagonal_sums(grad.permute(0, 2, 4, 1, 3))  # (h, xq, xk, rows)
@@ -307,9 +247,9 @@ def table_gradient(partial: Tensor, window: Pair) -> Tensor:
 
 
 def _diagonal_sums(square: Tensor) -> Tensor:
-    """(..., n, n) -> (..., 2n - 1): entry t sums those at (a, b) with a - b + n - 1 = t.
+    """Sum (..., n, n) to (..., 2n - 1): entry t is the sum over (a, b) with a - b + n - 1 = t.
 
-    With the columns reversed and every row moved on by its number, diagonals become columns.
+    With the columns reversed and row a shifted by a, diagonals become columns.
     """
     size = square.shape[-1]
     moved = F.pad(square.flip(-1), (0, size)).flatten(-2)[..., : size * (2 * size - 1)]

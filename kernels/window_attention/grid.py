@@ -1,4 +1,4 @@
-"""A problem of windowed attention as the launches see it: sizes, and the arguments they share."""
+"""The sizes of a problem of windowed attention, and the arguments that its kernels share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class WindowGrid(NamedTuple):
     """Images cut into windows.
 
     Attributes:
-        batch: images B.
-        height, width: tokens H, W of an image.
-        num_heads, head_dim: h, d.
-        window: rows and columns of a window.
-        shift: rows and columns that the image is rolled by.
-        num_prompts: p.
-        shared: whether the batch shares the prompts.
+        batch: Number of images B.
+        height, width: Tokens H, W of an image.
+        num_heads, head_dim: Heads h, and their channels d.
+        window: Rows and columns of a window.
+        shift: Rows and columns of the cyclic shift.
+        num_prompts: Number of prompts p.
+        shared: Whether the batch shares the prompts.
     """
 
     batch: int
@@ -54,21 +54,21 @@ class WindowGrid(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Tokens of a window, those of the padding included."""
+        """Tokens of a window, padding included."""
         return self.window[0] * self.window[1]
 
     @property
     def keys(self) -> int:
-        """Keys of a window, the prompts included."""
+        """Keys of a window, prompts included."""
         return self.num_prompts + self.area
 
     @property
     def padded(self) -> bool:
-        """Whether some window holds padding."""
+        """Whether some window has padding."""
         return bool(self.height % self.window[0] or self.width % self.window[1])
 
     def sums(self, images: int, chunk: int) -> int:
-        """Groups of up to `chunk` windows of so many images, all masked alike (`alike`)."""
+        """Return the number of groups of up to `chunk` windows with one mask (`windows_of_sum`)."""
         above = self.rows - (self.shift[0] > 0)
         left = self.columns - (self.shift[1] > 0)
         kinds = itertools.product((above, self.rows - above), (left, self.columns - left))
@@ -78,7 +78,7 @@ class WindowGrid(NamedTuple):
 def window_grid(
     qkv: torch.Tensor, prompts: torch.Tensor | None, window: Pair, shift: Pair
 ) -> WindowGrid:
-    """The grid of qkv (B, H, W, 3, h, d) and prompts (B or 1, p, 2, h, d)."""
+    """Return the grid of qkv (B, H, W, 3, h, d) and prompts (B or 1, p, 2, h, d)."""
     batch, height, width, _, heads, dim = qkv.shape
     count = 0 if prompts is None else prompts.shape[1]
     shared = prompts is None or (len(prompts) == 1 and batch != 1)
@@ -92,7 +92,8 @@ def shared_arguments(
     table: torch.Tensor,
     prompts: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """The arguments that every kernel takes, by name; all tensors contiguous."""
+    """Return the arguments that every kernel takes, by name; all tensors are contiguous."""
+    row = grid.num_heads * grid.head_dim
     return {
         "qkv_ptr": qkv,
         "pad_ptr": qkv if pad is None else pad,
@@ -106,19 +107,19 @@ def shared_arguments(
         "roll_w": grid.shift[1] % grid.width,
         "grid_h": grid.rows,
         "grid_w": grid.columns,
-        "prompt_stride": 0
-        if grid.shared
-        else 2 * grid.num_prompts * grid.num_heads * grid.head_dim,
+        "prompt_stride": 0 if grid.shared else 2 * grid.num_prompts * row,
     }
 
 
 def shared_constexprs(
     grid: WindowGrid, pad: torch.Tensor | None, *tensors: torch.Tensor | None
 ) -> dict[str, Any]:
-    """The constexprs that every kernel takes.
+    """Return the constexprs that every kernel takes.
 
     Args:
-        tensors: those whose rows of d channels are read or written in their dtype.
+        grid: Sizes of the problem.
+        pad: Projection of a padding token, or None.
+        tensors: Tensors whose rows of d channels are read or written.
     """
     row = 3 * grid.num_heads * grid.head_dim
     bits = 16

@@ -1,16 +1,16 @@
 """Attention inside Swin's shifted windows on a GPU, with prompts in every window; its gradients.
 
-Swin Transformer (arXiv 2103.14030), section 3.2, as timm computes it, and prompts that are a key
-and a value of every window of their image. Tokens come and go in the order of the image: roll,
-padding, windows, position bias, mask and the prompts' copies are index arithmetic in the kernels.
+Swin Transformer (arXiv 2103.14030), section 3.2, as timm computes it; a prompt is a key and a value
+of every window of its image. Tokens are read and written in the order of the image: cyclic shift,
+padding, windows, position bias, mask and prompts are index arithmetic in the kernels.
 
     qkv      (B, H, W, 3, h, d)              queries, keys and values of the tokens
-    pad      (3, h, d), or None for zeros    those of a padding token
+    pad      (3, h, d), or None for zeros    projection of a padding token
     table    ((2 wh - 1)(2 ww - 1), h)       relative-position bias, any of the dtypes
     prompts  (B or 1, p, 2, h, d), or None   keys and values; leading 1 where the batch shares them
 
-The score of a token's key is scale * q k, plus the table's entry for the offset between the two
-places, minus 100 where only the roll has made them neighbours; that of a prompt scale * q k.
+The score of a token's key is scale * q k plus the table's entry for the offset between query and
+key, minus 100 where they are neighbours only because of the shift; that of a prompt is scale * q k.
 """
 
 from __future__ import annotations
@@ -41,24 +41,23 @@ def window_attention_forward(
     launch: Launcher | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every token to its window's tokens and its image's prompts.
+    """Compute the attention of every token to its window's tokens and its image's prompts.
 
     Args:
-        qkv, pad, table, prompts: see the module; fp32, fp16 or bf16, d up to 128.
-        window: rows and columns of a window.
-        shift: rows and columns that the image is rolled by, less than the window's.
-        scale: what the products of queries and keys are multiplied by; positive.
-        launch: a launcher of this layout, whose holder has checked the tensors; they must be
-            contiguous then.
-        out: results of this layout that nobody reads any more, to write over.
+        qkv, pad, table, prompts: Tensors (see the module); fp32, fp16 or bf16, d up to 128.
+        window: Rows and columns of a window.
+        shift: Rows and columns of the cyclic shift, less than the window's.
+        scale: Factor of the products of queries and keys; positive.
+        launch: Launcher of this layout, where the tensors have been checked and are contiguous.
+        out: Earlier results of this layout, to be overwritten.
 
     Returns:
-        out (B, H, W, h * d), contiguous, in qkv's dtype; and lse (B, h, H, W), fp32: log2 of the
+        out (B, H, W, h * d), contiguous, in qkv's dtype; and lse (B, h, H, W) fp32, log2 of each
         row's sum of exp(score).
 
     Raises:
-        TypeError: a dtype that is not supported, or dtypes that differ.
-        ValueError: shapes, devices, a window, a shift or a scale that do not fit.
+        TypeError: A dtype is not supported, or dtypes differ.
+        ValueError: Shapes, devices, window, shift or scale do not fit.
     """
     if launch is None:
         qkv, pad, table, prompts = contiguous(qkv, pad, table, prompts)
@@ -97,26 +96,25 @@ def window_attention_backward(
     needs_table: bool,
     launch: Launcher | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-    """Gradients of `window_attention_forward`; what is not needed is not computed.
+    """Compute the gradients of `window_attention_forward` that are needed.
 
-    Sums over windows and images are taken in fp32 and always in the same order: the same inputs
-    give the same bits.
+    Sums over windows and images are in fp32 and in a fixed order: the same inputs give the same
+    bits.
 
     Args:
-        qkv, pad, table, prompts, window, shift, scale: what the forward was given.
-        out, lse: what it returned.
-        grad_out: gradient of `out`, (B, H, W, h * d), in its dtype.
-        needs_tokens, needs_prompts, needs_table: whether to compute those gradients.
-        launch: as for the forward.
+        qkv, pad, table, prompts, window, shift, scale: Arguments of the forward pass.
+        out, lse: Its results.
+        grad_out: Gradient of `out`, (B, H, W, h * d), in its dtype.
+        needs_tokens, needs_prompts, needs_table: Whether each gradient is computed.
+        launch: Launcher of this layout, where the tensors have been checked and are contiguous.
 
     Returns:
-        Gradients of qkv and of the prompts, shaped and typed as they are; of the table, fp32; None
-        in place of those that are not needed, or not there; and None: that of `pad` is not
-        computed.
+        Gradients of qkv and of the prompts in their shape and dtype, and of the table in fp32; None
+        for those that are not needed or have no tensor; and None for `pad`.
 
     Raises:
-        TypeError, ValueError: as `window_attention_forward`; also `out`, `lse` or `grad_out` that
-            do not belong to these tokens.
+        TypeError: A dtype is not supported, or dtypes differ.
+        ValueError: As for `window_attention_forward`, or `out`, `lse` or `grad_out` do not fit.
     """
     if launch is None:
         qkv, pad, table, prompts = contiguous(qkv, pad, table, prompts)
@@ -126,7 +124,9 @@ def window_attention_backward(
         launch = launcher("window_attention_backward", window, shift, scale, *asked, *layouts)
         if launch.is_new:
             check_inputs(qkv, pad, table, prompts, window, shift, scale)
-            _check_saved(qkv, out, lse, grad_out)
+            batch, height, width, _, heads, dim = qkv.shape
+            shapes = (batch, height, width, heads * dim), (batch, heads, height, width)
+            check_saved(*shapes, qkv, out, lse, grad_out)
     grid = window_grid(qkv, prompts, window, shift)
     gradients = empty_gradients(
         qkv, grid, needs_tokens, needs_prompts and prompts is not None, needs_table
@@ -134,20 +134,10 @@ def window_attention_backward(
     launch(
         (qkv, pad, table, prompts, out, lse, grad_out, *gradients),
         lambda *_: backward_launches(
-            qkv,
-            pad,
-            table,
-            prompts,
-            out,
-            lse,
-            grad_out,
-            gradients,
-            window,
-            shift,
-            scale,
+            qkv, pad, table, prompts, out, lse, grad_out, gradients, window, shift, scale,
             target_of(qkv),
-        ),  # fmt: skip
-    )
+        ),
+    )  # fmt: skip
     grad_prompts = None
     if needs_prompts and prompts is not None:
         partial = gradients.prompts
@@ -156,18 +146,3 @@ def window_attention_backward(
         )
     grad_table = None if gradients.scores is None else table_gradient(gradients.scores, window)
     return gradients.qkv, grad_prompts, grad_table, None
-
-
-def _check_saved(qkv: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor) -> None:
-    batch, height, width, _, heads, dim = qkv.shape
-    shape = (batch, height, width, heads * dim)
-    for name, tensor, expected in (("out", out, shape), ("grad_out", grad_out, shape)):
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} where {expected} is expected")
-    if tuple(lse.shape) != (batch, heads, height, width):
-        raise ValueError(
-            f"lse is {tuple(lse.shape)} where {(batch, heads, height, width)} is expected"
-        )
-    check_saved(
-        qkv[:, :, :, 0].flatten(1, 2), out.flatten(1, 2), lse.flatten(2), grad_out.flatten(1, 2)
-    )

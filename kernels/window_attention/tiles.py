@@ -1,9 +1,9 @@
 """Tiles of the window-attention kernels: pure functions of shape and dtype.
 
 Nothing is tuned at run time. A window whose queries and keys each fit in one tile is *whole*: one
-program goes over several such windows of one head, and keeps what they share in registers. Tiles
-have the fewest issue cycles in the code compiled for bf16 and 32 channels, among those that spill
-no register.
+program iterates over several such windows of one head, and holds what they share in registers.
+Tiles have the fewest issue cycles in the code compiled for bf16 and 32 channels, among those that
+spill no register.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..runtime.launch import Target, power_of_2_at_least
 
 
 class WindowTiles(NamedTuple):
-    """A program's tile: `queries` by `keys`, and `tail` for the keys or queries that are left."""
+    """A program's tile: `queries` by `keys`, and `tail` for the remaining keys or queries."""
 
     queries: int
     keys: int
@@ -29,14 +29,14 @@ _PROGRAMS = 1056
 """Programs that keep a large GPU busy: 8 for each of 132 multiprocessors."""
 
 _MOST_WINDOWS = 16
-"""Most windows of one program: what they share is by then a small part of the work."""
+"""Most windows of one program. With more, sharing saves hardly any work."""
 
 _FEWEST_WINDOWS = 4
-"""Fewest windows of a sum of the backward pass, if there are so many: each sum is written out."""
+"""Fewest windows of a sum of the backward pass, where there are as many: every sum is stored."""
 
 
 def whole_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> WindowTiles | None:
-    """Tiles of the forward pass over whole windows; None where they do not fit in a tile."""
+    """Return the tiles of the forward pass over whole windows; None where they do not fit."""
     queries, keys = power_of_2_at_least(area), power_of_2_at_least(num_keys)
     most = 128 if head_dim <= 32 else 64
     if dtype == torch.float32 or queries > 64 or keys > most or head_dim > 64:
@@ -47,9 +47,9 @@ def whole_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> 
 def whole_backward_tiles(
     area: int, num_keys: int, head_dim: int, dtype: torch.dtype
 ) -> WindowTiles | None:
-    """Tiles of the backward pass over whole windows; None where they do not fit in a tile.
+    """Return the tiles of the backward pass over whole windows; None where they do not fit.
 
-    `tail` is for prompts that do not fit beside the tokens; 0 where they do.
+    `tail` is the tile of prompts that do not fit beside the tokens; 0 where they do.
     """
     queries, keys = power_of_2_at_least(area), power_of_2_at_least(num_keys)
     if dtype == torch.float32 or queries > 64 or head_dim > 32:
@@ -61,11 +61,11 @@ def whole_backward_tiles(
 
 
 def query_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> WindowTiles:
-    """Forward pass in tiles: `queries`, `keys`, and `tail` keys of what is left.
+    """Return the tiles of the forward pass: `queries`, `keys`, and `tail` keys of the remainder.
 
-    Windows of 12 x 12 fill tiles of 32 rows better than wider ones, which costs less than the
-    wider matrix instructions of sm_90 save: they are not what the kernel waits for. Several narrow
-    tiles of what is left issue less than one of 64 keys, and take fewer registers.
+    Windows of 12 x 12 fill tiles of 32 rows better than wider ones, which saves more than the wider
+    matrix instructions of sm_90, for which the kernel does not wait. Several narrow tiles of the
+    remainder issue fewer instructions than one of 64 keys, and take fewer registers.
     """
     if dtype == torch.float32:
         return WindowTiles(32, 32, _tail(num_keys, 32), 4, 2)
@@ -76,7 +76,7 @@ def query_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> 
 
 
 def dq_tiles(area: int, head_dim: int, dtype: torch.dtype) -> WindowTiles:
-    """Kernel of the queries' gradient: `queries` by `keys`."""
+    """Return the tiles of the queries' gradient: `queries` by `keys`."""
     queries = min(32, power_of_2_at_least(area))
     if dtype == torch.float32:
         return WindowTiles(queries, 32, 0, 4, 2)
@@ -84,7 +84,7 @@ def dq_tiles(area: int, head_dim: int, dtype: torch.dtype) -> WindowTiles:
 
 
 def key_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> WindowTiles:
-    """Kernel that goes over the queries of one tile of keys: their gradients."""
+    """Return the tiles of the keys' and values' gradient: one tile of keys, over queries."""
     if dtype == torch.float32:
         queries, keys, warps = 16, 32, 4
     elif head_dim > 64:
@@ -101,34 +101,34 @@ def key_tiles(area: int, num_keys: int, head_dim: int, dtype: torch.dtype) -> Wi
 
 
 def bias_tiles(area: int, head_dim: int, dtype: torch.dtype) -> WindowTiles:
-    """Kernel of the position bias's gradient: `queries` by `keys` of one pair of tiles."""
+    """Return the tiles of the position bias's gradient: `queries` by `keys`."""
     rows = min(32, power_of_2_at_least(area))
     few = dtype != torch.float32 and head_dim <= 32
     return WindowTiles(rows, rows, 0, _warps_of(rows) if few else 4, 2)
 
 
 def windows_of_a_program(windows: int, programs: int) -> int:
-    """Windows that a program of the forward pass goes over.
+    """Return the windows per program of the forward pass.
 
     Args:
-        windows: of all images.
-        programs: that each window takes: heads.
+        windows: Windows of all images.
+        programs: Programs per window: heads.
     """
     return max(1, min(_MOST_WINDOWS, windows * programs // _PROGRAMS))
 
 
 def windows_of_a_sum(windows: int, programs: int) -> int:
-    """Windows that a program of the backward pass sums gradients over, of so many in a row."""
+    """Return the windows whose gradients one program of the backward pass sums."""
     return max(min(_FEWEST_WINDOWS, windows), windows_of_a_program(windows, programs), 1)
 
 
 def whole_stages(target: Target) -> int:
-    """Pipeline stages over whole windows; on an H200 three took 5 to 22% less time than two."""
+    """Return the pipeline stages over whole windows; on an H200 three save 5 to 22% of the time."""
     return 3 if target.is_hopper else 2
 
 
 def _warps_of(rows: int) -> int:
-    """A warp takes 16 rows of a product with matrix instructions."""
+    """Return the warps of a tile: matrix instructions take 16 rows per warp."""
     return max(1, min(4, rows // 16))
 
 

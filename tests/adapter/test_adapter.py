@@ -1,4 +1,4 @@
-"""An adapter holds what was trained, comes back to the bit, and fits no other backbone."""
+"""Adapters hold what was trained, load bit for bit, and fit no other backbone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAMES = [f"class {letter}" for letter in "abcde"]
 
 
 def trained(family: str, method: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A tuned model whose prompts and head are not what a seed would give."""
+    """Return a tuned model whose prompts and head differ from their initialisation."""
     model = prompt_tune(families.build(family, dtype=dtype), method)
     redraw_prompts(model)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_round_trip_of_every_method(variant: str, tmp_path: Path) -> None:
         VPTShallow(4, dropout=0.5, project_dim=7, pool_prompts=True),
     ],
 )
-def test_every_field_of_the_method_comes_back(method: Any, tmp_path: Path) -> None:
+def test_every_field_of_the_method_is_loaded(method: Any, tmp_path: Path) -> None:
     model = trained(AVERAGE, method)
     save(model, tmp_path / "adapter", AVERAGE)
     loaded = load_adapter(families.build(AVERAGE, dtype=torch.float32), tmp_path / "adapter")
@@ -129,7 +129,7 @@ def test_the_file_holds_what_was_trained(family: str, variant: str, tmp_path: Pa
 
 
 def test_the_configuration(tmp_path: Path) -> None:
-    """Method and fields, model with all arguments, size and normalisation, labels, versions."""
+    """It holds method and fields, model and arguments, size, normalisation, labels, versions."""
     model = trained(TOKEN, VPTDeep(3, dropout=0.1, blocks=range(2), project_dim=6))
     directory = save(
         model, tmp_path / "adapter", class_names=NAMES, checkpoint=Path("runs") / "weights.bin"

@@ -1,4 +1,4 @@
-"""An adapter on a backbone of equal weights that computes something else, and where one is from."""
+"""Adapters on backbones that compute something else with equal weights; sources of backbones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vpt_fast import VAPT, LinearProbe, MLPHead, PromptBank, VPTDeep, VPTShallow
 from vpt_fast.adapter.architecture import describe, different_architecture
 from vpt_fast.adapter.files import read_config
 from vpt_fast.adapter.fingerprint import fingerprint
-from vpt_fast.adapter.fixed_image import seen_in_fixed_image
+from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.adapter.load import load_adapter
 from vpt_fast.adapter.save import save_adapter
 from vpt_fast.methods import METHODS
@@ -54,7 +54,7 @@ def _more_heads(attn: Any) -> None:
     attn.scale = attn.head_dim**-0.5
 
 
-# What leaves every weight as it was, and the words of its refusal.
+# Changes that leave every weight as it was, and words of their refusals.
 CHANGES: dict[str, tuple[Callable[[Any], None], list[str]]] = {
     "activation": (_each("mlp.act", lambda _: QuickGELU()), ["mlp.act is QuickGELU, not GELU"]),
     "its_form": (
@@ -109,7 +109,7 @@ def test_a_bank_compares_it_too(tmp_path: Path) -> None:
 
 
 def test_clip_and_its_quick_gelu(tmp_path: Path) -> None:
-    """Two entries of timm's with the same tags: their weights are told apart by nothing else."""
+    """Two models of timm's with the same tags and weights that differ in the activation only."""
     small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 3}
     clip, quick = (
         timm.create_model(f"vit_base_patch16_clip_{quick}224", **small)
@@ -134,7 +134,7 @@ def test_tuning_changes_nothing_of_the_description(family: str) -> None:
         assert describe(model) == expected, kind.name
 
 
-def test_values_that_people_keep_on_a_model_are_theirs(tmp_path: Path) -> None:
+def test_attributes_of_the_user_are_ignored(tmp_path: Path) -> None:
     tuned: Any = trained(TOKEN, VPTDeep(2))
     tuned.experiment, tuned.fold = "one", 1
     adapter = save(tuned, tmp_path / "adapter")
@@ -143,7 +143,7 @@ def test_values_that_people_keep_on_a_model_are_theirs(tmp_path: Path) -> None:
     load_adapter(model, adapter)
 
 
-def test_another_version_of_timm_may_have_more_attributes() -> None:
+def test_attributes_of_other_timm_versions_are_ignored() -> None:
     have = describe(plain())
     fewer = {key: value for key, value in have.items() if not key.endswith("area")}
     assert different_architecture(have, {**fewer, "blocks.*.attn.new": 3}) == ""
@@ -151,13 +151,13 @@ def test_another_version_of_timm_may_have_more_attributes() -> None:
 
 
 @pytest.mark.parametrize("method", [VPTDeep(2), VAPT(2), MLPHead(), LinearProbe()])
-def test_looking_at_an_image_changes_nothing(method: Any) -> None:
+def test_the_fixed_image_changes_no_state(method: Any) -> None:
     model = trained(TOKEN, method)
     model.train()
     model.get_submodule("head").eval()
     modes = [part.training for part in model.modules()]
     random = torch.get_rng_state()
-    first, second = seen_in_fixed_image(model), seen_in_fixed_image(model)
+    first, second = fixed_image_outputs(model), fixed_image_outputs(model)
     assert first == second and first is not None
     assert first["logits"]["norm"] > 0 and first["features"]["norm"] > 0
     assert [part.training for part in model.modules()] == modes
@@ -174,7 +174,7 @@ def test_values_that_are_not_finite_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_the_first_format(tmp_path: Path) -> None:
-    """It had none of these, and loads."""
+    """It has neither architecture nor fixed image nor checksum, and loads."""
     model = trained(TOKEN, VPTDeep(2))
     adapter = save(model, tmp_path / "adapter")
 
@@ -194,7 +194,7 @@ def test_an_adapter_of_the_first_format(tmp_path: Path) -> None:
 
 
 def _local_dir(folder: Path) -> tuple[str, nn.Module]:
-    """A model as timm keeps one in a folder."""
+    """Write a model to a folder as timm does; return its name and the model."""
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **args)
     folder.mkdir()
@@ -218,7 +218,7 @@ def test_a_backbone_from_a_folder_is_found_again(tmp_path: Path) -> None:
     assert torch.equal(again(images), model.eval()(images))
 
 
-def test_a_backbone_from_the_hub_names_it(tmp_path: Path) -> None:
+def test_a_backbone_from_the_hub_is_recorded(tmp_path: Path) -> None:
     model: Any = plain()
     model.pretrained_cfg = {**model.pretrained_cfg, "source": "hf-hub", "hf_hub_id": "me/vit@main"}
     adapter = save(prompt_tune(model, VPTDeep(2)), tmp_path / "adapter")
@@ -226,7 +226,7 @@ def test_a_backbone_from_the_hub_names_it(tmp_path: Path) -> None:
     refuse(plain(seed=5), adapter, "hf-hub:me/vit@main")
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     name, _ = _local_dir(tmp_path / "mine")
     model = timm.create_model(name, pretrained=True, num_classes=3)
     adapter = save_adapter(prompt_tune(model, VPTDeep(2)), tmp_path / "adapter")
@@ -244,13 +244,13 @@ def _rounded(model: Any, dtype: torch.dtype) -> Any:
 
 
 def test_logits_that_are_near_zero_by_chance(tmp_path: Path) -> None:
-    """One class, of which rounding changes the logit by more than it is."""
+    """Rounding changes the logit of a single class by more than its size."""
     torch.manual_seed(0)
     model: Any = prompt_tune(plain(num_classes=1), LinearProbe())
-    seen: Any = seen_in_fixed_image(model)
+    seen: Any = fixed_image_outputs(model)
     with torch.no_grad():
         model.head.bias -= seen["logits"]["projection"] * float(_sign_of_one())
-    seen = seen_in_fixed_image(model)
+    seen = fixed_image_outputs(model)
     assert seen["logits"]["norm"] < 1e-5 * seen["scale"]
     adapter = save_adapter(model, tmp_path / "adapter")
     for dtype in (torch.bfloat16, torch.float16):
@@ -266,8 +266,8 @@ def _sign_of_one() -> float:
     return fingerprint({"one": torch.ones(1)})["one"]["projection"]
 
 
-def test_rounding_in_a_deep_model_is_not_another_model(tmp_path: Path) -> None:
-    """Weights in bfloat16 and back, as checkpoints are kept; features change by hundredths."""
+def test_a_deep_model_with_rounded_weights_loads(tmp_path: Path) -> None:
+    """Rounding the weights to bfloat16 and back changes the features by hundredths."""
 
     def deep(seed: int) -> Any:
         torch.manual_seed(seed)
@@ -280,7 +280,7 @@ def test_rounding_in_a_deep_model_is_not_another_model(tmp_path: Path) -> None:
 
 
 def test_weights_that_float16_hardly_resolves(tmp_path: Path) -> None:
-    """timm's new class tokens are of the order of 1e-6."""
+    """timm initialises class tokens in the order of 1e-6."""
     model = plain()
     torch.nn.init.constant_(model.cls_token, 1.03e-6)
     other = plain().half()
@@ -290,14 +290,16 @@ def test_weights_that_float16_hardly_resolves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [{"pretrained": True}, {"init_values": float("nan")}])
-def test_what_could_not_be_loaded_is_not_saved(values: dict[str, Any], tmp_path: Path) -> None:
+def test_arguments_that_would_not_load_are_not_saved(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=f"could not be loaded again: model.args.{[*values][0]}"):
         save_adapter(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter", model_args=values)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_taking_other_sizes_is_no_other_function(saved: bool, tmp_path: Path) -> None:
+def test_dynamic_image_sizes_may_differ(saved: bool, tmp_path: Path) -> None:
     model = prompt_tune(plain(dynamic_img_size=saved), VPTDeep(2))
     adapter = save(model, tmp_path / "adapter")
     loaded: Any = load_adapter(plain(dynamic_img_size=not saved), adapter)

@@ -1,4 +1,4 @@
-"""Configurations that hold what `save_adapter` does not write: one line, and nothing is opened."""
+"""Configurations that `save_adapter` would not write: refused in one line, nothing is opened."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ WRONG: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "words"), WRONG)
-def test_what_no_saving_writes(
-    change: Callable[[dict[str, Any]], Any], words: str, adapter: Path
-) -> None:
+def test_wrong_values(change: Callable[[dict[str, Any]], Any], words: str, adapter: Path) -> None:
     rewrite_config(adapter, change)
     with pytest.raises(ValueError) as refusal:
         read_config(adapter)
@@ -93,21 +91,21 @@ def test_what_no_saving_writes(
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity"])
-def test_what_is_no_number(text: str, adapter: Path) -> None:
+def test_values_that_are_no_numbers(text: str, adapter: Path) -> None:
     path = adapter / CONFIG
     path.write_text(path.read_text().replace('"crop_pct": 0.9', f'"crop_pct": {text}'))
     with pytest.raises(ValueError, match=f"damaged: {text} is no number"):
         read_config(adapter)
 
 
-def test_a_change_by_hand_is_seen(adapter: Path) -> None:
+def test_a_change_by_hand_is_refused(adapter: Path) -> None:
     path = adapter / CONFIG
     path.write_text(path.read_text().replace(NAMES[0], "class of mine"))
     with pytest.raises(ValueError, match="changed after it was saved"):
         read_config(adapter)
 
 
-def test_another_order_and_more_space_are_no_change(adapter: Path) -> None:
+def test_order_and_white_space_do_not_count(adapter: Path) -> None:
     path = adapter / CONFIG
     expected = read_config(adapter)
     path.write_text(json.dumps(expected, sort_keys=True, indent=7))
@@ -117,7 +115,7 @@ def test_another_order_and_more_space_are_no_change(adapter: Path) -> None:
 @pytest.mark.parametrize("flips", [100, pytest.param(1000, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
 def test_flipped_bits(name: str, flips: int, adapter: Path) -> None:
-    """Refused, or the same values: the space between those of a configuration means nothing."""
+    """The adapter is refused, or has the same values: white space may change."""
     path = adapter / name
     content = path.read_bytes()
     config, tensors = read_adapter(adapter)

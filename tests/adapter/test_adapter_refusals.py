@@ -1,4 +1,4 @@
-"""Adapters that do not fit, are damaged or would overwrite something: refused, nothing lost."""
+"""Adapters that do not fit, are damaged or would overwrite files are refused; nothing is lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def refuse(model: nn.Module, directory: Path, *words: str) -> None:
-    """Asserts a refusal that holds the words and leaves the model as it was."""
+    """Assert a refusal that contains the words and leaves the model unchanged."""
     before = snapshot(model)
     with pytest.raises(ValueError) as refusal:
         load_adapter(model, directory)
@@ -50,7 +50,7 @@ def test_other_weights(adapter: Path) -> None:
     "name", ["blocks.1.mlp.fc1.weight", "blocks.3.attn.qkv.weight", "patch_embed.proj.weight"]
 )
 def test_one_weight_with_the_same_norm(name: str, adapter: Path) -> None:
-    """Its rows in another order: the norm is the same, the random projection is not."""
+    """Rows in another order have the same norm and another random projection."""
     model = plain()
     with torch.no_grad():
         weight = dict(model.named_parameters())[name]
@@ -86,8 +86,8 @@ def test_another_architecture(changes: dict[str, Any], words: list[str], adapter
     refuse(plain(**changes), adapter, *words)
 
 
-def test_a_backbone_with_more_in_it(adapter: Path) -> None:
-    """All that the adapter knows is there and equal, but LayerScale changes the function."""
+def test_a_backbone_with_more_weights(adapter: Path) -> None:
+    """All weights that the adapter knows are equal, but LayerScale changes the function."""
     model = plain(init_values=0.5)
     found = model.load_state_dict(plain().state_dict(), strict=False)
     assert found.missing_keys
@@ -187,7 +187,7 @@ def test_damage(case: str, adapter: Path) -> None:
 
 
 def test_silent_damage_of_the_weights(adapter: Path) -> None:
-    """One bit of a stored weight: nothing but a checksum can tell."""
+    """One bit of a stored weight is flipped, which only a checksum detects."""
     _flip_a_bit(adapter)
     refuse(plain(), adapter, TENSORS)
 
@@ -214,7 +214,7 @@ def _content(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def test_an_existing_directory_is_kept(adapter: Path) -> None:
+def test_an_existing_directory_is_not_overwritten(adapter: Path) -> None:
     before = _content(adapter.parent)
     other = trained(TOKEN, VPTDeep(5))
     with pytest.raises(FileExistsError, match="overwrite") as refusal:
@@ -226,8 +226,8 @@ def test_an_existing_directory_is_kept(adapter: Path) -> None:
     assert sorted(_content(adapter.parent)) == [f"adapter/{CONFIG}", f"adapter/{TENSORS}"]
 
 
-def test_overwriting_never_deletes_what_is_no_adapter(tmp_path: Path) -> None:
-    """A slip of the hand (`save_adapter(model, "~", overwrite=True)`) must not empty a folder."""
+def test_only_adapters_are_overwritten(tmp_path: Path) -> None:
+    """A slip like `save_adapter(model, "~", overwrite=True)` must not empty a folder."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"mine")
     with pytest.raises((OSError, ValueError), match="photos"):
@@ -240,7 +240,7 @@ def test_overwriting_never_deletes_what_is_no_adapter(tmp_path: Path) -> None:
 def test_written_whole_or_not_at_all(
     broken: str, overwrite: bool, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever fails on the way, the old adapter stays and no half of a new one is left."""
+    """Whatever step fails, the old adapter stays and no part of a new one remains."""
     target = adapter if overwrite else adapter.parent / "new"
     before = _content(adapter.parent)
     other = trained(TOKEN, VPTDeep(5))
@@ -267,8 +267,8 @@ def test_written_whole_or_not_at_all(
     load_adapter(plain(), adapter)
 
 
-def test_a_backbone_of_no_numbers(tmp_path: Path) -> None:
-    """Weights that were never given a value fit no backbone when they are compared."""
+def test_a_backbone_with_nan(tmp_path: Path) -> None:
+    """NaN would differ from every backbone when fingerprints are compared."""
     model = trained(TOKEN, VPTDeep(2))
     with torch.no_grad():
         model.get_parameter("cls_token").fill_(torch.nan)

@@ -1,4 +1,4 @@
-"""An adapter that is saved over another: never gone, never half, nothing left behind."""
+"""Saving over an adapter: there is a whole one at every moment, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KILLED = ROOT / "tests" / "support" / "adapters" / "kill_while_saving.py"
 
 @pytest.mark.parametrize("kills", [40, pytest.param(1000, marks=pytest.mark.full)])
 def test_killed_while_saving(kills: int, tmp_path: Path) -> None:
-    """Beside a reader: whole at every look, and the next saving removes what kills have left."""
+    """A reader always finds a whole adapter; the next save removes what killed ones left."""
     arguments = [sys.executable, str(KILLED), str(tmp_path), str(kills)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
@@ -65,7 +65,7 @@ def test_a_folder_keeps_its_permissions(tmp_path: Path) -> None:
 
 
 def test_where_names_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems over a network: two renames."""
+    """On some network file systems two renames replace the exchange."""
     directory = save(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter")
 
     def refuse(*_: object) -> None:
@@ -78,7 +78,7 @@ def test_where_names_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_another_writer_is_left_alone(tmp_path: Path) -> None:
-    """Only what nobody writes any more is removed."""
+    """A folder that is still being written is not removed."""
     directory = save(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter")
     with atomic.atomic_folder(directory) as mine:
         (mine / CONFIG).write_text("{}")
@@ -87,8 +87,10 @@ def test_another_writer_is_left_alone(tmp_path: Path) -> None:
     assert (directory / CONFIG).read_text() == "{}"
 
 
-def test_a_reader_gets_files_of_one_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapter is replaced between its two files: they are read again."""
+def test_a_reader_gets_files_of_one_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that is replaced while its files are read is read again."""
     directory = save(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter")
     other, original = trained(TOKEN, VPTDeep(5)), Path.read_bytes
     pending: list[Callable[[], Path]] = [lambda: save(other, directory, overwrite=True)]
@@ -104,7 +106,7 @@ def test_a_reader_gets_files_of_one_saving(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """Files may be no longer than 2 KB here: OSError, and the adapter from before."""
+    """With a limit of 2 KB a file there is an OSError, and the old adapter stays."""
     directory = save(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter")
     model = trained(TOKEN, VPTDeep(5))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -134,7 +136,7 @@ for _ in range(300):
 
 
 def test_several_processes_save_at_once(tmp_path: Path) -> None:
-    """None takes what another has only begun, or ended, for something left behind."""
+    """No process removes a file that another is writing or has just written."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     writers = [
         subprocess.Popen(
@@ -155,7 +157,7 @@ def test_several_processes_save_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "a").read_text() == (tmp_path / "file").read_text() == "whole"
 
 
-def test_a_folder_that_another_process_makes_meanwhile(tmp_path: Path) -> None:
+def test_a_folder_that_another_process_creates_meanwhile(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     with (
         pytest.raises(FileExistsError, match="adapter exists; another process"),
@@ -173,7 +175,7 @@ def test_a_folder_that_another_process_makes_meanwhile(tmp_path: Path) -> None:
 
 
 def test_the_working_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process works in the new one then, and not in one that is gone."""
+    """The process works in the new folder afterwards, not in the deleted one."""
     save(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter")
     monkeypatch.chdir(tmp_path / "adapter")
     for prompts in (3, 4):

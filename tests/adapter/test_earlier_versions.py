@@ -1,4 +1,4 @@
-"""Adapters that version 0.1.0 wrote before its modules moved load, and compute what they did.
+"""Adapters that version 0.1.0 wrote before its modules moved load and compute the same.
 
 `version_0_1_0` holds one adapter of each method, and the logits that the tuned models gave.
 """
@@ -22,7 +22,7 @@ SIZES = {"vit": 32, "swin": 64}
 
 
 def plain(family: str) -> Any:
-    """The backbone that the adapters were made on."""
+    """Return the backbone that the adapters were trained on."""
     torch.manual_seed(0)
     if family == "vit":
         return timm.create_model(

@@ -27,6 +27,7 @@ from vpt_fast import (
     load_adapter,
     prompt_tune,
 )
+from vpt_fast.adapter.tensors import expected_tensors
 
 
 @pytest.mark.parametrize(
@@ -243,6 +244,24 @@ def test_a_kernel_larger_than_the_grid(tmp_path: Path) -> None:
     rewrite_config(adapter, lambda c: c["method"].update(kernel_size=5))
     with pytest.raises(ValueError, match="kernel_size=5 does not fit the model's 3 x 3 grid"):
         PromptBank(copy.deepcopy(model)).add("a", adapter)
+
+
+def test_tensors_of_a_method_are_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = backbone(), []
+    adapter = write(model, VPTDeep(4), tmp_path / "a")
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return expected_tensors(*arguments)
+
+    monkeypatch.setattr("vpt_fast.bank.read_task.expected_tensors", counted)
+    bank = PromptBank(copy.deepcopy(model))
+    for name in "abc":
+        bank.add(name, adapter)
+    bank.add("other", write(model, VPTDeep(2), tmp_path / "b"))
+    assert len(calls) == 2
 
 
 def test_another_pooling(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Case:
 
 
 def draw(case: Case, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-    """h, bias and the gradient of the result."""
+    """Return h, bias and the gradient of the result."""
     generator = torch.Generator().manual_seed(case.width)
     shape = (case.rows, case.width)
     h = torch.randn(shape, generator=generator) * 2
@@ -67,7 +67,7 @@ def hidden(h: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def errors(found: Tensor, exact: Tensor) -> Tensor:
-    """Differences over the larger of 1 and the value."""
+    """Return differences over the larger of 1 and the value."""
     assert found.shape == exact.shape
     return (found.double().cpu() - exact).abs() / exact.abs().clamp_min(1)
 
@@ -85,19 +85,19 @@ def check(case: Case, device: torch.device) -> None:
     written = h.clone()
     assert kernels.activation(written, bias, case.kind, in_place=True) is written
     assert torch.equal(written, out)
-    mine = errors(out, exact)
-    assert float(mine.max().nan_to_num(INFINITY)) <= bound
+    have = errors(out, exact)
+    assert float(have.max().nan_to_num(INFINITY)) <= bound
     eager = errors(reference(eager_h, case.kind), exact)
-    assert mine.norm() <= 1.05 * eager.norm() + 1e-6 * mine.numel() ** 0.5
+    assert have.norm() <= 1.05 * eager.norm() + 1e-6 * have.numel() ** 0.5
 
     given, exact = grad.clone(), grad.double().cpu() * derivative(exact_h, case.kind)
     kernels.activation_backward(h, bias, grad, case.kind)
-    mine = errors(grad, exact)
-    assert float(mine.max().nan_to_num(INFINITY)) <= bound + 4e-6
+    have = errors(grad, exact)
+    assert float(have.max().nan_to_num(INFINITY)) <= bound + 4e-6
     eager_grad = given.cpu().clone()
     reference_backward(eager_h, eager_grad, case.kind)
     eager = errors(eager_grad, exact)
-    assert mine.norm() <= 1.05 * eager.norm() + 1e-6 * mine.numel() ** 0.5
+    assert have.norm() <= 1.05 * eager.norm() + 1e-6 * have.numel() ** 0.5
 
 
 QUICK = (
@@ -150,9 +150,9 @@ def test_infinity_nan_and_zero_give_what_the_formula_gives(
     wide = h.double()
     formula = wide * torch.special.ndtr(wide) if kind == "gelu" else reference(wide, kind)
     expected = formula.to(dtype)
-    for mine, right in ((out, expected), (grad_on_device.cpu(), grad)):
-        assert torch.equal(mine.isnan(), right.isnan())
-        assert torch.allclose(mine, right, rtol=1e-6, atol=1e-6, equal_nan=True)
+    for have, right in ((out, expected), (grad_on_device.cpu(), grad)):
+        assert torch.equal(have.isnan(), right.isnan())
+        assert torch.allclose(have, right, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def run_all(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> tuple[Tensor, Tensor]:

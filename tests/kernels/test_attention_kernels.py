@@ -1,7 +1,7 @@
 """Prompt attention's kernels against softmax attention over a real concatenation, in fp64.
 
-What is asked is that a kernel is no further from fp64 than PyTorch by hand in the same dtype, plus
-a slack of about one rounding of the result.
+A kernel may be no further from fp64 than plain PyTorch in the same dtype, plus about one rounding
+of the result.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Case:
 
 @dataclass
 class Problem:
-    """Tensors of a case: what the kernels take, and the gradient of their output."""
+    """Tensors of a case: inputs of the kernels, and the gradient of their output."""
 
     tokens: list[torch.Tensor]
     prompts: list[torch.Tensor]
@@ -62,7 +62,7 @@ class Problem:
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
-    """Random tensors, the same for the same case on every device."""
+    """Return random tensors, the same for the same case on every device."""
     generator = torch.Generator().manual_seed(case.tokens * 1000 + case.prompts)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -87,7 +87,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
 
 
 def eager(problem: Problem, case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Attention by hand in `dtype`: concatenate, score, softmax, mix; gradients by autograd."""
+    """Compute attention by concatenation in `dtype`, and gradients by autograd."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in split(problem.tokens)]
     pair = split_prompts(problem.prompts)
     assert pair is not None
@@ -105,7 +105,7 @@ def eager(problem: Problem, case: Case, dtype: torch.dtype) -> dict[str, torch.T
 def kernels(
     problem: Problem, case: Case, needs_tokens: bool = True, needs_prompts: bool = True
 ) -> dict[str, torch.Tensor]:
-    """The same from the kernels, without what is not needed; and lse."""
+    """Compute results and needed gradients by the kernels, and lse."""
     out, lse = attention_forward(problem.tokens, problem.prompts, case.scale)
     assert out.is_contiguous() and out.dtype == case.dtype and lse.dtype == torch.float32
     tokens, prompts = attention_backward(
@@ -135,11 +135,10 @@ def kernels(
 
 
 def saved_output_noise(problem: Problem, case: Case) -> dict[str, torch.Tensor]:
-    """What one rounding of the saved output does to each gradient: root of a sum of squares.
+    """Return the RMS effect on each gradient of one rounding of the saved output.
 
-    The kernels take rowsum(grad_out * out) from the output as it was stored, PyTorch by hand from
-    what it was computed from. With very few keys the gradients are differences so small that this
-    rounding shows.
+    The kernels compute rowsum(grad_out * out) from the rounded output, plain PyTorch from exact
+    values. With very few keys the gradients are differences so small that this rounding shows.
     """
     q, k, v = (t.double() for t in split(problem.tokens))
     pair = split_prompts(problem.prompts)
@@ -158,7 +157,7 @@ def saved_output_noise(problem: Problem, case: Case) -> dict[str, torch.Tensor]:
 
 
 def assert_as_exact_as_eager(case: Case, device: torch.device, **needs: bool) -> None:
-    """Largest and RMS errors against fp64 within eager's own, plus a slack in roundings."""
+    """Assert largest and RMS errors against fp64 within eager's own, plus some roundings."""
     problem = make_problem(case, device)
     actual = kernels(problem, case, **needs)
     truth = eager(problem, case, torch.float64)
@@ -186,7 +185,7 @@ RMS_SLACK = {torch.float32: 3.0, torch.float16: 0.15, torch.bfloat16: 0.15}
 
 
 def covering() -> list[Case]:
-    """Few cases in which every pair of (tokens, prompts, head dim, dtype) values meets."""
+    """Return few cases in which every pair of (tokens, prompts, head dim, dtype) values occurs."""
 
     def pairs(values: tuple[Any, ...]) -> set[tuple[Any, ...]]:
         return set(itertools.combinations(enumerate(values), 2))
@@ -266,9 +265,9 @@ def test_batches_of_many_chunks(case: Case, kernel_device: torch.device) -> None
 def test_only_what_is_needed(
     tokens: bool, prompts: bool, shared: bool, kernel_device: torch.device
 ) -> None:
-    """What is computed alone equals what is computed with the rest.
+    """Some gradients alone equal those computed together.
 
-    Bit for bit, but for prompts without tokens: another kernel then sums up delta.
+    Bit for bit, except for prompts without tokens, where another kernel computes delta.
     """
     case = Case(50, 10, 64, shared=shared)
     problem = make_problem(case, kernel_device)
@@ -307,7 +306,7 @@ def test_same_inputs_same_bits(shared: bool, kernel_device: torch.device) -> Non
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_an_image_does_not_depend_on_its_batch(shared: bool, kernel_device: torch.device) -> None:
-    """Bit for bit, for everything that belongs to one image."""
+    """Results and gradients of one image are the same bits in any batch."""
     case = Case(50, 10, 64, batch=5, shared=shared)
     problem = make_problem(case, kernel_device)
     images = slice(3, 4)
@@ -349,7 +348,7 @@ def test_empty_batch(shared: bool, kernel_device: torch.device) -> None:
 
 @pytest.mark.parametrize("offset", [1, 4])
 def test_unaligned_rows(offset: int, kernel_device: torch.device) -> None:
-    """Tensors that start where no 16-byte load may: the hint to the compiler is smaller."""
+    """Tensors whose rows are not aligned to 16 bytes."""
     case = Case(20, 7, 32)
     problem = make_problem(case, kernel_device)
     expected = kernels(problem, case)

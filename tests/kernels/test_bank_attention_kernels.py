@@ -1,7 +1,7 @@
 """The ragged forward kernel against softmax attention over a real concatenation, in fp64.
 
 Rows of the pools that belong to no image of the batch are NaN: reading one shows. A kernel may be
-no further from fp64 than PyTorch by hand in the same dtype, plus about one rounding of the result.
+no further from fp64 than plain PyTorch in the same dtype, plus about one rounding of the result.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Case:
     queries: int | None = None
     heads: int = 2
     layout: str = "packed"
-    rest: int = 140
-    made: int = 40
+    cached: int = 140
+    computed: int = 40
 
     def __str__(self) -> str:
         tasks = "_".join(f"{start}.{count}" for start, count in self.tasks)
@@ -55,7 +55,7 @@ class Case:
         return self.head_dim**-0.5
 
     @property
-    def most(self) -> int:
+    def max_prompts(self) -> int:
         return max(count for _, count in self.tasks)
 
 
@@ -64,24 +64,31 @@ class Problem:
     """What the kernel takes."""
 
     tokens: list[Tensor]
-    rest: Tensor
-    made: Tensor
-    starts: Tensor
+    cached: Tensor
+    computed: Tensor
+    row_offsets: Tensor
     counts: Tensor
-    most: int
+    max_prompts: int
 
     def arguments(self) -> tuple[Any, ...]:
-        return self.tokens, self.rest, self.made, self.starts, self.counts, self.most
+        return (
+            self.tokens,
+            self.cached,
+            self.computed,
+            self.row_offsets,
+            self.counts,
+            self.max_prompts,
+        )
 
     def image(self, b: int) -> tuple[list[Tensor], Tensor]:
-        """The tokens of an image, and its prompts (1, p, 2, H, d)."""
-        start, count = int(self.starts[b]), int(self.counts[b])
-        pool, first = (self.made, ~start) if start < 0 else (self.rest, start)
+        """Return the tokens of an image, and its prompts (1, p, 2, H, d)."""
+        start, count = int(self.row_offsets[b]), int(self.counts[b])
+        pool, first = (self.computed, ~start) if start < 0 else (self.cached, start)
         return [t[b : b + 1] for t in self.tokens], pool[first : first + count].unsqueeze(0)
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
-    """Random tensors; rows of the pools that nobody may read are NaN."""
+    """Return random tensors; rows of the pools that must not be read are NaN."""
     generator = torch.Generator().manual_seed(case.tokens * 1000 + case.head_dim)
 
     def rand(*shape: int) -> Tensor:
@@ -97,7 +104,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
         q = rand(batch, heads, rows, dim).transpose(1, 2)
         k = rand(batch, heads, case.tokens, dim).transpose(1, 2)
         tokens = [q, k, rand(batch, case.tokens, 3, heads, dim)[:, :, 2]]
-    pools = [rand(n, 2, heads, dim) for n in (case.rest, case.made)]
+    pools = [rand(n, 2, heads, dim) for n in (case.cached, case.computed)]
     for pool, sign in zip(pools, (1, -1), strict=True):
         read = torch.zeros(len(pool), dtype=torch.bool)
         for start, count in case.tasks:
@@ -105,14 +112,16 @@ def make_problem(case: Case, device: torch.device) -> Problem:
                 first = ~start if start < 0 else start
                 read[first : first + count] = True
         pool[~read] = float("nan")
-    starts, counts = (torch.tensor(column) for column in zip(*case.tasks, strict=True))
+    row_offsets, counts = (torch.tensor(column) for column in zip(*case.tasks, strict=True))
     return Problem(
-        [t.to(device) for t in tokens], *(t.to(device) for t in (*pools, starts, counts)), case.most
+        [t.to(device) for t in tokens],
+        *(t.to(device) for t in (*pools, row_offsets, counts)),
+        case.max_prompts,
     )
 
 
 def by_hand(problem: Problem, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Image by image in `dtype`: concatenate, score, softmax, mix; and the base-2 log-sum-exp."""
+    """Compute attention image by image in `dtype`, and the base-2 log-sum-exp."""
     outs, sums = [], []
     for b in range(len(case.tasks)):
         tokens, prompts = problem.image(b)
@@ -166,11 +175,11 @@ CASES = [
     Case(TASKS, 64, 64, queries=2, layout="kv"),
     Case(((~0, 7),), 37, 33),
     Case(((5, 1),), 1, 8),
-    Case(((5, 1), (0, 1), (~0, 1)), 5, 16, rest=6, made=1),
-    Case(((0, 6), (3, 3)), 20, 32, rest=6, made=0),
-    Case(((~0, 6), (~3, 3)), 20, 32, rest=0, made=6),
+    Case(((5, 1), (0, 1), (~0, 1)), 5, 16, cached=6, computed=1),
+    Case(((0, 6), (3, 3)), 20, 32, cached=6, computed=0),
+    Case(((~0, 6), (~3, 3)), 20, 32, cached=0, computed=6),
     Case(((0, 0), (9, 0)), 20, 32),
-    Case(((0, 0), (9, 0)), 20, 32, rest=0, made=0),
+    Case(((0, 0), (9, 0)), 20, 32, cached=0, computed=0),
 ]
 
 
@@ -196,7 +205,7 @@ def test_grid(head_dim: int, tokens: int, dtype: torch.dtype, kernel_device: tor
 @pytest.mark.parametrize("count", [10, 70])
 def test_is_prompt_attention_bit_for_bit(count: int, kernel_device: torch.device) -> None:
     """An image with the most prompts of its batch is computed as if it were alone."""
-    case = Case(((5, count), (80, 3), (2, count)), 50, 64, rest=120)
+    case = Case(((5, count), (80, 3), (2, count)), 50, 64, cached=120)
     problem = make_problem(case, kernel_device)
     out, lse = kernels.bank_attention_forward(*problem.arguments(), case.scale)
     for b in (0, 2):
@@ -219,7 +228,7 @@ def test_most_is_only_a_hint(kernel_device: torch.device) -> None:
     case = Case(TASKS, heads=1)
     problem = make_problem(case, kernel_device)
     exact, _ = by_hand(problem, case, torch.float64)
-    for problem.most in (1, 300):
+    for problem.max_prompts in (1, 300):
         out, _ = kernels.bank_attention_forward(*problem.arguments(), case.scale)
         assert (out.double() - exact).abs().max() <= 0.01 * exact.abs().max()
 
@@ -229,7 +238,7 @@ def test_no_images(kernel_device: torch.device) -> None:
     none = replace(
         problem,
         tokens=[t[:0] for t in problem.tokens],
-        starts=problem.starts[:0],
+        row_offsets=problem.row_offsets[:0],
         counts=problem.counts[:0],
     )
     out, lse = kernels.bank_attention_forward(*none.arguments(), 0.3)
@@ -237,26 +246,26 @@ def test_no_images(kernel_device: torch.device) -> None:
 
 
 def test_pools_with_other_strides(kernel_device: torch.device) -> None:
-    """They are made contiguous."""
+    """Such tensors are copied."""
     case = Case(TASKS)
     problem = make_problem(case, kernel_device)
     expected = kernels.bank_attention_forward(*problem.arguments(), case.scale)
-    wide = torch.zeros(case.rest, 3, case.heads, case.head_dim, dtype=case.dtype)
+    wide = torch.zeros(case.cached, 3, case.heads, case.head_dim, dtype=case.dtype)
     wide = wide.to(kernel_device)
-    wide[:, 1:] = problem.rest
-    problem.rest = wide[:, 1:]
+    wide[:, 1:] = problem.cached
+    problem.cached = wide[:, 1:]
     have = kernels.bank_attention_forward(*problem.arguments(), case.scale)
     assert all(torch.equal(a, b) for a, b in zip(have, expected, strict=True))
 
 
 @pytest.mark.parametrize("offset", [1, 4])
 def test_unaligned_pools(offset: int, kernel_device: torch.device) -> None:
-    """Prompts that start where no 16-byte load may: the hint to the compiler is smaller."""
+    """Prompts whose rows are not aligned to 16 bytes."""
     case = Case(TASKS)
     problem = make_problem(case, kernel_device)
     expected = kernels.bank_attention_forward(*problem.arguments(), case.scale)
-    memory = torch.zeros(problem.made.numel() + offset, dtype=case.dtype, device=kernel_device)
-    problem.made = memory[offset:].view(problem.made.shape).copy_(problem.made)
+    memory = torch.zeros(problem.computed.numel() + offset, dtype=case.dtype, device=kernel_device)
+    problem.computed = memory[offset:].view(problem.computed.shape).copy_(problem.computed)
     have = kernels.bank_attention_forward(*problem.arguments(), case.scale)
     assert all(differs_by_one_rounding(a, b) for a, b in zip(have, expected, strict=True))
 
@@ -264,7 +273,7 @@ def test_unaligned_pools(offset: int, kernel_device: torch.device) -> None:
 def test_the_operator_takes_the_kernel(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors are on the CPU under ttsem, so the choice is made for it."""
+    """Tensors are on the CPU under ttsem, so the device check is patched."""
     monkeypatch.setattr(operation, "uses_kernels", lambda *_: True)
     case = Case(TASKS[:3], heads=1)
     problem = make_problem(case, kernel_device)
@@ -285,8 +294,8 @@ def test_rows_of_a_pool_are_counted_in_64_bits() -> None:
     source, options = offline.specialise(launch, target)
     text = triton.compile(source, target=target, options=options).asm["ttir"]
     # ttsem has MLIR printed in its generic form, and Triton's cache keeps either.
-    (place,) = re.findall(r'(%place\w*) = "?arith\.select', text)
-    kinds = re.findall(rf'arith\.muli"?[ (]{place}, [^:]*: \(?(\w+)', text)
+    (offset,) = re.findall(r'(%offset\w*) = "?arith\.select', text)
+    kinds = re.findall(rf'arith\.muli"?[ (]{offset}, [^:]*: \(?(\w+)', text)
     assert kinds and set(kinds) == {"i64"}
     assert launch.constexprs["INDEX"] == triton.language.int32
 
@@ -296,10 +305,10 @@ def test_a_launch_that_is_not_ragged_has_none_of_its_pointers() -> None:
     problem = make_problem(case, torch.device("meta"))
     out, lse = torch.empty(1, 197, 128, dtype=BF16), torch.empty(1, 2, 197)
     types = {}
-    for problem.most in (0, 50):
+    for problem.max_prompts in (0, 50):
         launch = kernels.bank_attention_launch(*problem.arguments(), out, lse, 0.1, Target(80))
         types[launch.name] = launch.signature()
-    pointers = ("made_k_ptr", "made_v_ptr", "starts_ptr", "counts_ptr")
+    pointers = ("computed_k_ptr", "computed_v_ptr", "row_offsets_ptr", "counts_ptr")
     assert [types["ragged_forward"][name] for name in pointers] == ["*bf16"] * 2 + ["*i64"] * 2
     assert {types["forward"][name] for name in pointers} == {"constexpr"}
 
@@ -310,13 +319,17 @@ def bad_inputs() -> list[Any]:
 
     pool = torch.zeros(9, 2, 2, 32, dtype=BF16)
     return [
-        changed("rest is torch.float32", TypeError, rest=pool.float()),
-        changed("made must be", ValueError, made=pool[:, :1]),
-        changed("starts is torch.int32", TypeError, starts=torch.zeros(6, dtype=torch.int32)),
+        changed("cached is torch.float32", TypeError, cached=pool.float()),
+        changed("computed must be", ValueError, computed=pool[:, :1]),
+        changed(
+            "row_offsets is torch.int32", TypeError, row_offsets=torch.zeros(6, dtype=torch.int32)
+        ),
         changed("counts must be", ValueError, counts=torch.zeros(5, dtype=torch.int64)),
-        changed("rest is on meta", ValueError, rest=pool.to("meta")),
-        changed("most is -1", ValueError, most=-1),
-        changed("most is 70 where there are 0", ValueError, rest=pool[:0], made=pool[:0]),
+        changed("cached is on meta", ValueError, cached=pool.to("meta")),
+        changed("max_prompts is -1", ValueError, max_prompts=-1),
+        changed(
+            "max_prompts is 70 where both pools", ValueError, cached=pool[:0], computed=pool[:0]
+        ),
         changed("qkv must be", ValueError, tokens=[torch.zeros(6, 5, 2, 2, 32, dtype=BF16)]),
     ]
 

@@ -31,11 +31,11 @@ class Problem:
     features: Tensor
     weight: Tensor
     bias: Tensor
-    starts: Tensor
+    row_offsets: Tensor
     counts: Tensor
-    offsets: Tensor
+    logit_offsets: Tensor
     total: int
-    most: int
+    max_classes: int
 
     def arguments(self) -> tuple[Any, ...]:
         return tuple(vars(self).values())
@@ -55,16 +55,16 @@ def make_problem(
     for start, count in heads:
         read[start : start + count] = True
     weight[~read] = bias[~read] = float("nan")
-    starts, counts = (torch.tensor(column) for column in zip(*heads, strict=True))
-    offsets = counts.cumsum(0) - counts
-    tensors = (t.to(device) for t in (features, weight, bias, starts, counts, offsets))
+    row_offsets, counts = (torch.tensor(column) for column in zip(*heads, strict=True))
+    logit_offsets = counts.cumsum(0) - counts
+    tensors = (t.to(device) for t in (features, weight, bias, row_offsets, counts, logit_offsets))
     return Problem(*tensors, int(counts.sum()), int(counts.max()))
 
 
 def image_by_image(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Logits in fp64, and for each the sum of its products' magnitudes."""
+    """Return logits in fp64, and the sum of the magnitudes of each one's products."""
     logits, sizes = [], []
-    for x, start, count in zip(problem.features, problem.starts, problem.counts, strict=True):
+    for x, start, count in zip(problem.features, problem.row_offsets, problem.counts, strict=True):
         rows = slice(int(start), int(start + count))
         weight, bias = problem.weight[rows].double(), problem.bias[rows].double()
         logits.append(weight @ x.double() + bias)
@@ -73,7 +73,7 @@ def image_by_image(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def assert_exact(problem: Problem, dtype: torch.dtype) -> None:
-    """Summed in fp32 and rounded once."""
+    """Assert that logits are summed in fp32 and rounded once."""
     logits = kernels.grouped_heads_forward(*problem.arguments())
     assert logits.dtype == dtype and logits.shape == (problem.total,)
     exact, sizes = image_by_image(problem)
@@ -97,7 +97,7 @@ def test_heads(heads: tuple[tuple[int, int], ...], kernel_device: torch.device) 
 
 def test_most_only_bounds_the_launch(kernel_device: torch.device) -> None:
     problem = make_problem(HEADS, 72, BF16, kernel_device)
-    more = replace(problem, most=100)
+    more = replace(problem, max_classes=100)
     have, want = (kernels.grouped_heads_forward(*p.arguments()) for p in (more, problem))
     assert torch.equal(have, want)
 
@@ -107,8 +107,8 @@ def test_an_image_does_not_depend_on_its_batch(kernel_device: torch.device) -> N
     logits = kernels.grouped_heads_forward(*problem.arguments())
     one = slice(3, 4)
     alone = Problem(
-        problem.features[one], problem.weight, problem.bias, problem.starts[one],
-        problem.counts[one], problem.offsets[:1], 21, 21,
+        problem.features[one], problem.weight, problem.bias, problem.row_offsets[one],
+        problem.counts[one], problem.logit_offsets[:1], 21, 21,
     )  # fmt: skip
     assert torch.equal(kernels.grouped_heads_forward(*alone.arguments()), logits[10:31])
 
@@ -125,8 +125,8 @@ def test_strides(kernel_device: torch.device) -> None:
 def test_no_images(kernel_device: torch.device) -> None:
     problem = make_problem(HEADS, 8, BF16, kernel_device)
     none = Problem(
-        problem.features[:0], problem.weight, problem.bias, problem.starts[:0],
-        problem.counts[:0], problem.offsets[:0], 0, 0,
+        problem.features[:0], problem.weight, problem.bias, problem.row_offsets[:0],
+        problem.counts[:0], problem.logit_offsets[:0], 0, 0,
     )  # fmt: skip
     assert kernels.grouped_heads_forward(*none.arguments()).shape == (0,)
 
@@ -134,7 +134,7 @@ def test_no_images(kernel_device: torch.device) -> None:
 def test_the_operator_takes_the_kernel(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors are on the CPU under ttsem, so the choice is made for it."""
+    """Tensors are on the CPU under ttsem, so the device check is patched."""
     monkeypatch.setattr(operation, "uses_kernels", lambda *_: True)
     problem = make_problem(HEADS, 72, BF16, kernel_device)
     have = operator.grouped_heads(*problem.arguments())
@@ -147,4 +147,4 @@ def test_bad_inputs_are_named() -> None:
     with pytest.raises(TypeError, match="float64; cast them"):
         kernels.grouped_heads_forward(*double.arguments())
     with pytest.raises(ValueError, match="a head has 524281 classes; at most 524280"):
-        kernels.grouped_heads_forward(*replace(problem, most=524281).arguments())
+        kernels.grouped_heads_forward(*replace(problem, max_classes=524281).arguments())

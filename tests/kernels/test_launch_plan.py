@@ -1,7 +1,7 @@
-"""Remembered launches: what they pass to their kernels is what a launch built anew would.
+"""Launch plans: a repeated launch passes to its kernel what a newly built launch would.
 
-Nothing is executed here. The tests of the kernels execute them, through the same launchers, but
-under a sanitizer whose launches cannot be remembered.
+No kernel runs here. The tests of the kernels run them through the same launchers, but under a
+sanitizer, for which there are no plans.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ def test_other_dtypes_and_autocast(driver: RecordingDriver) -> None:
 
 
 def offset_by(tensor: Tensor, elements: int) -> Tensor:
-    """The same values `elements` after a multiple of 64 bytes."""
-    place = torch.empty(tensor.numel() + 64, dtype=tensor.dtype)
-    start = (-place.data_ptr() % 64) // tensor.element_size() + elements
-    return place[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+    """Return the same values, `elements` after a multiple of 64 bytes."""
+    memory = torch.empty(tensor.numel() + 64, dtype=tensor.dtype)
+    start = (-memory.data_ptr() % 64) // tensor.element_size() + elements
+    return memory[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def normalise(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -211,7 +211,7 @@ class _OnGpu(Tensor):
 
 
 def test_the_device_of_the_tensors(driver: RecordingDriver, monkeypatch: Any) -> None:
-    """Launched on the tensors' device whatever is current, and on that device's stream."""
+    """Launches go to the tensors' device and its stream, whichever device is current."""
 
     class Entered:
         def __init__(self, device: Any) -> None:
@@ -284,7 +284,7 @@ def test_a_hook_that_was_there_before_is_called(driver: RecordingDriver, monkeyp
 
 
 def test_threads(driver: RecordingDriver) -> None:
-    """Of one launcher at once, each with tensors of its own."""
+    """Several threads use one launcher at once, each with its own tensors."""
     errors: list[BaseException] = []
     weight = torch.randn(64).to(BF16)
 
@@ -338,7 +338,7 @@ def test_no_tensor_is_held(driver: RecordingDriver) -> None:
 
 
 def test_pointers_come_first_in_every_kernel() -> None:
-    """A plan takes a kernel's first arguments for its pointers, and holds the others."""
+    """A plan replaces a kernel's first arguments, the pointers, and stores the others."""
     found = 0
     for module in pkgutil.walk_packages(kernels.__path__, "vpt_fast.kernels."):
         loaded = importlib.import_module(module.name)

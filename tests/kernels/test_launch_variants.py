@@ -1,6 +1,6 @@
-"""Launches that share compiled code: the last, smaller batch of an epoch compiles nothing again.
+"""Launches that share compiled code: the last, smaller batch of an epoch compiles nothing.
 
-Triton's own launcher code says what it tells kernels apart by; nothing is compiled or run.
+Triton's own launcher computes the specialisation of each launch; no kernel is compiled or run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ FAMILIES: dict[str, Callable[[int], list[Launch]]] = {
 
 
 def variants(launches: Iterable[Launch]) -> dict[str, set[tuple]]:
-    """What Triton tells apart, by the launch's name."""
+    """Return Triton's specialisations by the name of the launch."""
     found = defaultdict(set)
     for launch in launches:
         found[launch.name].add(variant(launch, 90))
@@ -77,7 +77,7 @@ def variants(launches: Iterable[Launch]) -> dict[str, set[tuple]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_batch_from_1_to_70_takes_the_same_code(family):
-    """At a batch of 1 shared prompts are the image's own, which is another launch."""
+    """With one image, shared prompts take the launch of prompts per image."""
     launches = [launch for batch in range(1, 71) for launch in FAMILIES[family](batch)]
     found = variants(launches)
     assert {name: len(different) for name, different in found.items()} == dict.fromkeys(found, 1)

@@ -71,12 +71,12 @@ class Draw:
         return values.to(dtype or self.dtype).to(self.device)
 
     def mask(self, *shape: int) -> Tensor:
-        kept = torch.rand(*shape, generator=self.generator) > 0.1
-        return (kept / 0.9).to(torch.float32).to(self.device)
+        mask = torch.rand(*shape, generator=self.generator) > 0.1
+        return (mask / 0.9).to(torch.float32).to(self.device)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value; NaN counts as infinitely far."""
+    """Return the largest difference over the largest expected value; infinity for NaN."""
     assert found.shape == expected.shape
     found, expected = found.double().cpu(), expected.double().cpu()
     error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
@@ -88,39 +88,39 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """One rounding to `dtype`, or some of fp32."""
+    """Return one rounding to `dtype`, or some of fp32."""
     return max(torch.finfo(dtype).eps, 2e-6)
 
 
 def folded(case: Case, draw: Draw) -> Tensor:
-    """A matrix as `fold_forward` makes them, for inputs of order one."""
-    mix = torch.zeros(case.prompts, case.padded, device=draw.device)
-    mix[:, : case.patches] = draw(case.prompts, case.patches, dtype=torch.float32)
-    return mix / case.patches**0.5
+    """Return a mixing weight as `fold_forward` does, for inputs of order one."""
+    mixing_weight = torch.zeros(case.prompts, case.padded, device=draw.device)
+    mixing_weight[:, : case.patches] = draw(case.prompts, case.patches, dtype=torch.float32)
+    return mixing_weight / case.patches**0.5
 
 
 def check_fold(case: Case, device: torch.device) -> None:
     draw = Draw(case, device)
     inner = (case.grid[0] - case.size + 1) * (case.grid[1] - case.size + 1)
     weight, kernel = draw(case.prompts, inner), draw(1, 1, case.size, case.size)
-    mix, mix_sum = kernels.fold_forward(weight, kernel, case.grid, case.padded)
+    mixing_weight, mixing_sum = kernels.fold_forward(weight, kernel, case.grid, case.padded)
     right, right_sum = reference.fold_forward(*wide(weight, kernel), case.grid, case.padded)
-    assert distance(mix, right) < 1e-6
-    assert distance(mix_sum, right_sum) < 1e-5
-    assert not mix[:, case.patches :].any()
+    assert distance(mixing_weight, right) < 1e-6
+    assert distance(mixing_sum, right_sum) < 1e-5
+    assert not mixing_weight[:, case.patches :].any()
     grads = (
         draw(case.prompts, case.padded, dtype=torch.float32),
         draw(case.prompts, dtype=torch.float32),
     )
     found = kernels.fold_backward(weight, kernel, *grads, case.grid)
     expected = reference.fold_backward(*wide(weight, kernel, *grads), case.grid)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == case.dtype
-        assert distance(mine, theirs) < 4 * rounding(case.dtype)
+    for have, want in zip(found, expected, strict=True):
+        assert have.dtype == case.dtype
+        assert distance(have, want) < 4 * rounding(case.dtype)
 
 
 def check_folds(case: Case, device: torch.device) -> None:
-    """Of three blocks, each with a convolution of its own, in one launch."""
+    """Fold the convolutions of three blocks in one launch."""
     draw = Draw(case, device)
     inner = (case.grid[0] - case.size + 1) * (case.grid[1] - case.size + 1)
     weight = draw(3, case.prompts, inner)
@@ -148,13 +148,13 @@ def check_folds(case: Case, device: torch.device) -> None:
 
 
 def norm_and_mix(
-    x: Tensor, mix: Tensor, patches: int, weight: Tensor | None, bias: Tensor | None
+    x: Tensor, mixing_weight: Tensor, patches: int, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """norm1(x), the mix of its rows without affine, and their statistics; fp64 by the reference."""
+    """Return norm1(x), the token mixing and row statistics; in fp64 by the reference."""
     exact = x.dtype == torch.float64
     norm, experts = (norm_reference, reference) if exact else (norm_kernels, kernels)
     _, y, statistics = norm.residual_norm(x, None, None, weight, bias, NORM_EPS, EPS, x.dtype)
-    return y, experts.mix_forward(x, mix, patches, statistics), statistics
+    return y, experts.mix_forward(x, mixing_weight, patches, statistics), statistics
 
 
 def check_mix(case: Case, device: torch.device) -> None:
@@ -162,12 +162,12 @@ def check_mix(case: Case, device: torch.device) -> None:
     shape = (case.batch, case.prefix + case.patches, case.width)
     x = draw(*shape) + case.offset
     weight, bias = (draw(case.width), draw(case.width)) if case.options else (None, None)
-    mix = folded(case, draw)
-    y, mixed, statistics = norm_and_mix(x, mix, case.patches, weight, bias)
-    expected = norm_and_mix(*wide(x, mix), case.patches, *wide(weight, bias))
-    assert y.dtype == case.dtype and mixed.dtype == statistics.dtype == torch.float32
+    mixing_weight = folded(case, draw)
+    y, mixing, statistics = norm_and_mix(x, mixing_weight, case.patches, weight, bias)
+    expected = norm_and_mix(*wide(x, mixing_weight), case.patches, *wide(weight, bias))
+    assert y.dtype == case.dtype and mixing.dtype == statistics.dtype == torch.float32
     assert distance(y, expected[0]) < rounding(case.dtype)
-    assert distance(mixed, expected[1]) < 2e-5
+    assert distance(mixing, expected[1]) < 2e-5
     assert distance(statistics, expected[2]) < 2e-6
 
     grads = (
@@ -176,28 +176,32 @@ def check_mix(case: Case, device: torch.device) -> None:
         draw(*shape) if case.options else None,
     )
     right = reference.mix_backward(
-        *wide(x, mix), case.patches, *wide(weight), expected[2], *wide(*grads), True, True
+        *wide(x, mixing_weight), case.patches, *wide(weight), expected[2], *wide(*grads), True, True
     )
-    eager = distance(eager_token_gradient(case, x, mix, weight, grads), right[0])
+    eager = distance(eager_token_gradient(case, x, mixing_weight, weight, grads), right[0])
     bound = max(rounding(case.dtype), 1.5 * eager)
-    for needs_x, needs_mix in ((True, True), (True, False), (False, True)):
+    for needs_x, needs_mixing_weight in ((True, True), (True, False), (False, True)):
         found = kernels.mix_backward(
-            x, mix, case.patches, weight, statistics, *grads, needs_x, needs_mix
+            x, mixing_weight, case.patches, weight, statistics, *grads, needs_x, needs_mixing_weight
         )
-        asked = [g for g, asks in zip(right, (needs_x, needs_mix), strict=True) if asks]
-        for mine, theirs in zip(found, asked, strict=True):
-            assert distance(mine, theirs) < bound
+        asked = [g for g, asks in zip(right, (needs_x, needs_mixing_weight), strict=True) if asks]
+        for have, want in zip(found, asked, strict=True):
+            assert distance(have, want) < bound
 
 
 def eager_token_gradient(
-    case: Case, x: Tensor, mix: Tensor, weight: Tensor | None, grads: tuple[Tensor | None, ...]
+    case: Case,
+    x: Tensor,
+    mixing_weight: Tensor,
+    weight: Tensor | None,
+    grads: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """The gradient of x by eager PyTorch in the case's dtype, on the CPU."""
-    x, matrix = x.cpu().requires_grad_(), mix[:, : case.patches].cpu().to(case.dtype)
+    """Return the gradient of x by eager PyTorch in the case's dtype, on the CPU."""
+    x, matrix = x.cpu().requires_grad_(), mixing_weight[:, : case.patches].cpu().to(case.dtype)
     affine = None if weight is None else weight.cpu()
     y = F.layer_norm(x, (case.width,), affine, None, NORM_EPS)
-    mixed = matrix @ F.layer_norm(x[:, case.prefix :], (case.width,), eps=EPS)
-    pairs = [(o, g) for o, g in zip((y, mixed, x * 1), grads, strict=True) if g is not None]
+    mixing = matrix @ F.layer_norm(x[:, case.prefix :], (case.width,), eps=EPS)
+    pairs = [(o, g) for o, g in zip((y, mixing, x * 1), grads, strict=True) if g is not None]
     outputs, given = zip(*pairs, strict=True)
     return torch.autograd.grad(outputs, x, [g.cpu().to(case.dtype) for g in given])[0]
 
@@ -206,9 +210,9 @@ def check_features(case: Case, device: torch.device) -> None:
     draw = Draw(case, device)
     batch, prompts, width = case.batch, case.prompts, case.width
     on = case.options
-    mixed = draw(batch, prompts, width, dtype=torch.float32)
+    mixing = draw(batch, prompts, width, dtype=torch.float32)
     inputs = FeatureInputs(
-        mixed,
+        mixing,
         draw(prompts, dtype=torch.float32),
         draw(width),
         draw(width),
@@ -235,9 +239,9 @@ def check_features(case: Case, device: torch.device) -> None:
     plain = reference.features_backward(
         single, on, affine, *(t.float() for t in right[1:]), grad.float().cpu()
     )
-    for index, (mine, theirs, eager) in enumerate(zip(found, expected, plain, strict=True)):
+    for index, (have, want, eager) in enumerate(zip(found, expected, plain, strict=True)):
         bound = 1e-5 if index < 2 else 2 * rounding(case.dtype)
-        assert distance(mine, theirs) < max(bound, 4 * distance(eager, theirs)), index
+        assert distance(have, want) < max(bound, 4 * distance(eager, want)), index
 
 
 CHECKS = {"fold": check_fold, "folds": check_folds, "mix": check_mix, "features": check_features}
@@ -267,7 +271,7 @@ FULL = tuple(
             ),
         )
     )
-    # More accesses than are kept to look for races: `test_the_largest_grids` has it.
+    # More accesses than are stored to look for races: `test_the_largest_grids` has it.
     if (prompts, width, grid) != (100, 1280, (14, 14))
 )
 LARGE = tuple(
@@ -307,12 +311,12 @@ def test_the_mix_is_far_closer_to_fp64_than_eager_bf16(
     case = Case(width=256, grid=(6, 6), offset=offset)
     draw = Draw(case, kernel_device)
     x = draw(case.batch, 1 + case.patches, case.width) + offset
-    mix = folded(case, draw)
-    _, found, _ = norm_and_mix(x, mix, case.patches, None, None)
+    mixing_weight = folded(case, draw)
+    _, found, _ = norm_and_mix(x, mixing_weight, case.patches, None, None)
     y = F.layer_norm(x.double().cpu(), (case.width,), eps=EPS)[:, 1:]
-    right = mix[:, : case.patches].double().cpu() @ y
+    right = mixing_weight[:, : case.patches].double().cpu() @ y
     rows = F.layer_norm(x.cpu(), (case.width,), eps=EPS)[:, 1:]
-    eager = mix[:, : case.patches].cpu().bfloat16() @ rows
+    eager = mixing_weight[:, : case.patches].cpu().bfloat16() @ rows
 
     def relative(value: Tensor) -> float:
         return float((value.double().cpu() - right).norm() / right.norm())
@@ -327,13 +331,13 @@ def test_a_neighbouring_image_of_nan_and_infinity_changes_nothing(
     case = Case(width=96, grid=(3, 3), batch=3)
     draw = Draw(case, kernel_device)
     x = draw(3, 10, 96)
-    mix, weight = folded(case, draw), draw(96)
+    mixing_weight, weight = folded(case, draw), draw(96)
     grads = draw(3, 10, 96), draw(3, 10, 96, dtype=torch.float32), draw(3, 10, 96)
 
     def run() -> list[Tensor]:
-        y, mixed, statistics = norm_and_mix(x, mix, 9, weight, None)
-        grad_x = kernels.mix_backward(x, mix, 9, weight, statistics, *grads, True, False)
-        return [t[1].clone() for t in (y, mixed, *grad_x)]
+        y, mixing, statistics = norm_and_mix(x, mixing_weight, 9, weight, None)
+        grad_x = kernels.mix_backward(x, mixing_weight, 9, weight, statistics, *grads, True, False)
+        return [t[1].clone() for t in (y, mixing, *grad_x)]
 
     before = run()
     x[0], x[2] = float("nan"), float("inf")
@@ -343,14 +347,17 @@ def test_a_neighbouring_image_of_nan_and_infinity_changes_nothing(
 def test_the_same_inputs_give_the_same_bits(kernel_device: torch.device) -> None:
     case = Case(width=64, batch=34, grid=(2, 2), prompts=2)
     draw = Draw(case, kernel_device)
-    x, mix = draw(34, 5, 64), folded(case, draw)
+    x, mixing_weight = draw(34, 5, 64), folded(case, draw)
     grads = draw(34, 5, 64), draw(34, 2, 64, dtype=torch.float32), None
-    statistics = norm_and_mix(x, mix, 4, None, None)[2]
+    statistics = norm_and_mix(x, mixing_weight, 4, None, None)[2]
     results = [
-        kernels.mix_backward(x, mix, 4, None, statistics, *grads, True, True) for _ in range(2)
+        kernels.mix_backward(x, mixing_weight, 4, None, statistics, *grads, True, True)
+        for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    right = reference.mix_backward(*wide(x, mix), 4, None, *wide(statistics, *grads), True, True)
+    right = reference.mix_backward(
+        *wide(x, mixing_weight), 4, None, *wide(statistics, *grads), True, True
+    )
     assert distance(results[0][1], right[1]) < rounding(case.dtype)
 
 
@@ -359,16 +366,18 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(
 ) -> None:
     case = Case(width=64, batch=0, grid=(2, 2), prompts=2)
     draw = Draw(case, kernel_device)
-    x, mix, weight = draw(0, 5, 64), folded(case, draw), draw(64)
-    _, mixed, statistics = norm_and_mix(x, mix, 4, weight, None)
-    grads = x, mixed, None
-    grad_x, grad_mix = kernels.mix_backward(x, mix, 4, weight, statistics, *grads, True, True)
-    assert mixed.shape == (0, 2, 64) and grad_x.shape == x.shape
-    assert grad_mix.shape == (2, 4) and not grad_mix.any()
+    x, mixing_weight, weight = draw(0, 5, 64), folded(case, draw), draw(64)
+    _, mixing, statistics = norm_and_mix(x, mixing_weight, 4, weight, None)
+    grads = x, mixing, None
+    grad_x, grad_mixing_weight = kernels.mix_backward(
+        x, mixing_weight, 4, weight, statistics, *grads, True, True
+    )
+    assert mixing.shape == (0, 2, 64) and grad_x.shape == x.shape
+    assert grad_mixing_weight.shape == (2, 4) and not grad_mixing_weight.any()
 
 
 def test_fp64_is_refused(kernel_device: torch.device) -> None:
     x = torch.zeros(1, 5, 16, dtype=torch.float64, device=kernel_device)
-    mix = torch.zeros(1, 64, device=kernel_device)
+    mixing_weight = torch.zeros(1, 64, device=kernel_device)
     with pytest.raises(TypeError, match="float64"):
-        kernels.mix_forward(x, mix, 4, torch.zeros(3, 1, 5, device=kernel_device))
+        kernels.mix_forward(x, mixing_weight, 4, torch.zeros(3, 1, 5, device=kernel_device))

@@ -1,7 +1,7 @@
 """Residual sum and LayerNorm: the kernels against fp64, and against eager PyTorch's own error.
 
 A result may be one rounding away from fp64, and no further than eager PyTorch's in the same dtype.
-LayerNorm is held against that of the sum as it is stored, since that is what later passes read.
+LayerNorm is compared with that of the stored, rounded sum, which later passes read.
 Without a GPU every launch runs under ttsem, which finds accesses out of bounds and races; outputs
 are poisoned with NaN.
 """
@@ -93,26 +93,26 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """One rounding to `dtype`, or some of fp32."""
+    """Return one rounding to `dtype`, or some of fp32."""
     return max(torch.finfo(dtype).eps, 2e-6)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value; NaN counts as infinitely far."""
+    """Return the largest difference over the largest expected value; infinity for NaN."""
     assert found.shape == expected.shape
     found, expected = found.double().cpu(), expected.double().cpu()
     error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-300)
     return float(error.nan_to_num(float("inf")))
 
 
-def no_further(mine: Tensor, eager: Tensor, exact: Tensor) -> bool:
-    """Whether the norm of my error is at most that of eager PyTorch's, or fp32's own."""
-    errors = [float((t.double().cpu() - exact).norm() / exact.norm()) for t in (mine, eager)]
+def no_further(have: Tensor, eager: Tensor, exact: Tensor) -> bool:
+    """Return whether the error's norm is at most that of eager PyTorch, or of fp32."""
+    errors = [float((t.double().cpu() - exact).norm() / exact.norm()) for t in (have, eager)]
     return errors[0] <= 1.05 * errors[1] + 1e-6
 
 
 def eager_gradient(case: Case, t: Inputs, x: Tensor) -> Tensor:
-    """Gradient of the stored sum as autograd makes it in the same dtypes."""
+    """Return autograd's gradient of the stored sum in the same dtypes."""
     leaf = x.detach().cpu().requires_grad_()
     weight, bias = (None if v is None else v.cpu() for v in (t.weight, t.bias))
     y = F.layer_norm(leaf, (case.width,), weight, bias, EPS).to(case.dtype)
@@ -146,8 +146,8 @@ def check(case: Case, device: torch.device) -> None:
     eager = F.layer_norm(x.cpu(), (case.width,), *affine, EPS).to(case.dtype)
     assert no_further(y, eager, right_y)
     assert statistics.shape == right_statistics.shape
-    for mine, theirs in zip(statistics, right_statistics, strict=True):
-        assert distance(mine, theirs) < wide_bound
+    for have, want in zip(statistics, right_statistics, strict=True):
+        assert distance(have, want) < wide_bound
 
     apart = case.dtype if case.apart else None
     found = kernels.residual_norm_backward(
@@ -158,9 +158,9 @@ def check(case: Case, device: torch.device) -> None:
         torch.float64 if case.apart else None,
     )  # fmt: skip
     dtypes = [x.dtype, case.dtype][: len(right)]
-    for mine, theirs, dtype in zip(found, right, dtypes, strict=True):
-        assert mine.dtype == dtype
-        assert distance(mine, theirs) < max(rounding(dtype), wide_bound)
+    for have, want, dtype in zip(found, right, dtypes, strict=True):
+        assert have.dtype == dtype
+        assert distance(have, want) < max(rounding(dtype), wide_bound)
     assert no_further(found[0], eager_gradient(case, t, x), right[0])
 
 
@@ -263,8 +263,8 @@ def test_rows_need_not_be_contiguous_or_aligned(kernel_device: torch.device) -> 
         t.grad_sum,
     )  # fmt: skip
     # The code is another, and sums in another order.
-    for mine, theirs in zip(run_all(apart), expected, strict=True):
-        assert distance(mine, theirs) < rounding(BF16)
+    for have, want in zip(run_all(apart), expected, strict=True):
+        assert distance(have, want) < rounding(BF16)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 96), (2, 0, 96)])

@@ -1,7 +1,7 @@
 """The kernels of windowed attention against roll, pad, cut, softmax and back by hand, in fp64.
 
-What is asked is that a kernel is no further from fp64 than PyTorch by hand in the same dtype, plus
-a slack of about one rounding of the result.
+A kernel may be no further from fp64 than plain PyTorch in the same dtype, plus about one rounding
+of the result.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Problem = dict[str, Tensor]
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
-    """Random tensors, the same for the same case on every device."""
+    """Return random tensors, the same for the same case on every device."""
     generator = torch.Generator().manual_seed(case.size[0] * 1000 + (case.prompts or 0))
 
     def rand(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
@@ -79,7 +79,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
 
 
 def eager(problem: Problem, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """By hand in `dtype`; gradients by autograd, named as what the kernels give."""
+    """Compute windowed attention in `dtype`, and gradients by autograd, named as the kernels'."""
     leaves = {n: t.detach().to(dtype) for n, t in problem.items() if n != "grad_out"}
     wanted = [n for n in ("qkv", "prompts", "table") if n in leaves]
     for name in wanted:
@@ -98,7 +98,7 @@ def eager(problem: Problem, case: Case, dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def by_part(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of q, k, v and of the prompts' k, v one by one."""
+    """Return the gradients of q, k, v and of the prompts' k, v one by one."""
     parts = dict(results)
     if "qkv" in parts:
         parts.update(zip(("dq", "dk", "dv"), parts.pop("qkv").unbind(3), strict=True))
@@ -111,7 +111,7 @@ def by_part(results: dict[str, Tensor]) -> dict[str, Tensor]:
 def kernels(
     problem: Problem, case: Case, tokens: bool = True, prompts: bool = True, table: bool = True
 ) -> dict[str, Tensor]:
-    """The same from the kernels, without what is not needed."""
+    """Compute results and needed gradients by the kernels."""
     given = (problem["qkv"], problem.get("pad"), problem["table"], problem.get("prompts"))
     geometry = (case.window, case.shift, case.scale)
     out, lse = window_attention_forward(*given, *geometry)
@@ -140,7 +140,7 @@ RMS_SLACK = {torch.float32: 3.0, torch.float16: 0.15, torch.bfloat16: 0.15}
 
 
 def assert_as_exact_as_eager(case: Case, device: torch.device, **needs: bool) -> None:
-    """Largest and RMS errors against fp64 within eager's own, plus a slack in roundings."""
+    """Assert largest and RMS errors against fp64 within eager's own, plus some roundings."""
     problem = make_problem(case, device)
     actual = kernels(problem, case, **needs)
     truth = eager(problem, case, torch.float64)
@@ -228,7 +228,7 @@ def test_as_exact_as_eager_grid(case: Case, kernel_device_large: torch.device) -
     ids=ids,
 )
 def test_sm80(case: Case, kernel_device_sm80: torch.device) -> None:
-    """What an A100 would run."""
+    """The launches that an A100 would run."""
     assert_as_exact_as_eager(case, kernel_device_sm80)
 
 
@@ -242,11 +242,11 @@ def test_sm80(case: Case, kernel_device_sm80: torch.device) -> None:
     ids=ids,
 )
 def test_sums_over_many_windows(case: Case, kernel_device: torch.device) -> None:
-    """Sums of several windows each, the last of every kind of window shorter."""
+    """Sums of several windows each; the last sum of every kind of window has fewer."""
     assert_as_exact_as_eager(case, kernel_device)
 
 
-BOTH_WAYS = [
+BOTH_KERNELS = [
     Case((10, 8), (7, 7), (3, 3), batch=3),
     Case((10, 8), (7, 7), (3, 3), prompts=20, batch=3, shared=False),
     Case((9, 5), (5, 3), (2, 1), head_dim=40, batch=3, shared=False),
@@ -254,12 +254,12 @@ BOTH_WAYS = [
 """Whole windows and tiles, prompts beside the tokens and apart."""
 
 
-@pytest.mark.parametrize("case", BOTH_WAYS, ids=ids)
+@pytest.mark.parametrize("case", BOTH_KERNELS, ids=ids)
 def test_only_what_is_needed(case: Case, kernel_device: torch.device) -> None:
-    """What is computed alone equals what is computed with the rest: bit for bit, but for sums.
+    """Some gradients alone equal those computed together: bit for bit, except for sums.
 
-    A sum over windows whose terms nobody else reads is left to the matrix instructions, which round
-    it elsewhere.
+    Where the terms of a sum over windows are not read otherwise, matrix instructions take the sum
+    and round differently.
     """
     problem = make_problem(case, kernel_device)
     whole = kernels(problem, case)
@@ -279,16 +279,16 @@ def test_only_what_is_needed(case: Case, kernel_device: torch.device) -> None:
             assert same(values, whole[name]), (name, asked)
 
 
-@pytest.mark.parametrize("case", BOTH_WAYS, ids=ids)
+@pytest.mark.parametrize("case", BOTH_KERNELS, ids=ids)
 def test_same_inputs_same_bits(case: Case, kernel_device: torch.device) -> None:
     first, second = (kernels(make_problem(case, kernel_device), case) for _ in range(2))
     for name, values in first.items():
         assert torch.equal(values, second[name]), name
 
 
-@pytest.mark.parametrize("case", BOTH_WAYS, ids=ids)
+@pytest.mark.parametrize("case", BOTH_KERNELS, ids=ids)
 def test_an_image_does_not_depend_on_its_batch(case: Case, kernel_device: torch.device) -> None:
-    """Bit for bit, for everything that belongs to one image."""
+    """Results and gradients of one image are the same bits in any batch."""
     problem = make_problem(case, kernel_device)
     own = {"qkv", "grad_out"} | (set() if case.shared else {"prompts"})
     alone = {n: t[1:2] if n in own else t for n, t in problem.items()}
@@ -301,7 +301,7 @@ def test_an_image_does_not_depend_on_its_batch(case: Case, kernel_device: torch.
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_empty_batch(shared: bool, kernel_device: torch.device) -> None:
-    """No images: empty results; what the batch shares has gradient 0."""
+    """No images: empty results; gradients of shared tensors are 0."""
     case = Case((7, 7), (7, 7), batch=0, shared=shared)
     for name, values in kernels(make_problem(case, kernel_device), case).items():
         if name == "table" or (shared and name.startswith("prompt")):
@@ -311,10 +311,10 @@ def test_empty_batch(shared: bool, kernel_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offset", "case"), [*((1, c) for c in BOTH_WAYS), (4, BOTH_WAYS[0])], ids=ids
+    ("offset", "case"), [*((1, c) for c in BOTH_KERNELS), (4, BOTH_KERNELS[0])], ids=ids
 )
 def test_unaligned_and_strided(offset: int, case: Case, kernel_device: torch.device) -> None:
-    """Tensors that start where no 16-byte load may, or that are not contiguous."""
+    """Tensors whose rows are not aligned to 16 bytes, or that are not contiguous."""
     problem = make_problem(case, kernel_device)
     expected = kernels(problem, case)
     moved = {}
@@ -368,7 +368,7 @@ def bad_inputs() -> list[Any]:
         bad(TypeError, "qkv is torch.float64", qkv=qkv.double()),
         bad(ValueError, "qkv must be", qkv=qkv[0]),
         bad(ValueError, "no tokens", qkv=qkv[:, :0]),
-        bad(ValueError, "129 channels", qkv=torch.zeros(1, 2, 2, 3, 2, 129)),
+        bad(ValueError, "129 channels", qkv=torch.zeros(1, 2, 2, 3, 2, 129), prompts=None),
         bad(ValueError, "window is", window=(0, 2)),
         bad(ValueError, "shift is", shift=(2, 0)),
         bad(ValueError, "scale must be", scale=0.0),

@@ -1,4 +1,4 @@
-"""The papers' baselines compute and train what timm's own model with the same numbers does."""
+"""The papers' baselines compute and train the same as timm's own model with the same weights."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ ONE_HEAD = [name for name in MODELS if name != "deit_distilled"]
 
 
 def cases() -> list[Any]:
-    """Every baseline on one model and in turn on the others, each in a memory mode that takes its
-    turn; the whole grid in the full suite."""
+    """Return every baseline on one model and some on the others, with alternating memory modes.
+
+    The full suite has the whole grid.
+    """
     found = []
     for i, model in enumerate(MODELS):
         names = [name for name in BASELINES if not name.startswith("mlp") or model in ONE_HEAD]
@@ -108,7 +110,7 @@ def test_a_hook_changes_nothing_and_sees_its_rows(method: str, where: str) -> No
     assert [*seen[0]] == ([2, 5] if where == "head" else [2, 10, 64])
 
 
-# Of 4 blocks, the last of which computes only the row that the head reads.
+# Numbers of fused blocks, of 4; the last computes only the row that the head reads.
 FUSED = {
     "linear": 3,
     "full": 0,
@@ -129,7 +131,7 @@ def test_only_frozen_blocks_are_fused(method: str, monkeypatch: pytest.MonkeyPat
     assert indices(tuned, ran) == set(range(FUSED[method]))
 
 
-def test_step_0_of_adapters_is_the_pretrained_function() -> None:
+def test_adapters_start_from_the_pretrained_function() -> None:
     image = families.images(SCALED)
     before = families.build(SCALED)(image)
     tuned = prompt_tune(families.build(SCALED), AdapterTuning())
@@ -147,7 +149,7 @@ def test_folded_weights_and_adapters() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "partial", "bias"])
-def test_what_is_trained_is_not_folded(method: str) -> None:
+def test_trained_weights_are_not_folded(method: str) -> None:
     tuned = prompt_tune(families.build(TOKEN), BASELINES[method])
     with pytest.raises(ValueError, match="is trained"):
         fold_backbone(tuned)
@@ -164,7 +166,7 @@ COUNTS: dict[str, tuple[Callable[[], Any], int]] = {
     "full": (FullTuning, 12 * BLOCK + (3 * 16**2 + 1) * 768 + (1 + 197) * 768 + 2 * 768),
     "partial": (PartialTuning, BLOCK + 2 * 768),
     "partial-3": (lambda: PartialTuning(3), 3 * BLOCK + 2 * 768),
-    # Patch embedding, of each block norm1, qkv, proj, norm2, fc1 and fc2, and the final norm.
+    # Biases of patch embedding, final norm, and norm1, qkv, proj, norm2, fc1, fc2 of each block.
     "bias": (BiasTuning, 768 + 12 * (768 + 2304 + 768 + 768 + 3072 + 768) + 768),
     "adapter": (AdapterTuning, 12 * (2 * 768 * 96 + 96 + 768)),
     "adapter-64": (lambda: AdapterTuning(64), 12 * (2 * 768 * 12 + 12 + 768)),
@@ -181,7 +183,7 @@ def test_counts_of_vit_base(name: str) -> None:
 
 
 def test_counts_in_numbers() -> None:
-    """The arithmetic above, once as figures that can be looked up."""
+    """The results of the arithmetic above."""
     figures = {name: count for name, (_, count) in COUNTS.items()}
     assert figures["full"] == 85_798_656
     assert figures["partial"] == 7_089_408

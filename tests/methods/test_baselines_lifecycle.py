@@ -1,4 +1,4 @@
-"""Baselines are refused before anything changes, undone to the bit, saved, loaded and trained."""
+"""Baselines are refused before anything changes, removed bit for bit, saved, loaded, trained."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SCALED = "dinov2_registers"
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that `remove_prompts` puts back."""
+    """Return all that `remove_prompts` restores."""
     return {
         "classes": {name: type(module) for name, module in model.named_modules()},
         "modes": {name: module.training for name, module in model.named_modules()},
@@ -60,14 +60,14 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 
 
 def shift_trained(model: nn.Module) -> None:
-    """As if it had been trained: every trained value changes."""
+    """Change every trained value, as training would."""
     with torch.no_grad():
         for _, parameter in trainable_parameters(model):
             parameter.mul_(1.25).add_(0.125)
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_removed_to_the_bit(method: str) -> None:
+def test_removing_restores_every_bit(method: str) -> None:
     model = families.build(SCALED, dtype=torch.float32)
     model.train()
     model.blocks[0].eval()
@@ -79,7 +79,7 @@ def test_removed_to_the_bit(method: str) -> None:
     assert_unchanged(model, before)
 
 
-def test_originals_are_kept_in_host_memory() -> None:
+def test_originals_are_in_host_memory() -> None:
     tuned = prompt_tune(families.build(TOKEN), FullTuning())
     kept = tuned.tune_record.originals
     assert set(kept) == {name for name, _ in tuned.named_parameters()}
@@ -89,7 +89,7 @@ def test_originals_are_kept_in_host_memory() -> None:
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_saved_and_loaded_to_the_bit(method: str, tmp_path: Path) -> None:
+def test_saved_and_loaded_bit_for_bit(method: str, tmp_path: Path) -> None:
     tuned = prompt_tune(families.build(SCALED, dtype=torch.float32), BASELINES[method])
     redraw_added(tuned)
     shift_trained(tuned)
@@ -112,7 +112,7 @@ def test_saved_and_loaded_to_the_bit(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [name for name in BASELINES if name != "full"])
-def test_another_backbone_is_told_by_what_was_frozen(method: str, tmp_path: Path) -> None:
+def test_another_backbone_differs_in_frozen_weights(method: str, tmp_path: Path) -> None:
     directory = save_adapter(prompt_tune(families.build(TOKEN), BASELINES[method]), tmp_path / "a")
     other = families.build(TOKEN, seed=3)
     before = snapshot(other)
@@ -121,7 +121,7 @@ def test_another_backbone_is_told_by_what_was_frozen(method: str, tmp_path: Path
     assert_unchanged(other, before)
 
 
-def test_an_adapter_of_everything_fits_over_any_values(tmp_path: Path) -> None:
+def test_an_adapter_of_all_weights_fits_any_backbone_of_its_shape(tmp_path: Path) -> None:
     tuned = prompt_tune(families.build(TOKEN), FullTuning()).eval()
     directory = save_adapter(tuned, tmp_path / "adapter")
     assert read_config(directory)["fingerprint"] == {}
@@ -210,13 +210,13 @@ def test_refusals_change_nothing(case: str) -> None:
 
 
 def test_bounds_are_accepted() -> None:
-    """The refusals above begin where they should."""
+    """The values next to the refused ones are accepted."""
     for method in (PartialTuning(4), AdapterTuning(64), MLPHead(2, hidden_dim=1)):
         prompt_tune(families.build(TOKEN), method)
 
 
 @pytest.mark.parametrize("method", [m for n, m in BASELINES.items() if n != "linear"], ids=repr)
-def test_what_is_about_prompts_refuses_by_name(method: Any) -> None:
+def test_functions_for_prompts_refuse_baselines_by_name(method: Any) -> None:
     model = families.build(TOKEN)
     before = snapshot(model)
     with pytest.raises(ValueError, match=f"'{method.name}' has no prompts"):
@@ -263,8 +263,8 @@ def test_a_few_steps_lower_the_loss(method: str) -> None:
     assert all(not torch.equal(parameters[name], value) for name, value in trained.items())
 
 
-def test_a_linear_probe_is_the_least() -> None:
-    """Every baseline trains the classifier, and all but a linear probe something else too."""
+def test_a_linear_probe_trains_the_least() -> None:
+    """Every baseline trains the classifier, and all except a linear probe train more."""
     head = {"head.weight", "head.bias"}
     for method in BASELINES.values():
         names = {n for n, _ in trainable_parameters(prompt_tune(families.build(TOKEN), method))}

@@ -60,7 +60,7 @@ def test_logits_and_gradients(family: str, variant: str) -> None:
 @pytest.mark.parametrize("kernel", [1, 2, 3])
 @pytest.mark.parametrize("variant", ["code", "paper"])
 def test_kernels_and_numbers_of_prompts(family: str, p: int, kernel: int, variant: str) -> None:
-    """A kernel of 3 covers the whole grid of 3 x 3, but for the first family's."""
+    """A kernel of 3 covers the whole 3 x 3 grid of all families but the first."""
     tuned, plain = vapt_pair(
         families.build(family), VAPT(p, kernel_size=kernel, variant=variant, **ACTING)
     )
@@ -95,7 +95,7 @@ def test_grids_down_to_the_kernel(
 
 @pytest.mark.parametrize("field", ["dropout", "projector_dropout", "channel_dropout"])
 @pytest.mark.parametrize("variant", ["code", "paper"])
-def test_each_dropout_acts_alone(field: str, variant: str) -> None:
+def test_each_dropout_alone(field: str, variant: str) -> None:
     method = VAPT(5, variant=variant, **{**STILL, field: 0.5})
     tuned, plain = vapt_pair(families.build(TOKEN), method)
     compare(tuned, plain, families.images(TOKEN, batch=3))
@@ -121,8 +121,8 @@ def test_masks_differ_by_image_and_step(field: str) -> None:
     assert torch.equal(tuned(image), tuned(image))
 
 
-def test_every_field_is_another_function() -> None:
-    """What the tests above compare would tell the variants, the kernels and the widths apart."""
+def test_every_field_changes_the_function() -> None:
+    """So the tests above would notice a wrong variant, kernel or width."""
     image, outputs = families.images(TOKEN), {}
     changes: list[dict[str, Any]] = [{}, {"variant": "paper"}, {"kernel_size": 1}]
     for change in [*changes, {"kernel_size": 3}, {"hidden_dim": 4}, {"num_prompts": 4}]:
@@ -136,7 +136,7 @@ def test_every_field_is_another_function() -> None:
 
 
 def test_prompts_depend_on_the_image() -> None:
-    """In every block but the first."""
+    """In every block except the first."""
     _, plain = vapt_pair(families.build(TOKEN), VAPT(3))
     rows = torch.randn(2, 10, 64, dtype=torch.float64)
     alike = rows[:1].expand(2, -1, -1)
@@ -177,7 +177,7 @@ def test_batch_mates_do_not_matter(family: str) -> None:
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
 def test_gradient_of_the_image(variant: str) -> None:
-    """It runs through the experts too: their prompts are functions of the image."""
+    """It flows through the experts too, whose prompts depend on the image."""
     tuned, plain = vapt_pair(families.build(TOKEN), VAPT(3, variant=variant, **ACTING))
     ours, theirs = (families.images(TOKEN).requires_grad_() for _ in range(2))
     plain.training = True
@@ -188,7 +188,7 @@ def test_gradient_of_the_image(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
 def test_nothing_stale_after_a_change(variant: str) -> None:
-    """Steps of the optimiser, edits in place and loaded weights are all seen at once."""
+    """Optimiser steps, edits in place and loaded weights take effect immediately."""
     method = VAPT(3, variant=variant, **STILL)
     base, untouched = families.build(TOKEN), families.build(TOKEN)
     tuned, image = prompt_tune(base, method).train(), families.images(TOKEN)
@@ -222,7 +222,7 @@ def test_no_prompts_is_the_base_model(family: str) -> None:
 
 
 def test_awkward_batches() -> None:
-    """No image at all, and images that are not contiguous."""
+    """Empty batches, and images that are not contiguous."""
     tuned, plain = vapt_pair(families.build(TOKEN), VAPT(3))
     tuned.eval()
     assert tuned(families.images(TOKEN, batch=0)).shape == (0, families.CLASSES)

@@ -1,4 +1,4 @@
-"""Features, hooks, modes, copies, adapters: a VAPT model is timm's model in all of them."""
+"""Features, hooks, modes, copies and adapters of VAPT models work as timm's do."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _masks(tokens: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["shared", "per_image", "bias"])
 @pytest.mark.parametrize("variant", BOTH)
 def test_attention_mask(kind: str, variant: str) -> None:
-    """The mask is over tokens; prompts are seen by all of them."""
+    """The mask is over tokens; all tokens read the prompts."""
     tuned, plain, image = tune(TOKEN, variant)
     mask = _masks(10)[kind]
     assert distance(plain(image), plain(image, mask)) > 1e-3
@@ -141,13 +141,13 @@ def test_checkpointing_replays_every_mask(family: str, variant: str) -> None:
     tuned.train().set_grad_checkpointing(True)
     plain.training = True
     output = seeded(tuned, image)
-    torch.rand(3)  # whatever happens in between must not matter
+    torch.rand(3)  # other draws in between must not matter
     assert_same(tuned, plain, output, seeded(plain, image))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_hooks_on_blocks(checkpointing: bool) -> None:
-    """What passes between blocks is what timm's blocks pass; the head's last row hides nothing."""
+    """Blocks pass what timm's blocks pass, and with a hook the last block computes all rows."""
     tuned, plain, image = tune(TOKEN)
     tuned.set_grad_checkpointing(checkpointing)
     left: dict[int, Tensor] = {}
@@ -166,7 +166,7 @@ def test_hooks_on_blocks(checkpointing: bool) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda y: 2 * y, lambda y: y.flip(1)])
-def test_a_hook_on_a_block_may_change_what_the_next_experts_see(change: Any) -> None:
+def test_a_hook_on_a_block_may_change_the_next_experts_input(change: Any) -> None:
     tuned, plain, image = tune(TOKEN)
     before = plain(image)
 
@@ -232,7 +232,7 @@ def _saved(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, _pickled, _saved])
 def test_copies(duplicate: Any) -> None:
-    """A copy computes the same bits, and with its own feature projector when that changes."""
+    """A copy computes the same bits, and has a feature projector of its own."""
     tuned, plain, image = tune(TOKEN)
     tuned(image).sum().backward()
     twin = duplicate(tuned)
@@ -257,7 +257,7 @@ def test_copies(duplicate: Any) -> None:
 
 @pytest.mark.parametrize("variant", BOTH)
 def test_state_dicts_load(variant: str) -> None:
-    """Its own strictly; a plain checkpoint too, which leaves the experts alone."""
+    """Its own loads strictly; a plain checkpoint loads and leaves the experts alone."""
     tuned, plain, image = tune(TOKEN, variant)
     other = prompt_tune(families.build(TOKEN, seed=3), plain.method).eval()
     other.load_state_dict(tuned.state_dict(), strict=True)
@@ -279,7 +279,7 @@ def test_state_dicts_load(variant: str) -> None:
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize("variant", BOTH)
 def test_adapters(family: str, variant: str, tmp_path: Path) -> None:
-    """What was trained and nothing else; every field of the method; and the same bits."""
+    """They hold only what was trained and every field of the method, and give the same bits."""
     method = VAPT(3, 0.2, kernel_size=3, hidden_dim=5, projector_dropout=0.3, variant=variant)
     tuned = prompt_tune(families.build(family, dtype=torch.float32), method)
     redraw_prompts(tuned)

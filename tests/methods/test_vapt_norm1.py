@@ -1,5 +1,5 @@
-"""The block's own norm1 beside VAPT's experts, which normalise the same rows: the trained, the
-hooked, the unusual; and whatever else of the backbone is trained besides."""
+"""A trained, hooked or unusual norm1 beside VAPT's experts, which normalise the same rows; other
+weights of the backbone that are trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Rowwise = Callable[[Tensor], Tensor]
 @pytest.mark.parametrize("also", ["", "blocks.0.", "blocks.2.", "blocks.3."])
 @pytest.mark.parametrize("family", [TOKEN, "clip", "aimv2", "siglip_average"])
 def test_norm1_may_be_trained(family: str, also: str) -> None:
-    """norm1 normalises the rows that the experts normalise too; its own gradients are timm's."""
+    """norm1 and the experts normalise the same rows; the gradients of norm1 are timm's."""
     depth = families.depth(family)
     blocks = [f"blocks.{i}." for i in range(depth)] if also == "" else [also]
     names = tuple(f"{block}norm1." for block in blocks if int(block[7]) < depth)
@@ -41,8 +41,8 @@ def test_other_weights_may_be_trained(also: str) -> None:
 @pytest.mark.parametrize("pre", [False, True])
 @pytest.mark.parametrize("family", [TOKEN, "siglip_average", "aimv2"])
 @pytest.mark.parametrize("index", [0, 1])
-def test_hooks_on_norm1_change_what_passes(family: str, index: int, pre: bool) -> None:
-    """Tokens and prompts, as where they are concatenated; what makes prompts passes beside it."""
+def test_hooks_on_norm1_may_change_its_output(family: str, index: int, pre: bool) -> None:
+    """Of tokens and prompts, as if concatenated; the experts' own input does not change."""
     tuned, plain = vapt_pair(families.build(family), VAPT(3, **ACTING))
     image = families.images(family)
     before = plain(image)
@@ -61,7 +61,7 @@ def test_hooks_on_norm1_change_what_passes(family: str, index: int, pre: bool) -
 
 
 class DoubledNorm(nn.LayerNorm):
-    """A LayerNorm by name, with a forward pass of its own."""
+    """Subclass of LayerNorm with a forward pass of its own."""
 
     def forward(self, rows: Tensor) -> Tensor:
         return 2 * super().forward(rows)
@@ -82,7 +82,7 @@ def test_a_norm1_of_its_own_class_is_called_or_refused() -> None:
 
 @pytest.mark.parametrize(("family", "eps"), [(TOKEN, 1e-6), ("clip", 1e-5), (TOKEN, 0.3)])
 def test_the_eps_of_norm1_is_its_own(family: str, eps: float) -> None:
-    """The experts' own norm has 1e-5 whatever norm1 has: rows of little variance tell."""
+    """The experts' norm has 1e-5 whatever norm1 has; rows of little variance show it."""
     base = families.build(family)
     for block in base.blocks:
         if eps == 0.3:
@@ -112,7 +112,7 @@ def test_the_eps_of_norm1_is_its_own(family: str, eps: float) -> None:
 @pytest.mark.parametrize("how", ["frozen", "trained", "hooked", "masked"])
 @pytest.mark.parametrize("family", [TOKEN, "aimv2"])
 def test_norm1_in_low_precision(family: str, how: str, dtype: torch.dtype) -> None:
-    """Prompts are of a wider type than norm1's weights, whichever way they go through it."""
+    """Prompts have a wider dtype than norm1's weights, fused or module by module."""
     also = ("blocks.1.norm1.",) if how == "trained" else ()
     tuned, plain = vapt_pair(families.build(family), VAPT(3), also=also)
     tuned.to(dtype).eval()

@@ -1,7 +1,7 @@
 """VAPT in low precision, from its first step on, where every adaptive prompt is exactly zero.
 
 norm1 of a zero row has a reciprocal standard deviation of 1 / sqrt(eps), 1000 for an eps of 1e-6:
-what reaches the prompts of the "code" variant at its first step is amplified as much.
+gradients of the prompts of the "code" variant are amplified as much at the first step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SLACK = {"float32": 1e-6, "bfloat16": 2e-3, "float16": 2e-3}
 
 
 def error(found: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
-    """Relative error in the root mean square; what is exactly zero has to be found so."""
+    """Return the relative root mean square error; values that are exactly zero must be found so."""
     found, truth = found.detach().double(), truth.detach().double()
     scale = truth if scale is None else scale.detach().double()
     assert found.isfinite().all()
@@ -43,7 +43,7 @@ def error(found: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
 
 
 def errors(family: str, method: VAPT, how: str, seed: int, redraw: bool) -> dict[str, Any]:
-    """Errors against float64, ours and the plain formulation's, of the output and gradients."""
+    """Return errors against float64 of output and gradients, ours and the plain formulation's."""
     torch.manual_seed(seed)
     tuned, truth = vapt_pair(families.build(family, seed), method, redraw=redraw)
     image = families.images(family, batch=4, seed=seed + 50)
@@ -60,7 +60,7 @@ def errors(family: str, method: VAPT, how: str, seed: int, redraw: bool) -> dict
     assert {n: g.dtype for n, g in found.items()} == {n: g.dtype for n, g in eager.items()}
     values = {"output": (error(ours, expected), error(theirs, expected))}
     for name, truly in right.items():
-        # norm1 takes out what mix.bias adds to every channel: at zero its gradient is nothing but
+        # norm1 removes what mix.bias adds to every channel: at zero its gradient is only
         # rounding, of the size that mix.weight's gradient gives it.
         scale = right[name.replace("mix.bias", "mix.weight")] if not redraw else truly
         values[name] = error(found[name], truly, scale), error(eager[name], truly, scale)
@@ -68,10 +68,10 @@ def errors(family: str, method: VAPT, how: str, seed: int, redraw: bool) -> dict
 
 
 def within_budget(family: str, method: VAPT, how: str, redraw: bool) -> None:
-    """Asserts errors no larger than the plain formulation's, for every kind of tensor.
+    """Assert that errors are no larger than the plain formulation's, for every kind of tensor.
 
-    In the geometric mean over models and blocks: of a single one, the rounding is down to luck. So
-    it is, at times, of four models: what is over the budget then is judged by twenty.
+    Errors are geometric means over models and blocks, as the rounding of one is luck. At times that
+    of four models is, too: a kind that is over the budget is judged by twenty.
     """
     runs = [errors(family, method, how, seed, redraw) for seed in range(4)]
     if over_budget(runs, how):
@@ -80,7 +80,7 @@ def within_budget(family: str, method: VAPT, how: str, redraw: bool) -> None:
 
 
 def over_budget(runs: list[dict[str, Any]], how: str) -> dict[str, tuple[float, float]]:
-    """Geometric means (ours, eager's) of the kinds of tensors that are over the budget."""
+    """Return geometric means (ours, eager's) of the kinds of tensors that exceed the budget."""
     slack = SLACK[how.rpartition("_")[2]]
     kinds: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
@@ -99,7 +99,7 @@ def over_budget(runs: list[dict[str, Any]], how: str) -> dict[str, tuple[float, 
 @pytest.mark.parametrize("how", ["float32", "bfloat16", "float16", "autocast_bfloat16"])
 @pytest.mark.parametrize("family", [TOKEN, "aimv2"])
 def test_the_zero_prompt(family: str, how: str) -> None:
-    """The "code" variant as it begins: finite gradients, as exact as the plain formulation's."""
+    """At the start the "code" variant has finite gradients, as exact as the plain formulation's."""
     within_budget(family, VAPT(3, **STILL), how, redraw=False)
 
 
@@ -112,7 +112,7 @@ def test_low_precision(variant: str, how: str) -> None:
 def descend(
     function: Callable[[Tensor], Tensor], trained: list[Tensor], image: Tensor, classes: Tensor
 ) -> list[float]:
-    """Losses of ten steps at the largest rate of the papers' grid, 50 at a batch of 64."""
+    """Return losses of ten steps at the largest rate of the papers' grid, 50 at a batch of 64."""
     optimiser, losses = torch.optim.SGD(trained, lr=50 * 64 / 256, momentum=0.9), []
     for _ in range(10):
         optimiser.zero_grad()
@@ -134,7 +134,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("seed", range(3))
 def test_ten_steps_at_the_largest_rate(variant: str, seed: int) -> None:
-    """They stay finite, and float32 follows float64, as it does in the plain formulation."""
+    """Losses stay finite, and float32 follows float64 as closely as in the plain formulation."""
     torch.manual_seed(seed)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 2, "depth": 3}
     base = timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes).double().eval()
@@ -163,7 +163,7 @@ def test_ten_steps_at_the_largest_rate(variant: str, seed: int) -> None:
 
 
 def test_channels_are_dropped_under_autocast() -> None:
-    """Masks are drawn, scaled and applied there as elsewhere."""
+    """Masks are drawn, scaled and applied as without autocast."""
     method = VAPT(3, **{**STILL, "channel_dropout": 0.5, "projector_dropout": 0.5})
     tuned, _ = vapt_pair(families.build(TOKEN, dtype=torch.float32), method)
     image = families.images(TOKEN, dtype=torch.float32)
@@ -185,7 +185,7 @@ def fresh_compiler() -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_without_a_graph_break(fresh_compiler: Any) -> None:
-    """In training, with every dropout, and without; what it computes is never stale."""
+    """In training with every dropout, and without; no result is stale."""
     method = VAPT(3, **ACTING)
     tuned, plain = vapt_pair(families.build("vit_32px"), method)
     compiled = torch.compile(tuned.train(), fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""What VAPT cannot honour is refused by value, with what to do about it, and changes nothing."""
+"""VAPT refuses what it cannot honour, naming value and fix, and changes nothing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_fields(case: str) -> None:
 
 
 def test_bounds_are_accepted() -> None:
-    """The refusals above begin where they should."""
+    """The values next to the refused ones are accepted."""
     method = VAPT(1, 0.99, 1, 1, 0.99, 0.99)
     prompt_tune(families.build(TOKEN), method)
     assert VAPT(num_prompts=0).num_prompts == 0
@@ -97,8 +97,8 @@ CALLS: dict[str, Callable[[nn.Module, Any], Any]] = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("family", [TOKEN, "siglip_map", "deit_distilled"])
 @pytest.mark.parametrize("size", [(16, 64), (64, 16)])
-def test_as_many_patches_of_another_shape(family: str, call: str, size: tuple[int, int]) -> None:
-    """2 x 8 patches are as many as 4 x 4: the sizes fit, and the mix would be nonsense."""
+def test_another_grid_of_as_many_patches(family: str, call: str, size: tuple[int, int]) -> None:
+    """2 x 8 patches are as many as 4 x 4: shapes fit, but the token mixing would be wrong."""
     tuned, plain = vapt_pair(
         families.build(family, img_size=32, dynamic_img_size=True), VAPT(3, **ACTING)
     )
@@ -147,7 +147,7 @@ def test_another_input_size_is_refused(size: tuple[int, int]) -> None:
         assert grid in str(refusal.value)
 
 
-def test_a_size_that_was_set_before_tuning_is_the_trained_one() -> None:
+def test_a_size_that_was_set_before_tuning_is_used() -> None:
     base = families.build("vit_32px")
     base.set_input_size((16, 64))
     tuned, plain = vapt_pair(base, VAPT(3, **ACTING))

@@ -1,4 +1,4 @@
-"""What VAPT trains: names, shapes and counts, how it begins, and that every expert learns."""
+"""What VAPT trains: names, shapes, counts and initialisation; every expert learns."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_state_dict_names_and_shapes(family: str, variant: str) -> None:
 
 
 def drawn(name: str, seeds: int, method: VAPT, **arguments: Any) -> Tensor:
-    """What initialisation puts under `name` in every block but the first, over many seeds."""
+    """Return initial values of `name` in every block except the first, over many seeds."""
     base = families.create(TOKEN, embed_dim=16, num_heads=1, depth=12, **arguments)
     found = []
     for seed in range(seeds):
@@ -85,7 +85,7 @@ def drawn(name: str, seeds: int, method: VAPT, **arguments: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
-def test_kernels_begin_as_standard_normal(variant: str) -> None:
+def test_kernels_are_initialised_as_standard_normal(variant: str) -> None:
     values = drawn("conv.weight", 20, VAPT(1, kernel_size=3, variant=variant))
     assert values.numel() == 20 * 11 * 9
     assert values.mean().abs() < 0.08
@@ -100,13 +100,13 @@ def _uniform(values: Tensor, bound: float) -> None:
     assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.04)
 
 
-def test_the_paper_variants_mix_begins_as_a_linear_layer() -> None:
-    """2 x 2 positions are the fan-in: U(-1/2, 1/2)."""
+def test_the_paper_variants_projector_is_initialised_as_a_linear() -> None:
+    """The fan-in is 2 x 2 positions: U(-1/2, 1/2)."""
     _uniform(drawn("mix.weight", 4, VAPT(50, variant="paper")), 0.5)
     _uniform(drawn("mix.weight", 4, VAPT(50, variant="paper", kernel_size=3)), 1.0)
 
 
-def test_the_code_variants_mix_begins_at_zero() -> None:
+def test_the_code_variants_projector_starts_at_zero() -> None:
     for name in ("mix.weight", "mix.bias"):
         torch.manual_seed(0)
         state = prompt_tune(families.build(TOKEN), VAPT(3)).state_dict()
@@ -115,8 +115,8 @@ def test_the_code_variants_mix_begins_at_zero() -> None:
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
-def test_static_prompts_norms_and_feature_projector_begin_as_they_should(variant: str) -> None:
-    """Block 0 as in VPT, U(-v, v) with v = sqrt(6 / (3 * patch_h * patch_w + D))."""
+def test_initialisation_of_static_prompts_norms_and_feature_projector(variant: str) -> None:
+    """Block 0 as in VPT: U(-v, v) with v = sqrt(6 / (3 * patch_h * patch_w + D))."""
     torch.manual_seed(0)
     base = families.build("vit_oblong")
     state = prompt_tune(base, VAPT(100, variant=variant, hidden_dim=50)).state_dict()
@@ -144,7 +144,7 @@ def test_initialisation_follows_the_seed() -> None:
 
 
 def experts(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is the experts' own: without block 0's prompts and the head."""
+    """Return the experts' parameters, without block 0's prompts and the head."""
     return {n: g for n, g in found.items() if "prompt" in n and not n.endswith("tokens")}
 
 
@@ -155,8 +155,8 @@ def begin(variant: str) -> tuple[nn.Module, PlainVAPT, Tensor]:
     return tuned.train(), plain, families.images(TOKEN)
 
 
-def test_a_zero_mix_would_never_train_in_the_paper_variant() -> None:
-    """relu'(0) = 0: not one expert parameter gets a gradient, here or in the plain formulation."""
+def test_a_zero_projector_would_never_train_in_the_paper_variant() -> None:
+    """As relu'(0) = 0, no expert parameter gets a gradient, as in the plain formulation."""
     tuned, plain, image = begin("paper")
     with torch.no_grad():
         for name, parameter in [*tuned.named_parameters(), *plain.trained.items()]:
@@ -176,10 +176,10 @@ def test_every_expert_trains_from_the_first_step_in_the_paper_variant() -> None:
             assert gradient.any(), f"{name} has no gradient"
 
 
-def test_the_mix_trains_first_in_the_code_variant() -> None:
-    """At the first step no other expert parameter has a gradient, at the second one all have.
+def test_the_token_wise_projector_trains_first_in_the_code_variant() -> None:
+    """At the first step no other expert parameter has a gradient, at the second all have one.
 
-    mix.bias begins with its first step too, but only by rounding: norm1 takes out what it adds.
+    mix.bias has one at the first step, too, but only by rounding: norm1 removes what it adds.
     """
     tuned, plain, image = begin("code")
     for found in (tuned_gradients(tuned, tuned(image)), gradients(plain(image), plain.trained)):
@@ -199,7 +199,7 @@ def test_the_mix_trains_first_in_the_code_variant() -> None:
 @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("variant", ["code", "paper"])
 def test_a_step_changes_prompts_and_head_only(variant: str, optimiser: Any) -> None:
-    """Even when all parameters are handed over, with weight decay."""
+    """Even if the optimiser gets all parameters, with weight decay."""
     tuned, _ = vapt_pair(families.build(TOKEN), VAPT(3, variant=variant))
     before = copy.deepcopy(tuned.state_dict())
     step = optimiser(tuned.parameters(), lr=0.1, weight_decay=0.1)

@@ -63,9 +63,9 @@ def test_narrow_dtypes_stay_within_their_rounding(kind: str, dtype: torch.dtype)
     activation_backward(wide, None, wide_grad, kind)
     # Eager's QuickGELU rounds after each of its operations.
     bound = 8 * torch.finfo(dtype).eps
-    for mine, theirs in ((out, right), (grad, wide_grad)):
-        assert mine.dtype == dtype
-        assert ((mine.double() - theirs).abs() / theirs.abs().clamp_min(1)).max() < bound
+    for have, want in ((out, right), (grad, wide_grad)):
+        assert have.dtype == dtype
+        assert ((have.double() - want).abs() / want.abs().clamp_min(1)).max() < bound
 
 
 def test_another_kind_is_refused() -> None:

@@ -33,7 +33,7 @@ def make(
     dtype: torch.dtype = torch.float64,
     grad: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Random tokens and prompts in one of the layouts."""
+    """Return random tokens and prompts in one of the layouts."""
     generator = torch.Generator().manual_seed(keys + 10 * prompts + 100 * queries)
 
     def rand(*shape: int) -> Tensor:
@@ -55,7 +55,7 @@ def make(
 
 
 def textbook(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> Tensor:
-    """softmax(q [K_p; K_x]^T scale) [V_p; V_x], written out."""
+    """Compute softmax(q [K_p; K_x]^T scale) [V_p; V_x] by concatenation."""
     q, k, v = tokens[0].unbind(2) if len(tokens) == 1 else (tokens[0], None, None)
     if len(tokens) == 2:
         k, v = tokens[1].unbind(2)
@@ -70,7 +70,7 @@ def textbook(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> Tenso
 
 
 def gradients(function, tokens: list[Tensor], prompts: list[Tensor]) -> list[Tensor]:
-    """Output and gradients of a fixed random projection of it."""
+    """Return the output, and gradients of a fixed random projection of it."""
     out = function(tokens, prompts, 0.3)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
     inputs = [t for t in (*tokens, *prompts) if t.requires_grad]
@@ -145,7 +145,7 @@ def test_formula_for_other_devices(monkeypatch, layout, prompt_layout, shared) -
     out, lse = reference.attention_forward(tokens, prompts, 0.3)
     grad = torch.randn_like(out)
     flash = reference.attention_backward(tokens, prompts, out, lse, grad, 0.3, True, True)
-    monkeypatch.setattr(reference, "_has_flash", lambda q: False)
+    monkeypatch.setattr(reference, "has_flash", lambda q: False)
     plain_out, plain_lse = reference.attention_forward(tokens, prompts, 0.3)
     plain = reference.attention_backward(tokens, prompts, out, lse, grad, 0.3, True, True)
     torch.testing.assert_close(plain_out, out, rtol=1e-12, atol=1e-13)
@@ -157,7 +157,7 @@ def test_formula_for_other_devices(monkeypatch, layout, prompt_layout, shared) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [True, False])
 def test_error_is_no_larger_than_eager(dtype: torch.dtype, shared: bool) -> None:
-    """Against fp64, next to SDPA on concatenated keys and values in the same dtype."""
+    """The error against fp64 is that of SDPA on concatenated keys and values in the same dtype."""
     tokens, prompts = make(1, 1, shared, batch=3, keys=37, prompts=9, dim=32, dtype=dtype)
     exact = [[t.detach().double().requires_grad_() for t in ts] for ts in (tokens, prompts)]
 
@@ -170,7 +170,7 @@ def test_error_is_no_larger_than_eager(dtype: torch.dtype, shared: bool) -> None
 
     truth = gradients(textbook, *exact)
     slack = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
-    for ours, theirs, true in zip(
+    for ours, plain, true in zip(
         gradients(prompt_attention, tokens, prompts),
         gradients(eager, tokens, prompts),
         truth,
@@ -178,7 +178,7 @@ def test_error_is_no_larger_than_eager(dtype: torch.dtype, shared: bool) -> None
     ):
         size = true.abs().max()
         error = (ours.double() - true).abs().max() / size
-        allowed = (theirs.double() - true).abs().max() / size + slack
+        allowed = (plain.double() - true).abs().max() / size + slack
         assert error <= allowed, f"{error:.2e} > {allowed:.2e}"
 
 
@@ -226,16 +226,16 @@ def _zeros(*shapes: tuple[int, ...]) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("tokens", "prompts", "message"),
     [
-        ([], [], "1 to 3 token tensors"),
-        ([(2, 5, 2, 2, 4)], [], "must be 3"),
-        ([(2, 5, 3, 2)], [], "ranks"),
-        ([(2, 1, 2, 4), (2, 5, 3, 2, 4)], [], "must be 2"),
-        ([(2, 1, 2, 4), (3, 5, 2, 2, 4)], [], "do not fit each other"),
-        ([(2, 1, 2, 4), (2, 5, 2, 4), (2, 6, 2, 4)], [], "do not fit each other"),
-        ([(2, 5, 3, 2, 4)], [(1, 3, 3, 2, 4)], "must be 2"),
-        ([(2, 5, 3, 2, 4)], [(1, 3, 2, 2, 8)], "do not fit the heads"),
-        ([(2, 5, 3, 2, 4)], [(3, 3, 2, 2, 4)], "prompts for 3 images"),
-        ([(2, 5, 3, 2, 4)], [(1, 3, 2, 4)], "ranks"),
+        ([], [], "tokens must be 1, 2 or 3 tensors"),
+        ([(2, 5, 2, 2, 4)], [], r"qkv must be \(B, rows, 3, H, d\)"),
+        ([(2, 5, 3, 2)], [], "qkv must be"),
+        ([(2, 1, 2, 4), (2, 5, 3, 2, 4)], [], r"kv must be \(B, rows, 2, H, d\)"),
+        ([(2, 1, 2, 4), (3, 5, 2, 2, 4)], [], "kv has a leading dimension of 3 where q has 2"),
+        ([(2, 1, 2, 4), (2, 5, 2, 4), (2, 6, 2, 4)], [], "v has 6 rows where k has 5"),
+        ([(2, 5, 3, 2, 4)], [(1, 3, 3, 2, 4)], "prompt kv must be"),
+        ([(2, 5, 3, 2, 4)], [(1, 3, 2, 2, 8)], "prompt kv has 2 heads of 8"),
+        ([(2, 5, 3, 2, 4)], [(3, 3, 2, 2, 4)], "prompt kv has a leading dimension of 3"),
+        ([(2, 5, 3, 2, 4)], [(1, 3, 2, 4)], "prompt kv must be"),
     ],
 )
 def test_wrong_shapes_are_named(tokens, prompts, message) -> None:

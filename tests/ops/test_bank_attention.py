@@ -18,11 +18,11 @@ from vpt_fast.ops.attention.ragged import bank_attention, bank_attention_operato
 LOG2_E = 1.4426950408889634
 SCALE = 0.3
 
-PLACES = {
+CASES = {
     "mixed": ([2, 0, ~1, 2, ~0], [3, 0, 4, 3, 1]),
     "overlapping": ([0, 1, 2, 3, 4], [5, 4, 3, 2, 1]),
     "equal": ([4, ~3, 0, 4, 1], [2, 2, 2, 2, 2]),
-    "made": ([~0, ~1, ~2, ~3, ~4], [1, 1, 1, 1, 1]),
+    "computed": ([~0, ~1, ~2, ~3, ~4], [1, 1, 1, 1, 1]),
     "none": ([0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
 }
 
@@ -32,35 +32,42 @@ class Call:
     """Arguments of `bank_attention` without the scale."""
 
     tokens: list[Tensor]
-    rest: Tensor
-    made: Tensor
-    starts: Tensor
+    cached: Tensor
+    computed: Tensor
+    row_offsets: Tensor
     counts: Tensor
-    most: int
+    max_prompts: int
 
     def arguments(self) -> tuple[Any, ...]:
-        return self.tokens, self.rest, self.made, self.starts, self.counts, self.most
+        return (
+            self.tokens,
+            self.cached,
+            self.computed,
+            self.row_offsets,
+            self.counts,
+            self.max_prompts,
+        )
 
     def image(self, b: int) -> Call:
         one = slice(b, b + 1)
         return Call(
             [t[one] for t in self.tokens],
-            self.rest,
-            self.made,
-            self.starts[one],
+            self.cached,
+            self.computed,
+            self.row_offsets[one],
             self.counts[one],
-            self.most,
+            self.max_prompts,
         )
 
     def prompts(self, b: int) -> Tensor:
-        """(1, p, 2, H, d)."""
-        start, count = int(self.starts[b]), int(self.counts[b])
-        pool, first = (self.made, ~start) if start < 0 else (self.rest, start)
+        """Return the prompts of an image, (1, p, 2, H, d)."""
+        start, count = int(self.row_offsets[b]), int(self.counts[b])
+        pool, first = (self.computed, ~start) if start < 0 else (self.cached, start)
         return pool[first : first + count].unsqueeze(0)
 
 
 def make(
-    places: str = "mixed",
+    case: str = "mixed",
     layout: int = 1,
     *,
     batch: int = 5,
@@ -70,7 +77,7 @@ def make(
     dim: int = 4,
     dtype: torch.dtype = torch.float64,
 ) -> Call:
-    """Random tensors: nine prompts at rest, six that were made."""
+    """Return random tensors: nine cached prompts, six computed ones."""
     generator = torch.Generator().manual_seed(keys + 10 * dim + 100 * batch)
 
     def rand(*shape: int) -> Tensor:
@@ -81,15 +88,19 @@ def make(
         2: lambda: [rand(batch, queries, heads, dim), rand(batch, keys, 2, heads, dim)],
         3: lambda: [rand(batch, r, heads, dim) for r in (queries, keys, keys)],
     }[layout]()
-    starts, counts = (torch.tensor(values[:batch], dtype=torch.int64) for values in PLACES[places])
-    most = int(counts.max()) if batch else 0
-    return Call(tokens, rand(9, 2, heads, dim), rand(6, 2, heads, dim), starts, counts, most)
+    row_offsets, counts = (
+        torch.tensor(values[:batch], dtype=torch.int64) for values in CASES[case]
+    )
+    max_prompts = int(counts.max()) if batch else 0
+    return Call(
+        tokens, rand(9, 2, heads, dim), rand(6, 2, heads, dim), row_offsets, counts, max_prompts
+    )
 
 
 def textbook(call: Call, scale: float = SCALE) -> tuple[Tensor, Tensor]:
-    """Image by image: concatenate, score, softmax, mix."""
+    """Compute attention image by image, by concatenation."""
     outs, sums = [], []
-    for b in range(len(call.starts)):
+    for b in range(len(call.row_offsets)):
         q, k, v = split(call.image(b).tokens)
         prompts = call.prompts(b)
         k, v = torch.cat([prompts[:, :, 0], k], 1), torch.cat([prompts[:, :, 1], v], 1)
@@ -105,9 +116,9 @@ def assert_equal(have: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> No
 
 
 @pytest.mark.parametrize("layout", [1, 2, 3])
-@pytest.mark.parametrize("places", PLACES)
-def test_equals_textbook_attention(places: str, layout: int) -> None:
-    call = make(places, layout)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_textbook_attention(case: str, layout: int) -> None:
+    call = make(case, layout)
     out, lse = bank_attention(*call.arguments(), SCALE)
     assert out.is_contiguous() and lse.is_contiguous()
     assert_equal((out, lse), textbook(call))
@@ -124,14 +135,14 @@ def test_small_and_odd_sizes(layout: int, sizes: dict[str, int]) -> None:
     assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
 
 
-@pytest.mark.parametrize("most", [1, 20])
+@pytest.mark.parametrize("max_prompts", [1, 20])
 def test_long_runs_of_prompts_are_copied_in_pieces(
-    most: int, monkeypatch: pytest.MonkeyPatch
+    max_prompts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one row, and of two rows of eight numbers, the last piece shorter."""
-    monkeypatch.setattr(reference, "_ONE_REGION", most)
-    for places in ("mixed", "overlapping"):
-        call = make(places)
+    """Pieces have one row, or two rows of eight numbers and a shorter last piece."""
+    monkeypatch.setattr(reference, "_ONE_REGION", max_prompts)
+    for case in ("mixed", "overlapping"):
+        call = make(case)
         assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
 
 
@@ -142,22 +153,22 @@ def test_no_images() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("places", ["mixed", "equal"])
-def test_is_prompt_attention_of_each_image(places: str, dtype: torch.dtype) -> None:
-    """Bit for bit: a task's images do not notice what else is in their batch."""
-    call = make(places, keys=19, dim=16, dtype=dtype)
+@pytest.mark.parametrize("case", ["mixed", "equal"])
+def test_is_prompt_attention_of_each_image(case: str, dtype: torch.dtype) -> None:
+    """Bit for bit: a task's images do not depend on the others of their batch."""
+    call = make(case, keys=19, dim=16, dtype=dtype)
     out, lse = bank_attention(*call.arguments(), SCALE)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    for b in range(len(call.starts)):
+    for b in range(len(call.row_offsets)):
         alone = attention_reference.attention_forward(
             call.image(b).tokens, [call.prompts(b)], SCALE
         )
         assert torch.equal(out[b : b + 1], alone[0]) and torch.equal(lse[b : b + 1], alone[1])
 
 
-@pytest.mark.parametrize(("places", "calls"), [("mixed", 4), ("equal", 1), ("none", 1)])
+@pytest.mark.parametrize(("case", "calls"), [("mixed", 4), ("equal", 1), ("none", 1)])
 def test_one_fused_call_for_each_count(
-    places: str, calls: int, monkeypatch: pytest.MonkeyPatch
+    case: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
     attend = attention_reference.attend
@@ -167,7 +178,7 @@ def test_one_fused_call_for_each_count(
         return attend(q, k, v, scale)
 
     monkeypatch.setattr(reference, "attend", spy)
-    call = make(places)
+    call = make(case)
     bank_attention(*call.arguments(), SCALE)
     counts = call.counts.tolist()
     assert len(shapes) == calls
@@ -175,7 +186,7 @@ def test_one_fused_call_for_each_count(
 
 
 def test_one_count_copies_only_the_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queries stay where they are."""
+    """The queries are not copied."""
     call = make("equal")
     storages = []
 
@@ -188,30 +199,30 @@ def test_one_count_copies_only_the_join(monkeypatch: pytest.MonkeyPatch) -> None
     assert storages == [call.tokens[0].untyped_storage().data_ptr()]
 
 
-@pytest.mark.parametrize("places", ["mixed", "equal"])
-def test_formula_for_other_devices(places: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", ["mixed", "equal"])
+def test_formula_for_other_devices(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path without the CPU's fused attention, which MPS and XPU tensors take."""
-    monkeypatch.setattr(attention_reference, "_has_flash", lambda q: False)
-    call = make(places)
+    monkeypatch.setattr(attention_reference, "has_flash", lambda q: False)
+    call = make(case)
     assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_pool_may_be_empty(rows: int) -> None:
     call = make("overlapping")
-    call.made = call.made[:rows]
+    call.computed = call.computed[:rows]
     assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
 
 
 def test_most_may_be_more_than_there_are() -> None:
     call = make()
-    call.most = 50
+    call.max_prompts = 50
     assert_equal(bank_attention(*call.arguments(), SCALE), textbook(call))
 
 
-@pytest.mark.parametrize(("layout", "places"), [*itertools.product((1, 2, 3), ("mixed", "none"))])
-def test_opcheck(layout: int, places: str) -> None:
-    call = make(places, layout, dtype=torch.float32)
+@pytest.mark.parametrize(("layout", "case"), [*itertools.product((1, 2, 3), ("mixed", "none"))])
+def test_opcheck(layout: int, case: str) -> None:
+    call = make(case, layout, dtype=torch.float32)
     torch.library.opcheck(bank_attention_operator, (*call.arguments(), SCALE))
 
 
@@ -241,23 +252,39 @@ def test_autocast_rounds_as_sdpa_does() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"counts": torch.tensor([9, 0, 0, 0, 0]), "most": 9}, ValueError, "2 to 11 of `rest`"),
-        ({"starts": torch.tensor([~4, 0, 0, 0, 0])}, ValueError, "4 to 7 of `made`"),
-        ({"counts": torch.tensor([5, 0, 0, 0, 0])}, ValueError, "5 prompts; 0 to most = 4"),
+        (
+            {"counts": torch.tensor([9, 0, 0, 0, 0]), "max_prompts": 9},
+            ValueError,
+            "2 to 11 of `cached`",
+        ),
+        ({"row_offsets": torch.tensor([~4, 0, 0, 0, 0])}, ValueError, "4 to 7 of `computed`"),
+        ({"counts": torch.tensor([5, 0, 0, 0, 0])}, ValueError, "5 prompts; 0 to max_prompts = 4"),
         ({"counts": torch.tensor([-1, 0, 0, 0, 0])}, ValueError, "-1 prompts"),
-        ({"most": -1}, ValueError, "most must be 0 or more, not -1"),
-        ({"starts": torch.zeros(4, dtype=torch.int64)}, ValueError, r"starts is \(4,\)"),
+        ({"max_prompts": -1}, ValueError, "max_prompts is -1"),
+        (
+            {"row_offsets": torch.zeros(4, dtype=torch.int64)},
+            ValueError,
+            r"row_offsets must be \(5,\)",
+        ),
         ({"counts": torch.zeros(5, dtype=torch.int32)}, TypeError, r"counts is torch\.int32"),
-        ({"rest": torch.zeros(9, 2, 2, 4)}, TypeError, "one dtype"),
-        ({"made": torch.zeros(6, 3, 2, 4).double()}, ValueError, r"made is \(6, 3, 2, 4\)"),
-        ({"tokens": [torch.zeros(5, 7, 2, 2, 4).double()]}, ValueError, "must be 3"),
-        ({"tokens": [torch.zeros(5, 7, 2, 4).double()]}, ValueError, r"\[qkv\], \[q, kv\]"),
+        ({"cached": torch.zeros(9, 2, 2, 4)}, TypeError, r"cached is torch\.float32"),
+        (
+            {"computed": torch.zeros(6, 3, 2, 4).double()},
+            ValueError,
+            r"computed must be .* not \(6, 3, 2, 4\)",
+        ),
+        ({"tokens": [torch.zeros(5, 7, 2, 2, 4).double()]}, ValueError, "qkv must be"),
+        ({"tokens": [torch.zeros(5, 7, 2, 4).double()]}, ValueError, "qkv must be"),
         (
             {"tokens": [torch.zeros(4, 1, 2, 4).double(), torch.zeros(5, 7, 2, 2, 4).double()]},
             ValueError,
-            "do not fit each other",
+            "kv has a leading dimension of 5 where q has 4",
         ),
-        ({"rest": torch.zeros(9, 2, 2, 4, device="meta").double()}, ValueError, "one device"),
+        (
+            {"cached": torch.zeros(9, 2, 2, 4, device="meta").double()},
+            ValueError,
+            "cached is on meta",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(

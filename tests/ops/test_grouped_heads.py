@@ -25,11 +25,11 @@ class Call:
     features: Tensor
     weight: Tensor
     bias: Tensor
-    starts: Tensor
+    row_offsets: Tensor
     counts: Tensor
-    offsets: Tensor
+    logit_offsets: Tensor
     total: int
-    most: int
+    max_classes: int
 
     def arguments(self) -> tuple[Any, ...]:
         return tuple(vars(self).values())
@@ -38,24 +38,26 @@ class Call:
 def make(
     heads: str = "mixed", *, batch: int = 5, width: int = 6, dtype: torch.dtype = torch.float64
 ) -> Call:
-    """Random features and eleven rows of heads."""
+    """Return random features and eleven rows of heads."""
     generator = torch.Generator().manual_seed(width)
 
     def rand(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    starts, counts = (torch.tensor(values[:batch], dtype=torch.int64) for values in HEADS[heads])
-    total, most = int(counts.sum()), int(counts.max()) if batch else 0
+    row_offsets, counts = (
+        torch.tensor(values[:batch], dtype=torch.int64) for values in HEADS[heads]
+    )
+    total, max_classes = int(counts.sum()), int(counts.max()) if batch else 0
     return Call(
-        rand(batch, width), rand(11, width), rand(11), starts, counts,
-        counts.cumsum(0) - counts, total, most,
+        rand(batch, width), rand(11, width), rand(11), row_offsets, counts,
+        counts.cumsum(0) - counts, total, max_classes,
     )  # fmt: skip
 
 
 def image_by_image(call: Call) -> Tensor:
-    """One matrix-vector product an image, in fp64."""
+    """Compute one matrix-vector product per image, in fp64."""
     logits = [call.features.new_empty(0, dtype=torch.float64)]
-    for features, start, count in zip(call.features, call.starts, call.counts, strict=True):
+    for features, start, count in zip(call.features, call.row_offsets, call.counts, strict=True):
         rows = slice(int(start), int(start + count))
         logits.append(call.weight[rows].double() @ features.double() + call.bias[rows].double())
     return torch.cat(logits)
@@ -80,9 +82,9 @@ def test_error_is_that_of_a_linear_layer(dtype: torch.dtype) -> None:
 
 
 def test_offsets_may_come_in_any_order() -> None:
-    """They are where the logits are written, whatever the order of the images."""
+    """Logits are written at their offsets, whatever the order of the images."""
     call = make("one")
-    call.offsets = call.offsets.flip(0)
+    call.logit_offsets = call.logit_offsets.flip(0)
     logits = grouped_heads(*call.arguments()).view(5, 6)
     torch.testing.assert_close(logits.flip(0).flatten(), image_by_image(call), rtol=1e-13, atol=0)
 
@@ -121,18 +123,22 @@ def test_autocast() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"starts": torch.tensor([8, 4, 0, 9, 2])}, ValueError, "8 to 12 of weight"),
-        ({"starts": torch.tensor([-1, 4, 0, 9, 2])}, ValueError, "-1 to 3 of weight"),
-        ({"most": 4}, ValueError, "5 classes; 0 to most = 4"),
+        ({"row_offsets": torch.tensor([8, 4, 0, 9, 2])}, ValueError, "8 to 12 of weight"),
+        ({"row_offsets": torch.tensor([-1, 4, 0, 9, 2])}, ValueError, "-1 to 3 of weight"),
+        ({"max_classes": 4}, ValueError, "5 classes; 0 to max_classes = 4"),
         ({"total": 15}, ValueError, "logits 13 to 16 of total = 15"),
         ({"total": 17}, ValueError, "sum to 16 where total is 17"),
-        ({"offsets": torch.tensor([-1, 4, 9, 13, 13])}, ValueError, "logits -1 to 3"),
+        ({"logit_offsets": torch.tensor([-1, 4, 9, 13, 13])}, ValueError, "logits -1 to 3"),
         ({"total": -1}, ValueError, "must be 0 or more"),
         ({"features": torch.zeros(5, 7).double()}, ValueError, r"\(5, 7\) and \(11, 6\)"),
         ({"bias": torch.zeros(10).double()}, ValueError, r"bias is \(10,\)"),
         ({"bias": torch.zeros(11)}, TypeError, "one dtype"),
         ({"counts": torch.zeros(5, dtype=torch.int32)}, TypeError, r"counts is torch\.int32"),
-        ({"offsets": torch.zeros(4, dtype=torch.int64)}, ValueError, r"offsets is \(4,\)"),
+        (
+            {"logit_offsets": torch.zeros(4, dtype=torch.int64)},
+            ValueError,
+            r"logit_offsets must be \(5,\), not \(4,\)",
+        ),
         ({"bias": torch.zeros(11, device="meta").double()}, ValueError, "one device"),
     ],
 )

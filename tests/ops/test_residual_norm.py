@@ -22,7 +22,7 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def vectors(affine: str, scaled: bool, dtype: torch.dtype) -> list[Tensor | None]:
-    """scale, weight and bias."""
+    """Return scale, weight and bias."""
     on = scaled, affine != "none", affine == "both"
     return [rand(6, seed=s, dtype=dtype) if on[s] else None for s in range(3)]
 
@@ -51,8 +51,8 @@ def test_gradients_are_those_of_autograd(affine: str, scaled: bool, summed: bool
     found_grads = residual_norm_backward(
         found, statistics, weight, scale, grad_y, grad_sum if summed else None, torch.float64
     )
-    for mine, theirs in zip(found_grads, expected, strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-12)
+    for have, want in zip(found_grads, expected, strict=True):
+        assert torch.allclose(have, want, atol=1e-12)
     (alone,) = residual_norm_backward(
         found, statistics, weight, scale, grad_y, grad_sum if summed else None, None
     )

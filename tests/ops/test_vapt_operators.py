@@ -22,14 +22,16 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, **more:
 
 @pytest.mark.parametrize(("grid", "size"), [((3, 3), 2), ((2, 4), 1), ((3, 5), 3), ((1, 1), 1)])
 def test_fold_convolution(grid: tuple[int, int], size: int) -> None:
-    """The matrix times a map is the projector of the convolved map."""
+    """The mixing weight times a map is the projector of the convolved map."""
     positions = (grid[0] - size + 1) * (grid[1] - size + 1)
     weight, kernel = rand(2, positions), rand(1, 1, size, size, seed=1)
-    mix, mix_sum = fold_convolution(weight, kernel, grid)
+    mixing_weight, mixing_sum = fold_convolution(weight, kernel, grid)
     image = rand(4, 1, *grid, seed=2)
     expected = torch.conv2d(image, kernel).flatten(1) @ weight.T
-    assert torch.allclose(image.flatten(1) @ mix[:, : grid[0] * grid[1]].T, expected, atol=1e-12)
-    assert torch.allclose(mix_sum, mix.sum(1), atol=1e-12)
+    assert torch.allclose(
+        image.flatten(1) @ mixing_weight[:, : grid[0] * grid[1]].T, expected, atol=1e-12
+    )
+    assert torch.allclose(mixing_sum, mixing_weight.sum(1), atol=1e-12)
     assert torch.autograd.gradcheck(
         lambda weight, kernel: fold_convolution(weight, kernel, grid), (weight, kernel)
     )
@@ -60,20 +62,22 @@ class _NormAndMix(torch.autograd.Function):
 @pytest.mark.parametrize("affine", ["both", "weight", "none"])
 @pytest.mark.parametrize("patches", [1, 4, 5])
 def test_gradcheck_of_mix_tokens(affine: str, patches: int) -> None:
-    x, mix = rand(2, 5, 6), rand(3, patches, seed=1)
+    x, mixing_weight = rand(2, 5, 6), rand(3, patches, seed=1)
     weight = None if affine == "none" else rand(6, seed=2, grad=False)
     bias = rand(6, seed=3, grad=False) if affine == "both" else None
 
-    def function(x: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
-        return _NormAndMix.apply(x, mix, weight, bias, patches)
+    def function(x: Tensor, mixing_weight: Tensor) -> tuple[Tensor, ...]:
+        return _NormAndMix.apply(x, mixing_weight, weight, bias, patches)
 
-    assert torch.autograd.gradcheck(function, (x, mix))
-    assert torch.autograd.gradcheck(lambda x: function(x, mix.detach()), (x,))
-    assert torch.autograd.gradcheck(lambda mix: function(x.detach(), mix), (mix,))
+    assert torch.autograd.gradcheck(function, (x, mixing_weight))
+    assert torch.autograd.gradcheck(lambda x: function(x, mixing_weight.detach()), (x,))
+    assert torch.autograd.gradcheck(
+        lambda mixing_weight: function(x.detach(), mixing_weight), (mixing_weight,)
+    )
 
 
 def feature_inputs(dtype: torch.dtype, masks: bool, bias: bool) -> list[Any]:
-    """mixed, mix_sum, weight, shift, bias, channels, down, up, hidden of project_features."""
+    """Return the fields of `FeatureInputs`."""
 
     def mask(*shape: int) -> Tensor:
         return 1 + rand(*shape, seed=9, dtype=dtype, grad=False).tanh()
@@ -123,16 +127,19 @@ def test_opcheck_of_fold_convolution(dtype: torch.dtype, padded: int) -> None:
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("summed", [False, True])
 def test_opcheck_of_mix_tokens(dtype: torch.dtype, affine: bool, summed: bool) -> None:
-    x, mix = rand(2, 5, 6, dtype=dtype, grad=False), rand(3, 4, seed=1, dtype=dtype, grad=False)
+    x, mixing_weight = (
+        rand(2, 5, 6, dtype=dtype, grad=False),
+        rand(3, 4, seed=1, dtype=dtype, grad=False),
+    )
     weight = rand(6, seed=2, dtype=dtype, grad=False) if affine else None
     mean, rstd = x.mean(2), x.var(2, correction=0).rsqrt()
     statistics = torch.stack([mean, rstd, rstd])
-    torch.library.opcheck(OPS.mix_tokens, (x, mix, 4, statistics))
+    torch.library.opcheck(OPS.mix_tokens, (x, mixing_weight, 4, statistics))
     grads = [rand(*shape, seed=4, dtype=dtype, grad=False) for shape in ((2, 5, 6), (2, 3, 6))]
     total = rand(2, 5, 6, seed=5, dtype=dtype, grad=False) if summed else None
-    for needs_x, needs_mix in ((True, True), (True, False), (False, True)):
-        arguments = (x, mix, 4, weight, statistics, *grads, total)
-        torch.library.opcheck(OPS.mix_tokens_backward, (*arguments, needs_x, needs_mix))
+    for needs_x, needs_mixing_weight in ((True, True), (True, False), (False, True)):
+        arguments = (x, mixing_weight, 4, weight, statistics, *grads, total)
+        torch.library.opcheck(OPS.mix_tokens_backward, (*arguments, needs_x, needs_mixing_weight))
 
 
 @pytest.mark.parametrize(

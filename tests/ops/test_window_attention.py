@@ -16,6 +16,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor
 
+from vpt_fast.ops.attention import reference as attention_reference
 from vpt_fast.ops.window_attention import reference
 from vpt_fast.ops.window_attention.operator import (
     window_attention,
@@ -51,7 +52,7 @@ def make(
     dtype: torch.dtype = torch.float64,
     pad: bool = True,
 ) -> list[Any]:
-    """qkv, pad, table and prompts of order one, leaves that require a gradient."""
+    """Return qkv, pad, table and prompts of order one, leaves that require a gradient."""
     height, width, window, _ = GEOMETRIES[geometry]
     generator = torch.Generator().manual_seed(3)
 
@@ -78,7 +79,7 @@ def textbook(
     shift: tuple[int, int],
     scale: float,
 ) -> Tensor:
-    """timm's roll, padding, windows and mask, window by window with the prompts concatenated."""
+    """Compute attention window by window, with timm's shift, padding and mask, by concatenation."""
     batch, height, width, _, heads, dim = qkv.shape
     x = torch.roll(qkv.flatten(3), (-shift[0], -shift[1]), (1, 2))
     full_height, full_width = (-(-n // w) * w for n, w in zip((height, width), window, strict=True))
@@ -113,7 +114,7 @@ def textbook(
 
 
 def run(function: Any, geometry: str, inputs: list[Any]) -> list[Tensor]:
-    """Output, and the gradient of every input that there is."""
+    """Return the output, and the gradient of every input that there is."""
     _, _, window, shift = GEOMETRIES[geometry]
     out = function(*inputs, window, shift, SCALE)
     generator = torch.Generator().manual_seed(5)
@@ -145,7 +146,7 @@ def test_output_and_gradients(geometry: str, prompts: int | None, shared: bool) 
 @pytest.mark.parametrize("geometry", ["padded_and_shifted", "oblong", "smaller_than_a_window"])
 @pytest.mark.parametrize("frozen", [(1, 2), (0, 1, 2), (1, 2, 3), (0, 1, 3), (0, 2, 3)])
 def test_only_what_is_asked_for(geometry: str, frozen: tuple[int, ...]) -> None:
-    """Frozen inputs take other ways through backward: fused attention, the prompts' columns."""
+    """With frozen inputs backward takes other paths: fused attention, the prompts' columns."""
     inputs = [t.detach() if i in frozen else t for i, t in enumerate(make(geometry))]
     same(run(window_attention, geometry, inputs), run(textbook, geometry, inputs))
 
@@ -165,7 +166,7 @@ def test_sizes(geometry: str, sizes: dict[str, Any], table: str) -> None:
 
 @pytest.mark.parametrize("geometry", ["padded_and_shifted", "rows_only", "one_window"])
 def test_no_prompts_twice(geometry: str) -> None:
-    """No prompts and prompts of no rows are the same bits."""
+    """No prompts and prompts without rows give the same bits."""
     inputs = make(geometry, 0)
     without = [*inputs[:3], None]
     assert torch.equal(
@@ -180,7 +181,7 @@ def test_formula_for_other_devices(
 ) -> None:
     inputs = make(geometry, shared=shared)
     expected = run(textbook, geometry, inputs)
-    monkeypatch.setattr(reference, "_has_flash", lambda q: False)
+    monkeypatch.setattr(attention_reference, "has_flash", lambda q: False)
     same(run(window_attention, geometry, inputs), expected)
 
 
@@ -190,7 +191,7 @@ def test_formula_for_other_devices(
 def test_images_a_few_at_a_time(
     geometry: str, shared: bool, table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A large batch is done in parts, the last one smaller."""
+    """A large batch is computed in parts, the last one smaller."""
     inputs = make(geometry, shared=shared, batch=5)
     if table == "frozen":
         inputs[2] = inputs[2].detach()
@@ -201,7 +202,7 @@ def test_images_a_few_at_a_time(
 
 @pytest.mark.parametrize("geometry", ["padded_and_shifted", "oblong"])
 def test_log_sum_exp_is_of_the_whole_score(geometry: str) -> None:
-    """exp2(lse) is the sum that a prompt's weight is divided by."""
+    """exp2(lse) is the denominator of a prompt's weight."""
     qkv, pad, table, prompts = (t.detach() for t in make(geometry))
     _, _, window, shift = GEOMETRIES[geometry]
     qkv[..., 2, :, :] = 0
@@ -238,20 +239,20 @@ def test_batch_mates_do_not_matter(geometry: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [True, False])
 def test_error_is_no_larger_than_eager(dtype: torch.dtype, shared: bool) -> None:
-    """Against fp64, next to the textbook in the same dtype."""
+    """The error against fp64 is that of the textbook in the same dtype."""
     geometry = "padded_and_shifted"
     inputs = make(geometry, 9, shared, dim=32, dtype=dtype)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     truth = run(textbook, geometry, exact)
     slack = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     rounded = [*inputs[:2], inputs[2].detach().float().requires_grad_(), inputs[3]]
-    for ours, theirs, true in zip(
+    for ours, eager, true in zip(
         run(window_attention, geometry, rounded),
         run(textbook, geometry, inputs),
         truth,
         strict=True,
     ):
-        assert distance(ours, true) <= distance(theirs, true) + slack
+        assert distance(ours, true) <= distance(eager, true) + slack
 
 
 def test_same_batch_gives_the_same_bits() -> None:
@@ -304,10 +305,10 @@ def test_autocast_rounds_but_for_the_table() -> None:
     ("change", "message"),
     [
         ({0: (2, 7, 9, 2, 2, 4)}, r"qkv must be \(B, H, W, 3, h, d\)"),
-        ({2: (48, 2)}, r"must be \(49, 2\)"),
-        ({1: (3, 2, 5)}, r"pad must be \(3, 2, 4\)"),
+        ({2: (48, 2)}, r"table is .* take \(49, 2\)"),
+        ({1: (3, 2, 5)}, r"pad is .* \(3, 2, 4\) is expected"),
         ({3: (1, 3, 2, 2, 5)}, r"prompts must be"),
-        ({3: (3, 3, 2, 2, 4)}, "prompts for 3 images"),
+        ({3: (3, 3, 2, 2, 4)}, "prompts are of 3 images"),
     ],
 )
 def test_wrong_shapes_are_named(change: dict[int, tuple[int, ...]], message: str) -> None:
@@ -320,7 +321,7 @@ def test_wrong_shapes_are_named(change: dict[int, tuple[int, ...]], message: str
 
 def test_wrong_shifts_and_dtypes_are_named() -> None:
     inputs = make("padded_and_shifted")
-    with pytest.raises(ValueError, match=r"shift of \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"shift is \(4, 2\)"):
         window_attention(*inputs, (4, 4), (4, 2), SCALE)
     inputs[3] = inputs[3].detach().float()
     with pytest.raises(TypeError, match="float32"):

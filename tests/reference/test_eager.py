@@ -1,4 +1,4 @@
-"""The eager baselines compute what tuned models compute, for every choice of blocks."""
+"""The eager formulation computes what tuned models compute, for every choice of blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def vit(name: str = "test_vit") -> Any:
 
 
 def results(model: nn.Module, prompts: list[nn.Parameter]) -> list[Tensor]:
-    """Logits, and the gradients of the prompts and of the head."""
+    """Return the logits and the gradients of prompts and head."""
     logits = model(IMAGES)
     inner: Any = getattr(model, "model", model)
     trained = [*prompts, *(p for h in inner.head.modules() for p in h.parameters(recurse=False))]
@@ -92,7 +92,7 @@ def test_without_prompts_only_the_head_is_trained(method: Method) -> None:
     assert [name for name, _ in trainable_parameters(model)] == ["head.weight", "head.bias"]
 
 
-def test_freezing_knows_both_heads_of_a_distilled_model() -> None:
+def test_both_heads_of_a_distilled_model_are_trained() -> None:
     model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5)
     names = [name for name, _ in trainable_parameters(freeze(model))]
     assert names == ["head.weight", "head.bias", "head_dist.weight", "head_dist.bias"]
@@ -109,7 +109,7 @@ def test_the_gradient_of_the_model_without_prompts_reaches_the_chosen_block() ->
         ]
 
 
-def test_what_the_formulation_lacks_is_refused() -> None:
+def test_fields_that_the_formulation_lacks_are_refused() -> None:
     with pytest.raises(ValueError, match="shared=True is not in the eager baseline"):
         concatenated(vit(), VPTDeep(3, shared=True))
     with pytest.raises(ValueError, match="project_dim=8 is not in the eager baseline"):

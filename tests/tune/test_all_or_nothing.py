@@ -1,4 +1,4 @@
-"""What fails half-way has changed nothing: tuning and its removal, at each of their steps."""
+"""Tuning, and removing prompts, changes nothing if any of its steps fails."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def built(family: str) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_tuning_that_runs_out_of_memory(family: str, method: str) -> None:
-    """At every operation of PyTorch's, from the first to the last."""
+    """Each PyTorch operation in turn fails, from the first to the last."""
     model = built(family)
     model.blocks[1].register_forward_hook(print) if family == "vit" else None
     before, number = snapshot(model), 0
@@ -57,7 +57,7 @@ def test_tuning_that_runs_out_of_memory(family: str, method: str) -> None:
     assert number >= 2
     remove_prompts(model)
     same = ["hooks", "buffers", "values"]
-    if method != "mlp head":  # whose classifier of another width was another module
+    if method != "mlp head":  # its classifier of another width is another module
         same += ["modules", "parameters"]
     assert all(snapshot(model)[what] == before[what] for what in same)
 
@@ -87,7 +87,7 @@ def test_tuning_that_fails_at_a_step(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_removal_that_fails_leaves_the_model_tuned(family: str, method: str) -> None:
-    """But for values that were trained in place, of which the last ones are put back last."""
+    """Except for values that were trained in place, which are restored last."""
     model = built(family)
     plain = copy.deepcopy(model)
     prompt_tune(model, METHODS[method])

@@ -1,4 +1,4 @@
-"""Attention whose attributes somebody has changed, and what has been put around tuned modules."""
+"""Attention with changed attributes, and wrappers around tuned modules."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_a_scale_that_timm_would_ignore_is_refused(family: str, first: bool) -> 
 
 
 @pytest.mark.parametrize("method", [VPTDeep(2), VPTShallow(2)])
-def test_explicit_softmax_goes_by_its_scale(method: Any) -> None:
-    """As timm's does where its attention is not fused, heads normalised or not."""
+def test_explicit_softmax_uses_its_scale(method: Any) -> None:
+    """As timm's attention does where it is not fused, with and without qk-norm."""
     for family in ("vit", "qk_norm"):
         model, plain = pair(build(family), method)
         given = images(family)
@@ -54,7 +54,7 @@ def test_explicit_softmax_goes_by_its_scale(method: Any) -> None:
         assert_same(model, plain, model(given), plain(given))
 
 
-def test_a_folded_scale_is_no_other() -> None:
+def test_a_folded_scale_is_accepted() -> None:
     model, given = tuned("vit", VPTDeep(2))
     before = model(given)
     fold_backbone(model)
@@ -68,7 +68,7 @@ def test_a_folded_scale_is_no_other() -> None:
 
 @pytest.mark.parametrize("family", ["vit", SWIN])
 def test_dropout_by_timms_own_mode_is_refused(family: str) -> None:
-    """timm's fused attention goes by its own mode, not by its dropout's."""
+    """timm's fused attention uses its own mode, not that of its dropout module."""
     model, given = tuned(family, VPTDeep(2))
     model(given)
     attn = blocks_of(model)[0].attn
@@ -78,7 +78,7 @@ def test_dropout_by_timms_own_mode_is_refused(family: str) -> None:
 
 
 class Around(nn.Module):
-    """A wrapper, as others put it around what they watch."""
+    """Wrapper around a module."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("family", ["vit", SWIN])
-def test_prompts_are_removed_below_what_was_put_around(family: str) -> None:
+def test_prompts_are_removed_below_wrappers(family: str) -> None:
     model, given = tuned(family, VPTDeep(2))
     before = model(given)
     block = blocks_of(model)[1]

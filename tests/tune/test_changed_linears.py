@@ -1,6 +1,6 @@
-"""What takes a Linear's place is called: what is computed is what it now computes.
+"""Modules that replace a Linear are called, and the result is theirs.
 
-Held against prompts concatenated into timm's own blocks.
+Compared with prompts concatenated into timm's own blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def methods(count: int) -> dict[str, Any]:
 @pytest.mark.parametrize("variant", methods(4))
 @pytest.mark.parametrize("family", ["vit", "qk_norm", "siglip_average", SWIN])
 def test_low_rank_is_the_merged_model(family: str, variant: str, memory: str) -> None:
-    """Logits, the prompts' gradients, and those of both factors by the merged weight's."""
+    """Logits and gradients of prompts and both factors are those of the merged weight."""
     swin = family == SWIN
     if swin and variant in ("gaps", "last_only", "projected", "vapt"):
         pytest.skip("as the others, in windows")
@@ -70,7 +70,7 @@ def test_low_rank_is_the_merged_model(family: str, variant: str, memory: str) ->
 
 
 @pytest.mark.parametrize("make", [Scaled, "parametrized", "own forward", "quantised"])
-def test_whatever_a_projection_is_it_is_called(make: Any) -> None:
+def test_a_replaced_projection_is_called(make: Any) -> None:
     def change(linear: nn.Linear) -> nn.Module:
         if make == "parametrized":
 
@@ -85,7 +85,7 @@ def test_whatever_a_projection_is_it_is_called(make: Any) -> None:
         elif make == "quantised":
             weight = (4 * linear.weight.detach()).round() / 4
 
-            class Rounded(nn.Module):  # with nothing that could be read
+            class Rounded(nn.Module):  # has no weight that could be read
                 def forward(self, x: Tensor) -> Tensor:
                     return x @ weight.T + linear.bias.detach()
 
@@ -105,7 +105,7 @@ def test_whatever_a_projection_is_it_is_called(make: Any) -> None:
     assert distance(bake(copy.deepcopy(tuned.eval()))(images("vit")), plain(images("vit"))) <= 1e-10
 
 
-def test_what_takes_a_linears_place_before_tuning_is_named() -> None:
+def test_a_linear_replaced_before_tuning_is_refused() -> None:
     model = build("vit")
     model.blocks[1].attn.qkv = LowRank(model.blocks[1].attn.qkv)
     with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv is \S*LowRank; .* tune first"):
@@ -117,7 +117,7 @@ def test_what_takes_a_linears_place_before_tuning_is_named() -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "qk_norm", SWIN])
-def test_what_is_inspected_is_what_is_computed(family: str) -> None:
+def test_inspection_uses_the_replaced_linear(family: str) -> None:
     base = plain_swin.build(family) if family == SWIN else build(family)
     given = plain_swin.images(family) if family == SWIN else images(family)
     tuned = prompt_tune(base, VPTDeep(3))

@@ -1,6 +1,6 @@
-"""Hooks in blocks, and forwards of the instance's own: what passes is what they make of it.
+"""Hooks in blocks and replaced `forward`s run, and their results are used.
 
-Held against prompts concatenated into timm's own blocks.
+Compared with prompts concatenated into timm's own blocks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ IN_WINDOWS = (
 @pytest.mark.parametrize("name", IN_WINDOWS)
 @pytest.mark.parametrize("variant", ["linear", "shallow", "deep", "first"])
 def test_hooks_in_windows(variant: str, name: str, kind: str) -> None:
-    """Scores are softmaxed by timm's module where its attention is not fused, as in this model."""
+    """This model's attention is not fused, so timm's softmax module is called."""
     tuned, plain = plain_swin.pair(plain_swin.build(SWIN), VARIANTS[variant](3))
     given = plain_swin.images(SWIN)
     before, calls = plain(given), []
@@ -78,7 +78,7 @@ def test_hooks_that_would_see_prompts_merged(name: str) -> None:
 
 @pytest.mark.parametrize("swin", [False, True])
 @pytest.mark.parametrize("name", ["norm1", "attn.qkv"])
-def test_hooks_from_before_tuning_are_honoured_too(name: str, swin: bool) -> None:
+def test_hooks_from_before_tuning_run(name: str, swin: bool) -> None:
     base = plain_swin.build(SWIN) if swin else build("vit")
     handles = [changing("after")(block.get_submodule(name)) for block in blocks_of(base)]
     tuned, plain = (plain_swin.pair if swin else pair)(base, VPTDeep(3))
@@ -91,7 +91,7 @@ def test_hooks_from_before_tuning_are_honoured_too(name: str, swin: bool) -> Non
 @pytest.mark.parametrize("method", [VPTDeep(2), VAPT(2, projector_dropout=0, channel_dropout=0)])
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_hooks_on_prompts(family: str, method: Any, memory: str) -> None:
-    """They run once, and may change the prompts; parts of experts are never called."""
+    """They run once and may change the prompts; hooks on parts of experts are refused."""
     base = plain_swin.build(family) if family == SWIN else build(family)
     tuned = prompt_tune(base, method, memory).eval()
     redraw_prompts(tuned)
@@ -123,7 +123,7 @@ def head_of_all(model: Any) -> Any:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("name", "make"), [("pool", pooled_row), ("forward_head", head_of_all)])
-def test_a_head_of_the_instances_own_reads_all_rows(name: str, make: Any, when: str) -> None:
+def test_a_replaced_pooling_or_head_gets_all_rows(name: str, make: Any, when: str) -> None:
     base = build("vit")
     if when == "before":
         setattr(base, name, make(base))
@@ -141,7 +141,7 @@ def test_a_head_of_the_instances_own_reads_all_rows(name: str, make: Any, when: 
 
 @pytest.mark.parametrize("family", ["vit", "mae", "siglip_map"])
 @pytest.mark.parametrize("variant", ["shallow", "deep"])
-def test_blocks_that_are_taken_away(variant: str, family: str) -> None:
+def test_removed_blocks(variant: str, family: str) -> None:
     tuned, plain = pair(build(family), VARIANTS[variant](depth(family)))
     tuned.blocks, plain.model.blocks = tuned.blocks[:2], plain.model.blocks[:2]
     plain.blocks = [index for index in plain.blocks if index < 2]
@@ -163,6 +163,6 @@ def test_a_block_in_two_places_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", ["no", "yes", 1, None])
-def test_whether_graphs_are_wanted_is_a_bool(value: Any) -> None:
+def test_cuda_graphs_must_be_a_bool(value: Any) -> None:
     with pytest.raises(TypeError, match="cuda_graphs is .*; use True or False"):
         prompt_tune(build("vit"), VPTDeep(3), cuda_graphs=value)

@@ -1,4 +1,4 @@
-"""Weights that are there for a call only, or are changed before they are computed with again."""
+"""Weights that are present during a call only, or are changed before backward recomputes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SWIN = "window4"
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 @pytest.mark.parametrize("change", ["edited", "replaced"])
 @pytest.mark.parametrize("family", ["qk_norm", "dinov2_swiglu", SWIN])
-def test_weights_that_are_computed_with_again_are_the_same(
+def test_weights_that_change_before_backward_are_refused(
     family: str, change: str, memory: str
 ) -> None:
-    """Module by module; in "speed" autograd itself refuses, or holds what was replaced."""
+    """Module by module; in "speed" autograd refuses, or has saved the replaced weight."""
     swin = family == SWIN
     base = plain_swin.build(family) if swin else build(family)
     tuned = prompt_tune(base, VPTDeep(3), memory)
@@ -55,7 +55,7 @@ def test_weights_that_are_computed_with_again_are_the_same(
 
 @pytest.mark.parametrize("family", ["vit", "siglip_average", "qk_norm", "deit_distilled", SWIN])
 @pytest.mark.parametrize("variant", ["linear", "shallow", "deep", "projected", "shared", "vapt"])
-def test_weights_that_are_there_only_while_a_module_is_called(variant: str, family: str) -> None:
+def test_weights_that_are_present_only_while_a_module_is_called(variant: str, family: str) -> None:
     swin = family == SWIN
     if swin and variant in ("projected", "shared"):
         pytest.skip("stages have their own widths")

@@ -1,4 +1,4 @@
-"""Models on the meta device: they run, are filled later, and are given back then."""
+"""Models on the meta device run, get values later, and can be restored."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_forward_and_backward(family: str, method: str, memory: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_filled_later(family: str, method: str, how: str) -> None:
-    """It computes what it was filled with, and is timm's again when its prompts are removed."""
+    """It computes with the new values, and is timm's again when its prompts are removed."""
     plain = built(family)
     flags = {name: p.requires_grad for name, p in plain.named_parameters()}
     source = prompt_tune(built(family), METHODS[method])
     redraw_prompts(source)
-    # Rebuilt rather than moved, which would take the buffers' values along.
+    # Rebuilt, as moving would copy the buffers' values too.
     model = prompt_tune(built(family).to("meta"), METHODS[method])
     state = source.state_dict()
     if how == "to_empty":
@@ -93,7 +93,7 @@ def test_filled_later(family: str, method: str, how: str) -> None:
 
 
 def fill_buffers(model: Any, source: Any) -> None:
-    """Those that no state dict has, as timm's `init_non_persistent_buffers` does."""
+    """Initialise non-persistent buffers, like timm's `init_non_persistent_buffers`."""
     for (name, buffer), (_, value) in zip(
         model.named_buffers(), source.named_buffers(), strict=True
     ):
@@ -105,7 +105,7 @@ def fill_buffers(model: Any, source: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_prompts_that_were_not_filled(family: str, method: str) -> None:
-    """They are named, rather than that the model computes without them."""
+    """They are named in an error; the model does not compute without them."""
     plain = built(family)
     model = prompt_tune(built(family).to("meta"), METHODS[method])
     with warnings.catch_warnings():

@@ -1,7 +1,7 @@
-"""What somebody changes in a model is what the tuned one computes with, or it is refused by name.
+"""A change of a model has its effect on the tuned one, or is refused by name.
 
-Every case is equal to the plain formulation with the same change, logits and all gradients, or
-raises in words of the library's own; there is no third answer.
+In every case logits and all gradients equal those of the plain formulation with the same change, or
+the library raises an error of its own; there is no third answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def losses(output: Any) -> Tensor:
 
 
 def answers(call: Any, model: Any, x: Tensor, more: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits, and the gradient of everything that is trained, by name."""
+    """Return the logits and the gradients of all that is trained, by name."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trained |= {name: value for name, value in more.items() if value.requires_grad}
     output = call(x)
@@ -57,7 +57,7 @@ def assert_equal(found: dict[str, Tensor], right: dict[str, Tensor], rounded: bo
 
 
 def outcome(case: Case) -> str:
-    """How a case ends: "equal", or why it was refused; anything else fails."""
+    """Return "equal", or the refusal of a case; fail for any other outcome."""
     x, counts = images(case.family), ([], [])
     try:
         tuned, plain = tuned_and_plain(case, counts)
@@ -66,11 +66,11 @@ def outcome(case: Case) -> str:
             return str(error)
         raise
     del counts[0][:], counts[1][:]
-    there = dict(tuned.named_parameters())  # without those of blocks that were taken away
+    there = dict(tuned.named_parameters())  # without those of removed blocks
     own = {n: p for n, p in plain.trained.items() if n in there and n.partition(".")[0] != "head"}
     try:
         right = answers(plain, plain.model, x, own)
-    except Exception as broken:  # what timm's model cannot do either
+    except Exception as broken:  # timm's model cannot do it either
         with pytest.raises((ValueError, TypeError, RuntimeError, AttributeError)):
             answers(tuned, tuned, x, {})
         return f"broken: {broken}"
@@ -81,9 +81,9 @@ def outcome(case: Case) -> str:
         if is_ours(error):
             return str(error)
         if case.change.plain is not None and isinstance(error, RuntimeError):
-            return f"broken: {error}"  # timm's model mixes no dtypes either
+            return f"broken: {error}"  # timm's model refuses mixed dtypes too
         raise
-    if case.family != SWIN:  # whose plain form calls a module for tokens and prompts apart
+    if case.family != SWIN:  # the plain form calls a module for tokens and prompts separately
         assert len(counts[0]) == calls, f"hooks ran {len(counts[0])} times, not {calls}"
     del output
     assert_equal(answers(tuned, tuned, x, {}), right, rounded=case.change.plain is not None)
@@ -100,7 +100,7 @@ def test_case(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_case(part: int) -> None:
-    """In parts, which tell how each case that fails does: so many tests would take long to find."""
+    """In parts, each of which reports all its failures: collecting so many tests would be slow."""
     failed = []
     for case in CASES[part::PARTS]:
         try:

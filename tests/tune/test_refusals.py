@@ -1,4 +1,4 @@
-"""What cannot be honoured is refused by class, attribute and value, and changes nothing."""
+"""Models that cannot be tuned are refused by class, attribute and value, and stay unchanged."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ SIZES: dict[str, Any] = {
 
 
 class OwnAttention(Attention):
-    """An attention that timm does not have."""
+    """Attention that timm does not have."""
 
 
 class OwnBlock(Block):
-    """A block that timm does not have."""
+    """Block that timm does not have."""
 
 
 class OwnTransformer(VisionTransformer):
-    """A model whose forward pass may be anything."""
+    """Model with a forward pass of its own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 2
 
 
 class LowRankLinear(nn.Linear):
-    """A Linear with a learned low-rank update beside it."""
+    """Linear with a learned low-rank update beside it."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__(base.in_features, base.out_features)
@@ -77,7 +77,10 @@ def _resnet() -> nn.Module:
 
 
 def _last(change: Callable[[nn.Module], Any], **arguments: Any) -> Callable[[], nn.Module]:
-    """A ViT whose last block is changed, so that a careless loop has patched the others."""
+    """Return a function that builds a ViT with a changed last block.
+
+    A careless loop would have patched the other blocks by then.
+    """
 
     def build() -> nn.Module:
         model = VisionTransformer(**{**SIZES, **arguments})
@@ -113,7 +116,7 @@ def _transformer(**arguments: Any) -> Callable[[], nn.Module]:
 
 
 def _own_block(_: nn.Module) -> None:
-    """Nothing to change: the block's class is the point."""
+    """Change nothing but the block's class."""
 
 
 MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
@@ -179,7 +182,7 @@ def test_tuned_models_cannot_be_scripted() -> None:
 
 
 @pytest.mark.parametrize("model", [None, 42, "vit_base_patch16_224", VisionTransformer])
-def test_what_is_no_model(model: Any) -> None:
+def test_objects_that_are_no_models(model: Any) -> None:
     with pytest.raises(TypeError):
         prompt_tune(model, VPTDeep(2))
 
@@ -229,7 +232,7 @@ def test_methods(case: str) -> None:
 
 
 def test_bounds_are_accepted() -> None:
-    """The refusals above begin where they should."""
+    """The values next to the refused ones are accepted."""
     for method in (VPTDeep(0), VPTDeep(1, dropout=0.99), VPTDeep(1, project_dim=1, blocks=[3])):
         prompt_tune(families.build(TOKEN), method)
     prompt_tune(families.build(AVERAGE), VPTDeep(2, pool_prompts=True))
@@ -246,7 +249,7 @@ def test_unknown_memory(memory: Any) -> None:
     assert_unchanged(model, before)
 
 
-def test_pooling_that_comes_later() -> None:
+def test_a_pooling_that_is_set_later() -> None:
     """`pool_prompts` checks the pooling again when the head is replaced."""
     tuned = prompt_tune(families.build(AVERAGE), VPTDeep(2, pool_prompts=True))
     with pytest.raises((TypeError, ValueError), match="pool_prompts"):

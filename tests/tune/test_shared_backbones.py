@@ -1,4 +1,4 @@
-"""Tuned models that share weights or blocks: removing one's prompts does nothing to the other."""
+"""Tuned models that share weights or blocks: removing one's prompts leaves the other unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def built(family: str) -> Any:
 
 
 def with_parameters_of(one: nn.Module, other: nn.Module) -> nn.Module:
-    """Another model of the same parameters."""
+    """Return another model with the same parameters."""
     for name, parameter in one.named_parameters():
         if "prompt" in name:
             continue
@@ -47,7 +47,7 @@ def test_the_last_one_is_removed_first(family: str, methods: Any) -> None:
     assert {name: p.requires_grad for name, p in one.named_parameters()} == flags
 
 
-def test_one_that_is_gone_needs_nothing() -> None:
+def test_a_deleted_model_is_ignored() -> None:
     one = build("vit")
     other = prompt_tune(with_parameters_of(one, build("vit")), VPTDeep(2))
     prompt_tune(one, VPTDeep(2))
@@ -63,7 +63,7 @@ def test_one_that_is_gone_needs_nothing() -> None:
 
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_blocks_of_another_tuned_model_are_refused(family: str) -> None:
-    """Those that a linear probe has left timm's would get the other's prompts."""
+    """A linear probe leaves blocks timm's own; they would get the other model's prompts."""
     one, other = built(family), built(family)
     prompt_tune(one, LinearProbe())
     if family == "vit":
@@ -81,7 +81,7 @@ def test_blocks_of_another_tuned_model_are_refused(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_copies(family: str) -> None:
-    """A deep copy is another model; a shallow one shares everything, and neither is removed."""
+    """A deep copy is another model; a shallow copy shares all, and neither can be removed."""
     one = prompt_tune(built(family), VPTDeep(2))
     deep = copy.deepcopy(one)
     shallow = copy.copy(one)

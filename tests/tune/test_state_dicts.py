@@ -1,4 +1,4 @@
-"""`load_state_dict` of tuned models: whole, without anything that the method added, in part."""
+"""`load_state_dict` of tuned models: complete, without what the method added, and in part."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tuned(method: str, family: str = "vit", seed: int = 0) -> Any:
 
 
 def added(method: str, family: str = "vit") -> list[str]:
-    """By comparison with the plain model, whose names stay."""
+    """Return the names that the plain model does not have."""
     plain = plain_swin.build(family) if family == SWIN else build(family)
     return [name for name in tuned(method, family).state_dict() if name not in plain.state_dict()]
 
@@ -42,7 +42,7 @@ CASES = [(method, "vit") for method in METHODS] + [
 
 
 @pytest.mark.parametrize(("method", "family"), CASES)
-def test_whole(method: str, family: str) -> None:
+def test_a_complete_state_dict(method: str, family: str) -> None:
     model, other = tuned(method, family), tuned(method, family, 1)
     given = plain_swin.images(family) if family == SWIN else images(family)
     with warnings.catch_warnings():
@@ -54,8 +54,8 @@ def test_whole(method: str, family: str) -> None:
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(("method", "family"), CASES)
-def test_a_plain_backbones(method: str, family: str, assign: bool) -> None:
-    """It loads, what the method added stays, and that is said; but it is listed if asked for."""
+def test_a_state_dict_of_a_plain_backbone(method: str, family: str, assign: bool) -> None:
+    """It loads with a warning, and what the method added stays; `strict=False` lists it."""
     model, names = tuned(method, family), added(method, family)
     assert names
     before = {name: model.state_dict()[name].clone() for name in names}
@@ -71,7 +71,7 @@ def test_a_plain_backbones(method: str, family: str, assign: bool) -> None:
 
 
 @pytest.mark.parametrize(("method", "family"), CASES)
-def test_in_part(method: str, family: str) -> None:
+def test_a_part_of_a_state_dict(method: str, family: str) -> None:
     names, state = added(method, family), tuned(method, family, 1).state_dict()
     parts = [names[:1], names[1:], names[:-1]] if len(names) > 1 else []
     for kept in parts:
@@ -86,7 +86,7 @@ def test_in_part(method: str, family: str) -> None:
 
 @pytest.mark.parametrize("theirs", METHODS)
 @pytest.mark.parametrize("ours", METHODS)
-def test_another_methods(ours: str, theirs: str) -> None:
+def test_a_state_dict_of_another_method(ours: str, theirs: str) -> None:
     if added(ours) == added(theirs):
         pytest.skip("their names are the same")
     state = tuned(theirs).state_dict()
@@ -96,7 +96,7 @@ def test_another_methods(ours: str, theirs: str) -> None:
 
 
 def test_a_part_of_a_larger_model() -> None:
-    """Names have a prefix there."""
+    """The names have a prefix."""
     model = torch.nn.ModuleDict({"tuned": tuned("vapt")})
     state = {f"tuned.{name}": value for name, value in build("vit").state_dict().items()}
     with pytest.warns(UserWarning, match=r"\(tuned\.blocks\.0\.prompt\.tokens, "):

@@ -1,4 +1,4 @@
-"""What a tuned model is: its names, modes and flags, how it is copied, trained and restored."""
+"""Names, modes and flags of tuned models; copying, training and restoring them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_state_dict_names_and_shapes(family: str, variant: str) -> None:
 
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize("variant", SOME)
-def test_what_is_trained(family: str, variant: str) -> None:
+def test_trained_parameters(family: str, variant: str) -> None:
     base = families.build(family)
     heads = {n for n, _ in base.named_parameters() if n.startswith(("head.", "head_dist."))}
     names, total = set(base.state_dict()), sum(p.numel() for p in base.parameters())
@@ -176,7 +176,7 @@ def _saved(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved])
 @pytest.mark.parametrize("variant", SOME)
 def test_copies(duplicate: Any, variant: str) -> None:
-    """A copy computes the same bits, trains on its own, keeps its modes and can be restored."""
+    """A copy computes the same bits, trains independently, has the same modes, can be restored."""
     tuned, plain = pair(families.build(TOKEN), VARIANTS[variant](4))
     image = families.images(TOKEN)
     tuned(image).sum().backward()
@@ -198,7 +198,7 @@ def test_copies(duplicate: Any, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", SOME)
 def test_state_dicts_load(variant: str) -> None:
-    """Its own state strictly; a plain timm checkpoint too, which leaves the prompts alone."""
+    """Its own state loads strictly; a plain timm checkpoint loads and leaves the prompts alone."""
     method, image = VARIANTS[variant](4), families.images(TOKEN)
     tuned, plain = pair(families.build(TOKEN), method)
     other = prompt_tune(families.build(TOKEN, seed=3), method)
@@ -230,7 +230,7 @@ def test_plain_checkpoint_loads_strictly(variant: str) -> None:
 @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("variant", SOME)
 def test_a_step_changes_prompts_and_head_only(variant: str, optimiser: Any) -> None:
-    """Even when all parameters are handed over, with weight decay."""
+    """Even if the optimiser gets all parameters, with weight decay."""
     tuned, _ = pair(families.build(AVERAGE), VARIANTS[variant](3))
     before = {name: value.clone() for name, value in tuned.state_dict().items()}
     step = optimiser(tuned.parameters(), lr=0.1, weight_decay=0.1)
@@ -252,7 +252,7 @@ def _uniform(values: Tensor, bound: float) -> None:
     ("family", "patch"), [(TOKEN, (8, 8)), ("vit_oblong", (8, 10)), ("vit_grey", (8, 8))]
 )
 def test_initialisation(family: str, patch: tuple[int, int]) -> None:
-    """U(-v, v), v = sqrt(6 / (3 * patch_h * patch_w + D)), every block on its own."""
+    """Prompts of each block are drawn from U(-v, v), v = sqrt(6 / (3 patch_h patch_w + D))."""
     torch.manual_seed(0)
     bound = math.sqrt(6 / (3 * patch[0] * patch[1] + 64))
     deep = prompt_tune(families.build(family), VPTDeep(50)).state_dict()
@@ -268,7 +268,7 @@ def test_initialisation(family: str, patch: tuple[int, int]) -> None:
 
 
 def test_initialisation_of_a_projection() -> None:
-    """v of the projected width; the projection kaiming-normal over its fan-out."""
+    """v comes from the projected width; the projection is kaiming-normal over its fan-out."""
     torch.manual_seed(0)
     state = prompt_tune(families.build(TOKEN), VPTDeep(100, project_dim=24)).state_dict()
     for index in range(4):
@@ -291,7 +291,7 @@ def test_initialisation_follows_the_seed() -> None:
 
 @pytest.mark.parametrize("method", [LinearProbe(), VPTDeep(2)])
 def test_layer_decay_groups(method: Any) -> None:
-    """timm's optimiser groups still cover every trained parameter once."""
+    """timm's optimiser groups cover every trained parameter once."""
     tuned = prompt_tune(families.build(TOKEN), method)
     groups = param_groups_layer_decay(tuned, weight_decay=0.1, layer_decay=0.7)
     found = [id(p) for group in groups for p in group["params"]]

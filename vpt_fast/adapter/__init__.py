@@ -1,1 +1,1 @@
-"""What was trained, on disk."""
+"""Adapters: what was trained, in a folder of two files."""

@@ -1,7 +1,6 @@
-"""What a model computes beside its weights: heads, activations, norms, strides, windows.
+"""Description of what a model computes with its weights: heads, activations, strides, windows.
 
-Two models may have the same weights and compute different functions of them (CLIP and "quick GELU"
-CLIP). A description holds what tells them apart as JSON values.
+Two models with the same weights may compute different functions (CLIP and "quick GELU" CLIP).
 """
 
 from __future__ import annotations
@@ -15,35 +14,32 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from vpt_fast.models.tuned import ADDED
+from vpt_fast.tune import classifiers_of
 
 Description = Mapping[str, Any]
-"""Plain attributes by their name in the model, and the class of norms and activations by the
-module's; `*` stands for every number in its place."""
+"""JSON values: plain attributes by their name in the model, and the class of norms and activations
+by their module's name. `*` stands for all numbers at its position."""
 
 _PLAIN = (bool, int, float, str)
-# How it is computed, which other sizes are taken, what training alone reads or keeps.
+# Attributes that select an implementation, allow other image sizes, or concern training alone.
 _NOT_THE_FUNCTION = {
     "training", "fused_attn", "grad_checkpointing", "inplace", "weight_init_mode", "fix_init",
     "memory", "folded_scale", "dynamic_img_size", "dynamic_img_pad", "dynamic_mask",
     "strict_img_size", "flatten",
 }  # fmt: skip
-# Adapters compare these with words of their own.
-_SAID_ELSEWHERE = {"num_classes", "global_pool"}
-# Of the model itself, where people keep values of their own.
+# Adapters compare these themselves, with messages of their own.
+_COMPARED_ELSEWHERE = {"num_classes", "global_pool"}
+# No other attributes of the model itself: users store their own there.
 _OF_THE_MODEL = {
     "in_chans", "embed_dim", "num_features", "num_layers", "num_prefix_tokens", "num_reg_tokens",
     "has_class_token", "no_embed_class", "pool_include_prefix", "output_fmt",
 }  # fmt: skip
 _WITHOUT_EFFECT = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
-_TOLD_BY_WEIGHTS = (nn.Linear, _ConvNd)
+_DESCRIBED_BY_WEIGHTS = (nn.Linear, _ConvNd)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What the modules of a timm model compute; a tuned one is described as the plain one was.
-
-    Args:
-        model: plain or tuned.
-    """
+    """Return the description of a timm model, plain or tuned; tuning does not change it."""
     groups: dict[str, dict[str, Any]] = {}
     folded = _folded(model)
     for module_name, module in _parts(model):
@@ -58,13 +54,13 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def different_architecture(have: Description, expected: Description) -> str:
-    """Say how a model computes something else than is expected; "" if it does not.
+    """Return how two descriptions differ, in words; "" if they do not.
 
-    What only one of the two has is of another version of timm.
+    Attributes that only one of them has are ignored: versions of timm differ in them.
 
     Args:
         have: `describe` of the model.
-        expected: of the one that it should be.
+        expected: `describe` of the model that it should be.
     """
     for name in {**expected, **have}:
         mine, other = (found.get(name, found.get(_pattern(name))) for found in (have, expected))
@@ -74,17 +70,15 @@ def different_architecture(have: Description, expected: Description) -> str:
 
 
 def _folded(model: nn.Module) -> dict[str, Any]:
-    """Attributes that `fold_backbone` has changed, as they were."""
+    """Return the attributes that `fold_backbone` has changed, with their original values."""
     record = vars(model).get("tune_record")
     scales = {} if record is None or record.fold is None else record.fold.scales
     return {f"blocks.{index}.attn.scale": scale for index, scale in scales.items()}
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a plain backbone has, by name."""
-    vit: Any = model
-    heads = vit.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
+    """Yield names and modules of the plain backbone, without heads and what a method adds."""
+    heads = classifiers_of(model)
     left_out = {id(part) for head in heads if head is not None for part in head.modules()}
     for name, module in model.named_modules():
         if _plain_class(module) is nn.Module or name in ADDED:
@@ -94,25 +88,24 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Public ones that are plain values, or a few of them; the class has no name of its own."""
-    is_model = hasattr(module, "patch_embed")  # the model itself
+    """Yield a module's public attributes that are plain values, and its class under the name ""."""
+    is_model = hasattr(module, "patch_embed")
     if not isinstance(module, nn.Linear):
         for key, value in vars(module).items():
-            if key.startswith("_") or key in _NOT_THE_FUNCTION | _SAID_ELSEWHERE:
+            if key.startswith("_") or key in _NOT_THE_FUNCTION | _COMPARED_ELSEWHERE:
                 continue
             if is_model and key not in _OF_THE_MODEL:
                 continue
-            if isinstance(value, tuple | list) and len(value) <= 4:
-                if value and all(type(item) in _PLAIN for item in value):
-                    yield key, list(value)
-            elif type(value) in _PLAIN:
-                yield key, value
-    if not isinstance(module, _TOLD_BY_WEIGHTS) and not list(module.children()):
+            many = isinstance(value, tuple | list)
+            values = list(value) if many else [value]
+            if 0 < len(values) <= 4 and all(type(item) in _PLAIN for item in values):
+                yield key, values if many else value
+    if not isinstance(module, _DESCRIBED_BY_WEIGHTS) and not list(module.children()):
         yield "", _plain_class(module).__name__
 
 
 def _plain_class(module: nn.Module) -> type:
-    """Its class, or what that was before the model was tuned; nn.Module of what a method adds."""
+    """Return a module's class before tuning; nn.Module for what a method adds."""
     package = __name__.partition(".")[0]
     return next(k for k in type(module).__mro__ if k.__module__.partition(".")[0] != package)
 

@@ -1,9 +1,10 @@
-"""Files and folders that are written whole or not at all, and replaced in one moment."""
+"""Files and folders that are written whole or not at all, and replaced atomically."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import sys
@@ -19,79 +20,66 @@ if sys.platform != "win32":
 
 @contextmanager
 def atomic_file(path: Path, mode: str, **options: Any) -> Iterator[Any]:
-    """A file that takes the place of `path` at the end; until then, that stays as it was.
+    """Open a new file that replaces `path` at the end; until then `path` stays as it was.
 
-    What a process that was killed has left behind is removed by the next one that writes to the
-    same place. Others may read the file as the umask says.
+    What a killed process left behind is removed when the same file is written next. The umask
+    decides who may read the file.
 
     Args:
-        path: In an existing folder.
-        mode, options: As `open` takes them.
+        path: Path in an existing folder.
+        mode: Mode for `open`.
+        **options: Other arguments of `open`.
 
     Raises:
-        OSError: It cannot be written; `path` is as it was.
+        OSError: If it cannot be written; `path` is as it was.
     """
-    _remove_left_overs(path)
-    try:
-        with _scratch(path, _new_file) as scratch:
-            with scratch.open(mode, **options) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-    except BaseException as error:
-        _name(error, path)
-        raise
+    with _scratch(path, lambda new: new.touch(exist_ok=False)) as scratch:
+        with scratch.open(mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
 
 
 @contextmanager
 def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A new folder that takes the place of `path` at the end; until then, that stays as it was.
+    """Create a folder that replaces `path` at the end; until then `path` stays as it was.
 
-    There is no moment without a whole folder at `path` where the system can exchange two names
-    (Linux and macOS, on most file systems); elsewhere there is one between two renames. A link
-    stays one, and what it leads to is replaced. What a process that was killed has left behind is
-    removed by the next one that writes to the same place.
+    Where the system can exchange two names (Linux and macOS, on most file systems), there is a
+    whole folder at `path` at every moment; elsewhere there is none between two renames. Where
+    `path` is a link, the folder that it leads to is replaced. What a killed process left behind is
+    removed when the same folder is written next.
 
     Args:
-        path: Of the folder; its parents are made.
-        replace: Whether what is there by the end may be replaced.
+        path: Path of the folder; its parents are created.
+        replace: Whether a folder that is there by the end may be replaced.
 
     Yields:
         The new folder, beside the old one. It is locked while it is written.
 
     Raises:
-        FileExistsError: `replace` is off, and another process has made a folder there.
-        OSError: It cannot be written or moved; `path` is as it was.
+        FileExistsError: If `replace` is False and another process has created the folder.
+        OSError: If it cannot be written or moved; `path` is as it was.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_overs(target)
-    inside = _is_inside(target)
+    inside = False
+    with suppress(OSError):
+        inside = os.path.samefile(target, os.curdir)
     try:
         with _scratch(target, Path.mkdir) as scratch:
             yield scratch
             for file in scratch.iterdir():
-                _to_disk(file)
+                with file.open("rb+") as written:
+                    os.fsync(written.fileno())
             _move(scratch, target, replace)
-    except OSError as error:
-        _name(error, path)
-        raise
     finally:
         if inside and target.is_dir():
-            os.chdir(target)  # this process would stay in the old folder, which is gone
-
-
-def _is_inside(folder: Path) -> bool:
-    """Whether it is the folder that this process works in."""
-    try:
-        return os.path.samefile(folder, os.curdir)
-    except OSError:
-        return False
+            os.chdir(target)  # the process is still in the old folder, which is gone
 
 
 def _move(scratch: Path, target: Path, replace: bool) -> None:
-    """Put a folder in its place; `scratch` is what was there before, if anything was."""
+    """Move a folder to `target`; `scratch` is what was there before, if anything was."""
     while True:
         if replace and target.exists():
             shutil.copymode(target, scratch)
@@ -107,56 +95,44 @@ def _move(scratch: Path, target: Path, replace: bool) -> None:
                 raise FileExistsError(f"{target} exists; another process has made it") from None
 
 
-def _name(error: BaseException, path: Path) -> None:
-    """Says what could not be written, where the system does not (a full disk)."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-        error.filename = str(path)
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.writing-"
-
-
 @contextmanager
-def _scratch(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """What nobody else writes, beside the place that it is for; locked, and removed at the end."""
+def _scratch(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Create a locked file or folder beside `target`, and remove it at the end."""
+    prefix = f".{target.name}.writing-"
+    if sys.platform != "win32":  # where no lock says whether one is still being written
+        for abandoned in target.parent.glob(f"{glob.escape(prefix)}*"):
+            with suppress(OSError), _lock(abandoned):
+                _remove(abandoned)
     with ExitStack() as stack:
         while True:
-            scratch = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}")
-            make(scratch)
+            scratch = target.with_name(f"{prefix}{uuid.uuid4().hex}")
+            create(scratch)
             try:
                 stack.enter_context(_lock(scratch))
             except (BlockingIOError, FileNotFoundError):
-                continue  # another process took it for a left-over
+                continue  # another process took it for abandoned
             if scratch.exists():
                 break
         try:
             yield scratch
+        except OSError as error:
+            if error.errno is not None and error.filename is None:  # a full disk
+                error.filename = str(target)
+            raise
         finally:
-            if scratch.is_dir():
-                shutil.rmtree(scratch, ignore_errors=True)
-            else:
-                scratch.unlink(missing_ok=True)
+            _remove(scratch)
 
 
-def _new_file(path: Path) -> None:
-    path.touch(exist_ok=False)
-
-
-def _remove_left_overs(target: Path) -> None:
-    if sys.platform == "win32":
-        return  # nothing there says whether one is still being written
-    for left_over in target.parent.glob(f"{_escaped(_prefix(target))}*"):
-        with suppress(OSError), _lock(left_over):
-            if left_over.is_dir():
-                shutil.rmtree(left_over, ignore_errors=True)
-            else:
-                left_over.unlink()
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Whoever writes a file or folder holds its lock; BlockingIOError if another process does."""
+    """Hold the lock of a file or folder; raise BlockingIOError if another process holds it."""
     if sys.platform == "win32":
         yield
         return
@@ -166,16 +142,6 @@ def _lock(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _escaped(name: str) -> str:
-    """The name as a pattern that only it fits."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -196,7 +162,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def _exchange_names(one: bytes, other: bytes) -> None:
-    """Exchange two names in one system call, which Python has no function for."""
+    """Exchange two names in one system call that Python does not offer."""
     library = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):
         failed = library.renamex_np(one, other, ctypes.c_uint(2))  # RENAME_SWAP

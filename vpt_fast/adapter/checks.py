@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to a backbone: dimensions, frozen weights, what they are used for."""
+"""Whether an adapter belongs to a backbone: dimensions, frozen weights, what is computed."""
 
 from __future__ import annotations
 
@@ -10,61 +10,47 @@ from vpt_fast.adapter.architecture import Description, different_architecture
 from vpt_fast.adapter.fingerprint import Summary, difference
 
 
-def check_dimensions(have: Mapping[str, Any], want: Mapping[str, Any], directory: Path) -> None:
-    """Raise ValueError unless an adapter is for a model of this width, depth and pooling.
+def check_backbone(
+    dimensions: Mapping[str, Any],
+    weights: Mapping[str, Summary],
+    architecture: Description,
+    config: Mapping[str, Any],
+    directory: Path,
+) -> None:
+    """Raise ValueError unless an adapter was trained on this backbone.
 
     Args:
-        have: `model_config` of the model, or its `width`, `depth` and `args` alone.
-        want: the same of the adapter's configuration.
-        directory: of the adapter.
+        dimensions: `model_config` of the model, or its `width`, `depth` and `args` alone.
+        weights: `fingerprint` of the weights that the adapter does not hold.
+        architecture: `describe` of the backbone.
+        config: Configuration of the adapter.
+        directory: Folder of the adapter.
     """
+    want = config["model"]
     for key, what in (("width", "width"), ("depth", "number of blocks")):
-        if have[key] != want.get(key):
+        if dimensions[key] != want.get(key):
             raise ValueError(
                 f"the adapter in {directory} is for another model: its {what} is {want.get(key)}, "
-                f"this model's is {have[key]}; the adapter's model is {want.get('name')}"
+                f"this model's is {dimensions[key]}; the adapter's model is {want.get('name')}"
             )
-    pool, wanted = have["args"]["global_pool"], want.get("args", {}).get("global_pool")
+    pool, wanted = dimensions["args"]["global_pool"], want.get("args", {}).get("global_pool")
     if wanted is not None and pool != wanted:
         raise ValueError(
             f"the adapter in {directory} was trained with global_pool={wanted!r}, this model has "
             f"{pool!r}; create it with global_pool={wanted!r}"
         )
-
-
-def check_weights(have: Mapping[str, Summary], config: Mapping[str, Any], directory: Path) -> None:
-    """Raise ValueError unless a backbone's weights are those that were frozen.
-
-    Args:
-        have: `fingerprint` of the backbone's weights that the adapter does not hold.
-        config: the adapter's configuration.
-        directory: of the adapter.
-    """
-    different = difference(have, config["fingerprint"])
+    known = (want.get(key) for key in ("checkpoint", "source", "pretrained_tag"))
+    source = f"{want.get('name')}, {next(filter(None, known), 'weights of its own')}"
+    different = difference(weights, config["fingerprint"])
     if different:
         raise ValueError(
             f"the adapter in {directory} is for another backbone: {different}; load the weights "
-            f"it was trained on ({_source(config['model'])})"
+            f"it was trained on ({source})"
         )
-
-
-def check_computation(have: Description, config: Mapping[str, Any], directory: Path) -> None:
-    """Raise ValueError unless a backbone computes what the adapter's did with equal weights.
-
-    Args:
-        have: `describe` of the backbone.
-        config: the adapter's configuration; one of an older format does not say.
-        directory: of the adapter.
-    """
-    different = different_architecture(have, config.get("architecture", {}))
+    # Format 1 does not describe the architecture.
+    different = different_architecture(architecture, config.get("architecture", {}))
     if different:
         raise ValueError(
             f"the adapter in {directory} is for a backbone that computes something else: "
-            f"{different}; create the model it was trained on ({_source(config['model'])})"
+            f"{different}; create the model it was trained on ({source})"
         )
-
-
-def _source(model: Mapping[str, Any]) -> str:
-    known = (model.get(key) for key in ("checkpoint", "source", "pretrained_tag"))
-    source = next(filter(None, known), "weights of its own")
-    return f"{model.get('name')}, {source}"

@@ -1,4 +1,4 @@
-"""What the configuration of an adapter holds: types, ranges, and nothing that opens or fetches."""
+"""Checks of an adapter's configuration: types and ranges. Nothing is opened or fetched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 _LARGEST = 1 << 16
-"""Of widths, depths, image sizes and other counts."""
+"""Largest width, depth, image size and other count."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
     "method": (dict,),
@@ -23,8 +23,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "fingerprint": (dict,),
     "tensors_sha256": (str,),
 }
-# Of `timm.create_model` beside the classes' own. The others name files and addresses.
+# The other arguments of `timm.create_model` itself name files and addresses.
 _OVERLAY = "pretrained_cfg_overlay"
+_ARGUMENTS = {
+    name
+    for model in (VisionTransformer, SwinTransformer)
+    for name in inspect.signature(model.__init__).parameters
+} - {"self", "kwargs"}
 _INPUT_KEYS = {"input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"}
 _CROP_MODES = ("center", "squash", "border")
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming", "random")
@@ -32,9 +37,9 @@ _SOURCE = re.compile(r"hf-hub:[\w.-]+(/[\w.-]+)?(@[\w.-]+)?|local-dir:.+")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ValueError, saying where, if a value is missing or none that `save_adapter` writes.
+    """Raise ValueError with name and value unless `save_adapter` could have written `config`.
 
-    What the method takes is left to `vpt_fast.methods.from_dict`.
+    Which fields the method takes is left to `vpt_fast.methods.from_dict`.
     """
     for key, types in _TYPES.items():
         if key not in config:
@@ -46,19 +51,21 @@ def check_config(config: Mapping[str, Any]) -> None:
     names = config["class_names"]
     if names is not None and not all(isinstance(name, str) for name in names):
         _wrong("class_names", names, "a list of strings")
+    for key, value in config["method"].items():
+        _check_value(f"method.{key}", value)
     _check_model(config["model"])
     classes = config["model"].get("args", {}).get("num_classes")
     if names is not None and classes not in (None, len(names)):
         _wrong("class_names", names, f"{classes} names, one for each class")
     _check_input(config["input"])
     _check_summaries("fingerprint", config["fingerprint"])
-    architecture, seen = config.get("architecture", {}), config.get("fixed_image")
+    architecture, outputs = config.get("architecture", {}), config.get("fixed_image")
     if not isinstance(architecture, dict):
         _wrong("architecture", architecture, "an object")
-    if seen is not None:
-        if not isinstance(seen, dict) or not isinstance(seen.get("dtype"), str):
-            _wrong("fixed_image", seen, "an object with a dtype")
-        summaries = {name: seen.get(name) for name in ("features", "logits")}
+    if outputs is not None:
+        if not isinstance(outputs, dict) or not isinstance(outputs.get("dtype"), str):
+            _wrong("fixed_image", outputs, "an object with a dtype")
+        summaries = {name: outputs.get(name) for name in ("features", "logits")}
         _check_summaries("fixed_image", summaries)
 
 
@@ -94,31 +101,20 @@ def _check_model(model: Mapping[str, Any]) -> None:
 
 
 def _check_argument(key: str, value: Any) -> None:
-    """One that is passed on to `timm.create_model`."""
+    """Raise ValueError unless an argument may be passed on to `timm.create_model`."""
     where = f"model.args.{key}"
     if key == _OVERLAY:
         if not isinstance(value, dict) or not value.keys() <= _INPUT_KEYS:
             _wrong(where, value, f"an object of {', '.join(sorted(_INPUT_KEYS))}")
         _check_input(value)
-    elif key not in _arguments():
+    elif key not in _ARGUMENTS:
         raise ValueError(f"{where} is no argument of timm's VisionTransformer or SwinTransformer")
     else:
         _check_value(where, value)
 
 
-def _arguments() -> set[str]:
-    """What the constructors of the models take that can be tuned."""
-    return {
-        name
-        for model in (VisionTransformer, SwinTransformer)
-        for name in inspect.signature(model.__init__).parameters
-        if name not in ("self", "kwargs")
-    }
-
-
 def _check_value(where: str, value: Any) -> None:
-    """Plain values, and lists of them (Swin's window sizes are pairs)."""
-    if isinstance(value, list):
+    if isinstance(value, list):  # Swin's window sizes are pairs
         for item in value:
             _check_value(where, item)
     elif isinstance(value, bool | str | None):
@@ -137,7 +133,7 @@ def _check_input(values: Mapping[str, Any]) -> None:
             _wrong(key, numbers, "a list of numbers")
         if key == "std" and not all(numbers):
             _wrong(key, numbers, "a list of numbers other than 0")
-        # timm leaves three of them to a model of one channel.
+        # timm gives a model of one channel three of them.
         if key in values and "input_size" in values and len(numbers) not in (1, 3, size[0]):
             _wrong(key, numbers, f"a number for each of {size[0]} channels")
     if not isinstance(values.get("exif_transpose", False), bool):

@@ -1,27 +1,27 @@
-"""What of a model an adapter holds, and what it says of the rest."""
+"""Which tensors of a model an adapter holds, and how it describes the model."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from vpt_fast.models.tuned import blocks_of
+from vpt_fast.models.tuned import Tuned, blocks_of
 from vpt_fast.tune import trainable_parameters
 
 
 def model_config(
     model: nn.Module, model_args: dict[str, Any] | None = None, checkpoint: str | None = None
 ) -> dict[str, Any]:
-    """What `timm.create_model` needs to build `model` again, as JSON values.
+    """Return what `timm.create_model` needs to build `model` again, as JSON values.
 
     Args:
-        model: a timm vision transformer, plain or tuned.
-        model_args: arguments of `timm.create_model` that replace or complete the recorded ones.
-        checkpoint: the file its weights came from; its name is kept.
+        model: Timm vision transformer, plain or tuned.
+        model_args: Arguments of `timm.create_model` that replace or complete the recorded ones.
+        checkpoint: File that its weights came from; only the file's name is recorded.
     """
     vit: Any = model
     args = {
@@ -50,7 +50,7 @@ def model_config(
 
 
 def _source(pretrained: Mapping[str, Any]) -> str | None:
-    """What `timm.create_model` takes for a model that timm's own list has not."""
+    """Return where `timm.create_model` finds a model that is not on timm's own list."""
     if pretrained.get("source") == "hf-hub":
         return f"hf-hub:{pretrained['hf_hub_id']}"
     if pretrained.get("source") == "local-dir":
@@ -66,19 +66,12 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def is_added(name: str) -> bool:
-    """Whether a tensor is of a module that a method has added: no plain model has it."""
-    return name.startswith(("prompt_", "head_hidden.")) or any(
-        part in name for part in (".prompt.", ".prompt_projector.", ".adapter.")
-    )
+def trained_tensors(model: Tuned) -> dict[str, Tensor]:
+    """Return the values of what is trained or was added, by name; what was added may be frozen."""
+    trained = {name for name, _ in trainable_parameters(model)} | model._added_parameters().keys()
+    return {name: p.detach() for name, p in model.named_parameters() if name in trained}
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What requires a gradient, and what was added even where it has been frozen since."""
-    trained = {name for name, _ in trainable_parameters(model)}
-    return {n: p.detach() for n, p in model.named_parameters() if n in trained or is_added(n)}
-
-
-def frozen_tensors(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
+def frozen_tensors(model: nn.Module, trained: Container[str]) -> dict[str, Tensor]:
     """Return the values that an adapter does not hold, by name."""
-    return {name: t for name, t in model.state_dict().items() if name not in set(trained)}
+    return {name: t for name, t in model.state_dict().items() if name not in trained}

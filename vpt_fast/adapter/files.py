@@ -1,7 +1,7 @@
-"""The two files of an adapter: their names, and how they are read and checked for damage.
+"""The two files of an adapter: their names, reading, and checks for damage.
 
-Format 2 has a checksum of the configuration too. Format 1 had none, and neither the description of
-the architecture nor what the model makes of a fixed image: it is read as it is.
+Format 2 added a checksum of the configuration, the description of the architecture and the outputs
+for a fixed image. Adapters of format 1 are read without these checks.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 2
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PATIENCE = 1.0
-"""Seconds that an adapter is read again for, where its files are those of two savings."""
+"""Seconds for which an adapter is read again while somebody replaces it."""
 
 
 def sha256(content: bytes) -> str:
-    """In hexadecimal digits."""
+    """Return the SHA-256 in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 def config_sha256(config: dict[str, Any]) -> str:
-    """Of a configuration's values, whatever their order and the space between them."""
+    """Return the SHA-256 of a configuration's values; their order and white space do not count."""
     rest = {key: value for key, value in config.items() if key != "config_sha256"}
     return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def check_finite(tensors: dict[str, Tensor], where: str) -> None:
-    """Raise ValueError if a value is not finite; `where` says whose tensors they are."""
+    """Raise ValueError if a value is not finite; `where` names the owner of the tensors."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} of {where} has values that are not finite")
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The adapter's configuration, checked value by value (see `check_config`).
+    """Return the adapter's configuration, checked value by value (see `check_config`).
 
     Raises:
-        FileNotFoundError: the directory or one of its two files is not there.
-        ValueError: the configuration is damaged, was changed, or is of a newer format.
+        FileNotFoundError: If the folder or one of its two files is missing.
+        ValueError: If the configuration is damaged, was changed, or has a newer format.
     """
     directory = Path(directory)
     for name in (CONFIG_FILE, TENSORS_FILE):
@@ -60,23 +60,22 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds {type(config).__name__}, not an object")
+        version = config.get("format_version")
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        if not newer:
+            check_config(config)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(config).__name__}, not an object")
-    version = config.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if newer:
         raise ValueError(
             f"{path} has format {version}, this vpt_fast reads up to {FORMAT_VERSION}; upgrade it"
         )
-    try:
-        check_config(config)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
     if version != 1 and config.get("config_sha256") != config_sha256(config):
         raise ValueError(
-            f"{path} is damaged, or was changed after it was saved: its checksum is another; load "
-            "the original and save it with what is to be changed"
+            f"{path} is damaged, or was changed after it was saved: its checksum does not fit; "
+            "load the original, change the model, and save it again"
         )
     return config
 
@@ -86,11 +85,11 @@ def _no_number(text: str) -> NoReturn:
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of one saving, also while the adapter is being replaced.
+    """Return configuration and tensors of one saved adapter, even while it is being replaced.
 
     Raises:
-        FileNotFoundError: the directory or one of its two files is not there.
-        ValueError: one of them is damaged, or they do not belong together.
+        FileNotFoundError: If the folder or one of its two files is missing.
+        ValueError: If one of them is damaged, or they do not belong together.
     """
     end = time.monotonic() + _PATIENCE
     while True:
@@ -104,7 +103,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:
-    """Tells the folder of one saving from that of another."""
+    """Return what changes when the folder is replaced; None if there is none."""
     try:
         found = os.stat(directory)
     except OSError:
@@ -113,18 +112,18 @@ def _identity(directory: Path) -> tuple[int, int] | None:
 
 
 def read_tensors(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The adapter's tensors by name, on the CPU.
+    """Return the adapter's tensors by name, on the CPU.
 
     Args:
-        directory: of the adapter.
-        config: what `read_config` returned for it.
+        directory: Folder of the adapter.
+        config: Configuration that `read_config` returned for it.
 
     Raises:
-        ValueError: the file is damaged, is not the configuration's, or has values that are not
-            finite.
+        ValueError: If the file is damaged, does not belong to the configuration, or has values
+            that are not finite.
     """
     path = directory / TENSORS_FILE
-    # Read once: a mapped file would change what is in memory when it is written to.
+    # Read, not mapped: writing to a mapped file would change the tensors in memory.
     content = path.read_bytes()
     if sha256(content) != config["tensors_sha256"]:
         raise ValueError(f"{path} is damaged or not the file that {CONFIG_FILE} belongs to")

@@ -1,4 +1,4 @@
-"""A fingerprint of frozen weights: tells checkpoints apart, but not a cast of the same one."""
+"""Fingerprints of frozen weights: they differ between checkpoints, not between dtypes of one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-2  # relative to the weight's norm; rounding to bf16 stays below it
+TOLERANCE = 1e-2
+"""Tolerance relative to a weight's norm, above the error of rounding to bf16."""
 _COLUMNS = 4096
 _STEP = 2.0**-24
-"""Of float16's smallest numbers: those it rounds to are no multiples of what they were."""
+"""Spacing of float16's smallest numbers, whose rounding error is not relative to their size."""
 
 Summary = Mapping[str, Any]
 """Shape, norm and projection of one tensor, as JSON values."""
 
 
 def _signs(count: int) -> Tensor:
-    """Fixed random signs (count,), the same on every machine and in every version."""
+    """Return random signs (count,), the same on every machine and in every version."""
     # RandomState's stream is frozen by NumPy's compatibility policy; Generator's is not.
     signs = np.random.RandomState(0).randint(0, 2, size=count) * 2 - 1
     return torch.from_numpy(signs.astype(np.float64))
@@ -41,7 +42,7 @@ def _summary(weight: Tensor) -> Summary:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, Summary]:
-    """Shape, norm and one fixed random projection of every floating-point tensor, by name."""
+    """Return shape, norm and a fixed random projection of each floating-point tensor, by name."""
     return {name: _summary(w) for name, w in weights.items() if w.is_floating_point()}
 
 
@@ -51,13 +52,13 @@ def difference(
     tolerance: float = TOLERANCE,
     scales: Mapping[str, float] | None = None,
 ) -> str:
-    """Say how weights differ from those that are expected; "" if they do not.
+    """Return how two fingerprints differ, in words; "" if they do not.
 
     Args:
-        have: fingerprint of the weights.
-        expected: fingerprint that they should have.
-        tolerance: relative to the norm.
-        scales: by name, what a norm is taken for where it is less.
+        have: Fingerprint of the weights.
+        expected: Fingerprint that they should have.
+        tolerance: Tolerance relative to each tensor's norm.
+        scales: Lower bounds of the norms, by name.
     """
     for name in have:
         if name not in expected:

@@ -1,4 +1,4 @@
-"""What a model makes of one fixed image: shows what neither weights nor attributes do."""
+"""Outputs of a model for one fixed image: they show changes that weights and attributes hide."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from vpt_fast.adapter.fingerprint import difference, fingerprint
+from vpt_fast.tune import classifiers_of
 
-# Relative to the norm. Of ViT-S/16 with random weights 1.3e-2 if bf16 is computed in; of four kinds
-# of models up to 1.2e-2 in 36 trials if weights are rounded to bf16 and back.
-_TOLERANCE = {"float32": 1e-2, "float64": 1e-2}
-_OF_16_BITS = 1e-1
+# Relative to the norm. Outputs of ViT-S/16 with random weights differ by 1.3e-2 when computed in
+# bf16; those of four kinds of models by up to 1.2e-2 in 36 trials when the weights are rounded to
+# bf16 and back.
+_TOLERANCE = 1e-2
+_TOLERANCE_16_BITS = 1e-1
 
 
 @torch.no_grad()
-def seen_in_fixed_image(model: nn.Module) -> dict[str, Any] | None:
-    """Features that enter the classifier, and logits, of one image of fixed noise.
+def fixed_image_outputs(model: nn.Module) -> dict[str, Any] | None:
+    """Return fingerprints of a model's features and logits for one image of fixed noise.
 
     Args:
-        model: a tuned model. Its mode is as before afterwards; CUDA graphs, autocast and compiled
-            code are left out of it.
+        model: Tuned model. It runs in eval mode, without CUDA graphs, autocast and compiled code;
+            its modes are restored.
 
     Returns:
-        "dtype" of the computation, a `fingerprint` of "features" and "logits", and a "scale" of
-        logits: those of a few classes may be near 0 by chance. None if they are not finite.
+        "dtype" of the computation, `fingerprint` of the classifier's input "features" and of its
+        "logits", and "scale", the size that logits have unless they cancel. None if a value is not
+        finite.
     """
     vit: Any = model
     weight: Tensor = vit.patch_embed.proj.weight
     # RandomState's stream is frozen by NumPy's compatibility policy.
     noise = np.random.RandomState(0).standard_normal((1, vit.in_chans, *vit.patch_embed.img_size))
     image = torch.from_numpy(noise).to(weight.device, weight.dtype)
-    heads = vit.get_classifier()
-    head = heads[0] if isinstance(heads, tuple) else heads
+    head = classifiers_of(model)[0]
     found: dict[str, Tensor] = {}
     record, modes = vit.tune_record, [(part, part.training) for part in model.modules()]
     graphs, record.graphs = record.graphs, None
@@ -66,20 +68,20 @@ def seen_in_fixed_image(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def seen_differently(
+def different_outputs(
     have: Mapping[str, Any], expected: Mapping[str, Any], rounded: bool = False
 ) -> str:
-    """Say how two models see the fixed image differently; "" if they do not.
+    """Return how two models' outputs for the fixed image differ, in words; "" if they do not.
 
     Args:
-        have: `seen_in_fixed_image` of the model.
-        expected: of the one that it should be.
-        rounded: whether the weights of one have been rounded.
+        have: `fixed_image_outputs` of the model.
+        expected: `fixed_image_outputs` of the model that was saved.
+        rounded: Whether the weights of one have been rounded.
     """
     types = {have["dtype"], expected["dtype"]}
-    tolerance = max(_TOLERANCE.get(name, _OF_16_BITS) for name in types)
-    tolerance = _OF_16_BITS if rounded else tolerance
+    exact = types <= {"float32", "float64"} and not rounded
     mine, other = (
         {name: found[name] for name in ("features", "logits")} for found in (have, expected)
     )
+    tolerance = _TOLERANCE if exact else _TOLERANCE_16_BITS
     return difference(mine, other, tolerance, {"logits": have["scale"]})

@@ -1,10 +1,10 @@
-"""Save what was trained: an adapter, a directory of two files.
+"""Save what was trained as an adapter, a folder of two files.
 
-`adapter_model.safetensors` has the trained tensors under their names in the model, and
-`adapter_config.json` what is needed to build the model again and to know that it is the right one.
-That is told by a fingerprint of what was frozen (of an adapter of `FullTuning()`, which holds every
-weight, it is empty, and any values fit underneath), by the attributes that decide what is computed
-with it, and by what the tuned model makes of one image.
+`adapter_model.safetensors` holds the trained tensors under their names in the model, and
+`adapter_config.json` what is needed to build the model again and to recognise it: a fingerprint of
+the frozen weights (empty for `FullTuning()`, whose adapter holds every weight, so that it fits a
+backbone of any values), the attributes that decide what is computed with them, and the outputs for
+a fixed image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vpt_fast.adapter.files import (
     sha256,
 )
 from vpt_fast.adapter.fingerprint import fingerprint
-from vpt_fast.adapter.fixed_image import seen_in_fixed_image
+from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.methods import to_dict
 from vpt_fast.models.tuned import is_tuned
 from vpt_fast.version import __version__
@@ -52,26 +52,26 @@ def save_adapter(
 ) -> Path:
     """Write everything of `model` that requires a gradient, whole or not at all.
 
-    An adapter that is there is replaced in one moment (see `atomic_folder`); a link stays a link.
+    An existing adapter is replaced atomically (see `atomic_folder`); a link stays a link.
 
     Args:
-        model: A tuned model.
-        directory: The adapter's directory; its parents are created.
+        model: Tuned model.
+        directory: Folder of the adapter; its parents are created.
         class_names: Label names, in the order of the classes.
         model_args: Arguments of `timm.create_model` that the model does not record itself.
-        checkpoint: The file that the backbone's weights came from; its name is kept.
-        overwrite: Whether an adapter that is there is replaced.
+        checkpoint: File that the backbone's weights came from; only the file's name is recorded.
+        overwrite: Whether to replace an existing adapter.
 
     Returns:
         `directory` as a Path.
 
     Raises:
-        FileExistsError: `directory` exists and `overwrite` is False, or it holds other files.
-        TypeError: `class_names` is one string.
-        ValueError: `model` is not tuned, nothing in it is trained, a value of it is not finite,
-            the number of names is not the number of classes, or the configuration of `model` or
-            one of `model_args` is nothing that `load_adapter` takes.
-        OSError: It cannot be written; what was there is still there.
+        FileExistsError: If `directory` exists and `overwrite` is False, or it holds other files.
+        TypeError: If `class_names` is one string.
+        ValueError: If `model` is not tuned, nothing in it is trained, one of its values is not
+            finite, the number of names is not the number of classes, or `load_adapter` would
+            refuse the configuration of `model` or one of `model_args`.
+        OSError: If it cannot be written; what was there is still there.
     """
     directory = Path(directory)
     if not is_tuned(model):
@@ -82,11 +82,11 @@ def save_adapter(
     if class_names is not None and len(class_names) != tuned.num_classes:
         raise ValueError(f"{len(class_names)} class names for {tuned.num_classes} classes")
     _check_target(directory, overwrite)
-    trained = trained_tensors(model)
+    trained = trained_tensors(tuned)
     if not trained:
         raise ValueError("nothing in this model requires a gradient; there is nothing to save")
     check_finite(trained, "the model")
-    frozen = fingerprint(frozen_tensors(model, list(trained)))
+    frozen = fingerprint(frozen_tensors(model, trained))
     for name, summary in frozen.items():
         if not math.isfinite(summary["norm"]):
             raise ValueError(f"{name} of the backbone has values that are not finite")
@@ -104,7 +104,7 @@ def save_adapter(
             "timm": str(timm.__version__),
         },
         "architecture": describe(model),
-        "fixed_image": seen_in_fixed_image(model),
+        "fixed_image": fixed_image_outputs(model),
         "fingerprint": frozen,
         "tensors_sha256": sha256(content),
     }
@@ -116,8 +116,10 @@ def save_adapter(
 
 
 def _input_config(tuned: Any) -> dict[str, Any]:
-    """How images are prepared: of timm's configuration, or of the adapter that was loaded."""
-    data = {**resolve_model_data_config(tuned), **_told(tuned, "exif_transpose")}
+    """Return how images are prepared, from the adapter that was loaded or from timm."""
+    own = getattr(tuned, "pretrained_cfg", None) or {}
+    exif_transpose = own.get("exif_transpose", False)  # which timm does not resolve
+    data = {"exif_transpose": exif_transpose, **resolve_model_data_config(tuned)}
     data |= tuned.tune_record.inputs
     return {
         "input_size": [tuned.in_chans, *tuned.patch_embed.img_size],
@@ -126,24 +128,18 @@ def _input_config(tuned: Any) -> dict[str, Any]:
         "std": [float(value) for value in data["std"]],
         "crop_pct": float(data["crop_pct"]),
         "crop_mode": data.get("crop_mode", "center"),
-        "exif_transpose": data.get("exif_transpose", False),
+        "exif_transpose": data["exif_transpose"],
     }
 
 
 def _checked_text(config: dict[str, Any]) -> str:
-    """The configuration as JSON, with its checksum, as `load_adapter` takes it."""
+    """Return the configuration as JSON with its checksum; raise ValueError if it is not valid."""
     text = json.dumps({**config, "config_sha256": config_sha256(config)}, indent=2) + "\n"
     try:
         check_config(json.loads(text))
     except ValueError as error:
         raise ValueError(f"this adapter could not be loaded again: {error}") from None
     return text
-
-
-def _told(model: Any, key: str) -> dict[str, Any]:
-    """A value of the model's configuration that timm does not resolve."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return {key: config[key]} if key in config else {}
 
 
 def _check_target(directory: Path, overwrite: bool) -> None:
@@ -153,8 +149,6 @@ def _check_target(directory: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{directory} exists; choose another directory, or pass overwrite=True"
         )
-    if not directory.is_dir() or {f.name for f in directory.iterdir()} - {
-        TENSORS_FILE,
-        CONFIG_FILE,
-    }:
+    own = {TENSORS_FILE, CONFIG_FILE}
+    if not directory.is_dir() or {f.name for f in directory.iterdir()} - own:
         raise FileExistsError(f"{directory} holds more than an adapter; choose another directory")

@@ -238,7 +238,7 @@ def measured_peak(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 
     Raises:
         ValueError: If the images are on no CUDA device.
-        torch.OutOfMemoryError: the step does not fit.
+        torch.OutOfMemoryError: The step does not fit.
     """
     device = images.device
     if device.type != "cuda":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from vpt_fast.adapter.architecture import describe
-from vpt_fast.adapter.checks import check_computation, check_dimensions, check_weights
+from vpt_fast.adapter.checks import check_backbone
 from vpt_fast.adapter.files import TENSORS_FILE, read_adapter
 from vpt_fast.adapter.fingerprint import fingerprint
+from vpt_fast.adapter.tensors import Shapes, check_tensors, expected_tensors
 from vpt_fast.bank.task_experts import ExpertTensors, TaskExperts
+from vpt_fast.checks import check_model
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, from_dict
 from vpt_fast.methods.baselines import LinearProbe
 from vpt_fast.models.attention_inputs import packed_prompts
@@ -82,11 +83,24 @@ class Backbone:
         self.dimensions = {"width": self.width, "depth": self.depth, "args": pool}
         self.architecture = describe(model)
         self.inputs: dict[str, Any] = resolve_model_data_config(model)
+        self._added: dict[Method, Shapes] = {}
 
     @property
     def head_width(self) -> int:
         """Number F of features that a task's head reads; two heads' for a distilled model."""
         return self.width * len(self.heads)
+
+    def added_tensors(self, method: Method) -> Shapes:
+        """Return the shapes of what a method adds to the model, by name; computed once a method.
+
+        Raises:
+            ValueError: If the method does not fit the model.
+        """
+        if method not in self._added:
+            trained = expected_tensors(self.model, method, check_model(self.model, method))
+            own = dict(self.model.named_parameters())
+            self._added[method] = {k: shape for k, shape in trained.items() if k not in own}
+        return self._added[method]
 
 
 def _is_distilled(model: Any) -> bool:
@@ -109,21 +123,13 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
         ValueError: If it is damaged, of another backbone, or of a method that no bank holds.
     """
     config, tensors = read_adapter(directory)
-    try:
-        method = from_dict(config["method"])
-        _check_method(method, backbone, directory)
-        check_dimensions(backbone.dimensions, config["model"], directory)
-        have = {key: value for key, value in backbone.weights.items() if key not in tensors}
-        check_weights(have, config, directory)
-        check_computation(backbone.architecture, config, directory)
-        classes = _classes(tensors, directory)
-        _check_shapes(tensors, _shapes(backbone, method, classes, tensors), directory)
-        inputs = _inputs(backbone, config["input"], directory)
-    except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        # A damaged configuration may hold any JSON value in place of the expected one.
-        raise ValueError(
-            f"the adapter in {directory} is damaged: {type(error).__name__} {error}"
-        ) from error
+    method = from_dict(config["method"])
+    _check_method(method, backbone, directory)
+    weights = {key: value for key, value in backbone.weights.items() if key not in tensors}
+    check_backbone(backbone.dimensions, weights, backbone.architecture, config, directory)
+    classes = _classes(tensors, directory)
+    _check_tensors(backbone, method, classes, tensors, directory)
+    inputs = _inputs(backbone, config["input"], directory)
     tensors = {key: t.to(backbone.like.device) for key, t in tensors.items()}
     with torch.autocast(backbone.like.device.type, enabled=False):
         blocks, prompt_kv = _cached_prompt_kv(backbone, method, tensors)
@@ -161,12 +167,7 @@ def _refuse(directory: Path, why: str) -> NoReturn:
 
 
 def _check_method(method: Method, backbone: Backbone, directory: Path) -> None:
-    depth, grid = backbone.depth, backbone.model.patch_embed.grid_size
-    if isinstance(method, VAPT) and method.num_prompts and method.kernel_size > min(grid):
-        _refuse(
-            directory,
-            f"kernel_size={method.kernel_size} does not fit the model's {grid[0]} x {grid[1]} grid",
-        )
+    depth = backbone.depth
     if isinstance(method, VPTShallow) and method.num_prompts:
         _refuse(
             directory,
@@ -201,57 +202,18 @@ def _classes(tensors: Mapping[str, Tensor], directory: Path) -> int:
     return len(weight)
 
 
-def _shapes(
-    backbone: Backbone, method: Method, classes: int, tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of an adapter's tensors by name; a head may have no bias."""
-    width, count = backbone.width, method.num_prompts
-    shapes: dict[str, tuple[int, ...]] = {}
-    for head in backbone.heads:
-        shapes[f"{head}.weight"] = classes, width
-        if f"{head}.bias" in tensors:
-            shapes[f"{head}.bias"] = (classes,)
-    blocks = method.prompted_blocks(backbone.depth)
-    if isinstance(method, VPTDeep) and blocks:
-        stored = width if method.project_dim is None else method.project_dim
-        if method.project_dim is not None:
-            shapes["prompt_projection.weight"] = width, method.project_dim
-            shapes["prompt_projection.bias"] = (width,)
-        names = ["prompt_tokens"] if method.shared else [_tokens(i) for i in blocks]
-        shapes |= dict.fromkeys(names, (count, stored))
-    if isinstance(method, VAPT) and blocks:
-        shapes[_tokens(0)] = count, width
-        size = method.kernel_size
-        columns = math.prod(n - size + 1 for n in backbone.model.patch_embed.grid_size)
-        for index in blocks[1:]:
-            part = f"blocks.{index}.prompt"
-            shapes |= {f"{part}.norm.{kind}": (width,) for kind in ("weight", "bias")}
-            shapes[f"{part}.conv.weight"] = 1, 1, size, size
-            shapes[f"{part}.mix.weight"] = count, columns
-            if method.variant == "code":
-                shapes[f"{part}.mix.bias"] = (count,)
-        if blocks[1:]:
-            shapes["prompt_projector.down.weight"] = method.hidden_dim, width
-            shapes["prompt_projector.up.weight"] = width, method.hidden_dim
-    return shapes
-
-
-def _tokens(block: int) -> str:
-    return f"blocks.{block}.prompt.tokens"
-
-
-def _check_shapes(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], directory: Path
+def _check_tensors(
+    backbone: Backbone,
+    method: Method,
+    classes: int,
+    tensors: Mapping[str, Tensor],
+    directory: Path,
 ) -> None:
-    for name, shape in shapes.items():
-        if name not in tensors:
-            _refuse(directory, f"{TENSORS_FILE} has no {name}")
-        if tuple(tensors[name].shape) != shape:
-            have = tuple(tensors[name].shape)
-            _refuse(directory, f"{name} has shape {have}, this backbone and method need {shape}")
-    for name in tensors:
-        if name not in shapes:
-            _refuse(directory, f"it holds {name}, which this method has not trained")
+    """Raise ValueError unless an adapter holds a head and what its method adds, nothing else."""
+    weights = {f"{head}.weight": torch.Size((classes, backbone.width)) for head in backbone.heads}
+    biases = {f"{head}.bias": torch.Size((classes,)) for head in backbone.heads}
+    needed = {**weights, **backbone.added_tensors(method)}
+    check_tensors(tensors, needed | biases, needed, directory / TENSORS_FILE)
 
 
 def _cached_prompt_kv(
@@ -267,10 +229,8 @@ def _cached_prompt_kv(
     found = []
     for index in blocks:
         block = backbone.model.blocks[index]
-        tokens = tensors.get("prompt_tokens", tensors.get(_tokens(index)))
-        if tokens is None:
-            raise RuntimeError(f"block {index} has no prompts; shapes were checked before")
-        tokens = tokens.to(backbone.like.dtype)
+        own = f"blocks.{index}.prompt.tokens"
+        tokens = tensors["prompt_tokens" if own not in tensors else own].to(backbone.like.dtype)
         if "prompt_projection.weight" in tensors:
             weight, bias = (tensors[f"prompt_projection.{k}"] for k in ("weight", "bias"))
             tokens = linear(tokens, weight.to(tokens), bias.to(tokens))

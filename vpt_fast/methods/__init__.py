@@ -1,4 +1,4 @@
-"""What can be tuned: one frozen dataclass per method."""
+"""Methods of tuning: one frozen dataclass each."""
 
 from vpt_fast.methods.prompts import VAPT, VAPT_VARIANTS, VPTDeep, VPTShallow
 from vpt_fast.methods.registry import METHODS, Method, check_method, from_dict, to_dict

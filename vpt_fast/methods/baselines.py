@@ -1,7 +1,7 @@
-"""The methods that the papers compare prompts with: one frozen dataclass each, none has prompts.
+"""Baselines, which the papers compare prompts with: one frozen dataclass each.
 
-Which ones, and what each trains, is section 4.1 of "Visual Prompt Tuning" (ECCV 2022, arXiv
-2203.12119). All of them train the classifier.
+Section 4.1 of "Visual Prompt Tuning" (ECCV 2022, arXiv 2203.12119) lists them and what each trains.
+All of them train the classifier.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from vpt_fast.methods.fields import check_count
 
-# timm's names of what comes after the blocks: final norm, attention pooling, norm of the pooled.
+# timm's names of what follows the blocks: final norm, attention pooling, norm of pooled features.
 _AFTER_BLOCKS = ("norm.", "attn_pool.", "fc_norm.")
 
 
@@ -23,7 +23,7 @@ class Baseline:
     num_prompts: ClassVar[int] = 0
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """Return (): no block of the `depth` blocks gets prompts."""
+        """Return (), as none of the `depth` blocks gets prompts."""
         return ()
 
     def trains(self, name: str, depth: int) -> bool:
@@ -33,7 +33,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class LinearProbe(Baseline):
-    """Train the classifier only; the backbone's features stay as they are."""
+    """Train the classifier only."""
 
     name: ClassVar[str] = "linear"
 
@@ -54,10 +54,11 @@ class PartialTuning(Baseline):
     """Train the last blocks and what follows them: final norm, attention pooling, classifier.
 
     Args:
-        num_blocks: Number k of blocks that are trained ("Partial-k"), from 1 to the model's depth.
+        num_blocks: Number k of trained blocks ("Partial-k"), from 1 to the model's depth.
 
     Raises:
-        TypeError, ValueError: `num_blocks` is no int or less than 1.
+        TypeError: If `num_blocks` is no int.
+        ValueError: If `num_blocks` is less than 1.
     """
 
     num_blocks: int = 1
@@ -68,7 +69,7 @@ class PartialTuning(Baseline):
         check_count("num_blocks", self.num_blocks, 1)
 
     def trains(self, name: str, depth: int) -> bool:
-        """Return whether it is in the last blocks or after them; see `Baseline.trains`."""
+        """Return whether it is in the last blocks or follows them; see `Baseline.trains`."""
         part, _, rest = name.partition(".")
         if part == "blocks":
             return int(rest.partition(".")[0]) >= depth - self.num_blocks
@@ -77,7 +78,7 @@ class PartialTuning(Baseline):
 
 @dataclass(frozen=True)
 class BiasTuning(Baseline):
-    """Train every bias, those of the patch embedding and of LayerNorms included, and the head.
+    """Train the classifier and every bias, including those of patch embedding and LayerNorms.
 
     "BitFit", arXiv 2106.10199, section 3.
     """
@@ -91,18 +92,20 @@ class BiasTuning(Baseline):
 
 @dataclass(frozen=True)
 class AdapterTuning(Baseline):
-    """A bottleneck after every block's MLP, h + up(gelu(down(h))), and the classifier.
+    """Train the classifier and a bottleneck after every block's MLP, h + up(gelu(down(h))).
 
-    One adapter per block, just before the residual sum (after LayerScale, where there is one), is
-    the placement of Pfeiffer et al. (arXiv 2005.00247); no LayerNorm is added or trained. `up`
-    starts at zero, so that step 0 is the pretrained function exactly: Houlsby et al. (arXiv
-    1902.00751, section 2) ask for a near-identity start.
+    The adapter is placed just before the residual sum (after LayerScale, if any), as in Pfeiffer et
+    al. (arXiv 2005.00247); no LayerNorm is added or trained. `up` starts at zero, so that training
+    starts from the pretrained function exactly: Houlsby et al. (arXiv 1902.00751, section 2) ask
+    for a near-identity start.
 
     Args:
-        reduction: The bottleneck has D // reduction channels; from 1 to the model's width D.
+        reduction: Divisor of the model's width D, from 1 to D; the bottleneck has D // reduction
+            channels.
 
     Raises:
-        TypeError, ValueError: `reduction` is no int or less than 1.
+        TypeError: If `reduction` is no int.
+        ValueError: If `reduction` is less than 1.
     """
 
     reduction: int = 8
@@ -118,12 +121,13 @@ class MLPHead(Baseline):
     """Train a classifier that is an MLP with ReLU ("Mlp-k"); the backbone stays as it is.
 
     Args:
-        num_layers: Linears of the classifier, its last one included; at least 2, as 1 is
-            `LinearProbe`.
-        hidden_dim: Width of its hidden layers; None takes the model's.
+        num_layers: Number of the classifier's Linears, including the last one; at least 2
+            (`LinearProbe` has 1).
+        hidden_dim: Width of the hidden layers; None for the model's width.
 
     Raises:
-        TypeError, ValueError: A field is of the wrong type or out of range.
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of range.
     """
 
     num_layers: int = 3

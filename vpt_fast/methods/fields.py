@@ -1,4 +1,4 @@
-"""Checks of the fields of methods; each raises with the field's name and its value."""
+"""Checks of methods' fields; errors name the field and its value."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The prompt methods: one frozen dataclass each.
 
-VPT-Shallow and VPT-Deep are section 3.2 of "Visual Prompt Tuning" (ECCV 2022, arXiv 2203.12119);
-where prompts stand and how deep they go is ablated in its section 4.3. VAPT is section 4 of
-"Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936).
+VPT-Shallow and VPT-Deep are section 3.2 of "Visual Prompt Tuning" (ECCV 2022, arXiv 2203.12119),
+whose section 4.3 ablates which blocks have prompts and whether they share them. VAPT is section 4
+of "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv
+2501.18936).
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ def _check_prompts(method: VPTShallow | VPTDeep) -> None:
 
 @dataclass(frozen=True)
 class VPTShallow:
-    """Prompts join the sequence before block 0 and pass through every block as tokens.
+    """Prompts that join the sequence before block 0 and pass through every block as tokens.
 
     Args:
         num_prompts: Number of prompts p, at least 0.
         dropout: Probability of prompt dropout, an independent mask per image; in [0, 1).
-        project_dim: Width of the stored prompts, mapped to the model's width by one Linear;
-            None stores prompts of the model's width.
-        pool_prompts: Whether average, max and attention pooling read the prompt rows of the last
-            block's output, too (as the published MAE runs do).
+        project_dim: Width of the stored prompts, which one Linear maps to the model's width; None
+            for prompts of the model's width.
+        pool_prompts: Whether average, max and attention pooling also read the prompt rows of the
+            last block's output, as the published MAE runs do.
 
     Raises:
-        TypeError, ValueError: A field is of the wrong type or out of range.
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of range.
     """
 
     num_prompts: int = 10
@@ -50,28 +52,28 @@ class VPTShallow:
         _check_prompts(self)
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """Return the indices of the blocks, of `depth`, before which prompts are inserted."""
+        """Return which of `depth` blocks get prompts: block 0."""
         return (0,) if self.num_prompts else ()
 
 
 @dataclass(frozen=True)
 class VPTDeep:
-    """Prompts of its own for every chosen block, which replace the prompt rows before it.
+    """Prompts of its own for every chosen block, which replace the prompt rows of its input.
 
     Args:
         num_prompts: Number of prompts p of each block, at least 0.
         dropout: Probability of prompt dropout, an independent mask per image and block; in [0, 1).
-        project_dim: Width of the stored prompts, mapped to the model's width by one Linear that
-            all blocks share; None stores prompts of the model's width.
-        blocks: Indices of the prompted blocks, a range or a list, counted on through all stages
-            where there are stages; None means all. Prompt rows of a prompted block that is followed
-            by an unprompted one live on as tokens.
+        project_dim: Width of the stored prompts, which one Linear for all blocks maps to the
+            model's width; None for prompts of the model's width.
+        blocks: Indices of the prompted blocks, a range or a list, numbered through all stages of a
+            model with stages; None for all blocks. Where an unprompted block follows a prompted
+            one, the prompt rows pass through it as tokens.
         shared: Whether all prompted blocks have one set of prompts.
-        pool_prompts: Whether the pooling reads the prompt rows of the last block's output, too.
+        pool_prompts: Whether the pooling also reads the prompt rows of the last block's output.
 
     Raises:
-        TypeError, ValueError: A field is of the wrong type or out of range; `blocks` is empty or
-            names a block twice.
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of range, or `blocks` is empty or names a block twice.
     """
 
     num_prompts: int = 10
@@ -101,10 +103,10 @@ class VPTDeep:
         object.__setattr__(self, "blocks", tuple(sorted(blocks)))
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """Return the indices of the blocks, of `depth`, that get prompts, in ascending order.
+        """Return which of `depth` blocks get prompts, in ascending order.
 
         Raises:
-            ValueError: `blocks` names a block that a model of this depth does not have.
+            ValueError: If `blocks` names a block that a model of this depth does not have.
         """
         blocks = tuple(range(depth)) if self.blocks is None else tuple(self.blocks)
         if blocks and blocks[-1] >= depth:
@@ -120,26 +122,28 @@ VAPT_VARIANTS = ("code", "paper")
 
 @dataclass(frozen=True)
 class VAPT:
-    """Prompts that depend on the image: experts that mix the patches of each block's input.
+    """Prompts that depend on the image: experts compute them from the patches of a block's input.
 
     Block 0 has static prompts. From block 1 on, the block's input is normalised (LayerNorm), its
-    patches are convolved with one `kernel_size` x `kernel_size` kernel that all channels share,
-    mixed into p prompts by a token-wise projector, and passed through a feature projector that all
-    blocks share.
+    patches are convolved with one `kernel_size` x `kernel_size` kernel for all channels, combined
+    into p prompts by a token-wise projector, and passed through a feature projector that all blocks
+    share.
 
     Args:
         num_prompts: Number of prompts p of each block, at least 0.
         dropout: Probability of prompt dropout in block 0, an independent mask per image; in [0, 1).
-        kernel_size: Height and width K of the convolution; the patch grid must not be smaller.
+        kernel_size: Height and width K of the convolution's kernel, at most those of the patch
+            grid.
         hidden_dim: Width r of the feature projector's hidden layer.
-        projector_dropout: Dropout of that hidden layer, in [0, 1).
-        channel_dropout: Probability of dropping a channel of an image from the mix, in [0, 1).
-        variant: "code", which the published figures come from, or "paper", as the paper's
-            equations have it: no residual around the feature projector, no bias of the token-wise
-            projector.
+        projector_dropout: Probability of dropout in that hidden layer, in [0, 1).
+        channel_dropout: Probability of dropping a channel of an image from the token mixing, in
+            [0, 1).
+        variant: "code", which the published figures come from, or "paper", the paper's equations:
+            no residual around the feature projector, no bias in the token-wise projector.
 
     Raises:
-        TypeError, ValueError: A field is of the wrong type or out of range.
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of range.
     """
 
     num_prompts: int = 10
@@ -166,5 +170,5 @@ class VAPT:
             )
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """Return the indices of the blocks, of `depth`, that get prompts: all of them."""
+        """Return which of `depth` blocks get prompts: all of them."""
         return tuple(range(depth)) if self.num_prompts else ()

@@ -1,4 +1,4 @@
-"""Methods by name, and their JSON form: what adapters and the command line speak of."""
+"""Methods by name and their JSON form, for adapters and the command line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_method(method: Any) -> Method:
 
 
 def to_dict(method: Method) -> dict[str, Any]:
-    """Plain JSON-ready form: the method's name and its fields."""
+    """Return a method's name and fields as JSON values."""
     values = asdict(method)
     if values.get("blocks") is not None:
         values["blocks"] = list(values["blocks"])
@@ -52,10 +52,11 @@ def to_dict(method: Method) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Method:
-    """The method that `to_dict` wrote.
+    """Return the method that `to_dict` wrote.
 
     Raises:
-        ValueError: unknown name or field.
+        ValueError: If the name or a field is not known, or a value is of the wrong type or out of
+            range.
     """
     values = dict(values)
     name = values.pop("name", None)
@@ -65,4 +66,7 @@ def from_dict(values: Mapping[str, Any]) -> Method:
     unknown = sorted(set(values) - {f.name for f in fields(cls)})
     if unknown:
         raise ValueError(f"{name} has no field {unknown[0]!r}; was it written by a newer version?")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None

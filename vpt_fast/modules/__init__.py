@@ -1,1 +1,1 @@
-"""nn.Modules that own what is trained, and what is asked of any module."""
+"""nn.Modules that own what is trained, and tests of any module."""

@@ -1,4 +1,4 @@
-"""The modules that baselines add to a model: bottleneck adapters, hidden layers of an MLP head."""
+"""Modules that baselines add to a model: bottleneck adapters and hidden layers of an MLP head."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class BottleneckAdapter(nn.Module):
-    """h + up(gelu(down(h))) for the output h (B, N, D) of a block's MLP.
+    """Bottleneck adapter, h + up(gelu(down(h))) for the output h (B, N, D) of a block's MLP.
 
-    `down.weight` starts as nn.Linear has it, all else at zero: the identity at first, yet `up` has
-    a gradient from the first step on.
+    `down.weight` has nn.Linear's default initialisation, all other parameters start at zero. So the
+    adapter starts as the identity, and `up` has a gradient from the first step on.
 
     Args:
-        width: channels D of h.
-        hidden_dim: channels of the bottleneck.
-        like: tensor whose device and dtype the parameters get.
+        width: Number D of channels of h.
+        hidden_dim: Number of channels of the bottleneck.
+        like: Tensor with the device and dtype of the parameters.
     """
 
     def __init__(self, width: int, hidden_dim: int, like: Tensor) -> None:
@@ -26,14 +26,14 @@ class BottleneckAdapter(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, h: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """Return the adapted h, (B, N, D) -> (B, N, D)."""
         return h + self.up(F.gelu(self.down(h)))
 
 
 def new_hidden_layers(width: int, hidden_dim: int, count: int, like: Tensor) -> nn.Sequential:
-    """`count` Linears, each followed by a ReLU: (..., width) -> (..., hidden_dim).
+    """Return `count` Linears, each followed by a ReLU: (..., width) -> (..., hidden_dim).
 
-    Weights kaiming-normal over fan-in, which keeps the variance through ReLU; biases 0.
+    Weights are kaiming-normal over fan-in, which preserves the variance through ReLU; biases are 0.
     """
     layers: list[nn.Module] = []
     for index in range(count):
@@ -46,7 +46,10 @@ def new_hidden_layers(width: int, hidden_dim: int, count: int, like: Tensor) -> 
 
 
 def new_classifier(inputs: int, like: nn.Linear) -> nn.Linear:
-    """A Linear (inputs -> `like`'s outputs) with `like`'s bias, weight kaiming-normal (fan-out)."""
+    """Return a Linear with `inputs` inputs and the outputs and bias of `like`.
+
+    Its weight is kaiming-normal over fan-out.
+    """
     head = nn.Linear(
         inputs,
         like.out_features,

@@ -1,8 +1,8 @@
-"""VAPT's modules: prompt experts, which make a block's prompts from the block's own input.
+"""VAPT's modules: prompt experts, which compute a block's prompts from the block's own input.
 
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936),
-section 4. Convolution and token-wise projector are both linear over the patches, so they are used
-as one (p, gh * gw) matrix, and no grid, normalised copy or convolution output is ever made.
+section 4. Convolution and token-wise projector are both linear over the patches, so they are folded
+into one (p, gh * gw) matrix M; no grid, normalised copy or convolution output is stored.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ EPS = 1e-5
 
 
 class FeatureProjector(nn.Module):
-    """The feature projector that all blocks of one width share: up(dropout(relu(down(g)))).
+    """Feature projector that all blocks of one width share: up(dropout(relu(down(g)))).
 
     Args:
-        width: channels D of the blocks.
-        hidden_dim: channels r of the hidden layer.
-        dropout: of the hidden layer.
-        like: tensor whose device and dtype the weights get.
+        width: Number D of channels of the blocks.
+        hidden_dim: Number r of channels of the hidden layer.
+        dropout: Probability of dropout in the hidden layer.
+        like: Tensor with the device and dtype of the weights.
     """
 
     def __init__(self, width: int, hidden_dim: int, dropout: float, like: Tensor) -> None:
@@ -49,13 +49,13 @@ class FeatureProjector(nn.Module):
 def check_grid(
     experts: tuple[int, int], grid: tuple[int, ...], what: str = "this image", of: str = "patches"
 ) -> None:
-    """Raise ValueError where prompt experts meet another grid than the one they were made for.
+    """Raise ValueError unless a grid is the one that prompt experts were built for.
 
     Args:
         experts: Height and width of the experts' grid.
-        grid: Height and width of the grid that they meet.
-        what: What has the grid.
-        of: What the grid is of.
+        grid: Height and width of the other grid.
+        what: Owner of the other grid, for the message.
+        of: Elements of the grid, for the message.
     """
     if tuple(grid) != tuple(experts):
         raise ValueError(
@@ -65,19 +65,18 @@ def check_grid(
 
 
 class PromptExperts(nn.Module):
-    """Prompts of one block, made from its input.
+    """Prompts of one block, computed from its input.
 
-    P = g + up(dropout(relu(down(g)))) with g = W vec(dropout(conv(LayerNorm(patches)))) + b; in the
-    paper's variant without the residual and without b.
+    P = g + up(dropout(relu(down(g)))) with g = W vec(dropout(conv(LayerNorm(patches)))) + b; the
+    paper's variant has neither the residual nor b.
 
     Args:
-        method: the method's settings.
-        owner: the module whose `prompt_projector` is used, and before whose patches
-            `num_prefix_tokens` stand (none, if it has no such attribute): the model, or Swin's
-            stage.
-        grid: height and width of the block's patch grid.
-        width: channels D of the block.
-        like: tensor whose device and dtype the weights get.
+        method: Settings of the method.
+        owner: Model, or stage of a Swin, with the `prompt_projector`. Its `num_prefix_tokens`
+            counts the tokens before the patches; without this attribute there are none.
+        grid: Height and width of the block's patch grid.
+        width: Number D of channels of the block.
+        like: Tensor with the device and dtype of the weights.
     """
 
     def __init__(
@@ -94,13 +93,13 @@ class PromptExperts(nn.Module):
         nn.init.normal_(self.conv.weight)
         self.mix = nn.Linear(rows * columns, method.num_prompts, bias=code, **options)
         if code:
-            # Not so for the paper's variant: without the residual, relu'(0) = 0 would leave
-            # every expert without a gradient for ever.
+            # The paper's variant has no residual: as relu'(0) = 0, its experts would never get a
+            # gradient.
             nn.init.zeros_(self.mix.weight)
             nn.init.zeros_(self.mix.bias)
         self.residual = code
         self.channel_dropout = method.channel_dropout
-        # In a tuple the owner is no submodule of its own prompts.
+        # In a tuple, so that the owner does not become a submodule of its own prompts.
         self._owner = (owner,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,15 +124,16 @@ class PromptExperts(nn.Module):
         folded: tuple[Tensor, Tensor] | None = None,
         masks: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> tuple[ExpertPrompts, tuple[Tensor | None, ...]]:
-        """The source of a fused block's prompts, and its tensors.
+        """Return the prompt source of a fused block, and its tensors.
 
         Args:
-            x: the block's input (B, N, D), of which only the shape and the device matter.
-            folded: what `folded_parts` are folded to; None to fold them in the block.
-            masks: as `masks` draws them, which it does here if they are None.
+            x: Input (B, N, D) of the block; only its shape and device matter.
+            folded: Matrix and row sums of the folded `folded_parts`; None to fold them in the
+                block.
+            masks: Dropout masks, as `masks` returns them; None to draw them here.
 
         Raises:
-            ValueError: the input does not have the rows of the model's patch grid.
+            ValueError: If the number of rows does not fit the patch grid.
         """
         self._patches(x.shape[1])
         first = map(contiguous, self.folded_parts()) if folded is None else folded
@@ -141,28 +141,28 @@ class PromptExperts(nn.Module):
         source = ExpertPrompts(self.residual, self.grid, norm.eps, folded is not None)
         return source, (*first, *map(contiguous, self._applied(x.shape[0], masks)))
 
-    # Below, modules and parameters are looked up in their dictionaries: this runs for every block
-    # of every step, and nn.Module's attribute access is slow.
+    # The methods below look modules and parameters up in their dictionaries: they run for every
+    # block of every step, and nn.Module's attribute access is slow.
 
     def folded_parts(self) -> tuple[Tensor, Tensor]:
-        """Weight of the token-wise projector (p, gh' * gw'), and the convolution (1, 1, K, K)."""
+        """Return weights of token-wise projector (p, gh' * gw') and convolution (1, 1, K, K)."""
         modules: Any = self._modules
         return modules["mix"]._parameters["weight"], modules["conv"]._parameters["weight"]
 
     def dropouts(self) -> tuple[float, float]:
-        """Probabilities at work: of whole channels, and in the projector's hidden layer."""
+        """Return the dropout probabilities, of channels and hidden layer; 0 in eval mode."""
         projector: Any = self._owner[0]._modules["prompt_projector"]
         channels = self.channel_dropout if self.training else 0.0
         return channels, projector.dropout if projector.training else 0.0
 
     def mask_shapes(self, batch: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
-        """Of the masks of the channels (B, D) and of the hidden layer (B, p, r)."""
+        """Return the shapes of channel mask (B, D) and hidden mask (B, p, r)."""
         projector: Any = self._owner[0]._modules["prompt_projector"]
         hidden_dim, width = projector._modules["down"]._parameters["weight"].shape
         return (batch, width), (batch, self.folded_parts()[0].shape[0], hidden_dim)
 
     def masks(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
-        """Dropout masks of the channels (B, D) and of the hidden layer (B, p, r); None for none."""
+        """Draw channel mask (B, D) and hidden mask (B, p, r); None where nothing is dropped."""
         like = self.folded_parts()[0]
         channels, hidden = (
             dropout_mask(shape, dropout, like) if dropout else None
@@ -173,7 +173,7 @@ class PromptExperts(nn.Module):
     def _applied(
         self, batch: int, masks: tuple[Tensor | None, Tensor | None] | None = None
     ) -> tuple[Any, ...]:
-        """What is applied to the mix: the fields of `FeatureInputs` but the first two."""
+        """Return all fields of `FeatureInputs` except the first two."""
         self._refuse_hooks()
         modules: Any = self._modules
         norm, mix = modules["norm"]._parameters, modules["mix"]._parameters
@@ -184,7 +184,7 @@ class PromptExperts(nn.Module):
         return norm["weight"], norm["bias"], mix["bias"], channels, down, up, hidden
 
     def token_mixing(self) -> Tensor:
-        """The weight of every patch in every prompt before the feature projector, (p, gh, gw)."""
+        """Return the matrix M as (p, gh, gw): the weight of each patch in each prompt."""
         count = self.grid[0] * self.grid[1]
         return self._folded()[0][:, :count].unflatten(1, self.grid)
 
@@ -199,10 +199,9 @@ class PromptExperts(nn.Module):
         return count
 
     def _check_present(self, x: Tensor) -> None:
-        """Experts put the weights of several modules together, which so must be there at once.
+        """Raise ValueError if the weights are on the meta device and x is not.
 
-        Raises:
-            ValueError: they are on the meta device, and x is not.
+        Several modules' weights are combined, so they must be present at the same time.
         """
         if self.mix.weight.is_meta and not x.is_meta:
             raise ValueError(
@@ -212,10 +211,9 @@ class PromptExperts(nn.Module):
             )
 
     def _refuse_hooks(self) -> None:
-        """Refuse hooks on what is never called, looked for when somebody has registered one.
+        """Raise ValueError if a module that is never called carries a hook.
 
-        Raises:
-            ValueError: one of the modules whose weights are put together is hooked.
+        The modules are searched again only after somebody has registered a hook.
         """
         if torch.compiler.is_compiling():
             return
@@ -237,8 +235,8 @@ class PromptExperts(nn.Module):
 
 
 def dropout_mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:
-    """Dropout's factors: 0, or 1 / (1 - dropout); fp32 at least, on the device of `like`."""
-    if is_transformed():  # vmap draws for each image, but not in place
+    """Return dropout factors, 0 or 1 / (1 - dropout), in fp32 at least, on `like`'s device."""
+    if is_transformed():  # vmap cannot draw in place
         ones = torch.ones(shape, dtype=statistics_dtype(like.dtype), device=like.device)
         return F.dropout(ones, dropout)
     kept = torch.empty(shape, dtype=statistics_dtype(like.dtype), device=like.device)

@@ -1,4 +1,4 @@
-"""What the prompt experts of several blocks share: folding their matrices, drawing their masks."""
+"""Folding the matrices and drawing the masks of several blocks' prompt experts at once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Masks = tuple[Tensor | None, Tensor | None]
 
 
 def sources_together(experts: Sequence[PromptExperts], x: Tensor) -> list[Any]:
-    """`PromptExperts.sources` of each block, in the blocks' order.
+    """Return `PromptExperts.sources` of each block, in the blocks' order.
 
     Args:
-        experts: of the blocks; on the CPU their masks are drawn one after the other.
-        x: the first block's input (B, N, D), of which only shape and device matter.
+        experts: Experts of the blocks.
+        x: Input (B, N, D) of the first block; only its shape and device matter.
     """
     parts = [expert.folded_parts() for expert in experts]
     kinds = {
@@ -37,9 +37,9 @@ def sources_together(experts: Sequence[PromptExperts], x: Tensor) -> list[Any]:
 
 
 def _masks(experts: Sequence[PromptExperts], x: Tensor) -> list[Masks]:
-    """The dropout masks of each block; on a GPU one draw serves all.
+    """Return the dropout masks of each block; on a GPU all are drawn at once.
 
-    On the CPU each is drawn by itself: one seed gives the masks that it gives module by module.
+    On the CPU they are drawn block by block, as module by module, so that a seed gives the same.
     """
     batch, count = x.shape[0], len(experts)
     if not uses_kernels(x):

@@ -7,7 +7,7 @@ from torch import nn
 
 from vpt_fast.modules.hooks import has_own_forward
 
-# A subclass may do anything.
+# Exactly these classes: a subclass may compute anything.
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 
 

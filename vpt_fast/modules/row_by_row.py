@@ -1,4 +1,4 @@
-"""Which modules treat every row by itself, so that rows which nobody reads may be left out."""
+"""Modules that compute each row by itself, so that dead rows may be left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vpt_fast.modules.hooks import has_own_forward, with_descendants
 
 
 def _there(module: object, *names: str) -> tuple[type[nn.Module], ...]:
-    """Classes by name, those that this version has."""
+    """Return the classes of these names that the installed version has."""
     return tuple(getattr(module, name) for name in names if hasattr(module, name))
 
 
@@ -22,7 +22,7 @@ ROW_NORMS = (
     ),
     *_there(nn, "LayerNorm", "RMSNorm", "Identity"),
 )
-"""Normalisations of each row by itself."""
+"""Normalisations that compute each row by itself."""
 
 _KNOWN = frozenset(
     (
@@ -37,9 +37,9 @@ _KNOWN = frozenset(
 
 
 def treats_rows_apart(*parts: nn.Module | None) -> bool:
-    """Whether all of the parts, and what is below them, are known to treat every row by itself.
+    """Return whether all parts and their descendants are known to compute each row by itself.
 
-    What somebody has put in their place, or a `forward` on the instance, may do anything.
+    Modules of other classes, or with a `forward` of their own, may compute anything.
     """
     return all(
         type(module) in _KNOWN and not has_own_forward(module)

@@ -1,8 +1,9 @@
 """The published formulation on Swin in eager PyTorch: prompt rows concatenated into every window.
 
-What prompts in Swin are compared with ("Visual Prompt Tuning", arXiv 2203.12119). Nothing is
-skipped: prompt rows pass through the whole of every block, once per window in attention and once
-per image in the MLP, with PyTorch's fused attention, which timm's own blocks leave off by default.
+The formulation that prompts in Swin are compared with ("Visual Prompt Tuning", arXiv 2203.12119).
+Nothing is skipped: prompt rows pass through all of every block, once per window in attention and
+once per image in the MLP. Attention is PyTorch's fused one, which timm's Swin does not use by
+default.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ class ConcatenatedWindows(nn.Module):
     """VPT-Shallow and VPT-Deep on a SwinTransformer as they are usually run.
 
     Args:
-        model: a timm SwinTransformer, frozen but for its head; its blocks are set to fused
+        model: Timm SwinTransformer, frozen except for its head; its blocks are set to fused
             attention.
-        method: without projection, sharing and pooling of prompts.
+        method: Method without projection, sharing and pooling of prompts.
 
     Attributes:
-        prompts: a parameter (p, D) for each prompted block.
+        prompts: Parameter (p, D) of each prompted block.
     """
 
     def __init__(self, model: SwinTransformer, method: VPTShallow | VPTDeep) -> None:
@@ -53,7 +54,7 @@ class ConcatenatedWindows(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, height, width)."""
+        """Return logits (B, classes) of images (B, 3, height, width)."""
         own = dict(zip(self.blocks, self.prompts, strict=True))
         swin: Any = self.model
         rows, index = None, 0
@@ -82,7 +83,7 @@ def use_fused_attention(model: Any) -> None:
 
 
 def _through(block: Any, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A block's tokens (B, H, W, D) and prompt rows (B, p, D)."""
+    """Return a block's output: tokens (B, H, W, D) and prompt rows (B, p, D)."""
     batch, height, width, _ = x.shape
     count, window, shift = rows.shape[1], block.window_size, block.shift_size
     y = block.norm1(x)
@@ -106,7 +107,7 @@ def _through(block: Any, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend(attn: Any, x: Tensor, count: int, mask: Tensor | None, batch: int) -> Tensor:
-    """timm's attention on windows (w, p + area, D), with neither bias nor mask for prompts."""
+    """Apply timm's attention to windows (w, p + area, D), without bias and mask for prompts."""
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     bias = attn._get_rel_pos_bias()
     if mask is not None:

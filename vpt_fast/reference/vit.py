@@ -1,7 +1,7 @@
 """The published formulation in eager PyTorch: prompt rows concatenated into timm's own blocks.
 
-What everything here is compared with. Nothing is skipped: prompt rows pass through the whole of
-every block that they stand before, with timm's fused scaled-dot-product attention.
+The formulation that vpt_fast is compared with. Nothing is skipped: prompt rows pass through all of
+every block that they enter, with timm's fused scaled-dot-product attention.
 """
 
 from __future__ import annotations
@@ -24,24 +24,35 @@ from vpt_fast.reference.swin import ConcatenatedWindows, use_fused_attention
 Model = TypeVar("Model", bound=nn.Module)
 
 Rows = Callable[[int, Tensor], Tensor]
-"""From a block's index and its input (B, N, D) without prompts to its prompts (B or 1, p, D)."""
+"""Function of a block's index and input (B, N, D) without prompts; returns its prompts
+(B or 1, p, D)."""
 
 
-class ConcatenatedPrompts(nn.Module):
+class _Concatenated(nn.Module):
+    model: Any
+
+    def train(self: Model, mode: bool = True) -> Model:
+        """Set the mode of the prompts' dropouts; the model stays in eval mode."""
+        nn.Module.train(self, mode)
+        self.get_submodule("model").eval()
+        return self
+
+
+class ConcatenatedPrompts(_Concatenated):
     """VPT-Shallow and VPT-Deep as they are usually run: prompt rows in the sequence.
 
-    Rows that are put in before a prompted block replace those that stand there; they live on as
-    tokens until then, and are dropped before the final norm.
+    Prompts of a block replace the prompt rows of its input. Without prompts of the next block these
+    rows pass through it as tokens; they are dropped before the final norm.
 
     Args:
-        model: a timm vision transformer; it is frozen, its head is trained.
-        method: without projection, sharing and pooling of prompts.
+        model: Timm vision transformer; it is frozen except for its head.
+        method: Method without projection, sharing and pooling of prompts.
 
     Attributes:
-        prompts: parameter (prompted blocks, p, D).
+        prompts: Parameter (prompted blocks, p, D).
 
     Raises:
-        ValueError: `method` has a field that is not in this formulation.
+        ValueError: If `method` has a field that is not in this formulation.
     """
 
     def __init__(self, model: VisionTransformer, method: VPTShallow | VPTDeep) -> None:
@@ -52,13 +63,9 @@ class ConcatenatedPrompts(nn.Module):
         self.blocks = method.prompted_blocks(len(self.model.blocks))
         self.prompts = _tokens(self.model, len(self.blocks), method.num_prompts)
 
-    def train(self, mode: bool = True) -> ConcatenatedPrompts:
-        """Set the mode of the prompts' dropout; the model stays in eval mode."""
-        return _train_around(self, mode)
-
     def rows(self) -> Rows:
-        """Where the prompts of one forward pass come from."""
-        # Taken apart once: a slice for each block would be a gradient of all blocks for each.
+        """Return the function that gives the prompts of one forward pass."""
+        # Unbound once: the gradient of a slice for each block would have the size of all blocks.
         own = dict(zip(self.blocks, self.prompts.unbind(), strict=True))
 
         def rows_of(index: int, x: Tensor) -> Tensor:
@@ -69,7 +76,7 @@ class ConcatenatedPrompts(nn.Module):
         return rows_of
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, height, width)."""
+        """Return logits (B, classes) of images (B, 3, height, width)."""
         vit, count, rows_of = self.model, 0, self.rows()
         x = _embedded(vit, images)
         for index, block in enumerate(vit.blocks):
@@ -81,14 +88,14 @@ class ConcatenatedPrompts(nn.Module):
         return _classified(vit, x, count)
 
 
-class ConcatenatedExperts(nn.Module):
+class ConcatenatedExperts(_Concatenated):
     """VAPT as its equations are written: a normalised copy, a grid, a convolution, concatenation.
 
     Initial values are PyTorch's own, not the published ones.
 
     Args:
-        model: a timm vision transformer; it is frozen, its head is trained.
-        method: its sizes, dropouts and variant.
+        model: Timm vision transformer; it is frozen except for its head.
+        method: Sizes, dropouts and variant.
     """
 
     def __init__(self, model: VisionTransformer, method: VAPT) -> None:
@@ -112,12 +119,8 @@ class ConcatenatedExperts(nn.Module):
         self.down = nn.Linear(width, method.hidden_dim, **plain)
         self.up = nn.Linear(method.hidden_dim, width, **plain)
 
-    def train(self, mode: bool = True) -> ConcatenatedExperts:
-        """Set the mode of the experts' dropouts; the model stays in eval mode."""
-        return _train_around(self, mode)
-
     def experts(self, index: int, x: Tensor) -> Tensor:
-        """Prompts (B, p, D) of block `index` >= 1 from its input x (B, N, D)."""
+        """Return the prompts (B, p, D) of block `index` >= 1 from its input x (B, N, D)."""
         batch, _, width = x.shape
         y = self.norms[index - 1](x)[:, self.model.num_prefix_tokens :]
         y = y.transpose(1, 2).reshape(batch * width, 1, *self.grid)
@@ -128,7 +131,7 @@ class ConcatenatedExperts(nn.Module):
         return g + self.up(h) if self.method.variant == "code" else self.up(h)
 
     def rows(self) -> Rows:
-        """Where the prompts of one forward pass come from."""
+        """Return the function that gives the prompts of one forward pass."""
         return self._rows_of
 
     def _rows_of(self, index: int, x: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ class ConcatenatedExperts(nn.Module):
         return F.dropout(rows, self.method.dropout, self.training)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, height, width)."""
+        """Return logits (B, classes) of images (B, 3, height, width)."""
         vit, count, rows_of = self.model, len(self.tokens), self.rows()
         x = _embedded(vit, images)
         for index, block in enumerate(vit.blocks):
@@ -148,14 +151,18 @@ class ConcatenatedExperts(nn.Module):
 
 
 def concatenated(model: VisionTransformer | SwinTransformer, method: Method) -> nn.Module:
-    """Eager PyTorch's form of a timm model tuned with `method`; freezes `model` in place.
+    """Return the published formulation of a timm model with `method`; freeze `model` in place.
+
+    Args:
+        model: Plain timm model.
+        method: Prompt method or `LinearProbe`.
 
     Returns:
-        A module around `model`, in training mode; `model` itself if no block has prompts.
+        Module around `model`, in training mode; `model` itself if no block has prompts.
 
     Raises:
-        TypeError: `method` is not a method.
-        ValueError: `method` has a field that is not in this formulation, or trains a backbone or
+        TypeError: If `method` is not a method.
+        ValueError: If `method` has a field that is not in this formulation, or trains a backbone or
             layers of its own instead of prompts.
     """
     method = check_method(method)
@@ -187,16 +194,16 @@ def _check_plain(method: VPTShallow | VPTDeep) -> None:
 
 
 def check_compared(method: Method) -> None:
-    """Raise ValueError for a baseline that is more than a linear probe: it has no second form."""
+    """Raise ValueError for baselines except `LinearProbe`: they have no second implementation."""
     if isinstance(method, Baseline) and not isinstance(method, LinearProbe):
         raise ValueError(
-            f"method {method.name!r} has no prompts to compute in different ways; compare one of "
+            f"method {method.name!r} has no prompts, and no second implementation; compare one of "
             "linear, vpt-shallow, vpt-deep and vapt"
         )
 
 
 def freeze(model: Model) -> Model:
-    """Freeze everything but the classifier, in place, and set eval mode."""
+    """Freeze everything except the classifiers, in place, and set eval mode."""
     model.requires_grad_(False)
     classifier: Any = model
     heads = classifier.get_classifier()
@@ -206,10 +213,10 @@ def freeze(model: Model) -> Model:
 
 
 def without_prompts(model: Model, first: int = 0) -> Model:
-    """The frozen model with a gradient through its blocks from `first` on, in place.
+    """Freeze a model in place, with a gradient through its blocks from `first` on; return it.
 
-    The norm1 of that block requires a gradient, so that the gradient flows as it does with prompts.
-    A SwinTransformer's attention is set to PyTorch's fused one, which other models have by default.
+    The norm1 of block `first` requires a gradient, so that gradients flow as they do with prompts.
+    A SwinTransformer is set to PyTorch's fused attention, the default of other models.
     """
     freeze(model)
     if isinstance(model, SwinTransformer):
@@ -219,26 +226,20 @@ def without_prompts(model: Model, first: int = 0) -> Model:
 
 
 def require_gradient(model: Any, first: int) -> None:
-    """Make the norm1 of block `first` require a gradient, in place."""
+    """Make the norm1 of block `first` require a gradient."""
     blocks_of(model)[first].norm1.requires_grad_(True)
 
 
 def _weight(model: Any) -> Tensor:
-    """A frozen weight whose device and dtype are the model's."""
+    """Return a weight that has the device and dtype of the model."""
     return model.blocks[0].attn.qkv.weight
 
 
 def _tokens(model: Any, *shape: int) -> nn.Parameter:
-    """Prompts (*shape, D) as VPT initialises them, with the device and dtype of the model."""
+    """Return prompts (*shape, D), initialised as in VPT."""
     width = model.embed_dim
     bound = init_bound(model.patch_embed.patch_size, width)
     return nn.Parameter(_weight(model).new_empty(*shape, width).uniform_(-bound, bound))
-
-
-def _train_around(module: Any, mode: bool) -> Any:
-    nn.Module.train(module, mode)
-    module.model.eval()
-    return module
 
 
 def _embedded(vit: Any, images: Tensor) -> Tensor:
@@ -246,13 +247,13 @@ def _embedded(vit: Any, images: Tensor) -> Tensor:
 
 
 def _stripped(x: Tensor, vit: Any, count: int) -> Tensor:
-    """x (B, N + count, D) without the prompt rows after its prefix tokens."""
+    """Return x (B, N + count, D) without the prompt rows after its prefix tokens."""
     prefix = vit.num_prefix_tokens
     return torch.cat([x[:, :prefix], x[:, prefix + count :]], dim=1)
 
 
 def _replaced(x: Tensor, rows: Tensor, vit: Any, count: int) -> Tensor:
-    """x (B, N + count, D) with `rows` (B, p, D) in place of its `count` prompt rows."""
+    """Return x (B, N + count, D) with `rows` (B, p, D) in place of its `count` prompt rows."""
     prefix = vit.num_prefix_tokens
     return torch.cat([x[:, :prefix], rows, x[:, prefix + count :]], dim=1)
 

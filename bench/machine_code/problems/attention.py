@@ -1,6 +1,6 @@
 """The launches that prompt attention makes for a problem, and the matrix work the problem needs.
 
-Launches are made without a GPU, to compile the kernels offline and read them.
+Launches are built without a GPU, to compile the kernels offline and read them.
 
 Useful MMA FLOP, per head and image, for M queries, N tokens, p prompts and head dimension d: the
 products that the formulas need (FlashAttention-2, algorithms 1 and 2: the backward pass recomputes

@@ -9,6 +9,7 @@ import torch
 from vpt_fast.kernels.experts.features import features_launch
 from vpt_fast.kernels.experts.features_backward import features_backward_launches
 from vpt_fast.kernels.experts.fold import fold_backward_launch, fold_launch
+from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.kernels.experts.mix import mix_launch
 from vpt_fast.kernels.experts.mix_backward import mix_backward_launch
 from vpt_fast.kernels.runtime.chunks import chunk_count
@@ -51,7 +52,7 @@ class ExpertProblem(NamedTuple):
         """Return the bytes that the forward update (token mixing, features) has to move.
 
         The patches of x and their mean and reciprocal standard deviation are read once, the mixing
-        weight is read once, the mixed tokens g (fp32) are written and read once, and the normalised
+        weight is read once, the token mixing (fp32) is written and read once, and the normalised
         prompts are written once.
         """
         tokens = self.batch * self.patches
@@ -85,39 +86,38 @@ def expert_plan(problem: ExpertProblem, target: Target = _SM_80) -> dict[str, La
     mixing_weight = empty(prompts, -(-problem.patches // 64) * 64)
     mixing_sum = empty(prompts)
     x, y = param(batch, rows, width), param(batch, rows, width)
-    statistics, mixed = empty(3, batch, rows), empty(batch, prompts, width)
+    statistics, mixing = empty(3, batch, rows), empty(batch, prompts, width)
     out, row = param(batch, prompts, width), empty(batch, prompts)
-    tensors: dict[str, torch.Tensor | None] = {
-        "mix_sum": mixing_sum,
-        "weight": param(width),
-        "shift": param(width),
-        "bias": param(prompts),
-        "channels": empty(batch, width) if problem.dropout else None,
-        "down": param(r, width),
-        "up": param(width, r),
-        "hidden": empty(batch, prompts, r) if problem.dropout else None,
-        "norm_weight": param(width),
-    }
+    inputs = FeatureInputs(
+        mixing,
+        mixing_sum,
+        norm_weight=param(width),
+        norm_bias=param(width),
+        projector_bias=param(prompts),
+        channel_mask=empty(batch, width) if problem.dropout else None,
+        down=param(r, width),
+        up=param(width, r),
+        hidden_mask=empty(batch, prompts, r) if problem.dropout else None,
+    )
     launches = [
-        fold_launch(weight, kernel, problem.grid, mixing_weight, mixing_sum),
-        mix_launch(x, mixing_weight, statistics, mixed, problem.patches, target),
+        fold_launch(weight, kernel, mixing_weight, mixing_sum, problem.grid),
+        mix_launch(x, mixing_weight, statistics, mixing, problem.patches, target),
         features_launch(
-            mixed, {**tensors, "norm_bias": param(width)}, True, out, row, empty(batch, prompts),
-            1e-6, target,
+            inputs, param(width), param(width), out, row, empty(batch, prompts), True, 1e-6, target
         ),
         *features_backward_launches(
-            mixed, {**tensors, "mean": row, "rstd": row}, True, out, empty(*mixed.shape),
+            inputs, param(width), row, row, out, empty(*mixing.shape),
             empty(2, batch * prompts, r), empty(4, batch * prompts),
-            empty(chunk_count(batch * prompts), 2 * r + 2, width), target,
+            empty(chunk_count(batch * prompts), 2 * r + 2, width), True, target,
         ),
         mix_backward_launch(
-            x, mixing_weight, problem.patches, param(width), statistics, y, mixed, param(*x.shape),
-            param(*x.shape),
-            empty(chunk_count(batch), prompts, problem.patches), target,
+            x, mixing_weight, param(width), statistics, y, mixing, param(*x.shape),
+            param(*x.shape), empty(chunk_count(batch), prompts, problem.patches), problem.patches,
+            target,
         ),
         fold_backward_launch(
-            weight, kernel, problem.grid, mixing_weight, mixing_sum, param(*weight.shape),
-            empty(prompts, kernel.numel()),
+            weight, kernel, mixing_weight, mixing_sum, param(*weight.shape),
+            empty(prompts, kernel.numel()), problem.grid,
         ),
     ]  # fmt: skip
     return {launch.name: launch for launch in launches}

@@ -1,4 +1,4 @@
-"""What kernels are declared to load and store, compared with what they do, byte by byte.
+"""Declared loads and stores of the kernels, compared with the executed ones, byte by byte.
 
 Every launch of every kernel runs on the CPU under ttsem, which sees each address. The distinct
 bytes of all loads, and of all stores, have to be exactly those declared: masks are honoured, and
@@ -40,7 +40,7 @@ Bytes = dict[str, tuple[int, int]]
 
 @contextlib.contextmanager
 def both() -> Iterator[tuple[Bytes, Bytes]]:
-    """Declared and executed bytes of the launches inside, each kernel at most once."""
+    """Yield declared and executed bytes of the launches inside, each kernel at most once."""
     declared_bytes: Bytes = {}
     executed_bytes: Bytes = {}
     run = Launch.run
@@ -139,29 +139,34 @@ def test_fold(grid: tuple[int, int], kernel_device: torch.device) -> None:
     draw, prompts = Draw(kernel_device), 3
     weight, kernel = draw(prompts, (grid[0] - 1) * (grid[1] - 1)), draw(1, 1, 2, 2)
     with both() as (declared_bytes, executed_bytes):
-        mix, mix_sum = prompt_expert.fold_forward(weight, kernel, grid, 64)
-        prompt_expert.fold_backward(weight, kernel, mix, mix_sum, grid)
+        mixing_weight, mixing_sum = prompt_expert.fold_forward(weight, kernel, grid, 64)
+        prompt_expert.fold_backward(weight, kernel, mixing_weight, mixing_sum, grid)
     assert set(executed_bytes) == {"fold", "fold_backward"}
     assert declared_bytes == executed_bytes
 
 
 @pytest.mark.parametrize(
-    ("patches", "needs_x", "needs_mix", "options"),
+    ("patches", "needs_x", "needs_mixing_weight", "options"),
     [(25, True, True, True), (64, True, False, False), (100, False, True, True)],
 )
 def test_mix(
-    patches: int, needs_x: bool, needs_mix: bool, options: bool, kernel_device: torch.device
+    patches: int,
+    needs_x: bool,
+    needs_mixing_weight: bool,
+    options: bool,
+    kernel_device: torch.device,
 ) -> None:
     draw, prompts, width = Draw(kernel_device), 5, 72
     x = draw(2, 1 + patches, width)
-    mix = torch.zeros(prompts, -(-patches // 64) * 64).to(kernel_device)
-    mix[:, :patches] = draw(prompts, patches, dtype=FP32)
+    mixing_weight = torch.zeros(prompts, -(-patches // 64) * 64).to(kernel_device)
+    mixing_weight[:, :patches] = draw(prompts, patches, dtype=FP32)
     statistics = draw(3, 2, 1 + patches, dtype=FP32)
     with both() as (declared_bytes, executed_bytes):
-        mixed = prompt_expert.mix_forward(x, mix, patches, statistics)
+        mixing = prompt_expert.mix_forward(x, mixing_weight, patches, statistics)
         prompt_expert.mix_backward(
-            x, mix, patches, draw(width) if options else None, statistics, draw(*x.shape), mixed,
-            draw(*x.shape) if options else None, needs_x, needs_mix,
+            x, mixing_weight, patches, draw(width) if options else None, statistics,
+            draw(*x.shape), mixing, draw(*x.shape) if options else None, needs_x,
+            needs_mixing_weight,
         )  # fmt: skip
     assert set(executed_bytes) == {"mix", "mix_backward"}
     assert declared_bytes == executed_bytes
@@ -290,7 +295,7 @@ def test_grouped_heads(kernel_device: torch.device) -> None:
 
 
 def test_flop_of_a_bank() -> None:
-    """Counted from each image's number of prompts if known, else from the largest number."""
+    """FLOP follow from each image's number of prompts if known, else from the largest."""
     pool = torch.zeros(20, 2, 2, 8)
     for device, prompts in (("cpu", 3 + 5), ("meta", 2 * 6)):
         offsets, counts = (torch.tensor(n, device=device) for n in ((0, 4), (3, 5)))

@@ -1,4 +1,4 @@
-"""Kernel launches of a block: the counter itself, and what a prompted block may launch."""
+"""Kernel launches of a block: the counter, and the number for a prompted block."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_block_of_vpt_deep_launches_no_more_than_it_may(layer_scale: bool) -> 
 
 
 def test_a_block_of_vapt_launches_no_more_than_it_may() -> None:
-    """Its matrix is folded together with those of the other blocks."""
+    """The mixing weights of all blocks are folded by one launch."""
     forward, backward = launches_per_block(providers(10)["VAPT, speed"])
     assert forward.total() <= 11 and backward.total() <= 22
     assert "fold" not in forward and forward["features"] == forward["mix"] == 1

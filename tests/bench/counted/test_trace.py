@@ -129,7 +129,7 @@ def test_tensors_with_and_without_values_are_counted_alike(provider: str) -> Non
 
 @functools.cache
 def block_flop(provider: str, prompts: int) -> float:
-    """FLOP of one more block's forward pass per image, in 10^9 multiply-adds."""
+    """Return the multiply-adds of one more block's forward pass per image, in 10^9."""
     more, less = (
         step_ops(VIT_B, provider, VPTDeep(prompts), 64, BF16, depth=depth, backward=False)
         for depth in (3, 2)
@@ -162,7 +162,7 @@ SWIN_T = "swin_tiny_patch4_window7_224"
 
 
 def swin_products(prompts: int, batch: int, concatenated: bool) -> int:
-    """Multiply-adds of Swin-T at 224 pixels per image, forward, with 100 classes, by formula."""
+    """Return Swin-T's multiply-adds per image at 224 pixels, forward, 100 classes, by formula."""
     found, area = 56 * 56 * 48 * 96 + 768 * 100, 49
     for stage, depth in enumerate((2, 2, 6, 2)):
         tokens, width = (56 >> stage) ** 2, 96 << stage

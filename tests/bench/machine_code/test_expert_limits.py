@@ -23,6 +23,7 @@ from bench.machine_code.reports import experts as expert_report
 from bench.machine_code.reports.experts import KERNELS, verdicts
 from vpt_fast.kernels.experts import mix as expert_mix
 from vpt_fast.kernels.experts.features import features_launch
+from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.kernels.runtime.launch import Target
 
 pytestmark = JUDGED_VERSION
@@ -143,38 +144,38 @@ def test_the_update_moves_hardly_more_bytes_than_it_must(
     problem = ExpertProblem((8, 8), prompts, width, batch=2, dropout=False)
     patches, rows = problem.patches, problem.prefix + problem.patches
     x = torch.randn(2, rows, width).bfloat16().to(kernel_device)
-    mix = torch.randn(prompts, patches).to(kernel_device)
+    mixing_weight = torch.randn(prompts, patches).to(kernel_device)
     statistics = torch.rand(3, 2, rows).to(kernel_device)
-    mixed = torch.empty(2, prompts, width, device=kernel_device)
+    mixing = torch.empty(2, prompts, width, device=kernel_device)
     mean, rstd = (torch.empty(2, prompts, device=kernel_device) for _ in range(2))
     row = torch.randn(width).bfloat16().to(kernel_device)
-    tensors = {
-        "mix_sum": mix.sum(1),
-        "weight": row,
-        "shift": row,
-        "bias": row[:prompts],
-        "channels": None,
-        "down": torch.randn(8, width).bfloat16().to(kernel_device),
-        "up": torch.randn(width, 8).bfloat16().to(kernel_device),
-        "hidden": None,
-        "norm_weight": row,
-        "norm_bias": row,
-    }
+    down = torch.randn(8, width).bfloat16().to(kernel_device)
+    inputs = FeatureInputs(
+        mixing,
+        mixing_weight.sum(1),
+        row,
+        row,
+        row[:prompts],
+        None,
+        down,
+        down.t().contiguous(),
+        None,
+    )
     out = torch.empty(2, prompts, width, dtype=torch.bfloat16, device=kernel_device)
     moved, issued = 0, 0
     for launch in (
-        expert_mix.mix_launch(x, mix, statistics, mixed, patches, Target(90)),
-        features_launch(mixed, tensors, True, out, mean, rstd, 1e-6, Target(90)),
+        expert_mix.mix_launch(x, mixing_weight, statistics, mixing, patches, Target(90)),
+        features_launch(inputs, row, row, out, mean, rstd, True, 1e-6, Target(90)),
     ):
         with counted() as traffic:
             launch.run()
         moved += traffic.distinct("load") + traffic.distinct("store")
         issued += traffic.issued_loads
     necessary = problem.necessary_bytes()
-    # Two images here, where the parameters weigh as much as they never do in training.
-    parameters = sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
+    # With two images the parameters are a larger share than in training.
+    parameters = sum(t.numel() * t.element_size() for t in (*inputs[1:], row, row) if t is not None)
     assert necessary * 0.999 <= moved <= 1.1 * necessary + parameters
-    assert issued >= moved - mixed.numel() * 4 - out.numel() * 2
+    assert issued >= moved - mixing.numel() * 4 - out.numel() * 2
 
 
 @pytest.mark.parametrize("prompts", [1, 10, 50, 100])

@@ -148,8 +148,8 @@ def test_a_tile_has_no_more_rows_than_it_needs(choice, count, rows, warps):
     given = (64, torch.bfloat16, Target(80))
     table = one_choice(choice)
     found = [
-        launch_tiles.forward_tiles(*given, count, 197, 50, table),
-        launch_tiles.dq_tiles(*given, count, 197, 50, table),
+        launch_tiles.query_tiles("forward", *given, count, 197, 50, table),
+        launch_tiles.query_tiles("dq", *given, count, 197, 50, table),
         launch_tiles.dkdv_tiles(*given, 197, count, table),
         launch_tiles.shared_prompt_tiles(*given, count, table),
     ]
@@ -163,13 +163,17 @@ def test_a_warp_takes_fewer_rows_of_two_wide_accumulators():
         given = (head_dim, torch.bfloat16, target)
         assert launch_tiles.shared_prompt_tiles(*given, 10, table).num_warps == warps
         assert launch_tiles.dkdv_tiles(*given, 197, 10, table).num_warps == warps
-        assert launch_tiles.forward_tiles(*given, 1, 197, 10, table).num_warps == 1
+        assert launch_tiles.query_tiles("forward", *given, 1, 197, 10, table).num_warps == 1
 
 
 def test_what_is_left_of_both_spans_takes_one_narrow_tile_of_its_size():
     given, table = (64, torch.bfloat16, Target(90)), one_choice((128, 64, 4, 2))
-    for function in (launch_tiles.forward_tiles, launch_tiles.dq_tiles):
-        tails = [function(*given, 197, 197, p, table).tail for p in (0, 10, 11, 12, 50, 64)]
+    for kernel in ("forward", "dq"):
+        tiles = [
+            launch_tiles.query_tiles(kernel, *given, 197, 197, p, table)
+            for p in (0, 10, 11, 12, 50, 64)
+        ]
+        tails = [t.tail for t in tiles]
         assert tails == [16, 16, 16, 32, 64, 16]
     tails = [launch_tiles.dkdv_tiles(*given, m, 197, table).tail for m in (192, 197, 209, 255)]
     assert tails == [16, 16, 32, 64]

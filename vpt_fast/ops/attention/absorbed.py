@@ -1,12 +1,14 @@
-"""Attention of a few query rows that never makes the keys and values.
+"""Attention of a few query rows without computing keys and values.
 
-With one query (the last block of a model whose head reads one token) the products may be taken in
-another order: `q_h . (y W_k,h)` is `(W_k,h q_h) . y`, and `P_h (y W_v,h)` is `(P_h y) W_v,h`. The
-two (N, D) x (D, D) projections become products with H rows, D / H times fewer multiply-adds. The
+With one query (the last block of a model whose head reads one token) the products are reordered:
+`q_h . (y W_k,h)` is `(W_k,h q_h) . y`, and `P_h (y W_v,h)` is `(P_h y) W_v,h`. The two
+(N, D) x (D, D) projections become products with H rows, with D / H times fewer multiply-adds. The
 key bias cancels in the softmax; the value bias is added once, since the weights sum to 1.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,42 +25,36 @@ def absorbed_attention(
     v_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """softmax(q (X W_k)^T * scale) (X W_v + b_v), X = [prompts; rows], without X W_k and X W_v.
+    """Compute softmax(q (X W_k)^T * scale) (X W_v + b_v), X = [prompts; rows], from X itself.
 
     Args:
-        q: queries (B, M, H, d); M * H is meant to be small beside D.
-        rows: normalised tokens (B, N, D), of which keys and values are projections.
-        prompts: normalised prompts (B or 1, p, D), or None.
-        k_weight: (H * d, D), as in nn.Linear.
-        v_weight: (H * d, D).
-        v_bias: (H * d,) or None.
-        scale: factor of the scores.
+        q: Queries (B, M, H, d); efficient where M * H is small compared with D.
+        rows: Normalised tokens (B, N, D), whose projections are the keys and values.
+        prompts: Normalised prompts (B or 1, p, D), or None.
+        k_weight: Weight W_k (H * d, D), as in nn.Linear.
+        v_weight: Weight W_v (H * d, D).
+        v_bias: Bias b_v (H * d,), or None.
+        scale: Factor of the scores.
 
     Returns:
         (B, M, H * d) in q's dtype; scores, softmax and weighted sums are fp32 at least.
     """
     wide = statistics_dtype(q.dtype)
+    tensors = (q, rows, prompts, k_weight, v_weight, v_bias)
     with in_full_precision(q):
-        out = _absorbed(
-            q.to(wide),
-            rows.to(wide),
-            None if prompts is None else prompts.to(wide),
-            None if v_bias is None else v_bias.to(wide),
-            k_weight.to(wide),
-            v_weight.to(wide),
-            scale,
-        )
+        converted: Any = [t if t is None else t.to(wide) for t in tensors]
+        out = _absorbed(scale, *converted)
     return out.to(q.dtype)
 
 
 def _absorbed(
+    scale: float,
     q: Tensor,
     rows: Tensor,
     prompts: Tensor | None,
-    v_bias: Tensor | None,
     k_weight: Tensor,
     v_weight: Tensor,
-    scale: float,
+    v_bias: Tensor | None,
 ) -> Tensor:
     batch, queries, heads, dim = q.shape
     width = rows.shape[-1]

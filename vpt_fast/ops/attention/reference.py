@@ -1,6 +1,6 @@
-"""Prompt attention in plain PyTorch: the CPU path, and what the kernels are held against.
+"""Prompt attention in plain PyTorch: the CPU path, and the reference of the kernels.
 
-`prompt_attention` of the `attention` module says what is computed and in which layouts.
+`prompt_attention` of `operator` has the definition and the layouts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from vpt_fast.ops.backend import statistics_dtype
 
 
 def _join(prompt: Tensor, tokens: Tensor) -> Tensor:
-    """(B, H, p + N, d) view of a new (B, p + N, H, d) tensor: prompt rows, then token rows."""
+    """Return a view (B, H, p + N, d) of prompt rows followed by token rows, in new memory."""
     return torch.cat([prompt.expand(tokens.shape[0], -1, -1, -1), tokens], 1).transpose(1, 2)
 
 
-def _keys_values(tokens: list[Tensor], prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as (B, H, rows, d), prompt rows before token rows."""
+def _joined_qkv(tokens: list[Tensor], prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v as (B, H, rows, d), prompt rows before token rows."""
     q, k, v = split(tokens)
     prompt = existing_prompts(prompts)
     if prompt is None:
@@ -27,22 +27,22 @@ def _keys_values(tokens: list[Tensor], prompts: list[Tensor]) -> tuple[Tensor, T
     return q.transpose(1, 2), _join(prompt[0], k), _join(prompt[1], v)
 
 
-def _has_flash(q: Tensor) -> bool:
-    """True where PyTorch's fused attention, which returns the log-sum-exp too, takes q."""
+def has_flash(q: Tensor) -> bool:
+    """Return whether PyTorch's fused attention that returns the log-sum-exp takes q."""
     return q.device.type == "cpu" and q.numel() > 0
 
 
 def attention_forward(
     tokens: list[Tensor], prompts: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, M, H * d) and the base-2 log-sum-exp (B, H, M) of the scaled scores."""
-    return attend(*_keys_values(tokens, prompts), scale)
+    """Return output (B, M, H * d) and the base-2 log-sum-exp (B, H, M) of the scaled scores."""
+    return attend(*_joined_qkv(tokens, prompts), scale)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `attention_forward`, of q (B, H, M, d) and of k and v (B, H, rows, d), any strides."""
+    """Compute `attention_forward` of q (B, H, M, d), k and v (B, H, rows, d), of any strides."""
     batch, heads, rows, dim = q.shape
-    if _has_flash(q):
+    if has_flash(q):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, scale=scale
         )
@@ -65,19 +65,20 @@ def attention_backward(
     needs_tokens: bool,
     needs_prompts: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients laid out as `tokens` and as `prompts` are; an empty list where not asked for."""
+    """Return gradients laid out as `tokens` and as `prompts`; an empty list where not needed."""
     q = split(tokens)[0]
     batch, rows, heads, dim = q.shape
     out, grad_out = (t.reshape(batch, rows, heads, dim) for t in (out, grad_out))
     if not needs_tokens:
         return [], _prompt_gradients(q, prompts, out, lse, grad_out, scale)
-    q, k, v = _keys_values(tokens, prompts)
-    arguments = (grad_out.transpose(1, 2), q, k, v, out.transpose(1, 2), lse / LOG2_E, scale)
-    if _has_flash(q):
-        dq, dk, dv = _flash_backward(*arguments)
+    q, k, v = _joined_qkv(tokens, prompts)
+    arguments = (grad_out.transpose(1, 2), q, k, v, out.transpose(1, 2), lse / LOG2_E)
+    if has_flash(q):
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = backward(*arguments, 0.0, False, scale=scale)
     else:
-        dq, dk, dv = _plain_backward(*arguments)
-    dq, dk, dv = (g.transpose(1, 2) for g in (dq, dk, dv))  # (B, rows, H, d)
+        grads = _plain_backward(*arguments, scale)
+    dq, dk, dv = (g.transpose(1, 2) for g in grads)  # (B, rows, H, d)
 
     num_prompts = k.shape[2] - split(tokens)[1].shape[1]
     token_grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tokens]
@@ -88,14 +89,6 @@ def attention_backward(
     if not needs_prompts:
         return token_grads, []
     return token_grads, _lay_out(prompts, dk[:, :num_prompts], dv[:, :num_prompts])
-
-
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, False, scale=scale
-    )
 
 
 def _plain_backward(
@@ -112,10 +105,10 @@ def _plain_backward(
 def _prompt_gradients(
     q: Tensor, prompts: list[Tensor], out: Tensor, lse: Tensor, grad: Tensor, scale: float
 ) -> list[Tensor]:
-    """Prompt gradients alone: only the p prompt columns of the scores are made again.
+    """Return the prompts' gradients alone: only p columns of the scores are recomputed.
 
-    q, out and grad are (B, M, H, d), lse (B, H, M). Where the prompts are shared by the batch, its
-    rows are stacked, so that the sum over the batch is part of the product.
+    q, out and grad are (B, M, H, d), lse is (B, H, M). For prompts that the batch shares, the rows
+    of all images are stacked, so that the product sums over the batch.
     """
     prompt = existing_prompts(prompts)
     if prompt is None:
@@ -136,7 +129,7 @@ def _prompt_gradients(
 
 
 def _lay_out(prompts: list[Tensor], dk: Tensor, dv: Tensor) -> list[Tensor]:
-    """dk and dv (B or 1, p, H, d) in the layout and dtype of `prompts`, batch summed if shared."""
+    """Return dk and dv (B or 1, p, H, d) in the layout and dtype of `prompts`, summed if shared."""
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in prompts]
     slots = existing_prompts(grads)
     if slots is not None:

@@ -243,7 +243,7 @@ class ExpertPrompts(_ExpertSettings, PromptSource):
         grad_mixed, grad_mixing_sum, *grads = sites[FEATURES_BACKWARD, ""](
             inputs, self.residual, norm.weight, *statistics, grad
         )
-        if inputs.bias is None:
+        if inputs.projector_bias is None:
             grads.insert(2, None)
         weight, norm_bias, bias, down, up = grads
         return [weight, norm_bias, bias, None, down, up, None], (grad_mixed, grad_mixing_sum)

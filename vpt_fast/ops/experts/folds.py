@@ -1,7 +1,6 @@
-"""The mixing matrices of several blocks' experts, folded together.
+"""The mixing weights of several blocks' experts, folded by one operation.
 
-They depend on parameters only, so that a few operations serve all blocks; `operator` says what
-is folded.
+They depend on parameters only. `operator` says what is folded.
 """
 
 from __future__ import annotations
@@ -16,39 +15,41 @@ from vpt_fast.ops.experts.operator import FOLD, FOLD_BACKWARD, folded_columns
 from vpt_fast.ops.frozen import apply_directly, exactly, once_differentiable
 
 
+def _stacked(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Stack the first half of the tensors, and the second."""
+    count = len(tensors) // 2
+    return torch.stack(tensors[:count]), torch.stack(tensors[count:])
+
+
 class _Folds(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grid, columns, *tensors):  # type: ignore[no-untyped-def]
-        count = len(tensors) // 2
-        weights, kernels = torch.stack(tensors[:count]), torch.stack(tensors[count:])
-        matrices, sums = FOLD.on(weights)(weights, kernels, grid, columns)
+        weights, kernels = _stacked(tensors)
+        mixing_weights, mixing_sums = FOLD.on(weights)(weights, kernels, grid, columns)
         ctx.grid = grid
         ctx.save_for_backward(*tensors)
-        return *matrices[..., : grid[0] * grid[1]].unbind(), *sums.unbind()
+        return *mixing_weights[..., : grid[0] * grid[1]].unbind(), *mixing_sums.unbind()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        tensors = ctx.saved_tensors
-        count = len(tensors) // 2
-        weights, kernels = torch.stack(tensors[:count]), torch.stack(tensors[count:])
+        weights, kernels = _stacked(ctx.saved_tensors)
         with exactly(weights):
-            grad_matrices, grad_sums = torch.stack(grads[:count]), torch.stack(grads[count:])
-            found = FOLD_BACKWARD.on(weights)(weights, kernels, grad_matrices, grad_sums, ctx.grid)
+            found = FOLD_BACKWARD.on(weights)(weights, kernels, *_stacked(grads), ctx.grid)
         return None, None, *found[0].unbind(), *found[1].unbind()
 
 
 def fold_together(
     weights: Sequence[Tensor], kernels: Sequence[Tensor], grid: tuple[int, int]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Mixing matrix (p, gh * gw) and its row sums (p,) of each block, fp32 at least.
+    """Return the mixing weight (p, gh * gw) and its row sums (p,) of each block, fp32 at least.
 
-    Rows of a matrix lie `folded_columns` apart, and what is between them is 0.
+    Rows of a mixing weight are `folded_columns` apart in memory, padded with zeros.
 
     Args:
-        weights: token-wise projectors, (p, gh' * gw') each.
-        kernels: convolutions, (1, 1, K, K) each.
-        grid: (gh, gw), of all blocks.
+        weights: Token-wise projectors, (p, gh' * gw') each.
+        kernels: Convolution kernels, (1, 1, K, K) each.
+        grid: Rows gh and columns gw of patches, the same for all blocks.
     """
     with exactly(weights[0]):
         columns = folded_columns(weights[0], grid)

@@ -1,11 +1,11 @@
-"""VAPT's prompt experts as operators of PyTorch's.
+"""VAPT's prompt experts as operators of PyTorch.
 
-    fold_convolution   convolution and token-wise projector as one (p, gh * gw) matrix
-    project_features   affine, dropouts, feature projector and norm1 of the p rows
+    fold_convolution   convolution and token-wise projector folded into the mixing weight
+    project_features   affine, dropout, feature projector and norm1 of the p rows
 
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936),
-section 4. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.experts.launches`, anything
-else to the reference. Statistics and everything of the prompts are fp32 at least.
+section 4. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.experts.launches`, others to
+the reference. Statistics, mixing weight and the feature projector's sums are fp32 at least.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vpt_fast.ops.registration import operator
 from vpt_fast.ops.tracing import is_transformed
 
 _KERNEL_COLUMNS = 64
-"""The kernels read the folded matrix in tiles without masks: its rows are padded with zeros."""
+"""The kernels read the mixing weight in tiles without masks: its rows are padded with zeros."""
 
 
 @functools.cache
@@ -46,35 +46,34 @@ def _kernels() -> dict[str, Function]:
 
 @operator("vpt_fast::fold_convolution")
 def fold_operator(
-    weight: Tensor, kernel: Tensor, rows: int, columns: int, padded: int
+    weight: Tensor, kernel: Tensor, rows: int, columns: int, padded_columns: int
 ) -> tuple[Tensor, Tensor]:
-    """The matrix and its row sums of `fold_convolution`; `padded` columns."""
-    return FOLD.on(weight)(weight, kernel, (rows, columns), padded)
+    """Return the results of `fold_convolution`, with `padded_columns` columns."""
+    return FOLD.on(weight)(weight, kernel, (rows, columns), padded_columns)
 
 
 @fold_operator.register_fake
-def _(
-    weight: Tensor, kernel: Tensor, rows: int, columns: int, padded: int
-) -> tuple[Tensor, Tensor]:
-    dtype, prompts = statistics_dtype(weight.dtype), weight.shape[0]
-    return (
-        weight.new_empty(prompts, padded, dtype=dtype),
-        weight.new_empty(prompts, dtype=dtype),
-    )
+def _(weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    shape, dtype = (weight.shape[0], arguments[-1]), statistics_dtype(weight.dtype)
+    return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape[0], dtype=dtype)
 
 
 @operator("vpt_fast::fold_convolution_backward")
 def fold_operator_backward(
-    weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, rows: int, columns: int
+    weight: Tensor,
+    kernel: Tensor,
+    grad_mixing_weight: Tensor,
+    grad_mixing_sum: Tensor,
+    rows: int,
+    columns: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the projector and of the convolution."""
-    return FOLD_BACKWARD.on(weight)(weight, kernel, grad_mix, grad_sum, (rows, columns))
+    """Return the gradients of the token-wise projector and of the convolution."""
+    grads = grad_mixing_weight, grad_mixing_sum
+    return FOLD_BACKWARD.on(weight)(weight, kernel, *grads, (rows, columns))
 
 
 @fold_operator_backward.register_fake
-def _(
-    weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, rows: int, columns: int
-) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, kernel: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape), kernel.new_empty(kernel.shape)
 
 
@@ -83,13 +82,13 @@ def _fold_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(weight, kernel)
 
 
-def _fold_gradients(ctx, grad_mix, grad_sum):  # type: ignore[no-untyped-def]
+def _fold_gradients(ctx, *grads):  # type: ignore[no-untyped-def]
     weight, kernel = ctx.saved_tensors
     with in_full_precision(weight):
-        grads = fold_operator_backward(
-            weight, kernel, grad_mix.contiguous(), grad_sum.contiguous(), ctx.rows, ctx.columns
+        found = fold_operator_backward(
+            weight, kernel, *[g.contiguous() for g in grads], ctx.rows, ctx.columns
         )
-    return *grads, None, None, None
+    return *found, None, None, None
 
 
 fold_operator.register_autograd(of_first_order(_fold_gradients), setup_context=_fold_setup)
@@ -111,13 +110,13 @@ def fold_convolution(
     """Fold a convolution over the patch grid and a projector of its output into one matrix.
 
     Args:
-        weight: the token-wise projector, (p, gh' * gw') with gh' = gh - K + 1, gw' = gw - K + 1.
-        kernel: the convolution, (1, 1, K, K): stride 1, no padding, one for all channels.
-        grid: (gh, gw).
+        weight: Token-wise projector, (p, gh' * gw') with gh' = gh - K + 1, gw' = gw - K + 1.
+        kernel: Convolution kernel (1, 1, K, K), shared by all channels; stride 1, no padding.
+        grid: Rows gh and columns gw of patches.
 
     Returns:
-        The matrix (p, at least gh * gw), fp32 at least, whose further columns are 0, and its row
-        sums (p,).
+        Mixing weight M (p, at least gh * gw), fp32 at least, with zeros in further columns; and its
+        row sums (p,).
     """
     with in_full_precision(weight):
         if is_transformed():
@@ -126,16 +125,17 @@ def fold_convolution(
 
 
 def _folded_plainly(weight: Tensor, kernel: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """As `fold_convolution`, by PyTorch's transposed convolution."""
+    """Return the results of `fold_convolution`, by PyTorch's transposed convolution."""
     wide = statistics_dtype(weight.dtype)
     inner = weight.to(wide).unflatten(1, [n - kernel.shape[-1] + 1 for n in grid])
-    matrix = F.conv_transpose2d(inner.unsqueeze(1), kernel.to(wide)).flatten(1)
-    matrix = F.pad(matrix, (0, folded_columns(weight, grid) - matrix.shape[1]))
-    return matrix, matrix.sum(-1)
+    mixing_weight = F.conv_transpose2d(inner.unsqueeze(1), kernel.to(wide)).flatten(1)
+    padding = folded_columns(weight, grid) - mixing_weight.shape[1]
+    mixing_weight = F.pad(mixing_weight, (0, padding))
+    return mixing_weight, mixing_weight.sum(-1)
 
 
 def folded_columns(weight: Tensor, grid: tuple[int, int]) -> int:
-    """Columns of the folded matrix: one a patch, and on a GPU zeros up to a full tile."""
+    """Return the columns of the mixing weight: one per patch, on a GPU rounded up to full tiles."""
     count = grid[0] * grid[1]
     step = _KERNEL_COLUMNS if uses_kernels(weight) else 1
     return -(-count // step) * step
@@ -146,58 +146,63 @@ def folded_columns(weight: Tensor, grid: tuple[int, int]) -> int:
 
 @operator("vpt_fast::project_features")
 def features_operator(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
+    mixing: Tensor,
+    mixing_sum: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    projector_bias: Tensor | None,
+    channel_mask: Tensor | None,
     down: Tensor,
     up: Tensor,
-    hidden: Tensor | None,
+    hidden_mask: Tensor | None,
     residual: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
+    norm1_weight: Tensor | None,
+    norm1_bias: Tensor | None,
+    norm1_eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """norm1(P) of `project_features`, and the mean and rstd (B, p) of each prompt."""
-    inputs = FeatureInputs(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden)
-    return FEATURES.on(mixed)(inputs, residual, norm_weight, norm_bias, norm_eps, dtype)
+    """Return norm1(P) of `project_features`, and the mean and rstd (B, p) of each prompt."""
+    inputs = FeatureInputs(
+        mixing, mixing_sum, norm_weight, norm_bias, projector_bias, channel_mask, down, up,
+        hidden_mask,
+    )  # fmt: skip
+    return FEATURES.on(mixing)(inputs, residual, norm1_weight, norm1_bias, norm1_eps, dtype)
 
 
 @features_operator.register_fake
-def _(mixed: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, dtype = others
-    rows = mixed.shape[:2]
-    return mixed.new_empty(mixed.shape, dtype=dtype), mixed.new_empty(rows), mixed.new_empty(rows)
+def _(mixing: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out = mixing.new_empty(mixing.shape, dtype=others[-1])
+    return out, mixing.new_empty(mixing.shape[:2]), mixing.new_empty(mixing.shape[:2])
 
 
 @operator("vpt_fast::project_features_backward")
 def features_operator_backward(
-    mixed: Tensor,
-    mix_sum: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    bias: Tensor | None,
-    channels: Tensor | None,
+    mixing: Tensor,
+    mixing_sum: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    projector_bias: Tensor | None,
+    channel_mask: Tensor | None,
     down: Tensor,
     up: Tensor,
-    hidden: Tensor | None,
+    hidden_mask: Tensor | None,
     residual: bool,
-    norm_weight: Tensor | None,
+    norm1_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     grad: Tensor,
 ) -> list[Tensor]:
-    """Gradients of `mixed`, `mix_sum` and the parameters that there are, in that order."""
-    inputs = FeatureInputs(mixed, mix_sum, weight, shift, bias, channels, down, up, hidden)
-    grads = FEATURES_BACKWARD.on(mixed)(inputs, residual, norm_weight, mean, rstd, grad)
-    return [_apart(g) for g in grads]
+    """Return the gradients of the tensors before `residual` that there are, without the masks'."""
+    inputs = FeatureInputs(
+        mixing, mixing_sum, norm_weight, norm_bias, projector_bias, channel_mask, down, up,
+        hidden_mask,
+    )  # fmt: skip
+    grads = FEATURES_BACKWARD.on(mixing)(inputs, residual, norm1_weight, mean, rstd, grad)
+    return [_without_view(g) for g in grads]
 
 
-def _apart(tensor: Tensor) -> Tensor:
-    """The tensor, copied if it is a part of another: an operator's results may share no memory."""
+def _without_view(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied if it is a view: an operator's results may share no memory."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -206,26 +211,26 @@ def _apart(tensor: Tensor) -> Tensor:
 @features_operator_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     inputs = FeatureInputs(*arguments[: len(FeatureInputs._fields)])
-    trained = inputs._replace(channels=None, hidden=None)
+    trained = inputs._replace(channel_mask=None, hidden_mask=None)
     return [t.new_empty(t.shape) for t in trained if t is not None]
 
 
 def _project_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.residual, norm_weight, _, _, _ = inputs
+    *tensors, ctx.residual, norm1_weight, _, _, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(*tensors, norm_weight, mean, rstd)
+    ctx.save_for_backward(*tensors, norm1_weight, mean, rstd)
 
 
 def _project_gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    *tensors, norm_weight, mean, rstd = ctx.saved_tensors
+    *tensors, norm1_weight, mean, rstd = ctx.saved_tensors
     if any(ctx.needs_input_grad[10:12]):
         raise RuntimeError("project_features has no gradient of norm1's weight and bias")
     with in_full_precision(mean):
         grads = features_operator_backward(
-            *tensors, ctx.residual, norm_weight, mean, rstd, grad.contiguous()
+            *tensors, ctx.residual, norm1_weight, mean, rstd, grad.contiguous()
         )
-    if tensors[4] is None:  # the projector's bias
+    if tensors[4] is None:  # projector_bias
         grads.insert(4, None)
     *before, grad_down, grad_up = grads
     return *before, None, grad_down, grad_up, *[None] * 6
@@ -252,21 +257,21 @@ def project_features(
     norm: tuple[Tensor | None, Tensor | None, float] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """From mixed patches to prompts: P = g + up(relu(down g)), and norm1(P).
+    """Compute the prompts P = g + up(relu(down g)) and norm1(P) from the token mixing.
 
-    g = (mixed * weight + mix_sum * shift) * channels + bias, where weight and shift are the affine
-    of the LayerNorm whose rows were mixed without it.
+    g = (mixing * norm_weight + mixing_sum * norm_bias) * channel_mask + projector_bias: the token
+    mixing is that of rows normalised without the LayerNorm's affine, which is applied here.
 
     Args:
-        inputs: the mix (B, p, D), fp32 or fp64, and what is applied to it.
-        residual: whether g is added.
-        norm: weight (D,), bias (D,) and epsilon of the block's norm1, constants; None returns P.
-        dtype: of the result.
+        inputs: Token mixing (B, p, D), fp32 or fp64, and what is applied to it.
+        residual: Whether g is added to the feature projector's output.
+        norm: Weight (D,), bias (D,) and epsilon of the block's norm1, constants; None returns P.
+        dtype: Dtype of the result.
 
     Returns:
-        (B, p, D).
+        norm1(P), or P, of shape (B, p, D).
     """
-    with in_full_precision(inputs.mixed):
+    with in_full_precision(inputs.mixing):
         if norm is None:
             return reference.features(inputs, residual).to(dtype)
         return features_operator(*inputs, residual, *norm, dtype)[0]

@@ -1,6 +1,6 @@
-"""VAPT's prompt experts in plain PyTorch: the CPU path, and what the kernels are held against.
+"""VAPT's prompt experts in plain PyTorch: the CPU path, and the reference of the kernels.
 
-`operator` says what is computed. Nothing is unfolded here either.
+`operator` has the formulas. No patch is unfolded here either.
 """
 
 from __future__ import annotations
@@ -22,46 +22,52 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _taps(kernel: Tensor, grid: tuple[int, int]) -> Iterator[tuple[int, int, slice, slice]]:
-    """Each tap of the convolution, and the part of the grid that it reads."""
+    """Yield the row and column of each tap of the convolution, and the slices that it reads."""
     size = kernel.shape[-1]
     for a, b in product(range(size), repeat=2):
         yield a, b, slice(a, a + grid[0] - size + 1), slice(b, b + grid[1] - size + 1)
 
 
 def _inner(weight: Tensor, kernel: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The projector (..., p, gh', gw'), fp32 at least."""
+    """Return the token-wise projector as (..., p, gh', gw'), fp32 at least."""
     rows, columns = (n - kernel.shape[-1] + 1 for n in grid)
     wide = weight.to(statistics_dtype(weight.dtype))
     return wide.view(*weight.shape[:-1], rows, columns)
 
 
 def fold_forward(
-    weight: Tensor, kernel: Tensor, grid: tuple[int, int], padded: int
+    weight: Tensor, kernel: Tensor, grid: tuple[int, int], padded_columns: int
 ) -> tuple[Tensor, Tensor]:
-    """The folded matrix (..., p, padded) and its row sums (..., p).
+    """Return the mixing weight (..., p, padded_columns) and its row sums (..., p).
 
     Args:
-        weight: (..., p, gh' * gw'); leading dimensions are of blocks that are folded together.
-        kernel: (..., 1, 1, K, K).
-        grid: (gh, gw).
-        padded: columns of the matrix.
+        weight: Token-wise projector (..., p, gh' * gw'); leading dimensions are blocks that are
+            folded together.
+        kernel: Convolution kernel (..., 1, 1, K, K).
+        grid: Rows gh and columns gw of patches.
+        padded_columns: Columns of the mixing weight, at least gh * gw.
     """
-    # A few slices take a fraction of the time of a library's convolution this small.
+    # For kernels this small a few slices are faster than a library's convolution.
     inner = _inner(weight, kernel, grid)
-    mix = inner.new_zeros(*weight.shape[:-1], padded)
-    on_grid = mix[..., : grid[0] * grid[1]].unflatten(-1, grid)
-    taps = kernel.to(inner.dtype)  # one K x K kernel for all the p rows of a block
+    mixing_weight = inner.new_zeros(*weight.shape[:-1], padded_columns)
+    on_grid = mixing_weight[..., : grid[0] * grid[1]].unflatten(-1, grid)
+    taps = kernel.to(inner.dtype)
     for a, b, rows, columns in _taps(kernel, grid):
         on_grid[..., rows, columns].addcmul_(inner, taps[..., a, b, None])
-    return mix, mix.sum(-1)
+    return mixing_weight, mixing_weight.sum(-1)
 
 
 def fold_backward(
-    weight: Tensor, kernel: Tensor, grad_mix: Tensor, grad_sum: Tensor, grid: tuple[int, int]
+    weight: Tensor,
+    kernel: Tensor,
+    grad_mixing_weight: Tensor,
+    grad_mixing_sum: Tensor,
+    grid: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the projector and of the convolution; leading dimensions as above."""
-    inner, taps = _inner(weight, kernel, grid), kernel.to(grad_mix.dtype)
-    grad = (grad_mix[..., : grid[0] * grid[1]] + grad_sum[..., None]).unflatten(-1, grid)
+    """Return the gradients of the token-wise projector and of the convolution."""
+    inner, taps = _inner(weight, kernel, grid), kernel.to(grad_mixing_weight.dtype)
+    grad = grad_mixing_weight[..., : grid[0] * grid[1]] + grad_mixing_sum[..., None]
+    grad = grad.unflatten(-1, grid)
     grad_inner, grad_taps = torch.zeros_like(inner), torch.empty_like(taps)
     for a, b, rows, columns in _taps(kernel, grid):
         part = grad[..., rows, columns]
@@ -70,71 +76,76 @@ def fold_backward(
     return grad_inner.view(weight.shape).to(weight.dtype), grad_taps.to(kernel.dtype)
 
 
-def _full(mix: Tensor, rows: int, patches: int) -> Tensor:
-    """The matrix (p, N) with zeros for the prefix tokens."""
-    return F.pad(mix[:, :patches], (rows - patches, 0))
+def _full(mixing_weight: Tensor, rows: int, patches: int) -> Tensor:
+    """Return the mixing weight as (p, N), with zeros for the prefix tokens."""
+    return F.pad(mixing_weight[:, :patches], (rows - patches, 0))
 
 
-def mix_forward(x: Tensor, mix: Tensor, patches: int, statistics: Tensor) -> Tensor:
-    """The mix (B, p, D) from row statistics (3, B, N): mean, norm1's rstd, the experts' rstd."""
+def mix_forward(x: Tensor, mixing_weight: Tensor, patches: int, statistics: Tensor) -> Tensor:
+    """Return the token mixing (B, p, D).
+
+    The row statistics (3, B, N) are the mean, norm1's rstd and the experts' rstd.
+    """
     mean, _, rstd = statistics
-    scaled = _full(mix, x.shape[1], patches) * rstd[:, None]
-    return torch.baddbmm(-(scaled @ mean[..., None]), scaled, x.to(mix.dtype))
+    scaled = _full(mixing_weight, x.shape[1], patches) * rstd[:, None]
+    return torch.baddbmm(-(scaled @ mean[..., None]), scaled, x.to(mixing_weight.dtype))
 
 
 def mix_backward(
     x: Tensor,
-    mix: Tensor,
+    mixing_weight: Tensor,
     patches: int,
-    weight: Tensor | None,
+    norm1_weight: Tensor | None,
     statistics: Tensor,
     grad_y: Tensor,
-    grad_mixed: Tensor,
+    grad_mixing: Tensor,
     grad_sum: Tensor | None,
     needs_x: bool,
-    needs_mix: bool,
+    needs_mixing_weight: bool,
 ) -> list[Tensor]:
-    """Gradients of x, norm1's and its own included, and of the matrix: those asked for.
+    """Return the gradients of x, norm1's and `grad_sum` included, and of the mixing weight.
 
-    With e the normalised patches, dM = dG e^T, summed over the images, and de = M^T dG. The two row
-    means that LayerNorm's backward takes of de are M^T (dG 1) and M^T (dG e^T): they come from the
-    p columns of dG e^T, and de is never read again.
+    With e the normalised patches, M the mixing weight and dG the gradient of the token mixing,
+    dM = dG e^T, summed over the images, and de = M^T dG. The two row means of de in LayerNorm's
+    backward pass, M^T (dG 1) and M^T (dG e^T), follow from the p columns of dG e^T.
     """
-    wide, (_, rows, width) = mix.dtype, x.shape
-    rows_x, full = x.to(wide), _full(mix, rows, patches)
+    wide, (_, rows, width) = mixing_weight.dtype, x.shape
+    rows_x, full = x.to(wide), _full(mixing_weight, rows, patches)
     mean, rstd, expert_rstd = statistics
-    sums = grad_mixed.sum(-1)  # (B, p)
-    products = torch.baddbmm(-(sums[..., None] * mean[:, None]), grad_mixed, rows_x.mT)
+    sums = grad_mixing.sum(-1)  # (B, p)
+    products = torch.baddbmm(-(sums[..., None] * mean[:, None]), grad_mixing, rows_x.mT)
     products *= expert_rstd[:, None]  # dG e^T, (B, p, N)
     result = []
     if needs_x:
         grad = torch.ops.aten.native_layer_norm_backward(
             grad_y.to(wide), rows_x, [width], mean[..., None], rstd[..., None],
-            _to(weight, wide), None, [True, False, False],
+            _to(norm1_weight, wide), None, [True, False, False],
         )[0]  # fmt: skip
         slope = (full * products).sum(1) * expert_rstd**2 / width  # (B, N)
-        shift = slope * mean - (sums @ full) * expert_rstd / width
-        # One more row of dG, of ones, brings the shift along.
-        factors = torch.cat([full * expert_rstd[:, None], shift[:, None]], 1)
-        ones = grad_mixed.new_ones(len(x), 1, width)
+        offset = slope * mean - (sums @ full) * expert_rstd / width
+        # One more row of dG, of ones, adds the offset in the same product.
+        factors = torch.cat([full * expert_rstd[:, None], offset[:, None]], 1)
+        ones = grad_mixing.new_ones(len(x), 1, width)
         if grad_sum is not None:
             grad += grad_sum
-        grad.baddbmm_(factors.mT, torch.cat([grad_mixed, ones], 1))
+        grad.baddbmm_(factors.mT, torch.cat([grad_mixing, ones], 1))
         result.append(grad.addcmul_(rows_x, slope[..., None], value=-1).to(x.dtype))
-    if needs_mix:
+    if needs_mixing_weight:
         result.append(products.sum(0)[:, rows - patches :].contiguous())
     return result
 
 
-def _before_projector(inputs: FeatureInputs) -> Tensor:
-    """g (B, p, D); what does not depend on the image is added up for one image first."""
-    constant = inputs.mix_sum[:, None] * inputs.shift
-    bias = None if inputs.bias is None else inputs.bias[:, None]
-    if inputs.channels is None:
-        constant = constant if bias is None else constant + bias
-        return torch.addcmul(constant, inputs.mixed, inputs.weight)
-    g = torch.addcmul(constant, inputs.mixed, inputs.weight).mul_(inputs.channels[:, None])
-    return g if bias is None else g.add_(bias)
+def _projector_output(inputs: FeatureInputs) -> Tensor:
+    """Return g (B, p, D); the terms that all images share are added up once."""
+    constant = inputs.mixing_sum[:, None] * inputs.norm_bias
+    projector_bias = None if inputs.projector_bias is None else inputs.projector_bias[:, None]
+    if inputs.channel_mask is None:
+        constant = constant if projector_bias is None else constant + projector_bias
+        return torch.addcmul(constant, inputs.mixing, inputs.norm_weight)
+    g = torch.addcmul(constant, inputs.mixing, inputs.norm_weight).mul_(
+        inputs.channel_mask[:, None]
+    )
+    return g if projector_bias is None else g.add_(projector_bias)
 
 
 def _prompts(g: Tensor, h: Tensor, up: Tensor, residual: bool) -> Tensor:
@@ -144,32 +155,32 @@ def _prompts(g: Tensor, h: Tensor, up: Tensor, residual: bool) -> Tensor:
 
 
 def _widened(inputs: FeatureInputs) -> FeatureInputs:
-    widened: Any = (_to(t, inputs.mixed.dtype) for t in inputs)
+    widened: Any = (_to(t, inputs.mixing.dtype) for t in inputs)
     return FeatureInputs(*widened)
 
 
 def features(inputs: FeatureInputs, residual: bool) -> Tensor:
-    """The prompts P (B, p, D), before norm1, in the mix's dtype."""
+    """Return the prompts P (B, p, D), before norm1, in the dtype of the token mixing."""
     inputs = _widened(inputs)
-    g = _before_projector(inputs)
+    g = _projector_output(inputs)
     h = (g @ inputs.down.mT).relu()
-    h = h if inputs.hidden is None else h * inputs.hidden
+    h = h if inputs.hidden_mask is None else h * inputs.hidden_mask
     return _prompts(g, h, inputs.up, residual)
 
 
 def features_forward(
     inputs: FeatureInputs,
     residual: bool,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
+    norm1_weight: Tensor | None,
+    norm1_bias: Tensor | None,
+    norm1_eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """norm1 of the prompts (B, p, D) in `dtype`, and each row's mean and rstd (B, p)."""
+    """Return norm1 of the prompts (B, p, D) in `dtype`, and each row's mean and rstd (B, p)."""
     prompts = features(inputs, residual)
     wide = prompts.dtype
     out, mean, rstd = torch.native_layer_norm(
-        prompts, prompts.shape[-1:], _to(norm_weight, wide), _to(norm_bias, wide), norm_eps
+        prompts, prompts.shape[-1:], _to(norm1_weight, wide), _to(norm1_bias, wide), norm1_eps
     )
     return out.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
@@ -177,42 +188,42 @@ def features_forward(
 def features_backward(
     inputs: FeatureInputs,
     residual: bool,
-    norm_weight: Tensor | None,
+    norm1_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     grad: Tensor,
 ) -> list[Tensor]:
-    """Gradients of mixed, mix_sum, weight, shift, bias if there is one, down and up."""
+    """Return the gradients of `FeatureInputs` but the masks, of those tensors that there are."""
     given, inputs = inputs, _widened(inputs)
-    mixed, channels, hidden = inputs.mixed, inputs.channels, inputs.hidden
-    wide = mixed.dtype
-    g = _before_projector(inputs)
+    mixing, channel_mask, hidden_mask = inputs.mixing, inputs.channel_mask, inputs.hidden_mask
+    wide = mixing.dtype
+    g = _projector_output(inputs)
     before = g @ inputs.down.mT
-    h = before.relu() if hidden is None else before.relu() * hidden
+    h = before.relu() if hidden_mask is None else before.relu() * hidden_mask
     prompts = _prompts(g, h, inputs.up, residual)
     grad_p = torch.ops.aten.native_layer_norm_backward(
         grad.to(wide), prompts, [prompts.shape[-1]], mean[..., None], rstd[..., None],
-        _to(norm_weight, wide), None, [True, False, False],
+        _to(norm1_weight, wide), None, [True, False, False],
     )[0]  # fmt: skip
     grad_h = (grad_p @ inputs.up) * (before > 0)
-    grad_h = grad_h if hidden is None else grad_h * hidden
+    grad_h = grad_h if hidden_mask is None else grad_h * hidden_mask
     hidden_rows = grad_h.flatten(0, 1)
     grads = {
         "up": grad_p.flatten(0, 1).mT @ h.flatten(0, 1),
         "down": hidden_rows.mT @ g.flatten(0, 1),
     }
-    # Every pass over (B, p, D) counts here: g and the prompts' gradient are used up in place.
+    # Passes over (B, p, D) take most of the time: g and the prompts' gradient are overwritten.
     grad_g = grad_p.flatten(0, 1).addmm_(hidden_rows, inputs.down, beta=float(residual))
     grad_g = grad_g.view(g.shape)
-    if given.bias is not None:
-        grads["bias"] = grad_g.sum((0, 2))
-    if channels is not None:
-        grad_g.mul_(channels[:, None])
+    if given.projector_bias is not None:
+        grads["projector_bias"] = grad_g.sum((0, 2))
+    if channel_mask is not None:
+        grad_g.mul_(channel_mask[:, None])
     over_images = grad_g.sum(0)  # (p, D)
-    grads["mix_sum"] = over_images @ inputs.shift
-    grads["shift"] = inputs.mix_sum @ over_images
-    grads["weight"] = torch.mul(grad_g, mixed, out=g).sum((0, 1))
-    grads["mixed"] = grad_g.mul_(inputs.weight)
+    grads["mixing_sum"] = over_images @ inputs.norm_bias
+    grads["norm_bias"] = inputs.mixing_sum @ over_images
+    grads["norm_weight"] = torch.mul(grad_g, mixing, out=g).sum((0, 1))
+    grads["mixing"] = grad_g.mul_(inputs.norm_weight)
     return [
         grads[name].to(tensor.dtype)
         for name, tensor in given._asdict().items()

@@ -1,1 +1,1 @@
-"""What goes over rows once: residual sums with LayerNorm, activations, classifiers."""
+"""Row-wise operations: residual sums with LayerNorm, activations, grouped classifiers."""

@@ -1,4 +1,4 @@
-"""Bias and activation of an MLP's hidden layer as operators of PyTorch's, without autograd.
+"""Bias and activation of an MLP's hidden layer as operators of PyTorch, without autograd.
 
     activation           f(h + bias)
     activation_backward  grad *= f'(h + bias), in place
@@ -26,18 +26,18 @@ _QUICK = 1.702
 
 @operator("vpt_fast::activation")
 def activation(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """The activation of a hidden layer.
+    """Return the activation of a hidden layer.
 
     Args:
-        h: (..., C).
-        bias: added to h, (C,), or None.
-        kind: one of `KINDS`.
+        h: Hidden layer (..., C).
+        bias: Bias (C,) added to h, or None.
+        kind: One of `KINDS`.
 
     Returns:
-        (..., C) in h's dtype.
+        f(h + bias), (..., C), in h's dtype.
 
     Raises:
-        ValueError: another kind.
+        ValueError: The kind is unknown.
     """
     _check(kind)
     return ACTIVATION.on(h)(h, bias, kind)
@@ -53,11 +53,11 @@ def activation_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str)
     """Multiply the gradient of the activation by its derivative.
 
     Args:
-        h, bias, kind: what `activation` was given.
-        grad: gradient of its result, (..., C), contiguous; overwritten by the gradient of h.
+        h, bias, kind: Arguments of `activation`.
+        grad: Gradient of its result, (..., C), contiguous; overwritten by the gradient of h.
 
     Raises:
-        ValueError: another kind.
+        ValueError: The kind is unknown.
     """
     _check(kind)
     ACTIVATION_BACKWARD.on(h)(h, bias, grad, kind)
@@ -78,17 +78,17 @@ def _with_bias(h: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def activate(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """f(h + bias) in plain PyTorch."""
+    """Return f(h + bias), in plain PyTorch."""
     return reference(_with_bias(h, bias), kind)
 
 
 def activate_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> None:
-    """Multiply `grad` by f'(h + bias) in plain PyTorch."""
+    """Multiply `grad` by f'(h + bias), in plain PyTorch."""
     reference_backward(_with_bias(h, bias), grad, kind)
 
 
 def reference(h: Tensor, kind: str) -> Tensor:
-    """The activation in plain PyTorch."""
+    """Return f(h), in plain PyTorch."""
     if kind == "quick_gelu":
         return h * torch.sigmoid(_QUICK * h)
     if kind == "silu":
@@ -97,7 +97,7 @@ def reference(h: Tensor, kind: str) -> Tensor:
 
 
 def reference_backward(h: Tensor, grad: Tensor, kind: str) -> None:
-    """The gradient of the activation in plain PyTorch, in place."""
+    """Multiply `grad` by f'(h), in plain PyTorch."""
     if kind == "quick_gelu":
         sigmoid = torch.sigmoid(_QUICK * h)
         grad.mul_(sigmoid + _QUICK * h * sigmoid * (1 - sigmoid))

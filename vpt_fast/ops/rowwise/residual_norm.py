@@ -1,10 +1,10 @@
-"""The residual sum and its LayerNorm as operators of PyTorch's; they have no autograd of their own.
+"""The residual sum and its LayerNorm as operators of PyTorch, without autograd of their own.
 
     residual_norm           x = residual + scale * branch, LayerNorm(x), row statistics
-    residual_norm_backward  LayerNorm's gradient plus the sum's own, and what of it the branch gets
+    residual_norm_backward  LayerNorm's gradient plus the sum's own, and the branch's share of it
 
-Layer Normalization (arXiv 1607.06450), section 3. The affine is frozen and has no gradient. CUDA
-tensors go to the Triton kernels of `vpt_fast.kernels.rowwise.residual_norm`.
+Layer Normalization (arXiv 1607.06450), section 3. Its weight and bias are frozen and have no
+gradient. CUDA tensors go to the Triton kernels of `vpt_fast.kernels.rowwise.residual_norm`.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ def residual_norm(
     expert_eps: float | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of a residual and a branch, and its LayerNorm.
+    """Return the sum of a residual and a branch, and its LayerNorm.
 
     Args:
-        residual: (B, N, D).
-        branch: (B, N, D), or None: the residual is the sum.
+        residual: Residual (B, N, D).
+        branch: Branch (B, N, D); None where the residual is the sum.
         scale: LayerScale of the branch, (D,), or None.
-        weight, bias: the LayerNorm's, (D,) or None.
-        norm_eps: the LayerNorm's epsilon.
-        expert_eps: epsilon of a third row statistic, for VAPT's experts; or None.
-        dtype: of the normalised rows.
+        weight, bias: Weight and bias of the LayerNorm, (D,) or None.
+        norm_eps: Epsilon of the LayerNorm.
+        expert_eps: Epsilon of a third row statistic, for VAPT's experts; or None.
+        dtype: Dtype of the normalised rows.
 
     Returns:
         The sum (B, N, D), empty without a branch; the normalised sum (B, N, D); and row statistics
         (2 or 3, B, N), fp32 at least: mean, 1 / sqrt(variance + norm_eps), and the same with
-        `expert_eps`. They are those of the sum as it is rounded.
+        `expert_eps`. They are those of the rounded sum.
     """
     total, y, statistics = RESIDUAL_NORM.on(residual)(
         residual, branch, scale, weight, bias, norm_eps, expert_eps, dtype
@@ -55,16 +55,8 @@ def residual_norm(
 
 
 @residual_norm.register_fake
-def _(
-    residual: Tensor,
-    branch: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm_eps: float,
-    expert_eps: float | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(residual: Tensor, branch: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    expert_eps, dtype = others[-2:]
     total = residual.new_empty(0)
     if branch is not None:
         kind = torch.promote_types(residual.dtype, branch.dtype)
@@ -87,19 +79,19 @@ def residual_norm_backward(
     grad_sum: Tensor | None,
     branch_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """Gradient of the sum x, and of the branch that is in it.
+    """Return the gradients of the sum x and of its branch.
 
     Args:
-        x: the sum (B, N, D).
-        statistics: its row statistics (2 or 3, B, N).
-        weight: the LayerNorm's, (D,) or None.
+        x: Sum (B, N, D).
+        statistics: Row statistics of x, (2 or 3, B, N).
+        weight: Weight of the LayerNorm, (D,) or None.
         scale: LayerScale of the branch, (D,), or None.
-        grad_y: gradient of the normalised sum, (B, N, D).
-        grad_sum: the sum's own gradient (B, N, D), or None for 0.
-        branch_dtype: of the branch's gradient; None if it is not asked for.
+        grad_y: Gradient of the normalised sum, (B, N, D).
+        grad_sum: Gradient of the sum from the residual stream, (B, N, D), or None for 0.
+        branch_dtype: Dtype of the branch's gradient; None if it is not needed.
 
     Returns:
-        [grad_x (B, N, D) in x's dtype], and scale * grad_x if it is asked for.
+        [grad_x (B, N, D) in x's dtype], and scale * grad_x if `branch_dtype` is given.
     """
     return RESIDUAL_NORM_BACKWARD.on(x)(
         x, statistics, weight, scale, grad_y, grad_sum, branch_dtype
@@ -107,20 +99,12 @@ def residual_norm_backward(
 
 
 @residual_norm_backward.register_fake
-def _(
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    grad_y: Tensor,
-    grad_sum: Tensor | None,
-    branch_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    dtypes = [x.dtype, *([] if branch_dtype is None else [branch_dtype])]
+def _(x: Tensor, *others: Any) -> list[Tensor]:
+    dtypes = [x.dtype, others[-1]] if others[-1] is not None else [x.dtype]
     return [x.new_empty(x.shape, dtype=dtype) for dtype in dtypes]
 
 
-def _with_its_sum(residual: Tensor, branch: Tensor | None, *others: Any) -> Any:
+def _with_sum(residual: Tensor, branch: Tensor | None, *others: Any) -> Any:
     total, y, statistics = residual_norm(residual, branch, *others)
     return residual if branch is None else total, y, statistics
 
@@ -136,7 +120,7 @@ def _kernels() -> dict[str, Function]:
 
 
 RESIDUAL_NORM = Operation(
-    "residual_norm", _kernels, reference.residual_norm, _with_its_sum, reuses_output=True
+    "residual_norm", _kernels, reference.residual_norm, _with_sum, reuses_output=True
 )
 RESIDUAL_NORM_BACKWARD = Operation(
     "residual_norm_backward", _kernels, reference.residual_norm_backward, residual_norm_backward

@@ -1,6 +1,6 @@
-"""Residual sum and LayerNorm in plain PyTorch: the CPU path, and what the kernels are held against.
+"""Residual sum and LayerNorm in plain PyTorch: the CPU path, and the reference of the kernels.
 
-`residual_norm` says what is computed.
+`residual_norm` has the definition.
 """
 
 from __future__ import annotations
@@ -15,11 +15,6 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def other_rstd(rstd: Tensor, eps: float, other: float) -> Tensor:
-    """1 / sqrt(var + other) from 1 / sqrt(var + eps)."""
-    return rstd if eps == other else (rstd**-2 + (other - eps)).rsqrt()
-
-
 def residual_norm(
     residual: Tensor,
     branch: Tensor | None,
@@ -30,7 +25,7 @@ def residual_norm(
     expert_eps: float | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum (the residual itself without a branch), its LayerNorm in `dtype`, row statistics."""
+    """Return the sum (the residual without a branch), its LayerNorm in `dtype`, row statistics."""
     total = residual
     if branch is not None and scale is not None:
         total = torch.addcmul(residual, branch, scale)
@@ -42,7 +37,8 @@ def residual_norm(
     )
     rows = [mean.squeeze(-1), rstd.squeeze(-1)]
     if expert_eps is not None:
-        rows.append(other_rstd(rows[1], norm_eps, expert_eps))
+        difference = expert_eps - norm_eps
+        rows.append((rows[1] ** -2 + difference).rsqrt() if difference else rows[1])
     return total, y.to(dtype), torch.stack(rows)
 
 
@@ -55,7 +51,7 @@ def residual_norm_backward(
     grad_sum: Tensor | None,
     branch_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """Gradients of the sum and, if it is asked for, of the branch."""
+    """Return the gradients of the sum and, if its dtype is given, of the branch."""
     wide = statistics.dtype
     grad = torch.ops.aten.native_layer_norm_backward(
         grad_y.to(wide), x.to(wide), x.shape[-1:], statistics[0].unsqueeze(-1),

@@ -1,8 +1,8 @@
-"""How Swin's shifted windows cut an image: which token stands where, and which may see which.
+"""Window order: how Swin's shifted windows cut an image, and which tokens attend to each other.
 
-Swin Transformer (arXiv 2103.14030), section 3.2, as timm computes it: the image is rolled, then
-padded at its lower and right edge to a multiple of the window, then cut. Windows that are masked
-alike are put next to each other, so that one mask serves all of them.
+Swin Transformer (arXiv 2103.14030), section 3.2, as timm computes it: the image is cyclically
+shifted, padded at its lower and right edge to a multiple of the window, then cut. Windows with the
+same mask are put next to each other, so that they share it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vpt_fast.kernels.constants import FAR
+from vpt_fast.kernels.constants import MASK_VALUE
 
 
 class WindowGroup(NamedTuple):
     """Windows with one mask.
 
     Attributes:
-        number: of them in every image.
-        mask: (area, area), 0 or `FAR`; None where all of a window's tokens see each other.
+        number: Windows of the group per image.
+        mask: Mask (area, area) of 0 and `MASK_VALUE`; None where all tokens attend to each other.
     """
 
     number: int
@@ -30,35 +30,35 @@ class WindowGroup(NamedTuple):
 
 
 class WindowOrder(NamedTuple):
-    """The places of all windows of a batch, group by group, image by image.
+    """The positions of all windows of a batch, group by group, image by image.
 
     Attributes:
-        area: places of a window.
-        groups: in the order of the places.
-        rows: (places,), the token of each place, as an index into (B * H * W); 0 for padding.
-        padding: indices of the places that hold padding.
-        places: (B * H * W,), the place of each token.
-        relative: (area, area), row of the position-bias table for query and key.
-        whole: the places are the tokens, in their order.
+        area: Positions of a window.
+        groups: Groups, in order.
+        rows: Token at each position, an index into (B * H * W); 0 for padding.
+        padding: Indices of the positions that hold padding.
+        positions: Position of each token, (B * H * W,).
+        relative: Row of the position-bias table for each query and key, (area, area).
+        is_identity: Whether the positions are those of the tokens in the image.
     """
 
     area: int
     groups: tuple[WindowGroup, ...]
     rows: Tensor
     padding: Tensor
-    places: Tensor
+    positions: Tensor
     relative: Tensor
-    whole: bool
+    is_identity: bool
 
 
 def is_padded(height: int, width: int, window: tuple[int, int]) -> bool:
-    """Whether an image of `height` x `width` tokens has to be padded."""
+    """Return whether an image of `height` x `width` tokens is padded."""
     return bool(height % window[0] or width % window[1])
 
 
-def relative_positions(window: tuple[int, int], device: torch.device) -> Tensor:
-    """Row of the position-bias table for every query and key of a window, (area, area)."""
-    y, x = (torch.arange(n, device=device) for n in window)
+def relative_positions(window: tuple[int, int]) -> Tensor:
+    """Return the row of the position-bias table for each query and key, (area, area)."""
+    y, x = (torch.arange(n) for n in window)
     rows = (y[:, None] - y + window[0] - 1) * (2 * window[1] - 1)  # (wh, wh)
     columns = x[:, None] - x + window[1] - 1  # (ww, ww)
     area = window[0] * window[1]
@@ -66,7 +66,7 @@ def relative_positions(window: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def _regions(size: int, window: int, shift: int) -> Tensor:
-    """(size,) Numbers that differ between rows (or columns) that the roll has put side by side."""
+    """Return region numbers (size,) of rows or columns; neighbours by the shift alone differ."""
     at = torch.arange(size)
     if not shift:
         return torch.zeros_like(at)
@@ -82,20 +82,16 @@ def window_order(
     shift: tuple[int, int],
     device: torch.device,
 ) -> WindowOrder:
-    """How a batch of images is cut; the tensors of the result must not be changed."""
+    """Return the window order of a batch of images; its tensors must not be changed."""
     with torch.inference_mode(False):
         order = _window_order(batch, (height, width), window, shift)
         groups = tuple(
             WindowGroup(number, None if mask is None else mask.to(device))
             for number, mask in order.groups
         )
-        return order._replace(
-            groups=groups,
-            rows=order.rows.to(device),
-            padding=order.padding.to(device),
-            places=order.places.to(device),
-            relative=order.relative.to(device),
-        )
+        names = ("rows", "padding", "positions", "relative")
+        moved = {name: getattr(order, name).to(device) for name in names}
+        return order._replace(groups=groups, **moved)
 
 
 def _window_order(
@@ -118,33 +114,33 @@ def _window_order(
         part = token[rows, columns].reshape(-1, area)  # (count, area)
         kind = region[rows, columns].reshape(-1, area)[0]
         apart = kind[:, None] != kind
-        mask = torch.where(apart, FAR, 0.0) if apart.any() else None
+        mask = torch.where(apart, MASK_VALUE, 0.0) if apart.any() else None
         groups.append(WindowGroup(len(part), mask))
         images = torch.arange(batch)[:, None, None] * tokens
         parts.append(torch.where(part < 0, -1, part + images).flatten())
     tokens_read = torch.cat(parts)
     real = tokens_read >= 0
-    places = torch.empty(batch * tokens, dtype=torch.long)
-    places[tokens_read[real]] = real.nonzero().flatten()
+    positions = torch.empty(batch * tokens, dtype=torch.long)
+    positions[tokens_read[real]] = real.nonzero().flatten()
     return WindowOrder(
         area,
         tuple(groups),
         tokens_read.clamp(min=0),
         (~real).nonzero().flatten(),
-        places,
-        relative_positions(window, torch.device("cpu")),
-        whole=torch.equal(tokens_read, torch.arange(batch * tokens)),
+        positions,
+        relative_positions(window),
+        is_identity=torch.equal(tokens_read, torch.arange(batch * tokens)),
     )
 
 
 def _cut(grid: Tensor, window: tuple[int, int]) -> Tensor:
-    """(Hp, Wp) as windows (rows, columns, area)."""
+    """Cut (Hp, Wp) into windows (rows, columns, area)."""
     rows, columns = grid.shape[0] // window[0], grid.shape[1] // window[1]
     return grid.view(rows, window[0], columns, window[1]).transpose(1, 2).flatten(2)
 
 
 def _spans(count: int, shift: int) -> list[slice]:
-    """Rows (or columns) of windows that are masked alike: a roll mixes the last one only."""
+    """Return spans of rows or columns of windows with one mask: the last one is separate."""
     if not shift or count == 1:
         return [slice(0, count)]
     return [slice(0, count - 1), slice(count - 1, count)]

@@ -1,8 +1,8 @@
-"""Attention in Swin's shifted windows, with prompts that every window of an image reads.
+"""Attention in Swin's shifted windows, with prompts in every window.
 
-Tokens stay where they are in the image: the operator takes the packed projection of the unpadded,
-unshifted, uncut tokens and returns rows in the same order. CUDA tensors go to the Triton kernels of
-`vpt_fast.kernels.window_attention.launches`, anything else to the reference.
+Tokens keep the order of the image: the operator takes their packed projection, without padding,
+shift or windows, and returns rows in the same order. CUDA tensors go to the Triton kernels of
+`vpt_fast.kernels.window_attention.launches`, others to the reference.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vpt_fast.kernels.attention.checks import check_dtypes
+from vpt_fast.kernels.window_attention.checks import check_shapes
 from vpt_fast.ops.backend import autocasts, computing_dtype, statistics_dtype
 from vpt_fast.ops.frozen import of_first_order
 from vpt_fast.ops.operation import Function, Operation
@@ -34,27 +36,17 @@ def window_attention_operator(
     shift: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, W, h * d) of `window_attention`, and the base-2 log-sum-exp (B, h, H, W)."""
+    """Return output (B, H, W, h * d) of `window_attention`, and log2-sum-exp (B, h, H, W)."""
     return WINDOW_ATTENTION.on(qkv, qkv.shape[-1])(
         qkv, pad, table, prompts, _pair(window), _pair(shift), scale
     )
 
 
 @window_attention_operator.register_fake
-def _(
-    qkv: Tensor,
-    pad: Tensor | None,
-    table: Tensor,
-    prompts: Tensor | None,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, height, width, _, heads, dim = qkv.shape
-    return (
-        qkv.new_empty(batch, height, width, heads * dim),
-        qkv.new_empty(batch, heads, height, width, dtype=statistics_dtype(qkv.dtype)),
-    )
+    lse = qkv.new_empty(batch, heads, height, width, dtype=statistics_dtype(qkv.dtype))
+    return qkv.new_empty(batch, height, width, heads * dim), lse
 
 
 @operator("vpt_fast::window_attention_backward")
@@ -74,7 +66,7 @@ def window_attention_operator_backward(
     needs_table: bool,
     needs_pad: bool,
 ) -> list[Tensor]:
-    """Gradients of qkv, of the prompts, of the table and of the padding, those asked for."""
+    """Return the gradients of qkv, prompts, table and pad, those that are needed."""
     inputs = (qkv, pad, table, prompts, out, lse, grad_out, _pair(window), _pair(shift), scale)
     asked = (needs_tokens, needs_prompts, needs_table)
     if needs_pad:
@@ -86,25 +78,13 @@ def window_attention_operator_backward(
 
 @window_attention_operator_backward.register_fake
 def _(
-    qkv: Tensor,
-    pad: Tensor | None,
-    table: Tensor,
-    prompts: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    needs_tokens: bool,
-    needs_prompts: bool,
-    needs_table: bool,
-    needs_pad: bool,
+    qkv: Tensor, pad: Tensor | None, table: Tensor, prompts: Tensor | None, *others: Any
 ) -> list[Tensor]:
+    needs_tokens, needs_prompts, needs_table, needs_pad = others[-4:]
     asked = [
         qkv.new_empty(qkv.shape) if needs_tokens else None,
         prompts.new_empty(prompts.shape) if needs_prompts and prompts is not None else None,
-        table.new_empty(table.shape, dtype=lse.dtype) if needs_table else None,
+        table.new_empty(table.shape, dtype=statistics_dtype(qkv.dtype)) if needs_table else None,
         pad.new_empty(pad.shape) if needs_pad and pad is not None else None,
     ]
     return [grad for grad in asked if grad is not None]
@@ -179,69 +159,36 @@ def window_attention(
     shift: tuple[int, int],
     scale: float,
 ) -> Tensor:
-    """Multi-head attention of every token to its window and to the prompts of its image.
+    """Compute the attention of every token to its window and to the prompts of its image.
 
     Swin Transformer (arXiv 2103.14030), section 3.2, with the prompts of Visual Prompt Tuning
-    (arXiv 2203.12119), section 3.2, in every window: they have no position bias and no mask. The
-    image is rolled by `shift`, then padded at its lower and right edge to a multiple of `window`,
-    as timm does it; padding takes part as keys. To scores of tokens that only the roll has made
-    neighbours, -100 is added. The rows of the prompts are not computed.
+    (arXiv 2203.12119), section 3.2, in every window: they have no position bias and no mask. As in
+    timm, the image is cyclically shifted, then padded at its lower and right edge to a multiple of
+    `window`, and padding tokens are keys. -100 is added to scores between tokens that are
+    neighbours only because of the shift. Output rows of prompts are not computed.
 
     Args:
-        qkv: (B, H, W, 3, h, d), of the tokens as they stand in the image; h heads of d channels.
-        pad: (3, h, d), what the projection gives for a row of zeros; None for zeros.
-        table: relative-position bias, ((2 wh - 1) * (2 ww - 1), h).
-        prompts: keys and values (B or 1, p, 2, h, d), a leading 1 shared by the batch; or None.
-        window: (wh, ww), in tokens.
-        shift: (sh, sw), in tokens, each at least 0 and less than the window.
-        scale: factor of the products of queries and keys, usually `d ** -0.5`.
+        qkv: Packed projection (B, H, W, 3, h, d) of the tokens in the order of the image; h heads
+            of d channels.
+        pad: Projection (3, h, d) of a row of zeros; None for zeros.
+        table: Relative-position bias, ((2 wh - 1) * (2 ww - 1), h).
+        prompts: Keys and values (B or 1, p, 2, h, d), a leading 1 shared by the batch; or None.
+        window: Rows wh and columns ww of a window.
+        shift: Rows and columns of the cyclic shift, each at least 0 and less than the window's.
+        scale: Factor of the products of queries and keys, usually `d ** -0.5`.
 
     Returns:
-        (B, H, W, h * d), in qkv's dtype. Scores and softmax are fp32 at least; gradients of shared
-        prompts are summed over windows and images in fp32 and in a fixed order.
+        Output (B, H, W, h * d) in qkv's dtype. Scores and softmax are fp32 at least; gradients of
+        shared prompts are summed over windows and images in fp32 and in a fixed order.
 
     Raises:
-        ValueError: shapes do not fit each other.
-        TypeError: dtypes differ; but for the table's, which may be wider.
+        ValueError: Shapes, devices, window or shift do not fit each other.
+        TypeError: Dtypes differ; the table's may be wider.
     """
-    _check(qkv, pad, table, prompts, window, shift)
+    check_shapes(qkv, pad, table, prompts, window, shift)
     if autocasts(qkv):
         dtype = computing_dtype(qkv)
         qkv = qkv.to(dtype)
         pad, prompts = (None if t is None else t.to(dtype) for t in (pad, prompts))
-    others = [t.dtype for t in (pad, prompts) if t is not None]
-    if any(dtype != qkv.dtype for dtype in others):
-        raise TypeError(f"qkv, pad and prompts must have one dtype, got {[qkv.dtype, *others]}")
+    check_dtypes({"qkv": qkv, "pad": pad, "prompts": prompts})
     return window_attention_operator(qkv, pad, table, prompts, list(window), list(shift), scale)[0]
-
-
-def _check(
-    qkv: Tensor,
-    pad: Tensor | None,
-    table: Tensor,
-    prompts: Tensor | None,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-) -> None:
-    if qkv.ndim != 6 or qkv.shape[3] != 3:
-        raise ValueError(f"qkv must be (B, H, W, 3, h, d), got {tuple(qkv.shape)}")
-    heads, dim = qkv.shape[4:]
-    if min(window) < 1 or not all(0 <= s < w for s, w in zip(shift, window, strict=True)):
-        raise ValueError(f"a shift of {tuple(shift)} does not fit a window of {tuple(window)}")
-    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
-    if tuple(table.shape) != (rows, heads):
-        raise ValueError(
-            f"the position-bias table of {heads} heads and a window of {tuple(window)} must be "
-            f"{(rows, heads)}, got {tuple(table.shape)}"
-        )
-    if pad is not None and tuple(pad.shape) != (3, heads, dim):
-        raise ValueError(f"pad must be {(3, heads, dim)}, got {tuple(pad.shape)}")
-    if prompts is None:
-        return
-    if prompts.ndim != 5 or tuple(prompts.shape[2:]) != (2, heads, dim):
-        raise ValueError(f"prompts must be (B or 1, p, 2, {heads}, {dim}), got {prompts.shape}")
-    if prompts.shape[0] not in (1, qkv.shape[0]):
-        raise ValueError(
-            f"prompts for {prompts.shape[0]} images, but the batch has {qkv.shape[0]}: "
-            f"{tuple(prompts.shape)}"
-        )

@@ -1,8 +1,8 @@
-"""Windowed attention in plain PyTorch: the CPU path, and what the kernels are held against.
+"""Windowed attention in plain PyTorch: the CPU path, and the reference of the kernels.
 
-`window_attention` of the `window_attention` module says what is computed. On the CPU it runs in
-PyTorch's fused attention, one call for all windows that are masked alike; elsewhere, and where the
-gradient of the position bias is asked for, the scores are written out.
+`window_attention` of `operator` has the definition. On the CPU it runs in PyTorch's fused
+attention, one call for all windows with the same mask; elsewhere, and where the gradient of the
+position bias is needed, the scores are stored.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vpt_fast.ops.window_attention.layout import WindowOrder, window_order
 Pair = tuple[int, int]
 
 _CHUNK = 1 << 21
-"""Numbers in the projection of the images that the CPU does at a time."""
+"""Elements of the qkv projection that the CPU computes at a time."""
 
 
 class _Windows(NamedTuple):
-    """The windows of a group, all images': w of them, of `area` places and p + area keys."""
+    """The w windows of a group in all images, with `area` positions and p + area keys each."""
 
     q: Tensor  # (w, h, area, d)
     k: Tensor  # (w, h, p + area, d)
@@ -40,40 +40,40 @@ def _order(qkv: Tensor, window: Pair, shift: Pair) -> WindowOrder:
 
 
 def _to_windows(tokens: Tensor, order: WindowOrder, padding: Tensor | float | None) -> Tensor:
-    """Rows (B * H * W, C) in the order of places, (places, C)."""
-    if order.whole:
+    """Return rows (B * H * W, C) in window order, (positions, C)."""
+    if order.is_identity:
         return tokens
-    places = tokens.index_select(0, order.rows)
+    ordered = tokens.index_select(0, order.rows)
     if len(order.padding):
-        places[order.padding] = 0.0 if padding is None else padding
-    return places
+        ordered[order.padding] = 0.0 if padding is None else padding
+    return ordered
 
 
-def _to_image(places: Tensor, order: WindowOrder) -> Tensor:
-    """Rows (places, C) in the order of the tokens, (B * H * W, C)."""
-    return places if order.whole else places.index_select(0, order.places)
+def _to_image(ordered: Tensor, order: WindowOrder) -> Tensor:
+    """Return rows (positions, C) in the order of the image, (B * H * W, C)."""
+    return ordered if order.is_identity else ordered.index_select(0, order.positions)
 
 
 def _groups(
-    places: Tensor, table: Tensor, prompts: Tensor | None, batch: int, order: WindowOrder
+    ordered: Tensor, table: Tensor, prompts: Tensor | None, batch: int, order: WindowOrder
 ) -> Iterator[_Windows]:
-    """The windows, group by group, of places (places, 3, h, d)."""
-    *_, heads, dim = places.shape
-    windows = places.view(-1, order.area, 3, heads, dim)
+    """Yield the windows of (positions, 3, h, d), group by group."""
+    *_, heads, dim = ordered.shape
+    windows = ordered.view(-1, order.area, 3, heads, dim)
     count = 0 if prompts is None else prompts.shape[1]
-    bias = table.to(statistics_dtype(places.dtype))[order.relative].permute(2, 0, 1)
+    bias = table.to(statistics_dtype(ordered.dtype))[order.relative].permute(2, 0, 1)
     bias = F.pad(bias, (count, 0))  # (h, area, p + area)
     start = 0
     for number, mask in order.groups:
         group = windows[start : start + batch * number]
         start += batch * number
-        keys = group[:, :, 1:]  # (w, area, 2, h, d)
+        kv = group[:, :, 1:]  # (w, area, 2, h, d)
         if prompts is not None and count:
-            joined = keys.new_empty(len(group), count + order.area, 2, heads, dim)
+            joined = kv.new_empty(len(group), count + order.area, 2, heads, dim)
             joined.unflatten(0, (batch, number))[:, :, :count] = prompts[:, None]
-            joined[:, count:] = keys
-            keys = joined
-        q, (k, v) = group[:, :, 0], keys.unbind(2)
+            joined[:, count:] = kv
+            kv = joined
+        q, (k, v) = group[:, :, 0], kv.unbind(2)
         yield _Windows(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -82,13 +82,8 @@ def _groups(
         )
 
 
-def _has_flash(q: Tensor) -> bool:
-    """True where PyTorch's fused attention, which returns the log-sum-exp too, takes q."""
-    return q.device.type == "cpu" and q.numel() > 0
-
-
 def _chunks(qkv: Tensor) -> list[slice]:
-    """Images that are done at a time: on the CPU as many as the caches hold the windows of."""
+    """Return slices of images to compute at a time: on the CPU as many as fit in its caches."""
     batch = len(qkv)
     step = max(batch, 1)
     if qkv.device.type == "cpu" and batch:
@@ -97,7 +92,7 @@ def _chunks(qkv: Tensor) -> list[slice]:
 
 
 def _of(prompts: Tensor | None, images: slice) -> Tensor | None:
-    """The prompts of some images; shared ones are everybody's."""
+    """Return the prompts of some images; shared prompts belong to all."""
     return prompts if prompts is None or prompts.shape[0] == 1 else prompts[images]
 
 
@@ -110,16 +105,16 @@ def window_attention_forward(
     shift: Pair,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, W, h * d) and the base-2 log-sum-exp (B, h, H, W) of the scores."""
+    """Return output (B, H, W, h * d) and the base-2 log-sum-exp (B, h, H, W) of the scores."""
     batch, height, width, _, heads, dim = qkv.shape
     out = qkv.new_empty(batch, height, width, heads * dim)
     lse = qkv.new_empty(batch, heads, height, width, dtype=statistics_dtype(qkv.dtype))
     for images in _chunks(qkv):
         part = qkv[images]
         order = _order(part, window, shift)
-        places = _to_windows(part.reshape(-1, 3, heads, dim), order, pad)
+        ordered = _to_windows(part.reshape(-1, 3, heads, dim), order, pad)
         outs, statistics = [], []
-        for group in _groups(places, table, _of(prompts, images), len(part), order):
+        for group in _groups(ordered, table, _of(prompts, images), len(part), order):
             read, total = _attend(group, scale)
             outs.append(read.transpose(1, 2).reshape(-1, heads * dim))
             statistics.append(total.transpose(1, 2).reshape(-1, heads))
@@ -129,12 +124,12 @@ def window_attention_forward(
     return out, lse
 
 
-def _put(image: Tensor, places: Tensor, order: WindowOrder) -> None:
-    """Write rows (places, C) to the tokens (B * H * W, C)."""
-    if order.whole:
-        image.copy_(places)
+def _put(image: Tensor, ordered: Tensor, order: WindowOrder) -> None:
+    """Write rows (positions, C) to the tokens (B * H * W, C)."""
+    if order.is_identity:
+        image.copy_(ordered)
     else:
-        torch.index_select(places, 0, order.places, out=image)
+        torch.index_select(ordered, 0, order.positions, out=image)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -142,20 +137,16 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _attend(group: _Windows, scale: float) -> tuple[Tensor, Tensor]:
-    """Output (w, h, area, d) and log-sum-exp (w, h, area)."""
+    """Return output (w, h, area, d) and log-sum-exp (w, h, area)."""
     q, k, v, bias = group
-    if _has_flash(q):
+    if attention_reference.has_flash(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=_as_mask(bias, q), scale=scale
+            q, k, v, 0.0, False, attn_mask=bias.expand(len(q), -1, -1, -1), scale=scale
         )
     scores = _scores(group, scale)
     lse = scores.logsumexp(-1)
     out = (scores - lse.unsqueeze(-1)).exp() @ v.to(scores.dtype)
     return out.to(q.dtype), lse
-
-
-def _as_mask(bias: Tensor, q: Tensor) -> Tensor:
-    return bias.expand(len(q), -1, -1, -1)
 
 
 def _scores(group: _Windows, scale: float) -> Tensor:
@@ -179,7 +170,7 @@ def window_attention_backward(
     needs_table: bool,
     needs_pad: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `qkv`, `prompts`, `table` (fp32 at least) and `pad`; None if not asked for."""
+    """Return the gradients of qkv, prompts, table (fp32 at least) and pad; None if not needed."""
     if not (needs_tokens or needs_table or needs_pad):
         grad = _prompt_gradient(qkv, prompts, out, lse, grad_out, scale) if needs_prompts else None
         return None, grad, None, None
@@ -208,7 +199,7 @@ def window_attention_backward(
 
 
 class _Gradients(NamedTuple):
-    """Where gradients go; those that are not asked for are None."""
+    """Gradients that are written or added to; None where they are not needed."""
 
     qkv: Tensor
     prompts: Tensor | None
@@ -228,21 +219,21 @@ def _add_gradients(
     scale: float,
     gradients: _Gradients,
 ) -> None:
-    """Gradients of some images: that of qkv is written, those that images share are added to."""
+    """Write the gradient of qkv of some images, and add to the gradients that images share."""
     grad_qkv, grad_prompts, grad_bias, grad_pad = gradients
     batch, *_, heads, dim = qkv.shape
     count = 0 if prompts is None else prompts.shape[1]
-    places = _to_windows(qkv.reshape(-1, 3, heads, dim), order, pad)
-    # The queries of padding are dead: with an infinite sum, none of their weights is left.
+    ordered = _to_windows(qkv.reshape(-1, 3, heads, dim), order, pad)
+    # Queries of padding are not read: an infinite sum makes their weights 0.
     rows = lse.flatten(2).transpose(1, 2).reshape(-1, heads) / LOG2_E
     rows = _to_windows(rows, order, torch.inf)
     outs, grads = (
         _to_windows(t.reshape(-1, heads * dim), order, None).view(-1, heads, dim)
         for t in (out, grad_out)
     )
-    result = torch.empty(places.shape, dtype=places.dtype, device=places.device)
+    result = torch.empty(ordered.shape, dtype=ordered.dtype, device=ordered.device)
     start = 0
-    for group in _groups(places, table, prompts, batch, order):
+    for group in _groups(ordered, table, prompts, batch, order):
         stop = start + len(group.q) * order.area
         grad_rows, out_rows, lse_rows = (
             t[start:stop].unflatten(0, (-1, order.area)).transpose(1, 2)
@@ -268,12 +259,12 @@ def _add_gradients(
 def _group_gradients(
     group: _Windows, grad: Tensor, out: Tensor, lse: Tensor, scale: float, needs_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, and, if asked for, of the scores (w, h, area, p + area)."""
+    """Return the gradients of q, k, v and, if needed, of the scores (w, h, area, p + area)."""
     q, k, v, bias = group
-    if _has_flash(q) and not needs_scores:
+    if attention_reference.has_flash(q) and not needs_scores:
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse.contiguous(), 0.0, False,
-            attn_mask=_as_mask(bias, q), scale=scale,
+            attn_mask=bias.expand(len(q), -1, -1, -1), scale=scale,
         )  # fmt: skip
         return *found, lse
     wide = bias.dtype
@@ -290,7 +281,7 @@ def _group_gradients(
 
 
 def _add_windows(total: Tensor, grad: Tensor, batch: int) -> None:
-    """Add gradients (w, h, p, d) to (B or 1, p, h, d): over the windows of an image, or of all."""
+    """Add gradients (w, h, p, d), summed over an image's or all windows, to (B or 1, p, h, d)."""
     images = 1 if len(total) == 1 else batch
     parts = grad.unflatten(0, (images, -1)) if len(grad) else grad[None]
     total += parts.sum(1, dtype=total.dtype).transpose(1, 2)
@@ -299,7 +290,7 @@ def _add_windows(total: Tensor, grad: Tensor, batch: int) -> None:
 def _prompt_gradient(
     qkv: Tensor, prompts: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float
 ) -> Tensor | None:
-    """The prompts' gradient alone needs no windows: prompts look the same from all of them."""
+    """Return the prompts' gradient alone, without windows: all tokens see the prompts alike."""
     if prompts is None:
         return None
     _, (grad,) = attention_reference.attention_backward(

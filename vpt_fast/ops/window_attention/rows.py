@@ -13,12 +13,12 @@ from vpt_fast.ops.window_attention.operator import WINDOW_ATTENTION, WINDOW_ATTE
 
 
 class Windows(NamedTuple):
-    """How a block cuts its image.
+    """The windows of a block.
 
     Attributes:
-        grid: height and width of the image, in tokens.
-        window: height and width of a window, in tokens.
-        shift: of the windows, in tokens; (0, 0) for none.
+        grid: Height and width of the image, in tokens.
+        window: Height and width of a window, in tokens.
+        shift: Rows and columns of the cyclic shift, in tokens.
     """
 
     grid: tuple[int, int]
@@ -102,20 +102,20 @@ def padding_of(windows: Windows, bias: Tensor | None, qkv: Tensor) -> Tensor | N
 def attend_from_prompts(
     windows: Windows, rows: Tensor, qkv: Tensor, pad: Tensor | None, scale: float
 ) -> Tensor:
-    """What live prompt rows read: every window's copy attends, and the copies are averaged.
+    """Compute the attention of live prompt rows in every window, averaged over the windows.
 
-    Prompts have no position bias and no mask, so that the roll's neighbours do not matter; but it
-    decides which tokens share a window. "Visual Prompt Tuning" (arXiv 2203.12119), section 3.2.
+    "Visual Prompt Tuning" (arXiv 2203.12119), section 3.2. Prompts have no position bias and no
+    mask; the shift only decides which tokens share a window.
 
     Args:
-        windows: of the block.
-        rows: packed projection of the prompt rows, (B, p, 3, h, d).
-        qkv: packed projection of the tokens, (B, H, W, 3, h, d).
-        pad: that of a padding token, (3, h, d), or None for zeros.
-        scale: factor of the scores.
+        windows: Windows of the block.
+        rows: Packed projection of the prompt rows, (B, p, 3, h, d).
+        qkv: Packed projection of the tokens, (B, H, W, 3, h, d).
+        pad: Packed projection of a padding token, (3, h, d), or None for zeros.
+        scale: Factor of the scores.
 
     Returns:
-        (B, p, h * d).
+        Output (B, p, h * d).
     """
     (height, width), window = windows.grid, windows.window
     batch, count, _, heads, dim = rows.shape
@@ -133,9 +133,9 @@ def attend_from_prompts(
     tokens = tokens.transpose(2, 3).flatten(3, 4).unflatten(-1, (2, heads, dim))
     tokens = tokens.flatten(1, 2)  # (B, windows, area, 2, h, d)
     number = tokens.shape[1]
-    keys = torch.cat([rows[:, None, :, 1:].expand(-1, number, -1, -1, -1, -1), tokens], 2)
+    kv = torch.cat([rows[:, None, :, 1:].expand(-1, number, -1, -1, -1, -1), tokens], 2)
     q = rows[:, None, :, 0].expand(-1, number, -1, -1, -1)  # (B, windows, p, h, d)
-    k, v = keys.unbind(3)
+    k, v = kv.unbind(3)
     q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (B * windows, h, p, d)
     out = out.transpose(1, 2).reshape(batch, number, count, heads * dim)
