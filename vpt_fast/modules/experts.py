@@ -18,7 +18,8 @@ from vpt_fast.modules.hooks import hooks_version, is_watched
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype
 from vpt_fast.ops.block.parts import contiguous
 from vpt_fast.ops.block.prompt_source import ExpertPrompts
-from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution, project_features
+from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution
+from vpt_fast.ops.experts.reference import features
 from vpt_fast.ops.tracing import is_transformed
 
 EPS = 1e-5
@@ -114,9 +115,9 @@ class PromptExperts(nn.Module):
         matrix, mixing_sum = self._folded()
         with in_full_precision(x):
             rows = x[:, x.shape[1] - patches :].to(matrix.dtype)
-            mixed = matrix[:, :patches] @ F.layer_norm(rows, x.shape[-1:], eps=self.norm.eps)
-        inputs = FeatureInputs(mixed, mixing_sum, *self._applied(x.shape[0]))
-        return project_features(inputs, self.residual, None, matrix.dtype)
+            mixing = matrix[:, :patches] @ F.layer_norm(rows, x.shape[-1:], eps=self.norm.eps)
+            inputs = FeatureInputs(mixing, mixing_sum, *self._applied(x.shape[0]))
+            return features(inputs, self.residual)
 
     def sources(
         self,
