@@ -1,4 +1,4 @@
-"""What holds for the whole suite."""
+"""Settings of the whole suite: threads, and the order of tests."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import os
 import pytest
 import torch
 
-# Of tests that execute kernels; see `kernel_device`.
+# Fixtures of tests that execute kernels; see `support.kernels.kernel_device`.
 KERNEL_FIXTURES = {"kernel_device", "kernel_device_large", "kernel_device_sm80"}
 
 
 def pytest_configure() -> None:
-    """Processes of pytest-xdist share the CPU's threads instead of each taking all of them."""
+    """Split the CPU's threads among the processes of pytest-xdist."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Kernels are executed before any is compiled to machine code, in every process.
+    """Sort tests so that each process executes kernels before it compiles any to machine code.
 
-    Compiling resets the printer that ttsem reads the IR from, for the rest of the process. Tests of
-    a file stay together, but those that execute kernels are a group of their own, and all such
+    Compiling resets the printer from which ttsem reads the IR, for the rest of the process. Tests
+    of a file stay together, but those that execute kernels are a group of their own, and all such
     groups come first.
     """
     items.sort(key=lambda item: not _executes(item))

@@ -1,4 +1,4 @@
-"""What people install: a wheel and a source distribution, each with every module and asset."""
+"""The wheel and the source distribution, each with every module and asset."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGE = ROOT / "vpt_fast"
 
 
 def sources() -> set[str]:
-    """Files of the package as a wheel names them, those behind the link to kernels/ too."""
+    """Return the package's files as a wheel names them, those behind the link to kernels/ too."""
     return {
         path.relative_to(ROOT).as_posix()
         for top in (PACKAGE, PACKAGE / "kernels")
@@ -35,7 +35,7 @@ def sources() -> set[str]:
 
 
 def test_every_folder_is_a_package() -> None:
-    """`setup.py` finds packages, and a folder without `__init__.py` is none."""
+    """`setup.py` finds packages, and a folder without `__init__.py` is not one."""
     found = find_packages(str(ROOT), include=["vpt_fast", "vpt_fast.*"])
     folders = {Path(name).parent.as_posix().replace("/", ".") for name in sources()}
     assert set(found) == folders - {"vpt_fast.assets"}
@@ -43,7 +43,7 @@ def test_every_folder_is_a_package() -> None:
 
 
 def python(*arguments: object, executable: object = sys.executable, cwd: Path = ROOT) -> str:
-    """Stdout of an interpreter that is not told where the source tree is."""
+    """Run an interpreter without the source tree on its path, and return its stdout."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [str(executable), *map(str, arguments)],
@@ -59,7 +59,7 @@ def python(*arguments: object, executable: object = sys.executable, cwd: Path = 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a wheel in tree/, and in sdist/ the source distribution and its wheel."""
+    """Build the wheel into tree/, and the source distribution and its wheel into sdist/."""
     pytest.importorskip("build", reason="the dev extra is not installed")
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
@@ -106,9 +106,9 @@ def test_the_source_distribution_makes_the_same_wheel(built: Path) -> None:
 
 @pytest.fixture(scope="module")
 def fresh(built: Path) -> Path:
-    """An environment with the wheel, and beside it what the running one has installed.
+    """Create an environment with the wheel, which also sees the running environment's packages.
 
-    The latter's own `.pth` files are not read there, so that an editable install is not active.
+    `.pth` files of the running environment are not read, so that an editable install is inactive.
     """
     folder = built / "environment"
     venv.create(folder, symlinks=True)

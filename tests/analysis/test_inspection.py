@@ -1,4 +1,4 @@
-"""Attention shares against an explicit softmax, mixing maps, and what `vpt-fast inspect` writes."""
+"""Attention shares against an explicit softmax, mixing maps, and files of `vpt-fast inspect`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FAMILIES = [
 
 
 def plain_shares(plain, image):
-    """Attention (B, H, rows, rows) in each of timm's own blocks, and how many rows are prompts."""
+    """Return attention (B, H, rows, rows) and the number of prompt rows of each timm block."""
     found = []
 
     def record(attn, inputs):
@@ -128,7 +128,7 @@ def test_other_types_and_autocast(dtype):
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
 
 
-def test_mixing_maps_make_the_prompts_of_normalised_patches():
+def test_mixing_maps_map_normalised_patches_to_prompts():
     family = "dinov2_registers"
     tuned, plain = vapt_pair(families.build(family), VAPT(3))
     image = families.images(family)
@@ -140,7 +140,7 @@ def test_mixing_maps_make_the_prompts_of_normalised_patches():
         prompt, x = tuned.blocks[index].prompt, inputs[index - 1]
         y = F.layer_norm(x, x.shape[-1:], prompt.norm.weight, prompt.norm.bias, 1e-5)
         found = weights.flatten(1) @ y[:, tuned.num_prefix_tokens :] + prompt.mix.bias[:, None]
-        assert distance(found, plain.mixed(index, x)) <= 1e-10
+        assert distance(found, plain.token_mixing(index, x)) <= 1e-10
     assert mixing_maps(prompt_tune(families.build(TOKEN), VPTDeep(3))) == {}
 
 
@@ -187,7 +187,7 @@ def test_wrong_arguments_are_named():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with adapters, the weights of their backbone, and images."""
+    """Create a folder with adapters, the weights of their backbone, and images."""
     root = tmp_path_factory.mktemp("inspect")
     write_checkpoint(root / "tiny.pth")
     make_folders(root / "data", test=1)
@@ -215,7 +215,7 @@ def call(work, adapter, output, *images):
 
 
 def error_of(result, code=2):
-    """The one line on stderr."""
+    """Return the one line on stderr."""
     assert result.exit_code == code, (result.exit_code, result.output, result.exception)
     (line,) = result.stderr.splitlines()
     assert line.startswith("vpt-fast: error: ")
@@ -284,7 +284,7 @@ def test_inspect_goes_on_after_an_undecodable_image(work, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_what_inspect_refuses(work, tmp_path):
+def test_inspect_refuses_wrong_arguments(work, tmp_path):
     good = work / "data" / "test" / "red" / "0.png"
     message = error_of(call(work, "linear", tmp_path / "out", good))
     assert "a linear probe has no prompts to inspect; take an adapter of another method" in message

@@ -45,7 +45,7 @@ def small() -> SavedBytes:
 
 @cache
 def base() -> SavedBytes:
-    """ViT-B/16 at 224 px in bf16, from a model without values."""
+    """Return saved bytes of ViT-B/16 at 224 px in bf16, from a model on meta."""
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224")
     return SavedBytes(model, (3, 224, 224), torch.bfloat16)
@@ -66,7 +66,7 @@ def mib(method: Method, provider: str) -> float:
     ],
     ids=repr,
 )
-def test_fake_tensors_keep_what_real_ones_do(method: Method, dtype: torch.dtype) -> None:
+def test_fake_tensors_save_the_same_bytes_as_real_ones(method: Method, dtype: torch.dtype) -> None:
     model = vit().to(dtype)
     fake = SavedBytes(model, SIZE, dtype)
     for provider in (*PROVIDERS, PLAIN):
@@ -76,7 +76,7 @@ def test_fake_tensors_keep_what_real_ones_do(method: Method, dtype: torch.dtype)
 
 
 class Layers(nn.Module):
-    """Keeps what `forward` says, and has one parameter."""
+    """A module with one parameter that applies a given function."""
 
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -91,26 +91,26 @@ def test_a_storage_counts_once_and_whole_and_weights_not_at_all() -> None:
     labels = torch.zeros(2, dtype=torch.int64)
     images = torch.randn(2, 4)
     plain = saved_bytes(Layers(lambda x: x), images, labels)
-    # exp keeps its result (2, 4) in fp32.
+    # exp saves its result (2, 4) in fp32.
     assert saved_bytes(Layers(lambda x: x.exp()), images, labels) - plain == 32
-    # A view of two columns of it keeps all of it, and a second view nothing more.
+    # A view of two columns of it saves all of it, and a second view nothing more.
     views = saved_bytes(Layers(lambda x: (y := x.exp())[:, :2] * y[:, 2:]), images, labels)
     assert views - plain == 32 - (32 - 16)  # the logits of the loss are half as many
 
 
-def test_what_no_gradient_needs_is_not_kept() -> None:
+def test_tensors_that_no_gradient_needs_are_not_counted() -> None:
     images, labels = torch.randn(2, 4), torch.zeros(2, dtype=torch.int64)
     plain = saved_bytes(Layers(lambda x: x), images, labels)
 
     def dropped(x: Tensor) -> Tensor:
-        x.exp()  # kept until its graph is gone, which is at once
+        x.exp()  # saved until its graph is freed, which is at once
         return x
 
     assert saved_bytes(Layers(dropped), images, labels) == plain
 
 
 @pytest.mark.parametrize("method", [VPTDeep(3), VAPT(3), VPTShallow(3), LinearProbe()], ids=repr)
-def test_a_provided_model_is_put_back(method: Method) -> None:
+def test_a_provided_model_is_restored(method: Method) -> None:
     model = vit().train()
     model.norm.eval()
     model.blocks[2].requires_grad_(False)
@@ -154,10 +154,10 @@ def test_bytes_by_depth(provider: str) -> None:
 
 
 @pytest.mark.parametrize(("count", "dropout"), [(1, 0.0), (20, 0.1)])
-def test_every_mode_keeps_less_than_the_one_before(count: int, dropout: float) -> None:
+def test_every_mode_saves_less_than_the_one_before(count: int, dropout: float) -> None:
     for method in (VPTDeep(count, dropout), VAPT(count, dropout), VPTShallow(count, dropout)):
-        kept = [small().bytes_of(method, provider, 4) for provider in PROVIDERS]
-        assert kept == sorted(set(kept))[::-1], (method, kept)
+        sizes = [small().bytes_of(method, provider, 4) for provider in PROVIDERS]
+        assert sizes == sorted(set(sizes))[::-1], (method, sizes)
 
 
 def test_bytes_are_proportional_to_the_batch() -> None:
@@ -213,7 +213,7 @@ def test_a_measured_step_leaves_the_weights_as_they_are() -> None:
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
-def test_what_is_measured_is_the_tuned_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tuned_model_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def peak(model: nn.Module, images: Tensor, labels: Tensor) -> int:
@@ -238,5 +238,5 @@ def test_peaks_on_a_gpu() -> None:
     meter = MeasuredPeaks(vit(), SIZE, torch.bfloat16, torch.device("cuda"))
     small_batch, large_batch = (meter.bytes_of(VPTDeep(3), "speed", batch) for batch in (4, 256))
     assert 0 < small_batch < large_batch
-    kept = SavedBytes(vit(), SIZE, torch.bfloat16).bytes_of(VPTDeep(3), "speed", 256)
-    assert large_batch > 0.8 * kept
+    saved = SavedBytes(vit(), SIZE, torch.bfloat16).bytes_of(VPTDeep(3), "speed", 256)
+    assert large_batch > 0.8 * saved

@@ -1,4 +1,4 @@
-"""What the prompts of a SwinTransformer do, and what is not for it."""
+"""Attention shares and mixing maps of a tuned SwinTransformer, and functions that refuse it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vpt_fast.train.loop.prefix_cache import frozen_blocks
 
 
 class Recording(PlainSwin):
-    """Keeps the prompts' part of every softmax; for images without padding."""
+    """A plain formulation that records the prompts' part of every softmax, without padding."""
 
     shares: list[Tensor]
 
@@ -69,7 +69,7 @@ def test_mixing_maps_have_the_grid_of_their_stage() -> None:
     assert grids == {1: (4, 14, 14), 2: (4, 7, 7), 3: (4, 7, 7), 4: (4, 4, 4), 5: (4, 4, 4)}
 
 
-def test_what_is_not_for_swin_says_so() -> None:
+def test_functions_that_do_not_take_swin_refuse_it() -> None:
     tuned = prompt_tune(build("window7"), VPTDeep(5))
     with pytest.raises(ValueError, match="PromptedSwinTransformer cannot be folded"):
         fold_backbone(tuned)

@@ -1,4 +1,4 @@
-"""What a bank's tasks may take of the memory, and what becomes of those that do not fit."""
+"""A bank's memory limit, and tasks that are spilled to disk."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_spilled_tasks_come_back(tmp_path: Path) -> None:
         assert set(bank.resident_tasks) == set(pair)
         for image, logits, name in zip(images, got, pair, strict=True):
             assert relative(logits, alone(model, adapters[name], image[None])[0]) < 1e-12
-    bank(images[:1], ["b"])  # now d is the one that was used longest ago
+    bank(images[:1], ["b"])  # now d is the least recently used
     bank(images[:1], ["a"])
     assert set(bank.resident_tasks) == {"a", "b"}
     with pytest.raises(ValueError, match="ask for fewer tasks in one batch"):
@@ -77,7 +77,7 @@ def test_spilled_tasks_come_back(tmp_path: Path) -> None:
 
 
 def test_a_task_of_vit_base_takes_two_megabytes(tmp_path: Path) -> None:
-    """50 prompts in each of 12 blocks, in bf16, the head not counted."""
+    """50 prompts in each of 12 blocks, in bf16, without the head."""
     model = timm.create_model("vit_base_patch16_224", num_classes=0).to(torch.bfloat16)
     bank = PromptBank(model)
     tuned: Any = timm.create_model("vit_base_patch16_224", num_classes=2)
@@ -91,7 +91,7 @@ def test_a_task_of_vit_base_takes_two_megabytes(tmp_path: Path) -> None:
 
 
 def test_experts_are_spilled_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a relative path, and from another folder; a task stays the same object."""
+    """Spilled under a relative path and read from another working folder; tasks keep identity."""
     model = backbone()
     monkeypatch.chdir(tmp_path)
     adapters = {n: write(model, VAPT(4), Path(n), 4, ord(n)) for n in "ab"}
@@ -144,7 +144,7 @@ def test_a_write_that_fails_owns_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_autocast(tmp_path: Path) -> None:
-    """As far from fp32 as each task alone under autocast."""
+    """No further from fp32 than each task alone under autocast."""
     model = backbone(dtype=torch.float32)
     bank = PromptBank(copy.deepcopy(model))
     names = ["deep", "vapt", "linear"]

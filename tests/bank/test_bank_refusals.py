@@ -1,4 +1,4 @@
-"""What a bank refuses, by name, and that it is as before then."""
+"""Adapters, models and arguments that a bank refuses by name, without any change to it."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_experts_refuse_another_grid(tmp_path: Path) -> None:
         bank(images, ["deep", "experts"])
 
 
-# --- what no user would write, but files can hold ------------------------------------------------
+# --- damaged files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_another_pooling(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["", "blocks", "blocks.1", "blocks.1.attn"])
-def test_hooks_that_would_be_passed_by(where: str, tmp_path: Path) -> None:
+def test_hooks_that_would_be_skipped(where: str, tmp_path: Path) -> None:
     model = backbone()
     bank = PromptBank(model)
     handle = model.get_submodule(where).register_forward_hook(lambda *_: None)

@@ -1,4 +1,4 @@
-"""A mixed batch of a bank answers as every task alone does, and a bad adapter changes nothing."""
+"""A mixed batch of a bank gives the logits of every task alone."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _WHOLE = sorted(set(FAMILIES) - {"all_tokens"})
 @pytest.mark.parametrize(
     ("family", "fused"), [(family, False) for family in _WHOLE] + [(VIT, True), ("dinov2", True)]
 )
-def test_a_mixed_batch_is_every_task_alone(
+def test_a_mixed_batch_equals_every_task_alone(
     family: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the last block fused, as on a GPU, too."""
+    """Also with the last block fused, as on a GPU."""
     if fused:
         monkeypatch.setattr(shared_pass, "uses_kernels", lambda x: True)
     model = backbone(family)
@@ -51,7 +51,7 @@ def test_a_mixed_batch_is_every_task_alone(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(dtype: torch.dtype, tmp_path: Path) -> None:
-    """No further from fp64 than each task alone in the same dtype, by a little."""
+    """No further from fp64 than each task alone in the same dtype, plus slack."""
     exact = backbone()
     model = copy.deepcopy(exact).to(dtype)
     bank = PromptBank(copy.deepcopy(model))
@@ -64,7 +64,7 @@ def test_lower_precision(dtype: torch.dtype, tmp_path: Path) -> None:
         where = [i for i, n in enumerate(order) if n == name]
         ours = torch.stack([got[i] for i in where]).double()
         theirs = alone(model, adapter, images[where]).double()
-        # The adapter's own weights are rounded; the backbone of the exact model is so as well.
+        # The exact result is of weights rounded to the dtype, as the bank's are.
         wanted = alone(copy.deepcopy(model).double(), adapter, images[where].double())
         error = (ours - wanted).norm() / wanted.norm()
         budget = (theirs - wanted).norm() / wanted.norm()
@@ -101,7 +101,7 @@ def test_a_thousand_tasks(tmp_path: Path) -> None:
         assert relative(logits, wanted) < 1e-12
 
 
-def test_removal_frees_rows_that_are_used_again(tmp_path: Path) -> None:
+def test_rows_of_removed_tasks_are_reused(tmp_path: Path) -> None:
     model = backbone()
     bank = PromptBank(copy.deepcopy(model))
     adapter = write(model, VPTDeep(10), tmp_path / "a", 4)
@@ -121,8 +121,8 @@ def test_removal_frees_rows_that_are_used_again(tmp_path: Path) -> None:
         bank(images_of(VIT, 1), ["b"])
 
 
-def test_calls_under_way_end_on_what_they_began_with(tmp_path: Path) -> None:
-    """Tasks are removed and added from another thread in the middle of a call."""
+def test_running_calls_keep_their_tasks(tmp_path: Path) -> None:
+    """Tasks are removed and added from another thread during a call."""
     model = backbone()
     bank = PromptBank(copy.deepcopy(model))
     first = write(model, VPTDeep(5), tmp_path / "first", 4, seed=1)
@@ -177,10 +177,10 @@ def test_many_threads(tmp_path: Path) -> None:
 
     def change(own: int) -> None:
         try:
-            for turn in range(30):
-                bank.add(f"{own} {turn}", adapters[turn % 3])
-                if turn % 3:
-                    bank.remove(f"{own} {turn - 1}")
+            for number in range(30):
+                bank.add(f"{own} {number}", adapters[number % 3])
+                if number % 3:
+                    bank.remove(f"{own} {number - 1}")
         except Exception as error:
             errors.append(error)
 

@@ -1,4 +1,4 @@
-"""Images, weights and a finished run that the tests of the command line share."""
+"""Images, weights and a finished run, shared by tests of the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder, checkpoint, tmp_path_factory):
-    """The output folder of a finished run."""
+    """Run a training; return its output folder and result."""
     from test_cli import train
 
     output = tmp_path_factory.mktemp("runs") / "deep"

@@ -1,4 +1,4 @@
-"""The command line: train, eval and predict as a user types them, with wrong input too."""
+"""The command line: train, eval and predict, also with undecodable images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train(folder, checkpoint, output, *arguments):
 
 
 def error_of(result, code=2):
-    """The one line on stderr."""
+    """Return the one line on stderr."""
     assert result.exit_code == code, (result.exit_code, result.output, result.exception)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, lines
@@ -43,7 +43,7 @@ def error_of(result, code=2):
     return lines[0]
 
 
-def test_training_says_what_it_does_and_writes_it(run):
+def test_training_prints_its_settings_and_writes_its_files(run):
     output, result = run
     assert "vpt-deep on test_vit, cpu: " in result.stdout
     assert "images: 24 train, 9 val, 12 test; 3 classes" in result.stdout
@@ -59,7 +59,7 @@ def test_training_says_what_it_does_and_writes_it(run):
     assert config["input"]["input_size"] == [3, 32, 32]
 
 
-def test_eval_repeats_what_training_measured(run, folder, checkpoint):
+def test_eval_repeats_the_accuracy_of_training(run, folder, checkpoint):
     output, trained = run
     line = re.search(r"^test: 12 images, .*$", trained.stdout, re.M).group()
     for adapter in (output, output / "best"):
@@ -69,8 +69,8 @@ def test_eval_repeats_what_training_measured(run, folder, checkpoint):
     result = call("eval", output, folder / "test", "--checkpoint", checkpoint, "--workers", 2)
     assert result.stdout.strip() == line
     result = call("eval", output, folder, "--checkpoint", checkpoint, "--split", "val")
-    kept = re.search(r"kept epoch \d, ([\d.]+)% on val", trained.stdout).group(1)
-    assert f"val: 9 images, top-1 {kept}%" in result.stdout
+    best = re.search(r"kept epoch \d, ([\d.]+)% on val", trained.stdout).group(1)
+    assert f"val: 9 images, top-1 {best}%" in result.stdout
 
 
 def test_predict_names_classes_and_probabilities(run, folder, checkpoint):

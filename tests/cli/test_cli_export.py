@@ -1,4 +1,4 @@
-"""`vpt-fast export`: one file that a Python without this package runs."""
+"""`vpt-fast export`: one file that runs in Python without this package."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def call(*arguments: object) -> Any:
 
 
 def error_of(result: Any) -> str:
-    """The one line on stderr."""
+    """Return the one line on stderr."""
     assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, lines

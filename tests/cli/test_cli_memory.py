@@ -1,4 +1,4 @@
-"""`vpt-fast memory` as a user types it, with wrong input too."""
+"""`vpt-fast memory`: its defaults, files, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vpt-fast predict --bank`: many adapters answer as each of them alone, wrong input is named."""
+"""`vpt-fast predict --bank`: many adapters predict as each of them alone; wrong input is named."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def error_of(result, code=2):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Folders of images, a checkpoint, and a folder of three runs' outputs."""
+    """Create folders of images, a checkpoint, and a folder of three runs' outputs."""
     root = tmp_path_factory.mktemp("bank")
     images = make_folders(root / "images", train=8, val=3, test=4)
     checkpoint = write_checkpoint(root / "tiny.pth")

@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_is_one_line(folder, checkpoint, tmp_path):
 
 
 def test_resuming_in_a_folder_of_something_else(folder, checkpoint, tmp_path):
-    """Neither is it written to, nor removed with a run that fails; what a run has left is not."""
+    """Other files are neither written to nor removed after a failed run; a run's own files are."""
     other = tmp_path / "other"
     (other / "src").mkdir(parents=True)
     (other / "src" / "keep.txt").write_text("keep")

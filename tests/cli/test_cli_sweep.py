@@ -1,4 +1,4 @@
-"""`vpt-fast sweep` as a user types it: on folders, shared by processes, with wrong input."""
+"""`vpt-fast sweep`: on folders, shared by processes, and with wrong input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether images are turned by EXIF: training decides, its adapter says so, all others obey."""
+"""Rotation by EXIF: training decides it, its adapter records it, other commands follow it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def call(*arguments):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Images on their side, with EXIF that says so or without, and upright; and three runs."""
+    """Create rotated images with and without EXIF orientation, upright ones, and three runs."""
     root = tmp_path_factory.mktemp("exif")
     make_folders(root / "lying", train=2, test=2)
     for kind in ("said", "upright"):
@@ -55,7 +55,7 @@ def figures(text):
     return re.search(r"^test: [0-9].*", text, re.M).group()
 
 
-def test_training_turns_images_and_the_adapter_records_it(place):
+def test_training_rotates_images_and_the_adapter_records_it(place):
     turned = json.loads(config_of(place / "turned").read_text())
     assert turned["input"]["exif_transpose"] is True
     stored = json.loads(config_of(place / "stored").read_text())
@@ -66,9 +66,9 @@ def test_training_turns_images_and_the_adapter_records_it(place):
 
 
 @pytest.mark.parametrize("name", ["turned", "stored", "older"])
-def test_eval_and_predict_obey_the_adapter(place, name):
+def test_eval_and_predict_follow_the_adapter(place, name):
     if name == "older":
-        # It was trained when nothing was turned.
+        # Adapters without the field were trained without rotation.
         shutil.copytree(place / "stored", place / "older")
         rewrite_config(
             place / "older" / "last", lambda config: config["input"].pop("exif_transpose")

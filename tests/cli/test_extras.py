@@ -1,4 +1,4 @@
-"""Every extra of setup.py is enough for its commands; what is missing is told in one line."""
+"""Every extra of setup.py suffices for its commands; missing ones are named in one line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMPORTED_AS = {"pillow": "PIL", "scikit-learn": "sklearn"}
 
 @pytest.fixture(scope="module")
 def declared() -> dict[str, Any]:
-    """Arguments of `setuptools.setup`."""
+    """Return the arguments of `setuptools.setup`."""
     given: dict[str, Any] = {}
     before = os.getcwd()
     with pytest.MonkeyPatch.context() as patch:
@@ -45,7 +45,7 @@ def names(requirements: Iterable[str]) -> set[str]:
     return {canonicalize_name(Requirement(text).name) for text in requirements}
 
 
-def test_setup_declares_what_the_package_asks_for(declared: dict[str, Any]) -> None:
+def test_setup_declares_the_required_packages(declared: dict[str, Any]) -> None:
     extras = declared["extras_require"]
     assert names(declared["install_requires"]) == LIBRARY
     assert set(extras) == {"train", "reports", "sweep", "serve", "docs", "dev"}
@@ -58,7 +58,7 @@ def test_setup_declares_what_the_package_asks_for(declared: dict[str, Any]) -> N
 
 
 def installed_by(requirements: Iterable[str]) -> set[str]:
-    """Distributions of this environment that the requirements bring, directly or not."""
+    """Return the installed distributions that the requirements need, directly or indirectly."""
     todo = [Requirement(text) for text in requirements]
     found, seen = set(), set()
     while todo:
@@ -80,7 +80,7 @@ def installed_by(requirements: Iterable[str]) -> set[str]:
 
 
 def absent_without(requirements: Iterable[str]) -> list[str]:
-    """Modules that an environment with nothing but the requirements would lack."""
+    """Return the modules missing from an environment with the requirements only."""
     there = installed_by(requirements)
     return sorted(
         module
@@ -91,7 +91,7 @@ def absent_without(requirements: Iterable[str]) -> list[str]:
 
 
 def in_its_own_process(code: str, absent: Iterable[str], cwd: Path) -> str:
-    """Stdout of Python code that cannot import the modules in `absent`."""
+    """Run Python code that cannot import the modules in `absent`, and return its stdout."""
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({sorted(absent)!r}))\n"
     done = subprocess.run(
         [sys.executable, "-c", blocked + code],
@@ -129,9 +129,9 @@ print("done")
 
 
 def test_the_library_needs_five_packages(declared: dict[str, Any], tmp_path: Path) -> None:
-    """And what those bring; packages of the extras are absent even if one of the five has them."""
+    """And their dependencies; packages of extras are absent even where one of the five has them."""
     optional = {name for packages in EXTRAS.values() for name in packages}
-    # torchvision, and Pillow by it, are timm's own.
+    # torchvision, and through it Pillow, are dependencies of timm.
     absent = {*absent_without(declared["install_requires"]), *optional - {"PIL", "torchvision"}}
     assert {"matplotlib", "sklearn", "scipy", "tqdm", "typer", "pytest", "fastapi"} <= absent
     assert in_its_own_process(LIBRARY_CODE, absent, tmp_path).endswith("done\n")
@@ -155,7 +155,7 @@ print(json.dumps(results))
 
 
 def run(commands: list[list[Any]], absent: Iterable[str], cwd: Path) -> list[list[Any]]:
-    """Exit status, stdout and stderr of each command."""
+    """Run commands; return exit status, stdout and stderr of each."""
     text = json.dumps([[str(word) for word in command] for command in commands])
     lines = in_its_own_process(COMMANDS_CODE.format(commands=text), absent, cwd).splitlines()
     results: list[list[Any]] = json.loads(lines[-1])
@@ -230,7 +230,7 @@ def test_the_sweep_extra_sweeps(declared: Any, data: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["typer", "tensorboard"])
-def test_a_missing_command_line_is_told_in_one_line(missing: str, tmp_path: Path) -> None:
+def test_a_missing_command_line_is_named_in_one_line(missing: str, tmp_path: Path) -> None:
     [[status, out, error]] = run([["--help"]], [missing], tmp_path)
     wanted = f"vpt-fast: error: not installed: {missing}; run: pip install 'vpt-fast[train]'\n"
     assert (status, out, error) == (2, "", wanted)
@@ -247,7 +247,7 @@ def test_the_demo_names_its_extra(
     assert capsys.readouterr().err == wanted
 
 
-def test_a_script_that_trains_is_told_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_training_script_names_the_extra_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r"tensorboard; run: pip install 'vpt-fast\[train\]'"):
         MetricsWriter(tmp_path)

@@ -1,4 +1,4 @@
-"""The version is written once, and told by everything that tells it."""
+"""The version is defined once, and the same everywhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vpt_fast.version import __version__
 ROOT = Path(__file__).parents[2]
 
 
-def said_by(*command: str) -> str:
+def stdout_of(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
@@ -30,9 +30,9 @@ def said_by(*command: str) -> str:
     return done.stdout.strip()
 
 
-def test_everything_tells_the_same_version() -> None:
+def test_the_version_is_the_same_everywhere() -> None:
     assert vpt_fast.__version__ == __version__ == metadata.version("vpt-fast")
-    assert said_by("-m", "vpt_fast", "--version") == f"vpt-fast {__version__}"
+    assert stdout_of("-m", "vpt_fast", "--version") == f"vpt-fast {__version__}"
     assert CliRunner().invoke(app, ["--version"]).stdout == f"vpt-fast {__version__}\n"
 
 
@@ -42,6 +42,6 @@ def test_the_version_is_known_without_pytorch() -> None:
         "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version'];"
         "runpy.run_path('setup.py')"
     )
-    assert said_by("-c", code).splitlines()[-1] == __version__
+    assert stdout_of("-c", code).splitlines()[-1] == __version__
     tree = ast.parse((ROOT / "vpt_fast" / "version.py").read_text(encoding="utf-8"))
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -1,4 +1,4 @@
-"""The API page: every public name is on it and has a docstring, or the site is not built."""
+"""The API page: without an entry and a docstring of every public name, the site is not built."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs" / "api.md").read_text()
 
 @pytest.fixture(scope="module")
 def site_hooks() -> ModuleType:
-    """The hook of the site."""
+    """Load the site's hooks."""
     spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -27,7 +27,7 @@ def site_hooks() -> ModuleType:
     return module
 
 
-def test_the_page_lists_what_python_exports(site_hooks: ModuleType) -> None:
+def test_the_page_lists_the_public_names(site_hooks: ModuleType) -> None:
     listed = {name.rpartition(".")[2] for name in site_hooks.listed_names(PAGE)}
     exported = {*vpt_fast.__all__, *importlib.import_module("vpt_fast.bank").__all__}
     assert exported <= listed

@@ -1,4 +1,4 @@
-"""The documents: their sizes, and that the files, functions, modules and links they name exist."""
+"""Pages of the documentation: their sizes, and the files, functions and links that they name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_page_is_short(page: Path) -> None:
 
 
 @every_page
-def test_prose_is_wrapped_and_speaks_of_the_project_only(page: Path) -> None:
+def test_prose_is_wrapped_and_about_the_project_only(page: Path) -> None:
     for line in prose(page.read_text()).splitlines():
         assert len(line) <= 104 or line.startswith("|"), line
         assert not PRIVATE.search(line), line
@@ -53,7 +53,7 @@ def test_methods_that_a_page_names_exist(page: Path) -> None:
 @every_page
 def test_modules_that_a_page_names_exist(page: Path) -> None:
     for name in MODULE.findall(_without_links(page)):
-        assert _is_there(name), f"{page.name}: {name}"
+        assert _exists(name), f"{page.name}: {name}"
 
 
 @every_page
@@ -69,7 +69,7 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 
 def test_every_equation_has_its_function() -> None:
-    """Rows of tables whose head says that functions stand in them."""
+    """Checked in tables whose head announces functions."""
     rows, named = 0, 0
     inside = False
     for line in (ROOT / "docs" / "methods.md").read_text().splitlines():
@@ -93,13 +93,13 @@ def test_the_readme_is_what_a_newcomer_needs() -> None:
 
 
 def _without_links(page: Path) -> str:
-    """The text of a page without targets of links, which are another test's."""
+    """Return the text of a page without targets of links, which have a test of their own."""
     return re.sub(r"\]\([^)]*\)", "]", page.read_text())
 
 
 @lru_cache
 def _definitions(path: str) -> set[str]:
-    """Functions, classes and methods of a file."""
+    """Return the names of functions, classes and methods of a file."""
     names: set[str] = set()
     for node in ast.parse((ROOT / path).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -112,7 +112,7 @@ def _definitions(path: str) -> set[str]:
 
 @lru_cache
 def _classes() -> dict[str, set[str]]:
-    """Names in the body of every class of the package."""
+    """Return the names in the body of every class of the package."""
     found: dict[str, set[str]] = {}
     for path in (ROOT / "vpt_fast").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -125,7 +125,7 @@ def _classes() -> dict[str, set[str]]:
 
 @lru_cache
 def _names(path: Path) -> set[str]:
-    """All names that stand at the top of a file."""
+    """Return all names that a file defines, imports or uses."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -137,8 +137,8 @@ def _names(path: Path) -> set[str]:
     return found
 
 
-def _is_there(name: str) -> bool:
-    """Whether a dotted name is a module, or something in one."""
+def _exists(name: str) -> bool:
+    """Return whether a dotted name is a module or a name in one."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         path = ROOT.joinpath(*parts[:count])

@@ -1,4 +1,4 @@
-"""The site: it is built strictly, and a dead link or a page outside of the navigation stops it."""
+"""The strict build of the site fails on dead links and on pages outside the navigation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_dead_links_and_stray_pages_stop_it(tmp_path: Path) -> None:
-    """In a site of two pages with the project's own settings."""
+    """Checked on a site of two pages with the project's own settings."""
     docs = tmp_path / "docs"
     docs.mkdir()
     shutil.copy(ROOT / "docs" / "memory.md", docs / "stray.md")

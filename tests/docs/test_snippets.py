@@ -1,4 +1,4 @@
-"""What the documents show is run: Python blocks, and the options of every command."""
+"""Python blocks of the documentation run, and options of its commands exist."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ create_model = timm.create_model
 
 
 def _small_model(name: str, pretrained: bool = False, **options: Any) -> Any:
-    """A small ViT of the same class, whose values depend on the parameters' names only."""
+    """Build a small ViT of the same class, whose values depend on the parameters' names only."""
     model = create_model(name, pretrained=False, **SMALL, **options)
     for parameter_name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(parameter_name.encode()))
@@ -45,7 +45,7 @@ def _small_model(name: str, pretrained: bool = False, **options: Any) -> Any:
 
 
 def _adapters() -> None:
-    """The folders that the page about banks reads."""
+    """Write the adapters that the page about banks reads."""
     methods = {"pets": vpt_fast.VPTDeep(10), "birds": vpt_fast.VAPT(5)}
     for (name, method), classes in zip(methods.items(), (37, 200), strict=True):
         model = timm.create_model("vit_base_patch16_224", num_classes=classes)
@@ -53,7 +53,7 @@ def _adapters() -> None:
 
 
 def _program() -> None:
-    """The file that the page about export reads."""
+    """Write the file that the page about export reads."""
     model = timm.create_model("vit_base_patch16_224", num_classes=37)
     baked = vpt_fast.bake(vpt_fast.prompt_tune(model, vpt_fast.VPTDeep(10)))
     program = torch.export.export(baked, (torch.rand(3, 3, 32, 32),))
@@ -67,7 +67,7 @@ PREPARED: dict[str, Callable[[], None]] = {"docs/bank.md": _adapters, "docs/expo
 def test_the_python_of_a_page_runs(
     page: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its blocks in order, in one namespace; large pretrained models are small random ones."""
+    """Blocks run in order, in one namespace; small random models replace pretrained ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", _small_model)
     PREPARED.get(name, lambda: None)()
@@ -109,7 +109,7 @@ def _check_module(name: str, words: list[str]) -> None:
 
 
 def _help(name: str, needed: bool) -> str:
-    """What `python -m name --help` prints; a program without options is not run."""
+    """Return the output of `python -m name --help`; a program without options is not run."""
     spec = importlib.util.find_spec(f"{name}.__main__" if _is_package(name) else name)
     assert spec is not None and spec.origin is not None, name
     files = [Path(spec.origin)]
@@ -141,7 +141,7 @@ def _arguments(*words: str) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(("page", "name"), SHELL, ids=[name for _, name in SHELL])
 def test_the_commands_of_a_page_exist(page: Path, name: str) -> None:
-    """Programs, targets and extras exist, and every option is one that they take."""
+    """Programs, targets and extras exist, and take every option."""
     makefile, setup = (ROOT / "Makefile").read_text(), (ROOT / "setup.py").read_text()
     for words in commands(page.read_text()):
         program, *rest = words
@@ -164,7 +164,7 @@ def test_the_commands_of_a_page_exist(page: Path, name: str) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of images as the quickstart has it, and two images, in the working folder."""
+    """Create the quickstart's folder of images, and two images, in the working folder."""
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 4), ("val", 2), ("test", 2)):
@@ -181,7 +181,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _stand_in(words: list[str]) -> list[str]:
-    """The same command with the demo's small backbone, for one epoch."""
+    """Return the same command with the demo's small backbone, for one epoch."""
     words = ["vpt_fast_demo" if word.startswith("vit_") else word for word in words]
     words = [word for word in words if word not in ("--pretrained", "--overwrite")]
     return [*words, "--epochs", "1", "-b", "4", "-j", "0"] if words[0] == "train" else words
@@ -189,7 +189,7 @@ def _stand_in(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_the_first_commands_run(name: str, photos: Path) -> None:
-    """What a newcomer types, on a small folder of images."""
+    """The quickstart's commands, on a small folder of images."""
     ran = 0
     for words in commands((ROOT / name).read_text()):
         if words[0] != "vpt-fast":

@@ -44,7 +44,7 @@ def test_it_is_a_plain_timm_vision_transformer() -> None:
     assert demo_backbone(num_classes=0)(torch.zeros(1, 3, 32, 32)).shape == (1, 128)
 
 
-def test_its_arguments_are_json_and_make_the_same_architecture() -> None:
+def test_its_arguments_are_json_and_give_the_same_architecture() -> None:
     arguments = json.loads(json.dumps(DEMO_ARGS))
     model = timm.create_model(DEMO_MODEL, num_classes=10, **arguments)
     model.load_state_dict(demo_backbone(10).state_dict())
@@ -71,7 +71,7 @@ def test_it_classifies_renderings_and_fonts_it_has_not_seen() -> None:
     assert model.training
 
 
-def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+def test_arguments_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_classes .* not -1"):
         demo_backbone(-1)
     with pytest.raises(FileNotFoundError, match="pretrain_demo"):
@@ -126,7 +126,7 @@ def _same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
-def test_pretraining_is_seeded_and_goes_on_where_it_stopped(
+def test_pretraining_is_seeded_and_resumes_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrain_demo, "STEPS_PER_EPOCH", 3)

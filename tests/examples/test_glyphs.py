@@ -1,4 +1,4 @@
-"""The rendered letters and symbols: what the classes are, and what `render` promises."""
+"""The rendered letters and symbols: their classes, and `render`."""
 
 from __future__ import annotations
 

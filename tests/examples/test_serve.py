@@ -1,4 +1,4 @@
-"""The server of examples/serve: its answers, its queue, and what happens while it serves."""
+"""The server of examples/serve: its answers, its queue, failures, and tasks that change."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def alone(bank: PromptBank, task: str, file: bytes) -> dict[str, float]:
     return dict(zip(entry.class_names, logits.softmax(dim=0).tolist(), strict=True))
 
 
-def test_mixed_requests_get_what_the_bank_answers_alone(
+def test_mixed_requests_are_answered_as_single_ones(
     bank: PromptBank, client: httpx2.Client
 ) -> None:
     async def ask() -> list[httpx2.Response]:
@@ -170,7 +170,7 @@ def queued(client: httpx2.Client) -> int:
     return int(client.get("/health").json()["queue_images"])
 
 
-def test_a_full_server_refuses_and_says_when_to_come_back(bank: PromptBank) -> None:
+def test_a_full_server_refuses_with_a_time_to_retry(bank: PromptBank) -> None:
     held = Held(bank)
     with serving(held, max_queue=2, max_requests=4, max_batch=1, max_wait=0) as (client, _):
         first, one = in_threads(lambda: post(client))
@@ -196,7 +196,7 @@ def test_a_full_server_refuses_and_says_when_to_come_back(bank: PromptBank) -> N
         assert post(client).status_code == 200
 
 
-def test_who_waits_too_long_or_leaves_is_not_computed(bank: PromptBank) -> None:
+def test_expired_and_cancelled_requests_are_not_computed(bank: PromptBank) -> None:
     held = Held(bank)
     with serving(held, request_seconds=0.4, max_batch=1, max_wait=0) as (client, _):
         first, one = in_threads(lambda: post(client, "task-0"))
@@ -277,13 +277,13 @@ class Broken(Held):
         raise RuntimeError("the secret of /etc/passwd")
 
 
-def test_what_nobody_thought_of_is_no_secret_told(bank: PromptBank) -> None:
+def test_unexpected_errors_do_not_leak_their_message(bank: PromptBank) -> None:
     with serving(Broken(bank)) as (client, _):
         refused(post(client), 500, "internal_error")
         assert client.get("/health").status_code == 200
 
 
-def test_health_tells_that_the_thread_has_ended(bank: PromptBank) -> None:
+def test_health_reports_that_the_thread_has_ended(bank: PromptBank) -> None:
     with serving(bank) as (client, server):
         server.config.app.state.batcher.close()
         health = client.get("/health")
@@ -292,7 +292,7 @@ def test_health_tells_that_the_thread_has_ended(bank: PromptBank) -> None:
         refused(post(client), 503, "shutting_down")
 
 
-def test_a_shutdown_answers_what_it_has_taken_on(bank: PromptBank) -> None:
+def test_a_shutdown_answers_accepted_requests(bank: PromptBank) -> None:
     held = Held(bank)
     with serving(held, max_batch=1, max_wait=0.0) as (client, server):
         threads, answers = in_threads(*(lambda i=i: post(client, seed=i) for i in range(3)))

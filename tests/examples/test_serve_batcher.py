@@ -1,4 +1,4 @@
-"""The queue of examples/serve: what a batch takes, waits for, drops, and does at the end."""
+"""The queue of examples/serve: batches, waiting, cancellation and shutdown."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_the_first_image_waits_for_others(bank: PromptBank) -> None:
     batcher.close()
 
 
-def test_a_full_batch_waits_for_nobody(bank: PromptBank) -> None:
+def test_a_full_batch_does_not_wait(bank: PromptBank) -> None:
     batcher = Batcher(bank, Settings(max_batch=3, max_wait=3600.0))
     futures = [batcher.submit(image(i), bank.task("task-0")) for i in range(3)]
     assert [future.result(30).batch_size for future in futures] == [3, 3, 3]
     batcher.close()
 
 
-def test_what_is_cancelled_leaves_the_queue(bank: PromptBank) -> None:
+def test_cancelled_images_leave_the_queue(bank: PromptBank) -> None:
     held = Held(bank)
     batcher = Batcher(held, Settings(max_queue=1, max_wait=0.0))  # type: ignore[arg-type]
     first = batcher.submit(image(), bank.task("task-0"))
@@ -93,7 +93,7 @@ def test_what_is_cancelled_leaves_the_queue(bank: PromptBank) -> None:
     batcher.close()
 
 
-def test_closing_answers_what_is_queued(bank: PromptBank) -> None:
+def test_closing_answers_queued_images(bank: PromptBank) -> None:
     held = Held(bank)
     held.go.set()
     batcher = Batcher(held, Settings(max_wait=60.0))  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_closing_answers_what_is_queued(bank: PromptBank) -> None:
         batcher.submit(image(), bank.task("task-0"))
 
 
-def test_closing_refuses_what_a_stuck_bank_cannot_answer(bank: PromptBank) -> None:
+def test_closing_refuses_images_that_a_stuck_bank_cannot_answer(bank: PromptBank) -> None:
     held = Held(bank)
     batcher = Batcher(held, Settings(max_wait=0.0))  # type: ignore[arg-type]
     batcher.submit(image(), bank.task("task-0"))
@@ -135,8 +135,8 @@ def test_a_folder_becomes_a_bank(tmp_path: Path) -> None:
     write_adapters(tmp_path, 2)
     (tmp_path / "notes").mkdir()
     shallow = prompt_tune(demo_backbone(3), VPTShallow(num_prompts=2))
-    place = tmp_path / "shallow" / "best"  # as a run leaves it
-    save_adapter(shallow, place, model_args=DEMO_ARGS, checkpoint=DEMO_CHECKPOINT.name)
+    best = tmp_path / "shallow" / "best"  # where a run saves it
+    save_adapter(shallow, best, model_args=DEMO_ARGS, checkpoint=DEMO_CHECKPOINT.name)
     bank, refused = open_bank(tmp_path)
     assert bank.tasks == ("task-0", "task-1")
     assert len(refused) == 1 and refused[0].startswith("shallow is left out: ")
@@ -150,7 +150,7 @@ def test_a_folder_becomes_a_bank(tmp_path: Path) -> None:
         (["--bank", ".", "--dtype", "int8"], "--dtype is 'int8'; choose one of float32"),
     ],
 )
-def test_the_command_says_what_is_wrong(options: list[str], message: str) -> None:
+def test_the_command_names_wrong_arguments(options: list[str], message: str) -> None:
     app = Typer()
     app.command()(serve)
     result = CliRunner().invoke(app, options)

@@ -1,4 +1,4 @@
-"""The server of examples/serve as a process, asked for more than it can answer."""
+"""The server of examples/serve as a process, overloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_overload_gives_right_answers_or_clear_refusals(tmp_path: Path, capsys: 
     assert tally.outcomes["answered right"] > 5
     assert tally.outcomes["refused: too_many_requests"] > 5
     assert max(tally.batch_sizes) > 1
-    # Twelve requests of at most 200 kB each, and what the allocators keep.
+    # Twelve requests of at most 200 kB each, and memory that allocators do not return.
     assert max(*tally.memory, report.after) - report.before < 100 * MIB
     show(report)
     assert "the server lives and answers right" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The page of examples/serve in a browser: what it shows, what it says, and who can use it."""
+"""The page of examples/serve in a browser: its results, errors, layout and accessibility."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UPLOAD = 100_000
 
 @pytest.fixture(scope="module")
 def bank(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> PromptBank:
-    """Made only where there is a browser to show it."""
+    """Create a bank, only where there is a browser."""
     return make_bank(tmp_path_factory.mktemp("adapters"))
 
 
@@ -35,7 +35,7 @@ def client(bank: PromptBank) -> Iterator[httpx2.Client]:
 
 @pytest.fixture
 def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Makes empty pages in contexts of their own."""
+    """Return a function that opens empty pages in contexts of their own."""
     made = []
 
     def new(width: int = 1200, height: int = 900, scheme: str = "light") -> Page:
@@ -77,7 +77,7 @@ def classify(page: Page, image: Path, classes: int = 3) -> None:
 
 
 def shown(page: Page) -> list[list[str]]:
-    """Names and shares of the classes."""
+    """Return the shown names and shares of the classes."""
     names = page.locator("#classes .name").all_text_contents()
     shares = page.locator("#classes .share").all_text_contents()
     return [list(row) for row in zip(names, shares, strict=True)]
@@ -96,7 +96,7 @@ def share(probability: float) -> str:
     return f"{100 * probability:.{3 if probability < 0.001 else 1}f} %"
 
 
-def test_it_shows_what_the_server_answers(page: Page, client: httpx2.Client, image: Path) -> None:
+def test_it_shows_the_answer_of_the_server(page: Page, client: httpx2.Client, image: Path) -> None:
     expect(page.locator("#send")).to_be_disabled()
     about = page.locator("#about")
     expect(about).to_contain_text("3 classes, tuned with vpt-deep at 32 x 32 pixels.")
@@ -141,7 +141,7 @@ def test_an_image_can_be_dropped(page: Page, client: httpx2.Client) -> None:
     expect(page.locator("#drop")).not_to_have_class(re.compile(r"\bover\b"))
 
 
-def test_errors_are_told_in_words(page: Page, image: Path, tmp_path: Path) -> None:
+def test_errors_are_shown_as_text(page: Page, image: Path, tmp_path: Path) -> None:
     error = page.locator("#error")
 
     def complains(text: str) -> None:
@@ -176,7 +176,7 @@ def test_errors_are_told_in_words(page: Page, image: Path, tmp_path: Path) -> No
     complains("The server cannot be reached.")
 
 
-def test_a_newer_request_takes_the_place_of_an_older_one(
+def test_a_newer_request_replaces_an_older_one(
     new_page: Callable[..., Page], bank: PromptBank, image: Path
 ) -> None:
     held = Held(bank)
@@ -256,7 +256,7 @@ def test_it_fits_narrow_screens_and_is_legible(
             "[task, topk, drop, send].map(node => node.getBoundingClientRect().height)"
         )
         assert min(targets) >= 44
-        # What was found comes into view.
+        # The result scrolls into view.
         page.wait_for_function("element('cost').getBoundingClientRect().bottom <= 801")
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 29)")
@@ -284,7 +284,7 @@ def test_it_loads_nothing_from_elsewhere_and_logs_no_error(
     assert f"{own}/predict" in asked and f"{own}/static/page.js" in asked
     assert all(url.startswith((own, f"blob:{own}")) for url in asked), asked
     assert not wrong, wrong
-    # And would have been told of one.
+    # The log would have recorded an error.
     with page.expect_console_message(lambda message: message.type == "error"):
         page.evaluate("fetch('nowhere').then(() => 0)")
     assert "404" in wrong[0]

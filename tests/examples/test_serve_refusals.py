@@ -1,4 +1,4 @@
-"""What the server of examples/serve refuses: wrong, large and slow uploads, idle connections."""
+"""Refusals of the server of examples/serve: wrong, large and slow uploads, idle connections."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def client(bank: PromptBank) -> Iterator[httpx2.Client]:
 
 
 def png(width: int, height: int) -> bytes:
-    """A file that says it is a large image, and ends there."""
+    """Return a PNG header that claims a large image, without data."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 99) + b"IDAT"
@@ -135,7 +135,7 @@ def test_an_endless_upload_is_cut_off(client: httpx2.Client) -> None:
                 sent += len(chunk)
         except OSError:
             pass
-        # Its limit, what is read to be thrown away, and what the kernel's buffers hold.
+        # The limit, the bytes that are read and discarded, and the kernel's buffers.
         assert UPLOAD < sent < 20 * 2**20
     assert post(client).status_code == 200
     with connect(client) as connection:
@@ -169,7 +169,7 @@ def test_connections_are_bounded(bank: PromptBank) -> None:
         assert post(client).status_code == 200
         with connect(client), connect(client), connect(client):
             wait_until(lambda: client.get("/health").status_code == 503)
-            # Those that say nothing do not keep others out for long.
+            # Idle connections do not block others for long.
             wait_until(lambda: client.get("/health").status_code == 200)
         assert post(client).status_code == 200
 

@@ -1,4 +1,4 @@
-"""`bake`: the tuned model's logits from a plain module that anything of PyTorch's takes."""
+"""`bake`: a plain module with the tuned model's logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_EXPERTS = {"one_patch", "dynamic", "dynamic_padded"}
 
 
 def tuned_pair(family: str, method: Any, seed: int = 0, **overrides: Any) -> tuple[Any, Any]:
-    """A tuned model with prompts of order one, in float64, and its plain twin."""
+    """Return a tuned model with prompts of order one, in float64, and its plain formulation."""
     pairs = vapt_pair if isinstance(method, VAPT) else pair
     return pairs(families.build(family, seed, **overrides), method)
 
@@ -151,7 +151,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     [VPTDeep(3, dropout=0.3, shared=True, project_dim=5), VPTShallow(3), EXPERTS["code"]],
     ids=["deep", "shallow", "vapt"],
 )
-def test_the_tuned_model_stays_as_it_was(method: Any, folded: bool) -> None:
+def test_the_tuned_model_does_not_change(method: Any, folded: bool) -> None:
     tuned = tune("dinov2", method)
     if folded:
         fold_backbone(tuned)
@@ -171,13 +171,13 @@ def test_the_tuned_model_stays_as_it_was(method: Any, folded: bool) -> None:
     if fold is not None:
         assert tuned.tune_record.fold.scales == fold.scales
         assert tuned.tune_record.fold.originals.keys() == fold.originals.keys()
-    places = {t.untyped_storage().data_ptr() for t in after.values()}
-    assert not places & {t.untyped_storage().data_ptr() for t in _tensors(baked).values()}
+    addresses = {t.untyped_storage().data_ptr() for t in after.values()}
+    assert not addresses & {t.untyped_storage().data_ptr() for t in _tensors(baked).values()}
     assert not any(p.requires_grad for p in baked.parameters())
     assert not any(module.training for module in baked.modules())
     assert not any("prompt" in name for name, _ in baked.named_parameters())
-    for kept in ("tune_record", "prompt_tokens", "prompt_projection", "prompt_projector"):
-        assert not hasattr(baked, kept)
+    for name in ("tune_record", "prompt_tokens", "prompt_projection", "prompt_projector"):
+        assert not hasattr(baked, name)
 
 
 def test_a_folded_model_is_baked_unfolded() -> None:
@@ -193,7 +193,7 @@ def test_a_folded_model_is_baked_unfolded() -> None:
         assert all(baked.state_dict()[name].equal(plain[name]) for name in plain)
 
 
-def test_keys_and_values_are_what_the_prompts_become() -> None:
+def test_baked_kv_are_those_of_the_prompts() -> None:
     tuned = deep("qk_norm")
     baked: Any = bake(tuned)
     for plain, block in zip(tuned.blocks, baked.blocks, strict=True):
@@ -279,7 +279,7 @@ def test_intermediates_and_feature_hooks_are_timms(method: Any) -> None:
     image, rows = families.images(TOKEN), []
     with torch.no_grad():
         ours, theirs = baked.forward_intermediates(image), tuned.forward_intermediates(image)
-        kept = tuned.get_intermediate_layers(image, [1], norm=True)[0]
+        expected = tuned.get_intermediate_layers(image, [1], norm=True)[0]
     assert all(distance(a, b) <= EXACT for a, b in zip(ours[1], theirs[1], strict=True))
     handle = baked.blocks[-1].mlp.register_forward_hook(lambda *a: rows.append(a[2].shape[1]))
     watched = baked(image)
@@ -287,11 +287,11 @@ def test_intermediates_and_feature_hooks_are_timms(method: Any) -> None:
     assert rows == [10]
     assert distance(baked(image), watched) <= EXACT
     baked.prune_intermediate_layers([1])
-    assert distance(baked(image)[:, 1:], kept) <= EXACT
+    assert distance(baked(image)[:, 1:], expected) <= EXACT
 
 
 def last_mlp_rows(baked: Any, image: Tensor) -> int:
-    """Seen from the class: what is put on the module itself would have it compute all rows."""
+    """Count the rows of the last MLP; a hook on the module would make it compute all rows."""
     rows: dict[nn.Module, int] = {}
     plain = nn.Linear.forward
 

@@ -1,4 +1,4 @@
-"""`bake`: what it refuses, and baked models that are compiled or exported."""
+"""`bake`: refusals, and baked models that are compiled or exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of memory: its points, its table and picture, and peaks from a stand-in for a GPU."""
+"""The memory report: its points, its table and plot, and peaks from a stand-in for a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {"img_size": 32, "batch_size": 4, "progress": False}
 
 
 def report(method: Method, output: Path, **options: Any) -> tuple[str, list[dict[str, str]]]:
-    """What was said, and the rows of the table."""
+    """Write a report; return its printed text and the rows of its table."""
     lines: list[str] = []
     options = {"num_prompts": 3, "prompts": [0, 5], **OPTIONS, **options, "log": lines.append}
     report_memory("test_vit", method, output, **options)
@@ -57,7 +57,7 @@ def test_points_of_deep_prompts_are_depths_from_both_ends_and_numbers() -> None:
     assert points[Point(3, 2, "last")] == VPTDeep(3, dropout=0.1, blocks=[2, 3])
     assert points[Point(3, 2, "first")] == VPTDeep(3, dropout=0.1, blocks=[0, 1])
     assert points[Point(3, 4, "all")] == VPTDeep(3, dropout=0.1)
-    # A number that is asked for twice is one point.
+    # A number that is given twice is one point.
     assert len(points_of(VPTDeep(), 4, 5, [5])) == 7
     assert list(points_of(VPTDeep(), 1, 3, [3])) == [Point(3, 1, "all")]
 
@@ -109,8 +109,8 @@ def test_report_of_other_methods(tmp_path: Path, method: Method, count: int) -> 
     assert_drawn(tmp_path / "out" / "memory.png")
 
 
-class Stand:
-    """A GPU that has too little memory for one step."""
+class SmallGPU:
+    """A stand-in for a GPU with too little memory for one step."""
 
     def bytes_of(self, method: Method, provider: str, batch_size: int) -> int:
         if provider == EAGER and method.num_prompts == 5:
@@ -121,7 +121,7 @@ class Stand:
 def test_peaks_are_measured_where_there_is_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_report, "gpu_meter", lambda *args: Stand())
+    monkeypatch.setattr(memory_report, "gpu_meter", lambda *args: SmallGPU())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a stand-in")
     said, rows = report(VPTDeep(), tmp_path / "out")
     assert Counter(row["kind"] for row in rows) == {"counted": 66, "measured": 65}
@@ -136,7 +136,7 @@ def test_nothing_is_measured_without_a_gpu() -> None:
     assert memory_report.gpu_meter("test_vit", {}, (3, 32, 32), torch.bfloat16) is None
 
 
-def test_only_files_of_an_earlier_report_are_replaced(tmp_path: Path) -> None:
+def test_only_files_of_an_earlier_report_are_overwritten(tmp_path: Path) -> None:
     output = tmp_path / "out"
     said, rows = report(LinearProbe(), output)
     assert report(LinearProbe(), output) == (said, rows)

@@ -1,4 +1,4 @@
-"""The page of `vpt-fast report`: its figures, what it escapes, and what it says is missing."""
+"""The page of `vpt-fast report`: its figures, escaping, and notes on missing images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLASSES = ("<script>alert(1)<", "a & b", '"red"')
 
 
 class Reader(HTMLParser):
-    """Elements, ids and what a page would load."""
+    """A parser that collects a page's elements, ids and sources."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def train(data: Path, weights: Path, output: Path, *options: Any) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/ with strange class names and a damaged test image, and two runs on it."""
+    """Create data/ with class names to escape and a damaged test image, and two runs on it."""
     root = tmp_path_factory.mktemp("page")
     data = make_folders(root / "data", CLASSES, train=4, val=2, test=3)
     for label, name in enumerate(CLASSES):  # colours of another class: mistakes
@@ -82,7 +82,7 @@ def page(place: Path) -> tuple[Any, str]:
     return result, (place / "page.html").read_text(encoding="utf-8")
 
 
-def test_it_says_what_it_evaluated_and_which_images_are_missing(page: Any) -> None:
+def test_it_names_evaluated_and_missing_images(page: Any) -> None:
     result, text = page
     assert result.exit_code == 1
     assert result.stderr.count("cut.png cannot be decoded") == 1
@@ -100,7 +100,7 @@ def test_nothing_is_loaded_and_names_are_escaped(page: Any) -> None:
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
 
 
-def test_it_is_readable_by_machines_too(page: Any) -> None:
+def test_it_is_accessible(page: Any) -> None:
     read = Reader(page[1])
     assert len(read.ids) == len(set(read.ids))
     used = {source[1:] for source in read.sources if source.startswith("#")}

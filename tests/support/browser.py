@@ -1,4 +1,4 @@
-"""A Chromium without a window, for tests of pages: Playwright drives the one that is installed.
+"""A headless Chromium for tests of pages: Playwright drives the one that is installed.
 
 A test module says `pytest_plugins = ("browser",)` and asks for the fixture `browser`. Without
 Playwright or without a Chromium its tests are skipped.
@@ -21,7 +21,7 @@ MILLISECONDS = 60_000
 
 
 def find_chromium(playwright: Playwright) -> str | None:
-    """Path of a Chromium: of the system, or the one that `playwright install` brought."""
+    """Return the path of a Chromium: the system's, or the one of `playwright install`."""
     own = playwright.chromium.executable_path
     found = (path for name in NAMES if (path := shutil.which(name)))
     return next(found, own if Path(own).is_file() else None)
@@ -29,7 +29,7 @@ def find_chromium(playwright: Playwright) -> str | None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A browser; tests open contexts of their own in it."""
+    """Yield a browser, in which each test opens its own contexts."""
     with sync_playwright() as playwright:
         path = find_chromium(playwright)
         if path is None:
@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
                 "(python -m playwright install chromium)"
             )
         expect.set_options(timeout=MILLISECONDS)
-        # A proxy of the environment is not for pages of this machine.
+        # A proxy of the environment would not reach pages on localhost.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-proxy-server"])
         yield browser
         browser.close()

@@ -1,7 +1,7 @@
-"""Cases of models that somebody has changed: every module and attribute that forward reads.
+"""Cases of edited models: one edit of every module and attribute that forward reads.
 
-A case is a family, a method, a memory mode, a change, and whether it is made before or after
-tuning. The truth is the plain formulation with the same change.
+A case is a family, a method, a memory mode, an edit, and whether the edit comes before or after
+tuning. The expected result is the plain formulation's with the same edit.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ _OFF = {"projector_dropout": 0.0, "channel_dropout": 0.0}
 
 
 def build(family: str) -> Any:
-    """A tiny model, the same every time."""
+    """Return a new tiny model with the same weights at every call."""
     if family == SWIN:
         return plain_swin.build(SWIN)
     return families.build(family, **SIZES)
 
 
 def images(family: str) -> Tensor:
-    """What it is fed."""
+    """Return images of the size that the family's model takes."""
     return plain_swin.images(SWIN) if family == SWIN else families.images(family)
 
 
 class PlainTimm:
-    """timm's own model, with the parameters trained that a tuned one trains."""
+    """timm's own model, which trains the same parameters as the tuned one."""
 
     def __init__(self, model: Any, method: Any, state: dict[str, Tensor], names: set[str]) -> None:
         self.model, self.trained = model.eval(), {}
@@ -74,7 +74,7 @@ class PlainTimm:
 
 
 def truth(family: str, method: Any, base: Any, tuned: Any) -> Any:
-    """The plain formulation of a tuned model, around a model of the same weights."""
+    """Return the plain formulation of a tuned model, around a model of the same weights."""
     state = tuned.state_dict()
     if isinstance(method, Baseline):
         if isinstance(method, AdapterTuning | MLPHead):
@@ -102,7 +102,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Every change of every family, with methods, memory modes and times in turns."""
+    """Return every edit of every family; methods, memory modes and times of the edit alternate."""
     found = []
     for number, family in enumerate((*VITS, SWIN)):
         missing = {SWIN: ("adapter", "mlp"), "deit_distilled": ("mlp",)}.get(family, ())
@@ -118,12 +118,12 @@ def all_cases() -> list[Case]:
 
 
 def method_of(case: Case) -> Any:
-    """The case's method, without dropout."""
+    """Return the case's method, without dropout."""
     return VAPT(2, **_OFF) if case.method == "vapt" else METHODS[case.method]
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by a line of the library's own."""
+    """Return whether a `raise` statement of the library raised an error."""
     if not isinstance(error, ValueError | TypeError | RuntimeError):
         return False
     trace = error.__traceback__
@@ -137,7 +137,7 @@ def is_ours(error: BaseException) -> bool:
 
 
 def tuned_and_plain(case: Case, counts: tuple[list[str], list[str]]) -> tuple[Any, Any]:
-    """The tuned model and the plain one, both changed; raises what `prompt_tune` raises."""
+    """Return the tuned and the plain model, both edited; errors of `prompt_tune` propagate."""
     method, one, other = method_of(case), build(case.family), build(case.family)
     if case.when == "before":
         torch.manual_seed(2)

@@ -1,4 +1,4 @@
-"""Changes that others make to parts of a model: adapters of low rank, hooks, lent weights."""
+"""Edits of a model's parts as other libraries make them: LoRA layers, hooks, offloaded weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 class LowRank(nn.Module):
-    """As PEFT's: the Linear is inside, and its weight and bias can be asked for."""
+    """A LoRA layer like PEFT's: it holds the Linear and exposes its weight and bias."""
 
     def __init__(self, base_layer: nn.Linear, rank: int = 3) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class LowRank(nn.Module):
 
 
 class Scaled(nn.Linear):
-    """A subclass that computes something else."""
+    """A Linear subclass whose output is scaled."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 1.5 * super().forward(x)
@@ -66,7 +66,7 @@ def with_low_rank(model: nn.Module) -> None:
 
 
 def merged(model: nn.Module) -> None:
-    """The same, in the Linears themselves."""
+    """Add the updates of `with_low_rank` to the weights of the Linears."""
     torch.manual_seed(3)
 
     def make(linear: nn.Linear) -> nn.Linear:
@@ -79,12 +79,12 @@ def merged(model: nn.Module) -> None:
 
 
 def changed(x: Tensor) -> Tensor:
-    """No norm undoes it."""
+    """Return x edited such that no norm cancels the edit."""
     return 1.25 * x + 0.5 * x.sin()
 
 
 def changing(kind: str) -> Callable[[nn.Module], Any]:
-    """Registers a hook that changes what it sees, row by row."""
+    """Return a function that registers a row-wise hook which edits a module's input or output."""
 
     def register(module: nn.Module) -> Any:
         if kind == "before":
@@ -95,21 +95,26 @@ def changing(kind: str) -> Callable[[nn.Module], Any]:
 
 
 def lend_weights(model: nn.Module, kept: str = "-") -> None:
-    """As accelerate's cpu_offload: a module has tensors of its own only while it is called."""
+    """Move parameters to meta except during a module's call, as accelerate's cpu_offload does.
+
+    Args:
+        model: Model whose modules are changed.
+        kept: Part of the names of modules that keep their parameters.
+    """
     for name, module in model.named_modules():
         own = {leaf: value for leaf, value in module._parameters.items() if value is not None}
         if not own or kept in name:
             continue
         forward = module.forward
 
-        def take(module: Any = module, own: Any = own) -> None:
+        def offload(module: Any = module, own: Any = own) -> None:
             for leaf, value in own.items():
-                away = torch.empty_like(value, device="meta")
-                module._parameters[leaf] = nn.Parameter(away, value.requires_grad)
+                empty = torch.empty_like(value, device="meta")
+                module._parameters[leaf] = nn.Parameter(empty, value.requires_grad)
 
         def lent(
             *args: Any, module: Any = module, own: Any = own, call: Any = forward,
-            end: Any = take, **more: Any,
+            end: Any = offload, **more: Any,
         ) -> Any:  # fmt: skip
             module._parameters.update(own)
             try:
@@ -118,4 +123,4 @@ def lend_weights(model: nn.Module, kept: str = "-") -> None:
                 end()
 
         module.forward = lent  # type: ignore[method-assign]
-        take()
+        offload()

@@ -1,4 +1,4 @@
-"""What somebody may do to a model: every module and attribute that forward reads, one at a time."""
+"""Edits of a model, one at a time: of every module and attribute that forward reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.changes import LowRank, Scaled, blocks_of, changed
 
 
 class Mixing(nn.Module):
-    """Every row gets some of all rows: nothing may be left out before it."""
+    """A wrapper that adds the mean over rows: no row may be left out before it."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Mixing(nn.Module):
 
 
 class Sine(nn.Module):
-    """What no list of known modules has."""
+    """A module type that the library does not know."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 1.2 * x.sin() + 0.1 * x
@@ -40,12 +40,12 @@ class Doubled(nn.Module):
 
 @dataclass(frozen=True)
 class Change:
-    """What somebody does to a model.
+    """An edit of a model.
 
     Attributes:
-        name: of the change, the module's first.
-        make: does it to a model, and may count calls.
-        plain: does it to the plain one, if not the same.
+        name: Name of the module, and of the edit.
+        make: Function that edits a model and may record calls in a list.
+        plain: Function that edits the plain model, where it differs from `make`.
     """
 
     name: str
@@ -65,11 +65,11 @@ def _put(path: str, make: Callable[[Any], nn.Module]) -> Callable[[Any, list[str
 
     def put(model: Any, _: list[str]) -> None:
         owner = model.get_submodule(parent)
-        made = make(getattr(owner, leaf))
+        module = make(getattr(owner, leaf))
         if isinstance(owner, nn.Sequential):
-            owner[int(leaf)] = made
+            owner[int(leaf)] = module
         else:
-            setattr(owner, leaf, made)
+            setattr(owner, leaf, module)
 
     return put
 
@@ -106,7 +106,7 @@ def _own_forward(module: Any) -> None:
 
 
 def _strict_forward(module: Any) -> None:
-    """With no other argument than the first."""
+    """Give a module a forward that ignores all arguments but the first."""
     forward = module.forward
     module.forward = lambda x, mask=None, attn_mask=None, is_causal=False: changed(forward(x))
 
@@ -144,7 +144,7 @@ def _subclass(module: Any) -> None:
 
 
 def _of_module(path: str, module: nn.Module) -> Iterator[Change]:
-    """What can be done to any module."""
+    """Yield the edits of any module, and those of its type."""
     yield from _hooks(path)
     yield Change(f"{path}: own forward", _at(path, _own_forward))
     yield Change(f"{path}: strict forward", _at(path, _strict_forward))
@@ -185,10 +185,10 @@ def _parametrized(linear: Any) -> None:
 def _rms_norm(norm: Any) -> nn.Module:
     weight = getattr(norm, "weight", None)
     width = 1 if weight is None else len(weight)
-    made = layers.RmsNorm(width).double()
+    rms = layers.RmsNorm(width).double()
     with torch.no_grad():
-        made.weight.copy_(torch.linspace(0.5, 1.5, width))
-    return made.requires_grad_(False)
+        rms.weight.copy_(torch.linspace(0.5, 1.5, width))
+    return rms.requires_grad_(False)
 
 
 def _of_attention(path: str) -> Iterator[Change]:
@@ -263,8 +263,10 @@ def _head(model: Any) -> nn.Linear:
 
 
 def _skipped(path: str) -> bool:
-    """Containers, which the plain formulation does not call, and blocks, whose hooks see no
-    prompts."""
+    """Return whether a module is not edited: a container, a block, or a part of attention pooling.
+
+    The plain formulation does not call containers, and hooks of a tuned block see no prompt rows.
+    """
     last = path.rpartition(".")[2]
     return (
         not path or path.startswith("attn_pool") or last in ("blocks", "layers") or last.isdigit()
@@ -272,7 +274,7 @@ def _skipped(path: str) -> bool:
 
 
 def changes_of(model: Any) -> list[Change]:
-    """Everything that is done to a model of such modules."""
+    """Return all edits of a model with such modules."""
     found: list[Change] = []
     for path, module in model.named_modules():
         if _skipped(path) or (".mlp." not in path and path.startswith("head.")):

@@ -1,4 +1,4 @@
-"""The pages of the documents, cut into what the tests look at."""
+"""Pages of the documentation, and their code blocks, prose, headings and links."""
 
 from __future__ import annotations
 

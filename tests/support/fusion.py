@@ -1,4 +1,4 @@
-"""Which blocks run fused."""
+"""Readings of the blocks that run fused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vpt_fast.models.fusion import fused_block
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """See `ran`."""
+    """Return a list to which every fused block that runs appends its reading."""
     readings: list[Any] = []
     steps = fused_block._steps
 
@@ -24,7 +24,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def indices(model: nn.Module, ran: list[Any]) -> set[int]:
-    """Which blocks those are, each at most once; forgets them."""
+    """Return the indices of the blocks that ran, each at most once and in order; clear `ran`."""
     found = [vars(block).get("_reading") for block in model.blocks]
     known = [None if reading is None else reading.known for reading in found]
     order = [known.index(reading) for reading in ran]

@@ -15,7 +15,7 @@ IMG_SIZE = 32
 
 
 def write_image(path: Path, label: int, seed: int) -> None:
-    """A noisy picture whose colour is its class."""
+    """Write a noisy picture whose colour is its class."""
     noise = np.random.default_rng(seed).integers(0, 120, (36, 40, 3))
     noise[..., 2 - label] += 130
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def write_image(path: Path, label: int, seed: int) -> None:
 
 
 def make_folders(root: Path, classes: tuple[str, ...] = CLASSES, **counts: int) -> Path:
-    """Writes `root/<split>/<class>/<i>.png`, counts[split] images of each class."""
+    """Write `root/<split>/<class>/<i>.png`, counts[split] images of each class."""
     for split, count in counts.items():
         for label, name in enumerate(classes):
             for i in range(count):
@@ -32,7 +32,7 @@ def make_folders(root: Path, classes: tuple[str, ...] = CLASSES, **counts: int) 
 
 
 def backbone(num_classes: int = 3, seed: int = 0, **arguments: object) -> nn.Module:
-    """timm's smallest vision transformer at 32 px: 4 patches and a [CLS] token."""
+    """Return timm's smallest vision transformer at 32 px: 4 patches and a [CLS] token."""
     torch.manual_seed(seed)
     arguments = {"img_size": IMG_SIZE, "num_classes": num_classes, **arguments}
     overlay = {"input_size": [3, IMG_SIZE, IMG_SIZE]}
@@ -40,6 +40,6 @@ def backbone(num_classes: int = 3, seed: int = 0, **arguments: object) -> nn.Mod
 
 
 def write_checkpoint(path: Path, seed: int = 0) -> Path:
-    """The weights of `backbone(seed=seed)`, head included."""
+    """Save the weights of `backbone(seed=seed)`, head included."""
     torch.save(backbone(seed=seed).state_dict(), path)
     return path

@@ -1,4 +1,4 @@
-"""Servers for the tests of examples/serve: on a free port of this machine, in a thread."""
+"""Servers for the tests of examples/serve: in a thread, on a free port of localhost."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from vpt_fast.train.run.bank_folder import open_bank
 
 
 def make_bank(folder: Path, tasks: int = 3) -> PromptBank:
-    """A bank of untrained adapters of the demo backbone: VPT-Deep, VAPT, linear, ..."""
+    """Return a bank of untrained adapters of the demo backbone: VPT-Deep, VAPT, linear, ..."""
     bank, refused = open_bank(write_adapters(folder, tasks))
     assert not refused
     return bank
 
 
 class Held:
-    """A bank whose batches wait until they are let go, and which may be told to fail.
+    """A bank whose batches wait for an event, and may fail.
 
     Attributes:
-        go: Batches wait for it.
-        seen: Tasks of every batch that was asked for.
+        go: Event for which batches wait.
+        seen: Tasks of every batch that was requested.
         failing: Tasks whose batches raise.
-        entered: Set when a batch has arrived.
+        entered: Event that is set when a batch arrives.
     """
 
     def __init__(self, bank: PromptBank) -> None:
@@ -67,7 +67,7 @@ class Held:
 
 @contextmanager
 def serving(bank: Any, **limits: Any) -> Iterator[tuple[httpx2.Client, Any]]:
-    """A server in a thread, as (client, uvicorn's server)."""
+    """Run a server in a thread; yield a client and uvicorn's server."""
     settings = Settings(**limits)
     server = make_server(create_app(bank, settings), settings, port=0)
     server.config.log_level = "critical"
@@ -88,22 +88,22 @@ def serving(bank: Any, **limits: Any) -> Iterator[tuple[httpx2.Client, Any]]:
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 10.0) -> None:
-    """Returns as soon as it is so; fails where it does not come true."""
+    """Return as soon as a condition holds; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "it did not come true"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
         time.sleep(0.01)
 
 
 def post(client: httpx2.Client, task: str = "task-0", seed: int = 0, **form: Any) -> Any:
-    """Asks for a prediction."""
+    """Ask for a prediction."""
     return client.post(
         "/predict", files={"image": picture(seed)}, data={"task": task, "topk": 100, **form}
     )
 
 
 def refused(response: Any, status: int, reason: str) -> str:
-    """Checks how a request was refused; returns the message."""
+    """Check a refusal's status and body, and return its message."""
     assert response.status_code == status, response.text
     body = response.json()
     assert body.keys() == {"reason", "message"} and body["reason"] == reason, body
@@ -113,12 +113,12 @@ def refused(response: Any, status: int, reason: str) -> str:
 
 
 def connect(client: httpx2.Client) -> socket.socket:
-    """A connection that has said nothing yet."""
+    """Open a connection on which nothing has been sent."""
     return socket.create_connection((client.base_url.host, client.base_url.port), timeout=10)
 
 
 def read(connection: socket.socket) -> bytes:
-    """All that comes until the server closes the connection."""
+    """Return all bytes received until the server closes the connection."""
     parts = []
     while not parts or parts[-1]:
         parts.append(connection.recv(10**5))

@@ -1,4 +1,4 @@
-"""Everything that a model is, to see that it is the same afterwards."""
+"""Snapshots by identity: a model after a failure consists of the same objects as before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Classes, attributes, hooks, modes, parameters by identity, flags and values."""
+    """Return a model's modules, attributes, hooks, parameters and buffers by identity.
+
+    Values enter as a sum of each tensor, so that models on meta have a snapshot, too.
+    """
     return {
         "modules": [(n, id(m), type(m), m.training) for n, m in model.named_modules()],
         "attributes": [
@@ -33,17 +36,17 @@ def _value(tensor: Tensor) -> Any:
 
 
 def assert_same_model(model: nn.Module, before: dict[str, Any]) -> None:
-    """Assert that a model is what it was."""
+    """Assert that a model equals its snapshot."""
     now = snapshot(model)
     for what, value in before.items():
         assert now[what] == value, what
 
 
 class Failing(torch.utils._python_dispatch.TorchDispatchMode):
-    """Inside, the operation with a number fails, as when there is no memory.
+    """A mode in which one operation fails, as when memory runs out.
 
     Attributes:
-        left: operations until then.
+        left: Number of operations before the failing one.
     """
 
     def __init__(self, number: int, error: type[Exception] = torch.OutOfMemoryError) -> None:
@@ -55,5 +58,5 @@ class Failing(torch.utils._python_dispatch.TorchDispatchMode):
     ) -> Any:
         self.left -= 1
         if self.left == -1:
-            raise self.error("out of memory, as a test has it")
+            raise self.error("out of memory, simulated by a test")
         return function(*args, **(kwargs or {}))

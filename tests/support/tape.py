@@ -1,7 +1,7 @@
-"""A stand-in for CUDA graphs on the CPU: operators are written down and run on the same tensors.
+"""A stand-in for CUDA graphs on the CPU: operators are recorded and replayed on the same tensors.
 
-As with a CUDA graph, what Python does is not repeated: branches, addresses and numbers are those of
-the recording, what is drawn at random is drawn anew, and a value may not be asked for.
+As with a CUDA graph, Python does not run again: branches, addresses and scalars are those of the
+recording, random numbers are drawn anew, and reading a tensor's value is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vpt_fast.models.graphs.capture import Replay, recording
 
 
 class Tape(TorchDispatchMode):
-    """Operators in their order, with the tensors that they read and made."""
+    """Recorded operators in order, with their inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,28 +28,28 @@ class Tape(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         found = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
-        self.lines.append((func, args, kwargs or {}, made))
+        outputs = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
+        self.lines.append((func, args, kwargs or {}, outputs))
         return found
 
     def run(self) -> None:
-        off = torch.autocast("cpu", enabled=False)  # what it casts has been written down
+        off = torch.autocast("cpu", enabled=False)  # its casts are among the recorded operators
         with torch.inference_mode(False), torch.no_grad(), off:
-            for func, args, kwargs, made in self.lines:
+            for func, args, kwargs, outputs in self.lines:
                 again = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
-                for old, new in zip(made, again, strict=True):
+                for old, new in zip(outputs, again, strict=True):
                     if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
 
 class TapeCapture:
-    """Records on tapes.
+    """A stand-in for graph capture that records on tapes.
 
     Attributes:
-        recorded: Pieces of work so far.
-        replayed: Runs of them.
-        results: What they write, of all of them.
-        current: The number that the current stream says it has.
+        recorded: Number of recordings.
+        replayed: Number of replays.
+        results: Tensors that the replays write.
+        current: Number of the current stream.
     """
 
     def __init__(self) -> None:
@@ -89,6 +89,6 @@ class TapeCapture:
 
 
 def is_handed_out(capture: TapeCapture, tensor: Tensor) -> bool:
-    """Whether a tensor is memory that a replay writes."""
-    mine = {result.untyped_storage().data_ptr() for result in capture.results}
-    return tensor.untyped_storage().data_ptr() in mine
+    """Return whether a replay writes to a tensor's memory."""
+    written = {result.untyped_storage().data_ptr() for result in capture.results}
+    return tensor.untyped_storage().data_ptr() in written

@@ -1,4 +1,4 @@
-"""Small runs of training: items, damaged files, and what a run leaves."""
+"""Small training runs: items, damaged files, and the adapters that a run writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BROKEN = SkippedImage("broken.png", "broken.png cannot be decoded (cut)")
 
 
 def pictures(count=24, seed=0):
-    """Items (3, 32, 32) whose mean colour tells their class."""
+    """Return (image, label) items; images (3, 32, 32) whose mean colour is their class."""
     rng = torch.Generator().manual_seed(seed)
     labels = [i % 3 for i in range(count)]
     noise = torch.randn(count, 3, 32, 32, generator=rng)
@@ -47,7 +47,7 @@ CONFIG = {
 
 
 def damaged_files(folder):
-    """Name -> file: no image, empty, cut PNG and JPEG, broken PNG chunk, cut TIFF."""
+    """Write a text file, an empty file, cut PNG, JPEG and TIFF files, and a broken PNG chunk."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     files = {"text.png": b"not an image", "empty.jpg": b""}
     for name, form in (("cut.png", "PNG"), ("cut.jpg", "JPEG"), ("cut.tiff", "TIFF")):
@@ -64,9 +64,9 @@ def damaged_files(folder):
 
 
 def endings(folder: Path) -> dict[str, bytes]:
-    """The bytes of everything that a run leaves and that holds no time."""
+    """Return the tensor files of the adapters that a run writes, which hold no time stamps."""
     return {name: (folder / name / TENSORS_FILE).read_bytes() for name in ("best", "last")}
 
 
 class Stopped(Exception):
-    """Ends a run as if the process had gone away."""
+    """Raised to end a run as if its process had been killed."""

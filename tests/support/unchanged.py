@@ -1,4 +1,4 @@
-"""That a model is what it was, and that two structures of tensors are alike."""
+"""Snapshots by value: a model after removal or a refusal, and equality of nested tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.formulations.plain import distance
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that `remove_prompts` must bring back, and that a refusal must not touch."""
+    """Return what `remove_prompts` restores and a refusal leaves unchanged; weights are copied."""
     return {
         "classes": [(name, type(module)) for name, module in model.named_modules()],
         "modes": [(name, module.training) for name, module in model.named_modules()],
@@ -27,7 +27,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
-    """Asserts that nothing in the snapshot differs, weights bit for bit."""
+    """Assert that a model equals its snapshot, weights bit for bit."""
     after = snapshot(model)
     state, expected = after.pop("state"), dict(before)
     old = expected.pop("state")
@@ -39,7 +39,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 
 
 def leaves(value: Any) -> list[Tensor]:
-    """All tensors of nested lists, tuples and dictionaries, in order."""
+    """Return all tensors of nested lists, tuples and dictionaries, in order."""
     if isinstance(value, Tensor):
         return [value]
     values = value.values() if isinstance(value, dict) else value
@@ -47,7 +47,7 @@ def leaves(value: Any) -> list[Tensor]:
 
 
 def assert_alike(found: Any, expected: Any) -> None:
-    """Asserts the same structure and equal tensors."""
+    """Assert the same structure and equal tensors."""
     assert type(found) is type(expected)
     if isinstance(expected, dict):
         assert list(found) == list(expected)

@@ -1,6 +1,6 @@
-"""Copies that are made of a block's weights, copies of the block itself, and what is left of both.
+"""Cast copies of a block's weights, and copies of the block itself.
 
-A model that was used, changed and used again is held against a copy of it, which is read anew.
+A model that was used, changed and used again is compared with a copy of it, which is read anew.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from vpt_fast.ops.block.parts import BlockWeights
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_cast_copy_is_of_the_weights_of_now(method: str) -> None:
+def test_the_cast_copy_follows_the_weights(method: str) -> None:
     model, image = tuned(method, torch.float32), images(torch.float32)
     edits = (in_place, swap, parameter, linear, not_contiguous, in_place, in_place)
     for dtype in (torch.bfloat16, None, torch.float16, torch.bfloat16):
@@ -66,7 +66,7 @@ def test_weights_without_a_version_are_cast_in_every_call() -> None:
     assert distance(found, expected) == 0 and distance(found, before) > 1e-3
 
 
-def test_one_copy_is_kept_and_dropped_with_its_use() -> None:
+def test_one_copy_is_cached_and_dropped_with_its_use() -> None:
     model, image = tuned(dtype=torch.float32), images(torch.float32)
     block = model.blocks[MIDDLE]
 
@@ -89,8 +89,8 @@ def test_one_copy_is_kept_and_dropped_with_its_use() -> None:
     assert held() is None and "_reading" not in block.__dict__
 
 
-def test_a_cast_of_another_thread_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if another thread cast to another dtype in the middle of this one's cast."""
+def test_a_cast_of_another_thread_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread casts to another dtype in the middle of this thread's cast."""
     model, image = tuned(dtype=torch.float32), images(torch.float32)
     results(model, image)
     reading, cast = model.blocks[MIDDLE]._reading.known, BlockWeights.to
@@ -167,7 +167,7 @@ def test_a_used_model_is_freed_at_once() -> None:
 
 
 def test_blocks_with_other_weights_missing_have_other_layouts() -> None:
-    """(D,) of LayerScale in place of (D,) of a bias: launches have other pointers."""
+    """LayerScale (D,) instead of a bias (D,): launches have other pointers."""
     model = tuned()
     model.blocks[0].attn.proj.bias = None
     model.blocks[1].ls1 = nn.Identity()
@@ -207,7 +207,7 @@ def test_a_subclass_of_tensor_among_the_weights() -> None:
 
 
 def test_threads() -> None:
-    """Of one model, some of which change nothing and one of which changes modes of its own."""
+    """Threads use one model; one of them changes the modes of a model of its own."""
     model, image = tuned(dtype=torch.float32), images(torch.float32)
     expected = {}
     for dtype in (None, torch.bfloat16):

@@ -1,6 +1,6 @@
-"""A block is read once and looked at in every call: no change after a first use is missed.
+"""A block is read once, and every call notices changes of it.
 
-A model that was used, changed and used again is held against a copy of it, which is read anew.
+A model that was used, changed and used again is compared with a copy of it, which is read anew.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from vpt_fast import VAPT, VPTDeep, fold_backbone, prompt_tune
 from vpt_fast.models.fold import unfold_backbone
 
 METHODS: dict[str, Any] = {"deep": VPTDeep(3), "vapt": VAPT(3)}
-MIDDLE = 1  # the block that is changed, of three
+MIDDLE = 1  # index of the changed block, of three
 
 
 def tuned(method: str = "deep", dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """In eval mode, its LayerScale there."""
+    """Build a tuned model with LayerScale, in eval mode."""
     options = {"init_values": 0.1, **options}
     model = prompt_tune(families.build(AVERAGE, dtype=dtype, **options), METHODS[method])
     redraw_prompts(model)
@@ -41,14 +41,14 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def results(model: Any, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and the gradient of everything that is trained."""
+    """Return the logits and the gradients of all trained parameters."""
     torch.manual_seed(5)  # for dropout
     output = model(image)
     return output.detach(), tuned_gradients(model, output)
 
 
 def assert_as_read_anew(model: Any, image: Tensor, tolerance: float = 1e-12) -> Tensor:
-    """Asserts that logits and gradients are a copy's, and returns the logits."""
+    """Assert that logits and gradients equal a copy's; return the logits."""
     anew = copy.deepcopy(model)
     assert all(vars(block).get("_reading") is None for block in anew.blocks)
     (found, grads), (expected, right) = results(model, image), results(anew, image)
@@ -83,7 +83,7 @@ def _dropped(where: str) -> Callable[[Any], None]:
 
 
 def _scale(block: Any) -> None:
-    block.attn.scale, block.attn.fused_attn = 0.3, False  # timm's fused attention has its own
+    block.attn.scale, block.attn.fused_attn = 0.3, False  # timm's fused attention ignores it
 
 
 def _heads(block: Any) -> None:
@@ -109,7 +109,7 @@ def not_contiguous(block: Any) -> None:
 
 
 def _spread(block: Any) -> None:
-    """The same address, other strides."""
+    """Replace a weight by one at the same address with other strides."""
     block.norm2.weight.data = block.norm2.weight.data[:1].expand(block.norm2.weight.shape[0])
 
 
@@ -213,7 +213,7 @@ def test_a_hook_is_called_and_taken_off(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["norm2", "mlp", "mlp.fc1", "prompt"])
 def test_a_hook_in_a_new_dictionary_is_called(name: str) -> None:
-    """Hooks are often removed by giving the module an empty dictionary."""
+    """Hooks are often removed by assigning an empty dictionary to the module."""
     model, image, seen = tuned(), images(), []
     results(model, image)
     module = model.blocks[MIDDLE].get_submodule(name)

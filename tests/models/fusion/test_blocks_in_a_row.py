@@ -1,4 +1,4 @@
-"""Blocks that run as one function are the same blocks one by one, and are freed one by one."""
+"""Blocks that run as one function equal blocks one by one, and are freed one by one."""
 
 from __future__ import annotations
 
@@ -110,13 +110,13 @@ def test_gradcheck() -> None:
 
 @contextmanager
 def backwards(saved: list[list[Any]], alive: list[list[int]]) -> Iterator[None]:
-    """At the beginning of each block's backward: which blocks' hidden layers are still there."""
+    """Record which blocks' hidden layers are alive when each block's backward begins."""
     backward = BlockSteps.backward
 
-    def spy(self: BlockSteps, kept: Any, *arguments: Any) -> Any:
-        saved.append([weakref.ref(kept.hidden)])
+    def spy(self: BlockSteps, tensors: Any, *arguments: Any) -> Any:
+        saved.append([weakref.ref(tensors.hidden)])
         alive.append([i for i, refs in enumerate(saved) if refs[0]() is not None])
-        return backward(self, kept, *arguments)
+        return backward(self, tensors, *arguments)
 
     BlockSteps.backward = spy  # type: ignore[method-assign]
     try:
@@ -126,7 +126,7 @@ def backwards(saved: list[list[Any]], alive: list[list[int]]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_block_has_read_is_freed_when_it_is_done(method: str) -> None:
+def test_saved_tensors_of_a_block_are_freed_after_its_backward(method: str) -> None:
     model = prompt_tune(families.build(AVERAGE), METHODS[method]).train()
     redraw_prompts(model)
     image = families.images(AVERAGE)
@@ -149,7 +149,7 @@ def test_what_a_block_has_read_is_freed_when_it_is_done(method: str) -> None:
 
 
 def functions(output: Tensor) -> int:
-    """How many functions of blocks there are behind a tensor."""
+    """Count the functions of blocks in a tensor's graph."""
     seen, left, count = set(), [output.grad_fn], 0
     while left:
         node = left.pop()
@@ -162,8 +162,8 @@ def functions(output: Tensor) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_saved_elsewhere_they_are_saved_block_by_block(method: str) -> None:
-    """Who moves or recomputes what is saved has each block's before the next one runs."""
+def test_under_hooks_on_saved_tensors_each_block_saves_before_the_next(method: str) -> None:
+    """Hooks that offload or recompute receive a block's saved tensors before the next one runs."""
     model = prompt_tune(families.build(AVERAGE), METHODS[method]).train()
     redraw_prompts(model)
     image = families.images(AVERAGE)
@@ -205,12 +205,12 @@ def test_saved_elsewhere_they_are_saved_block_by_block(method: str) -> None:
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 @pytest.mark.parametrize("method", METHODS)
-def test_together_they_keep_what_they_keep_one_by_one(method: str, memory: str) -> None:
+def test_blocks_in_a_row_save_what_single_blocks_save(method: str, memory: str) -> None:
     model = prompt_tune(families.build(AVERAGE), METHODS[method], memory=memory).train()
     image = families.images(AVERAGE)
 
-    def kept(output: Tensor) -> int:
-        """Bytes of what all functions of blocks and of keys have saved."""
+    def saved(output: Tensor) -> int:
+        """Return the bytes that all functions of blocks and of prompt_kv have saved."""
         storages, seen, left = {}, set(), [output.grad_fn]
         while left:
             node = left.pop()
@@ -229,7 +229,7 @@ def test_together_they_keep_what_they_keep_one_by_one(method: str, memory: str) 
     with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         apart = model(image)
     assert functions(together) == 1 < functions(apart)
-    assert kept(together) == kept(apart) > 0
+    assert saved(together) == saved(apart) > 0
 
 
 # --- the rows that the head reads ------------------------------------------------------------
@@ -253,7 +253,7 @@ LOOKS = {
 
 
 def _hook_of_another(model: Any) -> None:
-    """A hook that is there already, on a module that takes the place of the norm."""
+    """Replace the norm by a module that has a hook already."""
     norm = nn.LayerNorm(model.norm.weight.shape, eps=model.norm.eps, dtype=model.norm.weight.dtype)
     norm.load_state_dict(model.norm.state_dict())
     _hook(norm)
@@ -262,7 +262,7 @@ def _hook_of_another(model: Any) -> None:
 
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("look", LOOKS)
-def test_who_looks_after_a_first_call_sees_all_rows(look: str, times: int) -> None:
+def test_hooks_after_a_first_call_see_all_rows(look: str, times: int) -> None:
     model = prompt_tune(families.build(TOKEN), VPTDeep(3)).eval()
     image = families.images(TOKEN)
     with torch.no_grad():

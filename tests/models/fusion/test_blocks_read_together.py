@@ -1,4 +1,4 @@
-"""What is read of several blocks at once is let go of, replaced and shared as it has to be."""
+"""Weights that several blocks read together are freed, replaced and shared correctly."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_weights_that_are_loaded_over_are_freed() -> None:
 
 
 def test_a_block_has_one_copy_of_its_weights_and_recordings_hold_it() -> None:
-    """Blocks that were read anew by themselves, without the first one, are read anew together."""
+    """Blocks that were read anew without the first one are read together again."""
     model, image = tuned(dtype=torch.float32), images(torch.float32)
     used(model, image)
     handle = model.blocks[2].mlp.register_forward_hook(lambda *_: None)
@@ -81,24 +81,22 @@ def _swapped(block: Any) -> None:
     block.mlp.fc1.weight.data = 1.5 * block.mlp.fc1.weight.data
 
 
-def _turned(block: Any) -> None:
-    """The same memory, read by columns."""
+def _transposed(block: Any) -> None:
+    """Swap rows and columns of a weight in the same memory."""
     block.attn.proj.weight.data = block.attn.proj.weight.data.t()
 
 
 def _pruned(block: Any) -> None:
-    """The first hidden channels, in the same memory."""
+    """Cut the MLP to its first hidden channels, in the same memory."""
     mlp, count = block.mlp, block.mlp.fc1.weight.shape[0] // 2
     mlp.fc1.weight.data, mlp.fc1.bias.data = mlp.fc1.weight.data[:count], mlp.fc1.bias.data[:count]
     mlp.fc2.weight.data = mlp.fc2.weight.data[:, :count]
 
 
-@pytest.mark.parametrize("change", [_swapped, _turned, _pruned])
+@pytest.mark.parametrize("change", [_swapped, _transposed, _pruned])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_data_that_are_others_are_seen(
-    change: Callable[[Any], None], dtype: torch.dtype | None
-) -> None:
-    """No version tells of them, and their memory may begin where the old one's did."""
+def test_replaced_data_are_seen(change: Callable[[Any], None], dtype: torch.dtype | None) -> None:
+    """Versions do not change with them, and the new data may begin at the old address."""
     model, image = tuned(dtype=torch.float32), images(torch.float32)
     with autocast(dtype):
         for _ in range(6 if change is _swapped else 1):
@@ -138,7 +136,7 @@ def test_threads_that_see_a_change_at_once() -> None:
 
 
 def test_runs_of_other_lengths() -> None:
-    """Of one model, in turn; each is as it is in a copy that is read anew."""
+    """Runs of several lengths of one model alternate; each equals that of a copy read anew."""
     model, image = tuned(), families.images(AVERAGE)
     for _ in range(2):
         for call in (

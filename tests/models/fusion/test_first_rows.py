@@ -1,7 +1,7 @@
-"""The rows that a head reads of the last block, through the fused function: what a GPU does.
+"""The rows of the last block that a head reads, computed by the fused function, as on a GPU.
 
-The CPU has a way of its own for one or two rows (`absorbed_attention`), which is switched off here;
-what computes are the references, in float64.
+The CPU's own implementation for one or two rows (`absorbed_attention`) is switched off here, and
+the references compute, in float64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 @pytest.fixture
 def queries(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """How many rows each fused block was asked for; the last block is fused as on a GPU."""
+    """Record the number of rows asked of each fused block; fuse the last block as on a GPU."""
     asked: list[Any] = []
     forward = BlockSteps.forward
 
@@ -137,7 +137,7 @@ def weights() -> BlockWeights:
 
 
 def sources(kind: str) -> tuple[Any, tuple[Any, ...]]:
-    """Source, and its tensors."""
+    """Return a prompt source and its tensors."""
     if kind == "none":
         return None, ()
     if kind == "keys":
@@ -146,15 +146,16 @@ def sources(kind: str) -> tuple[Any, tuple[Any, ...]]:
         return StaticPrompts(), (rand(1, PROMPTS, WIDTH), None)
     if kind == "dropped":
         return StaticPrompts(0.6), (rand(1, PROMPTS, WIDTH), rand(BATCH, PROMPTS, WIDTH) > -0.5)
-    channels = (rand(BATCH, WIDTH, seed=3) > -0.5).double() / 0.7
-    hidden = (rand(BATCH, PROMPTS, 3, seed=3) > -0.5).double() / 0.7
+    channel_mask = (rand(BATCH, WIDTH, seed=3) > -0.5).double() / 0.7
+    hidden_mask = (rand(BATCH, PROMPTS, 3, seed=3) > -0.5).double() / 0.7
     applied = (
-        1 + rand(WIDTH, seed=11) / 3, rand(WIDTH, seed=12), rand(PROMPTS), channels,
-        rand(3, WIDTH), rand(WIDTH, 3), hidden,
+        1 + rand(WIDTH, seed=11) / 3, rand(WIDTH, seed=12), rand(PROMPTS), channel_mask,
+        rand(3, WIDTH), rand(WIDTH, 3), hidden_mask,
     )  # fmt: skip
     if kind == "folded":
-        matrix = rand(PROMPTS, 4)
-        return ExpertPrompts(True, GRID, 0.1, True), (matrix, rand(PROMPTS, seed=5), *applied)
+        mixing_weight = rand(PROMPTS, 4)
+        tensors = mixing_weight, rand(PROMPTS, seed=5), *applied
+        return ExpertPrompts(True, GRID, 0.1, True), tensors
     kernel = rand(1, 1, 2, 2)
     return ExpertPrompts(kind == "experts", GRID, 0.1), (rand(PROMPTS, 1), kernel, *applied)
 

@@ -87,7 +87,10 @@ def tuned_with(name: str, method: Any, memory: str) -> tuple[nn.Module, Plain]:
 
 
 def compare(name: str, method: Any, memory: str) -> None:
-    """Logits and gradients, dropouts acting: masks of forward, though the generator has moved."""
+    """Assert equal logits and gradients, with dropout, and without it.
+
+    Backward uses the masks of forward, though the generator's state differs.
+    """
     tuned, plain = tuned_with(name, method, memory)
     if getattr(method, "variant", "") == "paper":
         weigh_down(tuned, plain.model)
@@ -105,7 +108,7 @@ def compare(name: str, method: Any, memory: str) -> None:
 
 
 def grid(names: Iterable[str], methods: Iterable[str], stride: int = 4) -> list[Any]:
-    """Models x methods x modes, all but a subset with every one of each marked as `full`."""
+    """Return models x methods x modes; all but a subset that covers each are marked `full`."""
     cases = []
     for i, name in enumerate(names):
         pools = families.pools_patches(MODELS[name][0])
@@ -131,7 +134,7 @@ def test_logits_and_gradients(name: str, method: str, memory: str) -> None:
     ),
 )
 def test_fused_is_unfused(name: str, method: str, memory: str) -> None:
-    """A hook that does nothing makes a block run module by module; the function stays."""
+    """With a hook that does nothing, a block runs module by module and computes the same."""
     tuned, _ = tuned_with(name, METHODS[method], memory)
     image = families.images(MODELS[name][0], batch=3)
     tuned.train()
@@ -156,7 +159,7 @@ def test_fused_is_unfused(name: str, method: str, memory: str) -> None:
     ),
 )
 def test_gradient_of_the_image(name: str, method: str, memory: str) -> None:
-    """It passes the prompted blocks and the plain ones before them."""
+    """The gradient passes through prompted blocks and the plain blocks before them."""
     tuned, plain = tuned_with(name, METHODS[method], memory)
     ours, theirs = (families.images(MODELS[name][0]).requires_grad_() for _ in range(2))
     plain.training = True
@@ -172,7 +175,7 @@ def test_gradient_of_the_image(name: str, method: str, memory: str) -> None:
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 @pytest.mark.parametrize("method", ["deep", "code"])
 def test_some_prompts_are_frozen(method: str, memory: str) -> None:
-    """What is not trained gets no gradient, and its neighbours get the same as before."""
+    """Frozen prompts have no gradient, and those of the others do not change."""
     tuned, plain = tuned_with("average", METHODS[method], memory)
     image = families.images(AVERAGE)
     plain.training = True
@@ -189,8 +192,8 @@ def test_some_prompts_are_frozen(method: str, memory: str) -> None:
 
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
-def test_a_step_is_seen_by_what_is_made_again(memory: str) -> None:
-    """Three steps of an optimiser: what backward makes again comes from the weights of now."""
+def test_recomputation_uses_the_weights_of_the_current_step(memory: str) -> None:
+    """Checked over three steps of an optimiser."""
     tuned, plain = tuned_with("average", METHODS["deep_dropout"], memory)
     image = families.images(AVERAGE)
     optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)

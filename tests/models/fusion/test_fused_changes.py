@@ -1,6 +1,7 @@
-"""A block that somebody has changed is not fused past the change.
+"""A changed block is not fused unless the change is honoured.
 
-As in `test_fused_choice`, block 1 of three is changed, in the tuned model and in its plain twin.
+As in `test_fused_choice`, block 1 of three is changed, in the tuned model and in its plain
+formulation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Doubling(nn.Module):
 
 
 class LowRank(nn.Linear):
-    """A Linear with something beside it, as adapters put there."""
+    """A Linear with a low-rank update, as LoRA adds it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x.mean(-1, keepdim=True)
@@ -47,7 +48,7 @@ class HalfAttention(Attention):
 
 
 class Wrapper(nn.Module):
-    """As FSDP and others wrap a block: attributes are the block's, the call is its own."""
+    """A wrapper like FSDP's: attributes are the block's, forward is the wrapper's."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class Wrapper(nn.Module):
 
 
 def _patch(module: nn.Module) -> None:
-    """Replaces forward on the instance, as recipes for attention maps do."""
+    """Replace forward on the instance, as recipes for attention maps do."""
     forward = type(module).forward
     module.forward = lambda *arguments, **named: 0.5 * forward(module, *arguments, **named)
 
@@ -100,7 +101,7 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "scale_forward": lambda m: _patch(m.blocks[CHANGED].ls2),
     "norm_forward": lambda m: _patch(m.blocks[CHANGED].norm2),
 }
-# Of timm's own block before the first prompted one, whose class nobody swapped.
+# Changes of timm's own block before the first prompted one, whose class is not swapped.
 FROZEN_CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "attention": _replace("attn", HalfAttention),
     "attention_forward": lambda m: _patch(m.blocks[CHANGED].attn),
@@ -137,7 +138,7 @@ def test_changes_are_not_passed_by(method: str, change: str, ran: list[nn.Module
 
 @pytest.mark.parametrize("where", ["", "attn", "mlp", "norm2"])
 def test_a_replaced_forward_in_the_last_block_sees_all_rows(where: str) -> None:
-    """Where a head reads one row, the last block computes one; but not past a replaced forward."""
+    """If a head reads one row, the last block computes one, unless its forward is replaced."""
     tuned, plain = pair(families.build(families.TOKEN), VPTDeep(3))
     image = families.images(families.TOKEN)
     module, twin = (m.blocks[-1].get_submodule(where) for m in (tuned, plain.model))
@@ -151,7 +152,7 @@ def test_a_replaced_forward_in_the_last_block_sees_all_rows(where: str) -> None:
     module.forward = replaced
     _patch(twin)
     assert_same(tuned, plain, tuned(image), plain(image))
-    # On a part it may do anything with the rows, so that it sees the prompts too.
+    # The forward of a part may mix rows, so it receives the prompt rows, too.
     assert rows == [10 + (3 if where else 0)]
 
 

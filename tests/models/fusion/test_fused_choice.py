@@ -1,7 +1,7 @@
-"""Which blocks are fused: all that can be, and none where something would be passed by.
+"""Which blocks are fused: all but those with a hook or a change that fusion would skip.
 
 Every case changes block 1 of three. That block, and only it, runs module by module, and the model
-computes what the plain formulation with the same change does.
+computes the same as the plain formulation with the same change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OTHERS = {0, 2}
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was read of each block that ran fused, in the order of their calls."""
+    """Return the readings of the blocks that run fused, in the order of their calls."""
     return spied(monkeypatch)
 
 
@@ -46,7 +46,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_block_is_fused(method: str, ran: list[Any]) -> None:
-    """But for the last one of VPT-Shallow, which has no query for the prompts' dead rows."""
+    """Except the last block of VPT-Shallow, which has no queries for the prompts' dead rows."""
     tuned, plain = make_pair(METHODS[method])
     tuned.train()
     output = tuned(families.images(AVERAGE))
@@ -94,7 +94,7 @@ KINDS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backwar
 
 
 def _watched() -> list[Any]:
-    """Every module with a forward hook, and every kind of hook in turn."""
+    """Return cases: every module with a forward hook, and with each kind of hook."""
     cases = [pytest.param(where, KINDS[0], "deep") for where in WATCHED]
     for index, where in enumerate(WATCHED):
         for kind in KINDS:
@@ -103,8 +103,8 @@ def _watched() -> list[Any]:
                     continue  # nothing flows back there
                 if (kind, method) == (KINDS[0], "deep"):
                     continue
-                turn = (KINDS.index(kind) + len(method)) % 4 == index % 4
-                marks = [] if turn else [pytest.mark.full]
+                chosen = (KINDS.index(kind) + len(method)) % 4 == index % 4
+                marks = [] if chosen else [pytest.mark.full]
                 cases.append(pytest.param(where, kind, method, marks=marks))
     return cases
 
@@ -164,7 +164,7 @@ WEIGHTS = [
     ],
 )
 def test_trained_weights_have_gradients(weight: str, method: str, ran: list[Any]) -> None:
-    """Whoever trains a weight of the backbone besides gets its gradient."""
+    """A trained weight of the backbone has a gradient."""
     name = f"blocks.{CHANGED}.{weight}"
     tuned, plain = make_pair(METHODS[method])
     tuned.get_parameter(name).requires_grad_()
@@ -179,7 +179,7 @@ def test_trained_weights_have_gradients(weight: str, method: str, ran: list[Any]
 @pytest.mark.parametrize("where", ["attn.proj_drop", "mlp.drop1", "mlp.drop2", "drop_path1"])
 @pytest.mark.parametrize("method", ["linear", "shallow", "deep", "code"])
 def test_active_dropout_acts(method: str, where: str, ran: list[Any]) -> None:
-    """Off in the frozen backbone; whoever turns one on gets it."""
+    """Dropout is off in the frozen backbone, and active where it is switched on."""
     tuned, plain = make_pair(METHODS[method], proj_drop_rate=0.3, drop_path_rate=0.5)
     image = families.images(AVERAGE, batch=8)
     still = plain(image)
@@ -199,7 +199,7 @@ def test_active_dropout_acts(method: str, where: str, ran: list[Any]) -> None:
 
 
 def test_active_attention_dropout_is_refused_or_acts(ran: list[Any]) -> None:
-    """timm's own blocks have it; where prompts are, it is refused by name."""
+    """It acts in timm's own blocks, and is refused by name in prompted ones."""
     tuned, plain = make_pair(VPTDeep(3), attn_drop_rate=0.5)
     tuned.train().blocks[CHANGED].attn.train()
     with pytest.raises(ValueError, match="attention dropout"):
@@ -215,7 +215,7 @@ def test_active_attention_dropout_is_refused_or_acts(ran: list[Any]) -> None:
 
 
 def test_spies_see_the_modules() -> None:
-    """The count above is of what happens: no module of a fused block is called."""
+    """Checks `ran`: no module of a fused block is called."""
     tuned, _ = make_pair(VPTDeep(3))
     called: list[str] = []
     block = tuned.blocks[CHANGED]

@@ -35,7 +35,7 @@ def tuned(method: str) -> nn.Module:
 
 
 def train(model: nn.Module, image: Tensor) -> None:
-    """Steps of SGD on a loss that is a mean over the images."""
+    """Train with SGD on a loss that is a mean over the images."""
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(STEPS):
         optimiser.zero_grad()

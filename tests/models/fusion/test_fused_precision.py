@@ -1,10 +1,10 @@
-"""Fused blocks in low precision: no further from float64 than eager PyTorch's own blocks are.
+"""Fused blocks in low precision: no further from float64 than eager PyTorch's own blocks.
 
-Eager is timm's blocks with concatenated prompts in the same dtype, from the same numbers. Both
-errors are sums of roundings that fall at random: of one tensor of one model their ratio is
-anything from 0.5 to 2. What is compared is its geometric mean over models, dtypes and blocks,
-whose standard deviation is 0.02 to 0.06 (0.1 for one kind of tensor): `SLACK` and `KIND_SLACK`
-are about three of them. A mean of 1 is what is seen, or less where prompts are held in fp32.
+Eager means timm's blocks with concatenated prompts in the same dtype, with the same values. Both
+errors are sums of random roundings: for one tensor of one model their ratio lies between 0.5 and 2.
+The tests compare its geometric mean over models, dtypes and blocks, whose standard deviation is
+0.02 to 0.06 (0.1 for one kind of tensor): `SLACK` and `KIND_SLACK` are about three of them.
+Observed means are 1, or less where prompts are held in fp32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ METHODS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small only wait for a second one."""
+    """Use one thread: models this small are slower with several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 
 def random_vit(seed: int, depth: int, **more: Any) -> nn.Module:
-    """Weights of order one, branches scaled so that the stream grows as in trained models."""
+    """Build a ViT with weights of order one, its residual stream growing as in trained models."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2, "num_classes": 5}
     model = timm.create_model("vit_tiny_patch16_224", depth=depth, **{**sizes, **more})
     model = model.double().eval()
@@ -68,20 +68,20 @@ def demo(seed: int) -> nn.Module:
 
 
 def offset(model: nn.Module, size: float) -> None:
-    """Every channel of every token moves by the same: what LayerNorm takes out again."""
+    """Add a constant to every channel of every token, which LayerNorm removes."""
     with torch.no_grad():
         model.pos_embed += size
 
 
 def massive(model: nn.Module, size: float = 40.0) -> None:
-    """Three channels far above the rest, in all tokens and most in one, as real ViTs have them."""
+    """Add massive activations: three channels far above the rest, largest in one token."""
     with torch.no_grad():
         model.pos_embed[..., [3, 17, 40]] += torch.tensor([size, -size, size / 2]).double()
         model.pos_embed[:, 5, 17] *= 3
 
 
 def norm_offset(model: nn.Module) -> None:
-    """An offset that the blocks themselves write into the stream, growing with depth."""
+    """Add an offset to the residual stream in every block, so that it grows with depth."""
     with torch.no_grad():
         for block in model.blocks:
             block.attn.proj.bias += 1.5
@@ -89,7 +89,7 @@ def norm_offset(model: nn.Module) -> None:
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model at numbers that `dtype` has, so that storing them is nobody's error."""
+    """Cast a model to `dtype` and to float64, so that storing parameters adds no error."""
     return model.to(dtype).double()
 
 
@@ -102,7 +102,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 def errors(
     base: nn.Module, method: Any, how: str, memory: str, seed: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Errors of the output and of every gradient, ours and eager's, by kind of tensor."""
+    """Return errors of the output and of every gradient, ours and eager's, by kind of tensor."""
     dtype, autocast = getattr(torch, how.rpartition("_")[2]), how.startswith("autocast")
     stored = torch.float32 if autocast else dtype
     base = rounded(base, stored)
@@ -132,14 +132,14 @@ def errors(
 
 
 class TypedMasks(FixedMasks):
-    """As FixedMasks, in the dtype of what is dropped."""
+    """FixedMasks in the input's dtype."""
 
     def __call__(self, input: Tensor, *arguments: Any, **named: Any) -> Tensor:
         return super().__call__(input, *arguments, **named).to(input.dtype)
 
 
 def masked(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Calls with dropout masks that depend on their number and shape alone, not on a dtype."""
+    """Wrap a function so that its dropout masks depend on their number and shape, not on dtype."""
 
     def call(image: Tensor) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
@@ -152,7 +152,7 @@ def masked(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable
 def within_budget(
     make: Callable[[int], nn.Module], method: Any, memory: str, seeds: int = SEEDS
 ) -> None:
-    """Asserts errors that are no multiple of eager's, of any kind of tensor and altogether."""
+    """Assert errors within the slack of eager's, by kind of tensor and overall."""
     kinds: dict[str, list[tuple[float, float]]] = {}
     for how in LOW:
         for seed in range(seeds):
@@ -168,9 +168,9 @@ def within_budget(
 
 
 def modes(*axes: Any) -> list[Any]:
-    """The product of the axes, with one memory mode each, all of them in turn.
+    """Return the product of the axes, each case with one of the memory modes, which alternate.
 
-    One is enough: `test_modes_give_the_same_bits`.
+    One mode per case is enough, since all modes give the same bits (see below).
     """
     cases = itertools.product(*axes)
     return [(*case, MEMORY_MODES[index % 4]) for index, case in enumerate(cases)]
@@ -178,7 +178,7 @@ def modes(*axes: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("method", "memory"), modes(METHODS))
 def test_random_weights(method: str, memory: str) -> None:
-    # Where one row is read, the last block is not fused, and draws its masks again in backward.
+    # If the head reads one row, the last block is not fused, and redraws its masks in backward.
     pool = {"global_pool": "avg"} if method == "deep_dropout" else {}
     within_budget(lambda seed: random_vit(seed, 4, **pool), METHODS[method], memory)
 
@@ -219,7 +219,7 @@ def test_many_blocks(depth: int, method: str, seeds: int, memory: str) -> None:
     modes(["deep", "shallow", "code"], ["", "large_offset", "massive"]),
 )
 def test_demo_weights(method: str, shift: str, memory: str) -> None:
-    """The shipped backbone's weights, and the same with streams as larger models have them."""
+    """The shipped backbone's weights, also with residual streams as in larger models."""
 
     def make(seed: int) -> nn.Module:
         model = demo(seed)
@@ -233,7 +233,7 @@ def test_demo_weights(method: str, shift: str, memory: str) -> None:
 @pytest.mark.parametrize("how", ["float32", *LOW])
 @pytest.mark.parametrize("method", METHODS)
 def test_modes_give_the_same_bits(method: str, how: str) -> None:
-    """What is made again in backward is made by the same operations from the same numbers."""
+    """Backward recomputes with the same operations on the same values."""
     dtype, autocast = getattr(torch, how.rpartition("_")[2]), how.startswith("autocast")
     base = demo(0).to(torch.float32 if autocast else dtype)
     image = torch.randn(3, 3, 32, 32).to(base.pos_embed.dtype)

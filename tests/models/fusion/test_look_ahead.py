@@ -1,4 +1,4 @@
-"""What is made for several blocks before the first one runs is what each would make for itself."""
+"""prompt_kv that are computed for several blocks at once equal those of each block."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For how many blocks keys were made together, by call."""
+    """Record for how many blocks each call computes prompt_kv."""
     counts: list[int] = []
-    make = KVWeights.prompt_kv
+    prompt_kv = KVWeights.prompt_kv
 
     def spy(self: KVWeights, dtype: torch.dtype, tokens: Any) -> Any:
         counts.append(len(tokens))
-        return make(self, dtype, tokens)
+        return prompt_kv(self, dtype, tokens)
 
     monkeypatch.setattr(KVWeights, "prompt_kv", spy)
     return counts
@@ -47,7 +47,7 @@ def assert_equal(model: Any, plain: Any, image: Tensor) -> None:
     assert_same(model, plain, output, expected)
 
 
-# Method, and for how many of four blocks keys are made together.
+# Method, and for how many of four blocks prompt_kv are computed together.
 METHODS: dict[str, tuple[Any, list[int]]] = {
     "deep": (VPTDeep(3), [3]),
     "shared_projected": (VPTDeep(3, shared=True, project_dim=6), [3]),
@@ -60,8 +60,8 @@ METHODS: dict[str, tuple[Any, list[int]]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_keys_are_made_together_where_they_may_be(method: str, together: list[int]) -> None:
-    """Of a model whose head reads one row the last block has no part in it, but on a GPU."""
+def test_prompt_kv_are_computed_together_where_possible(method: str, together: list[int]) -> None:
+    """On the CPU, without the last block if the head reads one row of it."""
     how, expected = METHODS[method]
     base, image = families.build(TOKEN), families.images(TOKEN, batch=3)
     tuned, plain = vapt_pair(base, how) if isinstance(how, VAPT) else pair(base, how)
@@ -123,7 +123,7 @@ def test_blocks_of_other_forms(form: str, together: list[int]) -> None:
     assert together == expected
     found = tuned_gradients(model, output)
     apart = copy.deepcopy(model)
-    apart.blocks[0].mlp.register_forward_hook(lambda *_: None)  # nothing is looked ahead for
+    apart.blocks[0].mlp.register_forward_hook(lambda *_: None)  # disables looking ahead
     right = apart(image)
     assert together == expected and distance(output, right) <= 1e-10
     for name, grad in tuned_gradients(apart, right).items():
@@ -161,7 +161,7 @@ def test_a_hook_may_change_the_blocks_after_it(where: str, together: list[int]) 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 @pytest.mark.parametrize("method", ["deep", "vapt"])
 def test_several_passes_of_one_model(method: str, memory: str) -> None:
-    """Two forward passes before one backward, accumulation, and a graph that is kept."""
+    """Two forward passes before one backward, accumulation, and a retained graph."""
     how = VPTDeep(3) if method == "deep" else VAPT(3)
     model = prompt_tune(families.build(TOKEN), how, memory=memory)
     redraw_prompts(model)
@@ -185,15 +185,15 @@ def test_several_passes_of_one_model(method: str, memory: str) -> None:
         loss(model(image)).backward()
     assert_total({name: parameter.grad for name, parameter in trained.items()})
     model.zero_grad()
-    kept = loss(model(first))
-    kept.backward(retain_graph=True)
-    kept.backward()
+    retained = loss(model(first))
+    retained.backward(retain_graph=True)
+    retained.backward()
     for name, parameter in trained.items():
         assert distance(parameter.grad, 2 * separate[0][name]) <= 1e-10
 
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
-def test_frozen_experts_still_lead_to_what_is_before_them(memory: str) -> None:
+def test_gradients_pass_through_frozen_experts(memory: str) -> None:
     tuned, plain = vapt_pair(families.build(AVERAGE), VAPT(3), memory=memory)
     image = families.images(AVERAGE)
     expected = plain(image)
@@ -206,7 +206,7 @@ def test_frozen_experts_still_lead_to_what_is_before_them(memory: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", ["deep", "dropout", "vapt"])
-def test_inside_others_checkpoint_and_offloading(method: str, reentrant: bool) -> None:
+def test_under_checkpoint_and_offloading(method: str, reentrant: bool) -> None:
     how = VAPT(3, **ACTING) if method == "vapt" else METHODS[method][0]
     model = prompt_tune(families.build(AVERAGE), how, memory="lean").train()
     redraw_prompts(model)
@@ -214,7 +214,7 @@ def test_inside_others_checkpoint_and_offloading(method: str, reentrant: bool) -
     expected = tuned_gradients(model, seeded(model, image))
     torch.manual_seed(4)
     found = checkpoint(model, image, use_reentrant=reentrant)
-    if reentrant:  # gives .grad only
+    if reentrant:  # fills .grad only
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(11),
                              dtype=torch.float64)  # fmt: skip

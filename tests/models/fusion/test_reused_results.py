@@ -1,6 +1,6 @@
-"""Blocks of which nothing is kept write over each other's results, and nobody can tell.
+"""Blocks that save nothing reuse the memory of each other's results, without any effect on them.
 
-The kernels themselves run here, on blocks of one layout in a row, beside the references.
+The kernels run here, on blocks of one layout in a row, and are compared with the references.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Results = dict[str, list[int]]
 
 
 def spied(results: Results) -> Sites:
-    """The kernels' sites; addresses of what each operation returns are added to `results`."""
+    """Return the kernels' sites, which add the addresses of each operation's results."""
 
     def spy(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -57,7 +57,7 @@ def spied(results: Results) -> Sites:
 def row(
     kind: str, sites: Sites, device: torch.device, windows: Windows | None = None
 ) -> tuple[list[BlockSteps], list[Any]]:
-    """Blocks of different weights, and the tensors of their prompts; fp32."""
+    """Return blocks of different weights, and the tensors of their prompts, in fp32."""
 
     def moved(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor):
@@ -66,7 +66,7 @@ def row(
 
     source, tensors = sources(kind)
     if kind == "folded":
-        tensors = (F.pad(tensors[0], (0, 60)), *tensors[1:])  # columns as the kernels have them
+        tensors = (F.pad(tensors[0], (0, 60)), *tensors[1:])  # padded as the kernels take it
     config = BlockConfig(HEADS, 0.6, 0.1, 0.2, "gelu", "speed", source, windows)
     blocks, given = [], []
     for index in range(BLOCKS):
@@ -85,7 +85,7 @@ def check_row(kind: str, device: torch.device, windows: Windows | None = None) -
     blocks, given = row(kind, spied(results), device, windows)
     references, plain = row(kind, REFERENCE_SITES, torch.device("cpu"), windows)
     outputs = []
-    # What is remembered in one mode serves the others.
+    # Launch plans of one autograd mode serve the others.
     for seed, mode in ((21, torch.inference_mode), (22, torch.enable_grad), (23, torch.no_grad)):
         x, branch = rand(BATCH, rows, WIDTH, seed=seed), rand(BATCH, rows, WIDTH, seed=seed + 5)
         x, branch = x.float(), branch.float()
@@ -95,30 +95,30 @@ def check_row(kind: str, device: torch.device, windows: Windows | None = None) -
             expected = run_blocks(references, x, branch, plain)
         outputs.append((found, expected))
         assert all(torch.equal(a.cpu(), b) for a, b in zip(there, (x, branch), strict=True))
-    # Looked at last: no call may write over what one before it gave.
+    # Compared last: no call may write over an earlier call's results.
     for found, expected in outputs:
-        for mine, right in zip(found, expected, strict=True):
-            assert (mine.cpu() - right).norm() <= 1e-5 * right.norm()
+        for ours, right in zip(found, expected, strict=True):
+            assert (ours.cpu() - right).norm() <= 1e-5 * right.norm()
     assert (outputs[0][1][0] - outputs[1][1][0]).abs().max() > 0.1
     return results
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_row_of_blocks_gives(kind: str, kernel_device: torch.device) -> None:
+def test_a_row_of_blocks(kind: str, kernel_device: torch.device) -> None:
     results = check_row(kind, kernel_device)
-    # Of one call; the others have their own. Attention has two results, each of two norms three.
+    # Results of the first call: two of attention, three of each of the two norms.
     assert len(set(results["attention"][: 2 * BLOCKS])) == 2
-    if kind not in ("static", "dropped"):  # whose prompts have a norm too
+    if kind not in ("static", "dropped"):  # their prompts are normalised, too
         assert len(set(results["residual_norm"][: 6 * BLOCKS])) == 6
 
 
 @pytest.mark.parametrize("kind", ["none", "keys"])
-def test_what_a_row_of_blocks_with_windows_gives(kind: str, kernel_device: torch.device) -> None:
+def test_a_row_of_blocks_with_windows(kind: str, kernel_device: torch.device) -> None:
     results = check_row(kind, kernel_device, WINDOWS)
     assert len(set(results["window_attention"][: 2 * BLOCKS])) == 2
 
 
-def test_with_a_way_back_every_block_has_its_own(kernel_device: torch.device) -> None:
+def test_with_gradients_every_block_has_results_of_its_own(kernel_device: torch.device) -> None:
     results: Results = {}
     blocks, given = row("keys", spied(results), kernel_device)
     x = rand(BATCH, ROWS, WIDTH, seed=21).float().to(kernel_device).requires_grad_()
@@ -134,8 +134,8 @@ def test_with_a_way_back_every_block_has_its_own(kernel_device: torch.device) ->
 
 
 @pytest.mark.parametrize("method", [VPTDeep(3), VAPT(3)], ids=["deep", "vapt"])
-def test_launches_of_steps_and_of_inference_in_turns(method: Any) -> None:
-    """What each is launched with is what a launch built anew would be: no plan serves both ways."""
+def test_launches_of_training_and_inference_alternate(method: Any) -> None:
+    """Every launch has the arguments of a launch built anew: no plan serves both uses."""
     with recording():
         model = prompt_tune(families.build(families.TOKEN, dtype=torch.bfloat16, depth=5), method)
         images = families.images(families.TOKEN, batch=2, dtype=torch.bfloat16)

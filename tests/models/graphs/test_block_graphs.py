@@ -1,6 +1,6 @@
-"""Blocks that are recorded and replayed: the same bits, and eager wherever that would not be right.
+"""Recorded and replayed blocks: the same bits, and eager calls where a replay would be wrong.
 
-The recordings are `tape`'s: operators that run again on the same tensors, whatever Python does.
+The recordings are `support.tape`'s: operators that run again on the same tensors.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ LABELS = torch.tensor([0, 2])
 
 @pytest.fixture(autouse=True)
 def no_state_while_recording(monkeypatch):
-    """As CUDA's generator, whose state cannot be read while a graph is recorded."""
+    """Refuse to read the generator's state while a graph is recorded, as CUDA's does."""
     own = torch.get_rng_state
 
     def get_state():
@@ -79,7 +79,7 @@ def swin():
 
 
 def pair(method=None, memory="speed", make=vit):
-    """Two equal tuned models, the second with graphs, and what records them."""
+    """Return two equal tuned models, the second with graphs, and the capture of its graphs."""
     torch.manual_seed(0)
     eager = prompt_tune(make(), method or VPTDeep(2), memory).train()
     for parameter in eager.parameters():
@@ -140,14 +140,14 @@ def test_every_memory_mode_is_replayed(memory, make):
     assert (capture.recorded, capture.replayed) == (2, 4)
 
 
-def test_dropout_in_a_block_that_is_computed_again_is_refused_by_name():
+def test_dropout_in_a_recomputed_block_is_refused_by_name():
     eager, graphed, capture = pair(VPTDeep(2, dropout=0.5), "minimal")
     with pytest.warns(UserWarning, match="dropout is drawn in a block that is computed again"):
         step(graphed)
     step(eager)
     assert_same_gradients(eager, graphed)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
+        warnings.simplefilter("error")  # warned of once
         step(graphed, 1)
     assert capture.recorded == 0
 
@@ -158,7 +158,7 @@ def test_prompt_dropout_is_drawn_at_every_replay():
     assert len(found) == 4
 
 
-def test_gradients_of_several_batches_add_up_and_are_nobody_elses():
+def test_gradients_of_several_batches_add_up_in_memory_of_their_own():
     eager, graphed, capture = pair(FullTuning())
     for model in (eager, graphed):
         for seed in range(3):
@@ -192,7 +192,7 @@ def test_a_recording_holds_the_casts_that_it_reads():
         step(graphed)
     reading = graphed.blocks[0]._reading.known
     cast = reading.in_dtype(torch.bfloat16).qkv_weight
-    step(graphed)  # in fp32 the block has no use for it
+    step(graphed)  # an fp32 step does not use the cast
     assert cast.dtype == torch.bfloat16 and reading.held() is None
     held = [e._casts for e in graphed.tune_record.graphs._entries.values()]
     assert held[0][0][1].qkv_weight is cast
@@ -265,7 +265,7 @@ def test_two_forwards_before_a_backward_are_right():
             (F.cross_entropy(first, LABELS) + 2 * F.cross_entropy(second, LABELS)).backward()
     assert "before the backward pass of the one before it" in str(said[0].message)
     assert_same_gradients(eager, graphed)
-    model(images(3))  # never goes backward, and is let go of
+    model(images(3))  # without a backward pass
     before = capture.replayed
     step(graphed, 4)
     assert capture.replayed == before + 2
@@ -318,7 +318,7 @@ def more_dropout(model):
 @pytest.mark.parametrize(
     "change", [double, replace_data, replace_module, freeze, more_dropout, nn.Module.double]
 )
-def test_what_changes_is_recorded_again(change):
+def test_a_changed_model_is_recorded_again(change):
     eager, graphed, capture = pair(VPTDeep(2, dropout=0.5))
     for model in (eager, graphed):
         step(model)
@@ -345,7 +345,7 @@ def test_weights_that_change_all_the_time_run_eagerly():
     assert len(graphed.tune_record.graphs) == 0
 
 
-def test_a_hook_in_the_blocks_is_called_and_said_once():
+def test_a_hook_in_the_blocks_is_called_and_warned_of_once():
     _, graphed, capture = pair()
     step(graphed)
     seen = []
@@ -363,7 +363,7 @@ def test_a_hook_in_the_blocks_is_called_and_said_once():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_under_somebodys_checkpoint(reentrant):
+def test_under_an_outer_checkpoint(reentrant):
     eager, graphed, _ = pair()
     for model in (eager, graphed):
         x = images().requires_grad_()
@@ -394,7 +394,7 @@ def test_another_thread_or_stream_runs_eagerly():
     assert capture.replayed == 2
 
 
-def test_what_cannot_be_recorded_runs_eagerly(monkeypatch):
+def test_without_memory_to_record_blocks_run_eagerly(monkeypatch):
     eager, graphed, capture = pair()
 
     def refused(*work):

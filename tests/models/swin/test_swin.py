@@ -51,7 +51,7 @@ def test_logits_and_gradients(name: str, variant: str) -> None:
 @pytest.mark.parametrize("also", ["relative_position_bias_table", "norm1", "attn.qkv.bias"])
 @pytest.mark.parametrize("variant", ["deep", "shallow"])
 def test_what_is_trained_besides(name: str, also: str, variant: str) -> None:
-    """A trained position bias, norm or projection, whose bias is what padding holds."""
+    """A trained position bias, norm or projection; the projection's bias fills the padding."""
     tuned, plain = pair(build(name), VARIANTS[variant](6), also=also)
     image = images(name)
     tuned.train()
@@ -94,7 +94,7 @@ def test_grad_checkpointing(variant: str) -> None:
 @pytest.mark.parametrize("method", [VPTDeep(8, dropout=0.5), VPTShallow(8, dropout=0.5)])
 @pytest.mark.parametrize("memory", ["speed", "minimal"])
 def test_prompt_dropout(method: Any, memory: str) -> None:
-    """An independent mask per image, the same in the pass that makes prompts again."""
+    """An independent mask per image, the same where backward recomputes the prompts."""
     tuned, plain = pair(build("padded"), method, memory)
     image = images("padded", batch=3)
     tuned.train()
@@ -112,7 +112,7 @@ def test_prompt_dropout(method: Any, memory: str) -> None:
 @pytest.mark.parametrize("name", SWINS)
 @pytest.mark.parametrize("method", [VPTDeep(0), VPTShallow(0), LinearProbe()])
 def test_no_prompts_is_the_base_model(name: str, method: Any) -> None:
-    """To rounding: timm's explicit softmax and fused attention round differently."""
+    """Up to rounding: timm's explicit softmax and fused attention round differently."""
     base, image = build(name), images(name)
     with torch.no_grad():
         expected, features = base(image), base.forward_features(image)
@@ -124,9 +124,9 @@ def test_no_prompts_is_the_base_model(name: str, method: Any) -> None:
 @pytest.mark.parametrize("name", ["padded", "dynamic", "oblong_window"])
 @pytest.mark.parametrize("variant", ["deep", "shallow", "shallow_pooled", "vapt"])
 def test_batch_mates_do_not_matter(name: str, variant: str) -> None:
-    """In the published program they do, in shallow mode."""
+    """In the published program they matter, in shallow mode."""
     if variant == "vapt" and name == "dynamic":
-        name = "window7"  # prompt experts are made for one size
+        name = "window7"  # prompt experts take images of one size
     method = VAPT(3) if variant == "vapt" else VARIANTS[variant](6)
     tuned, _ = pair(build(name), method)
     image = images(name, batch=4)
@@ -155,9 +155,9 @@ def test_prompt_experts(name: str, variant: str, memory: str) -> None:
     assert distance(trained, expected) > 1e-4
 
 
-def test_prompt_experts_are_made_for_one_size() -> None:
+def test_prompt_experts_take_images_of_one_size() -> None:
     tuned = prompt_tune(build("dynamic"), VAPT(3))
-    tuned(images("window7"))  # 56 x 56, as the model was built for
+    tuned(images("window7"))  # 56 x 56, the model's size
     with pytest.raises(ValueError, match="14 x 14 grid .* has 12 x 17"):
         tuned(images("dynamic"))
 
@@ -179,7 +179,7 @@ def test_intermediates(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["deep", "shallow"])
 def test_hooks_see_images(variant: str) -> None:
-    """Hooks on stages, blocks and their parts see tokens, and do not change what is computed."""
+    """Hooks on stages, blocks and their parts see tokens, and do not change the result."""
     tuned, plain = pair(build("padded"), VARIANTS[variant](6))
     image, seen = images("padded"), {}
     for name in ("layers.1", "layers.1.blocks.1", "layers.0.blocks.0.attn.proj"):

@@ -1,4 +1,4 @@
-"""Tuned Swins are put back, saved, copied, cast and compiled like any other model; or refused."""
+"""Tuned Swins are restored, saved, copied, cast and compiled like any other model, or refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ METHODS: dict[str, Any] = {
 
 
 def trained_step(model: nn.Module, name: str = "padded") -> None:
-    """A large step of SGD on everything that is trained."""
+    """Take a large SGD step on all trained parameters."""
     parameters = [p for _, p in trainable_parameters(model)]
     optimiser = torch.optim.SGD(parameters, lr=0.1)
     model(images(name)).square().mean().backward()
@@ -149,7 +149,7 @@ def test_copies(method: str) -> None:
 
 
 def test_adapters_and_heads_act() -> None:
-    """What starts as the identity is a function of its own once it is trained."""
+    """Layers that are initialised to the identity change the output once they are trained."""
     image = images("padded")
     tuned = prompt_tune(build("padded"), AdapterTuning())
     before = tuned(image)
@@ -205,17 +205,17 @@ def test_compiles_without_a_graph_break(method: str) -> None:
 
 
 @pytest.mark.parametrize("prompts", [1, 10, 60])
-def test_keeps_no_more_than_the_model_without_prompts(prompts: int) -> None:
-    """In mode "speed", at any number of deep prompts; the other modes keep less, step by step."""
+def test_saves_no_more_than_the_model_without_prompts(prompts: int) -> None:
+    """In mode "speed", at any number of deep prompts; each further mode saves less."""
     inputs = step_inputs(8, (3, 64, 64), torch.float32, "cpu")
     base = build("window4", torch.float32, embed_dim=64)
     plain = saved_bytes(without_prompts(copy.deepcopy(base)), *inputs)
-    kept = []
+    sizes = []
     for memory in ("speed", "balanced", "lean", "minimal"):
         tuned = prompt_tune(copy.deepcopy(base), VPTDeep(prompts), memory=memory).train()
-        kept.append(saved_bytes(tuned, *inputs))
-    assert kept[0] <= plain
-    assert all(more > less for more, less in zip(kept, kept[1:], strict=False))
+        sizes.append(saved_bytes(tuned, *inputs))
+    assert sizes[0] <= plain
+    assert all(more > less for more, less in zip(sizes, sizes[1:], strict=False))
 
 
 @pytest.mark.parametrize("method", [VPTDeep(3), VPTShallow(3), VPTDeep(3, blocks=[1, 4])])
@@ -293,7 +293,7 @@ def test_hooks_that_would_miss_prompt_rows_are_named() -> None:
 
 
 def test_a_new_size_is_timms() -> None:
-    """`set_input_size` changes windows and tables of a tuned model as of a plain one."""
+    """`set_input_size` changes windows and tables of a tuned model as those of a plain one."""
     tuned, plain = pair(build("window4"), VPTDeep(3))
     for model in (tuned, plain.model):
         model.set_input_size((48, 80), window_size=(3, 5))

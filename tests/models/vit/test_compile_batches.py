@@ -60,7 +60,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 class Counting:
-    """A backend that traces forward and backward, and counts compilations, tried twice or not."""
+    """A backend that traces forward and backward, and counts compilations, not their retries."""
 
     def __init__(self) -> None:
         self._found: set[Any] = set()
@@ -75,7 +75,7 @@ class Counting:
 
 
 def tuned(family: str, method: Any, **options: Any) -> nn.Module:
-    """A model in which every trained tensor differs from its start, which is often zero."""
+    """Build a tuned model whose trained tensors differ from their initial values, often zero."""
     build = plain_swin.build if family in plain_swin.SWINS else families.build
     model = prompt_tune(build(family), method, **options)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -93,7 +93,7 @@ def images(family: str, batch: int) -> Tensor:
 
 
 def step(call: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Logits, and in training the gradients of all that is trained; the same draws every time."""
+    """Return logits, and in training the gradients of trained parameters, with a fixed seed."""
     torch.manual_seed(5)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not model.training:
@@ -104,9 +104,9 @@ def step(call: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def assert_equal(found: list[Tensor], right: list[Tensor]) -> None:
-    for mine, theirs in zip(found, right, strict=True):
-        assert (mine is None) == (theirs is None)
-        assert mine is None or distance(mine, theirs) <= 1e-10
+    for ours, theirs in zip(found, right, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or distance(ours, theirs) <= 1e-10
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -146,8 +146,8 @@ def test_blocks_compiled_by_themselves(
         block.compile(backend=backend, fullgraph=True)
     for batch, expected in right.items():
         assert_equal(step(model, model, images(family, batch)), expected)
-    # The first block's input needs no gradient, and of the last one few rows are read. Swin's
-    # blocks differ in width, grid and shift besides.
+    # The first block's input needs no gradient, and few rows of the last block are read. Swin's
+    # blocks also differ in width, grid and shift.
     assert 1 <= backend.graphs <= (3 if family == "vit" else len(blocks))
 
 
@@ -177,7 +177,9 @@ def test_rows_of_blocks_compiled_by_themselves(family: str, method: str, names: 
     assert backend.graphs >= len(names)
 
 
-def test_what_an_older_compiler_fails_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_an_older_compiler_fails_on_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
     model = tuned("tiny", METHODS["deep"])
     model.get_submodule("layers.0.blocks").compile(backend=Counting())
@@ -186,7 +188,7 @@ def test_what_an_older_compiler_fails_on_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["layers", "layers.0.blocks"])
-def test_what_prompt_rows_pass_beside_is_not_compiled(name: str) -> None:
+def test_compiled_modules_that_prompt_rows_bypass_are_refused(name: str) -> None:
     model = tuned("tiny", METHODS["shallow"])
     model.get_submodule(name).compile(backend=Counting())
     with pytest.raises(ValueError, match="is hooked, compiled|are hooked, compiled"):
@@ -224,7 +226,7 @@ def test_operators_reach_their_functions_directly() -> None:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, backend), name
 
 
-def test_what_an_operator_changes_in_place_is_counted() -> None:
+def test_in_place_operators_increment_the_version() -> None:
     h, grad = torch.randn(2, 3), torch.randn(2, 3)
     torch.ops.vpt_fast.activation_backward(h, None, grad, "gelu")
     assert grad._version

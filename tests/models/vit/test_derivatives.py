@@ -1,4 +1,4 @@
-"""Derivatives of every kind: by torch.func, forward, of the second order; equal, or refused."""
+"""Derivatives by torch.func, in forward mode and of second order: correct, or refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trained(model: Any) -> Named:
 
 
 def gradients_of(model: Any, x: Tensor) -> Named:
-    """By the fused backward pass."""
+    """Compute the gradients of trained parameters by the fused backward pass."""
     own = trained(model)
     grads = torch.autograd.grad(model(x).tanh().sum(), [*own.values()])
     return dict(zip(own, grads, strict=True))
@@ -62,7 +62,7 @@ def assert_close(found: Named, right: Named, bound: float = 1e-9) -> None:
 
 @pytest.mark.parametrize(("family", "method", "memory"), CASES)
 def test_gradients(family: str, method: str, memory: str) -> None:
-    """Of a batch, of each image by itself, of each logit, and along a direction."""
+    """Gradients of a batch and of each image, and directional derivatives."""
     model, x = tuned(family, method, memory), images(family)
     right, values, loss = gradients_of(model, x), values_of(model), loss_of(model)
     assert_close(grad(loss)(values, x), right)
@@ -82,7 +82,7 @@ def test_gradients(family: str, method: str, memory: str) -> None:
 
 @pytest.mark.parametrize(("family", "method", "memory"), CASES)
 def test_images(family: str, method: str, memory: str) -> None:
-    """Their gradient, and each logit's, named as inputs or by torch.func."""
+    """Gradients of images, also of each logit, by torch.autograd.grad and by torch.func."""
     model, x = tuned(family, method, memory), images(family)
     leaf = x.clone().requires_grad_()
     output = model(leaf)
@@ -101,7 +101,7 @@ def test_images(family: str, method: str, memory: str) -> None:
 
 @pytest.mark.parametrize(("family", "method", "memory"), CASES)
 def test_second_derivatives(family: str, method: str, memory: str) -> None:
-    """Along a direction, by torch.func twice, beside differences of the fused gradients."""
+    """Along a direction, by nested torch.func calls, against differences of fused gradients."""
     model, x = tuned(family, method, memory), images(family)
     values, loss = values_of(model), loss_of(model)
     along, step = directions(values), 1e-5
@@ -132,7 +132,7 @@ def test_a_whole_hessian(family: str, method: str) -> None:
 
 @pytest.mark.parametrize(("family", "method", "memory"), CASES)
 def test_recorded_backward_passes(family: str, method: str, memory: str) -> None:
-    """Right, where nothing of ours is on the way, or refused at once; never silently none."""
+    """Second derivatives are correct where only timm's blocks are recorded, else refused."""
     model, x = tuned(family, method, memory), images(family)
     own, along = trained(model), directions(values_of(model))
     try:
@@ -141,7 +141,7 @@ def test_recorded_backward_passes(family: str, method: str, memory: str) -> None
         found = torch.autograd.grad(total, [*own.values()], allow_unused=True)
     except RuntimeError as error:
         ours = "no second derivatives where backward is recorded"
-        theirs = "derivative for aten::_scaled_dot_product"  # of timm's blocks that are trained
+        theirs = "derivative for aten::_scaled_dot_product"  # raised by timm's trained blocks
         if theirs in str(error) and method in ("bias", "full"):
             return
         assert ours in str(error)
@@ -166,7 +166,7 @@ def test_batched_backward_passes_are_refused(family: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", [VPTDeep(2, dropout=0.5), VAPT(2)])
 def test_draws_of_each_image(method: Any) -> None:
-    """Dropout under vmap is drawn as vmap is told to."""
+    """Dropout under vmap follows vmap's `randomness`."""
     model = prompt_tune(build("vit"), method).train()
     redraw_prompts(model)
     values, loss = values_of(model), loss_of(model)
@@ -179,7 +179,7 @@ def test_draws_of_each_image(method: Any) -> None:
         vmap(grad(lambda own, image: loss(own, image[None])), (None, 0))(values, images("vit"))
 
 
-def test_gradient_checkpointing_is_no_hindrance() -> None:
+def test_under_gradient_checkpointing() -> None:
     model, x = tuned("vit", "deep"), images("vit")
     model.set_grad_checkpointing()
     found = grad(loss_of(model))(values_of(model), x)

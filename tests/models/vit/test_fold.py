@@ -167,7 +167,7 @@ def refused(model: nn.Module, match: str) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_what_cannot_be_folded_is_refused_by_name() -> None:
+def test_models_that_cannot_be_folded_are_refused_by_name() -> None:
     refused(families.build(SCALED), "not tuned")
     model = prompt_tune(families.build(SCALED), VPTDeep(3))
     model.blocks[1].norm2.weight.requires_grad_(True)
@@ -181,7 +181,7 @@ def test_what_cannot_be_folded_is_refused_by_name() -> None:
 
 
 def bf16_errors(model: Any, image: Tensor) -> tuple[float, float]:
-    """Relative error of the features of a bf16 model, unfolded and folded, against fp64."""
+    """Return the relative errors of a bf16 model's features, unfolded and folded, against fp64."""
     model, image = model.bfloat16(), image.bfloat16()
     right = copy.deepcopy(model).double().forward_features(image.double())
 
@@ -197,7 +197,7 @@ def bf16_errors(model: Any, image: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("depth", [12, pytest.param(24, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", ["normal", "offset", "massive"])
 def test_folding_loses_nothing_in_bf16(kind: str, depth: int) -> None:
-    """Means over seeds: a single draw is as often above the unfolded error as below it."""
+    """Compares means over seeds: for a single seed either error may be the larger one."""
     errors = []
     for seed in range(4):
         torch.manual_seed(seed)

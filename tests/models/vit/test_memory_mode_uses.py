@@ -1,4 +1,4 @@
-"""Every memory mode in every way that a model is called: features, batches, dtypes, loops."""
+"""Every memory mode in every use of a model: features, batches, dtypes, loops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ each_mode = pytest.mark.parametrize("memory", MEMORY_MODES)
 
 
 def tune(method: Any, memory: str, family: str = AVERAGE, **overrides: Any) -> Any:
-    """The tuned model in training, with its plain twin."""
+    """Return a tuned model in training mode with its plain formulation."""
     base = families.build(family, **overrides)
     if isinstance(method, VAPT):
         tuned, plain = vapt_pair(base, method, memory=memory)
@@ -47,7 +47,7 @@ def tune(method: Any, memory: str, family: str = AVERAGE, **overrides: Any) -> A
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["shallow", "deep", "code"])
 def test_features_and_their_gradients(method: str, checkpointing: bool, memory: str) -> None:
-    """forward_features, forward_intermediates and get_intermediate_layers, as timm's are."""
+    """forward_features, forward_intermediates and get_intermediate_layers equal timm's."""
     tuned, plain = tune(METHODS[method], memory)
     tuned.set_grad_checkpointing(checkpointing)
     image = families.images(AVERAGE)
@@ -73,8 +73,8 @@ def test_features_and_their_gradients(method: str, checkpointing: bool, memory: 
 
 @each_mode
 @pytest.mark.parametrize("method", ["shallow", "deep", "code"])
-def test_under_a_checkpoint_of_somebody_else(method: str, memory: str) -> None:
-    """The whole model in torch.utils.checkpoint, which hands out saved tensors only once."""
+def test_under_an_outer_checkpoint(method: str, memory: str) -> None:
+    """The whole model in torch.utils.checkpoint, whose saved tensors can be unpacked only once."""
     acting = {"shallow": VPTShallow(3, dropout=0.4), "deep": VPTDeep(3, dropout=0.4)}
     tuned, plain = tune(acting.get(method, VAPT(3, **ACTING)), memory)
     plain.training = True
@@ -87,7 +87,7 @@ def test_under_a_checkpoint_of_somebody_else(method: str, memory: str) -> None:
 
 @each_mode
 def test_saved_tensors_are_fetched_once(memory: str) -> None:
-    """Whoever keeps them elsewhere (save_on_cpu) brings each back once."""
+    """Hooks that offload saved tensors (save_on_cpu) unpack each once."""
     tuned, _ = tune(METHODS["deep"], memory)
     packed: list[int] = []
     fetched: list[int] = []
@@ -145,7 +145,7 @@ def test_batches(method: str, family: str, memory: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [AVERAGE, "qk_norm"])
 def test_no_image_at_all(family: str, method: str, checkpointing: bool, memory: str) -> None:
-    """Gradients of an empty batch are there, and 0."""
+    """Gradients of an empty batch exist and are 0."""
     method_of = METHODS[method] if method != "code" else VAPT(3, **ACTING)
     tuned, _ = tune(method_of, memory, family)
     tuned.set_grad_checkpointing(checkpointing)
@@ -180,13 +180,13 @@ def test_no_prompt_at_all(memory: str) -> None:
 
 
 def by_hand(plain: Plain, batches: list[Tensor]) -> dict[str, Tensor]:
-    """The sum of the batches' gradients."""
+    """Return the sum of the batches' gradients."""
     sums = [gradients(plain(batch), plain.trained) for batch in batches]
     return {name: sum(one[name] for one in sums) for name in plain.trained}
 
 
 def loss(output: Tensor) -> Tensor:
-    """That of `plain.gradients`."""
+    """Compute the loss of `plain.gradients`."""
     generator = torch.Generator().manual_seed(11)
     return (
         torch.randn(output.shape, generator=generator, dtype=torch.float64) * output.tanh()
@@ -243,7 +243,7 @@ def test_two_forwards_have_masks_of_their_own(method: str, memory: str) -> None:
 @pytest.mark.parametrize("how", ["float16", "bfloat16", "autocast_bfloat16"])
 @pytest.mark.parametrize("family", [AVERAGE, "dinov2", "siglip_map"])
 def test_low_precision_runs(family: str, how: str, memory: str) -> None:
-    """Dtypes of everything, and values that are near the truth; `test_fused_precision` says how."""
+    """Checks dtypes, and values roughly; `test_fused_precision` checks the errors."""
     dtype = getattr(torch, how.rpartition("_")[2])
     autocast = how.startswith("autocast")
     for method in ("deep", "code"):

@@ -1,4 +1,4 @@
-"""What each memory mode keeps for backward, in bytes; and that no mode computes anything else."""
+"""Bytes that each memory mode saves for backward, and equal results of all modes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METHODS: dict[str, Any] = {
 
 
 def tune(method: Any, memory: str, family: str = AVERAGE, **overrides: Any) -> Any:
-    """The tuned model in training, with its plain twin."""
+    """Return a tuned model in training mode with its plain formulation."""
     base = families.build(family, **overrides)
     if isinstance(method, VAPT):
         tuned, plain = vapt_pair(base, method, memory=memory)
@@ -43,10 +43,10 @@ def tune(method: Any, memory: str, family: str = AVERAGE, **overrides: Any) -> A
     return tuned.train(), plain
 
 
-def kept(model: nn.Module, call: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that a call saves for backward, but for parameters."""
+def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
+    """Return the bytes of distinct storages that a call saves for backward, without parameters."""
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, Tensor] = {}  # tensors, which keep their addresses from being used again
+    found: dict[int, Tensor] = {}  # holds the tensors, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
@@ -58,24 +58,24 @@ def kept(model: nn.Module, call: Callable[[], Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in owned)
 
 
-def kept_by_a_block(method: Any, memory: str, dtype: torch.dtype, **overrides: Any) -> int:
-    """Bytes that one block more in the middle of the model makes."""
+def saved_by_a_block(method: Any, memory: str, dtype: torch.dtype, **overrides: Any) -> int:
+    """Return the bytes that one more block in the middle of the model saves."""
     image = families.images(AVERAGE, batch=BATCH, dtype=dtype)
     sums = []
     for depth in (3, 4):
         base = families.build(AVERAGE, dtype=dtype, depth=depth, **overrides)
         model = prompt_tune(base, method, memory=memory).train()
-        sums.append(kept(model, lambda model=model: model(image)))
+        sums.append(saved_bytes(model, lambda model=model: model(image)))
     return sums[1] - sums[0]
 
 
 def statistics(extra: int = 0, tokens: int = TOKENS) -> int:
-    """Numbers per block: mean and rstd of two norms, and the log-sum-exp of every head."""
+    """Count a block's statistics: mean and rstd of two norms, and every head's log-sum-exp."""
     return BATCH * tokens * (2 + extra) + BATCH * tokens * 2 + BATCH * HEADS * tokens
 
 
 def shared_prompts(dtype: torch.dtype) -> int:
-    """Bytes of one image's worth of the prompts' keys and values, with their norm's statistics."""
+    """Return the bytes of prompt_kv of one image, with their norm's statistics."""
     return 2 * PROMPTS * WIDTH * dtype.itemsize + 2 * PROMPTS * 4
 
 
@@ -84,16 +84,16 @@ def shared_prompts(dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_bytes_of_vpt(memory: str, overrides: Any, dtype: torch.dtype) -> None:
     row = BATCH * TOKENS * WIDTH * dtype.itemsize
-    found = kept_by_a_block(VPTDeep(PROMPTS), memory, dtype, **overrides)
+    found = saved_by_a_block(VPTDeep(PROMPTS), memory, dtype, **overrides)
     numbers = statistics() if memory != "minimal" else 2 * BATCH * TOKENS
     assert found == ROWS[memory] * row + 4 * numbers + shared_prompts(dtype)
 
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_bytes_of_prompt_dropout(memory: str) -> None:
-    """A mask of booleans; keys and values, now one per image, in "speed" only."""
-    found = kept_by_a_block(VPTDeep(PROMPTS, dropout=0.5), memory, torch.float32)
-    still = kept_by_a_block(VPTDeep(PROMPTS), memory, torch.float32)
+    """A mask of booleans; and prompt_kv, now per image, in "speed" only."""
+    found = saved_by_a_block(VPTDeep(PROMPTS, dropout=0.5), memory, torch.float32)
+    still = saved_by_a_block(VPTDeep(PROMPTS), memory, torch.float32)
     mask, prompts = BATCH * PROMPTS * WIDTH, shared_prompts(torch.float32)
     assert found - still == mask + (BATCH * prompts if memory == "speed" else 0) - prompts
 
@@ -101,9 +101,9 @@ def test_bytes_of_prompt_dropout(memory: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_bytes_of_vapt(memory: str, dtype: torch.dtype) -> None:
-    """The mix (B, p, D) in fp32 and the folded matrix come on top, in every mode."""
+    """Every mode also saves the token mixing's output (B, p, D) in fp32 and the mixing weight."""
     row = BATCH * TOKENS * WIDTH * dtype.itemsize
-    found = kept_by_a_block(VAPT(PROMPTS, **STILL), memory, dtype)
+    found = saved_by_a_block(VAPT(PROMPTS, **STILL), memory, dtype)
     numbers = statistics(1) if memory != "minimal" else 3 * BATCH * TOKENS
     mix = BATCH * PROMPTS * WIDTH + PROMPTS * 9 + PROMPTS
     assert found == ROWS[memory] * row + 4 * (numbers + mix)
@@ -111,10 +111,10 @@ def test_bytes_of_vapt(memory: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_bytes_of_live_rows(memory: str) -> None:
-    """Prompt rows that live are tokens."""
+    """Live prompt rows count as tokens."""
     tokens = TOKENS + PROMPTS
     row = BATCH * tokens * WIDTH * 4
-    found = kept_by_a_block(VPTShallow(PROMPTS), memory, torch.float32)
+    found = saved_by_a_block(VPTShallow(PROMPTS), memory, torch.float32)
     numbers = statistics(tokens=tokens) if memory != "minimal" else 2 * BATCH * tokens
     assert found == ROWS[memory] * row + 4 * numbers
 
@@ -128,7 +128,7 @@ def test_bytes_under_autocast(memory: str) -> None:
         base = families.build(AVERAGE, dtype=torch.float32, depth=depth)
         model = prompt_tune(base, VPTDeep(PROMPTS), memory=memory).train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            sums.append(kept(model, lambda model=model: model(image)))
+            sums.append(saved_bytes(model, lambda model=model: model(image)))
     wide = {"minimal": 1}.get(memory, 2)
     row = BATCH * TOKENS * WIDTH
     numbers = statistics() if memory != "minimal" else 2 * BATCH * TOKENS
@@ -144,25 +144,24 @@ def test_bytes_of_what_is_not_fused(memory: str, family: str) -> None:
     for depth in (3, 4):
         base = families.build(family, dtype=torch.float32, depth=depth, global_pool="avg")
         model = prompt_tune(base, VPTDeep(PROMPTS), memory=memory).train()
-        sums.append(kept(model, lambda model=model: model(image)))
+        sums.append(saved_bytes(model, lambda model=model: model(image)))
     row = BATCH * TOKENS * WIDTH * 4
     assert row <= sums[1] - sums[0] <= row + 4 * PROMPTS * WIDTH
 
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
-def test_nothing_is_kept_without_autograd(memory: str) -> None:
+def test_nothing_is_saved_without_autograd(memory: str) -> None:
     """Below the first prompt, and everywhere in a linear probe."""
     image = families.images(AVERAGE, batch=BATCH, dtype=torch.float32)
     for method, blocks in ((LinearProbe(), 0), (VPTDeep(PROMPTS, blocks=[3]), 1)):
         base = families.build(AVERAGE, dtype=torch.float32, depth=4)
         model = prompt_tune(base, method, memory=memory).train()
-        assert kept(model, lambda model=model: model(image)) < (blocks * ROWS[memory] + 2) * (
-            BATCH * TOKENS * WIDTH * 4
-        )
+        saved = saved_bytes(model, lambda model=model: model(image))
+        assert saved < (blocks * ROWS[memory] + 2) * (BATCH * TOKENS * WIDTH * 4)
 
 
 def covering(*axes: Any) -> list[Any]:
-    """The product of the axes; all but a subset with every one of each marked as `full`."""
+    """Return the product of the axes; all but a subset that covers each axis are marked `full`."""
     cases, longest = [], max(map(len, axes))
     chosen = {tuple(i % len(axis) for axis in axes) for i in range(longest)}
     for at in itertools.product(*(range(len(axis)) for axis in axes)):
@@ -173,31 +172,31 @@ def covering(*axes: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("memory", "method"), covering(MEMORY_MODES, [*METHODS]))
 def test_checkpointing_is_minimal(memory: str, method: str) -> None:
-    """timm's switch: the bytes of "minimal", the gradients and masks of the mode before."""
+    """timm's switch gives the bytes of "minimal", and the gradients and masks of the mode."""
     tuned, plain = tune(METHODS[method], memory)
     least, _ = tune(METHODS[method], "minimal")
     image = families.images(AVERAGE, batch=BATCH)
     expected = seeded(plain, image)
     tuned.set_grad_checkpointing(True)
-    assert kept(tuned, lambda: tuned(image)) == kept(least, lambda: least(image))
+    assert saved_bytes(tuned, lambda: tuned(image)) == saved_bytes(least, lambda: least(image))
     output = seeded(tuned, image)
     torch.manual_seed(99)
     assert_same(tuned, plain, output, expected)
     tuned.set_grad_checkpointing(False)
     fresh, _ = tune(METHODS[method], memory)
-    assert kept(tuned, lambda: tuned(image)) == kept(fresh, lambda: fresh(image))
+    assert saved_bytes(tuned, lambda: tuned(image)) == saved_bytes(fresh, lambda: fresh(image))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_modes_differ_in_memory_alone(method: str) -> None:
-    """The same bits of outputs and gradients: what is made again is made by the same products."""
+    """Outputs and gradients have the same bits: recomputation uses the same operations."""
     image, results, sizes = families.images(TOKEN, dtype=torch.float32), [], []
     for memory in MEMORY_MODES:
         tuned, _ = tune(METHODS[method], memory, TOKEN, dtype=torch.float32)
         output = seeded(tuned, image)
         torch.manual_seed(99)
         results.append([output, *tuned_gradients(tuned, output).values()])
-        sizes.append(kept(tuned, lambda tuned=tuned: tuned(image)))
+        sizes.append(saved_bytes(tuned, lambda tuned=tuned: tuned(image)))
     assert method == "linear" or sizes == sorted(set(sizes), reverse=True)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -216,11 +215,11 @@ def test_copies_keep_the_mode(memory: str, method: str, duplicate: Any) -> None:
     image = families.images(AVERAGE, batch=BATCH)
     seeded(tuned, image).sum().backward()
     twin = duplicate(tuned)
-    size = kept(tuned, lambda: tuned(image))
+    size = saved_bytes(tuned, lambda: tuned(image))
     expected = seeded(plain, image)
     for block in tuned.blocks:
         block.memory = "speed"
-    assert kept(twin, lambda: twin(image)) == size
+    assert saved_bytes(twin, lambda: twin(image)) == size
     output = seeded(twin, image)
     assert_same(twin, plain, output, expected)
 
@@ -253,7 +252,7 @@ def test_unknown_modes_are_refused_by_value(value: Any) -> None:
 
 
 def test_modes_are_distances_apart() -> None:
-    """What is compared above would tell a wrong gradient: another seed's masks are far away."""
+    """The comparisons above notice other dropout masks: another seed's output is far away."""
     tuned, _ = tune(METHODS["deep"], "lean")
     image = families.images(AVERAGE)
     assert distance(seeded(tuned, image), seeded(tuned, image, seed=5)) > 1e-3

@@ -1,4 +1,4 @@
-"""Patches embedded by one product: what timm's module gives, wherever it is taken for it."""
+"""Patches embedded by one matrix product, wherever it replaces timm's module: equal results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vpt_fast.models.patches import by_product, embedded_patches, is_one_product
 
 
 def module(**arguments: Any) -> PatchEmbed:
-    """Patches of 4 x 6 pixels of 3 channels, 10 channels out, in fp64."""
+    """Build an embedding of patches of 3 channels and 4 x 6 pixels to 10 channels, in fp64."""
     torch.manual_seed(0)
     given = {"img_size": (12, 18), "patch_size": (4, 6), "embed_dim": 10, **arguments}
     return PatchEmbed(**given).double()
@@ -33,7 +33,7 @@ def pictures(height: int = 12, width: int = 18, channels: int = 3, batch: int = 
 
 @pytest.fixture
 def faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
-    """As on a GPU; what was embedded by a product."""
+    """Use the product as on a GPU; record the modules that it replaces."""
     taken: list[nn.Module] = []
 
     def noting(patch_embed: Any, images: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ CHANGES: dict[str, Callable[[PatchEmbed], object]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_whatever_else_it_is_the_module_is_called(name: str, faster: list[nn.Module]) -> None:
+def test_a_changed_module_is_called(name: str, faster: list[nn.Module]) -> None:
     embed, given = module(), pictures()
     assert embedded_patches(embed, given) is not None and faster == [embed]
     CHANGES[name](embed)
@@ -174,7 +174,7 @@ def test_images_of_another_size_are_timms_to_refuse(
 
 
 def test_a_cpu_convolves() -> None:
-    """There it is as fast."""
+    """A convolution is as fast on a CPU."""
     embed = module()
     calls: list[nn.Module] = []
     embed.proj.register_forward_hook(lambda m, args, out: calls.append(m))
@@ -198,7 +198,7 @@ def test_a_tuned_swin_is_the_plain_one(faster: list[nn.Module]) -> None:
     assert faster == [model.patch_embed]
 
 
-def test_a_tuned_model_compiles_whole(faster: list[nn.Module]) -> None:
+def test_a_tuned_model_compiles_without_a_graph_break(faster: list[nn.Module]) -> None:
     model = prompt_tune(build("vit", dtype=torch.float32), VPTDeep(3)).eval()
     given = images("vit", dtype=torch.float32)
     want = copy.deepcopy(model)(given)

@@ -42,7 +42,7 @@ def test_logits_and_gradients(family: str, variant: str) -> None:
 
 
 def test_every_variant_is_another_function() -> None:
-    """What the test above compares would tell every variant from every other one."""
+    """The comparison above distinguishes every variant from every other one."""
     image, outputs = families.images(TOKEN), {}
     for variant, method in VARIANTS.items():
         if variant in ("deep_one", "deep_many"):
@@ -206,7 +206,7 @@ def test_attention_mask(kind: str, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["deep", "last_only"])
 def test_attention_mask_over_keys(variant: str) -> None:
-    """A mask of keys alone, broadcast over heads and queries, hides tokens, never prompts."""
+    """A mask over keys, broadcast over heads and queries, hides tokens, never prompts."""
     tuned, plain = pair(families.build(TOKEN), VARIANTS[variant](families.depth(TOKEN)))
     image = families.images(TOKEN)
     keys = torch.ones(2, 1, 1, 10, dtype=torch.bool)
@@ -217,7 +217,7 @@ def test_attention_mask_over_keys(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["shallow", "deep"])
 def test_causal_attention_is_not_ignored(variant: str) -> None:
-    """Causal over tokens as timm has it, or refused by name: never silently dropped."""
+    """Causal over tokens as in timm, or refused by name; never silently ignored."""
     tuned, plain = pair(families.build(TOKEN), VARIANTS[variant](families.depth(TOKEN)))
     image = families.images(TOKEN)
     try:
@@ -230,7 +230,7 @@ def test_causal_attention_is_not_ignored(variant: str) -> None:
 
 
 def test_causal_attention_without_prompts() -> None:
-    """Linear probing adds nothing that could stand in the way of timm's own masks."""
+    """A linear probe takes timm's own masks."""
     tuned, plain = pair(families.build(TOKEN), VARIANTS["linear"](4))
     image = families.images(TOKEN)
     assert distance(tuned(image, is_causal=True), plain.model(image, is_causal=True)) <= 1e-10
@@ -238,7 +238,7 @@ def test_causal_attention_without_prompts() -> None:
 
 @pytest.mark.parametrize("variant", ["linear", "shallow", "deep", "middle_only"])
 def test_gradient_of_the_image(variant: str) -> None:
-    """Whoever asks for the image's gradient (saliency, attacks) gets timm's."""
+    """The gradient of the image (saliency, attacks) equals timm's."""
     tuned, plain = pair(families.build(TOKEN), VARIANTS[variant](families.depth(TOKEN)))
     ours, theirs = (families.images(TOKEN).requires_grad_() for _ in range(2))
     tuned.train()
@@ -250,7 +250,7 @@ def test_gradient_of_the_image(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["shallow", "deep", "shared", "projected", "last"])
 def test_nothing_stale_after_a_change(variant: str) -> None:
-    """Steps of the optimiser, edits in place and loaded weights are all seen at once."""
+    """Optimiser steps, edits in place and loaded weights take effect in the next call."""
     method = VARIANTS[variant](families.depth(TOKEN))
     base = families.build(TOKEN)
     untouched = copy.deepcopy(base)
@@ -278,7 +278,7 @@ def test_nothing_stale_after_a_change(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["shallow", "deep", "first"])
 def test_awkward_batches(variant: str) -> None:
-    """No image at all, and images that are not contiguous."""
+    """An empty batch, and images that are not contiguous."""
     tuned, plain = pair(families.build(TOKEN), VARIANTS[variant](families.depth(TOKEN)))
     assert tuned(families.images(TOKEN, batch=0)).shape == (0, families.CLASSES)
     image = families.images(TOKEN)
@@ -287,7 +287,7 @@ def test_awkward_batches(variant: str) -> None:
 
 
 def test_backbone_dropout_and_drop_path_are_off() -> None:
-    """The backbone stays in eval mode: whatever is random in it does not act in training."""
+    """The backbone stays in eval mode: its dropout and drop path do not act in training."""
     rates = ("pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate")
     base = families.build(TOKEN, drop_path_rate=0.5, **dict.fromkeys(rates, 0.3))
     tuned, plain = pair(base, VPTDeep(3))

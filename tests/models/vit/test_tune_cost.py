@@ -1,7 +1,7 @@
-"""The exact skips: what is dead is not computed, and autograd starts at the first prompt.
+"""Skipped work: dead rows are not computed, and autograd starts at the first prompt.
 
-Counted in multiply-adds of the matrix products that torch sees, and in bytes that autograd
-keeps; never in seconds.
+Counted in floating-point operations of the matrix products that torch dispatches, and in bytes that
+autograd saves; never in seconds.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ LINEAR = 2 * WIDTH * WIDTH  # operations of one row through a width x width matr
 
 
 class Products(TorchDispatchMode):
-    """Counts floating-point operations of matrix products: those of Linear layers.
+    """A counter of floating-point operations of matrix products.
 
-    Batched products are attention's; whole attention operators are not opened.
+    `linear` counts those of Linear layers, `batched` attention's; fused attention operators are
+    not counted.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Products(TorchDispatchMode):
 
 
 def operations(call: Any, *arguments: Any) -> int:
-    """Floating-point operations of the Linear layers in a call."""
+    """Count the floating-point operations of the Linear layers in a call."""
     with Products() as counter:
         call(*arguments)
     assert counter.linear > 0
@@ -63,7 +64,7 @@ def image(family: str = TOKEN) -> Tensor:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_dead_prompt_rows_cost_keys_and_values_only(shared: bool, grad: bool) -> None:
+def test_dead_prompt_rows_cost_kv_only(shared: bool, grad: bool) -> None:
     """p rows through W_k and W_v, once for the batch: 2 p D^2 multiply-adds per block."""
     p = 20
     with torch.set_grad_enabled(grad):
@@ -72,7 +73,7 @@ def test_dead_prompt_rows_cost_keys_and_values_only(shared: bool, grad: bool) ->
     assert more - base <= DEPTH * 2 * p * LINEAR
 
 
-def test_prompt_dropout_costs_keys_and_values_per_image() -> None:
+def test_prompt_dropout_costs_kv_per_image() -> None:
     p = 20
     base = operations(tuned(VPTDeep(0)).train().forward_features, image())
     more = operations(tuned(VPTDeep(p, dropout=0.5)).train().forward_features, image())
@@ -87,7 +88,7 @@ def test_prompt_dropout_costs_keys_and_values_per_image() -> None:
 def test_last_block_computes_the_rows_that_the_head_reads(
     family: str, depth: int, queries: int, method: Any
 ) -> None:
-    """Of every other row the query, proj and MLP (1 + 1 + 8 square matrices) are skipped."""
+    """Query, proj and MLP (1 + 1 + 8 square matrices) of every other row are skipped."""
     model = tuned(method, family).eval()
     assert len(model.blocks) == depth
     with torch.no_grad():
@@ -120,7 +121,7 @@ def test_rows_live_where_they_must() -> None:
 
 
 def test_a_training_step_is_cheaper_than_the_plain_one() -> None:
-    """Forward and backward in the products that torch sees: far below the plain formulation."""
+    """Forward and backward take far fewer operations than the plain formulation's."""
     model, plain = pair(families.build(TOKEN, dtype=torch.float32), VPTDeep(20))
     model.train()
 
@@ -146,7 +147,7 @@ def test_no_autograd_below_the_first_prompt(first: int) -> None:
 
 
 def test_no_token_gradient_in_the_first_prompted_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tokens' queries, keys and values are constants: only the prompts' are trained."""
+    """Queries and kv of its tokens are constants: gradients flow to prompts only."""
     model = tuned(VPTDeep(3, blocks=[1, 2, 3])).train()
     seen: dict[Any, list[Tensor]] = {}
 
@@ -162,8 +163,8 @@ def test_no_token_gradient_in_the_first_prompted_block(monkeypatch: pytest.Monke
     assert not first.requires_grad and second.requires_grad
 
 
-def kept(call: Any) -> int:
-    """Bytes of distinct storages, frozen and trained parameters aside, saved for backward."""
+def saved_bytes(call: Any) -> int:
+    """Return the bytes of distinct storages saved for backward, without parameters and buffers."""
     owned = {p.untyped_storage().data_ptr() for p in (*call.parameters(), *call.buffers())}
     found: dict[int, int] = {}
 
@@ -179,12 +180,12 @@ def kept(call: Any) -> int:
     return sum(found.values())
 
 
-def test_memory_kept_for_backward() -> None:
+def test_memory_saved_for_backward() -> None:
     """None below the first prompted block, and none for dead prompt rows."""
-    every = kept(tuned(VPTDeep(3)).train())
-    last = kept(tuned(VPTDeep(3, blocks=[DEPTH - 1])).train())
-    linear = kept(tuned(VPTDeep(0, blocks=[DEPTH - 1])).train())
-    many = kept(tuned(VPTDeep(23)).train())
+    every = saved_bytes(tuned(VPTDeep(3)).train())
+    last = saved_bytes(tuned(VPTDeep(3, blocks=[DEPTH - 1])).train())
+    linear = saved_bytes(tuned(VPTDeep(0, blocks=[DEPTH - 1])).train())
+    many = saved_bytes(tuned(VPTDeep(23)).train())
     assert last < 0.3 * every
     assert linear <= last
     one_row = WIDTH * 4
@@ -192,7 +193,7 @@ def test_memory_kept_for_backward() -> None:
     assert many - every < DEPTH * 20 * 8 * one_row
 
 
-def test_plain_twin_keeps_more() -> None:
+def test_the_plain_formulation_saves_more() -> None:
     model, plain = pair(families.build(TOKEN, dtype=torch.float32), VPTDeep(20))
     assert isinstance(plain, Plain)
 
@@ -204,4 +205,4 @@ def test_plain_twin_keeps_more() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return plain(x)
 
-    assert kept(model.train()) < 0.5 * kept(Twin())
+    assert saved_bytes(model.train()) < 0.5 * saved_bytes(Twin())

@@ -1,7 +1,7 @@
-"""Features, intermediates and hooks of a tuned model are timm's, prompt rows stripped.
+"""Features, intermediates and hooks of a tuned model are timm's, without prompt rows.
 
-What is expected comes from timm's own methods, run on the plain formulation's block outputs
-(`Plain.playback`), so every argument means what timm makes of it.
+Expected results come from timm's own methods, run on the plain formulation's block outputs
+(`Plain.playback`), so every argument has timm's meaning.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_intermediates_under_a_mask(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["shallow", "deep", "first", "middle_only"])
 def test_gradients_through_intermediates(variant: str) -> None:
-    """A loss on the intermediates trains the prompts as it does in the plain formulation."""
+    """A loss on the intermediates trains the prompts as in the plain formulation."""
     tuned, plain, image = tune(TOKEN, variant)
     tuned.train()
     names = [n for n, p in tuned.named_parameters() if p.requires_grad and "prompt" in n]
@@ -134,7 +134,7 @@ def test_get_intermediate_layers(family: str, variant: str) -> None:
 @pytest.mark.parametrize("variant", SOME)
 @pytest.mark.parametrize("prune_norm", [False, True])
 def test_prune_intermediate_layers(family: str, variant: str, prune_norm: bool) -> None:
-    """The model ends earlier: its new last block strips the rows that live there."""
+    """The model ends earlier: its new last block strips its live rows."""
     tuned, plain, image = tune(family, variant)
     last = families.depth(family) - 2
     with torch.no_grad():
@@ -186,7 +186,7 @@ def _watch(module: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("family", [TOKEN, "deit_distilled", AVERAGE, "token_fc_norm"])
 @pytest.mark.parametrize("variant", SOME)
 def test_hooks_see_all_rows(family: str, variant: str) -> None:
-    """A hook on the last block, the final norm or what is in them sees every token, no prompt."""
+    """A hook on the last block, the final norm or their parts sees every token, no prompt."""
     for module in ("blocks.{last}", "norm", "blocks.{last}.mlp", "blocks.{last}.attn"):
         tuned, plain, image = tune(family, variant)
         last = len(tuned.blocks) - 1
@@ -209,7 +209,7 @@ def test_hooks_see_all_rows(family: str, variant: str) -> None:
 )
 @pytest.mark.parametrize("where", [0, 2])
 def test_hooks_inside_blocks_run(inner: str, where: int) -> None:
-    """Once: with prompts among the tokens where their keys are made, and without after that."""
+    """They run once: with prompts among the tokens up to prompt_kv, and without them afterwards."""
     tuned, plain, image = tune("deit3", "deep")
     seen = _watch(tuned.get_submodule(f"blocks.{where}.{inner}"))
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_hooks_inside_blocks_run(inner: str, where: int) -> None:
 
 
 @pytest.mark.parametrize("variant", ["deep", "shallow"])
-def test_hooks_may_change_what_passes(variant: str) -> None:
+def test_hooks_may_change_inputs_and_outputs(variant: str) -> None:
     tuned, plain, image = tune(TOKEN, variant)
     for model in (tuned, plain.model):
         model.norm.register_forward_pre_hook(lambda _module, inputs: (inputs[0].flip(1),))
@@ -232,7 +232,7 @@ def test_hooks_may_change_what_passes(variant: str) -> None:
 @pytest.mark.parametrize("family", [TOKEN, "siglip_average"])
 @pytest.mark.parametrize("variant", SOME)
 def test_hooks_on_blocks(family: str, variant: str, checkpointing: bool) -> None:
-    """What passes between blocks is what timm's blocks pass, without the live prompt rows."""
+    """Hooks see the inputs and outputs of timm's blocks, without the live prompt rows."""
     tuned, plain, image = tune(family, variant)
     tuned.set_grad_checkpointing(checkpointing)
     entered: dict[int, Tensor] = {}
@@ -270,7 +270,7 @@ def test_hooks_on_gradients(variant: str) -> None:
 
 
 def strip(rows: Tensor, live: int) -> Tensor:
-    """Without the `live` rows after the class token."""
+    """Remove the `live` rows after the class token."""
     return torch.cat([rows[:, :1], rows[:, 1 + live :]], dim=1)
 
 
@@ -288,7 +288,7 @@ def test_another_input_size(family: str, variant: str) -> None:
 @pytest.mark.parametrize("variant", ["shallow", "deep", "last_only"])
 @pytest.mark.parametrize(("classes", "pool"), [(7, None), (7, "avg"), (4, ""), (0, None)])
 def test_another_classifier(variant: str, classes: int, pool: str | None) -> None:
-    """The head is looked at in every call: no row that a new pooling reads is skipped."""
+    """The head is checked in every call: no row that a new pooling reads is skipped."""
     tuned, plain, image = tune(TOKEN, variant)
     tuned(image)
     for model in (tuned, plain.model):

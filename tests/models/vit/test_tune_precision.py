@@ -1,4 +1,4 @@
-"""Gradient checkpointing, low precision and torch.compile leave the function as it is."""
+"""Gradient checkpointing, low precision and torch.compile compute the same function."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_checkpointing_replays_dropout_masks(method: Any) -> None:
         tuned.set_grad_checkpointing(checkpointing)
         torch.manual_seed(4)
         output = tuned(image)
-        torch.rand(3)  # whatever happens in between must not matter
+        torch.rand(3)  # advances the generator between forward and backward
         results.append((output, tuned_gradients(tuned, output)))
     (output, expected), (again, found) = results
     assert distance(again, output) <= 1e-10
@@ -74,13 +74,13 @@ def test_checkpointing_replays_dropout_masks(method: Any) -> None:
 
 
 def error(found: Tensor, truth: Tensor) -> float:
-    """Relative error in the root mean square."""
+    """Return the relative root-mean-square error."""
     found, truth = found.detach().double().cpu(), truth.detach().double().cpu()
     return float((found - truth).norm() / truth.norm())
 
 
 def _twins(family: str, method: Any, device: str, seed: int) -> tuple[nn.Module, Plain, Plain]:
-    """The tuned model and its plain twin in float32 on the device, and the truth in float64."""
+    """Return a tuned model and its plain formulation in float32, and the latter in float64."""
     tuned, truth = pair(families.build(family, seed), method)
     plain = copy.copy(truth)
     plain.model = copy.deepcopy(truth.model).float().to(device)
@@ -94,7 +94,7 @@ def _twins(family: str, method: Any, device: str, seed: int) -> tuple[nn.Module,
 
 
 def _errors(family: str, method: Any, how: str, device: str, seed: int) -> dict[str, Tensor]:
-    """Errors against float64, ours and the plain twin's, of the output and every gradient."""
+    """Return errors of output and gradients against float64, ours and the plain formulation's."""
     tuned, plain, truth = _twins(family, method, device, seed)
     image = families.images(family, batch=4, seed=seed + 50)
     expected = truth(image)
@@ -137,8 +137,8 @@ def _errors(family: str, method: Any, how: str, device: str, seed: int) -> dict[
 def test_low_precision(family: str, variant: str, how: str, device: str) -> None:
     """No further from float64 than the plain formulation in the same precision, plus slack.
 
-    In the mean over four models, or over twenty where four are over the budget: of a few, the
-    rounding of a few numbers is down to luck.
+    In the mean over four models, or over twenty where four are over the budget, since rounding
+    errors of a few models vary at random.
     """
     method = VARIANTS[variant](families.depth(family))
     runs = [_errors(family, method, how, device, seed) for seed in range(4)]
@@ -148,7 +148,7 @@ def test_low_precision(family: str, variant: str, how: str, device: str) -> None
 
 
 def _over_budget(runs: list[dict[str, Tensor]], how: str) -> dict[str, tuple[float, float]]:
-    """Mean errors (ours, eager's) of what is over the budget, by name."""
+    """Return the mean errors (ours, eager's) that are over the budget, by name."""
     slack = 1e-6 if how == "float32" else 2e-3
     means = {name: torch.stack([run[name] for run in runs]).mean(0).tolist() for name in runs[0]}
     return {n: (ours, eager) for n, (ours, eager) in means.items() if ours > 1.3 * eager + slack}
@@ -156,7 +156,7 @@ def _over_budget(runs: list[dict[str, Tensor]], how: str) -> dict[str, tuple[flo
 
 @pytest.mark.parametrize("family", [TOKEN, "qk_norm"])
 def test_autocast_leaves_float64_alone(family: str) -> None:
-    """As it does in eager PyTorch; blocks of the second family run module by module."""
+    """As in eager PyTorch; blocks of the second family run module by module."""
     tuned, plain = pair(families.build(family), VPTDeep(3))
     image = families.images(family)
     expected = plain(image)

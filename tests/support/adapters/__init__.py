@@ -1,1 +1,1 @@
-"""Adapters made, damaged, and killed while they are saved."""
+"""Adapters that are written, edited and damaged, and saves that are killed."""

@@ -1,4 +1,4 @@
-"""Adapters as somebody else might have written them: edited, with checksums that fit again."""
+"""Edited adapters whose checksums are correct."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 def rewrite_config(directory: Path, change: Change) -> None:
-    """Change the configuration, and put its checksum right."""
+    """Apply a change to the configuration, and update its checksum."""
     path = directory / CONFIG_FILE
     config = json.loads(path.read_text("utf-8"))
     change(config)
@@ -26,7 +26,7 @@ def rewrite_config(directory: Path, change: Change) -> None:
 
 
 def rewrite_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Change the tensors, and put both checksums right: the content alone must be found wrong."""
+    """Apply a change to the tensors, and update both checksums: only the content is wrong."""
     path = directory / TENSORS_FILE
     tensors = {name: value.clone() for name, value in load_file(path).items()}
     change(tensors)

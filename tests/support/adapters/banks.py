@@ -1,4 +1,4 @@
-"""Banks of tiny models, their adapters, and the same tasks alone."""
+"""Banks of tiny models, their adapters, and the same tasks served alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def backbone(family: str = VIT, dtype: torch.dtype = torch.float64) -> nn.Module
 def write(
     model: nn.Module, method: Any, directory: Path, classes: int = 5, seed: int = 0, **more: Any
 ) -> Path:
-    """An adapter of a copy of `model`, with prompts and a head that no seed would give."""
+    """Save an adapter of a copy of `model`, with prompts and head of order one."""
     own: Any = copy.deepcopy(model)
     own.reset_classifier(classes)
     own.to(next(model.parameters()).dtype)
@@ -64,7 +64,7 @@ def write(
 
 
 def alone(model: nn.Module, directory: Path, images: Tensor) -> Tensor:
-    """The task by itself, image by image."""
+    """Return the logits of a task served alone, image by image."""
     own: Any = copy.deepcopy(model)
     own.reset_classifier(
         json.loads((directory / "adapter_config.json").read_text())["model"]["args"]["num_classes"]

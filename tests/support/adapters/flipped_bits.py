@@ -1,4 +1,4 @@
-"""Contents of files with one bit that is another."""
+"""Contents of files with one flipped bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 def flipped_bits(content: bytes, count: int) -> Iterator[bytes]:
-    """`count` copies, each with one bit flipped, the same ones in every run."""
+    """Yield `count` copies, each with one flipped bit; the bits are the same in every run."""
     draw = random.Random(0)
     for _ in range(count):
         damaged = bytearray(content)

@@ -1,6 +1,6 @@
-"""Saves an adapter over and over in a process that is killed, beside one that reads it.
+"""Program that kills a process while it saves an adapter, beside one that reads it.
 
-Run as: kill_while_saving.py FOLDER KILLS; prints what went wrong as JSON.
+Run as: kill_while_saving.py FOLDER KILLS; prints the failures as JSON.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def child(work: Any) -> int:
     return process
 
 
-def look(adapter: Path) -> str | None:
-    """What is wrong with the adapter that is there now."""
+def fault(adapter: Path) -> str | None:
+    """Return what is wrong with the saved adapter, or None."""
     for name in (CONFIG_FILE, TENSORS_FILE):
         if not (adapter / name).is_file():
             return f"there is no {name}"
@@ -42,7 +42,7 @@ def look(adapter: Path) -> str | None:
         return f"{type(error).__name__}: {error}"
     version = tensors["prompt_tokens"].flatten().unique()
     if len(version) != 1 or config["class_names"] != [str(int(version)), "other"]:
-        return "the two files are of two savings"
+        return "the two files are from two saves"
     return None
 
 
@@ -50,7 +50,7 @@ def read_until_stopped(adapter: Path, pipe: int) -> None:
     looks, failures, stopped = 0, [], []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     while not stopped:
-        failure = look(adapter)
+        failure = fault(adapter)
         looks += 1
         if failure:
             failures.append(failure)
@@ -95,7 +95,7 @@ def main() -> None:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         left_behind += len(list(adapter.parent.iterdir())) > 1
-        failure = look(adapter)
+        failure = fault(adapter)
         if failure:
             broken.append(failure)
     os.kill(reader, signal.SIGTERM)

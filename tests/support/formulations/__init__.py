@@ -1,1 +1,1 @@
-"""The equations in plain PyTorch, independent of the library, and the models they are tried on."""
+"""The equations in plain PyTorch, independent of the library, and the models they are tested on."""

@@ -1,9 +1,8 @@
-"""Tiny timm models, one for every family that prompts must fit, with weights that hide nothing.
+"""Tiny timm models, one for every supported family, with weights of order one.
 
-Each model is built by timm itself (its own registry entry, shrunk by arguments), in float64, on
-a grid of 3 x 3 to 4 x 4 patches. timm's initialisation would make every test easy to pass: a
-LayerScale of 1e-5 or weights of 0.02 leave the blocks nearly equal to the identity. So every
-parameter is drawn anew, of order one.
+timm builds each model (its own registry entry, shrunk by arguments), in float64, on a grid of
+3 x 3 to 4 x 4 patches. Every parameter is redrawn: with timm's initialisation (LayerScale of 1e-5,
+weights of 0.02) the blocks are nearly the identity, and every test would be easy to pass.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ CLASSES = 5
 
 @dataclass(frozen=True)
 class Family:
-    """A timm entry and what to change in it.
+    """A model of timm's registry, its arguments and edits.
 
     Attributes:
         entry: Name for `timm.create_model`.
         arguments: Arguments of `timm.create_model`.
-        image: Height and width of the images that are fed, in pixels.
-        channels: Channels of the images.
-        edit: Changes made to the model after it is built (what no argument of timm's reaches).
+        image: Height and width of the model's images, in pixels.
+        channels: Number of channels of the images.
+        edit: Function that edits the built model, where timm has no argument for it.
     """
 
     entry: str
@@ -60,7 +59,7 @@ def _vit(
 
 
 def _wide_heads(model: nn.Module) -> None:
-    """Heads of 48 on a width of 64: 2 * 48 != 64, so qkv and proj are not square."""
+    """Set two heads of dimension 48 at width 64, so that qkv and proj are not square."""
     for block in model.blocks:
         block.attn = Attention(64, num_heads=2, attn_head_dim=48, qkv_bias=True)
 
@@ -111,7 +110,7 @@ AVERAGE = "mae"
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Draws every parameter anew, of order one, so that no part of the model is negligible."""
+    """Draw every parameter anew, of order one, so that no part of the model is negligible."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -129,7 +128,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def create(family: str, **overrides: Any) -> nn.Module:
-    """Builds the family's model as timm initialises it, in float32 and in eval mode."""
+    """Build the family's model as timm initialises it, in float32 and in eval mode."""
     found = FAMILIES[family]
     model = timm.create_model(found.entry, pretrained=False, **{**found.arguments, **overrides})
     if found.edit is not None:
@@ -149,14 +148,14 @@ def _prototype(
 def build(
     family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any
 ) -> nn.Module:
-    """Builds the family's model with weights of order one, in eval mode (a new one each time)."""
+    """Build a new model of the family with weights of order one, in eval mode."""
     return copy.deepcopy(_prototype(family, seed, dtype, tuple(overrides.items())))
 
 
 def images(
     family: str, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Random images (batch, channels, height, width) of the size that the family is fed."""
+    """Return random images (batch, channels, height, width) of the family's size."""
     found = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, found.channels, *found.image)
@@ -164,10 +163,10 @@ def images(
 
 
 def depth(family: str) -> int:
-    """Number of blocks of the family's model."""
+    """Return the number of blocks of the family's model."""
     return FAMILIES[family].arguments["depth"]
 
 
 def pools_patches(family: str) -> bool:
-    """Whether the family's head pools patches (what `pool_prompts` may join)."""
+    """Return whether the family's head pools patches, as `pool_prompts` requires."""
     return create(family).global_pool in ("avg", "avgmax", "max", "map")

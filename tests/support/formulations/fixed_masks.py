@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class FixedMasks:
-    """Stands for `F.dropout`: the n-th mask depends on n and the shape alone."""
+    """Stand-in for `F.dropout`, whose n-th mask depends on n and the shape alone."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []

@@ -1,9 +1,9 @@
 """The plain formulation: torch.cat of prompt rows into timm's own, unmodified blocks.
 
-This is the truth that the library is held to (Visual Prompt Tuning, ECCV 2022, section 3): before
-a prompted block its prompts join the sequence after the prefix tokens, replacing those that are
-there; they are ordinary rows from then on; what is left after the last block is dropped.
-Nothing here is fast and nothing is shared with the library but the names of its tensors.
+Visual Prompt Tuning (ECCV 2022, section 3): before a prompted block, prompts are inserted after the
+prefix tokens and replace earlier prompts; they are ordinary rows in the following blocks, and are
+dropped after the last one. The tests compare the library with this formulation, which is not
+written for speed and shares only the names of tensors with the library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vpt_fast import LinearProbe, VPTDeep, VPTShallow, prompt_tune
 
 
 class Playback(nn.Module):
-    """Stands where a block stood and returns what it is told to."""
+    """Stand-in for a block that returns given rows."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class Playback(nn.Module):
 
 
 class Plain:
-    """A plain timm model, which it freezes, and the prompts that join its blocks.
+    """A plain timm model, which is frozen, and prompts that are inserted before its blocks.
 
     Attributes:
-        model: timm model that `prompt_tune` never saw; its head is trained, the rest frozen.
-        trained: Name (in the tuned model's state dict) to leaf tensor, prompts and head.
+        model: timm model without `prompt_tune`; its head is trained, the rest frozen.
+        trained: Leaf tensors by name in the tuned model's state dict: prompts and head.
         blocks: Indices of the prompted blocks.
     """
 
@@ -62,7 +62,7 @@ class Plain:
                 self.trained[name] = parameter.requires_grad_()
 
     def prompt(self, index: int, batch: int) -> Tensor:
-        """Rows (batch, p, D) that join block `index`: projected first, then dropped per image."""
+        """Return the prompts (batch, p, D) of block `index`: projected, then dropout per image."""
         name = "prompt_tokens" if self.shared else f"blocks.{index}.prompt.tokens"
         rows = self.trained[name]
         if "prompt_projection.weight" in self.trained:
@@ -73,7 +73,7 @@ class Plain:
         return F.dropout(rows.expand(batch, -1, -1), self.dropout, self.training)
 
     def sequence(self, image: Tensor, attn_mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Yields (B, prefix + prompts + patches, D) after each block, and sets `self.live`."""
+        """Yield (B, prefix + prompts + patches, D) after each block, and set `self.live`."""
         model, prefix = self.model, self.model.num_prefix_tokens
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
         self.live = 0
@@ -86,7 +86,7 @@ class Plain:
             yield x
 
     def block_outputs(self, image: Tensor, attn_mask: Tensor | None = None) -> list[Tensor]:
-        """Output (B, N, D) of every block, prompt rows removed."""
+        """Return the output (B, N, D) of every block, without prompt rows."""
         prefix = self.model.num_prefix_tokens
         return [
             torch.cat([x[:, :prefix], x[:, prefix + self.live :]], dim=1)
@@ -94,9 +94,10 @@ class Plain:
         ]
 
     def playback(self, image: Tensor, attn_mask: Tensor | None = None) -> nn.Module:
-        """timm's own model around the block outputs: every method of it says what is expected.
+        """Return timm's own model with blocks that return this image's outputs.
 
-        For this image only, and outside of autograd's reach through the blocks' inputs.
+        Every method of it returns what the tuned model's must, for this image only. Gradients do
+        not flow through the inputs of its blocks.
         """
         outputs = self.block_outputs(image, attn_mask)
         shell = copy.copy(self.model)
@@ -105,18 +106,18 @@ class Plain:
         return shell
 
     def features(self, image: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """What `forward_features` must return, (B, N, D)."""
+        """Return the expected result of `forward_features`, (B, N, D)."""
         return self.model.norm(self.block_outputs(image, attn_mask)[-1])
 
     def __call__(self, image: Tensor, attn_mask: Tensor | None = None) -> Any:
-        """What the tuned model must return."""
+        """Return the expected output of the tuned model."""
         if not self.pool_prompts:
             return self.model.forward_head(self.features(image, attn_mask))
         *_, rows = self.sequence(image, attn_mask)
         return self.model.forward_head(self.model.norm(rows))
 
     def narrowed(self, dtype: torch.dtype) -> Any:
-        """A twin that computes in `dtype`, from the same numbers."""
+        """Return a copy in `dtype` with the same values, rounded to it."""
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model).to(dtype)
         owned = dict(twin.model.named_parameters())
@@ -128,8 +129,10 @@ class Plain:
 
 
 def widen(mask: Tensor | None, prefix: int, live: int) -> Tensor | None:
-    """An attention mask (..., N, N) for N tokens with `live` prompts, which everything may see
-    and which see everything."""
+    """Return an attention mask (..., N, N) extended by rows and columns of `live` prompts.
+
+    Every token attends to the prompts, and the prompts attend to every token.
+    """
     if mask is None or live == 0:
         return mask
     wide = torch.zeros(
@@ -144,7 +147,7 @@ def widen(mask: Tensor | None, prefix: int, live: int) -> Tensor | None:
 
 
 def prompt_names(method: Any, blocks: list[int]) -> list[str]:
-    """State dict names of the prompt-side tensors."""
+    """Return the state dict names of the prompts' tensors."""
     if isinstance(method, LinearProbe):
         return []
     shared = getattr(method, "shared", False)
@@ -155,7 +158,7 @@ def prompt_names(method: Any, blocks: list[int]) -> list[str]:
 
 
 def redraw_prompts(model: nn.Module, seed: int = 7) -> None:
-    """Prompt-side parameters of order one: as initialised they hardly move the output."""
+    """Draw the prompts' parameters anew, of order one; initialised ones hardly move the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -165,7 +168,7 @@ def redraw_prompts(model: nn.Module, seed: int = 7) -> None:
 
 
 def pair(base: nn.Module, method: Any, memory: str = "speed") -> tuple[nn.Module, Plain]:
-    """Tunes `base` in place and returns it with its plain twin (same prompts, same head)."""
+    """Tune `base` in place; return it with its plain formulation (same prompts, same head)."""
     untouched = copy.deepcopy(base)
     tuned = prompt_tune(base, method, memory=memory)
     assert tuned is base
@@ -174,7 +177,7 @@ def pair(base: nn.Module, method: Any, memory: str = "speed") -> tuple[nn.Module
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest expected value (0 for empty tensors)."""
+    """Return the largest difference relative to the largest expected value (0 if empty)."""
     assert found.shape == expected.shape, f"{tuple(found.shape)}, not {tuple(expected.shape)}"
     if expected.numel() == 0:
         return 0.0
@@ -184,7 +187,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def gradients(output: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of a fixed, curved loss of `output` (a tensor, or a tuple of them)."""
+    """Return gradients of a fixed, nonlinear loss of `output`, a tensor or a tuple of tensors."""
     generator = torch.Generator().manual_seed(11)
     loss = torch.zeros((), dtype=torch.float64)
     for part in output if isinstance(output, tuple) else (output,):
@@ -197,7 +200,7 @@ def gradients(output: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tuned_gradients(model: nn.Module, output: Any) -> dict[str, Tensor]:
-    """Gradients of everything in the tuned model that requires one, by name."""
+    """Return the gradients of the tuned model's trained parameters, by name."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return gradients(output, trained)
 
@@ -205,11 +208,11 @@ def tuned_gradients(model: nn.Module, output: Any) -> dict[str, Tensor]:
 def assert_same(
     model: nn.Module, plain: Plain, output: Any, expected: Any, tolerance: float = 1e-10
 ) -> None:
-    """Asserts equal outputs, the same trained names and equal gradients of each of them."""
+    """Assert equal outputs, the same trained names and equal gradients."""
     found_parts = output if isinstance(output, tuple) else (output,)
     expected_parts = expected if isinstance(expected, tuple) else (expected,)
-    for found, right in zip(found_parts, expected_parts, strict=True):
-        assert distance(found, right) <= tolerance, f"output is off by {distance(found, right)}"
+    for found, want in zip(found_parts, expected_parts, strict=True):
+        assert distance(found, want) <= tolerance, f"output is off by {distance(found, want)}"
     ours, theirs = tuned_gradients(model, output), gradients(expected, plain.trained)
     assert set(ours) == set(theirs)
     errors = {name: distance(ours[name], theirs[name]) for name in theirs}

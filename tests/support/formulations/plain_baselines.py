@@ -1,6 +1,6 @@
-"""The papers' baselines on timm's own model, which the library never saw: what theirs must equal.
+"""The papers' baselines on timm's own model, independent of the library.
 
-Which parameters a baseline trains is told from the modules that own them, not from the library.
+The trained parameters follow from the modules that own them, not from the library.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BASELINES: dict[str, Any] = {
 
 
 def _owned(model: Any, method: Any) -> list[nn.Module]:
-    """Modules of the backbone that are trained with all that they hold."""
+    """Return the modules of the backbone whose parameters are all trained."""
     if isinstance(method, FullTuning):
         return [model]
     if isinstance(method, PartialTuning):
@@ -46,11 +46,11 @@ def _owned(model: Any, method: Any) -> list[nn.Module]:
 
 
 class PlainBaseline:
-    """A plain timm model with the numbers of a tuned one, and what a baseline adds to it.
+    """A plain timm model with the parameters of a tuned one, and a baseline's added layers.
 
     Attributes:
-        model: timm's model in eval mode; what is trained in it requires a gradient.
-        trained: Name (in the tuned model) to leaf tensor.
+        model: timm's model in eval mode; trained parameters require a gradient.
+        trained: Leaf tensors by name in the tuned model.
     """
 
     def __init__(self, model: nn.Module, method: Any, state: dict[str, Tensor]) -> None:
@@ -77,7 +77,7 @@ class PlainBaseline:
         return F.linear(x, self.trained[f"{name}.weight"], self.trained[f"{name}.bias"])
 
     def features(self, image: Tensor, **attention: Any) -> Tensor:
-        """What `forward_features` must return, (B, N, D)."""
+        """Return the expected result of `forward_features`, (B, N, D)."""
         model, attention = self.model, {"attn_mask": None, "is_causal": False, **attention}
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
         for index, block in enumerate(model.blocks):
@@ -92,7 +92,7 @@ class PlainBaseline:
         return model.norm(x)
 
     def __call__(self, image: Tensor, **attention: Any) -> Any:
-        """Logits (B, classes)."""
+        """Return logits (B, classes)."""
         x = self.features(image, **attention)
         if not isinstance(self.method, MLPHead):
             return self.model.forward_head(x)
@@ -105,14 +105,14 @@ class PlainBaseline:
 
 
 def assert_same(model: nn.Module, plain: PlainBaseline, output: Any, expected: Any) -> None:
-    """Asserts equal logits, the same trained names, and equal gradients of each, to 1e-10."""
+    """Assert equal logits, the same trained names and equal gradients, to 1e-10."""
     assert distance(output, expected) <= 1e-10
     ours, theirs = tuned_gradients(model, output), gradients(expected, plain.trained)
     assert set(ours) == set(theirs)
     largest = max(float(g.abs().max()) for g in theirs.values())
     for name, right in theirs.items():
         if name.endswith("k_norm.bias"):
-            # It adds the same to all scores of a query: its gradient is 0, and rounding noise here.
+            # It adds the same to all scores of a query: its gradient is 0 up to rounding.
             assert ours[name].abs().max() <= 1e-12 * largest
             assert right.abs().max() <= 1e-12 * largest
         else:
@@ -120,7 +120,7 @@ def assert_same(model: nn.Module, plain: PlainBaseline, output: Any, expected: A
 
 
 def redraw_added(model: nn.Module, seed: int = 7) -> None:
-    """What a method has added, of order one: an adapter that starts as the identity hides all."""
+    """Draw a method's added layers anew, of order one: adapters are initialised to the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -130,7 +130,7 @@ def redraw_added(model: nn.Module, seed: int = 7) -> None:
 
 
 def baseline_pair(base: nn.Module, method: Any, memory: str = "speed") -> tuple[Any, PlainBaseline]:
-    """Tunes `base` in place and returns it with its plain twin, of the same numbers."""
+    """Tune `base` in place; return it with its plain formulation of the same parameters."""
     untouched = copy.deepcopy(base)
     tuned = prompt_tune(base, method, memory=memory)
     redraw_added(tuned)

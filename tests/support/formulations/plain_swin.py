@@ -1,10 +1,10 @@
 """The plain formulation on Swin: prompt rows concatenated into every window of timm's own modules.
 
-Visual Prompt Tuning (ECCV 2022, section 3): before a prompted block its prompts join every window
+Visual Prompt Tuning (ECCV 2022, section 3): a prompted block inserts its prompts into every window
 of their image; rows and columns of prompts have no position bias and no mask. Every window updates
 its copy of the rows, the copies are averaged, and the average passes through the rest of the block.
-Rows that are not replaced pass through patch merging as four equal neighbours. Written window by
-window: nothing is fast, and nothing is shared with the library but the names of its tensors.
+Rows that are not replaced pass through patch merging as four equal neighbours. The formulation is
+not written for speed and shares only the names of tensors with the library.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vpt_fast import VAPT, VPTShallow, prompt_tune
 
 @dataclass(frozen=True)
 class Swin:
-    """A small SwinTransformer and the images that it is fed.
+    """A small SwinTransformer and the size of its images.
 
     Attributes:
-        arguments: of `timm.create_model`.
-        image: height and width of the images.
+        arguments: Arguments of `timm.create_model`.
+        image: Height and width of the images, in pixels.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ SWINS: dict[str, Swin] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> nn.Module:
-    """The model with weights of order one, in eval mode."""
+    """Build a model with weights of order one, in eval mode."""
     arguments = {**SWINS[name].arguments, **more}
     model = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, **arguments)
     model = model.eval().to(dtype)
@@ -82,20 +82,20 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **more: 
 
 
 def images(name: str, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random images of the size that the model is fed."""
+    """Return random images (batch, 3, height, width) of the model's size."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, 3, *SWINS[name].image)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 class PlainSwin:
-    """A plain timm model, which it freezes, and the prompts that join its windows.
+    """A plain timm model, which is frozen, and prompts that are inserted into its windows.
 
     Attributes:
-        model: timm model that `prompt_tune` never saw.
-        trained: Name (in the tuned model's state dict) to leaf tensor: prompts, head, and what
-            `also` names.
-        training: Whether dropouts act.
+        model: timm model without `prompt_tune`.
+        trained: Leaf tensors by name in the tuned model's state dict: prompts, head, and
+            parameters that `also` names.
+        training: Whether dropout is active.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class PlainSwin:
         self.model: Any = model.requires_grad_(False).eval()
         self.method = method
         self.training = False
-        self.places = [
+        self.positions = [
             (s, i) for s, x in enumerate(self.model.layers) for i in range(len(x.blocks))
         ]
         if isinstance(method, VPTShallow):
             self.prompted = [0]
         else:
             chosen = getattr(method, "blocks", None)
-            self.prompted = list(range(len(self.places)) if chosen is None else chosen)
+            self.prompted = list(range(len(self.positions)) if chosen is None else chosen)
         self.trained = {
             name: value.detach().clone().requires_grad_()
             for name, value in state.items()
@@ -124,8 +124,8 @@ class PlainSwin:
                 self.trained[name] = parameter.requires_grad_()
 
     def prompt(self, number: int, x: Tensor) -> Tensor:
-        """Rows (B, p, D) that join block `number`, whose input is x (B, H, W, D)."""
-        stage, index = self.places[number]
+        """Return the prompts (B, p, D) of block `number`, whose input is x (B, H, W, D)."""
+        stage, index = self.positions[number]
         name = f"layers.{stage}.blocks.{index}.prompt"
         if isinstance(self.method, VAPT) and number:
             return self.expert(name, f"layers.{stage}.prompt_projector", x)
@@ -136,7 +136,7 @@ class PlainSwin:
         return F.dropout(rows.expand(len(x), -1, -1), self.method.dropout, self.training)
 
     def expert(self, name: str, projector: str, x: Tensor) -> Tensor:
-        """VAPT's prompts (B, p, D) from the block's own grid x (B, H, W, D)."""
+        """Return VAPT's prompts (B, p, D) from the block's own grid x (B, H, W, D)."""
         own = {n[len(name) + 1 :]: t for n, t in self.trained.items() if n.startswith(f"{name}.")}
         width, size = x.shape[-1], self.method.kernel_size
         y = F.layer_norm(x, (width,), own["norm.weight"], own["norm.bias"], 1e-5)
@@ -149,7 +149,7 @@ class PlainSwin:
         return g + hidden @ up.T if self.method.variant == "code" else hidden @ up.T
 
     def block(self, block: Any, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """timm's block on tokens (B, H, W, D) with prompt rows (B, p, D) in every window."""
+        """Apply timm's block to tokens (B, H, W, D) with prompt rows (B, p, D) in every window."""
         if rows is None:
             return block(x), None
         batch, height, width, _ = x.shape
@@ -183,7 +183,7 @@ class PlainSwin:
     def attention(
         self, attn: Any, x: Tensor, count: int, mask: Tensor | None, batch: int
     ) -> Tensor:
-        """timm's attention on windows (w, p + area, D) whose first `count` rows are prompts."""
+        """Apply attention to windows (w, p + area, D) whose first `count` rows are prompts."""
         heads = attn.num_heads
         q, k, v = attn.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         bias = attn._get_rel_pos_bias()
@@ -197,12 +197,12 @@ class PlainSwin:
         return attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
 
     def stages(self, image: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """Tokens (B, H, W, D) and live prompt rows after every stage."""
+        """Return tokens (B, H, W, D) and live prompt rows after every stage."""
         x, rows, number, outputs = self.model.patch_embed(image), None, 0, []
         for stage in self.model.layers:
             x = stage.downsample(x)
-            kept = rows is not None and number not in self.prompted
-            if kept and not isinstance(stage.downsample, nn.Identity):
+            live = rows is not None and number not in self.prompted
+            if live and not isinstance(stage.downsample, nn.Identity):
                 merge = stage.downsample
                 rows = merge.reduction(merge.norm(torch.cat([rows] * 4, -1)))
             for block in stage.blocks:
@@ -214,7 +214,7 @@ class PlainSwin:
         return outputs
 
     def __call__(self, image: Tensor) -> Tensor:
-        """What the tuned model must return."""
+        """Return the expected output of the tuned model."""
         x, rows = self.stages(image)[-1]
         x = self.model.norm(x)
         if getattr(self.method, "pool_prompts", False) and rows is not None:
@@ -225,13 +225,13 @@ class PlainSwin:
 def pair(
     base: nn.Module, method: Any, memory: str = "speed", also: str = "head."
 ) -> tuple[nn.Module, PlainSwin]:
-    """Tunes `base` in place and returns it with its plain twin (same prompts, same head).
+    """Tune `base` in place; return it with its plain formulation (same prompts, same head).
 
     Args:
-        base: A plain SwinTransformer.
-        method: What to tune.
-        memory: What the tuned model keeps for backward.
-        also: What the names of backbone parameters contain that are trained besides.
+        base: Plain SwinTransformer.
+        method: Method to tune.
+        memory: Memory mode of the tuned model.
+        also: Part of the names of further parameters to train.
     """
     untouched = copy.deepcopy(base)
     tuned = prompt_tune(base, method, memory=memory)

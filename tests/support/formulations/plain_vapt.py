@@ -1,11 +1,11 @@
-"""VAPT's plain formulation: every step as section 4 of the paper has it, nothing folded.
+"""VAPT's plain formulation: every step as in section 4 of the paper, nothing folded.
 
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv
-2501.18936). Before block i >= 1 the block's own input is normalised, its patches become a map,
-one kernel that all channels share is convolved over it, channels are dropped, a token-wise
-projector mixes what is left into p rows, a feature projector refines them, and they join the
-sequence after the prefix tokens. timm's own, unmodified block runs on that sequence, and its
-prompt rows are dropped.
+2501.18936). Before block i >= 1 the block's own input is normalised and its patches become a map;
+one kernel, shared by all channels, is convolved over the map; channels are dropped; a token-wise
+projector mixes the rest into p rows; a feature projector refines them; and they are inserted after
+the prefix tokens. timm's own, unmodified block runs on that sequence, and its prompt rows are
+dropped.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PROJECTOR = ("prompt_projector.down.weight", "prompt_projector.up.weight")
 
 
 class PlainVAPT(Plain):
-    """A plain timm model, which it freezes, and the prompt experts before its blocks.
+    """A plain timm model, which is frozen, and the prompt experts before its blocks.
 
     Attributes:
-        model: timm model that `prompt_tune` never saw.
-        trained: Name (in the tuned model's state dict) to leaf tensor: experts, head, and what
-            `also` names.
-        training: Whether the dropouts act. Each block draws its channels first, then the hidden
-            layer; block 0 draws one mask per image.
+        model: timm model without `prompt_tune`.
+        trained: Leaf tensors by name in the tuned model's state dict: experts, head, and
+            parameters that `also` names.
+        training: Whether dropout is active. Each block draws its channel mask, then its hidden
+            mask; block 0 draws one mask per image.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class PlainVAPT(Plain):
                 self.trained[name] = parameter.requires_grad_()
 
     def prompt(self, index: int, batch: int, rows: Tensor | None = None) -> Tensor:
-        """The rows (batch, p, D) that join block `index`, whose input is `rows` (batch, N, D)."""
+        """Return the prompts (batch, p, D) of block `index` for its input `rows` (batch, N, D)."""
         if index == 0:
             tokens = self.trained["blocks.0.prompt.tokens"].expand(batch, -1, -1)
             return F.dropout(tokens, self.method.dropout, self.training)
         assert rows is not None
-        return self.refined(self.mixed(index, rows))
+        return self.feature_projector(self.token_mixing(index, rows))
 
-    def mixed(self, index: int, rows: Tensor) -> Tensor:
-        """What the token-wise projector of block `index` makes of its input, (B, p, D)."""
+    def token_mixing(self, index: int, rows: Tensor) -> Tensor:
+        """Return the output (B, p, D) of block `index`'s token-wise projector."""
         own = {
             name.rpartition("prompt.")[2]: value
             for name, value in self.trained.items()
@@ -82,16 +82,16 @@ class PlainVAPT(Plain):
         y = F.linear(y.flatten(2), own["mix.weight"], own.get("mix.bias"))
         return y.transpose(1, 2)
 
-    def refined(self, mixed: Tensor) -> Tensor:
-        """The feature projector, around which the "code" variant has a residual."""
+    def feature_projector(self, g: Tensor) -> Tensor:
+        """Apply the feature projector, which has a residual in the "code" variant."""
         down, up = (self.trained[name] for name in PROJECTOR)
-        hidden = F.relu(F.linear(mixed, down))
+        hidden = F.relu(F.linear(g, down))
         hidden = F.dropout(hidden, self.method.projector_dropout, self.training)
-        found = F.linear(hidden, up)
-        return mixed + found if self.method.variant == "code" else found
+        out = F.linear(hidden, up)
+        return g + out if self.method.variant == "code" else out
 
     def sequence(self, image: Tensor, attn_mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Yields (B, prefix + prompts + patches, D) after each block, and sets `self.live`."""
+        """Yield (B, prefix + prompts + patches, D) after each block, and set `self.live`."""
         model, prefix = self.model, self.model.num_prefix_tokens
         self.live = self.method.num_prompts
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
@@ -104,7 +104,7 @@ class PlainVAPT(Plain):
 
 
 def prompt_names(method: VAPT, depth: int) -> list[str]:
-    """State dict names of the prompt-side tensors."""
+    """Return the state dict names of the experts' tensors."""
     parts = ["norm.weight", "norm.bias", "conv.weight", "mix.weight", "mix.bias"]
     if method.variant == "paper":
         parts.remove("mix.bias")
@@ -119,14 +119,14 @@ def vapt_pair(
     redraw: bool = True,
     memory: str = "speed",
 ) -> tuple[nn.Module, PlainVAPT]:
-    """Tunes `base` in place and returns it with its plain twin (same experts, same head).
+    """Tune `base` in place; return it with its plain formulation (same experts, same head).
 
     Args:
-        base: A timm model.
-        method: What to tune.
-        also: How the names of backbone parameters begin that are trained besides.
-        redraw: Whether prompt-side parameters become of order one.
-        memory: What the tuned model keeps for backward.
+        base: Plain timm model.
+        method: Method to tune.
+        also: Prefixes of the names of further parameters to train.
+        redraw: Whether to redraw the experts' parameters, of order one.
+        memory: Memory mode of the tuned model.
     """
     untouched = copy.deepcopy(base)
     tuned = prompt_tune(base, method, memory=memory)
@@ -139,17 +139,17 @@ def vapt_pair(
 
 
 def seeded(function: Any, *inputs: Any, seed: int = 4) -> Any:
-    """Calls with a seed of its own: the same masks in the same order on both sides."""
+    """Call a function with a fixed seed, so that both sides draw the same masks."""
     torch.manual_seed(seed)
     return function(*inputs)
 
 
 def weigh_down(*models: nn.Module) -> None:
-    """Gives every norm1 an eps of the size of the prompts' variance.
+    """Give every norm1 an eps of the size of the prompts' variance.
 
-    Without it norm1 undoes the length of a prompt. Where nothing but that length depends on a
-    parameter (in the "paper" variant: a 1 x 1 kernel, or the weight of a mix of one position), the
-    gradient is a difference of equal numbers, and there is no relative error to speak of.
+    With a small eps, norm1 cancels the length of a prompt. Where only that length depends on a
+    parameter (in the "paper" variant: a 1 x 1 kernel, or a mixing weight of one position), the
+    gradient is a difference of equal numbers, whose relative error means nothing.
     """
     for model in models:
         for block in model.blocks:
@@ -157,7 +157,7 @@ def weigh_down(*models: nn.Module) -> None:
 
 
 def compare(tuned: nn.Module, plain: PlainVAPT, image: Tensor) -> None:
-    """Asserts the same function and gradients, with the dropouts at rest and acting."""
+    """Assert equal outputs and gradients, without dropout and with it."""
     plain.training = False
     tuned.eval()
     expected = plain(image)

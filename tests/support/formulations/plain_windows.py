@@ -1,7 +1,7 @@
-"""Attention inside shifted windows by hand: roll, pad, cut, add bias and mask, softmax, and back.
+"""Attention in shifted windows: roll, pad, partition, add bias and mask, softmax, and back.
 
-Everything that the kernels do by index arithmetic is done here with whole tensors, by timm's own
-functions where it has them, in any dtype.
+Whole tensors, and timm's own functions where it has them, replace the kernels' index arithmetic, in
+any dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Pair = tuple[int, int]
 
 
 def timm_mask(height: int, width: int, window: Pair, shift: Pair, like: Tensor) -> Tensor | None:
-    """timm's mask (windows, area, area) of an image of so many tokens."""
+    """Return timm's mask (windows, area, area) of an image of height x width tokens."""
     block = SwinTransformerBlock(
         8, (height, width), 1, window_size=window, shift_size=shift, always_partition=True
     )
@@ -38,7 +38,7 @@ def plain_window_attention(
     shift: Pair,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, W, h d) and natural log-sum-exp (B, h, H, W); differentiable in everything."""
+    """Return the output (B, H, W, h d) and natural log-sum-exp (B, h, H, W), differentiable."""
     batch, height, width, _, heads, dim = qkv.shape
     x = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2)).flatten(3)  # (B, H, W, 3 h d)
     below, right = -height % window[0], -width % window[1]

@@ -1,4 +1,4 @@
-"""The papers' settings by name, and what they do to images."""
+"""The papers' settings by name, and their transforms of images."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def test_images_of_vtab_and_of_other_data():
 
 
 def picture(width: int, height: int) -> Image.Image:
-    """Red grows to the right, green to the bottom."""
+    """Return a picture whose red grows to the right, and whose green grows to the bottom."""
     red, green = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([red, green, 0 * red], -1).round().astype(np.uint8))
 
 
 def edges(image: torch.Tensor) -> tuple[float, ...]:
-    """Red at the left and right, green at the top and bottom, in [0, 1]."""
+    """Return red at the left and right edge, green at the top and bottom edge, in [0, 1]."""
     red, green = image[0], image[1]
     return tuple(
         float(v) for v in (red[:, 0].mean(), red[:, -1].mean(), green[0].mean(), green[-1].mean())
@@ -90,7 +90,7 @@ def test_squash_shows_all_of_the_image_and_crop_its_centre():
     assert squashed.shape[1:] == (side, side)
     assert edges(squashed) == pytest.approx((0, 1, 0, 1), abs=0.05)
     cropped = eval_transform(config("crop"))(image)
-    # Of the height 224 / 256 are left, of the width two thirds of that.
+    # The crop has 224 / 256 of the height, and two thirds of that of the width.
     low, high = (1 - 0.875) / 2, (1 + 0.875) / 2
     across = 0.875 * 2 / 3
     want = ((1 - across) / 2, (1 + across) / 2, low, high)
@@ -108,7 +108,7 @@ def split(tmp_path):
     return split_of_files([tmp_path / f"{index}.png" for index in range(3)], [0, 1, 0])
 
 
-def test_without_augmentation_training_sees_what_evaluation_sees(split):
+def test_without_augmentation_training_images_equal_those_of_evaluation(split):
     found = loading("squash", no_aug=True)
     train, plain = (found.loader(split, ["a", "b"], 3, training=flag) for flag in (True, False))
     assert isinstance(train, MemoryLoader)
@@ -130,7 +130,7 @@ def test_plain_crops_move_over_the_resized_image_and_flip(split):
     assert all(edges(image)[1] > edges(image)[0] for image in next(iter(never)).images)
 
 
-def test_plain_crops_cannot_be_kept():
+def test_plain_crops_cannot_be_cached():
     with pytest.raises(ValueError, match="choose cache auto or stream"):
         Loading(config("crop"), Augmentation(crops="plain"), CPU, cache="memory")
     with pytest.raises(ValueError, match="crops is 'big'; choose one of scaled, plain"):

@@ -1,4 +1,4 @@
-"""Two processes train as one does with the whole batch, and one of them writes."""
+"""Two processes train as one process with the whole batch, and one of them writes files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vpt_fast.train.loop.evaluate import evaluate
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=2.0, warmup_epochs=0)
 ITEMS: dict[str, Any] = {
-    # 25 images in batches of 8: of the last batch one process has nothing.
+    # 25 images in batches of 8: one process has no image of the last batch.
     "uneven": pictures(25),
     "broken": [*pictures(12), BROKEN, *pictures(11, seed=2)],
 }

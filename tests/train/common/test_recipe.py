@@ -104,7 +104,7 @@ def test_everything_decays_but_the_heads_bias(name):
 
 @pytest.mark.parametrize(("opt", "decayed"), [("sgd", 0.01), ("adamw", 0.0)])
 def test_no_bias_decays_under_adamw(opt, decayed):
-    """As the published program has it: under SGD only the head's bias is left out."""
+    """As in the published program; under SGD only the head's bias does not decay."""
     import timm
 
     model = prompt_tune(timm.create_model("test_vit", num_classes=3, img_size=32), FullTuning())

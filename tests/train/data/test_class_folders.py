@@ -1,4 +1,4 @@
-"""What lies in class folders beside images, links and cycles, and the order of classes."""
+"""Class folders: files that are not images, links and cycles, and the order of classes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_links_and_cycles_end(tmp_path):
     (blue / "lost.png").symlink_to(tmp_path / "nowhere.png")
     found = find_images(blue)
     names = [os.path.relpath(path, blue) for path in found.images]
-    # Through "up" the other classes' images are there, each once.
+    # Through "up" the images of other classes are found, each once.
     assert names[:3] == ["0.png", "1.png", "lost.png"] and len(names) == 3 + 4
     (blue / "up").unlink()
     images = ImageFolders(tmp_path / "train", blank)
@@ -87,7 +87,7 @@ def test_natural_order():
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
-    """Folders 1 to 12, and an adapter trained on them that does not name its classes."""
+    """Create folders 1 to 12, and an adapter trained on them without class names."""
     root = tmp_path_factory.mktemp("numbered")
     classes = tuple(str(number) for number in range(1, 13))
     for split, count in (("train", 2), ("test", 1)):
@@ -106,7 +106,7 @@ def numbered(tmp_path_factory):
     return root
 
 
-def test_an_adapter_without_names_wants_the_order_of_its_classes(numbered):
+def test_an_adapter_without_names_needs_the_order_of_its_classes(numbered):
     arguments = ["eval", numbered / "out", numbered / "data", "--checkpoint", numbered / "tiny.pth"]
     result = call(*arguments)
     assert result.exit_code == 2
@@ -120,7 +120,7 @@ def test_an_adapter_without_names_wants_the_order_of_its_classes(numbered):
         found[order] = result.stdout
     assert found["strings"] != found["natural"]
     assert "choose one of strings, natural" in call(*arguments, "--class-order", "size").stderr
-    # Where both orders are the same there is nothing to ask.
+    # If both orders are the same, the option is not needed.
     for name in ("10", "11", "12"):
         for split in ("train", "test"):
             folder = numbered / "data" / split / name
@@ -128,7 +128,7 @@ def test_an_adapter_without_names_wants_the_order_of_its_classes(numbered):
     assert call(*arguments).stdout.startswith("test: 12 images")
 
 
-def test_an_adapter_with_names_wants_no_order(numbered):
+def test_an_adapter_with_names_needs_no_order(numbered):
     names = sorted(path.name for path in (numbered / "data" / "train").iterdir())
     last = numbered / "out" / "last"
     rewrite_config(last, lambda config: config.update(class_names=names))

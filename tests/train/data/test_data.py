@@ -153,8 +153,8 @@ def test_only_augmentation_is_random():
     crops = train_transform(CONFIG, scale=(0.3, 0.5), hflip=0.0)
     assert not torch.equal(crops(picture), crops(picture))
     flips = train_transform(CONFIG, scale=(1.0, 1.0), hflip=1.0)(picture)
-    kept = train_transform(CONFIG, scale=(1.0, 1.0), hflip=0.0)(picture)
-    torch.testing.assert_close(flips.flip(2), kept, rtol=0, atol=0.02)
+    unflipped = train_transform(CONFIG, scale=(1.0, 1.0), hflip=0.0)(picture)
+    torch.testing.assert_close(flips.flip(2), unflipped, rtol=0, atol=0.02)
 
 
 def test_grey_models_get_grey_images(tmp_path):

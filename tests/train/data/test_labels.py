@@ -1,4 +1,4 @@
-"""Labels and lists of any content: words, mistakes, encodings; images that are there twice."""
+"""Labels and lists of any content: words, mistakes, encodings, and duplicate images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HUGE = 5000 * "9"
 
 
 def listed(folder, train, test=("7.png 0",), encoding="utf-8"):
-    """A set in VTAB's layout of lines."""
+    """Write a data set in VTAB's layout with given lines."""
     folder.mkdir(exist_ok=True)
     for number in range(8):
         write_image(folder / f"{number}.png", number % 3, number)
@@ -55,7 +55,7 @@ def test_kinds_of_labels():
     assert consecutive([0, "2", 7, None, -1]) == ["0", "1", "2"]
 
 
-def test_a_label_far_out_of_range_is_a_line_and_no_memory(tmp_path):
+def test_a_label_far_out_of_range_is_reported_and_allocates_nothing(tmp_path):
     folder = listed(
         tmp_path / "mine",
         ["0.png 0", "1.png 2", "2.png 99999999999", f"3.png {HUGE}", "4.png 9", "5.png 2.0"],
@@ -160,7 +160,7 @@ def test_lists_and_json_that_cannot_be_used_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_json_with_words_and_keys_that_are_there_twice(tmp_path, encoding):
+def test_json_with_words_and_duplicate_keys(tmp_path, encoding):
     for number in range(4):
         write_image(tmp_path / f"{number}.png", number % 3, number)
     text = '{"0.png": "dog", "1.png": "cat", "2.png": 2, "0.png": "cat", "3.png": "cat"}'
@@ -215,7 +215,7 @@ def test_words_of_several_words_without_tabs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["n" * 5000, "\\u0000", "\\ud800"])
 def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
-    """They are entries that cannot be decoded, and stop neither reading nor the run's record."""
+    """Their entries cannot be decoded, and stop neither reading nor the run's record."""
     (tmp_path / "train.json").write_text(f'{{"{name}.png": 1, "b.png": 2}}')
     source = open_source(tmp_path)
     assert source.splits["train"].labels == [0, 1]

@@ -1,4 +1,4 @@
-"""Images in memory are those of the loaders that stream, and their random crops are Pillow's."""
+"""Images in memory equal those of streaming loaders, and their random crops equal Pillow's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CROPS = RandomCrops((0.7, 1.0), 0.5)
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A smooth picture with noise: both matter to filters."""
+    """Return a smooth picture with noise, since filters act on both."""
     rng = np.random.default_rng(seed)
     ramp = np.add.outer(np.linspace(0, 90, height), np.linspace(0, 90, width))[..., None]
     return Image.fromarray((ramp + rng.integers(0, 75, (height, width, 3))).astype(np.uint8))
@@ -55,28 +55,28 @@ FULL = [(40, 30)] * 11
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize("make", [eval_transform, lambda c: train_transform(c, no_aug=True)])
-def test_without_crops_the_images_are_those_that_stream(tmp_path, make, interpolation, antialias):
+def test_without_crops_the_images_equal_streamed_ones(tmp_path, make, interpolation, antialias):
     config = {**CONFIG, "interpolation": interpolation, "antialias": antialias}
     images = image_set(tmp_path, MIXED, make(config), broken=True)
-    streamed, kept = make_loader(images, 4), MemoryLoader(images, 4)
-    assert len(kept) == len(streamed) == 3
-    for one, other in zip(streamed, kept, strict=True):
+    streamed, cached = make_loader(images, 4), MemoryLoader(images, 4)
+    assert len(cached) == len(streamed) == 3
+    for one, other in zip(streamed, cached, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
         assert one.skipped == other.skipped
-    assert kept.images.dtype == torch.uint8
-    assert kept.nbytes == bytes_in_memory(images, None) == 12 * 3 * 32 * 32
+    assert cached.images.dtype == torch.uint8
+    assert cached.nbytes == bytes_in_memory(images, None) == 12 * 3 * 32 * 32
 
 
 def test_orders_are_those_of_make_loader_in_every_epoch(tmp_path):
     images = image_set(tmp_path, MIXED, train_transform(CONFIG))
     images.targets[:] = range(len(images))
     streamed = make_loader(images, 4, shuffle=True, seed=5)
-    kept = MemoryLoader(images, 4, crops=CROPS, shuffle=True, seed=5)
+    cached = MemoryLoader(images, 4, crops=CROPS, shuffle=True, seed=5)
     for _ in range(3):
-        orders = [[batch.labels.tolist() for batch in loader] for loader in (streamed, kept)]
+        orders = [[batch.labels.tolist() for batch in loader] for loader in (streamed, cached)]
         assert orders[0] == orders[1]
-        assert torch.equal(streamed.generator.get_state(), kept.generator.get_state())
+        assert torch.equal(streamed.generator.get_state(), cached.generator.get_state())
 
 
 def test_crops_differ_between_images_and_epochs_and_repeat_with_the_seed(tmp_path):
@@ -91,7 +91,7 @@ def test_crops_differ_between_images_and_epochs_and_repeat_with_the_seed(tmp_pat
 
     torch.manual_seed(0)
     first, second = epochs(1)
-    torch.manual_seed(1)  # not where their random numbers come from
+    torch.manual_seed(1)  # crops do not use the global generator
     assert torch.equal(first, epochs(1)[0])
     assert torch.equal(second, epochs(1)[1])
     assert not torch.equal(first, second)
@@ -112,7 +112,7 @@ def test_a_crop_in_memory_is_pillows(interpolation, box):
         crops = Crops(torch.tensor([box]), torch.tensor([flip]))
         (found,) = crop_and_resize(pixels, crops, (24, 32), interpolation)
         found = found.flip(2) if flip else found
-        # Pillow rounds to whole numbers after rows and after columns.
+        # Pillow rounds to integers after rows and after columns.
         assert (found - want).abs().max() <= (0 if interpolation == "nearest" else 1.5)
 
 
@@ -128,8 +128,8 @@ def test_a_crop_without_antialiasing_is_pytorchs(interpolation):
         torch.testing.assert_close(mine[None], want, rtol=0, atol=1e-2)
 
 
-def test_whole_images_in_memory_are_those_of_timms_pipeline(tmp_path):
-    """Images of other sizes are resized once, to less than twice; here nothing is cropped."""
+def test_whole_images_in_memory_equal_timms_pipeline(tmp_path):
+    """Images of other sizes are resized once, to less than twice the size; none is cropped here."""
     transform = train_transform(CONFIG, scale=(1.0, 1.0), hflip=0.0)
     images = image_set(tmp_path, MIXED, transform)
     loader = MemoryLoader(images, 11, crops=RandomCrops((1.0, 1.0), 0.0))
@@ -163,12 +163,12 @@ def test_drawn_boxes_keep_area_ratio_and_bounds():
     assert 0.55 < area[fits].max() < 0.61
     assert 0.73 < ratio[fits].min() < 0.8
     assert 1.25 < ratio[fits].max() < 1.36
-    # A strip that no crop of this area fits in: the central box of the widest ratio.
+    # In a strip too thin for a crop of this area: the central box of the widest ratio.
     assert (boxes[~fits] == torch.tensor([0, 193, 10, 13])).all()
     assert 0.2 < flips.float().mean() < 0.3
 
 
-def test_images_of_one_small_size_are_kept_as_they_are(tmp_path):
+def test_images_of_one_small_size_are_not_resized(tmp_path):
     same = MemoryLoader(image_set(tmp_path / "a", FULL, train_transform(CONFIG)), 4, crops=CROPS)
     assert same.images.shape == (11, 3, 40, 30)
     assert torch.equal(
@@ -242,7 +242,7 @@ def test_a_run_in_memory_resumes_to_the_bit(tmp_path):
     assert run(tmp_path / "cut", resume=True) == want
 
 
-def test_where_images_are_kept_does_not_change_a_run_without_augmentation(tmp_path):
+def test_caching_images_does_not_change_a_run_without_augmentation(tmp_path):
     folder = make_folders(tmp_path / "data", train=3, val=2)
     checkpoint = write_checkpoint(tmp_path / "tiny.pth")
 
@@ -263,9 +263,9 @@ def test_where_images_are_kept_does_not_change_a_run_without_augmentation(tmp_pa
         tune_on_folder(settings, progress=False, log=lines.append)
         return endings(tmp_path / cache), [line for line in lines if "decoded once" in line]
 
-    kept, lines = run("memory")
+    cached, lines = run("memory")
     assert [line.split(":")[0] for line in lines] == ["train", "val"]
-    assert run("stream") == (kept, [])
+    assert run("stream") == (cached, [])
     with pytest.raises(ValueError, match="cache is 'ram'; choose one of auto, memory, stream"):
         run("ram")
 
@@ -274,15 +274,15 @@ def test_more_than_the_limit_streams(tmp_path, monkeypatch):
     images = image_set(tmp_path, MIXED, train_transform(CONFIG))
     size = bytes_in_memory(images, CROPS)
 
-    def kept(limit, cache="auto"):
+    def is_cached(limit, cache="auto"):
         monkeypatch.setattr(image_loaders, "LIMIT", limit)
         loading = Loading(CONFIG, Augmentation(), torch.device("cpu"), cache=cache)
         found = loading.loader(images.split, images.classes, 4, training=True)
         return isinstance(found, MemoryLoader)
 
-    assert kept(size)
-    assert not kept(size - 1)
-    assert kept(size - 1, "memory")
+    assert is_cached(size)
+    assert not is_cached(size - 1)
+    assert is_cached(size - 1, "memory")
 
 
 def test_other_resizing_in_memory_is_refused(tmp_path):
@@ -293,7 +293,7 @@ def test_other_resizing_in_memory_is_refused(tmp_path):
         MemoryLoader(images, 4, threads=-1)
 
 
-def test_options_change_what_is_asked_and_nothing_else():
+def test_options_change_only_their_fields():
     config = {**CONFIG, "mean": (0.1, 0.2, 0.3)}
     assert ImageOptions().changes(config) == {}
     assert ImageOptions("nearest").changes(config) == {"interpolation": "nearest"}
@@ -313,8 +313,8 @@ def test_options_change_what_is_asked_and_nothing_else():
         ImageOptions(normalisation="zero")
 
 
-def test_antialiasing_is_off_where_it_is_off():
-    """Of stripes one pixel wide, resized to a half, antialiasing leaves grey."""
+def test_antialiasing_can_be_switched_off():
+    """Antialiasing blurs stripes of one pixel to grey when an image is reduced."""
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32))).convert("RGB")
     config = {**CONFIG, "interpolation": "bilinear", "crop_pct": 1.0, "input_size": (3, 24, 24)}
     on = eval_transform(config)(stripes)

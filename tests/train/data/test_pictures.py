@@ -1,4 +1,4 @@
-"""Pictures out of files: every mode and type, upright, on white; damaged ones are named."""
+"""Decoding of image files: every mode and type, upright, on white; damaged ones are named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPAQUE = np.random.default_rng(0).integers(0, 256, (9, 12, 3)).astype(np.uint8)
 
 
 def in_mode(mode, seed=0):
-    """A noisy picture of a mode, its alpha too."""
+    """Return a noisy picture of a mode, with noisy alpha."""
     noise = np.random.default_rng(seed).integers(0, 256, (9, 12, 4)).astype(np.uint8)
     if mode == "I;16":
         return Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
@@ -46,7 +46,7 @@ def grey_of(content, **options):
     return np.asarray(load_image(io.BytesIO(content), 1, **options))
 
 
-def test_what_people_have_is_read():
+def test_common_file_types_are_read():
     read = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
     assert read <= EXTENSIONS
     assert not EXTENSIONS & {".eps", ".pdf", ".heic", ".mpg", ".txt", ".json", ".npy", ".h5"}
@@ -84,7 +84,7 @@ def test_numbers_without_a_range_are_named(mode, kind):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_transparent_is_white(channels):
+def test_transparent_pixels_are_white(channels):
     def top_left(content):
         image = load_image(io.BytesIO(content), channels)
         assert image.mode == ("L" if channels == 1 else "RGB")
@@ -118,7 +118,7 @@ def test_what_is_transparent_is_white(channels):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_images_are_turned_as_exif_says(tmp_path, orientation, file_format):
+def test_images_are_rotated_by_exif(tmp_path, orientation, file_format):
     stored = Image.new("L", (16, 8))
     stored.paste(255, (0, 0, 8, 4))  # the upper left quarter
     exif = Image.Exif()
@@ -133,12 +133,12 @@ def test_images_are_turned_as_exif_says(tmp_path, orientation, file_format):
     for (row, column), which in corners.items():
         part = found[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
         assert (part.mean() > 200) == (str(orientation) in which)
-    if file_format != "TIFF":  # which Pillow itself turns
+    if file_format != "TIFF":  # Pillow itself rotates TIFF
         assert grey_of(content, exif=False).shape == (8, 16)
 
 
 def png16(pixels, colour, *chunks):
-    """A PNG of 16 bits a channel, which Pillow reads but does not write in colour."""
+    """Return a PNG with 16 bits per channel, which Pillow reads but does not write in colour."""
     height, width = pixels.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
@@ -180,7 +180,7 @@ def test_exif_that_cannot_be_read_leaves_an_image_as_it_is():
     assert np.array_equal(np.asarray(load_image(io.BytesIO(content))), OPAQUE)
 
 
-def test_the_configuration_says_how_to_read():
+def test_the_configuration_sets_the_reading():
     assert reading({"input_size": [1, 8, 8]}) == {"channels": 1, "exif": False}
     turned = reading({"input_size": (3, 8, 8), "exif_transpose": True})
     assert turned == {"channels": 3, "exif": True}
@@ -250,20 +250,20 @@ def test_training_predict_and_the_server_read_alike(tmp_path):
 
 
 def damaged(content, seed):
-    """A copy with some bits flipped, bytes put in, or its end cut off."""
+    """Return a copy with some flipped bits, or without its end."""
     draw = np.random.default_rng(seed)
     found = bytearray(content)
     if seed % 3 == 0:
         return bytes(found[: draw.integers(0, len(found))])
     for _ in range(draw.integers(1, 9)):
-        # Headers are where most of a decoder's decisions are.
+        # Most of a decoder's branches depend on headers.
         end = min(len(found), 200) if seed % 3 == 1 else len(found)
         found[draw.integers(0, end)] ^= 1 << int(draw.integers(0, 8))
     return bytes(found)
 
 
 def decodes(content):
-    """Whether there is a picture; else a ValueError says why."""
+    """Return whether a file is decoded, else assert that the error gives a reason in one line."""
     try:
         image = load_image(io.BytesIO(content), 3, name="it", formats=tuple(Image.OPEN))
     except ValueError as error:
@@ -287,7 +287,7 @@ def originals():
 def check_damaged(copies):
     intact = whole = 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about what it finds
+        warnings.simplefilter("ignore")  # Pillow warns of damage
         for number, (_, mode, content) in enumerate(originals()):
             intact += decodes(content) and mode not in ("I", "F")
             whole += sum(decodes(damaged(content, 10**4 * number + i)) for i in range(copies))

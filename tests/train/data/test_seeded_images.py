@@ -1,4 +1,4 @@
-"""Streamed images are the same whatever number of processes loads them."""
+"""Streamed images do not depend on the number of processes that load them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpt_fast.train.data.images import make_loader
 
 
 class Drawn(torch.utils.data.Dataset):
-    """Items drawn from all global random numbers, as transforms draw theirs."""
+    """Items drawn from all global random generators, as transforms draw theirs."""
 
     classes = ("a", "b")
 
@@ -36,14 +36,14 @@ def test_workers_change_nothing(workers: int) -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_epochs_seeds_and_images_have_numbers_of_their_own() -> None:
+def test_epochs_seeds_and_images_have_random_numbers_of_their_own() -> None:
     first, second = epochs(0)
     other = epochs(0, seed=4)[0]
     drawn = [some[some[:, 0].argsort()][:, 1:] for some in (first, second, other)]
     assert len(torch.cat(drawn).flatten().unique()) == 3 * 11 * 3
 
 
-def test_the_numbers_of_others_go_on_as_if_nothing_were_drawn() -> None:
+def test_global_generators_do_not_change() -> None:
     def state() -> list[Any]:
         return [
             random.getstate(),
@@ -56,7 +56,7 @@ def test_the_numbers_of_others_go_on_as_if_nothing_were_drawn() -> None:
     assert state() == before
 
 
-def test_validation_is_read_as_it_is() -> None:
+def test_validation_is_not_seeded() -> None:
     loader = make_loader(Drawn(), 3)
     assert isinstance(loader.dataset, Drawn)
     shuffled: Any = make_loader(Drawn(), 3, shuffle=True)

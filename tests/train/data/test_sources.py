@@ -1,4 +1,4 @@
-"""Data sets as people have them: VTAB-1k, FGVC json files, saved datasets, class folders."""
+"""Formats of data sets: VTAB-1k, FGVC json files, saved datasets, class folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vpt_fast.train.data.split import SplitImages
 
 
 def make_vtab(folder: Path, train=6, val=3, test=6, classes=3) -> Path:
-    """A set in VTAB's layout; a label is the image's number modulo `classes`."""
+    """Write a data set in VTAB's layout; labels are the image's number modulo `classes`."""
     first, lists = 0, {}
     for name, count in (("train800", train), ("val200", val), ("test", test)):
         part = "test" if name == "test" else "train800val200"
@@ -172,7 +172,7 @@ def test_fgvc_files_that_cannot_be_used(tmp_path):
         open_source(tmp_path)
 
 
-def test_class_folders_stay_as_they_were(tmp_path):
+def test_class_folders_are_read(tmp_path):
     make_folders(tmp_path, train=2, validation=1)
     source = open_source(tmp_path)
     assert source.format == "folders"
@@ -225,9 +225,9 @@ def fake_rows(labels, feature=None, broken=(), **more):
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    """Makes load_from_disk of a stand-in for `datasets` return what the test asks for."""
+    """Return a function that sets the result of load_from_disk of a stand-in for `datasets`."""
     (tmp_path / "dataset_dict.json").write_text("{}")
-    (tmp_path / "train").mkdir()  # as save_to_disk makes it, with files in it
+    (tmp_path / "train").mkdir()  # save_to_disk writes a folder with files
     (tmp_path / "train" / "state.json").write_text("{}")
 
     def returns(content):
@@ -309,7 +309,7 @@ def test_a_vtab_set_is_trained_and_evaluated(tmp_path):
     assert "train: images decoded once and kept, 0 MiB on cpu" in result.output
     assert "test: 1 entries left out: " in result.output
     assert "test.txt line 7: label -3 is out of range, 0 to 2" in result.output
-    # The figures on test lack an image, and the command says so with its status.
+    # The test accuracy lacks an image, which the exit status reports.
     assert result.exit_code == 1
     config = json.loads((output / "best" / "adapter_config.json").read_text())
     assert config["input"]["interpolation"] == "bilinear"

@@ -1,4 +1,4 @@
-"""The demo: its data, its output, and the adapter that it loads back."""
+"""The demo: its data, its output, and the adapter that it saves and loads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def digits():
 
 @pytest.fixture
 def few(digits, monkeypatch):
-    """A tenth of the digits, where the result does not matter."""
+    """Use a tenth of the digits, where the result does not matter."""
 
     def tenth(part):
         part = copy.copy(part)
@@ -79,7 +79,7 @@ def test_the_demo_writes_adapters_a_table_and_a_picture(tmp_path, capsys, digits
     with Image.open(output / "demo.png") as picture:
         assert picture.size == (1800, 960)
         assert len(picture.convert("RGB").getcolors(1 << 22)) > 50
-        # The digits are white on black, as the model gets them; the page around them is white.
+        # The digits are white on black, as in the model's input; the page around them is white.
         assert (np.asarray(picture.convert("L"))[:, 930:] == 0).mean() > 0.05
     assert len(json.loads((output / "demo.json").read_text())["results"]) == 4
     digit = load_image(output / "digit.png")

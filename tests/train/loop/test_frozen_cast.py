@@ -1,4 +1,4 @@
-"""Frozen weights that are cast once: the bits of a step, the weights and adapters that are left."""
+"""Frozen weights cast once: the bits of a step, and weights and adapters after training."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def gradients(model, images, labels):
 
 
 class Casts(TorchDispatchMode):
-    """Counts the elements of matrices that are cast to another type."""
+    """A counter of the elements of matrices that are cast to another type."""
 
     def __init__(self):
         super().__init__()
@@ -114,7 +114,7 @@ def test_no_weight_is_cast_in_a_step(name, method):
     weights = sum(w.numel() for w in frozen_weights(model) if w.ndim == 2)
     assert today.elements > weights  # forward, and backward again
     width = model.blocks[-1].attn.qkv.in_features if name == "test_vit" else 0
-    # What is left: rows of activations, and in a ViT the query of the head's row.
+    # The rest: rows of activations, and in a ViT the query of the head's row.
     assert casts.elements < head + 8 * 1024 + 4 * width**2
     assert casts.elements < 0.1 * today.elements
 
@@ -127,26 +127,26 @@ def test_a_run_in_bf16_leaves_an_adapter_for_the_original_weights(tmp_path):
     recipe = Recipe(epochs=2, batch_size=8, lr=1.0, warmup_epochs=0, amp_dtype="bfloat16")
     seen = []
 
-    def keep(tuned_model, directory):
+    def saving(tuned_model, directory):
         seen.append(all(p.dtype == torch.float32 for p in tuned_model.parameters()))
         return save(tuned_model, directory)
 
     val = make_loader(pictures(6, seed=1), 6)
-    train(model, recipe, val_batches=val, output=tmp_path, save=keep)
+    train(model, recipe, val_batches=val, output=tmp_path, save=saving)
     assert seen and all(seen)
     loaded = load_adapter(backbone(), tmp_path / "last")
     found = evaluate(loaded, val, progress=False, amp_dtype=torch.bfloat16)
     last = evaluate(model, val, progress=False, amp_dtype=torch.bfloat16)
     assert found.loss == pytest.approx(last.loss)
-    kept = fingerprint(model.state_dict())
-    same = [name for name in kept if "prompt" not in name and not name.startswith("head.")]
-    assert all(kept[name] == frozen[name] for name in same)
+    after = fingerprint(model.state_dict())
+    same = [name for name in after if "prompt" not in name and not name.startswith("head.")]
+    assert all(after[name] == frozen[name] for name in same)
     plain = backbone().state_dict()
     removed = remove_prompts(model).state_dict()
     assert all(torch.equal(removed[n], plain[n]) for n in plain if not n.startswith("head."))
 
 
-def test_a_run_that_fails_gives_the_weights_back(tmp_path):
+def test_a_run_that_fails_restores_the_weights(tmp_path):
     model = backbone()
     init_head(model)
     prompt_tune(model, VPTDeep(2))

@@ -1,4 +1,4 @@
-"""A whole step that is recorded and replayed trains as an eager one does, bit for bit."""
+"""A whole step that is recorded and replayed trains like an eager one, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vpt_fast.train.loop.step import TrainStep
 
 
 def steps(method=None, memory="speed", **recipe):
-    """Two equal steps, the second with graphs, and what records them."""
+    """Return two equal steps, the second with graphs, and the capture of its graphs."""
     torch.manual_seed(0)
     model = backbone(depth=2)
     init_head(model)
@@ -35,7 +35,7 @@ def steps(method=None, memory="speed", **recipe):
 
 
 def batches(count=20):
-    """Of 8, 8 and 4 images."""
+    """Return batches of 8, 8 and 4 images."""
     return list(make_loader(pictures(count), 8))
 
 
@@ -76,7 +76,7 @@ def test_training_has_the_same_bits(method, recipe):
     assert capture.replayed == parts - len(graphed.graphs)
 
 
-def test_frozen_weights_in_bf16_that_come_and_go():
+def test_frozen_weights_that_are_cast_to_bf16_and_restored():
     eager, graphed, capture = steps(amp_dtype="bfloat16")
     for step in (eager, graphed):
         with FrozenCast(step.model, torch.bfloat16) as cast:
@@ -88,7 +88,7 @@ def test_frozen_weights_in_bf16_that_come_and_go():
     assert (capture.recorded, capture.replayed) == (2, 4)
 
 
-def test_a_gradient_scaler_scales_what_is_replayed():
+def test_a_gradient_scaler_scales_replayed_steps():
     eager, graphed, capture = steps()
     for step in (eager, graphed):
         step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
@@ -114,7 +114,7 @@ def test_memory_modes(memory):
     assert capture.replayed == 7
 
 
-def test_what_changes_is_recorded_again_and_hooks_run_eagerly():
+def test_changed_steps_are_recorded_again_and_hooks_run_eagerly():
     eager, graphed, capture = steps()
     for step in (eager, graphed):
         take(step, 2)

@@ -1,4 +1,4 @@
-"""Training and evaluation: what is learnt, kept, written, and what happens when it goes wrong."""
+"""Training and evaluation: results, the chosen epoch, files, interruptions and failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_training_learns_and_leaves_the_backbone_alone():
+def test_training_learns_and_does_not_change_the_backbone():
     model = tuned()
     before = state(model)
     recipe = Recipe(epochs=6, batch_size=8, lr=3.0)
@@ -66,10 +66,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-def test_the_best_epoch_on_validation_is_kept_and_saved(tmp_path):
+def test_the_best_epoch_on_validation_is_restored_and_saved(tmp_path):
     model = tuned(LinearProbe())
     val = make_loader(pictures(30, seed=1), 30)
-    # The learning rate is far too high, so that the accuracy goes up and down.
+    # The learning rate is far too high, so that the accuracy oscillates.
     recipe = Recipe(epochs=6, batch_size=8, lr=300.0, warmup_epochs=0)
     result = train(model, recipe, val_batches=val, output=tmp_path, save=save)
     best = max(result.epochs, key=lambda row: (row.val_top1, -row.val_loss))
@@ -82,7 +82,7 @@ def test_the_best_epoch_on_validation_is_kept_and_saved(tmp_path):
     assert evaluate(last, val, progress=False).loss == pytest.approx(result.epochs[-1].val_loss)
 
 
-def test_a_loss_that_rises_is_said_once(tmp_path):
+def test_a_rising_loss_is_warned_of_once(tmp_path):
     lines = []
     recipe = Recipe(epochs=4, batch_size=8, lr=3000.0, warmup_epochs=0)
     result = train(tuned(LinearProbe()), recipe, output=tmp_path, save=save, log=lines.append)
@@ -94,8 +94,8 @@ def test_a_loss_that_rises_is_said_once(tmp_path):
     assert calm.warning == ""
 
 
-def test_ctrl_c_waits_for_what_is_being_written(tmp_path):
-    """Wherever it is pressed in there, the epoch is whole on disk."""
+def test_ctrl_c_waits_for_files_that_are_being_written(tmp_path):
+    """Files of the epoch are complete after an interruption while they are written."""
     pressed = []
 
     def pressing(model, directory):
@@ -113,7 +113,7 @@ def test_ctrl_c_waits_for_what_is_being_written(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_is_left_to_others_outside_the_main_thread():
+def test_ctrl_c_is_not_handled_outside_the_main_thread():
     found = []
 
     def inside():
@@ -126,7 +126,7 @@ def test_ctrl_c_is_left_to_others_outside_the_main_thread():
     assert found == [signal.default_int_handler]
 
 
-def test_without_validation_the_last_epoch_is_kept(tmp_path):
+def test_without_validation_the_last_epoch_is_chosen(tmp_path):
     model = tuned()
     result = train(model, Recipe(epochs=2, batch_size=8), output=tmp_path, save=save)
     assert result.kept == 2
@@ -160,7 +160,7 @@ def test_metrics_are_written_as_csv_and_for_tensorboard(tmp_path):
     assert {"train/loss", "train/top1", "val/loss", "lr"} <= set(events.Tags()["scalars"])
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_adapter(tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_adapter(tmp_path):
     model = tuned()
     # Epoch 1 has learning rate 0; the first step of epoch 2 ruins the weights.
     recipe = Recipe(epochs=5, warmup_epochs=1, batch_size=8, lr=1e38)
@@ -192,7 +192,7 @@ def test_the_watch_names_the_first_bad_step():
 
 
 class Interrupting:
-    """A loader during whose `at`-th batch the user presses Ctrl-C."""
+    """A loader that raises SIGINT during its `at`-th batch."""
 
     def __init__(self, loader, at):
         self.loader, self.at, self.seen = loader, at, 0
@@ -284,7 +284,7 @@ def test_devices_are_checked_by_name():
             resolve_device(name)
 
 
-def test_the_loss_watch_waits_for_the_device_once_a_look(monkeypatch):
+def test_the_loss_watch_waits_for_the_device_once_per_check(monkeypatch):
     asked = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         own = getattr(torch.Tensor, name)
@@ -300,11 +300,11 @@ def test_the_loss_watch_waits_for_the_device_once_a_look(monkeypatch):
     assert watch.check() is None and len(asked) == 2
 
 
-def test_a_step_asks_the_device_nothing(monkeypatch):
+def test_a_step_does_not_wait_for_the_device(monkeypatch):
     model = tuned()
     step = TrainStep(model.train(), Recipe(batch_size=8, lr=1.0), 3)
     batches = list(make_loader(pictures(), 8))
-    step(batches[0])  # the optimizer's state is made
+    step(batches[0])  # creates the optimizer's state
 
     def waits(tensor, *_):
         raise AssertionError("a GPU would be waited for")
@@ -318,7 +318,7 @@ def test_a_step_asks_the_device_nothing(monkeypatch):
 
 @pytest.mark.parametrize("multithreading", [True, False])
 def test_the_backward_pass_is_in_the_calling_thread(multithreading):
-    """On a GPU PyTorch would run it in another; a caller's own choice is there again afterwards."""
+    """On a GPU PyTorch would run it in another; the caller's setting is restored afterwards."""
     model, seen = tuned(), []
     step = TrainStep(model.train(), Recipe(batch_size=8, lr=1.0), 3)
     model.head.weight.register_hook(lambda grad: seen.append(torch._C._is_multithreading_enabled()))

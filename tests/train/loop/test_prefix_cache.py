@@ -1,4 +1,4 @@
-"""What enters the first trained block is computed once, and training from there is the same."""
+"""Inputs of the first trained block are computed once, and training from there is the same."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_blocks_before_the_first_trained_one(method: Any, blocks: int) -> None:
     assert frozen_blocks(tuned(method)) == blocks
 
 
-def test_what_else_is_trained_counts() -> None:
+def test_other_trained_parameters_count() -> None:
     model = tuned()
     model.norm.weight.requires_grad_(True)
     assert frozen_blocks(model) == 4

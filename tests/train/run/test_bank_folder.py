@@ -1,4 +1,4 @@
-"""A bank opens with every good adapter of a folder, whatever one bad one says."""
+"""A bank opens with every valid adapter of a folder, and skips an invalid one."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_the_others_are_held(case: str, good: Path, tmp_path: Path) -> None:
+def test_valid_adapters_are_loaded(case: str, good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bank"
     shutil.copytree(good, folder)
     shutil.copytree(good / "task-0", folder / "a-bad-one")  # the first by name
@@ -99,12 +99,12 @@ def test_the_others_are_held(case: str, good: Path, tmp_path: Path) -> None:
     assert line.startswith("a-bad-one is left out: ") and "\n" not in line and len(line) < 600
 
 
-def test_what_a_killed_saving_left_is_no_task(good: Path, tmp_path: Path) -> None:
+def test_files_of_a_killed_save_are_not_a_task(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "bank")
     shutil.copytree(good / "task-0", tmp_path / "bank" / ".task-0.writing-0123")
     bank, refused = open_bank(tmp_path / "bank")
     assert bank.tasks == ("task-0", "task-1") and refused == []
 
 
-def test_configurations_are_json_that_others_read(good: Path) -> None:
+def test_configurations_are_standard_json(good: Path) -> None:
     json.loads((good / "task-0" / CONFIG_FILE).read_text(), parse_constant=pytest.fail)

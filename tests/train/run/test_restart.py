@@ -1,4 +1,4 @@
-"""A run that is killed and resumed ends as one that was not: the same bits."""
+"""A run that is killed and resumed ends with the same bits as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RECIPE = Recipe(epochs=5, batch_size=7, lr=2.0, warmup_epochs=1, accumulation=2)
 
 
 class Noisy(torch.utils.data.Dataset):
-    """Pictures with augmentation from the global random numbers, as torchvision's has it."""
+    """Pictures with augmentation from the global random generators, like torchvision's."""
 
     def __init__(self) -> None:
         self.items = pictures(24)
@@ -72,7 +72,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, b
 
 
 @pytest.mark.parametrize("after", [1, 4, 9, 17])
-def test_a_run_that_stopped_goes_on_to_the_same_bits(
+def test_a_resumed_run_ends_with_the_same_bits(
     after: int, tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vpt_fast.train.loop import step
@@ -101,7 +101,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(
     assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2", "3", "4", "5"]
 
 
-def test_vapts_dropouts_and_adamw_go_on_too(tmp_path: Path) -> None:
+def test_vapts_dropouts_and_adamw_resume_too(tmp_path: Path) -> None:
     changes = {"opt": "adamw", "lr": 0.01, "schedule": "step", "epochs": 2}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flips", [100, pytest.param(1000, marks=pytest.mark.full)])
 def test_flipped_bits_of_a_checkpoint(flips: int, tmp_path: Path) -> None:
-    """Refused, or the same bits: what a file holds between its values means nothing."""
+    """Refused, or the same bits, since padding between a file's values has no meaning."""
     run(tmp_path, epochs=1, warmup_epochs=0)
     path = tmp_path / FILE
     content, expected = path.read_bytes(), digest(load_checkpoint(tmp_path))
@@ -149,7 +149,7 @@ def test_flipped_bits_of_a_checkpoint(flips: int, tmp_path: Path) -> None:
     assert refused > flips / 2
 
 
-def test_a_checkpoint_is_whole_or_not_there(
+def test_a_checkpoint_is_complete_or_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert load_checkpoint(tmp_path) is None
@@ -173,7 +173,7 @@ def test_a_checkpoint_is_whole_or_not_there(
 
 
 def killed(folder: Path, seconds: float) -> bool:
-    """Run in a process of its own and kill it after so long; whether it was still running."""
+    """Run in a process and kill it after `seconds`; return whether it was still running."""
     paths = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
     environment = {**os.environ, "PYTHONPATH": paths}
     process = subprocess.Popen([sys.executable, __file__, str(folder)], env=environment)
@@ -186,7 +186,7 @@ def killed(folder: Path, seconds: float) -> bool:
 
 @pytest.mark.parametrize("moments", [1, pytest.param(20, marks=pytest.mark.full, id="twenty")])
 def test_killed_at_random_moments_it_ends_the_same(moments: int, tmp_path: Path) -> None:
-    """Each run is killed once and then goes on to its end, in new processes."""
+    """Each run is killed once and then resumed to its end, in new processes."""
     whole = tmp_path / "whole"
     whole.mkdir()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""run.json: what training writes of itself, when, and what is refused when it is read."""
+"""run.json: its content, when it is written, and refusals when it is read."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("weights") / "tiny.pth")
 
 
-def test_a_run_writes_what_it_was_told_and_what_it_found(
+def test_a_run_records_its_settings_and_results(
     data: Path, weights: Path, tmp_path: Path
 ) -> None:
     options = ImageOptions(antialias=False)
@@ -101,7 +101,7 @@ def test_a_run_writes_what_it_was_told_and_what_it_found(
     assert record.skipped == 0 and record.error is None
 
 
-def test_it_is_there_while_training_runs_and_says_how_it_ended(
+def test_it_exists_during_training_and_records_the_end(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, seen = run_module.fit, []
@@ -130,7 +130,7 @@ def test_it_is_there_while_training_runs_and_says_how_it_ended(
     assert record.error == "the loss is not finite in epoch 3"
 
 
-def test_resuming_with_other_options_leaves_the_record_alone(
+def test_resuming_with_other_options_does_not_change_the_record(
     data: Path, weights: Path, tmp_path: Path
 ) -> None:
     tune(data, tmp_path / "run", weights, epochs=1)
@@ -164,7 +164,7 @@ def test_resuming_with_other_options_leaves_the_record_alone(
         ({"prefix_cache": False}, "with --prefix-cache, not without"),
     ],
 )
-def test_a_run_goes_on_only_with_what_it_was_told(
+def test_a_run_resumes_only_with_its_settings(
     changed: dict[str, Any], message: str, data: Path, weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
@@ -200,7 +200,7 @@ def _other_weights(_: Path, weights: Path) -> None:
         (_other_weights, "other weights of the backbone: their checksum is another"),
     ],
 )
-def test_a_run_goes_on_only_with_what_it_was_given(
+def test_a_run_resumes_only_with_its_data_and_weights(
     change: Any, message: str, data: Path, weights: Path, tmp_path: Path
 ) -> None:
     images, file = tmp_path / "images", tmp_path / "weights.pth"
@@ -214,10 +214,10 @@ def test_a_run_goes_on_only_with_what_it_was_given(
         tune(tmp_path / "elsewhere", tmp_path / "run", file, resume=True)
 
 
-def test_it_goes_on_with_other_workers_and_memory(
+def test_it_resumes_with_other_workers_and_memory(
     data: Path, weights: Path, tmp_path: Path
 ) -> None:
-    """They change no bit."""
+    """Neither changes any bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tune(data, whole, weights, cache="stream")
     real = run_state.save_checkpoint
@@ -235,7 +235,7 @@ def test_it_goes_on_with_other_workers_and_memory(
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_full_disk_is_said_in_the_record(
+def test_a_full_disk_is_recorded(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -249,25 +249,25 @@ def test_a_full_disk_is_said_in_the_record(
     assert "No space left on device" in str(record.error)
 
 
-def test_an_error_after_the_first_epoch_is_said_in_the_record(
+def test_an_error_after_the_first_epoch_is_recorded(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is no reason to forget what the run was told."""
+    """The record is not removed, unlike that of a run that cannot begin."""
     real = run_state.save_checkpoint
 
     def breaking(directory: Path, state: Any) -> None:
         real(directory, state)
-        raise ValueError("somebody's transform is broken")
+        raise ValueError("a transform is broken")
 
     monkeypatch.setattr(run_state, "save_checkpoint", breaking)
     with pytest.raises(ValueError, match="broken"):
         tune(data, tmp_path / "run", weights)
     record = read_record(tmp_path / "run")
     assert record is not None and record.state == FAILED
-    assert record.error == "somebody's transform is broken"
+    assert record.error == "a transform is broken"
 
 
-def test_a_record_that_was_not_there_is_not_left_by_a_run_that_cannot_begin(
+def test_a_run_that_cannot_begin_leaves_no_new_record(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ValueError, match="checkpoint"), recording(tmp_path, RECORD):
@@ -275,7 +275,7 @@ def test_a_record_that_was_not_there_is_not_left_by_a_run_that_cannot_begin(
     assert not list(tmp_path.iterdir())
 
 
-def test_names_that_are_no_utf8_survive(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
     write_record(tmp_path, RECORD)
     assert read_record(tmp_path) == RECORD
     write_record(tmp_path, replace(RECORD, kept_epoch=3))
@@ -292,7 +292,7 @@ def test_names_that_are_no_utf8_survive(tmp_path: Path) -> None:
         ({"images": [1]}, r"images is \[1\]"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_unreadable_records_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     write_record(tmp_path, RECORD)
     values = json.loads((tmp_path / FILE).read_text())
     (tmp_path / FILE).write_text(json.dumps(values | change))
@@ -307,7 +307,7 @@ def test_damaged_files_are_named(tmp_path: Path, text: str) -> None:
         read_record(tmp_path)
 
 
-def test_fields_of_later_versions_are_left_out_and_missing_ones_named(tmp_path: Path) -> None:
+def test_fields_of_later_versions_are_ignored_and_missing_ones_named(tmp_path: Path) -> None:
     write_record(tmp_path, RECORD)
     values = json.loads((tmp_path / FILE).read_text())
     (tmp_path / FILE).write_text(json.dumps(values | {"weather": "fine"}))

@@ -1,4 +1,4 @@
-"""A sweep's journal that is torn or damaged: named, and the rest is used."""
+"""A sweep's journal that is cut or damaged: the damage is named, and the rest is used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUNS = 3 * 2 + len(SEEDS)
 
 
 def run(folder: Path) -> tuple[list[Result], int, list[str]]:
-    """A sweep's results, how many runs it made, and what it said of its journal."""
+    """Run a sweep; return its results, the number of its runs, and messages about its journal."""
     task, (said, log) = FakeTask(), lines()
     found = Sweep(folder, task, SEEDS, log).run([LINEAR])
     return found, len(task.runs), [line for line in said if JOURNAL in line]

@@ -1,4 +1,4 @@
-"""Sweeps: what is chosen, that they go on after a kill, and that several processes share one."""
+"""Sweeps: selection, resumption after a kill, and sharing by several processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEEDS = (1, 2, 3)
 
 
 class FakeTask:
-    """A run whose accuracy is known: best at lr 1, weight decay 0.01, 5 prompts."""
+    """A task with known accuracies: best at lr 1, weight decay 0.01 and 5 prompts."""
 
     def __init__(self, log: Path | None = None, pause: float = 0.0) -> None:
         self.runs: list[tuple[Any, ...]] = []
@@ -67,14 +67,14 @@ def test_the_best_on_validation_is_trained_with_every_seed(tmp_path: Path) -> No
     assert sum("not finite" in line for line in said) == 2 * 2 + 2
 
 
-def test_a_sweep_that_is_done_runs_nothing_again(tmp_path: Path) -> None:
+def test_a_finished_sweep_runs_nothing_again(tmp_path: Path) -> None:
     first = Sweep(tmp_path, FakeTask(), SEEDS, lines()[1]).run([LINEAR])
     task = FakeTask()
     assert Sweep(tmp_path, task, SEEDS, lines()[1]).run([LINEAR]) == first
     assert task.runs == []
 
 
-def test_equal_accuracies_are_told_apart_by_their_loss(tmp_path: Path) -> None:
+def test_equal_accuracies_are_ranked_by_their_loss(tmp_path: Path) -> None:
     class Equal(FakeTask):
         def run(self, method: Method, recipe: Recipe, final: bool) -> Outcome:
             return Outcome(50.0, abs((recipe.lr or 0) - 0.1), 1, 1, 0.1)
@@ -110,7 +110,7 @@ def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def test_killed_and_shared_by_two_processes(tmp_path: Path) -> None:
-    """One is killed in the middle; two others finish what it left, together."""
+    """One process is killed in the middle; two others finish its sweep together."""
     log = tmp_path / "runs"
     log.touch()
     process = start(tmp_path, log)
@@ -125,7 +125,7 @@ def test_killed_and_shared_by_two_processes(tmp_path: Path) -> None:
     runs = Counter(log.read_text().splitlines())
     assert len(runs) == 3 * 2 + len(SEEDS), "every point and every seed was run"
     again = sum(runs.values()) - len(runs)
-    # What the killed one was at, and what two processes take at the end of each of the two grids.
+    # The killed process's run, and duplicates of two processes at the end of each of two grids.
     assert again <= 1 + 2 * 2 and before < len(runs)
 
 

@@ -1,4 +1,4 @@
-"""Runs of a sweep on real data: independent of each other, and shown as they are."""
+"""Runs of a sweep on real data: independent of each other, and tabulated."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_run_that_diverges_leaves_the_backbone_usable() -> None:
     assert runs.run(LinearProbe(), RECIPE, final=True).top1 > 30
 
 
-def test_a_whole_sweep_and_what_it_shows(tmp_path: Path) -> None:
+def test_a_whole_sweep_and_its_table(tmp_path: Path) -> None:
     candidates = [
         Candidate(VPTDeep(), RECIPE, (0.5, 2.0), (0.01,), (1, 2)),
         Candidate(LinearProbe(), RECIPE, (2.0,), (0.0,)),
@@ -84,7 +84,7 @@ def test_a_whole_sweep_and_what_it_shows(tmp_path: Path) -> None:
     assert min(Image.open(picture).size) > 400
 
 
-def test_the_spread_is_the_samples() -> None:
+def test_the_deviation_is_the_samples() -> None:
     assert mean_and_deviation([1.0, 2.0, 3.0]) == (2.0, 1.0)
     mean, deviation = mean_and_deviation([5.0])
     assert mean == 5.0 and deviation != deviation
