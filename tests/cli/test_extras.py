@@ -247,7 +247,9 @@ def test_the_demo_names_its_extra(
     assert capsys.readouterr().err == wanted
 
 
-def test_a_training_script_names_the_extra_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_training_script_names_the_extra_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r"tensorboard; run: pip install 'vpt-fast\[train\]'"):
         MetricsWriter(tmp_path)

@@ -77,9 +77,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("weights") / "tiny.pth")
 
 
-def test_a_run_records_its_settings_and_results(
-    data: Path, weights: Path, tmp_path: Path
-) -> None:
+def test_a_run_records_its_settings_and_results(data: Path, weights: Path, tmp_path: Path) -> None:
     options = ImageOptions(antialias=False)
     result = tune(data, tmp_path / "run", weights, image_options=options)
     record = read_record(tmp_path / "run")
