@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution, project_features
+from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution
+from vpt_fast.ops.experts.reference import features
 
 OPS = torch.ops.vpt_fast
 DTYPES = [torch.float32, torch.float64]
@@ -107,8 +108,9 @@ def test_gradcheck_of_project_features(masks: bool, bias: bool, residual: bool, 
     def function(*leaves: Tensor) -> Tensor:
         given = iter(leaves)
         values = [next(given) if t is not None and t.requires_grad else t for t in inputs]
-        affine = None if norm == "none" else (*constants, 0.1)
-        return project_features(FeatureInputs(*values), residual, affine, torch.float64)
+        if norm == "none":
+            return features(FeatureInputs(*values), residual)
+        return OPS.project_features(*values, residual, *constants, 0.1, torch.float64)[0]
 
     assert torch.autograd.gradcheck(function, trained)
 

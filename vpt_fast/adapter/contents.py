@@ -68,7 +68,7 @@ def _is_json(value: Any) -> bool:
 
 def trained_tensors(model: Tuned) -> dict[str, Tensor]:
     """Return the values of what is trained or was added, by name; what was added may be frozen."""
-    trained = {name for name, _ in trainable_parameters(model)} | model._added_parameters().keys()
+    trained = {name for name, _ in trainable_parameters(model)} | model.added_parameters().keys()
     return {name: p.detach() for name, p in model.named_parameters() if name in trained}
 
 

@@ -130,7 +130,7 @@ class Tuned(nn.Module):
     ) -> None:
         unfold_before_loading(self)
         self._forget()  # loading overwrites or replaces weights
-        added = {f"{prefix}{name}": value for name, value in self._added_parameters().items()}
+        added = {f"{prefix}{name}": value for name, value in self.added_parameters().items()}
         # PyTorch does not pass `strict` on to modules.
         lists = vars(self).get("_lists_missing", False)
         if added and not lists and added.keys().isdisjoint(state_dict):
@@ -142,7 +142,7 @@ class Tuned(nn.Module):
             state_dict.update(added)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _added_parameters(self) -> dict[str, nn.Parameter]:
+    def added_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the method added, by name."""
         kinds = (PromptTokens, PromptExperts, FeatureProjector, BottleneckAdapter)
         parts = [f"{name}." for name, part in self.named_modules() if isinstance(part, kinds)]

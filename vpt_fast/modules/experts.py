@@ -18,7 +18,8 @@ from vpt_fast.modules.hooks import hooks_version, is_watched
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype
 from vpt_fast.ops.block.parts import contiguous
 from vpt_fast.ops.block.prompt_source import ExpertPrompts
-from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution, project_features
+from vpt_fast.ops.experts.operator import FeatureInputs, fold_convolution
+from vpt_fast.ops.experts.reference import features
 from vpt_fast.ops.tracing import is_transformed
 
 EPS = 1e-5
@@ -111,12 +112,12 @@ class PromptExperts(nn.Module):
         """
         self._check_present(x)
         patches = self._patches(x.shape[1])
-        matrix, mixing_sum = self._folded()
+        weight, mixing_sum = self._folded()
         with in_full_precision(x):
-            rows = x[:, x.shape[1] - patches :].to(matrix.dtype)
-            mixed = matrix[:, :patches] @ F.layer_norm(rows, x.shape[-1:], eps=self.norm.eps)
-        inputs = FeatureInputs(mixed, mixing_sum, *self._applied(x.shape[0]))
-        return project_features(inputs, self.residual, None, matrix.dtype)
+            rows = x[:, x.shape[1] - patches :].to(weight.dtype)
+            mixing = weight[:, :patches] @ F.layer_norm(rows, x.shape[-1:], eps=self.norm.eps)
+            inputs = FeatureInputs(mixing, mixing_sum, *self._applied(x.shape[0]))
+            return features(inputs, self.residual)
 
     def sources(
         self,
@@ -128,8 +129,7 @@ class PromptExperts(nn.Module):
 
         Args:
             x: Input (B, N, D) of the block; only its shape and device matter.
-            folded: Matrix and row sums of the folded `folded_parts`; None to fold them in the
-                block.
+            folded: M and its row sums, folded from `folded_parts`; None to fold in the block.
             masks: Dropout masks, as `masks` returns them; None to draw them here.
 
         Raises:
@@ -164,11 +164,11 @@ class PromptExperts(nn.Module):
     def masks(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """Draw channel mask (B, D) and hidden mask (B, p, r); None where nothing is dropped."""
         like = self.folded_parts()[0]
-        channels, hidden = (
+        channel_mask, hidden_mask = (
             dropout_mask(shape, dropout, like) if dropout else None
             for shape, dropout in zip(self.mask_shapes(batch), self.dropouts(), strict=True)
         )
-        return channels, hidden
+        return channel_mask, hidden_mask
 
     def _applied(
         self, batch: int, masks: tuple[Tensor | None, Tensor | None] | None = None
@@ -180,11 +180,13 @@ class PromptExperts(nn.Module):
         projector: Any = self._owner[0]._modules["prompt_projector"]
         down = projector._modules["down"]._parameters["weight"]
         up = projector._modules["up"]._parameters["weight"]
-        channels, hidden = self.masks(batch) if masks is None else masks
-        return norm["weight"], norm["bias"], mix["bias"], channels, down, up, hidden
+        channel_mask, hidden_mask = self.masks(batch) if masks is None else masks
+        return (
+            norm["weight"], norm["bias"], mix["bias"], channel_mask, down, up, hidden_mask,
+        )  # fmt: skip
 
     def token_mixing(self) -> Tensor:
-        """Return the matrix M as (p, gh, gw): the weight of each patch in each prompt."""
+        """Return the mixing weight M as (p, gh, gw), of each patch in each prompt."""
         count = self.grid[0] * self.grid[1]
         return self._folded()[0][:, :count].unflatten(1, self.grid)
 
@@ -239,5 +241,5 @@ def dropout_mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor
     if is_transformed():  # vmap cannot draw in place
         ones = torch.ones(shape, dtype=statistics_dtype(like.dtype), device=like.device)
         return F.dropout(ones, dropout)
-    kept = torch.empty(shape, dtype=statistics_dtype(like.dtype), device=like.device)
-    return kept.bernoulli_(1.0 - dropout).div_(1.0 - dropout) if dropout < 1 else kept.zero_()
+    mask = torch.empty(shape, dtype=statistics_dtype(like.dtype), device=like.device)
+    return mask.bernoulli_(1.0 - dropout).div_(1.0 - dropout) if dropout < 1 else mask.zero_()

@@ -190,12 +190,12 @@ class ExpertPrompts(_ExpertSettings, PromptSource):
 
     def mix(self, sites: Sites, tensors: Tensors, x: Tensor, statistics: Tensor) -> Mixing:
         """Return M, its row sums and M LayerNorm(x); see `PromptSource`."""
-        matrix, mixing_sum = tensors[:2]
+        weight, mixing_sum = tensors[:2]
         if not self.folded:
-            columns = folded_columns(matrix, self.grid)
-            matrix, mixing_sum = sites[FOLD, ""](matrix, mixing_sum, self.grid, columns)
+            columns = folded_columns(weight, self.grid)
+            weight, mixing_sum = sites[FOLD, ""](weight, mixing_sum, self.grid, columns)
         patches = self.grid[0] * self.grid[1]
-        return matrix, mixing_sum, sites[MIX, ""](x, matrix, patches, statistics)
+        return weight, mixing_sum, sites[MIX, ""](x, weight, patches, statistics)
 
     def mix_gradients(
         self,
@@ -209,14 +209,14 @@ class ExpertPrompts(_ExpertSettings, PromptSource):
         needs_tokens: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Return the gradients of x and of the first two tensors; see `PromptSource`."""
-        matrix, (grad, grad_mixing_sum), x = entry.mixing[0], grad_mixing, entry.x
+        weight, (grad, grad_mixing_sum), x = entry.mixing[0], grad_mixing, entry.x
         if grad_y is None:
             grad_y = torch.zeros_like(x)  # type: ignore[arg-type]
-        *grad_x, grad_matrix = sites[MIX_BACKWARD, f"{needs_tokens} {grad_sum is None}"](
-            x, matrix, self.grid[0] * self.grid[1], norm.weight, entry.statistics, grad_y, grad,
+        *grad_x, grad_weight = sites[MIX_BACKWARD, f"{needs_tokens} {grad_sum is None}"](
+            x, weight, self.grid[0] * self.grid[1], norm.weight, entry.statistics, grad_y, grad,
             grad_sum, needs_tokens, True,
         )  # fmt: skip
-        grads = (grad_matrix, grad_mixing_sum)
+        grads = (grad_weight, grad_mixing_sum)
         if not self.folded:
             grads = sites[FOLD_BACKWARD, ""](*tensors[:2], *grads, self.grid)
         return grad_x[0] if grad_x else None, list(grads)

@@ -161,7 +161,17 @@ def features_operator(
     norm1_eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return norm1(P) of `project_features`, and the mean and rstd (B, p) of each prompt."""
+    """Return norm1(P), P = g + up(relu(down g)), and the mean and rstd (B, p) of each prompt.
+
+    g is the token mixing with the affine of the experts' LayerNorm; see `FeatureInputs`.
+
+    Args:
+        mixing, mixing_sum, norm_weight, norm_bias, projector_bias, channel_mask, down, up,
+            hidden_mask: Fields of `FeatureInputs`.
+        residual: Whether g is added to the feature projector's output.
+        norm1_weight, norm1_bias, norm1_eps: Frozen norm1 of the block.
+        dtype: Dtype of norm1(P), (B, p, D).
+    """
     inputs = FeatureInputs(
         mixing, mixing_sum, norm_weight, norm_bias, projector_bias, channel_mask, down, up,
         hidden_mask,
@@ -249,29 +259,3 @@ FEATURES_BACKWARD = Operation(
     "features_backward", _kernels, reference.features_backward,
     lambda inputs, *others: features_operator_backward(*inputs, *others),
 )  # fmt: skip
-
-
-def project_features(
-    inputs: FeatureInputs,
-    residual: bool,
-    norm: tuple[Tensor | None, Tensor | None, float] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Compute the prompts P = g + up(relu(down g)) and norm1(P) from the token mixing.
-
-    g = (mixing * norm_weight + mixing_sum * norm_bias) * channel_mask + projector_bias: the token
-    mixing is that of rows normalised without the LayerNorm's affine, which is applied here.
-
-    Args:
-        inputs: Token mixing (B, p, D), fp32 or fp64, and what is applied to it.
-        residual: Whether g is added to the feature projector's output.
-        norm: Weight (D,), bias (D,) and epsilon of the block's norm1, constants; None returns P.
-        dtype: Dtype of the result.
-
-    Returns:
-        norm1(P), or P, of shape (B, p, D).
-    """
-    with in_full_precision(inputs.mixing):
-        if norm is None:
-            return reference.features(inputs, residual).to(dtype)
-        return features_operator(*inputs, residual, *norm, dtype)[0]
