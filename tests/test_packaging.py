@@ -134,8 +134,8 @@ print(json.dumps([importlib.import_module(name).__file__ for name in ("vpt_fast"
 
 
 def test_every_module_of_the_wheel_can_be_imported(fresh: Path, tmp_path: Path) -> None:
-    said = python("-c", IMPORTS, executable=fresh / "bin" / "python", cwd=tmp_path)
-    files = [Path(name) for name in json.loads(said.splitlines()[-1])]
+    printed = python("-c", IMPORTS, executable=fresh / "bin" / "python", cwd=tmp_path)
+    files = [Path(name) for name in json.loads(printed.splitlines()[-1])]
     [home] = fresh.glob("lib/python*/site-packages")
     imported = {path.relative_to(home).as_posix() for path in files}
     wanted = {name for name in sources() if name.endswith(".py")}
@@ -143,5 +143,5 @@ def test_every_module_of_the_wheel_can_be_imported(fresh: Path, tmp_path: Path) 
 
 
 def test_the_wheel_installs_the_command(fresh: Path, tmp_path: Path) -> None:
-    said = python("--version", executable=fresh / "bin" / "vpt-fast", cwd=tmp_path)
-    assert said == f"vpt-fast {__version__}\n"
+    printed = python("--version", executable=fresh / "bin" / "vpt-fast", cwd=tmp_path)
+    assert printed == f"vpt-fast {__version__}\n"

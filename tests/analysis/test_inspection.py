@@ -271,7 +271,7 @@ def test_inspect_writes_tables_and_pictures(work, tmp_path):
     assert "vpt-deep, 2 prompts, 1 image" in result.stdout
 
 
-def test_inspect_goes_on_after_an_undecodable_image(work, tmp_path):
+def test_inspect_continues_after_an_undecodable_image(work, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
     good = work / "data" / "test" / "red" / "0.png"

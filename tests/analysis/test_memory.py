@@ -199,7 +199,7 @@ def test_wrong_arguments_are_named() -> None:
         measured_peak(vit(), *step_inputs(1, SIZE, torch.float32, "cpu"))
 
 
-def test_a_measured_step_leaves_the_weights_as_they_are() -> None:
+def test_a_measured_step_does_not_change_the_weights() -> None:
     model = vit()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with provided(model, VPTDeep(3), "speed") as tuned:

@@ -82,12 +82,12 @@ def test_functions_that_do_not_take_swin_refuse_it() -> None:
     ids=lambda method: method.name,
 )
 def test_a_memory_profile(method: Any, tmp_path: Any) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     report_memory(
         "swin_tiny_patch4_window7_224", method, tmp_path / "memory", num_prompts=2, prompts=[0, 2],
-        batch_size=1, img_size=None, dtype="bfloat16", progress=False, log=said.append,
+        batch_size=1, img_size=None, dtype="bfloat16", progress=False, log=messages.append,
     )  # fmt: skip
-    text = "\n".join(said)
+    text = "\n".join(messages)
     assert ("eager is left out" in text) == isinstance(method, VAPT)
     assert "timm's model without prompts" in text
     assert (tmp_path / "memory" / "memory.png").is_file()

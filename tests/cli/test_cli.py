@@ -91,7 +91,7 @@ def test_predict_names_classes_and_probabilities(run, folder, checkpoint):
     assert [line.count("%") for line in top.stdout.splitlines()] == [1, 1, 1]
 
 
-def test_predict_goes_on_after_an_undecodable_image(run, folder, checkpoint, tmp_path):
+def test_predict_continues_after_an_undecodable_image(run, folder, checkpoint, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
     good = folder / "test" / "red" / "0.png"

@@ -127,10 +127,10 @@ def test_resuming_in_a_folder_of_something_else(folder, checkpoint, tmp_path):
     (other / "run.json").write_text("{}")
     assert "no adapter is kept" in error_of(train(folder, checkpoint, other, *options), code=1)
     assert (other / "src" / "keep.txt").read_text() == "keep"
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    (begun / ".run.json.writing-0").touch()
-    assert train(folder, checkpoint, begun, "--epochs", 1, "--resume").exit_code == 0
+    started = tmp_path / "started"
+    started.mkdir()
+    (started / ".run.json.writing-0").touch()
+    assert train(folder, checkpoint, started, "--epochs", 1, "--resume").exit_code == 0
 
 
 def test_adapters_that_do_not_fit_are_named(run, folder, checkpoint, tmp_path):

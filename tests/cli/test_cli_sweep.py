@@ -71,14 +71,14 @@ def test_processes_share_the_runs(folder, checkpoint, tmp_path):
     shared = sweep(folder, checkpoint, tmp_path / "two", "--no-aug", "--processes", 2)
     assert alone.exit_code == 0 and shared.exit_code == 0, shared.output
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
-    for mine, theirs in zip(one, two, strict=True):
+    for ours, theirs in zip(one, two, strict=True):
         rounded = ("seconds", "test_loss", "adapter_bytes")
-        same = [name for name in mine if name not in rounded]
-        assert [mine[name] for name in same] == [theirs[name] for name in same]
-        assert float(mine["test_loss"]) == pytest.approx(float(theirs["test_loss"]), rel=1e-4)
+        same = [name for name in ours if name not in rounded]
+        assert [ours[name] for name in same] == [theirs[name] for name in same]
+        assert float(ours["test_loss"]) == pytest.approx(float(theirs["test_loss"]), rel=1e-4)
         # An adapter's configuration holds floats as text: with other thread counts a sum may
         # round differently and print with a digit more or less.
-        assert abs(int(mine["adapter_bytes"]) - int(theirs["adapter_bytes"])) <= 8
+        assert abs(int(ours["adapter_bytes"]) - int(theirs["adapter_bytes"])) <= 8
 
 
 def test_the_demo_preset_compares_seven_methods_over_five_seeds(tmp_path):
@@ -144,10 +144,11 @@ def test_images_of_all_parts_are_those_of_the_data_set(cache, folder):
 
     both, labels = everything("both")
     for part, rows in (("train", slice(0, 24)), ("val", slice(24, 33))):
-        images, mine = everything(part)
-        assert torch.equal(images, both[rows]) and torch.equal(mine, labels[rows])
-    shuffled, mine = everything("train", 7)
-    assert not torch.equal(mine, labels[:24]) and torch.equal(mine.sort()[0], labels[:24].sort()[0])
+        images, found = everything(part)
+        assert torch.equal(images, both[rows]) and torch.equal(found, labels[rows])
+    shuffled, found = everything("train", 7)
+    assert not torch.equal(found, labels[:24])
+    assert torch.equal(found.sort()[0], labels[:24].sort()[0])
     assert torch.equal(everything("train", 7)[0], shuffled)
     assert not torch.equal(everything("train", 8)[0], shuffled)
 

@@ -26,13 +26,13 @@ def workspace(tmp_path_factory):
     """Create rotated images with and without EXIF orientation, upright ones, and three runs."""
     root = tmp_path_factory.mktemp("exif")
     make_folders(root / "lying", train=2, test=2)
-    for kind in ("said", "upright"):
+    for kind in ("tagged", "upright"):
         shutil.copytree(root / "lying", root / kind)
         for path in (root / kind).glob("*/*/*.png"):
             with Image.open(path) as image:
                 exif = Image.Exif()
                 exif[0x0112] = 6
-                if kind == "said":
+                if kind == "tagged":
                     image.save(path, exif=exif)
                 else:
                     image.transpose(Image.Transpose.ROTATE_270).save(path)
@@ -41,7 +41,7 @@ def workspace(tmp_path_factory):
     options += ["--epochs", 2, "-b", 3, "--no-aug", "--num-prompts", 2, "--output"]
     for name, more in (("turned", []), ("stored", ["--no-exif"])):
         (root / f"{name}.txt").write_text(
-            call("train", root / "said", *options, root / name, *more)
+            call("train", root / "tagged", *options, root / name, *more)
         )
     (root / "plain.txt").write_text(call("train", root / "upright", *options, root / "plain"))
     return root
@@ -81,12 +81,12 @@ def test_eval_and_predict_follow_the_adapter(workspace, name):
     weights = ["--checkpoint", workspace / "tiny.pth"]
     asked = "turned" if name == "turned" else "stored"
     assert figures((workspace / f"{asked}.txt").read_text()) in call(
-        "eval", workspace / name, workspace / "said", *weights
+        "eval", workspace / name, workspace / "tagged", *weights
     )
     same = "upright" if name == "turned" else "lying"
     for label in CLASSES:
-        said, there = (
+        tagged, reference = (
             call("predict", workspace / name, workspace / kind / "test" / label / "0.png", *weights)
-            for kind in ("said", same)
+            for kind in ("tagged", same)
         )
-        assert said.partition(": ")[2] == there.partition(": ")[2]
+        assert tagged.partition(": ")[2] == reference.partition(": ")[2]

@@ -81,12 +81,12 @@ def installed_by(requirements: Iterable[str]) -> set[str]:
 
 def absent_without(requirements: Iterable[str]) -> list[str]:
     """Return the modules missing from an environment with the requirements only."""
-    there = installed_by(requirements)
+    installed = installed_by(requirements)
     return sorted(
         module
         for module, owners in metadata.packages_distributions().items()
         if "vpt-fast" not in owners
-        and not any(canonicalize_name(owner) in there for owner in owners)
+        and not any(canonicalize_name(owner) in installed for owner in owners)
     )
 
 

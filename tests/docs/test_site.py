@@ -49,5 +49,5 @@ def test_dead_links_and_stray_pages_stop_it(tmp_path: Path) -> None:
     config.write_text(f"site_name: two\ntheme: material\nnav: [index.md]\n{validation}")
     done = _build(config, tmp_path / "site")
     assert done.returncode == 1
-    for said in ("'none.md'", "'#none'", "'/absolute'", "stray.md"):
-        assert said in done.stderr, done.stderr
+    for message in ("'none.md'", "'#none'", "'/absolute'", "stray.md"):
+        assert message in done.stderr, done.stderr

@@ -36,7 +36,7 @@ def client(bank: PromptBank) -> Iterator[httpx2.Client]:
 @pytest.fixture
 def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Return a function that opens empty pages in contexts of their own."""
-    made = []
+    contexts = []
 
     def new(width: int = 1200, height: int = 900, scheme: str = "light") -> Page:
         context = browser.new_context(
@@ -45,11 +45,11 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
             color_scheme=scheme,  # type: ignore[arg-type]
         )
         context.set_default_timeout(60_000)
-        made.append(context)
+        contexts.append(context)
         return context.new_page()
 
     yield new
-    for context in made:
+    for context in contexts:
         context.close()
 
 

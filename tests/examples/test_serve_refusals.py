@@ -156,9 +156,9 @@ def test_a_slow_upload_is_ended(client: httpx2.Client) -> None:
 
 
 def test_a_connection_without_a_request_is_closed(client: httpx2.Client) -> None:
-    for said in (b"", b"POST /pre"):
+    for sent in (b"", b"POST /pre"):
         with connect(client) as connection:
-            connection.sendall(said)
+            connection.sendall(sent)
             began = time.monotonic()
             assert connection.recv(100) == b""
             assert 0.3 < time.monotonic() - began < 5

@@ -76,7 +76,7 @@ def test_points_of_other_methods_are_numbers_of_prompts() -> None:
 
 
 def test_report_of_deep_prompts(tmp_path: Path) -> None:
-    said, rows = report(VPTDeep(), tmp_path / "out")
+    printed, rows = report(VPTDeep(), tmp_path / "out")
     # The model without prompts; 0 and 5 prompts; 3 prompts in 1 to 5 blocks from each end, and 6.
     assert len(rows) == 1 + (2 + 2 * 5 + 1) * len(PROVIDERS)
     assert rows[0]["provider"] == PLAIN
@@ -89,10 +89,12 @@ def test_report_of_deep_prompts(tmp_path: Path) -> None:
     for row in rows:
         assert {key: row[key] for key in same} == same
         assert float(row["mib"]) == pytest.approx(int(row["bytes"]) / 2**20, abs=0.01)
-    assert "test_vit, vpt-deep, batch 4, bfloat16, 32 x 32 px: saved for backward, counted" in said
+    assert (
+        "test_vit, vpt-deep, batch 4, bfloat16, 32 x 32 px: saved for backward, counted" in printed
+    )
     for text in ("0 prompts, all 6 blocks", "3 prompts, first block", "3 prompts, last 4 blocks"):
-        assert f"| {text} " in said
-    assert f"written to {tmp_path / 'out'}: memory.csv (all 66 rows), memory.png" in said
+        assert f"| {text} " in printed
+    assert f"written to {tmp_path / 'out'}: memory.csv (all 66 rows), memory.png" in printed
     assert_drawn(tmp_path / "out" / "memory.png")
 
 
@@ -102,10 +104,10 @@ def test_report_of_deep_prompts(tmp_path: Path) -> None:
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_report_of_other_methods(tmp_path: Path, method: Method, count: int) -> None:
-    said, rows = report(method, tmp_path / "out", dtype="float32")
+    printed, rows = report(method, tmp_path / "out", dtype="float32")
     assert len(rows) == count
     assert {row["dtype"] for row in rows} == {"float32"}
-    assert ("prompt dropout 0.1" in said) == (method.name == "vpt-shallow")
+    assert ("prompt dropout 0.1" in printed) == (method.name == "vpt-shallow")
     assert_drawn(tmp_path / "out" / "memory.png")
 
 
@@ -123,11 +125,11 @@ def test_peaks_are_measured_where_there_is_a_gpu(
 ) -> None:
     monkeypatch.setattr(memory_report, "gpu_meter", lambda *args: SmallGPU())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a stand-in")
-    said, rows = report(VPTDeep(), tmp_path / "out")
+    printed, rows = report(VPTDeep(), tmp_path / "out")
     assert Counter(row["kind"] for row in rows) == {"counted": 66, "measured": 65}
     assert {row["device"] for row in rows if row["kind"] == "measured"} == {"a stand-in"}
-    assert "measured: eager, 5 prompts, all 6 blocks: out of memory, left out" in said
-    assert "peak of a training step, measured on a stand-in, in MiB" in said
+    assert "measured: eager, 5 prompts, all 6 blocks: out of memory, left out" in printed
+    assert "peak of a training step, measured on a stand-in, in MiB" in printed
     assert_drawn(tmp_path / "out" / "memory.png")
 
 
@@ -138,8 +140,8 @@ def test_nothing_is_measured_without_a_gpu() -> None:
 
 def test_only_files_of_an_earlier_report_are_overwritten(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    said, rows = report(LinearProbe(), output)
-    assert report(LinearProbe(), output) == (said, rows)
+    printed, rows = report(LinearProbe(), output)
+    assert report(LinearProbe(), output) == (printed, rows)
     (output / "memory.csv").write_text("mine")
     with pytest.raises(FileExistsError, match="is not of an earlier memory; choose another"):
         report(LinearProbe(), output)

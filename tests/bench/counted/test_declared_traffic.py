@@ -310,7 +310,7 @@ def test_flop_of_a_bank() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        # the prompts' keys are read where there are some
+        # a tensor of prompt_kv is missing
         DECLARATIONS["forward"]._replace(loads=DECLARATIONS["forward"].loads[:-1]),
         # lse is stored, not loaded
         Declaration(DECLARATIONS["forward"].loads, DECLARATIONS["forward"].stores[:1]),

@@ -158,7 +158,7 @@ def test_jobs_of_a_gpu() -> None:
 
 
 def test_the_kernels_hold(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under ttsem tensors are on the CPU, so the operators are told to use the kernels."""
+    """Tensors are on the CPU under ttsem, so the test makes the operators use the kernels."""
     monkeypatch.setattr(operation, "uses_kernels", lambda *_: True)
     case = replace(MIXED, providers=(OURS,))
     for checked in (case, HeadsCase(72)):

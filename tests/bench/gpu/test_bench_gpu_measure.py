@@ -60,7 +60,7 @@ def test_a_wrong_operator_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["memory", "failure"],
 )
-def test_a_failure_is_a_row_and_the_others_go_on(
+def test_a_failure_is_a_row_and_the_others_are_measured(
     error: Exception, note: str, wrong: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(name: str, model: Any, method: Any, memory: str = "speed") -> Any:
@@ -290,7 +290,7 @@ def test_clock_and_power_are_read_under_load(
     monkeypatch.setattr(torch.cuda, "clock_rate", lambda: (events.append("clock"), 1980)[1])
 
     def refused() -> int:
-        raise RuntimeError("NVML is not there")
+        raise RuntimeError("NVML is not found")
 
     monkeypatch.setattr(torch.cuda, "power_draw", refused)
     assert CudaDevice().load(lambda: events.append("run"), 0.049) == {"sm_mhz": "1980"}

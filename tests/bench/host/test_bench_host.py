@@ -47,7 +47,7 @@ print(json.dumps([calls, host.measure(list(host.RATIOS.values()), 2)]))
 
 
 @pytest.fixture(scope="module")
-def taken() -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
+def measured() -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
     """Measure calls by method and part, and rows of times."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True,
@@ -59,8 +59,8 @@ def taken() -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("method", UNCACHED)
-def test_python_calls_of_a_block_and_step_are_few(method: str, taken: Any) -> None:
-    calls = taken[0][method]
+def test_python_calls_of_a_block_and_step_are_few(method: str, measured: Any) -> None:
+    calls = measured[0][method]
     assert set(calls) == ({"forward"} if method == "inference" else {"forward", "backward"})
     found = sum(python for python, _ in calls.values())
     assert 0 < found <= UNCACHED[method] // 5, f"{found:g} calls of Python functions"
@@ -83,9 +83,9 @@ def test_calls_are_counted_by_kind() -> None:
 
 
 def test_a_row_for_every_part_and_its_baseline(
-    taken: Any, capsys: pytest.CaptureFixture[str]
+    measured: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = taken[1]
+    rows = measured[1]
     by = {(row["subject"], row["part"]): row for row in rows}
     cases = {str(s) for s in host.RATIOS.values()}
     cases |= {str(s.base) for s in host.RATIOS.values()}
@@ -139,16 +139,16 @@ def test_the_page_has_the_tables_of_all_results() -> None:
     assert host_page.main(["--check"]) == 0
 
 
-def test_a_table_has_every_case(taken: Any, tmp_path: Path) -> None:
+def test_a_table_has_every_case(measured: Any, tmp_path: Path) -> None:
     path, page = tmp_path / "host_x.csv", tmp_path / "page.md"
-    host.write(taken[1], path)
+    host.write(measured[1], path)
     page.write_text("before\n" + "\n".join(host_page.MARKS) + "\nafter\n", encoding="utf-8")
     arguments = [str(path), "--page", str(page)]
     assert host_page.main([*arguments, "--check"]) == 1
     assert host_page.main(arguments) == host_page.main([*arguments, "--check"]) == 0
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert text.count("\n| ") == 1 + len({row["subject"] for row in taken[1]})
+    assert text.count("\n| ") == 1 + len({row["subject"] for row in measured[1]})
     assert host_page.latest(tmp_path) == path
     with pytest.raises(ValueError, match="not a results file of bench.host"):
         host_page.read(page)

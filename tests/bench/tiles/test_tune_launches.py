@@ -120,7 +120,7 @@ def test_fp32_has_issue_cycles_and_amd_has_none():
     assert amd.issue_cycles is None and not amd.reason and amd.registers > 0
 
 
-def test_candidates_can_be_launched_as_they_are():
+def test_candidates_can_be_launched_unchanged():
     for kernel in KERNELS:
         for head_dim, dtype, architecture in (
             (32, "fp16", 90),

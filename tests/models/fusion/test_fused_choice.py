@@ -100,7 +100,7 @@ def _watched() -> list[Any]:
         for kind in KINDS:
             for method in ("linear", "deep", "code"):
                 if kind.startswith("full_backward") and method == "linear":
-                    continue  # nothing flows back there
+                    continue  # no gradient passes the block
                 if (kind, method) == (KINDS[0], "deep"):
                     continue
                 chosen = (KINDS.index(kind) + len(method)) % 4 == index % 4

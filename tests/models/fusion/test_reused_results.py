@@ -89,12 +89,12 @@ def check_row(kind: str, device: torch.device, windows: Windows | None = None) -
     for seed, mode in ((21, torch.inference_mode), (22, torch.enable_grad), (23, torch.no_grad)):
         x, branch = rand(BATCH, rows, WIDTH, seed=seed), rand(BATCH, rows, WIDTH, seed=seed + 5)
         x, branch = x.float(), branch.float()
-        there = x.to(device).clone(), branch.to(device).clone()
+        on_device = x.to(device).clone(), branch.to(device).clone()
         with mode():
-            found = run_blocks(blocks, *there, given)
+            found = run_blocks(blocks, *on_device, given)
             expected = run_blocks(references, x, branch, plain)
         outputs.append((found, expected))
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(there, (x, branch), strict=True))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(on_device, (x, branch), strict=True))
     # Compared last: no call may write over an earlier call's results.
     for found, expected in outputs:
         for ours, right in zip(found, expected, strict=True):

@@ -259,11 +259,11 @@ def test_two_forwards_before_a_backward_are_right():
     eager, graphed, capture = pair()
     for model in (eager, graphed):
         step(model)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             first, second = model(images(1)), model(images(2))
             (F.cross_entropy(first, LABELS) + 2 * F.cross_entropy(second, LABELS)).backward()
-    assert "before the backward pass of the one before it" in str(said[0].message)
+    assert "before the backward pass of the one before it" in str(caught[0].message)
     assert_same_gradients(eager, graphed)
     model(images(3))  # without a backward pass
     before = capture.replayed

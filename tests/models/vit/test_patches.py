@@ -34,15 +34,15 @@ def pictures(height: int = 12, width: int = 18, channels: int = 3, batch: int = 
 @pytest.fixture
 def faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
     """Use the product as on a GPU; record the modules that it replaces."""
-    taken: list[nn.Module] = []
+    embedded: list[nn.Module] = []
 
     def noting(patch_embed: Any, images: torch.Tensor) -> torch.Tensor:
-        taken.append(patch_embed)
+        embedded.append(patch_embed)
         return by_product(patch_embed, images)
 
     monkeypatch.setattr(patches, "_product_is_faster", lambda images: True)
     monkeypatch.setattr(patches, "by_product", noting)
-    return taken
+    return embedded
 
 
 @pytest.mark.parametrize(

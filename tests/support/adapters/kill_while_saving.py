@@ -71,11 +71,11 @@ def main() -> None:
             tuned.prompt_tokens.fill_(float(version))
         save_adapter(tuned, adapter, class_names=[str(version), "other"], overwrite=True)
 
-    started, begun = os.pipe()
+    started, start_signal = os.pipe()
 
     def save_for_ever() -> None:
         version = 0
-        os.write(begun, b".")
+        os.write(start_signal, b".")
         while True:
             version += 1
             save(version)

@@ -44,8 +44,8 @@ def plain_window_attention(
     below, right = -height % window[0], -width % window[1]
     x = F.pad(x, (0, 0, 0, right, 0, below))
     if pad is not None:
-        there = F.pad(x.new_ones(height, width, 1), (0, 0, 0, right, 0, below)).bool()
-        x = torch.where(there, x, pad.flatten())
+        inside = F.pad(x.new_ones(height, width, 1), (0, 0, 0, right, 0, below)).bool()
+        x = torch.where(inside, x, pad.flatten())
     grid = (height + below, width + right)
     windows = window_partition(x, window).flatten(1, 2)  # (B * windows, area, 3 h d)
     q, k, v = windows.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)

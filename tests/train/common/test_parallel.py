@@ -78,8 +78,8 @@ def test_two_processes_equal_one(items: str, accumulation: int, tmp_path: Path) 
         assert torch.equal(value, second["weights"][name]), name
         torch.testing.assert_close(value, alone["weights"][name], rtol=1e-4, atol=1e-5)
     assert first["epochs"] == second["epochs"]
-    for mine, theirs in zip(first["epochs"], alone["epochs"], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
+    for ours, theirs in zip(first["epochs"], alone["epochs"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
     assert first["found"] == second["found"] == pytest.approx(alone["found"], rel=1e-4)
     assert first["counts"] == alone["counts"] and first["skipped"] == alone["skipped"]
     with (tmp_path / "run" / "metrics.csv").open() as file:

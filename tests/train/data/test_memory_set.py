@@ -122,10 +122,10 @@ def test_a_crop_without_antialiasing_is_pytorchs(interpolation):
     boxes = torch.tensor([[0, 0, 60, 70], [3, 5, 50, 44], [10, 20, 20, 15]])
     crops = Crops(boxes, torch.zeros(3, dtype=torch.bool))
     found = crop_and_resize(pixels.expand(3, -1, -1, -1), crops, (24, 32), interpolation, False)
-    for (top, left, height, width), mine in zip(boxes.tolist(), found, strict=True):
+    for (top, left, height, width), ours in zip(boxes.tolist(), found, strict=True):
         part = pixels[..., top : top + height, left : left + width].float()
         want = torch.nn.functional.interpolate(part, (24, 32), mode=interpolation).clamp(0, 255)
-        torch.testing.assert_close(mine[None], want, rtol=0, atol=1e-2)
+        torch.testing.assert_close(ours[None], want, rtol=0, atol=1e-2)
 
 
 def test_whole_images_in_memory_equal_timms_pipeline(tmp_path):

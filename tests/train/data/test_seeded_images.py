@@ -32,8 +32,8 @@ def epochs(workers: int, seed: int = 3, count: int = 2) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(workers: int) -> None:
-    for mine, theirs in zip(epochs(0), epochs(workers), strict=True):
-        assert torch.equal(mine, theirs)
+    for ours, theirs in zip(epochs(0), epochs(workers), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_epochs_seeds_and_images_have_random_numbers_of_their_own() -> None:

@@ -63,15 +63,15 @@ def test_the_splits_are_disjoint_stratified_and_complete(digits):
 def test_the_demo_writes_adapters_a_table_and_a_picture(tmp_path, capsys, digits):
     output = tmp_path / "out"
     assert main(["--epochs", "1", "--output", str(output)]) == 0
-    said = capsys.readouterr().out
-    rows = re.findall(r"^\| (\S[^|]*?) +\| +([\d,]+) \| +([\d.]+)% \|", said, re.M)
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^\| (\S[^|]*?) +\| +([\d,]+) \| +([\d.]+)% \|", printed, re.M)
     assert [row[0] for row in rows] == ["Linear probe", "VPT-Shallow", "VPT-Deep", "VAPT"]
     assert [row[1] for row in rows] == ["1,290", "2,570", "8,970", "6,418"]
     # Chance is 10%; after one epoch the shipped backbone is far above it.
     assert float(rows[0][2]) > 60
     accuracy = rows[-1][2]
     again = f"Loaded {output}/vapt onto a fresh backbone: {accuracy}% on test, the same 797"
-    assert again in said
+    assert again in printed
     for name in METHODS:
         config = read_config(output / name)
         assert config["method"]["name"] == name
@@ -85,8 +85,8 @@ def test_the_demo_writes_adapters_a_table_and_a_picture(tmp_path, capsys, digits
     digit = load_image(output / "digit.png")
     prepared = eval_transform(data_config_of(demo_backbone(10)))(digit)
     assert torch.equal(prepared, digits.test[0][0])
-    said = CliRunner().invoke(app, ["predict", str(output / "vapt"), str(output / "digit.png")])
-    assert said.exit_code == 0 and said.stdout.startswith(f"{output}/digit.png: ")
+    result = CliRunner().invoke(app, ["predict", str(output / "vapt"), str(output / "digit.png")])
+    assert result.exit_code == 0 and result.stdout.startswith(f"{output}/digit.png: ")
 
 
 def test_it_overwrites_only_its_own_output(tmp_path, capsys, few):
@@ -103,10 +103,10 @@ def test_it_overwrites_only_its_own_output(tmp_path, capsys, few):
 
 def test_seeds_give_mean_and_deviation(capsys, few):
     assert main(["--seeds", "1", "2", "3", "--epochs", "2", "--methods", "linear"]) == 0
-    said = capsys.readouterr().out
-    each = [float(value) for value in re.findall(r"seed \d: ([\d.]+)%", said)]
+    printed = capsys.readouterr().out
+    each = [float(value) for value in re.findall(r"seed \d: ([\d.]+)%", printed)]
     assert len(set(each)) > 1
-    mean, deviation = re.search(r"\| Linear probe \| +([\d.]+) \| +([\d.]+) \|", said).groups()
+    mean, deviation = re.search(r"\| Linear probe \| +([\d.]+) \| +([\d.]+) \|", printed).groups()
     assert float(mean) == pytest.approx(np.mean(each), abs=0.01)
     assert float(deviation) == pytest.approx(np.std(each, ddof=1), abs=0.01)
 
@@ -114,9 +114,9 @@ def test_seeds_give_mean_and_deviation(capsys, few):
 def test_selection_takes_the_best_on_validation(capsys, few):
     grid = ["--lrs", "1e-6", "1", "--weight-decays", "1000", "0.0001"]
     assert main(["--select", "--epochs", "10", "--methods", "linear", *grid]) == 0
-    said = capsys.readouterr().out
-    assert len(re.findall(r"Linear probe, lr \S+, weight decay \S+:", said)) == 4
-    assert "Linear probe: lr 1, weight decay 0.0001\n" in said
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"Linear probe, lr \S+, weight decay \S+:", printed)) == 4
+    assert "Linear probe: lr 1, weight decay 0.0001\n" in printed
 
 
 def test_wrong_arguments_are_named(tmp_path, capsys):

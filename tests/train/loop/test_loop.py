@@ -86,8 +86,8 @@ def test_a_rising_loss_is_warned_of_once(tmp_path):
     lines = []
     recipe = Recipe(epochs=4, batch_size=8, lr=3000.0, warmup_epochs=0)
     result = train(tuned(LinearProbe()), recipe, output=tmp_path, save=save, log=lines.append)
-    said = [line for line in lines if line.startswith("warning")]
-    assert said == [f"warning: {result.warning}"]
+    messages = [line for line in lines if line.startswith("warning")]
+    assert messages == [f"warning: {result.warning}"]
     assert "smaller --lr than 3000" in result.warning
     assert max(row.train_loss for row in result.epochs) > 6 * math.log(3)
     calm = train(tuned(LinearProbe()), Recipe(epochs=4, batch_size=8, lr=0.01))
@@ -230,10 +230,10 @@ def test_undecodable_images_are_skipped_counted_and_named():
         tuned(), Recipe(epochs=2, batch_size=4), items, val_batches=val, log=lines.append
     )
     assert set(result.skipped) == {"broken.png", "b.png", "v.png"}
-    said = [line for line in lines if "skipped" in line]
-    assert len(said) == 1
-    assert said[0].startswith("skipped 3 images that cannot be decoded: ")
-    assert "broken.png" in said[0] and "v.png" in said[0]
+    messages = [line for line in lines if "skipped" in line]
+    assert len(messages) == 1
+    assert messages[0].startswith("skipped 3 images that cannot be decoded: ")
+    assert "broken.png" in messages[0] and "v.png" in messages[0]
 
 
 def test_a_data_set_without_a_good_image_is_an_error():

@@ -87,11 +87,11 @@ def test_training_is_the_same(method: Any, pool: str) -> None:
         return model, result
 
     (model, result), (plain, wanted) = run(True), run(False)
-    for mine, theirs in zip(result.epochs, wanted.epochs, strict=True):
-        assert mine.train_loss == pytest.approx(theirs.train_loss, rel=1e-5)
-        assert mine.val_loss == pytest.approx(theirs.val_loss, rel=1e-5)
-    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    for ours, theirs in zip(result.epochs, wanted.epochs, strict=True):
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-5)
+        assert ours.val_loss == pytest.approx(theirs.val_loss, rel=1e-5)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
     found = evaluate(model, loader(pictures(13, seed=1)), progress=False)
     assert found.loss == pytest.approx(result.epochs[result.kept - 1].val_loss, rel=1e-5)
 
@@ -113,9 +113,9 @@ def test_past_its_limit_activations_go_to_a_file(tmp_path: Path) -> None:
     )
     assert list(tmp_path.iterdir()) == [], "the file has no name, and cannot be left over"
     assert not inside.dataset.activations.is_shared()
-    for mine, theirs in zip(outside, inside, strict=True):
-        assert torch.equal(mine.images, theirs.images)
-        assert torch.equal(mine.labels, theirs.labels)
+    for ours, theirs in zip(outside, inside, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
 
 
 def test_undecodable_images_are_left_out_and_named() -> None:

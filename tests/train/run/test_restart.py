@@ -77,12 +77,12 @@ def test_a_resumed_run_ends_with_the_same_bits(
 ) -> None:
     from vpt_fast.train.loop import step
 
-    call, taken = step.TrainStep.__call__, 0
+    call, steps = step.TrainStep.__call__, 0
 
     def stopping(self: Any, batch: Batch) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken > after:
+        nonlocal steps
+        steps += 1
+        if steps > after:
             raise Stopped
         return call(self, batch)
 

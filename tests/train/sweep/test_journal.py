@@ -21,16 +21,16 @@ RUNS = 3 * 2 + len(SEEDS)
 
 def run(folder: Path) -> tuple[list[Result], int, list[str]]:
     """Run a sweep; return its results, the number of its runs, and messages about its journal."""
-    task, (said, log) = FakeTask(), lines()
+    task, (messages, log) = FakeTask(), lines()
     found = Sweep(folder, task, SEEDS, log).run([LINEAR])
-    return found, len(task.runs), [line for line in said if JOURNAL in line]
+    return found, len(task.runs), [line for line in messages if JOURNAL in line]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[Result]]:
     folder = tmp_path_factory.mktemp("whole")
-    found, runs, said = run(folder)
-    assert (runs, said) == (RUNS, [])
+    found, runs, messages = run(folder)
+    assert (runs, messages) == (RUNS, [])
     return (folder / JOURNAL).read_bytes(), found
 
 
@@ -77,7 +77,7 @@ def test_the_rest_is_used(
 ) -> None:
     content, expected = whole
     (tmp_path / JOURNAL).write_bytes(damage(content))
-    found, runs, said = run(tmp_path)
+    found, runs, messages = run(tmp_path)
     assert found == expected
     assert runs <= 3, "what is whole is not run again"
     found, runs, again = run(tmp_path)
@@ -87,7 +87,7 @@ def test_the_rest_is_used(
 
 
 def test_a_line_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
-    said, log = lines()
+    messages, log = lines()
     journal = CheckedJournal(tmp_path / JOURNAL, log)
     other = CheckedJournal(tmp_path / JOURNAL, log)
     first = {"op_code": 0, "worker_id": "a", "study_name": "s", "directions": [2]}
@@ -96,7 +96,7 @@ def test_a_line_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_bytes(content[:-3])
     assert other.read_logs(0) == []
     (tmp_path / JOURNAL).write_bytes(content)
-    assert other.read_logs(0) == [first] and said == []
+    assert other.read_logs(0) == [first] and messages == []
 
 
 def test_a_lost_beginning_of_a_methods_runs_is_refused(

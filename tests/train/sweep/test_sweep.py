@@ -47,12 +47,12 @@ class FakeTask:
 
 
 def lines() -> tuple[list[str], Any]:
-    said: list[str] = []
-    return said, said.append
+    messages: list[str] = []
+    return messages, messages.append
 
 
 def test_the_best_on_validation_is_trained_with_every_seed(tmp_path: Path) -> None:
-    said, log = lines()
+    messages, log = lines()
     task = FakeTask()
     deep, linear = Sweep(tmp_path, task, SEEDS, log).run([DEEP, LINEAR])
     assert deep.values == {"lr": 1.0, "weight_decay": 0.01, "num_prompts": 5}
@@ -61,10 +61,10 @@ def test_the_best_on_validation_is_trained_with_every_seed(tmp_path: Path) -> No
         1: 91.5, 2: 92.5, 3: 93.5,
     }  # fmt: skip
     counts = Counter(task.runs)
-    assert set(counts.values()) == {1}, "no run is made twice"
+    assert set(counts.values()) == {1}, "no run is repeated"
     assert sum(not final for *_, final in counts) == 3 * 2 * 2 + 3 * 2
     assert {seed for *_, seed, final in counts if not final} == {1}
-    assert sum("not finite" in line for line in said) == 2 * 2 + 2
+    assert sum("not finite" in line for line in messages) == 2 * 2 + 2
 
 
 def test_a_finished_sweep_runs_nothing_again(tmp_path: Path) -> None:
