@@ -59,7 +59,7 @@ def chosen(config: pytest.Config, work: str) -> list[Case]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize tests of a whole model by case and provider."""
+    """Split tests of a whole model by case and provider."""
     if metafunc.definition.get_closest_marker("parametrize"):
         return  # parametrized by its own cases
     work = INFERENCE if "inference" in metafunc.module.__name__ else STEP

@@ -43,9 +43,12 @@ class Panel:
     """One diagram.
 
     Attributes:
-        title, across, up: Title, and labels of the horizontal and vertical axis.
+        title: Title of the diagram.
+        across: Label of the horizontal axis.
+        up: Label of the vertical axis.
         rows: Rows to draw.
-        x, y: Columns of the axes; if y is a 50th percentile, the 20th and 80th are drawn too.
+        x: Column of the horizontal axis.
+        y: Column of the vertical axis; with a 50th percentile, the 20th and 80th are drawn too.
         level: Height of a horizontal line, and its meaning.
     """
 

@@ -151,7 +151,7 @@ def replaced(text: str, tables: str, marks: tuple[str, str] = (BEGIN, END)) -> s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the page; with --check only report whether it is up to date (1 if not)."""
+    """Update the page; with --check only report whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare.tables", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--page", type=Path, default=PAGE)

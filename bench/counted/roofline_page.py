@@ -77,7 +77,7 @@ def table(hosts: HostTimes) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the page; with --check only report whether it is up to date (1 if not)."""
+    """Update the page; with --check only report whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.counted.roofline_page", description=__doc__
     )

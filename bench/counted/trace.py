@@ -81,7 +81,8 @@ class Op:
     Attributes:
         name: Name of the operator or kernel.
         kind: One of `KINDS`.
-        reads, writes: Memory that it accesses.
+        reads: Memory that it reads.
+        writes: Memory that it writes.
         flop: Multiplications and additions of its matrix products.
         launches: Number of kernels.
         ours: Whether it is a Triton kernel of vpt_fast.

@@ -16,7 +16,8 @@ class Traffic:
     """Addresses that launches accessed.
 
     Attributes:
-        issued_loads, issued_stores: Bytes that programs requested, repetitions included.
+        issued_loads: Bytes that programs requested to load, repetitions included.
+        issued_stores: Bytes that programs requested to store, repetitions included.
     """
 
     def __init__(self) -> None:

@@ -79,7 +79,7 @@ class CudaDevice:
         return torch.cuda.max_memory_allocated()
 
     def capture(self, run: Run, parameters: Iterable[Tensor]) -> CapturedGraph | None:
-        """Capture a function's launches as a graph."""
+        """Record a function's launches as a graph."""
         return CapturedGraph(run, parameters)
 
     def host_seconds(self, run: Run) -> float | None:
@@ -123,7 +123,7 @@ class CudaDevice:
         return True
 
     def release(self) -> None:
-        """Free unused memory."""
+        """Release unused memory."""
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -167,7 +167,7 @@ def times(run: Run, budget: Budget) -> None:
 
 
 def profile(run: Run, budget: Budget) -> None:
-    """Profile a step of vpt_fast, and of the fastest other provider that was timed."""
+    """Run the profiler on a step of vpt_fast, and of the fastest other timed provider."""
     case = run.plan.step
     others = {
         row["provider"]: float(row["p50_ms"])

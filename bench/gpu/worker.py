@@ -110,7 +110,7 @@ class Worker:
         theirs.close()
 
     def close(self) -> None:
-        """Kill the process, without waiting for one that the driver blocks."""
+        """Stop the process, without waiting for one that the driver blocks."""
         if self._process is None:
             return
         self._connection.close()

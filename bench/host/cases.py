@@ -130,7 +130,7 @@ class Work:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Restrict PyTorch's operators to the calling thread."""
+    """Limit PyTorch's operators to the calling thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

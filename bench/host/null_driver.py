@@ -109,7 +109,7 @@ _STAND_INS = {"uses_kernels": _takes_kernels, "target_of": _target_of}
 
 
 def _modules() -> list[ModuleType]:
-    """Import and return the modules of vpt_fast that use one of the stand-ins."""
+    """Load and return the modules of vpt_fast that use one of the stand-ins."""
     found = []
     # In a source tree the kernels are not below the package that they belong to.
     for package in (vpt_fast, kernels):

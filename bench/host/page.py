@@ -125,7 +125,7 @@ def finish(page: Path, old: str, new: str, check: bool) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the page; with --check only report whether it is up to date (1 if not)."""
+    """Update the page; with --check only report whether it is up to date (1 if not)."""
     parser = argparse.ArgumentParser(prog="python -m bench.host.page", description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", help=f"default {PATTERN} of {RESULTS}")
     parser.add_argument("--page", type=Path, default=PAGE)

@@ -88,8 +88,8 @@ class KernelFigures:
         name: Name of the kernel.
         binary: Output of the compiler.
         warps: Warps per block.
-        blocks_per_sm, occupancy: Resident blocks, and resident warps over the most possible; None
-            for AMD.
+        blocks_per_sm: Resident blocks per SM; None for AMD.
+        occupancy: Resident warps over the most possible; None for AMD.
         shared_limit: Most bytes of shared memory per block.
         instructions: Instructions of the whole program, per warp, including padding.
         mix: Those instructions by class.

@@ -89,7 +89,8 @@ class Verdict:
 
     Attributes:
         figure: Name of the figure.
-        value, limit: Value and limit as printed.
+        value: Value as printed.
+        limit: Limit as printed.
         holds: Whether the value is within the limit.
     """
 

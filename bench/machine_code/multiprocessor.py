@@ -22,10 +22,12 @@ class Multiprocessor:
     """One NVIDIA architecture.
 
     Attributes:
-        warps, blocks: Most resident warps and blocks per SM.
-        shared_sm, shared_block: Bytes of shared memory per SM, and the most per block.
+        warps: Most resident warps per SM.
+        blocks: Most resident blocks per SM.
+        shared_sm: Bytes of shared memory per SM.
+        shared_block: Most bytes of shared memory per block.
         registers: 32-bit registers per SM.
-        tensor: bf16 FLOP per clock and SM; TF32 runs at half of it.
+        tensor: Tensor-core FLOP in bf16 per clock and SM; TF32 runs at half of it.
         fp32: Additions, multiplications and fused multiply-adds per clock and SM.
         alu: Comparisons, selections, minima, and integer and logic results per clock and SM.
         mufu: Exponentials and reciprocals per clock and SM.

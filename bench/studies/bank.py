@@ -120,7 +120,7 @@ class BankComparison:
                 self._own[name].copy_(tensor)
 
     def after_switch(self, task: int) -> Tensor:
-        """Switch to a task, and return the logits of its images alone."""
+        """Return the logits of a task's images alone, after switching to the task."""
         self.switch(task)
         with torch.no_grad():
             logits: Tensor = self.tuned(self.images[task :: self.case.tasks])

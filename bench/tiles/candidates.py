@@ -62,7 +62,8 @@ class Score:
     Attributes:
         choice: Rows, rows per loop iteration, warps and pipeline stages.
         reason: Why it cannot run; empty if it can.
-        spill_bytes, registers: Most of any shape, per thread.
+        spill_bytes: Most spilled bytes per thread of any shape.
+        registers: Most registers per thread of any shape.
         broken: Limits that do not hold, at any shape.
         occupancy: Least of any shape; 0 if unknown.
         issue_cycles: Issue cycles of the launch per useful 1,048,576 MMA FLOP, mean over shapes,
@@ -133,7 +134,7 @@ def score(key: Key, choice: Choice, shapes: Sequence[tuple[int, int]] = SHAPES) 
 
 
 def summary(choice: Choice, reports: Sequence[LaunchReport]) -> Score:
-    """Summarize the figures of one candidate over its launches for several shapes."""
+    """Merge the figures of one candidate over its launches for several shapes."""
     figures = [report.figures for report in reports]
     shared = max(f.binary.shared for f in figures)
     too_much = not all(f.shared_fits for f in figures)

@@ -30,7 +30,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads, 1 or 2.")] = 2,
     resume: Annotated[bool, typer.Option(help="Go on from OUTPUT.ckpt.")] = True,
 ) -> None:
-    """Pretrain the demo backbone on rendered letters and symbols."""
+    """Train the demo backbone on rendered letters and symbols."""
     torch.set_num_threads(1)
     model = pretrain(output, epochs, batch_size, lr, weight_decay, seed, threads, resume)
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB, {len(CLASSES)} classes")

@@ -198,7 +198,7 @@ def _occlude(ink: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 
 
 def _coarsen(ink: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """Reduce some images to 16 or 20 pixels a side and back; blur some others.
+    """Resize some images to 16 or 20 pixels a side and back; blur some others.
 
     A random permutation of the batch decides which images.
     """

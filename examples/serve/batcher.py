@@ -95,7 +95,7 @@ class Batcher:
         return 0.0 if began is None else time.monotonic() - began
 
     def submit(self, image: Tensor, task: BankTask) -> Future[Prediction]:
-        """Queue an image; if its future is cancelled while it waits, it leaves the queue.
+        """Add an image to the queue, which it leaves if its future is cancelled while it waits.
 
         Args:
             image: Image (C, H, W) after the task's transform.

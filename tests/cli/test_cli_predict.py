@@ -30,7 +30,7 @@ def error_of(result, code=2):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """Create folders of images, a checkpoint, and a folder of three runs' outputs."""
     root = tmp_path_factory.mktemp("bank")
     images = make_folders(root / "images", train=8, val=3, test=4)
@@ -42,49 +42,49 @@ def place(tmp_path_factory):
     return root
 
 
-def pictures(place: Path) -> list[Path]:
-    return [place / "images" / "test" / name / f"{i}.png" for name in CLASSES for i in (0, 1)]
+def pictures(workspace: Path) -> list[Path]:
+    return [workspace / "images" / "test" / name / f"{i}.png" for name in CLASSES for i in (0, 1)]
 
 
-def test_every_image_is_answered_by_its_own_task(place):
-    images = pictures(place)
+def test_every_image_is_answered_by_its_own_task(workspace):
+    images = pictures(workspace)
     order = [*TASKS, *reversed(TASKS)]
-    weights = ["--checkpoint", place / "tiny.pth"]
+    weights = ["--checkpoint", workspace / "tiny.pth"]
     result = call(
-        "predict", "--bank", place / "tasks", "--tasks", ",".join(order), *images, *weights
+        "predict", "--bank", workspace / "tasks", "--tasks", ",".join(order), *images, *weights
     )
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert len(lines) == len(images) == 6
     for line, image, task in zip(lines, images, order, strict=True):
-        alone = call("predict", place / "tasks" / task, image, *weights)
+        alone = call("predict", workspace / "tasks" / task, image, *weights)
         assert alone.exit_code == 0 and line == alone.stdout.strip()
     answers = {line.partition(": ")[2] for line in lines}
     assert len(answers) > 3  # the tasks differ
 
 
-def test_one_task_for_all_and_an_undecodable_image(place, tmp_path):
+def test_one_task_for_all_and_an_undecodable_image(workspace, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG")
-    images = [broken, *pictures(place)]
-    weights = ["--checkpoint", place / "tiny.pth"]
-    result = call("predict", "--bank", place / "tasks", "--tasks", "experts", *images, *weights)
+    images = [broken, *pictures(workspace)]
+    weights = ["--checkpoint", workspace / "tiny.pth"]
+    result = call("predict", "--bank", workspace / "tasks", "--tasks", "experts", *images, *weights)
     assert f"{broken} cannot be decoded" in error_of(result, 1)
     assert [line.partition(": ")[0] for line in result.stdout.splitlines()] == [
         str(image) for image in images[1:]
     ]
 
 
-def test_wrong_arguments(place, tmp_path):
-    image = pictures(place)[0]
-    weights = ["--checkpoint", place / "tiny.pth"]
-    bank = ["predict", "--bank", place / "tasks"]
+def test_wrong_arguments(workspace, tmp_path):
+    image = pictures(workspace)[0]
+    weights = ["--checkpoint", workspace / "tiny.pth"]
+    bank = ["predict", "--bank", workspace / "tasks"]
     assert "--bank needs --tasks" in error_of(call(*bank, image, *weights))
     assert "names 2 tasks for 1 images" in error_of(call(*bank, "--tasks", "deep,deep", image))
     message = error_of(call(*bank, "--tasks", "cats", image, *weights))
     assert "has no task 'cats'; it has deep, experts, linear" in message
     message = error_of(
-        call("predict", "--tasks", "deep", place / "tasks" / "deep", image, *weights)
+        call("predict", "--tasks", "deep", workspace / "tasks" / "deep", image, *weights)
     )
     assert message == "--tasks needs --bank, the folder that holds their adapters"
     assert "needs an ADAPTER and at least one IMAGE" in error_of(call("predict", image))
@@ -95,12 +95,12 @@ def test_wrong_arguments(place, tmp_path):
     assert "pass --checkpoint with its path" in error_of(call(*bank, "--tasks", "deep", image))
 
 
-def test_a_method_that_no_bank_holds(place, tmp_path):
-    images, weights = place / "images", ["--checkpoint", place / "tiny.pth"]
+def test_a_method_that_no_bank_holds(workspace, tmp_path):
+    images, weights = workspace / "images", ["--checkpoint", workspace / "tiny.pth"]
     output = tmp_path / "tasks" / "shallow"
     more = ["--epochs", 1, "-b", 8, "--output", output, "--method", "vpt-shallow"]
     assert call("train", images, *MODEL, *weights, *more).exit_code == 0
-    shutil.copytree(place / "tasks" / "deep", tmp_path / "tasks" / "deep")
+    shutil.copytree(workspace / "tasks" / "deep", tmp_path / "tasks" / "deep")
     bank = ["predict", "--bank", tmp_path / "tasks", *weights, "--tasks"]
-    assert "tuned with VPTShallow" in error_of(call(*bank, "shallow", pictures(place)[0]))
-    assert call(*bank, "deep", pictures(place)[0]).exit_code == 0
+    assert "tuned with VPTShallow" in error_of(call(*bank, "shallow", pictures(workspace)[0]))
+    assert call(*bank, "deep", pictures(workspace)[0]).exit_code == 0

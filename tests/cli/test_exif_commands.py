@@ -22,7 +22,7 @@ def call(*arguments):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """Create rotated images with and without EXIF orientation, upright ones, and three runs."""
     root = tmp_path_factory.mktemp("exif")
     make_folders(root / "lying", train=2, test=2)
@@ -55,33 +55,38 @@ def figures(text):
     return re.search(r"^test: [0-9].*", text, re.M).group()
 
 
-def test_training_rotates_images_and_the_adapter_records_it(place):
-    turned = json.loads(config_of(place / "turned").read_text())
+def test_training_rotates_images_and_the_adapter_records_it(workspace):
+    turned = json.loads(config_of(workspace / "turned").read_text())
     assert turned["input"]["exif_transpose"] is True
-    stored = json.loads(config_of(place / "stored").read_text())
+    stored = json.loads(config_of(workspace / "stored").read_text())
     assert stored["input"]["exif_transpose"] is False
-    assert json.loads((place / "stored" / "run.json").read_text())["image_options"]["exif"] is False
-    texts = {name: figures((place / f"{name}.txt").read_text()) for name in ("turned", "stored")}
-    assert texts["turned"] == figures((place / "plain.txt").read_text()) != texts["stored"]
+    assert (
+        json.loads((workspace / "stored" / "run.json").read_text())["image_options"]["exif"]
+        is False
+    )
+    texts = {
+        name: figures((workspace / f"{name}.txt").read_text()) for name in ("turned", "stored")
+    }
+    assert texts["turned"] == figures((workspace / "plain.txt").read_text()) != texts["stored"]
 
 
 @pytest.mark.parametrize("name", ["turned", "stored", "older"])
-def test_eval_and_predict_follow_the_adapter(place, name):
+def test_eval_and_predict_follow_the_adapter(workspace, name):
     if name == "older":
         # Adapters without the field were trained without rotation.
-        shutil.copytree(place / "stored", place / "older")
+        shutil.copytree(workspace / "stored", workspace / "older")
         rewrite_config(
-            place / "older" / "last", lambda config: config["input"].pop("exif_transpose")
+            workspace / "older" / "last", lambda config: config["input"].pop("exif_transpose")
         )
-    weights = ["--checkpoint", place / "tiny.pth"]
+    weights = ["--checkpoint", workspace / "tiny.pth"]
     asked = "turned" if name == "turned" else "stored"
-    assert figures((place / f"{asked}.txt").read_text()) in call(
-        "eval", place / name, place / "said", *weights
+    assert figures((workspace / f"{asked}.txt").read_text()) in call(
+        "eval", workspace / name, workspace / "said", *weights
     )
     same = "upright" if name == "turned" else "lying"
     for label in CLASSES:
         said, there = (
-            call("predict", place / name, place / kind / "test" / label / "0.png", *weights)
+            call("predict", workspace / name, workspace / kind / "test" / label / "0.png", *weights)
             for kind in ("said", same)
         )
         assert said.partition(": ")[2] == there.partition(": ")[2]

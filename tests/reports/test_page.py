@@ -63,7 +63,7 @@ def train(data: Path, weights: Path, output: Path, *options: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create data/ with class names to escape and a damaged test image, and two runs on it."""
     root = tmp_path_factory.mktemp("page")
     data = make_folders(root / "data", CLASSES, train=4, val=2, test=3)
@@ -77,9 +77,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(place: Path) -> tuple[Any, str]:
-    result = call("report", place / "deep", place / "linear", "--output", place / "page.html")
-    return result, (place / "page.html").read_text(encoding="utf-8")
+def page(workspace: Path) -> tuple[Any, str]:
+    result = call(
+        "report", workspace / "deep", workspace / "linear", "--output", workspace / "page.html"
+    )
+    return result, (workspace / "page.html").read_text(encoding="utf-8")
 
 
 def test_it_names_evaluated_and_missing_images(page: Any) -> None:
@@ -110,8 +112,8 @@ def test_it_is_accessible(page: Any) -> None:
     assert '<html lang="en">' in page[1] and 'name="viewport"' in page[1]
 
 
-def test_figures_are_those_of_training(place: Path) -> None:
-    (run,) = read_runs([place / "deep"])
+def test_figures_are_those_of_training(workspace: Path) -> None:
+    (run,) = read_runs([workspace / "deep"])
     found = evaluate_run(run, EvaluationOptions(progress=False))
     assert run.record is not None and run.record.test is not None
     assert found.evaluation.top1 == run.record.test["top1"]
@@ -119,12 +121,12 @@ def test_figures_are_those_of_training(place: Path) -> None:
     assert len(found.indices) == 12
     targets = [found.split.labels[index] for index in found.indices]
     assert targets == found.evaluation.labels.tolist()
-    config = json.loads((place / "deep" / "best" / "adapter_config.json").read_text())
+    config = json.loads((workspace / "deep" / "best" / "adapter_config.json").read_text())
     assert run.kept is not None and config["method"]["num_prompts"] == 3
 
 
-def test_mistakes_are_the_worst_ones(place: Path) -> None:
-    (run,) = read_runs([place / "deep"])
+def test_mistakes_are_the_worst_ones(workspace: Path) -> None:
+    (run,) = read_runs([workspace / "deep"])
     found = evaluate_run(run, EvaluationOptions(progress=False))
     worst = worst_mistakes(found, count=1)
     wrong = found.evaluation.labels != found.evaluation.predictions
@@ -137,8 +139,8 @@ def test_mistakes_are_the_worst_ones(place: Path) -> None:
     assert first.name not in {item.name for item in worst.most_confident}
 
 
-def test_use_of_prompts_adds_up(place: Path) -> None:
-    (run,) = read_runs([place / "deep"])
+def test_use_of_prompts_adds_up(workspace: Path) -> None:
+    (run,) = read_runs([workspace / "deep"])
     found = evaluate_run(run, EvaluationOptions(progress=False))
     use = expert_use(found, EvaluationOptions(max_images=5, batch_size=2))
     again = expert_use(found, EvaluationOptions(max_images=5, batch_size=5))
@@ -148,8 +150,8 @@ def test_use_of_prompts_adds_up(place: Path) -> None:
     assert np.all((use.effective > 1) & (use.effective <= 3 + 1e-9))
 
 
-def test_a_run_without_its_data_still_has_curves(place: Path, tmp_path: Path) -> None:
-    moved = shutil.copytree(place / "deep", tmp_path / "deep")
+def test_a_run_without_its_data_still_has_curves(workspace: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(workspace / "deep", tmp_path / "deep")
     record = json.loads((moved / "run.json").read_text())
     record["data"]["directory"] = str(tmp_path / "gone")
     record["state"] = "running"
@@ -163,19 +165,19 @@ def test_a_run_without_its_data_still_has_curves(place: Path, tmp_path: Path) ->
     assert "Validation accuracy" in text and "Line 4 of metrics.csv is damaged" in text
     assert "it was killed, or is still being trained" in text
     result = call(
-        "report", moved, "--output", tmp_path / "page.html", "--data", place / "data",
+        "report", moved, "--output", tmp_path / "page.html", "--data", workspace / "data",
         "--split", "val", "--max-images", 2,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "deep: val, 6 images" in result.stdout
 
 
-def test_a_run_without_a_record_needs_data(place: Path, tmp_path: Path) -> None:
-    old = shutil.copytree(place / "linear", tmp_path / "linear")
+def test_a_run_without_a_record_needs_data(workspace: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(workspace / "linear", tmp_path / "linear")
     (old / "run.json").unlink()
     result = call("report", old, "--output", tmp_path / "page.html")
     assert result.exit_code == 0 and "pass --data" in result.stdout
-    options = ["--data", place / "data", "--checkpoint", place / "tiny.pth"]
+    options = ["--data", workspace / "data", "--checkpoint", workspace / "tiny.pth"]
     result = call("report", old, "--output", tmp_path / "page.html", *options)
     assert "linear: test, 12 images" in result.stdout
 
@@ -190,14 +192,17 @@ def test_sweeps_have_their_table(tmp_path: Path) -> None:
     assert "81.00" in text and "1.41" in text and "&lt;i&gt;" in text
 
 
-def test_wrong_arguments_are_one_line(place: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_one_line(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.html").write_text("mine")
     for arguments, message in (
-        ([place / "deep", "--output", tmp_path / "notes.html"], "not of an earlier report"),
+        ([workspace / "deep", "--output", tmp_path / "notes.html"], "not of an earlier report"),
         ([tmp_path / "none", "--output", tmp_path / "p.html"], "there is no run folder"),
         ([tmp_path, "--output", tmp_path / "p.html"], "is no run"),
-        ([place / "deep", "--output", tmp_path / "p.html", "--split", "tset"], "'tset'"),
-        ([place / "deep", "--output", tmp_path / "p.html", "--data", tmp_path / "x"], "no data"),
+        ([workspace / "deep", "--output", tmp_path / "p.html", "--split", "tset"], "'tset'"),
+        (
+            [workspace / "deep", "--output", tmp_path / "p.html", "--data", tmp_path / "x"],
+            "no data",
+        ),
     ):
         result = call("report", *arguments)
         assert result.exit_code == 2 and message in result.stderr, result.output

@@ -54,7 +54,7 @@ class ProfileJob:
         return f"profile of {self.provider}, {self.case}"
 
     def run(self, device: Device, emit: Emit) -> None:
-        """Profile the step, write its rows and emit the longest kernels."""
+        """Time the kernels of the step, write their rows and emit the longest ones."""
         model = self.case.build().to(DTYPES[self.case.dtype]).to(device.name)
         module = provide(self.provider, model, self.case.settings(), self.case.memory)
         run = work(self.case, module, device.name)

@@ -62,8 +62,11 @@ class Kernel(NamedTuple):
     """What Triton compiles, in a form that can be sent to another process.
 
     Attributes:
-        module, name: Module and name of the function.
-        signature, constants, attributes: Arguments of `triton.compiler.ASTSource`.
+        module: Module of the function.
+        name: Name of the function.
+        signature: Signature for `triton.compiler.ASTSource`.
+        constants: Compile-time values for `triton.compiler.ASTSource`.
+        attributes: Attributes of arguments for `triton.compiler.ASTSource`.
         options: Options of `triton.compile`.
         launch: Name of the launch, for reports.
     """

@@ -53,7 +53,9 @@ def window_plan(
     Args:
         problem: Shapes and dtype.
         target: Target to compile for, such as `Target(90)`.
-        needs_tokens, needs_prompts, needs_table: Gradients that the backward pass computes.
+        needs_tokens: Whether the backward pass computes the gradient of the tokens.
+        needs_prompts: Whether it computes the gradient of prompt_kv.
+        needs_table: Whether it computes the gradient of the bias table.
     """
     batch, heads, dim = problem.batch, problem.num_heads, problem.head_dim
     rows, columns = problem.window

@@ -30,7 +30,8 @@ class LaunchReport:
     """A launch for a problem, compiled for an architecture.
 
     Attributes:
-        problem, architecture: Problem and architecture of the launch.
+        problem: Problem of the launch.
+        architecture: Architecture that it is compiled for.
         launch: Launch with the tiles of the launch table.
         figures: Figures of its machine code.
     """

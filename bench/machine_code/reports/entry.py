@@ -65,7 +65,8 @@ class Entry:
         family: Family of the kernel: attention, plain attention, experts, rows, heads or windows.
         kernel: Name of the kernel.
         architecture: Architecture it was compiled for.
-        shape, tile: Shape and tile as printed.
+        shape: Shape as printed.
+        tile: Tile as printed.
         dtype: Dtype of activations.
         launch: Launch that was compiled.
         figures: Figures of its machine code.

@@ -54,7 +54,8 @@ class HeadsReport:
     """The launch of a problem, compiled.
 
     Attributes:
-        problem, architecture: Problem and architecture of the launch.
+        problem: Problem of the launch.
+        architecture: Architecture that it is compiled for.
         launch: Launch.
         figures: Figures of its machine code.
         narrow: Descriptions of loads of rows of less than `WIDE` bytes per lane.

@@ -89,7 +89,7 @@ def test_both_implementations_of_the_experts_hold() -> None:
     assert set(results["concat"]) == set(results[OURS])
 
 
-def test_only_what_holds_is_run() -> None:
+def test_only_correct_providers_run() -> None:
     ran: list[str] = []
     checks = {name: Check(name, error, "logits", 0.1) for name, error in (("a", 0.0), ("b", 1.0))}
     outcome = time_interleaved(
@@ -99,7 +99,7 @@ def test_only_what_holds_is_run() -> None:
     assert outcome["a"].times is not None and len(outcome["a"].times.seconds) == 2
 
 
-def test_the_default_cases_cover_what_they_should() -> None:
+def test_the_default_cases_cover_methods_and_sizes() -> None:
     cases = cpu_cases()
     assert len(set(cases)) == len(cases)
     steps = [case for case in cases if case.work == "step" and case.method == "vpt-deep"]
@@ -125,7 +125,7 @@ def test_cases_refuse(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_gradients_of_a_norm_that_a_cpu_sums_up_in_16_bits(factor: float) -> None:
-    """The rows are summed again, and rows that are wrong stay wrong."""
+    """The sums over rows are recomputed, and wrong rows stay wrong."""
     torch.manual_seed(0)
     rows, grad = torch.randn(6272, 32).bfloat16(), (0.5 + torch.randn(6272, 32)).bfloat16()
     module = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Identity()).bfloat16()
@@ -147,5 +147,5 @@ def test_gradients_of_a_norm_that_a_cpu_sums_up_in_16_bits(factor: float) -> Non
 
 
 def _scaled(out: torch.Tensor, factor: float) -> torch.Tensor:
-    """The same values, whose gradient is `factor` times what it should be."""
+    """Return a tensor of the same values whose gradient is scaled by `factor`."""
     return factor * out + (1 - factor) * out.detach()

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run of the benchmarks, in a process of its own as `make bench` has it."""
+    """Run small benchmarks in a process of their own, as `make bench` does; return their file."""
     path = tmp_path_factory.mktemp("run") / "run.json"
     command = [
         sys.executable, "-m", "pytest", "bench/compare/bench_step.py",
@@ -35,7 +35,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--models", "test_vit", "--batches", "2", "3", "--prompts", "2", "4", "--image-sizes", "32",
         "-k", "not (p4 and b3)",
     ]  # fmt: skip
-    # Inside a process of pytest-xdist the benchmarks would be switched off.
+    # pytest-benchmark switches itself off in a process of pytest-xdist.
     env = {key: value for key, value in os.environ.items() if "XDIST" not in key}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -117,7 +117,7 @@ def test_the_page_gets_every_comparison(results: Path, tmp_path: Path) -> None:
 
 
 def test_the_page_of_the_project_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
-    """The tables and the picture below them come from the same results file."""
+    """Its tables and plot come from the same results file."""
     text = (ROOT / "docs" / "benchmarks" / "cpu.md").read_text()
     (name,) = re.findall(r"bench/results/(\S+_cpu-\S+)\.png\)", text)
     results = collect.RESULTS / f"{name}.csv"
@@ -137,7 +137,9 @@ def test_files_that_are_no_results_are_refused(
         tool.main([str(tmp_path / "none.csv")])
 
 
-def test_runs_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_no_runs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "run.json"
     for text, message in (("{}", "machine_info"), ("{", "run.json"), (None, "No such file")):
         if text is not None:
@@ -157,7 +159,7 @@ def test_a_page_without_marks_is_refused(results: Path, tmp_path: Path) -> None:
     assert page.read_text() == "no marks"
 
 
-def test_the_clock_replays_what_was_recorded() -> None:
+def test_the_clock_replays_recorded_times() -> None:
     clock = RecordedClock([1.0, 2.5])
     first, second, third, fourth = (clock() for _ in range(4))
     assert (second - first, fourth - third) == (1.0, 2.5)

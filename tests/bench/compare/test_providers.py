@@ -161,7 +161,7 @@ def test_cudnn_is_preferred_inside_and_nowhere_else(monkeypatch: pytest.MonkeyPa
 
 
 def _order() -> list[int]:
-    """PyTorch's own list of kernels for attention, the first choice first."""
+    """Return PyTorch's order of kernels for attention, the first choice first."""
     return [int(kernel) for kernel in torch._C._get_sdp_priority_order()]
 
 
@@ -169,7 +169,7 @@ def _number(kernel: Any) -> int:
     return int(kernel.value if hasattr(kernel, "value") else kernel)
 
 
-def test_a_memory_mode_is_ours_alone() -> None:
+def test_a_memory_mode_applies_to_ours() -> None:
     module: Any = provide(OURS, vit(), VPTDeep(3), memory="lean")
     assert {block.memory for block in module.blocks} == {"lean"}
 

@@ -219,7 +219,7 @@ SCORES = {"window_backward_dbias"}
         ((5, 7), (7, 7), (3, 3), 20, True, True, 32, TABLE, SCORES),
         ((10, 13), (9, 9), (4, 4), 50, True, True, 16, ALL, TILED | {"window_dbias"}),
         ((10, 9), (9, 9), (4, 0), 70, True, True, 16, TOKENS, TILED),
-        # the keys of the last tile of prompts are of the first 3, 31 and no tokens of a window
+        # the last tile of prompt keys also holds the first 3, 31 and no tokens of a window
         ((10, 9), (9, 9), (4, 0), 61, False, True, 16, PROMPTS, APART),
         ((8, 9), (9, 9), (4, 0), 33, True, True, 16, PROMPTS, APART),
         ((6, 9), (9, 9), (0, 0), 64, True, True, 16, PROMPTS, APART),

@@ -23,7 +23,7 @@ def test_products_passes_and_copies_count_and_views_do_not() -> None:
     assert dict(counts) == {"addmm": 2, "copy_": 1, "zeros": 1, "add_": 1}
 
 
-def test_our_operators_count_the_launches_that_they_would_make() -> None:
+def test_our_operators_count_their_launches() -> None:
     qkv = torch.randn(2, 5, 3, 1, 16).bfloat16()
     run = Launch.run
     with counted() as counts:
@@ -50,7 +50,7 @@ def test_a_block_of_vapt_launches_no_more_than_it_may() -> None:
     assert "fold" not in forward and forward["features"] == forward["mix"] == 1
 
 
-def test_modes_that_keep_less_launch_more_in_backward_only() -> None:
+def test_modes_that_save_less_launch_more_in_backward_only() -> None:
     builders = providers(10)
     pairs = [
         launches_per_block(builders[f"VPT-Deep, {memory}"])

@@ -99,7 +99,7 @@ def test_attention_reaches_the_gpus_own_part_of_the_peak() -> None:
     assert modelled([attention], H100, half, 0).eager == pytest.approx(1e3 / (H100.tensor * 0.5))
 
 
-def test_the_hosts_time_is_what_was_measured_for_as_many_blocks(hosts: HostTimes) -> None:
+def test_the_hosts_time_is_scaled_to_the_number_of_blocks(hosts: HostTimes) -> None:
     assert host_ms(hosts, "vit_base_patch16_224", "vpt_fast") == 4.0
     assert host_ms(hosts, "vit_large_patch16_224", "vpt_fast") == 8.0
     assert host_ms(hosts, "swin_base_patch4_window12_384", "without_prompts") == 20.0
@@ -170,7 +170,7 @@ def test_swin_has_a_row_for_each_of_its_providers(
     assert "ms, modelled" in printed and "keys_concat" not in printed
     rows = {row["provider"]: row for row in csv.DictReader(output.open())}
     assert list(rows) == ["published", "concat", "concat_compiled", "vpt_fast", "without_prompts"]
-    # prompts cost ours their keys and values, once for the batch, and keys of each window
+    # prompts cost ours their kv, once for the batch, and keys in each window's attention
     gemm = {name: float(row["gemm_gflop_counted"]) for name, row in rows.items()}
     assert gemm["vpt_fast"] < gemm["without_prompts"] < gemm["concat"]
     attention = {name: float(row["attention_gflop_counted"]) for name, row in rows.items()}
@@ -178,20 +178,20 @@ def test_swin_has_a_row_for_each_of_its_providers(
     assert float(rows["vpt_fast"]["H100_graph_ms_modelled"]) > 0
 
 
-def test_what_shrinks_on_vit_b(hosts: HostTimes) -> None:
+def test_work_saved_on_vit_b(hosts: HostTimes) -> None:
     case = Case("vit_base_patch16_224", 64, 50, "bfloat16", "vpt_fast")
     found = figures_by_provider(case, H100, Assumptions(), hosts)
     gemm = found["GEMM GFLOP, counted"]
     assert gemm["vpt_fast"] < 0.75 * gemm["concat"] == 0.75 * gemm["concat_compiled"]
-    # the tokens' products alone: 11 blocks of 12 and the last one's keys and values, without the
-    # first one's gradient
+    # the tokens' products alone: 11 blocks of 12 and the last block's kv, without the first block's
+    # gradient
     tokens = 2 * 64 * 197 * 12 * 768**2 / 1e9
     assert gemm["vpt_fast"] == pytest.approx(tokens * (11 + 11 + 4 / 12 - 3 / 12), rel=0.02)
     elementwise = found["elementwise MB, counted"]
     assert all(
         elementwise["vpt_fast"] < value for n, value in elementwise.items() if n != "vpt_fast"
     )
-    # our backward pass makes the scores twice: no fewer FLOP than one kernel over the same keys
+    # our backward pass computes the scores twice: no fewer FLOP than one kernel over the same keys
     attention = found["attention GFLOP, counted"]
     assert attention["keys_concat"] < attention["vpt_fast"] < attention["concat"]
 
@@ -272,7 +272,7 @@ def test_of_a_gpus_results_only_vpt_deep_is_modelled(tmp_path: Path, hosts: Host
     assert [b.case.provider for b in found] == ["vpt_fast", "concat"] and unknown == []
 
 
-def test_the_report_states_its_assumptions_and_says_modelled(
+def test_the_report_states_its_assumptions_and_that_it_is_modelled(
     tmp_path: Path, host_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured = made_up(tmp_path / "made_up.csv", {}, {"device": "Some GPU"})
@@ -325,7 +325,7 @@ def test_a_table_without_a_column_is_refused(tmp_path: Path, hosts: HostTimes) -
 @pytest.mark.parametrize(
     "arguments", [["--model", "resnet18"], ["--memory", "2"], ["--gpu", "TPU"], ["--batch", "0"]]
 )
-def test_what_cannot_be_modelled_ends_with_a_message(
+def test_a_case_that_cannot_be_modelled_ends_with_a_message(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -333,7 +333,7 @@ def test_what_cannot_be_modelled_ends_with_a_message(
     assert "error" in capsys.readouterr().err
 
 
-def test_the_page_says_what_bounds_a_step(
+def test_the_page_names_the_bound_of_a_step(
     tmp_path: Path, host_file: Path, hosts: HostTimes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert roofline_page.main(["--check"]) == 0

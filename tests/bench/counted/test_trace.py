@@ -43,7 +43,7 @@ def test_an_operator_reads_its_arguments_once_and_writes_its_result() -> None:
     assert {(op.kind, op.flop) for op in ops} == {("elementwise", 0)}
 
 
-def test_in_place_reads_and_writes_but_a_copy_does_not_read_what_it_overwrites() -> None:
+def test_in_place_operators_read_and_write_but_a_copy_only_writes_its_target() -> None:
     x = torch.zeros(3, 4, dtype=BF16)
     with traced() as ops:
         x.add_(1.0)
@@ -96,7 +96,7 @@ def test_attention_has_two_products_forward_and_five_backward() -> None:
     assert forward.bytes_written == rows * 197 + statistics
 
 
-def test_our_launches_are_recorded_as_declared_and_not_made() -> None:
+def test_our_launches_are_recorded_as_declared_and_not_run() -> None:
     run = Launch.run
     with FakeTensorMode():
         tokens = torch.empty(64, 197, 3, 12, 64, dtype=BF16)
@@ -154,7 +154,7 @@ def block_flop(provider: str, prompts: int) -> float:
 def test_multiply_adds_of_vit_b_are_those_of_the_formulas(
     provider: str, prompts: int, expected: float
 ) -> None:
-    """12 blocks of ViT-B/16, 224 px, in 10^9 per image; the last block's shortcut left out."""
+    """12 blocks of ViT-B/16, 224 px, in 10^9 per image, without the skipped rows of the last."""
     assert 12 * block_flop(provider, prompts) == pytest.approx(expected, abs=0.051)
 
 
@@ -206,7 +206,7 @@ def test_multiply_adds_of_swin_are_those_of_the_formulas(prompts: int) -> None:
         ),
     ],
 )
-def test_the_products_of_window_attention_are_those_that_are_needed(
+def test_window_attention_has_only_the_needed_products(
     model: str, side: int, launches: dict[str, int], second: list[int], first: list[int]
 ) -> None:
     ops = step_ops(model, "vpt_fast", VPTDeep(10), 2, BF16)
@@ -229,7 +229,7 @@ def test_the_explicit_softmax_has_the_products_of_the_fused_one() -> None:
     assert not any(op.fp32 for op in concat if op.flop)
     pairs = 2 * 12 * 202 * 202 * 64
     found, fused_attention = (sum(op.flop for op in ops) for ops in (published, concat))
-    # its backward has four products: the scores are saved
+    # its backward has four products, since the scores are saved
     assert found == fused_attention - 12 * 2 * pairs
 
 
@@ -254,7 +254,7 @@ def test_ideal_fusion_of_a_small_example() -> None:
     ]
 
 
-def test_what_is_read_later_is_written_and_what_shares_nothing_stays_apart() -> None:
+def test_tensors_read_later_are_written_and_independent_operators_are_not_fused() -> None:
     x, other, weight = torch.zeros(8, 4), torch.zeros(16), torch.zeros(4, 4)
     with traced() as ops:
         y = x.relu()
@@ -270,7 +270,7 @@ def test_what_is_read_later_is_written_and_what_shares_nothing_stays_apart() -> 
     ]
 
 
-def test_parts_that_are_written_one_by_one_are_read_as_one() -> None:
+def test_parts_that_are_written_separately_are_read_as_one() -> None:
     x = torch.zeros(8, 4)
     with traced() as ops:
         whole = torch.empty(8, 8)
@@ -281,7 +281,7 @@ def test_parts_that_are_written_one_by_one_are_read_as_one() -> None:
 
 
 @pytest.mark.parametrize("provider", ["concat", "keys_concat"])
-def test_fusion_leaves_products_alone_and_moves_less(provider: str) -> None:
+def test_fusion_does_not_change_products_and_moves_less(provider: str) -> None:
     ops = step_ops(TINY, provider, VPTDeep(10), 4, BF16)
     small = fused(ops)
     unfused = [[op for op in many if op.kind != "elementwise"] for many in (ops, small)]
@@ -293,7 +293,7 @@ def test_fusion_leaves_products_alone_and_moves_less(provider: str) -> None:
     assert 0.3 * eager < less < 0.9 * eager
 
 
-def test_launches_of_a_step_are_those_that_are_counted_by_block() -> None:
+def test_launches_of_a_step_equal_those_counted_by_block() -> None:
     model = launches.providers(5)["VPT-Deep, eager"](2)
     images = torch.zeros(4, 3, 32, 32, dtype=BF16)
     with traced() as ops:

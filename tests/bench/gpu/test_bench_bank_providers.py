@@ -52,7 +52,7 @@ def test_all_providers_compute_the_same(case: BankAttentionCase, dtype: torch.dt
 
 
 def test_a_mixed_batch_has_everything() -> None:
-    """Tasks of every kind, whose prompts do not lie in the order of the images in one pool."""
+    """Tasks of every kind, whose prompts are not in the order of the images or in one pool."""
     spans = MIXED.spans()
     assert {0, 1, 3, 9} == {count for _, count in spans}
     assert any(offset < 0 and count for offset, count in spans)
@@ -77,7 +77,7 @@ def test_prompts_of_another_task_are_noticed(
 
 @pytest.mark.parametrize("case", [MIXED, EQUAL], ids=str)
 def test_one_launch_for_all_tasks(case: BankAttentionCase) -> None:
-    """Count the launches that a GPU would make."""
+    """Checked by counting the launches on a GPU."""
     launched = {}
     for name, run in bank_attention_providers.functions(case, torch.bfloat16).items():
         with traced() as ops:
@@ -120,7 +120,7 @@ def test_answers_of_another_task_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_rows_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bank is not captured as a graph: it would answer for the tasks of its capture."""
+    """A bank is not captured as a graph, since the graph would replay the captured tasks."""
 
     def capture(*_: Any) -> None:
         raise AssertionError
@@ -137,14 +137,14 @@ def test_rows_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["bench"] for row in rows} == {"attention of many tasks"}
 
 
-def test_what_a_gpu_measures() -> None:
+def test_jobs_of_a_gpu() -> None:
     jobs = timed_jobs(Plan())
     (attention,) = [s for s in jobs if isinstance(s, BankAttentionCase)]
     (model,) = [s for s in jobs if isinstance(s, BankModelCase)]
     assert attention == BankAttentionCase(50, 64, 197, 12, 64) and not attention.mixed
     assert model == BankModelCase("vit_base_patch16_224", 64, 50)
     assert attention.providers == (*BANK_PROVIDERS, OURS) and model.providers == (ONE_BY_ONE, OURS)
-    # Only together with ours; or by name, as after a provider made the device fault.
+    # Other providers are measured with ours only, or by name, as after a fault of a provider.
     others = timed_jobs(Plan(providers=("concat",)))
     assert not any(isinstance(s, BankAttentionCase | BankModelCase) for s in others)
     assert with_providers(attention, [ONE_BY_ONE]).providers == (ONE_BY_ONE,)

@@ -38,10 +38,10 @@ SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat1
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiny tensors are computed faster without threads."""
+    """Use one thread, which is faster for tiny tensors."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of programs that are run
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for subprocesses
     yield
     torch.set_num_threads(before)
 
@@ -84,7 +84,7 @@ def test_every_stage_runs(tmp_path: Path, capsys: Any) -> None:
     ):  # fmt: skip
         assert line in printed, line
     assert "WRONG" not in printed and "Skipped" not in printed
-    # What comes back from a machine that is lent is eight files at most.
+    # A run writes eight files at most.
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"gpu.log", "profile.csv", "tiles.csv", "trace.json.gz"} and len(names) <= 8
     assert (tmp_path / "gpu.log").read_text() == printed
@@ -115,7 +115,7 @@ def test_a_wrong_provider_is_caught_and_not_timed(
 @pytest.mark.full
 def test_a_compiled_step_is_checked() -> None:
     outcome = measure(StepCheck(SMALL, "compile"), CpuDevice())
-    # bf16 against fp64: not nothing, and what `budget` allows.
+    # bf16 against fp64: an error that is not 0 and within `budget`.
     assert not outcome.wrong and 1e-4 < float(outcome.rows[0]["error"]) < 5e-2
 
 
@@ -135,7 +135,7 @@ def test_with_no_time_nothing_is_measured(tmp_path: Path, capsys: Any) -> None:
     assert "skipped, " in capsys.readouterr().out and not list(tmp_path.glob("*.csv"))
 
 
-def test_without_a_gpu_it_says_so(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_is_refused(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
     printed = capsys.readouterr()
@@ -170,7 +170,7 @@ def test_first_times_come_first_and_most_compilers_last() -> None:
     assert {"concat", "concat_cudnn", OURS} <= set(step.providers)  # type: ignore[union-attr]
     timed = timed_jobs(Plan())
     compiled = [bool(set(COMPILED) & set(getattr(s, "providers", ()))) for s in timed]
-    # The two that are compared most come after three comparisons, all others at the end.
+    # The two most important compilers come after three comparisons, all others at the end.
     assert compiled[:5] == [False] * 3 + [True] * 2 and sum(compiled) == 9
     assert compiled[5:] == sorted(compiled[5:])
     alone = [s.providers for s, found in zip(timed, compiled, strict=True) if found][:4]
@@ -183,7 +183,7 @@ def test_first_times_come_first_and_most_compilers_last() -> None:
     assert all(estimated_seconds(s) > 0 for s in timed)
 
 
-def test_everything_that_is_asked_for_is_timed() -> None:
+def test_all_requested_cases_are_timed() -> None:
     cases = [s for s in timed_jobs(Plan()) if isinstance(s, Case)]
     steps = [c for c in cases if c.work == "step" and c.batch == 64 and c.dropout == 0]
     base = [c for c in steps if c.model == "vit_base_patch16_224"]
@@ -197,7 +197,7 @@ def test_everything_that_is_asked_for_is_timed() -> None:
     assert all(c.dtype == "bfloat16" for c in cases)
 
 
-def test_what_is_checked_on_a_gpu() -> None:
+def test_checks_on_a_gpu() -> None:
     jobs = correctness_jobs(Plan())
     models = [s.case for s in jobs if isinstance(s, ModelCheck)]
     vits = [f"vit_{size}_patch16_224" for size in ("small", "base")]
@@ -211,7 +211,7 @@ def test_what_is_checked_on_a_gpu() -> None:
     assert {c.dtype for c in checks} == set(DTYPES)
 
 
-def test_a_plan_of_ones_own() -> None:
+def test_a_custom_plan() -> None:
     plan = Plan("vit_tiny_patch16_224", 2, (7,), (OURS,), full=False)
     (step,) = timed_jobs(plan)
     assert step == dataclasses.replace(

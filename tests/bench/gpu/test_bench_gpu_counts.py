@@ -1,4 +1,4 @@
-"""FLOP and bytes of a GPU's results, added afterwards, and the picture of them."""
+"""FLOP and bytes that are added to a GPU's results, and the plot of them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def test_counted_work_of_a_row() -> None:
     assert isinstance(alone, Counted) and alone.eager_ms is None
     assert alone.flop >= 7 * 2 * 2 * 2 * 17 * 20 * 32
     assert isinstance(more, Counted) and more.flop > step.flop
-    # The same products, whichever kernel PyTorch takes, and whoever compiles them.
+    # The products do not depend on PyTorch's kernel for attention, or on a compiler.
     for name, plain in (("concat_cudnn", "concat"), (f"{OURS}_compiled", OURS)):
         found, wanted = counted([(SMALL, n, "bfloat16", device) for n in (name, plain)], 0)
         assert isinstance(found, Counted) and isinstance(wanted, Counted)
         assert found.flop == wanted.flop
 
 
-def test_what_cannot_be_counted_is_reported() -> None:
-    (found,) = counted([(SMALL, "nobody", "bfloat16", "a GPU")], 0)
-    assert isinstance(found, str) and "nobody is not counted: " in found
+def test_an_unknown_provider_is_reported() -> None:
+    (found,) = counted([(SMALL, "unknown", "bfloat16", "a GPU")], 0)
+    assert isinstance(found, str) and "unknown is not counted: " in found
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_cannot_be_counted_is_reported() -> None:
     [dataclasses.replace(SMALL, memory="lean", method="vapt"), AttentionCase(3, 2, 17, 2, 32)],
     ids=str,
 )
-def test_a_row_says_what_it_timed(case: Any) -> None:
+def test_a_row_names_its_case(case: Any) -> None:
     row = dict.fromkeys(FIELDS, "") | {"p50_ms": "1"}
     row |= {name: str(value) for name, value in case_columns(case, "bfloat16").items()}
     wanted = {name: getattr(case, name) for name in vars(case) if name != "providers"}
@@ -67,7 +67,7 @@ def test_counting_in_processes() -> None:
 
 
 def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made-up numbers: with graphs, memory, a ceiling, an H100's name, and a row without times."""
+    """Invented rows: with graphs, memory, a ceiling, an H100's name, and a row without times."""
 
     def row(name: str, prompts: int, times: bool = True) -> dict[str, Any]:
         columns = {
@@ -89,11 +89,11 @@ def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     drawn: dict[str, Any] = {}
     save = page.Figure.savefig
 
-    def keep(self: Any, where: Path) -> None:
+    def record(self: Any, where: Path) -> None:
         drawn["axes"] = self.axes
         save(self, where)
 
-    monkeypatch.setattr(page.Figure, "savefig", keep)
+    monkeypatch.setattr(page.Figure, "savefig", record)
     assert add_counts(path, processes=0)[-2:] == [str(path), str(path.with_suffix(".png"))]
     assert path.with_suffix(".png").read_bytes().startswith(PNG)
     speedup, time, memory, tflops, rate, model = drawn["axes"]
@@ -107,7 +107,7 @@ def test_the_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "90 (cut off)" in [text.get_text().replace("90.0", "90") for text in time.texts]
     assert all(ax.axison for ax in drawn["axes"]) and len(memory.lines) == len(GPU_PROVIDERS)
     assert "dotted: the device's 9" in tflops.get_xlabel() and "GB/s" in rate.get_xlabel()
-    # Each of six rows eager and as a graph, and the diagonal.
+    # Six rows, eager and as a graph, and the diagonal.
     assert len(model.lines) == 13
 
 

@@ -1,4 +1,4 @@
-"""Comparisons of the GPU benchmark on the CPU; what needs a GPU is driven by stand-ins."""
+"""Comparisons of the GPU benchmark on the CPU, with stand-ins for a GPU's functions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SMALL = Case(model="test_vit", batch=2, prompts=3, image_size=32, dtype="bfloat1
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny tensors are computed faster without threads."""
+    """Use one thread, which is faster for tiny tensors."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -98,10 +98,10 @@ def test_every_operator_is_checked_in_other_dtypes() -> None:
 
 
 @pytest.mark.full
-def test_the_kernels_are_what_is_checked_and_timed(
+def test_the_kernels_are_checked_and_timed(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where "cuda" is not the CPU; the times are the simulator's own."""
+    """As on a GPU, where "cuda" is not the CPU; times are the simulator's."""
 
     class Simulated(CpuDevice):
         name = kernel_device.type
@@ -125,7 +125,7 @@ def test_a_round_repeats_short_functions() -> None:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of CUDA, in order; an event's time is its place in that order."""
+    """Record calls of CUDA in order; an event's time is its position in that order."""
     log: list[str] = []
 
     class Event:
@@ -134,14 +134,14 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         def record(self) -> None:
             log.append("record")
-            self.place = len(log)
+            self.position = len(log)
 
         def synchronize(self) -> None:
             log.append("wait")
 
         def elapsed_time(self, end: Any) -> float:
             assert log[-1] == "wait"
-            return end.place - self.place
+            return end.position - self.position
 
     def recorded_launches(name: str, value: Any = None) -> Callable[[], Any]:
         return lambda: (log.append(name), value)[1]
@@ -191,14 +191,14 @@ def test_a_capture_warms_up_and_has_gradients_of_its_own(monkeypatch: pytest.Mon
     graph = CapturedGraph(step, [weight])
     assert captured == [(WARM_UP, None)] and len(calls) == WARM_UP + 1
     assert graph.held["1"] is weight.grad and torch.equal(graph.wanted["1"], torch.arange(3.0))
-    # The stand-in's replay computes nothing, and that shows.
+    # The check notices that the stand-in's replay computes nothing.
     assert not replay_error(graph) <= 1.0
     graph.replay = lambda: [t.copy_(graph.wanted[n]) for n, t in graph.held.items()]  # type: ignore[method-assign]
     assert replay_error(graph) == 0.0
 
 
 class Graphed(CpuDevice):
-    """A device whose graphs compute `factor` times what they should."""
+    """A device whose graphs compute `factor` times the right results."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -237,7 +237,7 @@ def test_a_capture_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None
     for row in outcome.rows:
         assert row["p50_ms"] and row["note"].startswith("graph: RuntimeError: operation not")
     assert not outcome.wrong and not outcome.device_lost
-    # If it leaves no device behind, what was timed stands, and nothing is measured again.
+    # If the device is unusable afterwards, times are saved, and nothing is measured again.
     monkeypatch.setattr(CpuDevice, "usable", lambda _: False)
     outcome = measure(case, CpuDevice())
     ours, theirs = outcome.rows
@@ -246,9 +246,9 @@ def test_a_capture_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_inference_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its results may only be written to in inference mode, in which they were created."""
+    """Results created in inference mode can be written in inference mode only."""
 
-    class Kept(CpuDevice):
+    class Replaying(CpuDevice):
         def capture(self, run: Any, parameters: Any) -> Any:
             held = {"0": run()}
             assert held["0"].is_inference()
@@ -262,7 +262,7 @@ def test_inference_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(measuring.GRAPH_ROUNDS, "cpu", 2)
     case = dataclasses.replace(SMALL, work="inference", providers=(OURS, "concat"))
-    outcome = measure(case, Kept())
+    outcome = measure(case, Replaying())
     assert [float(row["graph_p50_ms"]) > 0 for row in outcome.rows] == [True, True]
     assert not outcome.wrong and not any(row.get("note") for row in outcome.rows)
 
@@ -275,7 +275,7 @@ def test_rows_are_emitted_as_they_grow() -> None:
     assert [row["provider"] for row in rows[:2]] == ["concat", OURS]
     assert "error" in rows[0] and "p50_ms" not in rows[0] and "p50_ms" in rows[-1]
     assert {row["provider"]: row for row in rows} == outcome.by_provider
-    # The running provider is emitted before it starts.
+    # A provider is emitted before it starts.
     assert emitted[0] == ("running", ("concat",)) and ("running", (OURS,)) in emitted
 
 

@@ -1,4 +1,4 @@
-"""A GPU benchmark ends within its time, and its results survive hangs and crashes."""
+"""A GPU benchmark ends within its time, and saves its results through hangs and crashes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Scripted:
 
 @pytest.fixture
 def make_session(tmp_path: Path) -> Callable[[Any], Session]:
-    """Makes a session of a runner."""
+    """Return a function that creates a runner's session."""
 
     def make(runner: Any) -> Session:
         record = Record(tmp_path, lambda _: None)
@@ -70,7 +70,7 @@ def make_session(tmp_path: Path) -> Callable[[Any], Session]:
     return make
 
 
-def test_what_does_not_fit_is_skipped_and_reported(make_session: Any) -> None:
+def test_jobs_that_do_not_fit_are_skipped_and_reported(make_session: Any) -> None:
     runner = Scripted([("ceilings", Ceilings(1.0, 2.0))], [row(OURS)], [])
     session = make_session(runner)
     check = KernelCheck(NormCase(8))
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_skipped_and_reported(make_session: Any) -> None:
     assert stored["tflops_ceiling"] == "1" and stored["torch"]
 
 
-def test_what_was_timed_whole_is_not_timed_again(make_session: Any) -> None:
+def test_completely_timed_cases_are_not_timed_again(make_session: Any) -> None:
     whole = [row("concat", p50_ms="1"), row(OURS, p50_ms="2")]
     runner = Scripted(whole, [row("concat", p50_ms="1"), row(OURS)], whole)
     session, other = make_session(runner), dataclasses.replace(SMALL, prompts=9)
@@ -108,8 +108,8 @@ def test_rows_are_written_before_their_job_ends(make_session: Any) -> None:
     assert seen == [["concat", OURS], ["3", ""]]
 
 
-def test_a_hang_is_its_providers_alone(make_session: Any) -> None:
-    """The other providers are measured again without it; what was emitted is saved."""
+def test_a_hang_affects_its_provider_alone(make_session: Any) -> None:
+    """The other providers are measured again without it, and emitted rows are saved."""
     hung = "concat_compiled"
     runner = Scripted(
         [row("concat"), ("running", (hung,)), WorkerDied("stopped after 9 s")],
@@ -137,7 +137,7 @@ def test_a_hang_in_a_graph_costs_no_times(make_session: Any) -> None:
     assert session.wrong == [f"{SMALL}, {OURS}: its process ended with exit status -11"]
 
 
-def test_a_fault_does_not_cost_the_others(make_session: Any) -> None:
+def test_after_a_fault_the_other_providers_are_measured_again(make_session: Any) -> None:
     first = [row("concat"), ("wrong", "ours, wrong"), row(OURS, note="lost"), ("faulted", (OURS,))]
     runner = Scripted(first, [row("concat", p50_ms="1"), row("keys_concat", p50_ms="1")])
     session = make_session(runner)
@@ -149,7 +149,7 @@ def test_a_fault_does_not_cost_the_others(make_session: Any) -> None:
 
 
 def hang_or_answer(job: Any, device: Any, dtype: str, emit: Emit) -> None:
-    """What the workers of the tests below call."""
+    """Measure a job of the workers below: answer, hang or exit."""
     if isinstance(job, CeilingsJob):
         os._exit(3)
     if isinstance(job, FactsJob):
@@ -175,7 +175,7 @@ def test_a_worker_that_ends_or_hangs_is_replaced() -> None:
         assert messages[1] == f"{SMALL} on cpu in float32"
         with pytest.raises(WorkerDied, match="ended with exit status 3"):
             worker.measure(CeilingsJob(), 60, emit)
-        # A new process, which is stopped before it has even started.
+        # A new process, which is stopped before it has started.
         with pytest.raises(WorkerDied, match="stopped after 0 s"):
             worker.measure(check, 0.1, emit)
     finally:
@@ -185,7 +185,7 @@ def test_a_worker_that_ends_or_hangs_is_replaced() -> None:
 def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
     make_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every job and every program of it, as a driver that no longer answers would have it."""
+    """Every job and every program hangs, as with a driver that no longer responds."""
     programs: list[str] = []
 
     def sleep(command: Any, seconds: float, log: Path, environment: Any) -> int | None:
@@ -199,14 +199,14 @@ def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
     monkeypatch.setattr(sessions, "_LEAST_SECONDS", 0.1)
     worker = Worker("cpu", "bfloat16", hang_or_answer)
     session = make_session(worker)
-    worker.measure(FactsJob(), 60, lambda kind, value: None)  # its start is not in the minutes
+    worker.measure(FactsJob(), 60, lambda kind, value: None)  # starting does not count
     start, seconds = time.monotonic(), 8.0
     try:
         measure(Run(session, Plan(), "cuda"), ["all"], Budget(seconds))
     finally:
         worker.close()
     assert time.monotonic() - start < seconds + 3
-    # Each stage had its share of the time, and reports what it lost.
+    # Each stage had its share of the time, and reports the jobs that were stopped.
     assert programs == ["warm", "tests", "memcheck", "warm", "demo"]
     asked = {type(job).__name__ for job, _ in session.outcomes}
     assert {"CeilingsJob", "ModelCheck", "Case", "ProfileJob", "TilesJob"} <= asked
@@ -215,7 +215,7 @@ def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
     assert [r["note"] for r in read(session.record.path) if r["provider"] == OURS]
 
 
-def test_a_program_ends_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_program_ends_with_its_child_processes(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys; print('begun'); child = subprocess.Popen(['sleep', '600']); "
         "print(child.pid); child.wait()"
@@ -224,7 +224,7 @@ def test_a_program_ends_with_all_that_it_started(tmp_path: Path) -> None:
     assert run_program([sys.executable, "-c", code], 5.0, log) is None
     begun, child = log.read_text().split()
     command, patience = Path(f"/proc/{child}/cmdline"), time.monotonic() + 10
-    # A signal takes a moment to end a process that has no processor.
+    # A killed process that is not scheduled takes a moment to end.
     while command.exists() and command.read_bytes() and time.monotonic() < patience:
         time.sleep(0.05)
     assert begun == "begun" and not (command.exists() and command.read_bytes())
@@ -232,7 +232,7 @@ def test_a_program_ends_with_all_that_it_started(tmp_path: Path) -> None:
     assert log.read_text().endswith("value\n")
 
 
-def test_what_tests_say() -> None:
+def test_verdicts_of_tests() -> None:
     lines = [
         "[gw1] [  1%] PASSED tests/test_a_kernels.py::test_x[1] ",
         "[gw0] [  2%] FAILED tests/test_a_kernels.py::test_x[2] ",
@@ -247,7 +247,7 @@ def test_what_tests_say() -> None:
 
 
 def test_shares_of_the_time() -> None:
-    """What a stage leaves is the others'."""
+    """Time that a stage does not use is split among the others."""
     given: list[float] = []
     now = 0.0
 

@@ -54,7 +54,7 @@ print(len(found), hits)
 """
 
 
-def test_launches_find_what_was_compiled_beforehand(tmp_path: Path) -> None:
+def test_launches_find_the_compiled_kernels(tmp_path: Path) -> None:
     """In another process, in another order, with tensors that have values."""
     environment = {
         **os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT),
@@ -86,22 +86,22 @@ def test_launches_find_what_was_compiled_beforehand(tmp_path: Path) -> None:
         (KernelCheck(ActivationCase("silu")), {"activation", "activation_backward"}),
         (replace(STEP, providers=("concat",)), set()),
     ],
-    # Sets are unordered, and the processes that share the tests must agree on the names.
+    # Sets are unordered, and all processes of pytest-xdist need the same names.
     ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )
-def test_kernels_of_a_subject(job: object, names: set[str]) -> None:
+def test_kernels_of_a_job(job: object, names: set[str]) -> None:
     found = kernels_of(job, 90)  # type: ignore[arg-type]
     assert not isinstance(found, str), found
     assert names <= {kernel.launch for kernel in found} and bool(found) == bool(names)
 
 
-def test_what_cannot_be_found_beforehand_is_reported() -> None:
+def test_a_job_that_cannot_be_traced_is_reported() -> None:
     found = kernels_of(replace(STEP, image_size=33), 90)
     assert isinstance(found, str) and found.startswith(f"{STEP}: ")
 
 
 def test_the_target_is_the_gpus_own() -> None:
-    """Launches are those of the GPU that they are compiled for, not of the CPU that finds them."""
+    """Launches are those for the target GPU, not for the CPU that traces them."""
     warps = {}
     for capability in (80, 90):
         with recorded_launches(capability) as found:

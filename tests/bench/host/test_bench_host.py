@@ -1,7 +1,7 @@
-"""The host's time and Python calls of a step: how they are measured, and limits of the calls.
+"""The host's time and Python calls of a step: their measurement, and limits of the calls.
 
-Code that compiles kernels for the null driver runs in a process of its own: the cached launch plans
-and compiled kernels that it leaves behind are useless to a real device.
+Code that compiles kernels for the null driver runs in a process of its own, since its cached launch
+plans and compiled kernels do not run on a real device.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ print(json.dumps([calls, host.measure(list(host.RATIOS.values()), 2)]))
 
 @pytest.fixture(scope="module")
 def taken() -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
-    """Calls by method and part, and rows of times."""
+    """Measure calls by method and part, and rows of times."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -121,7 +121,7 @@ def test_the_null_driver_is_removed_afterwards() -> None:
     assert triton.runtime.driver._active is driver and backend.uses_kernels is uses
 
 
-def test_a_subject_of_ours_that_launches_nothing_is_not_timed(
+def test_a_case_of_ours_that_launches_nothing_is_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(host, "null_driver", contextlib.nullcontext)
@@ -139,7 +139,7 @@ def test_the_page_has_the_tables_of_all_results() -> None:
     assert host_page.main(["--check"]) == 0
 
 
-def test_a_table_has_every_subject(taken: Any, tmp_path: Path) -> None:
+def test_a_table_has_every_case(taken: Any, tmp_path: Path) -> None:
     path, page = tmp_path / "host_x.csv", tmp_path / "page.md"
     host.write(taken[1], path)
     page.write_text("before\n" + "\n".join(host_page.MARKS) + "\nafter\n", encoding="utf-8")

@@ -1,7 +1,6 @@
-"""The machine code of the kernels of a batch of many tasks, for GPUs that need not be there.
+"""The machine code of the bank's kernels, compiled without their GPUs.
 
-The ragged forward's limits are in test_kernel_limits.py, with those of the attention that it is a
-variant of.
+The ragged forward's limits are in test_kernel_limits.py, with those of attention.
 """
 
 from __future__ import annotations

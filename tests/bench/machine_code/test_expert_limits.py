@@ -1,7 +1,7 @@
 """The prompt experts' machine code within its limits, and the bytes that their forward moves.
 
-The code is compiled for GPUs that need not be there. The bytes are counted while ttsem executes the
-kernels on the CPU.
+The code is compiled without the GPUs. The bytes are counted while ttsem executes the kernels on the
+CPU.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def test_every_limit_holds(
 
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("prompts", [1, 10, 16])
-def test_mixing_issues_less_than_a_third_of_what_memory_takes(prompts: int, target: int) -> None:
+def test_token_mixing_issues_for_less_than_a_third_of_the_memory_time(
+    prompts: int, target: int
+) -> None:
     report = report_of("mix", ExpertProblem(prompts=prompts), target)
     assert "issue over memory, loop" in {v.figure for v in verdicts(report)}
     ratio = report.mixing_loop_ratio()
@@ -93,7 +95,7 @@ def test_mixing_issues_less_than_a_third_of_what_memory_takes(prompts: int, targ
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_that_issues_a_twentieth_more_is_over_its_limit(kernel: str, target: int) -> None:
-    several = kernel in ("mix", "mix_backward", "weight_gradient")  # others know no prompts
+    several = kernel in ("mix", "mix_backward", "weight_gradient")  # others ignore the prompts
     for prompts in (10, 50) if several else (10,):
         report = report_of(kernel, ExpertProblem(prompts=prompts), target)
         assert all(v.holds for v in verdicts(report))
@@ -106,7 +108,7 @@ def test_loops_inside_a_loop_count_once_for_each_of_its_iterations() -> None:
     trips = {name: count for name, (_, count) in report.loops.items()}
     assert trips == {"images": 3, "sums": 3 * 24, "gradient": 3 * 24}
     lines = [loop.line for loop, _ in report.loops.values()]
-    assert lines[0] == min(lines)  # the loop over images stands around the others
+    assert lines[0] == min(lines)  # the loop over images contains the others
 
 
 def test_useful_flop_of_the_matrix_kernels() -> None:

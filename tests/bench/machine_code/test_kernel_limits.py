@@ -1,4 +1,4 @@
-"""The attention kernels' machine code, compiled for GPUs that need not be there, within its limits.
+"""The attention kernels' machine code, compiled without the GPUs, within its limits.
 
 Everything is static: compiled code and figures modelled from it. The first launch of a kernel for a
 target takes a second or two to compile; after that it is in Triton's cache.
@@ -48,7 +48,7 @@ CORE = {
     (128, torch.bfloat16, 89, "token_dkdv"),
     *((64, torch.bfloat16, target, kernel) for target in (100, "gfx942") for kernel in KERNELS),
 }
-"""What the default run compiles of the grid: each target, dimension, dtype and kernel."""
+"""Cases of the grid that run by default; they cover each target, dimension, dtype and kernel."""
 
 
 report_of = functools.cache(launch_report)
@@ -63,7 +63,7 @@ def name_of(value: object) -> str:
 
 
 def grid() -> list:
-    """Every head dimension, dtype, target and kernel; those outside CORE are marked full."""
+    """Return every head dimension, dtype, target and kernel; those outside CORE are marked full."""
     return [
         pytest.param(
             *case,
@@ -94,7 +94,7 @@ def test_limits(target, kernel, problem):
 @pytest.mark.parametrize("kernel", KERNELS + OTHER_KERNELS)
 @pytest.mark.parametrize("target", [80, 90])
 def test_a_kernel_that_issues_a_twentieth_more_is_over_its_limit(target, kernel):
-    """At every shape: the limits of whole launches are no further away than that."""
+    """Limits of whole launches are that tight at every shape."""
     for problem in PROBLEMS[:1] if kernel == "delta" else PROBLEMS:
         problem = problem._replace(shared_prompts=kernel != "prompt_dkdv")
         report = report_of(kernel, problem, target)
@@ -136,12 +136,12 @@ def test_useful_flop():
 
 
 def most_issue() -> float:
-    """Issue cycles of an iteration of `made_up_report` that its compiler's limits allow."""
+    """Return the issue cycles of an iteration of `made_up_report` that the limits allow."""
     return 1.5 * limits().loops["dq", 90].full
 
 
 def made_up_report(**loop_changes) -> LaunchReport:
-    """A dq launch for sm_90 whose figures are at their limits: nothing is compiled."""
+    """Return an invented report of a dq launch for sm_90, with figures at their limits."""
     problem = AttentionProblem(256, 64)
     launch = dataclasses.replace(
         attention_launches(problem, 90)["dq"],
@@ -211,7 +211,7 @@ def test_resources_and_stages_over_their_limits_are_named():
     assert broken(report) == ["shared memory", "spills", "resident warps", "pipeline stages"]
 
 
-def test_narrow_tiles_are_counted_over_the_tiles_they_take_the_place_of():
+def test_narrow_tiles_are_counted_over_the_tiles_that_they_replace():
     report = made_up_report()
     full = report.figures.loops[0]
     tail = dataclasses.replace(
@@ -241,7 +241,7 @@ def test_cycles_of_a_launch_count_every_loop_as_often_as_it_runs():
     assert entry.over_memory["issue"] == pytest.approx((1000 + 4 * most_issue()) * programs * rate)
 
 
-def test_report_says_that_its_figures_are_static(capsys, tmp_path):
+def test_the_report_states_that_its_figures_are_static(capsys, tmp_path):
     path = tmp_path / "report.csv"
     arguments = ["--target", "sm_90", "--kernel", "forward", "--shape", "197,10"]
     status = kernel_report.main([*arguments, "--output", str(path)])
@@ -277,7 +277,7 @@ def test_one_command_and_one_schema_for_every_family(capsys, tmp_path):
         assert bool(row["launch_tensor_per_unit"]) == (row["family"] != "rows")
 
 
-def test_all_asks_for_every_head_dimension_dtype_and_target(monkeypatch):
+def test_all_reports_every_head_dimension_dtype_and_target(monkeypatch):
     asked = []
     monkeypatch.setattr(kernel_report, "attention_entry", lambda *case: asked.append(case))
     options = kernel_report.parser().parse_args(["--all", "--family", "attention"])
@@ -289,7 +289,7 @@ def test_all_asks_for_every_head_dimension_dtype_and_target(monkeypatch):
     assert len(asked) == 7 * 3 * len(HEAD_DIMS) * len(DTYPES) * len(TARGETS)
 
 
-def test_shapes_of_experts_are_squares_of_patches_and_what_is_left():
+def test_shapes_of_experts_are_squares_of_patches_and_prefix_tokens():
     assert kernel_report.patch_grid(197) == ((14, 14), 1)
     assert kernel_report.patch_grid(198) == ((14, 14), 2)
     assert kernel_report.patch_grid(577) == ((24, 24), 1)
@@ -312,7 +312,7 @@ def test_command_line_refuses(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_existing_output_file_is_kept(tmp_path, capsys):
+def test_an_existing_output_file_is_not_overwritten(tmp_path, capsys):
     path = tmp_path / "report.csv"
     path.write_text("precious")
     with pytest.raises(SystemExit):

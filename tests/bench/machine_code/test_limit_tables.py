@@ -1,4 +1,4 @@
-"""Limits by version of Triton: which are taken, and what happens where there are none."""
+"""Limits by version of Triton: their choice, and reports without limits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_version_has_every_limit(version):
 
 
 @pytest.mark.parametrize(("version", "key"), [("3.8.0", "3.8"), ("3.6.1+git5", "3.6")])
-def test_a_version_takes_those_of_its_minor_version(version, key):
+def test_a_version_takes_the_limits_of_its_minor_version(version, key):
     assert limits.limits(version) is LIMITS[key]
     assert limits.no_limits(version) == ""
 
@@ -48,7 +48,7 @@ def test_a_version_without_limits_is_refused_by_name():
         limits.limits(UNKNOWN)
 
 
-def test_without_limits_only_shared_memory_is_judged_and_the_report_says_so(monkeypatch, capsys):
+def test_without_limits_only_shared_memory_is_judged_and_the_report_notes_it(monkeypatch, capsys):
     monkeypatch.setattr(limits.no_limits, "__defaults__", (UNKNOWN,))
     arguments = ["--target", "90", "--shape", "197,10", "--kernel", "delta", "window_dq"]
     assert kernel_report.main(arguments) == 0

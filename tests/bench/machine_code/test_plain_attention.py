@@ -1,8 +1,7 @@
-"""The plain flash attention that the report compares with: correct, and compiled as it should be.
+"""The plain flash attention that reports compare with: its results, and its machine code.
 
-The kernels run on the GPU, or on the CPU under ttsem (see `kernel_device`), against attention in
-fp64. What is asked is that they are no further from it than PyTorch by hand in the same dtype, plus
-about one rounding.
+The kernels run on the GPU, or on the CPU under ttsem (see `kernel_device`). Their results are no
+further from fp64 than plain PyTorch in the same dtype, plus about one rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TILES = {
 def make_tensors(
     queries: int, keys: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """What `plain_launches` takes for one image of two heads; its outputs are not initialised."""
+    """Create the tensors of `plain_launches` for one image of two heads, outputs uninitialised."""
     generator = torch.Generator().manual_seed(queries)
 
     def rand(rows: int) -> torch.Tensor:
@@ -50,7 +49,7 @@ def make_tensors(
 def by_hand(
     tensors: dict[str, torch.Tensor], scale: float, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Softmax attention in `dtype`, and its gradients."""
+    """Compute softmax attention in `dtype`, and its gradients."""
     q, k, v = (tensors[name].detach().to(dtype).requires_grad_() for name in "qkv")
     scores = q @ k.transpose(2, 3) * scale
     out = scores.softmax(-1) @ v
@@ -122,7 +121,7 @@ def test_both_are_counted_over_the_same_useful_flop() -> None:
 
 @pytest.mark.parametrize("kernel", ["plain_forward", "plain_dq"])
 def test_full_tiles_arrive_by_wide_asynchronous_copies(kernel: str) -> None:
-    """A fair opponent: matrix instructions of the architecture, no narrow load in its loop."""
+    """The comparison is fair: the architecture's matrix instructions, no narrow load in a loop."""
     entry = plain_entry(kernel, AttentionProblem(197, 50), 90, prompt_queries=False)
     full = entry.loops[0].figures
     assert full.mix["HGMMA"] > 0 and full.mix["HMMA"] == 0 and full.load_widths == ()

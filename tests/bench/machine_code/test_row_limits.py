@@ -1,7 +1,4 @@
-"""The machine code of the kernels that go over rows once, within its limits.
-
-The code is compiled for GPUs that need not be there.
-"""
+"""The machine code of the row-wise kernels, compiled without the GPUs, within its limits."""
 
 from __future__ import annotations
 
@@ -123,7 +120,7 @@ def test_offsets_of_elements_are_64_bits_wide(kernel: str) -> None:
     launch = row_launch(kernel, RowProblem(192))
     source, options = offline.specialise(launch, offline.gpu_target(80))
     compiled = triton.compile(source, target=offline.gpu_target(80), options=options)
-    # In either of the forms in which it may be cached: executing kernels prints the generic one.
+    # Either form may be cached: executing kernels prints the generic one.
     products = re.findall(r"arith\.muli.*(tensor<[^>]*>)", compiled.asm["ttir"])
     assert products and all(kind.endswith("xi64>") for kind in products)
 

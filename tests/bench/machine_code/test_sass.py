@@ -17,7 +17,7 @@ from bench.machine_code.sass import (
 
 
 def listing(*rows: str) -> str:
-    """nvdisasm's form: rows that end in a colon are labels, rows that start with // comments."""
+    """Format rows like nvdisasm; rows that end in a colon are labels, those with // comments."""
     text, address = ["\t.section\t.text.kernel", ".text.kernel:"], 0
     for row in rows:
         if row.endswith(":") or row.startswith("//"):
@@ -50,7 +50,7 @@ LOOP_OF_HOPPER = listing(
 
 
 def loops_of(text: str) -> list[tuple[int, int]]:
-    """(first index, number of instructions) of each loop."""
+    """Return (first index, number of instructions) of each loop."""
     return [(loop.header, len(loop.body)) for loop in find_loops(*parse(text))]
 
 
@@ -153,7 +153,7 @@ def test_nested_loops_share_no_own_instruction():
 
 
 def test_a_wait_at_the_end_of_the_program_belongs_to_the_loop_it_serves():
-    """A jump back from code placed behind the program is no loop around all between."""
+    """A jump back from code placed after the program is not a loop around the code between."""
     text = listing(
         "MOV R0, R1",
         ".L_x_0:",

@@ -1,4 +1,4 @@
-"""The window-attention kernels' machine code, compiled for GPUs that need not be there.
+"""The window-attention kernels' machine code, compiled without the GPUs.
 
 Everything is static: compiled code and figures modelled from it.
 """
@@ -67,7 +67,7 @@ def test_a_kernel_that_issues_a_twentieth_more_is_over_its_limit(
 
 
 def grid() -> list:
-    """Head dimensions, dtypes, windows and targets; few of them are compiled by default."""
+    """Return head dimensions, dtypes, windows and targets; few of them are compiled by default."""
     cases = itertools.product(
         (16, 24, 32, 48, 64, 128),
         (torch.bfloat16, torch.float16, torch.float32),

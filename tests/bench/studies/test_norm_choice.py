@@ -1,4 +1,4 @@
-"""The study behind the choice of the normalised row still runs and still supports it."""
+"""The study of the normalised row runs, and supports the choice."""
 
 from __future__ import annotations
 

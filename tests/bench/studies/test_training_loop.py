@@ -1,4 +1,4 @@
-"""The benchmark of what training costs beyond its steps."""
+"""The benchmark of training's costs beyond its steps."""
 
 from __future__ import annotations
 

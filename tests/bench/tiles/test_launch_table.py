@@ -1,4 +1,4 @@
-"""The launch table: every key that the package supports has an entry, and shapes only narrow it."""
+"""The launch table: every supported key has an entry, and shapes only narrow its tiles."""
 
 import ast
 import itertools
@@ -20,14 +20,14 @@ TARGETS = (80, 86, 89, 90, 100, 120, "gfx942")
 SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 CORE = {("forward", 64, "bf16", 86), ("dkdv", 128, "fp16", 120), ("dq", 32, "bf16", 89)}
-"""What the default run compiles of the 16-bit entries: kernel, head dimension, dtype, target."""
+"""16-bit entries that are compiled by default: kernel, head dimension, dtype, target."""
 
 SPILL_BYTES = {("dkdv", 128, 120): 8}
-"""Where every candidate spills: kernel, head dimension, target."""
+"""Least spilled bytes where every candidate spills, by kernel, head dimension and target."""
 
 
 def one_choice(choice: tuple[int, int, int, int]) -> dict:
-    """A table that holds one choice everywhere."""
+    """Return a table with the same choice in every entry."""
     return {
         (kernel, head_dim, dtype, architecture): choice
         for kernel, head_dim, dtype in itertools.product(KERNELS, HEAD_DIMS, ARCHITECTURES)
@@ -36,7 +36,7 @@ def one_choice(choice: tuple[int, int, int, int]) -> dict:
 
 
 def numbered_table() -> dict:
-    """A table whose every entry is another one."""
+    """Return a table with a different choice in every entry."""
     return {key: (16, 16, 1, number) for number, key in enumerate(one_choice((0, 0, 0, 0)))}
 
 
@@ -88,7 +88,7 @@ def test_other_architectures_take_the_nearest_lower_one(target, architecture):
     assert found == table["dq", 64, "fp16", architecture]
 
 
-def test_an_entry_of_its_own_comes_before_the_one_that_stands_in():
+def test_an_entry_of_its_own_comes_before_a_fallback():
     table = {**numbered_table(), ("dq", 64, "fp16", 86): (64, 64, 4, 2)}
     assert look_up(table, "dq", 64, torch.float16, Target(86)) == (64, 64, 4, 2)
     found = look_up(table, "dq", 64, torch.bfloat16, Target(86))
@@ -123,7 +123,7 @@ def test_a_head_dimension_takes_the_smallest_entry_that_holds_it(head_dim, entry
         ({"table": {}}, "the table has no dq for 64 channels"),
     ],
 )
-def test_what_has_no_entry_is_refused(changes, message):
+def test_keys_without_an_entry_are_refused(changes, message):
     given = {"table": TABLE, "kernel": "dq", "head_dim": 64, "dtype": torch.bfloat16, **changes}
     with pytest.raises(ValueError, match=message):
         look_up(target=Target(80), **given)
@@ -166,7 +166,7 @@ def test_a_warp_takes_fewer_rows_of_two_wide_accumulators():
         assert launch_tiles.query_tiles("forward", *given, 1, 197, 10, table).num_warps == 1
 
 
-def test_what_is_left_of_both_spans_takes_one_narrow_tile_of_its_size():
+def test_the_rest_of_both_spans_takes_one_narrow_tile_of_its_size():
     given, table = (64, torch.bfloat16, Target(90)), one_choice((128, 64, 4, 2))
     for kernel in ("forward", "dq"):
         tiles = [

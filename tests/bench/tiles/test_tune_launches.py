@@ -1,4 +1,4 @@
-"""How the launch table is chosen: the rules, measured times over them, and the file it writes."""
+"""The choice of the launch table: its rules, measured times, and the file that is written."""
 
 import csv
 import dataclasses
@@ -29,13 +29,13 @@ NAME = ["--kernel", "dkdv", "--head-dim", "32", "--dtype", "bf16", "--target", "
 
 
 def figures(choice, **changes) -> Score:
-    """A candidate that nothing is wrong with."""
+    """Return the score of a candidate within all limits."""
     usual = {"registers": 128, "occupancy": 0.25, "issue_cycles": 500.0}
     return Score(choice, **{**usual, **changes})
 
 
 def write_csv(path: Path, *rows: tuple, columns=times.COLUMNS) -> list[str]:
-    """A file of times, and the arguments that name it."""
+    """Write a file of times, and return the arguments that name it."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     return ["--times", str(path)]
@@ -86,7 +86,7 @@ def test_one_stage_is_refused_before_it_is_compiled():
     assert score(KEY, (64, 64, 4, 1)).reason == "1 pipeline stage"
 
 
-def test_compiled_candidates_are_told_apart():
+def test_compiled_candidates_differ():
     shape = ((197, 50),)
     key = ("dkdv", 64, "bf16", 80)
     good, spilling = score(key, (128, 32, 4, 2), shape), score(key, (128, 64, 4, 2), shape)
@@ -148,7 +148,7 @@ def test_a_static_choice_is_printed_and_written(monkeypatch, tmp_path, capsys):
     assert read_table(path) == (TABLE, MEASURED)
 
 
-def test_a_better_candidate_takes_the_place_of_the_tables_own(monkeypatch, tmp_path, capsys):
+def test_a_better_candidate_replaces_the_tables_own(monkeypatch, tmp_path, capsys):
     path, worse = tmp_path / "table.py", (32, 16, 4, 2)
     better = TABLE[KEY]
     for module in ("bench.tiles.candidates", "bench.tiles.tune"):
@@ -160,7 +160,7 @@ def test_a_better_candidate_takes_the_place_of_the_tables_own(monkeypatch, tmp_p
     assert read_table(path)[0] == TABLE
 
 
-def test_measured_times_override_figures_and_are_kept(monkeypatch, tmp_path, capsys):
+def test_measured_times_override_figures_and_are_saved(monkeypatch, tmp_path, capsys):
     slow, fast = TABLE[KEY], (64, 128, 8, 3)
     other = ("forward", 64, "fp16", 90)
     rows = [(*KEY, *slow, 0.5), (*KEY, *fast, 0.6), (*KEY, *fast, 0.4), (*other, *B, 1.0)]
@@ -191,8 +191,8 @@ def test_the_file_that_is_written_is_formatted_and_equal(tmp_path):
         table_text(TABLE, [("dq", 64, "bf16", 86)])
 
 
-def test_what_is_measured_can_be_read_again(tmp_path):
-    """The times are made up: a GPU is needed for real ones."""
+def test_measured_times_can_be_read_again(tmp_path):
+    """With invented times, since real ones need a GPU."""
     path, seen = tmp_path / "times.csv", []
 
     def time(launch) -> float:
@@ -270,7 +270,7 @@ def test_wrong_arguments_are_refused(arguments, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_everything_is_chosen_unless_less_is_asked_for(monkeypatch, capsys):
+def test_all_entries_are_chosen_by_default(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(tune, "choose_statically", lambda key: asked.append(key) or TABLE[key])
     assert tune.main([]) == 0

@@ -30,7 +30,8 @@ class Recorded(NamedTuple):
         kernel: Name of the kernel.
         launcher: Identity of the kernel's specialisation.
         grid: Programs along the three axes.
-        device, stream: Current device, and stream of the launch.
+        device: Index of the current device.
+        stream: Handle of the stream.
         values: Arguments that are not compile-time values, in order; addresses for tensors.
     """
 
