@@ -12,13 +12,6 @@ import triton.language as tl
 
 from ..constants import LARGEST_TILE
 
-_TYPE_NAMES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-}
-
 
 class Target(NamedTuple):
     """Target to tune a launch for: a CUDA compute capability (80, 90, ...) or an AMD GPU."""
@@ -81,52 +74,6 @@ class Launch:
             num_warps=self.num_warps,
             num_stages=self.num_stages,
         )
-
-    def compile_constexprs(self) -> dict[str, Any]:
-        """Return compile-time values by name: constexprs, and None and 1 as Triton folds them."""
-        general = {p.name for p in self.kernel.params if p.do_not_specialize}
-        folded = {
-            name: value
-            for name, value in self.arguments.items()
-            if value is None or (isinstance(value, int) and value == 1 and name not in general)
-        }
-        return {**self.constexprs, **folded}
-
-    def signature(self) -> dict[str, str]:
-        """Return Triton's types of the parameters in order, such as "*bf16", "i32", "constexpr"."""
-        constexprs = self.compile_constexprs()
-        types = {}
-        for name in self.kernel.arg_names:
-            value = self.arguments.get(name)
-            if name in constexprs:
-                types[name] = "constexpr"
-            elif isinstance(value, torch.Tensor):
-                types[name] = "*" + _TYPE_NAMES[value.dtype]
-            elif isinstance(value, int):
-                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            else:
-                types[name] = "fp32"
-        return types
-
-    def divisible_by_16(self) -> list[str]:
-        """Return the parameters specialised as multiples of 16 (pointers: in bytes)."""
-        constexprs = self.compile_constexprs()
-        general = {
-            p.name
-            for p in self.kernel.params
-            if p.do_not_specialize or p.do_not_specialize_on_alignment
-        }
-        return [
-            name
-            for name, value in self.arguments.items()
-            if name not in constexprs
-            and name not in general
-            and (
-                value.data_ptr() % 16 == 0
-                if isinstance(value, torch.Tensor)
-                else isinstance(value, int) and value % 16 == 0
-            )
-        ]
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> list[tuple[Launch, Any]]:

@@ -307,7 +307,8 @@ def test_a_launch_that_is_not_ragged_has_none_of_its_pointers() -> None:
     types = {}
     for problem.max_prompts in (0, 50):
         launch = kernels.bank_attention_launch(*problem.arguments(), out, lse, 0.1, Target(80))
-        types[launch.name] = launch.signature()
+        source, _ = offline.specialise(launch, offline.gpu_target(80))
+        types[launch.name] = source.signature
     pointers = ("computed_k_ptr", "computed_v_ptr", "row_offsets_ptr", "counts_ptr")
     assert [types["ragged_forward"][name] for name in pointers] == ["*bf16"] * 2 + ["*i64"] * 2
     assert {types["forward"][name] for name in pointers} == {"constexpr"}

@@ -122,8 +122,8 @@ def test_under_autocast_the_copies_are_what_backward_reads() -> None:
         output.float().sum().backward()
 
 
-def key_weights(blocks: int = 2, affine: bool = True) -> KVWeights:
-    """For D = 6, A = 4, H = 2."""
+def kv_weights(blocks: int = 2, affine: bool = True) -> KVWeights:
+    """Draw weights for D = 6, A = 4, H = 2."""
     generator = torch.Generator().manual_seed(3)
 
     def rand(*shape: int) -> Tensor:
@@ -150,7 +150,7 @@ def tokens(blocks: int = 2) -> list[Tensor]:
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_gradcheck_of_prompt_keys(affine: bool) -> None:
-    weights = key_weights(affine=affine)
+    weights = kv_weights(affine=affine)
     assert torch.autograd.gradcheck(lambda *rows: prompt_kv(weights, torch.float64, rows), tokens())
     # Of keys that nobody reads, and of prompts that are not trained.
     assert torch.autograd.gradcheck(
@@ -167,7 +167,7 @@ def test_gradcheck_of_prompt_keys(affine: bool) -> None:
 def test_weights_of_the_prompts_keys_are_refused() -> None:
     for field in ("norm_weights", "weights"):
         for index in (0, 1):
-            weights, rows = key_weights(), tokens()
+            weights, rows = kv_weights(), tokens()
             keys = prompt_kv(weights, torch.float64, rows)
             getattr(weights, field)[index].mul_(2)
             with pytest.raises(RuntimeError, match=REFUSED):
@@ -177,7 +177,7 @@ def test_weights_of_the_prompts_keys_are_refused() -> None:
 def test_second_derivatives_are_refused() -> None:
     """At once, not where somebody asks for the second, who may get none where inputs are named."""
     rows = tokens()
-    keys = prompt_kv(key_weights(), torch.float64, rows)
+    keys = prompt_kv(kv_weights(), torch.float64, rows)
     with pytest.raises(RuntimeError, match="no second derivatives where backward is recorded"):
         torch.autograd.grad(keys[0].square().sum(), rows[0], create_graph=True)
     model = tuned("deep")

@@ -52,7 +52,7 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
 
     Args:
         path: Path of the folder; its parents are created.
-        replace: Whether a folder that is there by the end may be replaced.
+        replace: Whether a folder that exists by the end may be replaced.
 
     Yields:
         The new folder, beside the old one. It is locked while it is written.

@@ -25,7 +25,7 @@ CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 2
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PATIENCE = 1.0
-"""Seconds for which an adapter is read again while somebody replaces it."""
+"""Seconds for which an adapter is read again while it is being replaced."""
 
 
 def sha256(content: bytes) -> str:

@@ -89,9 +89,11 @@ class ExpertGroup:
             rstd: Reciprocal standard deviation of every row, with the experts' epsilon, (B, N).
             block: Index of the block, at least 1.
         """
-        matrix, mixing_sum, weight, norm_bias, bias = (t[block - 1] for t in self.tensors[:5])
-        down, up = (t[0].expand(len(self.images), -1, -1) for t in self.tensors[5:])
-        patches = matrix.shape[2]
+        tensors, layer = self.tensors, block - 1
+        matrix, mixing_sum = tensors.matrix[layer], tensors.mixing_sum[layer]
+        weight, norm_bias = tensors.norm_weight[layer], tensors.norm_bias[layer]
+        bias, patches = tensors.bias[layer], matrix.shape[2]
+        down, up = (t[0].expand(len(self.images), -1, -1) for t in (tensors.down, tensors.up))
         rows, mean, rstd = (
             t if self.whole else t.index_select(0, self.images)
             for t in (x[:, -patches:], mean[:, -patches:], rstd[:, -patches:])

@@ -215,7 +215,7 @@ class PromptExperts(nn.Module):
     def _refuse_hooks(self) -> None:
         """Raise ValueError if a module that is never called carries a hook.
 
-        The modules are searched again only after somebody has registered a hook.
+        The modules are searched again only after a hook was registered.
         """
         if torch.compiler.is_compiling():
             return

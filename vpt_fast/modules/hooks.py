@@ -38,7 +38,7 @@ def hooks_version() -> int:
 
 
 class HookWatch:
-    """Search of modules for hooks, repeated only after somebody has registered a hook."""
+    """Search of modules for hooks, repeated only after a hook was registered."""
 
     def __init__(self) -> None:
         # Hook versions: of the last search that found no hooks, and of the last search.

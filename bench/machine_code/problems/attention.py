@@ -98,9 +98,7 @@ def attention_plan(
         device: Device of the tensors; other than "meta" they are real and uninitialised.
 
     Returns:
-        {"forward": launches, "backward": launches}. `Launch.signature()`, `.compile_constexprs()`,
-        `.divisible_by_16()`, `.num_warps` and `.num_stages` are what triton.compile needs;
-        `.grid` and `.trips` give how much of it runs.
+        {"forward": launches, "backward": launches}.
     """
     batch, heads, dim = problem.batch, problem.num_heads, problem.head_dim
 

@@ -263,16 +263,17 @@ def _steps(
     """Return the steps of a block for inputs of one layout, cached."""
     weights, scale = reading.in_dtype(dtype), contiguous(scale)
     source, sources = prompts
-    layout: tuple[Any, ...] = (
-        source, use, dtype, read, None if scale is None else scale.dtype,
+    tensors: tuple[Any, ...] = (
+        dtype, read, None if scale is None else scale.dtype,
         *[None if t is None else (t.shape, t.dtype) for t in sources],
     )  # fmt: skip
+    layout = source, use, tensors
     known = reading.steps.get(layout)
     if known is not None and known.weights is weights and known.scale is scale:
         return known.steps
     config = BlockConfig(*reading.settings, use.memory, source, use.windows, use.queries)
     head_dim = weights.qkv_weight.shape[0] // (3 * config.heads)
-    sites = sites_for(weights.qkv_weight, head_dim, config, reading.layout, *layout[2:])
+    sites = sites_for(weights.qkv_weight, head_dim, config, reading.layout, tensors)
     steps = BlockSteps(config, weights._replace(branch_scale=scale), dtype, sites)
     reading.remember(layout, weights, scale, steps)
     return steps

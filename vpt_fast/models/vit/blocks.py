@@ -46,7 +46,7 @@ from vpt_fast.ops.tracing import is_transformed
 class PromptedBlock(Block):
     """timm's Block with prompts of its own, with live prompt rows passing through, or both.
 
-    It is computed in the first of three ways that is possible:
+    It is computed by the first of three routes that is possible:
 
     - fused: one autograd function of tensors (`vpt_fast.models.fusion.fused_block`);
     - module by module, without the rows that are not read;
@@ -228,8 +228,8 @@ def through_block(
         block: timm's `Block` or a `PromptedBlock`.
         total: Input, a deferred residual sum.
         memory: What is saved for backward.
-        first: Number of first rows of the output that are computed, by a `PromptedBlock` that
-            nobody hooks; None computes all.
+        first: Number of first rows of the output that are computed, by a `PromptedBlock` without
+            hooks; None computes all.
     """
     compiled = has_compiled_call(block)
     hooked = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()

@@ -81,7 +81,7 @@ class HeadReading:
     def __init__(self, last: type[nn.Module]) -> None:
         self._last, self._hooks = last, HookWatch()
         self._own: list[dict[str, Any]] = []
-        self._places: list[dict[str, Any]] = []
+        self._containers: list[dict[str, Any]] = []
         self._children: list[Any] = []
 
     def __deepcopy__(self, memo: Any) -> HeadReading:
@@ -98,11 +98,11 @@ class HeadReading:
             return rows_read(model, self._last)
         if not _reads_first(model, self._last):
             return None
-        places = self._places
+        containers = self._containers
         if (
-            not places
-            or places[0] is not model._modules
-            or [*chain.from_iterable(map(dict.values, places))] != self._children
+            not containers
+            or containers[0] is not model._modules
+            or [*chain.from_iterable(map(dict.values, containers))] != self._children
         ):
             self._read(model)
         if self._hooks.found(lambda: self._own):
@@ -113,5 +113,5 @@ class HeadReading:
         modules = _watched(model)
         self._hooks = HookWatch()  # first: other threads may read while this one writes
         self._own = [vars(module) for module in modules]
-        self._places = [model._modules, *(module._modules for module in modules)]
-        self._children = [*chain.from_iterable(map(dict.values, self._places))]
+        self._containers = [model._modules, *(module._modules for module in modules)]
+        self._children = [*chain.from_iterable(map(dict.values, self._containers))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,18 +37,26 @@ def run_forward(
     return residual, branch
 
 
+class _LinearResult(NamedTuple):
+    """Input (rows, in) and result (rows, out) of a Linear, and the result in the input's shape."""
+
+    rows: Tensor
+    result_rows: Tensor
+    result: Tensor
+
+
 class _ReusingSites(dict[tuple[Operation, str], Function]):
     """Call sites whose results share memory, for blocks of one layout, one call and one stream.
 
     Attributes:
         sites: Call sites of the kernels.
-        linears: Input and result of each Linear, both as rows, and the result.
+        linears: Result of each Linear by name.
     """
 
     def __init__(self, sites: Sites) -> None:
         super().__init__()
         self.sites = sites
-        self.linears: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.linears: dict[str, _LinearResult] = {}
 
     def __missing__(self, site: tuple[Operation, str]) -> Function:
         operation, _ = site
@@ -85,17 +93,17 @@ class _ReusingSteps(BlockSteps):
 
     def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         known = self._results.get(name)
-        if known is None or known[0].data_ptr() != x.data_ptr():
+        if known is None or known.rows.data_ptr() != x.data_ptr():
             result = F.linear(x, weight, bias)
             # The views keep the memory alive, so that the address stays the input's.
-            self._results[name] = x.view(-1, x.shape[-1]), result.view(-1, result.shape[-1]), result
+            rows, result_rows = x.view(-1, x.shape[-1]), result.view(-1, result.shape[-1])
+            self._results[name] = _LinearResult(rows, result_rows, result)
             return result
-        flat, flat_result, result = known
         transposed = self.transposed.get(name)
         if transposed is None:
             transposed = self.transposed[name] = weight.t()
         if bias is None:
-            torch.mm(flat, transposed, out=flat_result)
+            torch.mm(known.rows, transposed, out=known.result_rows)
         else:
-            torch.addmm(bias, flat, transposed, out=flat_result)
-        return result
+            torch.addmm(bias, known.rows, transposed, out=known.result_rows)
+        return known.result
