@@ -96,6 +96,30 @@ def feature_inputs(dtype: torch.dtype, masks: bool, bias: bool) -> list[Any]:
     ]
 
 
+class _Features(torch.autograd.Function):
+    """norm1(P), with the operators' gradients."""
+
+    @staticmethod
+    def forward(ctx, residual, norm1_weight, norm1_bias, *inputs):  # type: ignore[no-untyped-def]
+        affine = norm1_weight, norm1_bias
+        out, *statistics = OPS.project_features(*inputs, residual, *affine, 0.1, torch.float64)
+        ctx.residual = residual
+        ctx.save_for_backward(norm1_weight, *inputs, *statistics)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        norm1_weight, *inputs, mean, rstd = ctx.saved_tensors
+        found = iter(
+            OPS.project_features_backward(
+                *inputs, ctx.residual, norm1_weight, mean, rstd, grad.contiguous()
+            )
+        )
+        constant = FeatureInputs._fields.index("channel_mask"), len(inputs) - 1
+        grads = [None if t is None or i in constant else next(found) for i, t in enumerate(inputs)]
+        return None, None, None, *grads
+
+
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
@@ -110,7 +134,7 @@ def test_gradcheck_of_project_features(masks: bool, bias: bool, residual: bool, 
         values = [next(given) if t is not None and t.requires_grad else t for t in inputs]
         if norm == "none":
             return features(FeatureInputs(*values), residual)
-        return OPS.project_features(*values, residual, *constants, 0.1, torch.float64)[0]
+        return _Features.apply(residual, *constants, *values)
 
     assert torch.autograd.gradcheck(function, trained)
 
@@ -158,8 +182,8 @@ def test_opcheck_of_project_features(
 ) -> None:
     inputs = feature_inputs(dtype, masks, bias)
     constants = [rand(5, seed=s, dtype=dtype, grad=False) if affine else None for s in (7, 8)]
-    torch.library.opcheck(OPS.project_features, (*inputs, bias, *constants, 1e-6, dtype))
     still = [None if t is None else t.detach() for t in inputs]
+    torch.library.opcheck(OPS.project_features, (*still, bias, *constants, 1e-6, dtype))
     _, mean, rstd = OPS.project_features(*still, bias, *constants, 1e-6, dtype)
     grad = rand(2, 3, 5, seed=10, dtype=dtype, grad=False)
     torch.library.opcheck(
@@ -168,7 +192,7 @@ def test_opcheck_of_project_features(
 
 
 def test_the_result_has_the_dtype_that_is_asked_for() -> None:
-    inputs = feature_inputs(torch.float32, False, True)
+    inputs = [None if t is None else t.detach() for t in feature_inputs(torch.float32, False, True)]
     for dtype in (torch.bfloat16, torch.float16):
         torch.library.opcheck(OPS.project_features, (*inputs, True, None, None, 1e-6, dtype))
         assert OPS.project_features(*inputs, True, None, None, 1e-6, dtype)[0].dtype == dtype

@@ -212,7 +212,11 @@ def _check_tensors(
     """Raise ValueError unless an adapter holds a head and what its method adds, nothing else."""
     weights = {f"{head}.weight": torch.Size((classes, backbone.width)) for head in backbone.heads}
     biases = {f"{head}.bias": torch.Size((classes,)) for head in backbone.heads}
-    needed = {**weights, **backbone.added_tensors(method)}
+    try:
+        added = backbone.added_tensors(method)
+    except ValueError as error:
+        _refuse(directory, str(error))
+    needed = {**weights, **added}
     check_tensors(tensors, needed | biases, needed, directory / TENSORS_FILE)
 
 

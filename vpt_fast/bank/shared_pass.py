@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import Tensor
@@ -25,7 +24,7 @@ from vpt_fast.models.residual import add_branches
 from vpt_fast.models.vit.blocks import is_fusable
 from vpt_fast.models.vit.head_rows import rows_read
 from vpt_fast.modules.experts import EPS
-from vpt_fast.modules.norms import is_layer_norm
+from vpt_fast.modules.norms import normalised_prompts
 from vpt_fast.ops.attention.ragged import bank_attention
 from vpt_fast.ops.backend import (
     computing_dtype,
@@ -99,7 +98,7 @@ class _BlockPrompts:
         for group in self.groups:
             with in_full_precision(x):
                 prompts = group.prompts(x, mean, rstd, self.block)
-                rows.append(_normalised(block.norm1, prompts, dtype).flatten(0, 1))
+                rows.append(normalised_prompts(block.norm1, prompts, dtype).flatten(0, 1))
         return packed_prompts(block.attn, torch.cat(rows)[None])[0]
 
     def attend(
@@ -117,15 +116,6 @@ class _BlockPrompts:
             tokens, index.prompt_kv, computed_kv.to(index.prompt_kv.dtype),
             index.row_offsets[block], index.counts[block], index.max_counts[block], scale,
         )  # fmt: skip
-
-
-def _normalised(norm: Any, prompts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return norm1 of prompts (n, p, D) in `dtype`; a LayerNorm is computed in their own dtype."""
-    if not is_layer_norm(norm):
-        result: Tensor = norm.forward(prompts.to(dtype))
-        return result
-    weight, bias = (None if t is None else t.to(prompts.dtype) for t in (norm.weight, norm.bias))
-    return F.layer_norm(prompts, prompts.shape[-1:], weight, bias, norm.eps).to(dtype)
 
 
 class _Steps(BlockSteps):

@@ -21,6 +21,7 @@ def add_branches(block: Any, x: Tensor, attended: Tensor) -> Tensor:
     optional = block._modules.get
     ls1, ls2, adapter = optional("ls1"), optional("ls2"), optional("adapter")
     x = x + block.drop_path1(attended if ls1 is None else ls1(attended))
+    del attended  # freed before the MLP, where nothing has saved it
     branch = block.mlp(block.norm2(x))
     branch = branch if ls2 is None else ls2(branch)
     result: Tensor = x + block.drop_path2(branch if adapter is None else adapter(branch))

@@ -2,7 +2,7 @@
 
 "Revisit Visual Prompt Tuning: The Expressiveness of Prompt Experts" (ICLR 2026, arXiv 2501.18936),
 section 4. Convolution and token-wise projector are both linear over the patches, so they are folded
-into one (p, gh * gw) matrix M; no grid, normalised copy or convolution output is stored.
+into one (p, gh * gw) matrix M, and there is no convolution. Fused blocks store no normalised copy.
 """
 
 from __future__ import annotations

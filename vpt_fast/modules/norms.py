@@ -1,9 +1,13 @@
-"""Which modules compute a LayerNorm and nothing else."""
+"""Normalisation modules: which are a LayerNorm and nothing else, and norm1 of prompts."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerNormFp32
-from torch import nn
+from torch import Tensor, nn
 
 from vpt_fast.modules.hooks import has_own_forward
 
@@ -14,3 +18,20 @@ _LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 def is_layer_norm(norm: nn.Module) -> bool:
     """Return whether `norm` computes a LayerNorm and nothing else."""
     return type(norm) in _LAYER_NORMS and not has_own_forward(norm)
+
+
+def normalised_prompts(norm: Any, prompts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a block's norm1 of prompts (B or 1, p, D) in `dtype`, past its hooks.
+
+    A LayerNorm is computed in the prompts' own dtype, which is fp32 at least for prompt experts.
+
+    Args:
+        norm: norm1 of the block.
+        prompts: Prompts P.
+        dtype: Dtype of the result.
+    """
+    if not is_layer_norm(norm):
+        result: Tensor = norm.forward(prompts.to(dtype))
+        return result
+    weight, bias = (None if t is None else t.to(prompts.dtype) for t in (norm.weight, norm.bias))
+    return F.layer_norm(prompts, prompts.shape[-1:], weight, bias, norm.eps).to(dtype)

@@ -29,6 +29,7 @@ from vpt_fast.modules.hooks import (
     has_own_forward,
     is_watched,
 )
+from vpt_fast.modules.norms import normalised_prompts
 from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.tracing import is_transformed
@@ -161,13 +162,14 @@ class PromptedSwinBlock(SwinTransformerBlock):
         self, x: Tensor, windows: Windows, entering: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output (B, N, D) of tokens x (B, N, D), and the prompt rows that leave."""
-        prompts = entering if self.prompt is None else self.prompt(x).to(x.dtype)
+        prompts = entering if self.prompt is None else self.prompt(x)
         if self._needs_windows(prompts is not None):
+            prompts = None if prompts is None else prompts.to(x.dtype)
             x, prompts = through_windows(self, x, prompts, windows)
             return x, prompts if self.rows.leaving else None
         normed = live = None
         if prompts is not None:
-            normed = self.norm1.forward(prompts)
+            normed = normalised_prompts(self.norm1, prompts, x.dtype)
             if self.rows.leaving:
                 live, normed = LiveRows(normed.expand(x.shape[0], -1, -1)), None
         y = self.norm1(x).unflatten(1, windows.grid)
@@ -175,7 +177,8 @@ class PromptedSwinBlock(SwinTransformerBlock):
         x = add_branches(self, x, attended.flatten(1, 2))
         if live is None or live.rows is None or prompts is None:
             return x, None
-        return x, add_branches(self, prompts.expand(x.shape[0], -1, -1), live.rows)
+        prompts = prompts.to(x.dtype).expand(x.shape[0], -1, -1)
+        return x, add_branches(self, prompts, live.rows)
 
     def _needs_windows(self, prompts: bool) -> bool:
         """Return whether a part may do anything with the rows, or a hook would miss some of them.

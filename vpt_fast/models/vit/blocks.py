@@ -1,6 +1,6 @@
 """timm's Block with prompts: the class that tuned blocks are given.
 
-It overrides `forward` only, so that names, state dicts, copies and pickles stay timm's. In
+It overrides calls only, so that names, state dicts, copies and pickles stay timm's. In
 VPT-Deep a prompt is only a key and a value: its rows of the block's output are never read, so
 the block is (B, N, D) -> (B, N, D), like the one it replaces. Prompt rows that are read later
 (VPT-Shallow, a prompted block before an unprompted one) stand after the prefix tokens as tokens.
@@ -37,6 +37,7 @@ from vpt_fast.modules.hooks import (
     has_own_forward,
     is_watched,
 )
+from vpt_fast.modules.norms import normalised_prompts
 from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import DeferredSum
@@ -94,9 +95,11 @@ class PromptedBlock(Block):
                 with `attn_mask`, `is_causal` or `live`.
 
         Raises:
-            ValueError: `is_causal` is True in a block with prompts.
+            ValueError: `is_causal` is True in a block with prompts, or `first` is combined.
         """
         rows = self.rows
+        if first is not None and (attn_mask is not None or is_causal or live is not None):
+            raise ValueError(f"first={first} needs a call without attn_mask, is_causal and live")
         if is_causal and (self.prompt is not None or rows.entering):
             raise ValueError("is_causal=True cannot be used with prompts; pass an attn_mask")
         if live is not None:
@@ -153,7 +156,7 @@ class PromptedBlock(Block):
             if rows.leaving:
                 x, prompts = insert_rows(x, prompts, rows.prefix), None
             else:
-                prompts = self.norm1.forward(prompts.to(x.dtype))
+                prompts = normalised_prompts(self.norm1, prompts, x.dtype)
         y = self.norm1(x)
         if first is not None:
             x, queries = x[:, :first], y[:, :first]

@@ -42,9 +42,8 @@ class _PromptedModel(Tuned, VisionTransformer):
     def forward_until(self, x: Tensor, first: int) -> Tensor:
         """Return the input (B, N, D) of block `first` for images (B, 3, height, width)."""
         blocks: Any = self.blocks
-        return self._through(
-            list(blocks[:first]), DeferredSum(first_block_input(self, x))
-        ).materialize()
+        total = DeferredSum(first_block_input(self, x))
+        return self._through(list(blocks[:first]), total, self._memory()).materialize()
 
     def forward_from(self, x: Tensor, first: int) -> Tensor:
         """Return the logits (B, classes) for the input (B, N, D) of block `first`.
@@ -62,7 +61,7 @@ class _PromptedModel(Tuned, VisionTransformer):
     def _rows_from(self, x: Tensor, first: int, count: int | None, memory: str) -> Tensor:
         """Return `count` rows of the last block (None: all) for the input of block `first`."""
         blocks = list(self.blocks)[first:]
-        rows = self._through(blocks, DeferredSum(x), count).materialize()
+        rows = self._through(blocks, DeferredSum(x), memory, count).materialize()
         return rows if blocks and count is not None else self._without_late_rows(rows)
 
     def forward_features(
@@ -89,11 +88,10 @@ class _PromptedModel(Tuned, VisionTransformer):
         return "minimal" if self.grad_checkpointing else self.tune_record.memory
 
     def _through(
-        self, blocks: list[Any], total: DeferredSum, count: int | None = None
+        self, blocks: list[Any], total: DeferredSum, memory: str, count: int | None = None
     ) -> DeferredSum:
         """Return the output of the given blocks: `count` rows of the last one, None for all."""
         firsts = [*[None] * (len(blocks) - 1), count][: len(blocks)]
-        memory = self._memory()
         # The last block is not fused where it computes a few rows on a CPU.
         together = len(blocks) - (count is not None and not uses_kernels(total.residual))
         ahead = look_ahead(blocks[:together], total.residual, fused)

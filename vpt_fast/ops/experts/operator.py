@@ -225,32 +225,6 @@ def _(*arguments: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in trained if t is not None]
 
 
-def _project_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.residual, norm1_weight, _, _, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(*tensors, norm1_weight, mean, rstd)
-
-
-def _project_gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    *tensors, norm1_weight, mean, rstd = ctx.saved_tensors
-    if any(ctx.needs_input_grad[10:12]):
-        raise RuntimeError("project_features has no gradient of norm1's weight and bias")
-    with in_full_precision(mean):
-        grads = features_operator_backward(
-            *tensors, ctx.residual, norm1_weight, mean, rstd, grad.contiguous()
-        )
-    if tensors[4] is None:  # projector_bias
-        grads.insert(4, None)
-    *before, grad_down, grad_up = grads
-    return *before, None, grad_down, grad_up, *[None] * 6
-
-
-features_operator.register_autograd(
-    of_first_order(_project_gradients), setup_context=_project_setup
-)
-
-
 FEATURES = Operation(
     "features", _kernels, reference.features_forward,
     lambda inputs, *others: features_operator(*inputs, *others),

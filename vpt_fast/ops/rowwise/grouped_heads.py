@@ -157,7 +157,7 @@ def _check(
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {sorted(devices)}")
     if total < 0 or max_classes < 0:
-        raise ValueError(f"total and most must be 0 or more, not {total} and {max_classes}")
+        raise ValueError(f"total and max_classes must be 0 or more, not {total} and {max_classes}")
 
 
 @functools.cache
