@@ -47,7 +47,7 @@ SHARED = ("vpt_fast/models",)
 LIMITS = {"core": 7_500, "shared": 2_000, "swin": 2_000, "bank": 2_000, "export": 2_000}
 """Lines of code that each should have at most."""
 
-ALLOWED = {"swin": 2_830}
+ALLOWED = {"swin": 2_610}
 """What is longer, and must not grow: docs/architecture.md says why."""
 
 _DICTATED = ("jit", "operator", "register_fake")
