@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -133,6 +134,19 @@ for _ in range(300):
     with atomic_file(root / "file", "w") as file:
         file.write("whole")
 """
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the adapter, and nothing is left behind."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="No locks available") as caught:
+        save(trained(TOKEN, VPTDeep(2)), tmp_path / "adapter")
+    assert caught.value.filename == str(tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_processes_save_at_once(tmp_path: Path) -> None:

@@ -103,24 +103,28 @@ def _scratch(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
         for abandoned in target.parent.glob(f"{glob.escape(prefix)}*"):
             with suppress(OSError), _lock(abandoned):
                 _remove(abandoned)
-    with ExitStack() as stack:
-        while True:
-            scratch = target.with_name(f"{prefix}{uuid.uuid4().hex}")
-            create(scratch)
+    try:
+        with ExitStack() as stack:
+            while True:
+                scratch = target.with_name(f"{prefix}{uuid.uuid4().hex}")
+                create(scratch)
+                try:
+                    stack.enter_context(_lock(scratch))
+                except (BlockingIOError, FileNotFoundError):
+                    continue  # another process took it for abandoned
+                except OSError:  # a file system without locks
+                    _remove(scratch)
+                    raise
+                if scratch.exists():
+                    break
             try:
-                stack.enter_context(_lock(scratch))
-            except (BlockingIOError, FileNotFoundError):
-                continue  # another process took it for abandoned
-            if scratch.exists():
-                break
-        try:
-            yield scratch
-        except OSError as error:
-            if error.errno is not None and error.filename is None:  # a full disk
-                error.filename = str(target)
-            raise
-        finally:
-            _remove(scratch)
+                yield scratch
+            finally:
+                _remove(scratch)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk
+            error.filename = str(target)
+        raise
 
 
 def _remove(path: Path) -> None:

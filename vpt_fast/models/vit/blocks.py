@@ -176,8 +176,9 @@ class PromptedBlock(Block):
             x = insert_rows(x, prompts, rows.prefix)
         if attn_mask is not None and count:
             attn_mask = extend_mask(attn_mask, count, rows.prefix)
-        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-        x = add_branches(self, x, y)
+        x = add_branches(
+            self, x, self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        )
         return x if rows.leaving else strip_rows(x, count, rows.prefix)
 
     def own_prompts(self, x: Tensor) -> tuple[Tensor, Tensor]:
