@@ -54,7 +54,8 @@ DEV = [
     "import-linter>=2.5",
     "mypy>=1.10",
     "playwright>=1.49",
-    "pytest>=8",
+    # From 9.2 on, pytest-xdist 3.8 no longer groups tests (pytest-dev/pytest-xdist#1386).
+    "pytest>=8,<9.2",
     "pytest-benchmark>=4",
     "pytest-xdist>=3.7",
     "ruff>=0.6",

@@ -21,8 +21,6 @@ from bench.compare.recorded import RecordedClock
 from bench.counted import saved_bytes
 from bench.providers.models import EAGER, OURS
 
-# One process runs the small benchmarks, once.
-pytestmark = pytest.mark.xdist_group("bench_results")
 ROOT = Path(__file__).parents[3]
 
 

@@ -46,10 +46,6 @@ print(json.dumps([calls, host.measure(list(host.RATIOS.values()), 2)]))
 """
 
 
-# One process counts the calls, once.
-pytestmark = pytest.mark.xdist_group("bench_host")
-
-
 @pytest.fixture(scope="module")
 def measured() -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
     """Measure calls by method and part, and rows of times."""
