@@ -7,7 +7,6 @@ weights of 0.02) the blocks are nearly the identity, and every test would be eas
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable
@@ -18,6 +17,8 @@ import timm
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
+
+from support.formulations.copies import Original
 
 CLASSES = 5
 
@@ -137,19 +138,20 @@ def create(family: str, **overrides: Any) -> nn.Module:
 
 
 @functools.cache
-def _prototype(
+def _original(
     family: str, seed: int, dtype: torch.dtype, overrides: tuple[tuple[str, Any], ...]
-) -> nn.Module:
+) -> Original:
     model = create(family, **dict(overrides)).to(dtype)
     randomise(model, seed)
-    return model
+    return Original(model)
 
 
 def build(
     family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any
 ) -> nn.Module:
     """Build a new model of the family with weights of order one, in eval mode."""
-    return copy.deepcopy(_prototype(family, seed, dtype, tuple(overrides.items())))
+    model: nn.Module = _original(family, seed, dtype, tuple(overrides.items())).copy()
+    return model
 
 
 def images(

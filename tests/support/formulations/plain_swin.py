@@ -10,6 +10,7 @@ not written for speed and shares only the names of tensors with the library.
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from timm.models.swin_transformer import WindowAttention, window_partition, wind
 from torch import Tensor, nn
 
 from support.formulations import families
+from support.formulations.copies import Original
 from support.formulations.plain import redraw_prompts
 from vpt_fast import VAPT, VPTShallow, prompt_tune
 
@@ -72,12 +74,20 @@ SWINS: dict[str, Swin] = {
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> nn.Module:
-    """Build a model with weights of order one, in eval mode."""
-    arguments = {**SWINS[name].arguments, **more}
+@functools.cache
+def _original(
+    name: str, dtype: torch.dtype, seed: int, more: tuple[tuple[str, Any], ...]
+) -> Original:
+    arguments = {**SWINS[name].arguments, **dict(more)}
     model = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, **arguments)
     model = model.eval().to(dtype)
     families.randomise(model, seed)
+    return Original(model)
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> nn.Module:
+    """Build a model with weights of order one, in eval mode."""
+    model: nn.Module = _original(name, dtype, seed, tuple(more.items())).copy()
     return model
 
 
