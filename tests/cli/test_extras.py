@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import runpy
@@ -79,12 +80,17 @@ def installed_by(requirements: Iterable[str]) -> set[str]:
     return found
 
 
+@functools.cache
+def owners_of_modules() -> dict[str, list[str]]:
+    return dict(metadata.packages_distributions())
+
+
 def absent_without(requirements: Iterable[str]) -> list[str]:
     """Return the modules missing from an environment with the requirements only."""
     installed = installed_by(requirements)
     return sorted(
         module
-        for module, owners in metadata.packages_distributions().items()
+        for module, owners in owners_of_modules().items()
         if "vpt-fast" not in owners
         and not any(canonicalize_name(owner) in installed for owner in owners)
     )
@@ -229,7 +235,7 @@ def test_the_sweep_extra_sweeps(declared: Any, data: Path) -> None:
     assert (data / "sweep" / "sweep.png").is_file()
 
 
-@pytest.mark.parametrize("missing", ["typer", "tensorboard"])
+@pytest.mark.parametrize("missing", ["typer", pytest.param("tensorboard", marks=pytest.mark.full)])
 def test_a_missing_command_line_is_named_in_one_line(missing: str, tmp_path: Path) -> None:
     [[status, out, error]] = run([["--help"]], [missing], tmp_path)
     wanted = f"vpt-fast: error: not installed: {missing}; run: pip install 'vpt-fast[train]'\n"

@@ -66,6 +66,10 @@ SUBJECTS: dict[str, Any] = {
 }
 
 
+CONTAINED = ("deep_minimal_average", "layer_scale_balanced", "vapt", "swin")
+"""Subjects whose launches and modes are those of others."""
+
+
 def images(model: Any, batch: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
     size = 32 if hasattr(model, "layers") else 24
     generator = torch.Generator().manual_seed(seed)
@@ -76,7 +80,10 @@ def step(model: Any, batch: int, dtype: torch.dtype = BF16, seed: int = 0) -> No
     model(images(model, batch, dtype, seed)).sum().backward()
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize(
+    "subject",
+    [pytest.param(s, marks=pytest.mark.full if s in CONTAINED else ()) for s in SUBJECTS],
+)
 def test_steps_of_other_values_and_batches(subject: str, driver: RecordingDriver) -> None:
     model = SUBJECTS[subject]()
     with compared() as found:

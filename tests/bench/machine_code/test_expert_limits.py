@@ -37,7 +37,6 @@ report_of = functools.cache(expert_report.expert_report)
 QUICK = [(kernel, 10, 768, torch.bfloat16, target) for kernel in KERNELS for target in (80, 90)] + [
     ("mix", 50, 384, torch.bfloat16, 80),
     ("mix", 100, 1024, torch.bfloat16, 90),
-    ("mix", 10, 768, torch.float16, 80),
     ("mix", 10, 768, torch.float32, 90),
     ("mix_backward", 50, 1280, torch.bfloat16, 80),
     ("mix_backward", 100, 768, torch.bfloat16, 90),
@@ -46,7 +45,6 @@ QUICK = [(kernel, 10, 768, torch.bfloat16, target) for kernel in KERNELS for tar
     ("mix", 10, 768, torch.bfloat16, 100),
     ("mix_backward", 10, 768, torch.bfloat16, 120),
     ("mix", 10, 768, torch.bfloat16, "gfx942"),
-    ("mix_backward", 10, 768, torch.bfloat16, "gfx942"),
 ]
 GRID = itertools.chain(
     itertools.product(

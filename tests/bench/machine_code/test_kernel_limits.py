@@ -46,7 +46,10 @@ CORE = {
     (104, torch.bfloat16, 80, "forward"),
     (112, torch.float16, 86, "forward"),
     (128, torch.bfloat16, 89, "token_dkdv"),
-    *((64, torch.bfloat16, target, kernel) for target in (100, "gfx942") for kernel in KERNELS),
+    (64, torch.bfloat16, 100, "forward"),
+    (64, torch.bfloat16, 100, "shared_prompt_dkdv"),
+    (64, torch.bfloat16, "gfx942", "dq"),
+    (64, torch.bfloat16, "gfx942", "token_dkdv"),
 }
 """Cases of the grid that run by default; they cover each target, dimension, dtype and kernel."""
 

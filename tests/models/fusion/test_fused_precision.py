@@ -176,6 +176,14 @@ def modes(*axes: Any) -> list[Any]:
     return [(*case, MEMORY_MODES[index % 4]) for index, case in enumerate(cases)]
 
 
+def quick(cases: list[Any], shifts: dict[str, Any]) -> list[Any]:
+    """Mark cases whose shift is not among their method's as full."""
+    return [
+        pytest.param(*case, marks=() if case[1] in shifts[case[0]] else pytest.mark.full)
+        for case in cases
+    ]
+
+
 @pytest.mark.parametrize(("method", "memory"), modes(METHODS))
 def test_random_weights(method: str, memory: str) -> None:
     # If the head reads one row, the last block is not fused, and redraws its masks in backward.
@@ -191,7 +199,10 @@ SHIFTS: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
-@pytest.mark.parametrize(("method", "shift", "memory"), modes(["deep", "code"], SHIFTS))
+@pytest.mark.parametrize(
+    ("method", "shift", "memory"),
+    quick(modes(["deep", "code"], SHIFTS), {"deep": SHIFTS, "code": ["large_offset", "massive"]}),
+)
 def test_offsets_and_massive_channels(method: str, shift: str, memory: str) -> None:
     def make(seed: int) -> nn.Module:
         model = random_vit(seed, 4, init_values=1.0 if seed % 2 else None)
@@ -216,7 +227,10 @@ def test_many_blocks(depth: int, method: str, seeds: int, memory: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "shift", "memory"),
-    modes(["deep", "shallow", "code"], ["", "large_offset", "massive"]),
+    quick(
+        modes(["deep", "shallow", "code"], ["", "large_offset", "massive"]),
+        {"deep": ["", "massive"], "shallow": ["large_offset"], "code": ["", "large_offset"]},
+    ),
 )
 def test_demo_weights(method: str, shift: str, memory: str) -> None:
     """The shipped backbone's weights, also with residual streams as in larger models."""

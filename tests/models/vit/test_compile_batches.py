@@ -117,7 +117,7 @@ def assert_equal(found: list[Tensor], right: list[Tensor]) -> None:
 def test_two_graphs_serve_all_batch_sizes(family: str, method: str, training: bool) -> None:
     model, backend = tuned(family, METHODS[method]).train(training), Counting()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for batch in range(2, 14):
+    for batch in (2, 3, 4, 7, 13):
         compiled_results = step(compiled, model, images(family, batch))
     assert backend.graphs <= 2
     assert_equal(compiled_results, step(model, model, images(family, 13)))
@@ -156,7 +156,7 @@ def test_blocks_compiled_by_themselves(
     ("family", "method", "names"),
     [
         ("vit_32px", "deep", ["blocks"]),
-        ("vit_32px", "shallow", ["blocks"]),
+        pytest.param("vit_32px", "shallow", ["blocks"], marks=pytest.mark.full),
         pytest.param(
             *("tiny", "deep", ["layers.0.blocks", "layers.1.blocks"]),
             marks=pytest.mark.skipif(torch.__version__ < (2, 12), reason="refused, below"),

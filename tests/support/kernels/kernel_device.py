@@ -27,6 +27,8 @@ HAS_GPU = torch.cuda.is_available()
 _LARGE_BUDGET = 50_000_000
 # The GPU that kernels are compiled for when there is none.
 CPU_CAPABILITY = 90
+# The IR of every variant of a kernel that the process has executed.
+_TEXTS: dict[str, str] = {}
 
 
 @contextlib.contextmanager
@@ -45,15 +47,12 @@ def sanitized_kernels(
     """
     from ttsem import _fakedriver, harness, memory, mlir, sanitize
 
-    texts: dict[str, str] = {}
-
     def ir_up_to(record: Any, stage: str, target: Any) -> str:
-        key = (
-            f"{record.fn_name} {harness._specialize(record.fn, record.args, record.kwargs, target)}"
-        )
-        if key not in texts:
-            texts[key] = mlir.to_generic(harness._stage_text(record, stage, target), None)
-        return texts[key]
+        variant = harness._specialize(record.fn, record.args, record.kwargs, target)
+        key = f"{record.fn_name} {record.fn.cache_key} {stage} {target} {variant}"
+        if key not in _TEXTS:
+            _TEXTS[key] = mlir.to_generic(harness._stage_text(record, stage, target), None)
+        return _TEXTS[key]
 
     mlir.enable_generic_printing()
     original = harness.ir_for_launch

@@ -58,22 +58,34 @@ def run(output: Path | None, items: str, accumulation: int) -> dict[str, Any]:
     }
 
 
-def worker(rank: int, folder: str, items: str, accumulation: int) -> None:
+RUNS = {"uneven": 1, "broken": 2}
+"""Items of a run, and its accumulation."""
+
+
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        output = Path(folder) / "run"
-        output.mkdir(exist_ok=True)
-        torch.save(run(output, items, accumulation), Path(folder) / f"{rank}.pt")
+        for items, accumulation in RUNS.items():
+            output = Path(folder) / items
+            output.mkdir(exist_ok=True)
+            torch.save(run(output, items, accumulation), Path(folder) / f"{items}{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("items", "accumulation"), [("uneven", 1), ("broken", 2)])
-def test_two_processes_equal_one(items: str, accumulation: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run everything of `RUNS` in two processes; return the folder of their results."""
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(worker, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("items", RUNS)
+def test_two_processes_equal_one(items: str, ran: Path) -> None:
     alone = run(None, items, 1)
-    mp.spawn(worker, (str(tmp_path), items, accumulation), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    first, second = (torch.load(ran / f"{items}{rank}.pt", weights_only=False) for rank in (0, 1))
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name]), name
         torch.testing.assert_close(value, alone["weights"][name], rtol=1e-4, atol=1e-5)
@@ -82,7 +94,7 @@ def test_two_processes_equal_one(items: str, accumulation: int, tmp_path: Path) 
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert first["found"] == second["found"] == pytest.approx(alone["found"], rel=1e-4)
     assert first["counts"] == alone["counts"] and first["skipped"] == alone["skipped"]
-    with (tmp_path / "run" / "metrics.csv").open() as file:
+    with (ran / items / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
 
 
