@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,10 @@ _MOST_LAYOUTS = 2048
 
 _MOST_ALIGNMENTS = 16
 """Most plans per layout for tensors whose addresses are not all multiples of 16."""
+
+_compiling = threading.RLock()
+"""Held where Triton may compile: CPython 3.11's parser can fail in two threads at once (gh-106905).
+"""
 
 Tensors = Sequence[Tensor | None]
 
@@ -162,7 +167,9 @@ def _run_and_plan(built: Launch | Sequence[Launch], tensors: Tensors) -> _Plan |
     launches = [built] if isinstance(built, Launch) else built
     device = next(t.device for t in tensors if t is not None)
     steps: list[_Step] | None = []
-    for launch, compiled in run(launches, device):
+    with _compiling:
+        ran = run(launches, device)
+    for launch, compiled in ran:
         sources = _sources(launch, tensors) if isinstance(compiled, CompiledKernel) else None
         if sources is None:
             steps = None

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -312,6 +314,29 @@ def test_threads(driver: RecordingDriver) -> None:
         for thread in threads:
             thread.join()
     assert not errors and found.replayed >= 100
+
+
+def test_one_thread_compiles_at_a_time(
+    driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most = [0], [0]
+
+    def run(launches: Any, device: torch.device) -> Any:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.05)
+        running[0] -= 1
+        return original(launches, device)
+
+    original = launch_plan.run
+    monkeypatch.setattr(launch_plan, "run", run)
+
+    def work(rows: int) -> None:
+        normalise(torch.randn(2, rows, 72).to(BF16), None, torch.randn(72).to(BF16))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(101, 109)))
+    assert most == [1]
 
 
 def test_an_empty_batch_launches_nothing(driver: RecordingDriver) -> None:

@@ -94,7 +94,15 @@ def test_a_rising_loss_is_warned_of_once(tmp_path):
     assert calm.warning == ""
 
 
-def test_ctrl_c_waits_for_files_that_are_being_written(tmp_path):
+@pytest.fixture
+def handled_ctrl_c():
+    """Handle SIGINT as Python does; where a shell runs the tests in the background, none does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_files_that_are_being_written(handled_ctrl_c, tmp_path):
     """Files of the epoch are complete after an interruption while they are written."""
     pressed = []
 
@@ -113,7 +121,7 @@ def test_ctrl_c_waits_for_files_that_are_being_written(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_is_not_handled_outside_the_main_thread():
+def test_ctrl_c_is_not_handled_outside_the_main_thread(handled_ctrl_c):
     found = []
 
     def inside():
