@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from support.grids import mark_the_rest_full
 
 # Fixtures of tests that execute kernels; see `support.kernels.kernel_device`.
 KERNEL_FIXTURES = {"kernel_device", "kernel_device_large", "kernel_device_sm80"}
@@ -19,12 +20,14 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort tests so that each process executes kernels before it compiles any to machine code.
+    """Choose the cases that run by default; sort tests by what they do to their process.
 
+    A process executes kernels before it compiles any to machine code.
     Compiling resets the printer from which ttsem reads the IR, for the rest of the process. Tests
     of a file stay together, but those that execute kernels are a group of their own, and all such
     groups come first.
     """
+    mark_the_rest_full(items)
     items.sort(key=lambda item: not _executes(item))
     for item in items:
         part = " executed" if _executes(item) else ""

@@ -67,6 +67,7 @@ def plain_shares(plain, image):
     return found, counts
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shares_are_those_of_an_explicit_softmax(family, case):

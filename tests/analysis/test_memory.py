@@ -168,6 +168,7 @@ def test_bytes_are_proportional_to_the_batch() -> None:
 LIMITS = {"speed": 2261, "balanced": 1360, "lean": 690, "minimal": 235}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 @pytest.mark.parametrize("count", [0, 50, 200])
 def test_limits_of_vit_base(mode: str, count: int) -> None:

@@ -65,6 +65,7 @@ def test_tuning_that_runs_out_of_memory(family: str, method: str) -> None:
 STEPS = ("_add_prompts", "_add_layers", "new_tokens", "new_projection", "host_copy", "TuneRecord")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("step", [*STEPS, "install", "train"])
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("family", ["vit", "tiny"])
@@ -84,6 +85,7 @@ def test_tuning_that_fails_at_a_step(
     assert_same_model(model, before)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_removal_that_fails_leaves_the_model_tuned(family: str, method: str) -> None:

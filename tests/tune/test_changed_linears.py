@@ -36,6 +36,7 @@ def methods(count: int) -> dict[str, Any]:
     return {**{name: VARIANTS[name](count) for name in names}, "vapt": VAPT(2)}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 @pytest.mark.parametrize("variant", methods(4))
 @pytest.mark.parametrize("family", ["vit", "qk_norm", "siglip_average", SWIN])

@@ -41,6 +41,7 @@ IN_WINDOWS = (
 )  # fmt: skip
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", ["before", "after"])
 @pytest.mark.parametrize("name", IN_WINDOWS)
 @pytest.mark.parametrize("variant", ["linear", "shallow", "deep", "first"])

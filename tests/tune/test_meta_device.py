@@ -42,6 +42,7 @@ def given(family: str) -> Any:
     return plain_swin.images(family) if family == "tiny" else images(family)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("memory", ["speed", "minimal"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,6 +60,7 @@ def test_forward_and_backward(family: str, method: str, memory: str) -> None:
         assert model(given(family).to("meta")).shape == expected
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("how", ["assign", "to_empty", "plain"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["vit", "tiny"])

@@ -52,6 +52,7 @@ def test_a_complete_state_dict(method: str, family: str) -> None:
     assert distance(model(given), other(given)) == 0
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(("method", "family"), CASES)
 def test_a_state_dict_of_a_plain_backbone(method: str, family: str, assign: bool) -> None:
@@ -84,6 +85,7 @@ def test_a_part_of_a_state_dict(method: str, family: str) -> None:
         assert sorted(model.load_state_dict(some, strict=False).missing_keys) == sorted(missing)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("theirs", METHODS)
 @pytest.mark.parametrize("ours", METHODS)
 def test_a_state_dict_of_another_method(ours: str, theirs: str) -> None:

@@ -44,6 +44,7 @@ JUDGED = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("kernel", "problem", "target"), JUDGED)
 def test_limits(kernel: str, problem: WindowProblem, target: int) -> None:
     judged = verdicts(report_of(kernel, problem, target))
@@ -56,6 +57,7 @@ def test_limits(kernel: str, problem: WindowProblem, target: int) -> None:
     assert not over, f"{kernel} for sm_{target}, {problem}: " + "; ".join(over)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("kernel", "problem", "target"), JUDGED)
 def test_a_kernel_that_issues_a_twentieth_more_is_over_its_limit(
     kernel: str, problem: WindowProblem, target: int

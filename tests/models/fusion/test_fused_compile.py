@@ -28,11 +28,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "token": ("vit_32px", {}),
 }
 QUICK = {
-    ("average", "deep", "balanced"),
     ("average", "code", "minimal"),
     ("layer_scale", "late", "lean"),
-    ("no_class_token", "deep", "speed"),
-    ("token", "shallow", "minimal"),
+    ("no_class_token", "deep", "balanced"),
+    ("token", "shallow", "speed"),
 }
 
 

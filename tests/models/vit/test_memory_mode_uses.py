@@ -140,6 +140,7 @@ def test_batches(method: str, family: str, memory: str) -> None:
         assert_same(tuned, plain, tuned(view), plain(view.contiguous()))
 
 
+@pytest.mark.covering
 @each_mode
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", METHODS)
@@ -199,6 +200,7 @@ def assert_gradients(tuned: nn.Module, expected: dict[str, Tensor]) -> None:
     tuned.zero_grad()
 
 
+@pytest.mark.covering
 @each_mode
 @pytest.mark.parametrize("method", ["shallow", "deep", "gaps", "code"])
 def test_accumulation(method: str, memory: str) -> None:
@@ -239,6 +241,7 @@ def test_two_forwards_have_masks_of_their_own(method: str, memory: str) -> None:
         assert max(distance(found[name], expected[name]) for name in expected) <= 1e-12
 
 
+@pytest.mark.covering
 @each_mode
 @pytest.mark.parametrize("how", ["float16", "bfloat16", "autocast_bfloat16"])
 @pytest.mark.parametrize("family", [AVERAGE, "dinov2", "siglip_map"])

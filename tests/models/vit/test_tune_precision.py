@@ -119,6 +119,7 @@ def _errors(family: str, method: Any, how: str, device: str, seed: int) -> dict[
     return {name: torch.tensor(pair, dtype=torch.float64) for name, pair in errors.items()}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("how", ["float32", "autocast_bfloat16", "autocast_float16", "bfloat16"])
 @pytest.mark.parametrize(

@@ -138,6 +138,14 @@ def test_resuming_with_other_options_does_not_change_the_record(
     assert (tmp_path / "run" / FILE).read_bytes() == before
 
 
+@pytest.fixture(scope="module")
+def ended(data: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output of a run, which no test changes."""
+    output = tmp_path_factory.mktemp("ended") / "run"
+    tune(data, output, weights)
+    return output
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -163,14 +171,12 @@ def test_resuming_with_other_options_does_not_change_the_record(
     ],
 )
 def test_a_run_resumes_only_with_its_settings(
-    changed: dict[str, Any], message: str, data: Path, weights: Path, tmp_path: Path
+    changed: dict[str, Any], message: str, data: Path, weights: Path, ended: Path
 ) -> None:
-    output = tmp_path / "run"
-    tune(data, output, weights)
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in ended.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=message):
-        tune(data, output, weights, resume=True, **changed)
-    after = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        tune(data, ended, weights, resume=True, **changed)
+    after = {path: path.read_bytes() for path in ended.rglob("*") if path.is_file()}
     assert before == after
 
 
