@@ -103,7 +103,10 @@ def check_row(kind: str, device: torch.device, windows: Windows | None = None) -
     return results
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.full if k in ("static", "paper") else ()) for k in KINDS],
+)
 def test_a_row_of_blocks(kind: str, kernel_device: torch.device) -> None:
     results = check_row(kind, kernel_device)
     # Results of the first call: two of attention, three of each of the two norms.

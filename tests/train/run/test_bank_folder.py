@@ -86,17 +86,32 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapters(tmp_path_factory.mktemp("bank"), 2)
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_valid_adapters_are_loaded(case: str, good: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "bank"
+def named(case: str) -> str:
+    """Return the folder of a bad adapter, which comes before good ones."""
+    return "a-bad-one-" + case.replace(" ", "-").replace("'", "")
+
+
+@pytest.fixture(scope="module")
+def opened(good: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str]]:
+    """Open a folder of two good adapters and every bad one; return the bank and the refusals."""
+    folder = tmp_path_factory.mktemp("bad") / "bank"
     shutil.copytree(good, folder)
-    shutil.copytree(good / "task-0", folder / "a-bad-one")  # the first by name
-    BAD[case](folder / "a-bad-one")
-    bank, refused = open_bank(folder)
-    assert bank.tasks == ("task-0", "task-1")
+    for case, damage in BAD.items():
+        shutil.copytree(good / "task-0", folder / named(case))
+        damage(folder / named(case))
+    return open_bank(folder)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_adapters_are_left_out(case: str, opened: tuple[Any, list[str]]) -> None:
+    (line,) = (text for text in opened[1] if text.startswith(f"{named(case)} is left out: "))
+    assert "\n" not in line and len(line) < 600
+
+
+def test_valid_adapters_are_loaded(opened: tuple[Any, list[str]]) -> None:
+    bank, refused = opened
+    assert bank.tasks == ("task-0", "task-1") and len(refused) == len(BAD)
     assert len(bank(torch.zeros(2, 3, 32, 32), ["task-0", "task-1"])) == 2
-    (line,) = refused
-    assert line.startswith("a-bad-one is left out: ") and "\n" not in line and len(line) < 600
 
 
 def test_files_of_a_killed_save_are_not_a_task(good: Path, tmp_path: Path) -> None:
