@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.grids import cover
 from support.kernels.on_device import differs_by_one_rounding
 
 from vpt_fast.kernels.attention.launches import attention_backward, attention_forward
@@ -193,14 +194,8 @@ def covering() -> list[Case]:
     What head dimensions choose, tiles, meets every number of tokens and prompts in the whole grid.
     """
     grid = [Case(*values) for values in itertools.product(TOKENS, PROMPTS, HEAD_DIMS, DTYPES)]
-    candidates = {case: _pairs(case) for case in grid}
-    missing = set().union(*candidates.values())
-    chosen = []
-    while missing:
-        best = max(candidates, key=lambda case: len(candidates[case] & missing) / _seconds(case))
-        missing -= candidates[best]
-        chosen.append(replace(best, shared=len(chosen) % 2 == 0))
-    return chosen
+    cases = cover({case: _pairs(case) for case in grid}, _seconds)
+    return [replace(case, shared=index % 2 == 0) for index, case in enumerate(cases)]
 
 
 def _pairs(case: Case) -> set[tuple[Any, ...]]:

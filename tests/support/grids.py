@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, TypeVar
 
 import pytest
+
+Key = TypeVar("Key")
 
 
 def mark_the_rest_full(items: Iterable[pytest.Item]) -> None:
@@ -35,12 +37,18 @@ def covering(cases: Sequence[tuple[tuple[str, Any], ...]]) -> set[int]:
     few = max((len(case) for case in cases), default=0) <= 2
     size = 1 if few else 2
     parts = [set(itertools.combinations(case, size)) for case in cases]
-    chosen: set[int] = set()
-    for _ in range(2 if few else 1):
-        rest = [number for number in range(len(cases)) if number not in chosen]
-        missing = set().union(*(parts[number] for number in rest))
-        while missing:
-            best = max(rest, key=lambda number: len(parts[number] & missing))
-            chosen.add(best)
-            missing -= parts[best]
+    chosen = cover(dict(enumerate(parts)))
+    if few:
+        chosen += cover({n: part for n, part in enumerate(parts) if n not in chosen})
+    return set(chosen)
+
+
+def cover(parts: Mapping[Key, Set[Any]], cost: Callable[[Key], float] = lambda key: 1) -> list[Key]:
+    """Return few cheap keys whose parts together are all parts, the most useful key first."""
+    missing: set[Any] = set().union(*parts.values())
+    chosen = []
+    while missing:
+        best = max(parts, key=lambda key: len(parts[key] & missing) / cost(key))
+        chosen.append(best)
+        missing -= parts[best]
     return chosen

@@ -85,7 +85,6 @@ def test_tuning_that_fails_at_a_step(
     assert_same_model(model, before)
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["vit", "tiny"])
 def test_removal_that_fails_leaves_the_model_tuned(family: str, method: str) -> None:

@@ -96,12 +96,17 @@ def test_limits(target, kernel, problem):
 
 
 @pytest.mark.covering
-@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
-@pytest.mark.parametrize("kernel", KERNELS + OTHER_KERNELS)
-@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize(
+    ("target", "kernel", "problem"),
+    [
+        case
+        for case in itertools.product((80, 90), KERNELS + OTHER_KERNELS, PROBLEMS)
+        if case[1:] not in {("delta", problem) for problem in PROBLEMS[1:]}
+    ],
+    ids=name_of,
+)
 def test_a_kernel_that_issues_a_twentieth_more_is_over_its_limit(target, kernel, problem):
     """Limits of whole launches are that tight at every shape; delta's is that of the smallest."""
-    problem = PROBLEMS[0] if kernel == "delta" else problem
     problem = problem._replace(shared_prompts=kernel != "prompt_dkdv")
     report = report_of(kernel, problem, target)
     report = dataclasses.replace(report, figures=slower(report.figures, 1.05))

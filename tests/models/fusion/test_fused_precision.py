@@ -29,7 +29,7 @@ from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.train.backbones.demo_backbone import demo_backbone
 
 SLACK, KIND_SLACK = 1.15, 1.5
-SEEDS = 3
+SEEDS = 4
 LOW = ("bfloat16", "float16", "autocast_bfloat16")
 METHODS: dict[str, Any] = {
     "deep": VPTDeep(4),

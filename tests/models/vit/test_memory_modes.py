@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -160,17 +159,9 @@ def test_nothing_is_saved_without_autograd(memory: str) -> None:
         assert saved < (blocks * ROWS[memory] + 2) * (BATCH * TOKENS * WIDTH * 4)
 
 
-def covering(*axes: Any) -> list[Any]:
-    """Return the product of the axes; all but a subset that covers each axis are marked `full`."""
-    cases, longest = [], max(map(len, axes))
-    chosen = {tuple(i % len(axis) for axis in axes) for i in range(longest)}
-    for at in itertools.product(*(range(len(axis)) for axis in axes)):
-        values = [axis[i] for axis, i in zip(axes, at, strict=True)]
-        cases.append(pytest.param(*values, marks=[] if at in chosen else [pytest.mark.full]))
-    return cases
-
-
-@pytest.mark.parametrize(("memory", "method"), covering(MEMORY_MODES, [*METHODS]))
+@pytest.mark.covering
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_checkpointing_is_minimal(memory: str, method: str) -> None:
     """timm's switch gives the bytes of "minimal", and the gradients and masks of the mode."""
     tuned, plain = tune(METHODS[method], memory)
@@ -206,10 +197,10 @@ def _pickled(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize(
-    ("memory", "method", "duplicate"),
-    covering(MEMORY_MODES, ["deep", "code"], [copy.deepcopy, _pickled, _pickled]),
-)
+@pytest.mark.covering
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+@pytest.mark.parametrize("method", ["deep", "code"])
+@pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_copies_keep_the_mode(memory: str, method: str, duplicate: Any) -> None:
     tuned, plain = tune(METHODS[method], memory)
     image = families.images(AVERAGE, batch=BATCH)
@@ -224,7 +215,9 @@ def test_copies_keep_the_mode(memory: str, method: str, duplicate: Any) -> None:
     assert_same(twin, plain, output, expected)
 
 
-@pytest.mark.parametrize(("memory", "method"), covering(MEMORY_MODES, [*METHODS]))
+@pytest.mark.covering
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_remove_prompts_restores_everything(memory: str, method: str) -> None:
     base, image = families.build(AVERAGE, init_values=1.0), families.images(AVERAGE)
     base.train()
