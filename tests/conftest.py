@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import pytest
 import torch
 from support.grids import mark_the_rest_full
+from support.processes import prepared
 
 # Fixtures of tests that execute kernels; see `support.kernels.kernel_device`.
 KERNEL_FIXTURES = {"kernel_device", "kernel_device_large", "kernel_device_sm80"}
@@ -32,6 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         part = " executed" if _executes(item) else ""
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{part}"))
+
+
+@pytest.fixture
+def prepared_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start processes as `support.processes` does, where tested code starts new interpreters."""
+    get_context = multiprocessing.get_context
+    monkeypatch.setattr(
+        multiprocessing,
+        "get_context",
+        lambda method=None: prepared() if method == "spawn" else get_context(method),
+    )
 
 
 def _executes(item: pytest.Item) -> bool:

@@ -134,7 +134,7 @@ def compile_kernel(launch: Launch, architecture: Architecture) -> Binary:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-        listing = _run(knobs.nvidia.nvdisasm.path, "-gi", "-c", str(cubin))
+        listing = _run(knobs.nvidia.nvdisasm.path, "-ndf", "-gi", "-c", str(cubin))
     used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     threads = int(re.findall(r"\.reqntid\s+(\d+)", kernel.asm["ptx"])[0])
     spilled = used["STACK"] + used["LOCAL"]

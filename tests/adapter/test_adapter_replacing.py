@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.formulations.families import TOKEN
+from support.processes import exit_codes, started
 from test_adapter import CONFIG, TENSORS, save, trained
 from test_adapter_refusals import plain
 
@@ -122,20 +123,6 @@ def test_a_full_disk(tmp_path: Path) -> None:
     load_adapter(plain(), directory)
 
 
-WRITERS = """
-import sys
-from pathlib import Path
-from vpt_fast.adapter.atomic import atomic_file, atomic_folder
-root = Path(sys.argv[1])
-sys.stdin.readline()
-for _ in range(300):
-    with atomic_folder(root / "adapter") as folder:
-        (folder / "a").write_text("whole")
-    with atomic_file(root / "file", "w") as file:
-        file.write("whole")
-"""
-
-
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the adapter, and nothing is left behind."""
 
@@ -149,24 +136,18 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
 
 
+def write_300_times(root: Path) -> None:
+    for _ in range(300):
+        with atomic.atomic_folder(root / "adapter") as folder:
+            (folder / "a").write_text("whole")
+        with atomic.atomic_file(root / "file", "w") as file:
+            file.write("whole")
+
+
 def test_several_processes_save_at_once(tmp_path: Path) -> None:
     """No process removes a file that another is writing or has just written."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITERS, str(tmp_path)],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for _ in range(3)
-    ]
-    for writer in writers:
-        assert writer.stdin is not None
-        writer.stdin.write("\n")
-        writer.stdin.flush()
-    assert [writer.communicate()[1] for writer in writers] == ["", "", ""]
+    writers = [started(write_300_times, tmp_path) for _ in range(3)]
+    assert exit_codes(writers) == [0, 0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "file"]
     assert (tmp_path / "adapter" / "a").read_text() == (tmp_path / "file").read_text() == "whole"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from support.pictures import CLASSES
 from typer.testing import CliRunner
 
 from vpt_fast import prompt_tune
+from vpt_fast.cli import app as app_module
 from vpt_fast.cli.app import app
 from vpt_fast.cli.common import block_indices
 from vpt_fast.train.run import folder_run as run_module
@@ -178,21 +180,18 @@ def test_ctrl_c_ends_training_and_leaves_a_usable_adapter(folder, checkpoint, tm
     assert result.exit_code == 0, result.output
 
 
-def test_a_name_in_no_encoding_does_not_end_a_run(folder, checkpoint, tmp_path):
+def test_a_name_in_no_encoding_does_not_end_a_run(folder, checkpoint, tmp_path, monkeypatch):
     data = shutil.copytree(folder, tmp_path / "data")
     name = os.fsdecode(os.fsencode(next((data / "train").iterdir())) + b"/\xff.png")
     Path(name).write_text("no image")
-    command = [sys.executable, "-m", "vpt_fast.cli", "train", data, *MODEL]
-    command += ["--checkpoint", checkpoint, "--epochs", 1, "--output", tmp_path / "out"]
-    done = subprocess.run(
-        [*map(str, command)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert r"\udcff.png cannot be decoded" in done.stdout + done.stderr
+    command = ["vpt-fast", "train", data, *MODEL, "--checkpoint", checkpoint, "--epochs", 1]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--output", str(tmp_path / "out")])
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(SystemExit) as ended:
+        app_module.main()
+    assert not ended.value.code
+    assert rb"\udcff.png cannot be decoded" in stdout.buffer.getvalue()
 
 
 def test_frozen_blocks_are_computed_once(folder, checkpoint, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -37,12 +37,15 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (output / "memory.png").is_file()
 
 
-def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vpt_fast.cli", "memory", *SMALL, "--method", "linear"]
-    command += ["--dtype", "float16", "--output", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+def test_the_module_runs_as_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["memory", *SMALL, "--method", "linear", "--dtype", "float16"]
+    monkeypatch.setattr(sys, "argv", ["vpt-fast", *arguments, "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("vpt_fast.cli", run_name="__main__")
+    assert not ended.value.code
+    assert capsys.readouterr().err == ""
     assert {row["dtype"] for row in rows_of(tmp_path / "out")} == {"float16"}
 
 

@@ -66,6 +66,7 @@ def test_a_sweep_on_folders_and_its_adapters(folder, checkpoint, tmp_path):
     assert "recipe epochs: 2, now 3" in error_of(other)
 
 
+@pytest.mark.usefixtures("prepared_processes")
 def test_processes_share_the_runs(folder, checkpoint, tmp_path):
     alone = sweep(folder, checkpoint, tmp_path / "one", "--no-aug")
     shared = sweep(folder, checkpoint, tmp_path / "two", "--no-aug", "--processes", 2)

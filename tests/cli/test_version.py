@@ -27,6 +27,7 @@ def stdout_of(*command: str) -> str:
         text=True,
         check=True,
     )
+    assert done.stderr == ""
     return done.stdout.strip()
 
 

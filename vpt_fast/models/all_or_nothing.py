@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+_CONTAINERS = (dict, set, list)
+
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
@@ -15,34 +17,35 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
     Values of tensors are not restored: they are written last, after all checks.
     """
-    modules = [(module, type(module), _contents(module)) for module in model.modules()]
+    modules = [(module, type(module), *_contents(module)) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for module, kind, contents in modules:
+        for module, kind, attributes, containers in modules:
             module.__class__ = kind
-            _put_back(module, contents)
+            _put_back(module, attributes, containers)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
 
 
-def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Return every attribute, and a shallow copy of it if it is a container."""
-    return {
-        name: (value, value.copy() if isinstance(value, dict | set | list) else None)
-        for name, value in vars(module).items()
-    }
+def _contents(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """Return the attributes, and those that are containers with shallow copies of them."""
+    own = vars(module)
+    held = [(value, value.copy()) for value in own.values() if isinstance(value, _CONTAINERS)]
+    return own.copy(), held
 
 
-def _put_back(module: nn.Module, contents: dict[str, tuple[Any, Any]]) -> None:
+def _put_back(
+    module: nn.Module, attributes: dict[str, Any], containers: list[tuple[Any, Any]]
+) -> None:
     own = vars(module)
     own.clear()
-    for name, (value, held) in contents.items():
-        own[name] = value
+    own.update(attributes)
+    for value, held in containers:
         if isinstance(value, list):
             value[:] = held
-        elif held is not None:
+        else:
             value.clear()
             value.update(held)

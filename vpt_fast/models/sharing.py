@@ -35,7 +35,7 @@ def check_own_blocks(model: nn.Module, blocks: Iterable[nn.Module], is_tuned: Ch
         is_tuned: Predicate: a model is tuned now.
     """
     own = {id(block) for block in blocks}
-    for _, other in _others(model, is_tuned, lambda other: {*map(id, other.modules())} & own):
+    for _, other in _others(model, is_tuned, lambda other: {*map(id, _modules(other))} & own):
         raise ValueError(
             f"blocks of this {type(model).__name__} are blocks of another tuned model too, a "
             f"{type(other).__name__}: both would change; give it copies (copy.deepcopy)"
@@ -45,7 +45,11 @@ def check_own_blocks(model: nn.Module, blocks: Iterable[nn.Module], is_tuned: Ch
 def check_latest(model: nn.Module, is_tuned: Check) -> None:
     """Raise ValueError if a model that was tuned after `model` has parameters of it."""
     own = {*map(id, model.parameters())}
-    found = _others(model, is_tuned, lambda other: {*map(id, other.parameters())} & own)
+    found = _others(
+        model,
+        is_tuned,
+        lambda other: {id(p) for m in _modules(other) for p in m._parameters.values()} & own,
+    )
     mine = max((number for number, known in _known() if known is model), default=-1)
     for number, other in found:
         if number > mine:
@@ -55,6 +59,17 @@ def check_latest(model: nn.Module, is_tuned: Check) -> None:
                 f"{shared} is also a parameter of a {type(other).__name__} that was tuned after "
                 "this one and needs it as it is; call remove_prompts on that one first"
             )
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model, as `model.modules()` does in three times the time."""
+    found, seen = [model], {id(model)}
+    for module in found:
+        for part in module._modules.values():
+            if part is not None and id(part) not in seen:
+                seen.add(id(part))
+                found.append(part)
+    return found
 
 
 def _known() -> list[tuple[int, nn.Module]]:
@@ -71,6 +86,8 @@ def _others(
         known = [(number, other) for number, other in _known() if other is not model]
         return [(n, other) for n, other in known if is_tuned(other) and shares(other)]
 
-    if look():
+    found = look()
+    if found:
         gc.collect()  # tuned models are cycles: one without references may still be listed
-    return look()
+        found = look()
+    return found

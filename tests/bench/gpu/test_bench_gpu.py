@@ -55,6 +55,7 @@ def of(rows: list[dict[str, str]], **wanted: str) -> list[dict[str, str]]:
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
+@pytest.mark.usefixtures("prepared_processes")
 def test_every_stage_runs(tmp_path: Path, capsys: Any) -> None:
     assert main(["--device", "cpu", "--output", str(tmp_path)]) == 0
     rows, printed = results(tmp_path), capsys.readouterr().out

@@ -160,6 +160,7 @@ def hang_or_answer(job: Any, device: Any, dtype: str, emit: Emit) -> None:
     return None
 
 
+@pytest.mark.usefixtures("prepared_processes")
 def test_a_worker_that_ends_or_hangs_is_replaced() -> None:
     worker, messages = Worker("cpu", "float32", hang_or_answer), []
 
@@ -182,6 +183,7 @@ def test_a_worker_that_ends_or_hangs_is_replaced() -> None:
         worker.close()
 
 
+@pytest.mark.usefixtures("prepared_processes")
 def test_a_gpus_plan_ends_in_its_minutes_though_every_stage_hangs(
     make_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +223,7 @@ def test_a_program_ends_with_its_child_processes(tmp_path: Path) -> None:
         "print(child.pid); child.wait()"
     )
     log = tmp_path / "log"
-    assert run_program([sys.executable, "-c", code], 5.0, log) is None
+    assert run_program([sys.executable, "-c", code], 2.0, log) is None
     begun, child = log.read_text().split()
     command, patience = Path(f"/proc/{child}/cmdline"), time.monotonic() + 10
     # A killed process that is not scheduled takes a moment to end.

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+from support.processes import exit_codes, started
+from triton import knobs
+from triton.backends.compiler import GPUTarget
 
 from bench.compare.cases import Case
 from bench.gpu.jobs.checks import ActivationCase, HeadsCase, NormCase
 from bench.gpu.jobs.job import KernelCheck
+from bench.gpu.jobs.keys import stable_keys
 from bench.gpu.jobs.models import ModelCheck
 from bench.gpu.jobs.warm import kernels_of, recorded_launches, tile_launches
 from bench.providers import attention as attention_providers
@@ -23,55 +28,54 @@ from bench.providers.models import OURS
 ROOT = Path(__file__).parents[3]
 STEP = Case(model="test_vit", batch=4, prompts=3, image_size=32, dtype="bfloat16")
 
-LAUNCH_AGAIN = """
-import torch, triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from bench.gpu.jobs.keys import stable_keys
-from bench.gpu.jobs.warm import recorded_launches
-from bench.providers import attention as attention_providers
-from bench.providers.attention import AttentionCase
 
 class Driver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
+    """Driver of an H100 that is not there."""
 
-triton.runtime.driver.set_active(Driver())
-hits = []
-knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
-stable_keys()
-with recorded_launches(90) as found:
-    case = AttentionCase(3, 2, 17, 2, 32, ("vpt_fast",))
-    attention_providers.functions(case, torch.bfloat16)["vpt_fast"]()
-for launch in reversed(found):
-    launch.kernel.warmup(
-        **launch.arguments, **launch.constexprs, grid=launch.grid,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )
-print(len(found), hits)
-"""
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def launch_again(cache: Path) -> None:
+    """Launch the kernels of a case, in reversed order; all are in the cache."""
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    triton.runtime.driver.set_active(Driver())
+    hits = []
+    knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
+    stable_keys()
+    with recorded_launches(90) as found:
+        case = AttentionCase(3, 2, 17, 2, 32, (OURS,))
+        attention_providers.functions(case, torch.bfloat16)[OURS]()
+    for launch in reversed(found):
+        launch.kernel.warmup(
+            **launch.arguments, **launch.constexprs, grid=launch.grid,
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    assert hits == [True] * 4
 
 
 def test_launches_find_the_compiled_kernels(tmp_path: Path) -> None:
     """In another process, in another order, with tensors that have values."""
-    environment = {
-        **os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-
-    def run(*command: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", *command], cwd=ROOT, env=environment,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    printed = run("-m", "bench.gpu.jobs.warm", "--trial", "--jobs", "2", "--capability", "90")
-    assert "4 kernels compiled for sm_90" in printed
-    assert run("-c", LAUNCH_AGAIN).strip() == "4 [True, True, True, True]"
+    command = ["-m", "bench.gpu.jobs.warm", "--trial", "--jobs", "2", "--capability", "90"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command], cwd=ROOT, capture_output=True, text=True,
+        env={
+            **os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 kernels compiled for sm_90" in done.stdout
+    assert exit_codes([started(launch_again, tmp_path)]) == [0]
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
+from support.processes import exit_codes, started
 
+from bench.host import calls as host_calls
 from bench.host import host
 from bench.host import page as host_page
 from bench.host.calls import Calls, counted
@@ -24,8 +24,6 @@ from bench.host.cases import HostCase
 from bench.host.null_driver import NullDriver, null_driver
 from bench.providers.models import OURS, WITHOUT
 from vpt_fast.ops import backend
-
-ROOT = Path(__file__).parents[3]
 
 # Calls of Python functions per block, forward and backward, before launch plans were cached:
 # Python 3.11, torch 2.14, Triton 3.8.
@@ -37,25 +35,18 @@ UNCACHED = {
     "inference": 637,
 }
 
-SCRIPT = """
-import json
-from bench.host import calls as host_calls
-from bench.host import host
-calls = host_calls.count_methods()
-print(json.dumps([calls, host.measure(list(host.RATIOS.values()), 2)]))
-"""
+
+def measure_into(path: Path) -> None:
+    calls = host_calls.count_methods()
+    path.write_text(json.dumps([calls, host.measure(list(host.RATIOS.values()), 2)]))
 
 
 @pytest.fixture(scope="module")
-def measured() -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]]]:
-    """Measure calls by method and part, and rows of times."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    calls, rows = json.loads(done.stdout.splitlines()[-1])
-    return calls, rows
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return calls by method and part, and rows of times."""
+    path = tmp_path_factory.mktemp("host") / "measured.json"
+    assert exit_codes([started(measure_into, path)]) == [0]
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("method", UNCACHED)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from support.formulations import families
 from support.formulations.families import AVERAGE
 from support.formulations.plain import distance, redraw_prompts
+from support.processes import in_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,7 +59,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch without distributed")
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    in_ranks(worker, tmp_path)
     for method in METHODS:
         one, before = tuned(method), tuned(method).state_dict()
         train(one, families.images(AVERAGE, batch=BATCH))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from support.pictures import backbone, make_folders
+from support.processes import in_ranks
 from support.training import BROKEN, pictures
 from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -78,7 +78,7 @@ def worker(rank: int, folder: str) -> None:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run everything of `RUNS` in two processes; return the folder of their results."""
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    in_ranks(worker, folder)
     return folder
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from support.adapters.flipped_bits import flipped_bits
 from support.pictures import backbone
+from support.processes import started
 from support.training import Stopped, endings, pictures
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune, save_adapter
@@ -23,8 +22,6 @@ from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.data.images import Batch, make_loader
 from vpt_fast.train.loop.checkpoint import FILE, load_checkpoint, save_checkpoint
 from vpt_fast.train.loop.epochs import fit
-
-TESTS = Path(__file__).parents[2]
 
 RECIPE = Recipe(epochs=5, batch_size=7, lr=2.0, warmup_epochs=1, accumulation=2)
 
@@ -172,16 +169,17 @@ def test_a_checkpoint_is_complete_or_absent(
         load_checkpoint(tmp_path)
 
 
+def start_or_resume(folder: Path) -> None:
+    run(folder, resume=True)
+
+
 def killed(folder: Path, seconds: float) -> bool:
     """Run in a process and kill it after `seconds`; return whether it was still running."""
-    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    process = subprocess.Popen([sys.executable, __file__, str(folder)], env=environment)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    process = started(start_or_resume, folder)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return bool(process.exitcode == -signal.SIGKILL)
 
 
 @pytest.mark.parametrize("moments", [1, pytest.param(20, marks=pytest.mark.full, id="twenty")])
@@ -200,8 +198,3 @@ def test_killed_at_random_moments_it_ends_the_same(moments: int, tmp_path: Path)
         assert not killed(folder, 600)
         assert endings(folder) == wanted, number
     assert were_killed >= moments // 2
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]), resume=True)

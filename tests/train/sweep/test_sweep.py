@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import exit_codes, started
 
 from vpt_fast import LinearProbe, VPTDeep
 from vpt_fast.cli.common import make_method
@@ -105,31 +102,26 @@ def test_refusals(tmp_path: Path) -> None:
         make_method("vpt", {})
 
 
-def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, __file__, str(folder), str(log)])
+def take_part(folder: Path, log: Path) -> None:
+    results = Sweep(folder, FakeTask(log, pause=0.3), SEEDS, lambda line: None).run([LINEAR])
+    assert results[0].values == {"lr": 1.0, "weight_decay": 0.01}
 
 
 def test_killed_and_shared_by_two_processes(tmp_path: Path) -> None:
     """One process is killed in the middle; two others finish its sweep together."""
     log = tmp_path / "runs"
     log.touch()
-    process = start(tmp_path, log)
+    process = started(take_part, tmp_path, log)
     while len(log.read_text().splitlines()) < 3:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = len(log.read_text().splitlines())
-    others = [start(tmp_path, log) for _ in range(2)]
-    assert [other.wait(120) for other in others] == [0, 0]
+    others = [started(take_part, tmp_path, log) for _ in range(2)]
+    assert exit_codes(others) == [0, 0]
     runs = Counter(log.read_text().splitlines())
     assert len(runs) == 3 * 2 + len(SEEDS), "every point and every seed was run"
     again = sum(runs.values()) - len(runs)
     # The killed process's run, and duplicates of two processes at the end of each of two grids.
     assert again <= 1 + 2 * 2 and before < len(runs)
-
-
-if __name__ == "__main__":
-    task = FakeTask(Path(sys.argv[2]), pause=0.3)
-    results = Sweep(Path(sys.argv[1]), task, SEEDS, lambda line: None).run([LINEAR])
-    assert results[0].values == {"lr": 1.0, "weight_decay": 0.01}
