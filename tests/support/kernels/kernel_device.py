@@ -10,7 +10,7 @@ PyTorch allocates without values is filled with NaN too, also in operators.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,8 +27,11 @@ HAS_GPU = torch.cuda.is_available()
 _LARGE_BUDGET = 50_000_000
 # The GPU that kernels are compiled for when there is none.
 CPU_CAPABILITY = 90
-# The IR of every variant of a kernel that the process has executed.
-_TEXTS: dict[str, str] = {}
+# The IR of every variant of a kernel that the process has executed, by its key, and what was parsed
+# of it, by its text; ttsem only reads it.
+_TEXTS: dict[Any, Any] = {}
+_MODULES: dict[Any, Any] = {}
+_TYPES: dict[Any, Any] = {}
 
 
 @contextlib.contextmanager
@@ -55,18 +58,31 @@ def sanitized_kernels(
         return _TEXTS[key]
 
     mlir.enable_generic_printing()
-    original = harness.ir_for_launch
-    # ttsem compiles each kernel to machine code and then reads an early stage. Stopping at that
-    # stage gives the same text, for fp32 kernels hundreds of times faster.
-    harness.ir_for_launch = ir_up_to
-    budget = memory.ACCESS_BUDGET
-    memory.ACCESS_BUDGET = access_budget or budget
-    try:
-        with sanitize.session(cc=capability) as session:
-            yield session
-    finally:
-        harness.ir_for_launch, memory.ACCESS_BUDGET = original, budget
-        _fakedriver.unstub_torch_cuda()
+    with pytest.MonkeyPatch.context() as patch:
+        # ttsem compiles each kernel to machine code and then reads an early stage. Stopping at that
+        # stage gives the same text, for fp32 kernels hundreds of times faster.
+        patch.setattr(harness, "ir_for_launch", ir_up_to)
+        patch.setattr(mlir, "parse", _once(mlir.parse, _MODULES))
+        types = mlir.Parser._parse_type_from_text
+        patch.setattr(mlir.Parser, "_parse_type_from_text", _once(types, _TYPES))
+        patch.setattr(memory, "ACCESS_BUDGET", access_budget or memory.ACCESS_BUDGET)
+        try:
+            with sanitize.session(cc=capability) as session:
+                yield session
+        finally:
+            _fakedriver.unstub_torch_cuda()
+
+
+def _once(function: Callable[..., Any], results: dict[Any, Any]) -> Callable[..., Any]:
+    """Return a function that calls another once for each value of its last argument."""
+
+    def call(*arguments: Any) -> Any:
+        key = arguments[-1]
+        if key not in results:
+            results[key] = function(*arguments)
+        return results[key]
+
+    return call
 
 
 @pytest.fixture
