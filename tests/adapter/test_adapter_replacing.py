@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def write_300_times(root: Path) -> None:
+    warnings.simplefilter("error")
     for _ in range(300):
         with atomic.atomic_folder(root / "adapter") as folder:
             (folder / "a").write_text("whole")

@@ -38,14 +38,17 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_module_runs_as_a_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     arguments = ["memory", *SMALL, "--method", "linear", "--dtype", "float16"]
     monkeypatch.setattr(sys, "argv", ["vpt-fast", *arguments, "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("vpt_fast.cli", run_name="__main__")
     assert not ended.value.code
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "" and not recwarn.list
     assert {row["dtype"] for row in rows_of(tmp_path / "out")} == {"float16"}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from support.kernels.error_budget import MAX_SLACK
 from support.kernels.on_device import differs_by_one_rounding
 from torch import Tensor
 
@@ -133,10 +134,6 @@ def by_hand(problem: Problem, case: Case, dtype: torch.dtype) -> tuple[Tensor, T
         outs.append((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
         sums.append(scores.logsumexp(-1) * LOG2_E)
     return torch.cat(outs), torch.cat(sums)
-
-
-# In units in the last place of 1, of the largest value: half a unit is the rounding of the result.
-MAX_SLACK = {FP32: 16.0, FP16: 0.5, BF16: 0.5}
 
 
 def assert_as_exact_as_eager(case: Case, device: torch.device) -> None:

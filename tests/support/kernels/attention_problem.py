@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from support.kernels.error_budget import assert_within_budget
 from vpt_fast.kernels.attention.launches import attention_backward, attention_forward
 from vpt_fast.kernels.attention.layouts import split, split_prompts
 
@@ -147,22 +148,8 @@ def assert_as_exact_as_eager(case: Case, device: torch.device, **needs: bool) ->
     truth = eager(problem, case, torch.float64)
     budget = eager(problem, case, case.dtype)
     noise = saved_output_noise(problem, case)
-    epsilon = torch.finfo(case.dtype).eps
     for name, values in actual.items():
         if name == "lse" or not values.numel():
             continue
-        exact = truth[name]
-        error, allowed = (t.double() - exact for t in (values, budget[name]))
-        size = exact.abs().max() + (noise[name].max() if name in noise else 0.0)
-        slack = MAX_SLACK[case.dtype] * epsilon * size
-        assert error.abs().max() <= allowed.abs().max() + slack, name
-        rms = RMS_SLACK[case.dtype] * epsilon * size
-        assert error.square().mean().sqrt() <= allowed.square().mean().sqrt() + rms, name
-
-
-# In units in the last place of 1 (eps), of a tensor's largest value. For 16-bit dtypes the slack is
-# the rounding of the result itself, half a unit, or half of that rounding's RMS. In fp32 sums in
-# another order differ by a few units, and 2**(score - lse), which the backward pass recomputes,
-# loses as many as its exponent, 10 to 20.
-MAX_SLACK = {torch.float32: 16.0, torch.float16: 0.5, torch.bfloat16: 0.5}
-RMS_SLACK = {torch.float32: 3.0, torch.float16: 0.15, torch.bfloat16: 0.15}
+        size = noise[name].max() if name in noise else 0.0
+        assert_within_budget(name, case.dtype, values, budget[name], truth[name], size)

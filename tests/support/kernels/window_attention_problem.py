@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from support.formulations.plain_windows import plain_window_attention
+from support.kernels.error_budget import assert_within_budget
 from vpt_fast.kernels.window_attention.launches import (
     window_attention_backward,
     window_attention_forward,
@@ -122,27 +123,13 @@ def kernels(
     return by_part(results)
 
 
-# In units in the last place of 1 (eps), of a tensor's largest value, as for the other attention
-# kernels. A table is added in fp32 by the kernels; scores by hand are rounded after it.
-MAX_SLACK = {torch.float32: 16.0, torch.float16: 0.5, torch.bfloat16: 0.5}
-RMS_SLACK = {torch.float32: 3.0, torch.float16: 0.15, torch.bfloat16: 0.15}
-
-
 def assert_as_exact_as_eager(case: Case, device: torch.device, **needs: bool) -> None:
     """Assert largest and RMS errors against fp64 within eager's own, plus some roundings."""
     problem = make_problem(case, device)
     actual = kernels(problem, case, **needs)
     truth = eager(problem, case, torch.float64)
     budget = eager(problem, case, case.dtype)
-    epsilon = torch.finfo(case.dtype).eps
     for name, values in actual.items():
-        exact = truth[name]
         assert values.isfinite().all(), name
-        if not values.numel():
-            continue
-        error, allowed = (t.double() - exact for t in (values, budget[name]))
-        size = exact.abs().max()
-        slack = MAX_SLACK[case.dtype] * epsilon * size
-        assert error.abs().max() <= allowed.abs().max() + slack, name
-        rms = RMS_SLACK[case.dtype] * epsilon * size
-        assert error.square().mean().sqrt() <= allowed.square().mean().sqrt() + rms, name
+        if values.numel():
+            assert_within_budget(name, case.dtype, values, budget[name], truth[name])
