@@ -18,7 +18,7 @@ def check_model(model: Any, method: Method) -> Family:
     """Return the record of a model's class, or raise if `method` cannot be honoured.
 
     Raises:
-        TypeError: If it is no timm VisionTransformer or SwinTransformer.
+        TypeError: If it is no timm VisionTransformer, Eva or SwinTransformer.
         ValueError: If a block, an attribute or the method does not fit, or it is tuned already.
     """
     if is_tuned(model):
@@ -62,14 +62,29 @@ def _check_baseline(model: Any, method: Method) -> None:
             refuse("head", name_of(head), "a Linear is needed; pass num_classes=...")
 
 
+_COSINE = (
+    "its cosine attention with a position bias from an MLP is not known, use a swin_* model of the "
+    "first version"
+)
+_MISSING = {
+    "SwinTransformerV2": _COSINE,
+    "SwinTransformerV2Cr": _COSINE,
+    "Beit": "its attention adds a table of relative positions to the scores, which the kernels of "
+    "whole images do not; use an EVA02 or a DINOv2 model",
+    "Hiera": "its blocks pool tokens and attend within mask units, so that prompts have no place "
+    "between them",
+    "NaFlexVit": "its images have different numbers of tokens and a mask in every batch, which the "
+    "kernels of whole images do not know; use the model's form for images of one size",
+}
+"""What is missing for some of timm's other transformers, by class."""
+
+
 def _not_known(model: Any) -> str:
     known = " or ".join(f"timm {name}" for name in KNOWN)
     message = f"cannot tune a {name_of(model)}: a {known} is needed"
-    if name_of(model) in ("SwinTransformerV2", "SwinTransformerV2Cr"):
-        return (
-            f"{message}; its cosine attention with a position bias from an MLP is not known, use a "
-            "swin_* model of the first version"
-        )
+    for kind in type(model).__mro__:
+        if kind.__name__ in _MISSING:
+            return f"{message}; {_MISSING[kind.__name__]}"
     if isinstance(model, torch.jit.ScriptModule):
         return f"{message}; tune the model before scripting it"
     if hasattr(model, "_orig_mod"):

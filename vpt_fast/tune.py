@@ -163,8 +163,8 @@ def host_copy(tensor: Tensor) -> Tensor:
 def _add_layers(model: Any, method: Baseline) -> None:
     if isinstance(method, AdapterTuning):
         for block in blocks_of(model):
-            like = block.attn.qkv.weight
-            width = block.attn.qkv.in_features
+            like = block.attn.proj.weight
+            width = block.attn.proj.out_features
             block.adapter = BottleneckAdapter(width, width // method.reduction, like)
     if isinstance(method, MLPHead):
         head = model.get_classifier()
@@ -188,15 +188,15 @@ def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT, family: Family
     prompted = method.prompted_blocks(len(blocks))
     if not prompted:
         return
-    like, project_dim = blocks[0].attn.qkv.weight, method.project_dim
+    like, project_dim = blocks[0].attn.proj.weight, method.project_dim
 
     def tokens_of(index: int) -> nn.Parameter:
-        width = project_dim or blocks[index].attn.qkv.in_features
+        width = project_dim or blocks[index].attn.proj.out_features
         bound = init_bound(model.patch_embed.patch_size, width)
         return new_tokens(method.num_prompts, width, bound, like)
 
     if project_dim is not None:
-        width = blocks[prompted[0]].attn.qkv.in_features
+        width = blocks[prompted[0]].attn.proj.out_features
         model.prompt_projection = new_projection(project_dim, width, like)
     if method.shared:
         model.prompt_tokens = tokens_of(prompted[0])

@@ -14,6 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpt_fast.kernels.attention.layouts import split
+from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts, projected_out
+from vpt_fast.models.isotropic.inputs import block_inputs, table_of
+from vpt_fast.models.residual import add_branches
 from vpt_fast.reference.vit import ConcatenatedExperts, ConcatenatedPrompts
 
 
@@ -41,28 +45,23 @@ class ConcatenatedKV(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of images (B, 3, height, width)."""
         vit, rows_of = self.source.model, self.source.rows()
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        x, tables = block_inputs(vit, images)
         for index, block in enumerate(vit.blocks):
-            x = _block(block, x, rows_of(index, x))
+            x = _block(block, x, rows_of(index, x), table_of(tables, index))
         return vit.forward_head(vit.norm(x))
 
 
-def _block(block: Any, x: Tensor, prompts: Tensor) -> Tensor:
-    """Apply timm's `Block` to x (B, N, D), with prompts (B or 1, p, D) as more keys and values."""
-    attended = _attention(block.attn, block.norm1(x), block.norm1(prompts))
-    x = x + block.drop_path1(block.ls1(attended))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+def _block(block: Any, x: Tensor, prompts: Tensor, rope: Tensor | None) -> Tensor:
+    """Apply timm's block to x (B, N, D), with prompts (B or 1, p, D) as more keys and values."""
+    y = block.norm1(x)
+    return add_branches(block, x, _attention(block.attn, y, block.norm1(prompts), rope))
 
 
-def _attention(attn: Any, y: Tensor, prompts: Tensor) -> Tensor:
+def _attention(attn: Any, y: Tensor, prompts: Tensor, rope: Tensor | None) -> Tensor:
     """Attend from the rows of y (B, N, D) to those of prompts (B or 1, p, D) and to themselves."""
-    batch, rows, width = y.shape
-    heads, weight, bias = attn.num_heads, attn.qkv.weight, attn.qkv.bias
-    q, k, v = attn.qkv(y).view(batch, rows, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    kv_bias = None if bias is None else bias[width:]
-    kv = F.linear(prompts, weight[width:], kv_bias)
-    kv = kv.view(len(prompts), prompts.shape[1], 2, heads, -1).permute(2, 0, 3, 1, 4)
-    prompt_k, prompt_v = kv.expand(-1, batch, -1, -1, -1)
-    q, k = attn.q_norm(q), torch.cat([attn.k_norm(prompt_k), attn.k_norm(k)], 2)
-    out = F.scaled_dot_product_attention(q, k, torch.cat([prompt_v, v], 2))
-    return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).reshape(batch, rows, width))))
+    tokens = split(attention_tokens(attn, y, rope=rope))
+    q, k, v = (part.transpose(1, 2) for part in tokens)
+    keys, values = packed_prompts(attn, prompts).expand(len(y), -1, -1, -1, -1).unbind(2)
+    k, v = (torch.cat([more.transpose(1, 2), own], 2) for more, own in ((keys, k), (values, v)))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return projected_out(attn, out.transpose(1, 2).flatten(2), y)

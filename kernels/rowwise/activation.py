@@ -63,7 +63,7 @@ def _sigmoid(s):
 
 
 @triton.jit
-def _activate(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
+def activate(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
     if GELU:
         tail, _ = _gelu_tail(h)
         return h * tl.where(h > 0.0, 1.0 - tail, tail)
@@ -75,7 +75,7 @@ def _activate(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
 
 
 @triton.jit
-def _derivative(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
+def derivative(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
     if GELU:
         tail, gauss = _gelu_tail(h)
         return tl.where(h > 0.0, 1.0 - tail, tail) + h * gauss * _RSQRT_2PI
@@ -91,7 +91,7 @@ def _derivative(h, GELU: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr
 
 
 @triton.jit
-def _exists(rows, channels, num_rows, WIDTH: tl.constexpr):
+def element_exists(rows, channels, num_rows, WIDTH: tl.constexpr):
     """Return the mask [BLOCK_M, BLOCK_C] of a tile's elements that exist."""
     mask = tl.broadcast_to((rows < num_rows)[:, None], [rows.shape[0], channels.shape[0]])
     if WIDTH % channels.shape[0] != 0:
@@ -109,12 +109,12 @@ def activation_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = _exists(rows, channels, num_rows, WIDTH)
+    mask = element_exists(rows, channels, num_rows, WIDTH)
     offsets = rows.to(tl.int64)[:, None] * WIDTH + channels[None, :]
     h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
     if HAS_BIAS:
         h += load_channels(bias_ptr, channels, mask)
-    out = _activate(h, GELU, LINEAR, CUBIC)
+    out = activate(h, GELU, LINEAR, CUBIC)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -128,13 +128,13 @@ def activation_backward_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = _exists(rows, channels, num_rows, WIDTH)
+    mask = element_exists(rows, channels, num_rows, WIDTH)
     offsets = rows.to(tl.int64)[:, None] * WIDTH + channels[None, :]
     h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         h += load_channels(bias_ptr, channels, mask)
-    grad *= _derivative(h, GELU, LINEAR, CUBIC)
+    grad *= derivative(h, GELU, LINEAR, CUBIC)
     tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 

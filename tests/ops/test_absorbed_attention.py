@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.ops.attention.absorbed import absorbed_attention
+from vpt_fast.ops.attention.absorbed import absorbed_attention, absorbed_values
 from vpt_fast.ops.attention.operator import prompt_attention
 
 HEADS, DIM, WIDTH = 3, 4, 10
@@ -71,3 +71,24 @@ def test_autocast_does_not_reach_the_scores() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = absorbed_attention(*inputs)
     assert torch.equal(inside, absorbed_attention(*inputs))
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize(("prompts", "shared"), [(0, True), (3, True), (3, False)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_given_keys_of_any_kind(queries, prompts, shared, bias) -> None:
+    q, rows, prompt, _, v_weight, v_bias, scale = make(queries, prompts, shared, bias)
+    keys = make(7, 1, False, False)[0]
+    prompt_k = make(3, 2, False, False)[0][: len(prompt)] if prompts else None
+
+    def projected(x: Tensor) -> Tensor:
+        return F.linear(x, v_weight, v_bias).unflatten(-1, (HEADS, DIM))
+
+    kv = [] if prompt is None else [prompt_k, projected(prompt)]
+    want = prompt_attention([q, keys, projected(rows)], kv, scale)
+    have = absorbed_values(q, keys, rows, prompt_k, prompt, v_weight, v_bias, scale)
+    torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
+    leaves = [t for t in (q, keys, rows, prompt, prompt_k, v_weight, v_bias) if t is not None]
+    have, want = (torch.autograd.grad(out.square().sum(), leaves) for out in (have, want))
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

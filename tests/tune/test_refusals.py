@@ -66,10 +66,31 @@ def _swin_v2() -> nn.Module:
     return timm.create_model("swinv2_tiny_window8_256", embed_dim=32, depths=(1, 1, 1, 1))
 
 
-def _eva() -> nn.Module:
-    return timm.create_model(
-        "eva02_tiny_patch14_224", img_size=28, embed_dim=64, num_heads=2, depth=2
-    )
+def _eva(entry: str, **arguments: Any) -> Callable[[], nn.Module]:
+    sizes = {"img_size": 28, "embed_dim": 64, "num_heads": 2, "depth": 2}
+    return lambda: timm.create_model(entry, **{**sizes, **arguments})
+
+
+def _unfused_eva() -> nn.Module:
+    model = _eva("eva02_tiny_patch14_224")()
+    model.blocks[-1].attn.fused_attn = False
+    return model
+
+
+def _own_rope() -> nn.Module:
+    model = _eva("eva02_tiny_patch14_224")()
+
+    class OwnRope(type(model.rope)):
+        pass
+
+    model.rope.__class__ = OwnRope
+    return model
+
+
+def _other_prefix() -> nn.Module:
+    model = _eva("vit_small_patch16_dinov3", img_size=32)()
+    model.blocks[-1].attn.num_prefix_tokens = 1
+    return model
 
 
 def _resnet() -> nn.Module:
@@ -137,7 +158,23 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "bound_forward": (_last(_bound_forward), ["forward"]),
     "own_transformer": (lambda: OwnTransformer(**SIZES), ["OwnTransformer"]),
-    "eva": (_eva, ["Eva"]),
+    "eva_post_norm": (
+        _eva("eva02_enormous_patch14_clip_224"),
+        ["blocks.0", "EvaBlockPostNorm", "norms come"],
+    ),
+    "eva_grouped": (
+        _eva("vit_large_patch16_sapiens2", img_size=32, num_kv_heads=(2, 1)),
+        ["blocks.1.attn.num_kv_heads", "grouped-query"],
+    ),
+    "eva_fused_attn": (_unfused_eva, ["blocks.1.attn.fused_attn"]),
+    "eva_own_rope": (_own_rope, ["rope", "OwnRope", "RotaryEmbeddingCat"]),
+    "eva_other_prefix": (_other_prefix, ["blocks.1.attn.num_prefix_tokens", "5"]),
+    "beit": (lambda: timm.create_model("beit_base_patch16_224", depth=1), ["Beit", "scores"]),
+    "hiera": (lambda: timm.create_model("hiera_tiny_224"), ["Hiera", "pool tokens"]),
+    "naflex": (
+        lambda: timm.create_model("naflexvit_base_patch16_gap", depth=1),
+        ["NaFlexVit", "mask"],
+    ),
     "swin_v2": (_swin_v2, ["SwinTransformerV2", "cosine attention"]),
     "resnet": (_resnet, ["ResNet"]),
     "plain_module": (lambda: nn.Sequential(nn.Linear(2, 2)), ["Sequential"]),

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
@@ -27,7 +28,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _OVERLAY = "pretrained_cfg_overlay"
 _ARGUMENTS = {
     name
-    for model in (VisionTransformer, SwinTransformer)
+    for model in (VisionTransformer, SwinTransformer, Eva)
     for name in inspect.signature(model.__init__).parameters
 } - {"self", "kwargs"}
 _INPUT_KEYS = {"input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"}
@@ -108,7 +109,9 @@ def _check_argument(key: str, value: Any) -> None:
             _wrong(where, value, f"an object of {', '.join(sorted(_INPUT_KEYS))}")
         _check_input(value)
     elif key not in _ARGUMENTS:
-        raise ValueError(f"{where} is no argument of timm's VisionTransformer or SwinTransformer")
+        raise ValueError(
+            f"{where} is no argument of timm's VisionTransformer, SwinTransformer or Eva"
+        )
     else:
         _check_value(where, value)
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from vpt_fast.analysis.swin_shares import window_shares
 from vpt_fast.methods.baselines import Baseline, LinearProbe
 from vpt_fast.models.attention_inputs import projected
-from vpt_fast.models.patches import first_block_input
+from vpt_fast.models.isotropic.block import PromptedBlock, rows_of_first
+from vpt_fast.models.isotropic.inputs import table_of
 from vpt_fast.models.prompt_rows import insert_rows
 from vpt_fast.models.tuned import blocks_of, is_tuned
-from vpt_fast.models.vit.blocks import PromptedBlock
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.ops.backend import in_full_precision
+from vpt_fast.ops.rowwise.rotation import rotated
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,13 @@ def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
         if isinstance(tuned, SwinTransformer):
             windows = window_shares(tuned, images)
             return [PromptAttention(index, p, 1 - p.sum(dim=-1)) for index, p in windows]
-        x = first_block_input(tuned, images)
+        x, tables = tuned.embedded(images)
         for index, block in enumerate(tuned.blocks):
+            rope = table_of(tables, index)
             rows, count = _with_prompts(block, x)
             if count:
-                found.append(_shares(tuned, index, rows, count))
-            x = block(x)
+                found.append(_shares(tuned, index, rows, count, rope))
+            x = block(x) if rope is None else block(x, rope=rope)
     return found
 
 
@@ -165,15 +167,22 @@ def _with_prompts(block: Any, x: Tensor) -> tuple[Tensor, int]:
     return insert_rows(x, prompts, block.rows.prefix), prompts.shape[1]
 
 
-def _shares(model: Any, index: int, rows: Tensor, count: int) -> PromptAttention:
+def _shares(
+    model: Any, index: int, rows: Tensor, count: int, rope: Tensor | None
+) -> PromptAttention:
     block = model.blocks[index]
     attn, prefix = block.attn, block.rows.prefix
     # Past the hooks of norm1 and qkv, which are for what the block itself computes.
     y = block.norm1.forward(rows)
-    queries = y[:, : _first_rows(model)] if _reads_first_rows(model) else y[:, prefix + count :]
-    width = attn.num_heads * attn.head_dim
+    queries, query_rope = y[:, prefix + count :], rope
+    if _reads_first_rows(model):
+        queries = y[:, : _first_rows(model)]
+        query_rope = None if rope is None else rows_of_first(rope, y.shape[1], queries.shape[1])
+    width, half = attn.num_heads * attn.head_dim, getattr(attn, "rotate_half", False)
     q = attn.q_norm.forward(_heads(attn, projected(attn, queries, slice(0, width))))
     k = attn.k_norm.forward(_heads(attn, projected(attn, y, slice(width, 2 * width))))
+    q = rotated(q, query_rope, half).transpose(1, 2)
+    k = rotated(k, rope, half).transpose(1, 2)
     dtype = torch.promote_types(q.dtype, torch.float32)
     with in_full_precision(y):
         scores = attn.scale * q.to(dtype) @ k.to(dtype).transpose(-2, -1)
@@ -184,7 +193,7 @@ def _shares(model: Any, index: int, rows: Tensor, count: int) -> PromptAttention
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+    return x.unflatten(-1, (attn.num_heads, attn.head_dim))
 
 
 def _reads_first_rows(model: Any) -> bool:

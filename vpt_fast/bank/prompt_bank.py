@@ -254,7 +254,7 @@ def _check_arguments(model: Any, memory_limit: int | None, spill: bool) -> None:
     if check_model(model, LinearProbe()).in_stages:
         raise TypeError(
             f"a bank cannot hold tasks of a {type(model).__name__}: the prompts of its stages "
-            "differ in width and stand in windows; use a timm VisionTransformer"
+            "differ in width and stand in windows; use a timm VisionTransformer or Eva"
         )
     if not model.global_pool:
         raise ValueError(

@@ -68,13 +68,13 @@ class Backbone:
     """Plain timm vision transformer, and what adapters are checked against.
 
     Args:
-        model: VisionTransformer or VisionTransformerDistilled, in eval mode.
+        model: VisionTransformer, VisionTransformerDistilled or Eva, in eval mode.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.depth, self.width = len(model.blocks), int(model.embed_dim)
-        self.like: Tensor = model.blocks[0].attn.qkv.weight
+        self.like: Tensor = model.blocks[0].attn.proj.weight
         self.heads = ("head", "head_dist") if _is_distilled(model) else ("head",)
         own = tuple(f"{head}." for head in self.heads)  # never used: every task has its own
         weights = {k: w for k, w in model.state_dict().items() if not k.startswith(own)}

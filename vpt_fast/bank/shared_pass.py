@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from vpt_fast.bank.batch_index import BatchIndex
 from vpt_fast.bank.task_experts import ExpertGroup
-from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
-from vpt_fast.models.fusion.fused_block import Use, block_config, block_weights
-from vpt_fast.models.patches import first_block_input
+from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts, projected_out
+from vpt_fast.models.family import family_of
+from vpt_fast.models.fusion.fused_block import Use, block_config, block_weights, can_rotate
+from vpt_fast.models.isotropic.block import rows_of_first
+from vpt_fast.models.isotropic.head_rows import rows_read
+from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.residual import add_branches
-from vpt_fast.models.vit.blocks import is_fusable
-from vpt_fast.models.vit.head_rows import rows_read
 from vpt_fast.modules.experts import EPS
 from vpt_fast.modules.norms import normalised_prompts
 from vpt_fast.ops.attention.ragged import bank_attention
@@ -43,20 +43,28 @@ def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
     """Return the input (B, F) of the tasks' heads.
 
     Args:
-        model: Plain, frozen VisionTransformer or VisionTransformerDistilled in eval mode.
+        model: Plain, frozen VisionTransformer, VisionTransformerDistilled or Eva in eval mode.
         images: (B, channels, height, width), on the model's device.
         index: Row offsets of the images' prompts.
     """
-    total, count = DeferredSum(first_block_input(model, images)), rows_read(model, Block)
+    family: Any = family_of(model)
+    kind = family.block
+    tokens, tables = block_inputs(model, images)
+    total, count = DeferredSum(tokens), rows_read(model, kind.plain_class)
     last = len(model.blocks) - 1
     for number, block in enumerate(model.blocks):
         prompts = _BlockPrompts(index, number)
         first = count if number == last else None
         # As in a tuned model: on the CPU one or two rows of a block are cheaper by modules.
-        if is_fusable(block) and (first is None or uses_kernels(total.residual)):
-            total = _fused(block, total, prompts, first)
+        rope = table_of(tables, number)
+        if (
+            kind.is_fusable(block)
+            and (first is None or uses_kernels(total.residual))
+            and can_rotate(rope, total.residual)
+        ):
+            total = _fused(block, total, prompts, first, rope)
         else:
-            total = DeferredSum(_by_modules(block, total.materialize(), prompts, first))
+            total = DeferredSum(_by_modules(block, total.materialize(), prompts, first, rope))
     x = model.norm(total.materialize())
     if isinstance(model, VisionTransformerDistilled):
         return x[:, :2].flatten(1)
@@ -137,7 +145,11 @@ class _Steps(BlockSteps):
 
 
 def _fused(
-    block: Any, total: DeferredSum, prompts: _BlockPrompts, first: int | None
+    block: Any,
+    total: DeferredSum,
+    prompts: _BlockPrompts,
+    first: int | None,
+    rope: Tensor | None,
 ) -> DeferredSum:
     """Return the first rows of the block's output, or all of them, by the fused operators."""
     dtype = computing_dtype(total.residual)
@@ -150,7 +162,7 @@ def _fused(
         x = total.residual if total.branch is None else summed
     mean, rstd = (None, None) if eps is None else (statistics[0], statistics[2])
     computed_kv = prompts.compute(block, x, mean, rstd, dtype)
-    weights = block_weights(block)
+    weights = block_weights(block)._replace(rope=rope)
     config = block_config(block, None, Use("speed", queries=first))
     steps = _Steps(config, weights.to(dtype), dtype, prompts, computed_kv)
     with in_full_precision(x):
@@ -158,7 +170,9 @@ def _fused(
     return DeferredSum(middle, result, weights.scale2)
 
 
-def _by_modules(block: Any, x: Tensor, prompts: _BlockPrompts, first: int | None) -> Tensor:
+def _by_modules(
+    block: Any, x: Tensor, prompts: _BlockPrompts, first: int | None, rope: Tensor | None
+) -> Tensor:
     """Return the first rows of the block's output, or all of them, module by module."""
     y, mean, rstd = block.norm1(x), None, None
     if prompts.groups:
@@ -166,8 +180,10 @@ def _by_modules(block: Any, x: Tensor, prompts: _BlockPrompts, first: int | None
         variance, mean = torch.var_mean(wide, -1, correction=0)
         rstd = (variance + EPS).rsqrt()
     computed_kv = prompts.compute(block, x, mean, rstd, x.dtype)
-    queries = None if first is None else y[:, :first]
-    tokens = attention_tokens(block.attn, y, queries)
+    queries, query_rope = None, rope
+    if first is not None:
+        x, queries = x[:, :first], y[:, :first]
+        query_rope = None if rope is None else rows_of_first(rope, y.shape[1], first)
+    tokens = attention_tokens(block.attn, y, queries, rope, query_rope)
     out, _ = prompts.attend(tokens, computed_kv, block.attn.scale)
-    x = x if first is None else x[:, :first]
-    return add_branches(block, x, block.attn.proj_drop(block.attn.proj(out)))
+    return add_branches(block, x, projected_out(block.attn, out, y if queries is None else queries))

@@ -16,16 +16,19 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vpt_fast.kernels.attention.layouts import split
-from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts
+from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts, projected_out
+from vpt_fast.models.isotropic.block import rows_of_first
+from vpt_fast.models.isotropic.head_rows import rows_read
+from vpt_fast.models.isotropic.inputs import block_inputs, table_of
+from vpt_fast.models.isotropic.rope_tables import RopeTables
 from vpt_fast.models.prompt_rows import insert_rows, strip_rows
 from vpt_fast.models.residual import add_branches
-from vpt_fast.models.vit.head_rows import rows_read
 from vpt_fast.modules.experts import check_grid
 from vpt_fast.ops.backend import statistics_dtype
 
 
-class BakedAttention(Attention):
-    """timm's Attention whose queries also read keys and values that are constants.
+class BakedAttention(nn.Module):
+    """Attention whose queries also read keys and values that are constants; mixed into timm's.
 
     Attributes:
         prompt_keys: Buffer (H, p, d) of keys, after k_norm where there is one; or None.
@@ -35,6 +38,46 @@ class BakedAttention(Attention):
     prompt_keys: Tensor | None
     prompt_values: Tensor | None
 
+    def attend(
+        self,
+        x: Tensor,
+        prompts: Tensor | None,
+        queries: Tensor | None,
+        rope: Tensor | None = None,
+        query_rope: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from every row of x, or from `queries`, to the prompts and to every row of x.
+
+        Args:
+            x: Normalised tokens (B, N, D).
+            prompts: Normalised prompts (B, p, D) that replace the buffers.
+            queries: Normalised query rows (B, M, D); None takes those of x.
+            rope: Table of the rotary position embedding of the last rows of x, or None.
+            query_rope: That of the last rows of `queries`, or None.
+
+        Returns:
+            Output (B, N, D), or (B, M, D) with `queries`.
+        """
+        tokens = attention_tokens(self, x, queries, rope, query_rope)
+        q, k, v = (t.transpose(1, 2) for t in split(tokens))
+        keys, values = self.prompt_keys, self.prompt_values
+        if prompts is not None:
+            keys, values = self.keys_and_values(prompts)
+        if keys is not None and values is not None:
+            k = torch.cat([keys.to(k.dtype).expand(k.shape[0], -1, -1, -1), k], 2)
+            v = torch.cat([values.to(v.dtype).expand(v.shape[0], -1, -1, -1), v], 2)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return projected_out(self, out, x if queries is None else queries)
+
+    def keys_and_values(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, H, p, d) of normalised prompts (B, p, D)."""
+        keys, values = packed_prompts(self, prompts).unbind(2)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+class BakedViTAttention(BakedAttention, Attention):
+    """timm's Attention with constant keys and values."""
+
     def forward(
         self,
         x: Tensor,
@@ -43,36 +86,13 @@ class BakedAttention(Attention):
         prompts: Tensor | None = None,
         queries: Tensor | None = None,
     ) -> Tensor:
-        """Attend from every row of x, or from `queries`, to the prompts and to every row of x.
-
-        Args:
-            x: Normalised tokens (B, N, D).
-            attn_mask: Must be None.
-            is_causal: Must be False.
-            prompts: Normalised prompts (B, p, D) that replace the buffers.
-            queries: Normalised query rows (B, M, D); None takes those of x.
-
-        Returns:
-            Output (B, N, D), or (B, M, D) with `queries`.
+        """Attend as `BakedAttention.attend`.
 
         Raises:
             ValueError: If there is an `attn_mask`, or `is_causal` is True.
         """
         refuse_mask(attn_mask, is_causal)
-        q, k, v = (t.transpose(1, 2) for t in split(attention_tokens(self, x, queries)))
-        keys, values = self.prompt_keys, self.prompt_values
-        if prompts is not None:
-            keys, values = self.keys_and_values(prompts)
-        if keys is not None and values is not None:
-            k = torch.cat([keys.to(k.dtype).expand(k.shape[0], -1, -1, -1), k], 2)
-            v = torch.cat([values.to(v.dtype).expand(v.shape[0], -1, -1, -1), v], 2)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
-
-    def keys_and_values(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values (B, H, p, d) of normalised prompts (B, p, D)."""
-        keys, values = packed_prompts(self, prompts).unbind(2)
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        return self.attend(x, prompts, queries)
 
 
 class BakedExperts(nn.Module):
@@ -131,10 +151,11 @@ class BakedExperts(nn.Module):
         return f"prompts={self.mix.shape[0]}, residual={self.residual}"
 
 
-class BakedBlock(Block):
-    """timm's Block with the prompts of its attention, or with prompt rows among its tokens.
+class BakedBlock(nn.Module):
+    """A block with the prompts of its attention, or with prompt rows among its tokens.
 
-    A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum.
+    Mixed into timm's class. A submodule `adapter`, if it has one, maps the MLP's output (B, N, D)
+    before the residual sum.
 
     Attributes:
         experts: Module that computes the block's prompts from its tokens, or None.
@@ -143,18 +164,20 @@ class BakedBlock(Block):
         dead: Number of prompt rows among the tokens that are not read after the block.
     """
 
-    attn: BakedAttention
+    attn: Any
+    norm1: nn.Module
     experts: BakedExperts | None
     prompt_rows: Tensor | None
     prefix: int
     dead: int
 
-    def forward(
+    def compute(
         self,
         x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        first: int | None = None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        first: int | None,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """Return the output (B, N, D), with `prompt_rows` inserted and the `dead` rows stripped.
 
@@ -163,6 +186,7 @@ class BakedBlock(Block):
             attn_mask: Must be None.
             is_causal: Must be False.
             first: Number of first rows of the output that are computed; None computes all.
+            rope: Table of the rotary position embedding, or None.
 
         Raises:
             ValueError: If there is an `attn_mask`, or `is_causal` is True.
@@ -172,12 +196,30 @@ class BakedBlock(Block):
             x = insert_rows(x, self.prompt_rows, self.prefix)
         y, queries = self.norm1(x), None
         prompts = None if self.experts is None else self.norm1(self.experts(x).to(x.dtype))
+        tables: dict[str, Any] = {} if rope is None else {"rope": rope, "query_rope": rope}
         if first is not None:
             x, queries = x[:, :first], y[:, :first]
+            if rope is not None:
+                tables["query_rope"] = rows_of_first(rope, y.shape[1], first)
         elif self.dead:
             x = strip_rows(x, self.dead, self.prefix)
             queries = strip_rows(y, self.dead, self.prefix)
-        return add_branches(self, x, self.attn(y, prompts=prompts, queries=queries))
+        attended = self.attn(y, **tables, prompts=prompts, queries=queries)
+        return add_branches(self, x, attended)
+
+
+class BakedViTBlock(BakedBlock, Block):
+    """timm's Block with the prompts of a task as constants."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        first: int | None = None,
+    ) -> Tensor:
+        """Return the block's output; see `BakedBlock.compute`."""
+        return self.compute(x, attn_mask, is_causal, first)
 
 
 def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -189,8 +231,8 @@ def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         )
 
 
-class _BakedModel(VisionTransformer):
-    """Base of both baked classes.
+class BakedModel(nn.Module):
+    """A model with the prompts of a task as constants; mixed into timm's class.
 
     Attributes:
         expert_grid: Patch grid that VAPT's prompts mix, or None.
@@ -199,25 +241,32 @@ class _BakedModel(VisionTransformer):
 
     expert_grid: tuple[int, int] | None
     carries_rows: bool
+    blocks: Any
+    patch_embed: Any
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Return logits; the last block computes only the rows that the head reads."""
-        count = rows_read(self, BakedBlock)
+        own: Any = self
+        last = self.blocks[-1] if len(self.blocks) else None
+        count = rows_read(own, type(last)) if isinstance(last, BakedBlock) else None
         if count is None or attn_mask is not None or is_causal:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+            base: Any = super()
+            return base.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        x, tables = block_inputs(own, x)
         *earlier, last = self.blocks
-        for block in earlier:
-            x = block(x)
-        return self.forward_head(self.norm(last(x, first=count)))
+        for index, block in enumerate(earlier):
+            x = block(x, **_tables(tables, index))
+        rows = last(x, **_tables(tables, len(earlier)), first=count)
+        return own.forward_head(own.norm(rows))
 
-    def _pos_embed(self, x: Tensor) -> Tensor:
+    def _pos_embed(self, x: Tensor) -> Any:
         """Add position embeddings; refuse a patch grid that VAPT's prompts were not tuned for."""
+        base: Any = super()
         if self.expert_grid is not None:
             check_grid(
                 self.expert_grid, x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size
             )
-        return super()._pos_embed(x)
+        return base._pos_embed(x)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Return what timm's method returns; see there for the arguments.
@@ -226,7 +275,8 @@ class _BakedModel(VisionTransformer):
             ValueError: If prompt rows pass through the blocks as tokens.
         """
         self._refuse_rows("forward_intermediates")
-        return super().forward_intermediates(*args, **kwargs)
+        base: Any = super()
+        return base.forward_intermediates(*args, **kwargs)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """Remove blocks as timm's method does; see there for the arguments.
@@ -235,7 +285,9 @@ class _BakedModel(VisionTransformer):
             ValueError: If prompt rows pass through the blocks as tokens.
         """
         self._refuse_rows("prune_intermediate_layers")
-        return super().prune_intermediate_layers(*args, **kwargs)
+        base: Any = super()
+        taken: list[int] = base.prune_intermediate_layers(*args, **kwargs)
+        return taken
 
     def _refuse_rows(self, name: str) -> None:
         if self.carries_rows:
@@ -245,9 +297,14 @@ class _BakedModel(VisionTransformer):
             )
 
 
-class BakedVisionTransformer(_BakedModel):
+def _tables(tables: RopeTables | None, index: int) -> dict[str, Tensor]:
+    rope = table_of(tables, index)
+    return {} if rope is None else {"rope": rope}
+
+
+class BakedVisionTransformer(BakedModel, VisionTransformer):
     """timm's VisionTransformer with the prompts of a task as constants."""
 
 
-class BakedVisionTransformerDistilled(_BakedModel, VisionTransformerDistilled):
+class BakedVisionTransformerDistilled(BakedModel, VisionTransformerDistilled):
     """timm's VisionTransformerDistilled with the prompts of a task as constants."""

@@ -7,28 +7,34 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vpt_fast.export.baked import (
-    BakedAttention,
-    BakedBlock,
     BakedExperts,
     BakedVisionTransformer,
     BakedVisionTransformerDistilled,
+    BakedViTAttention,
+    BakedViTBlock,
 )
+from vpt_fast.export.baked_eva import PARTS as EVA_PARTS
 from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
+from vpt_fast.models.isotropic.block import PromptedBlock
 from vpt_fast.models.tuned import TuneRecord, is_tuned, take_out
-from vpt_fast.models.vit.blocks import PromptedBlock
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 
-_BAKED_CLASS: dict[type[VisionTransformer], type[VisionTransformer]] = {
+_BAKED_CLASS: dict[type, type] = {
     VisionTransformer: BakedVisionTransformer,
     VisionTransformerDistilled: BakedVisionTransformerDistilled,
+    Block: BakedViTBlock,
+    Attention: BakedViTAttention,
+    **EVA_PARTS,
 }
+"""Class of a baked model and its parts, by timm's."""
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -51,10 +57,12 @@ def bake(model: nn.Module) -> nn.Module:
     that are rounded once. A model that `fold_backbone` has folded is baked with its weights from
     before. Loading other backbone weights into the module leaves the constants as they are: load a
     whole state dict of a baked model. `torch.export.export` and `torch.compile(fullgraph=True)`
-    take the module, for any batch size; an exported program needs torch alone.
+    take the module, for any batch size; an exported program needs torch alone. The module and the
+    program hold the backbone's weights, so that their licence holds for both (DINOv3 has one of its
+    own).
 
     Args:
-        model: timm `VisionTransformer` or `VisionTransformerDistilled` that `prompt_tune` or
+        model: timm `VisionTransformer`, `VisionTransformerDistilled` or `Eva` that `prompt_tune` or
             `load_adapter` has tuned.
 
     Returns:
@@ -96,7 +104,7 @@ def _check(model: Any) -> Family:
     if family.in_stages:
         raise ValueError(
             f"a {name} cannot be baked: prompts in windows have no plain form here; only a tuned "
-            "VisionTransformer or VisionTransformerDistilled can be"
+            "VisionTransformer, VisionTransformerDistilled or Eva can be"
         )
     for where, module in model.named_modules():
         if has_hooks(module) or has_own_forward(module):
@@ -180,8 +188,8 @@ def _prompt(block: Any) -> Any:
 
 def _bake_block(block: Any, part: _Part, prefix: int) -> None:
     """Turn a plain block into a baked one with the prompts and the adapter of `part`."""
-    block.__class__ = BakedBlock
-    block.attn.__class__ = BakedAttention
+    block.__class__ = _BAKED_CLASS[type(block)]
+    block.attn.__class__ = _BAKED_CLASS[type(block.attn)]
     keys = values = None
     if part.prompts is not None:
         pair = block.attn.keys_and_values(block.norm1(part.prompts))

@@ -80,6 +80,8 @@ class PartialTuning(Baseline):
 class BiasTuning(Baseline):
     """Train the classifier and every bias, including those of patch embedding and LayerNorms.
 
+    Biases of queries and values (`q_bias`, `v_bias` of timm's EvaAttention) are among them.
+
     "BitFit", arXiv 2106.10199, section 3.
     """
 
@@ -87,7 +89,7 @@ class BiasTuning(Baseline):
 
     def trains(self, name: str, depth: int) -> bool:
         """Return whether the parameter is a bias; see `Baseline.trains`."""
-        return name.rpartition(".")[2] == "bias"
+        return name.rpartition(".")[2] in ("bias", "q_bias", "v_bias")
 
 
 @dataclass(frozen=True)

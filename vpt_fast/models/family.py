@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from vpt_fast.methods import VAPT, Method
+from vpt_fast.models.isotropic.block import PromptedBlock
 from vpt_fast.models.tuned import Tuned
 
 # Imported for a model of the class, so that the core does not import its options.
 _MODULES = {
     "timm.models.vision_transformer.VisionTransformer": "vpt_fast.models.vit.family",
     "timm.models.deit.VisionTransformerDistilled": "vpt_fast.models.vit.family",
+    "timm.models.eva.Eva": "vpt_fast.models.eva.family",
     "timm.models.swin_transformer.SwinTransformer": "vpt_fast.models.swin.family",
 }
 
@@ -35,7 +37,8 @@ class Family:
         install: Gives the blocks of a model their classes and prompt rows.
         add_experts: Gives blocks VAPT's prompt experts, and their owners the feature projectors.
         name_as_block: A parameter's name as a model without stages has it, `blocks.{i}.`.
-        in_stages: Whether blocks stand in stages of different widths, with attention in windows.
+        block: Class that tuned blocks are given, of models of one width; None for blocks in stages
+            of different widths, with attention in windows.
     """
 
     plain: type[nn.Module]
@@ -45,7 +48,12 @@ class Family:
     install: Callable[[Any], None]
     add_experts: Callable[[Any, VAPT, tuple[int, ...]], None]
     name_as_block: Callable[[Any, str], str]
-    in_stages: bool
+    block: type[PromptedBlock] | None
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether blocks stand in stages."""
+        return self.block is None
 
 
 def family_of(model: Any) -> Family | None:

@@ -38,21 +38,6 @@ def _product_is_faster(images: Tensor) -> bool:
     return images.is_cuda
 
 
-def first_block_input(vit: Any, images: Tensor) -> Tensor:
-    """Return what enters the first block of a VisionTransformer, as timm's `forward` computes it.
-
-    Args:
-        vit: timm's VisionTransformer, plain or tuned.
-        images: Images (B, channels, height, width).
-
-    Returns:
-        Tokens (B, N, D).
-    """
-    patches = embedded_patches(vit.patch_embed, images)
-    tokens: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
-    return tokens
-
-
 def is_one_product(patch_embed: nn.Module, images: Tensor) -> bool:
     """Return whether a module is timm's, has no hooks, and embeds whole patches of images."""
     if type(patch_embed) is not PatchEmbed or patch_embed.dynamic_img_pad:

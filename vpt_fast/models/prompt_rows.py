@@ -87,3 +87,15 @@ def extend_mask(mask: Tensor, count: int, prefix: int) -> Tensor:
         shape[dim] = count
         mask = torch.cat([head, mask.new_full(shape, visible), tail], dim=dim)
     return mask
+
+
+def extend_table(rope: Tensor, count: int) -> Tensor:
+    """Extend a rotary table [sin | cos] (..., N', 2 d) by `count` prompts, which are not rotated.
+
+    Prompts stand before the N' patches.
+    """
+    if not count:
+        return rope
+    still = rope.new_zeros(*rope.shape[:-2], count, rope.shape[-1])
+    still[..., rope.shape[-1] // 2 :] = 1
+    return torch.cat([still, rope], -2)

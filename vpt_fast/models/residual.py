@@ -13,16 +13,24 @@ def add_branches(block: Any, x: Tensor, attended: Tensor) -> Tensor:
     Visual Prompt Tuning (arXiv 2203.12119), equation 3: the part that is done row by row.
 
     Args:
-        block: timm's Block or SwinTransformerBlock, plain, tuned or baked. LayerScale (`ls1`,
-            `ls2`) and `adapter` are optional.
+        block: timm's Block, EvaBlock or SwinTransformerBlock, plain, tuned or baked. LayerScale
+            (modules `ls1`, `ls2`, or parameters `gamma_1`, `gamma_2`) and `adapter` are optional.
         x: Residual (B, M, D), in the rows that are computed.
         attended: Output (B, M, D) of the block's attention.
     """
-    optional = block._modules.get
-    ls1, ls2, adapter = optional("ls1"), optional("ls2"), optional("adapter")
-    x = x + block.drop_path1(attended if ls1 is None else ls1(attended))
+    adapter = block._modules.get("adapter")
+    x = x + block.drop_path1(_scaled(block, 1, attended))
     del attended  # freed before the MLP, where nothing has saved it
-    branch = block.mlp(block.norm2(x))
-    branch = branch if ls2 is None else ls2(branch)
+    branch = _scaled(block, 2, block.mlp(block.norm2(x)))
     result: Tensor = x + block.drop_path2(branch if adapter is None else adapter(branch))
     return result
+
+
+def _scaled(block: Any, number: int, branch: Tensor) -> Tensor:
+    """Return a branch after its LayerScale, a module or a parameter, if the block has one."""
+    module = block._modules.get(f"ls{number}")
+    if module is not None:
+        scaled: Tensor = module(branch)
+        return scaled
+    gamma = block._parameters.get(f"gamma_{number}")
+    return branch if gamma is None else gamma * branch

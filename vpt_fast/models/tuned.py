@@ -176,7 +176,7 @@ def take_out(model: nn.Module, plain: Mapping[type, type]) -> None:
             part.__class__ = plain[type(part)]
             for name in ("prompt", "adapter", "prompt_projector"):
                 part._modules.pop(name, None)
-            for name in ("prompt", "rows", "memory"):
+            for name in ("prompt", "rows", "memory", "tables"):
                 part.__dict__.pop(name, None)
 
 

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
 from vpt_fast.methods.baselines import Baseline, LinearProbe
+from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.modules.prompt_tokens import init_bound
 from vpt_fast.reference.swin import ConcatenatedWindows, use_fused_attention
@@ -55,7 +57,7 @@ class ConcatenatedPrompts(_Concatenated):
         ValueError: If `method` has a field that is not in this formulation.
     """
 
-    def __init__(self, model: VisionTransformer, method: VPTShallow | VPTDeep) -> None:
+    def __init__(self, model: VisionTransformer | Eva, method: VPTShallow | VPTDeep) -> None:
         super().__init__()
         _check_plain(method)
         self.model: Any = freeze(model)
@@ -78,13 +80,13 @@ class ConcatenatedPrompts(_Concatenated):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of images (B, 3, height, width)."""
         vit, count, rows_of = self.model, 0, self.rows()
-        x = _embedded(vit, images)
+        x, tables = block_inputs(vit, images)
         for index, block in enumerate(vit.blocks):
             if index in self.blocks:
                 rows = rows_of(index, x).expand(len(x), -1, -1)
                 x = _replaced(x, rows, vit, count)
                 count = rows.shape[1]
-            x = block(x)
+            x = _through(block, x, table_of(tables, index), count)
         return _classified(vit, x, count)
 
 
@@ -98,7 +100,7 @@ class ConcatenatedExperts(_Concatenated):
         method: Sizes, dropouts and variant.
     """
 
-    def __init__(self, model: VisionTransformer, method: VAPT) -> None:
+    def __init__(self, model: VisionTransformer | Eva, method: VAPT) -> None:
         super().__init__()
         self.model: Any = freeze(model)
         self.method = method
@@ -143,14 +145,15 @@ class ConcatenatedExperts(_Concatenated):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of images (B, 3, height, width)."""
         vit, count, rows_of = self.model, len(self.tokens), self.rows()
-        x = _embedded(vit, images)
+        x, tables = block_inputs(vit, images)
         for index, block in enumerate(vit.blocks):
             rows = rows_of(index, _stripped(x, vit, count) if index else x)
-            x = block(_replaced(x, rows, vit, count if index else 0))
+            x = _replaced(x, rows, vit, count if index else 0)
+            x = _through(block, x, table_of(tables, index), count)
         return _classified(vit, x, count)
 
 
-def concatenated(model: VisionTransformer | SwinTransformer, method: Method) -> nn.Module:
+def concatenated(model: VisionTransformer | Eva | SwinTransformer, method: Method) -> nn.Module:
     """Return the published formulation of a timm model with `method`; freeze `model` in place.
 
     Args:
@@ -232,7 +235,7 @@ def require_gradient(model: Any, first: int) -> None:
 
 def _weight(model: Any) -> Tensor:
     """Return a weight that has the device and dtype of the model."""
-    return model.blocks[0].attn.qkv.weight
+    return model.blocks[0].attn.proj.weight
 
 
 def _tokens(model: Any, *shape: int) -> nn.Parameter:
@@ -242,8 +245,15 @@ def _tokens(model: Any, *shape: int) -> nn.Parameter:
     return nn.Parameter(_weight(model).new_empty(*shape, width).uniform_(-bound, bound))
 
 
-def _embedded(vit: Any, images: Tensor) -> Tensor:
-    return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+def _through(block: Any, x: Tensor, rope: Tensor | None, count: int) -> Tensor:
+    """Return the output of timm's block; its attention rotates none of `count` prompt rows."""
+    if rope is None:
+        return block(x)
+    block.attn.num_prefix_tokens += count
+    try:
+        return block(x, rope=rope)
+    finally:
+        block.attn.num_prefix_tokens -= count
 
 
 def _stripped(x: Tensor, vit: Any, count: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpt_fast import VPTDeep, VPTShallow, prompt_tune
 from vpt_fast.models.attention_inputs import attention_tokens
-from vpt_fast.models.vit import attention as prompted_attention
+from vpt_fast.models.isotropic import attention as prompted_attention
 
 BATCH, TOKENS, WIDTH, DEPTH = 8, 10, 64, 4
 LINEAR = 2 * WIDTH * WIDTH  # operations of one row through a width x width matrix

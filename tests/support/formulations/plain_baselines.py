@@ -61,9 +61,10 @@ class PlainBaseline:
         chosen = {id(p) for module in owners for p in module.parameters()}
         if isinstance(method, BiasTuning):
             for module in self.model.modules():
-                bias = getattr(module, "bias", None)
-                if isinstance(bias, nn.Parameter):
-                    chosen.add(id(bias))
+                for name in ("bias", "q_bias", "v_bias"):
+                    bias = getattr(module, name, None)
+                    if isinstance(bias, nn.Parameter):
+                        chosen.add(id(bias))
         self.trained: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             if id(parameter) in chosen:

@@ -24,8 +24,12 @@ _NO_PARAMETERS: dict[str, Any] = {}
 _MODULE_OF = {
     "norm1": ("", "norm1"), "qkv": ("attn", "qkv"), "proj": ("attn", "proj"),
     "scale1": ("", "ls1"), "norm2": ("", "norm2"), "fc1": ("mlp", "fc1"), "fc2": ("mlp", "fc2"),
-    "scale2": ("", "ls2"),
+    "scale2": ("", "ls2"), "value": ("mlp", "fc1_x"), "mlpnorm": ("mlp", "norm"),
 }  # fmt: skip
+
+# Parameters and buffers of timm's EvaBlock and its attention.
+_OF_THE_BLOCK = {"scale1": "gamma_1", "scale2": "gamma_2"}
+_OF_ATTENTION = ("q_bias", "k_bias", "v_bias")
 
 Attributes = dict[str, Any]
 """Dictionary of a module: its own, its children's or its parameters'."""
@@ -37,7 +41,7 @@ _known = attrgetter("known")
 def weight_slots(block: Any) -> list[tuple[Attributes, str]]:
     """Return dictionary and key of every field of `BlockWeights`, in order.
 
-    Folded weights and the branch's scale have an empty dictionary.
+    Folded weights, and what belongs to another module, have an empty dictionary.
     """
     folded = block.__dict__.get("folded", ())
     slots: list[tuple[Attributes, str]] = []
@@ -45,11 +49,21 @@ def weight_slots(block: Any) -> list[tuple[Attributes, str]]:
         if field == "position_bias":
             slots.append((block._modules["attn"]._parameters, "relative_position_bias_table"))
             continue
+        if field in _OF_ATTENTION:
+            attn = block._modules["attn"]
+            own = attn._buffers if field in attn._buffers else attn._parameters
+            slots.append((own, field))
+            continue
+        if _OF_THE_BLOCK.get(field) in block._parameters:
+            slots.append((block._parameters, _OF_THE_BLOCK[field]))
+            continue
         module, _, leaf = field.partition("_")
-        if module not in _MODULE_OF:  # the branch's scale belongs to another block
+        if module not in _MODULE_OF:  # belongs to another block, or to the model
             slots.append((_NO_PARAMETERS, field))
             continue
         container, name = _MODULE_OF[module]
+        if module == "fc1" and "fc1_g" in block._modules["mlp"]._modules:
+            name = "fc1_g"
         parts = block._modules if not container else block._modules[container]._modules
         part = None if name in folded else parts.get(name)
         parameters = _NO_PARAMETERS if part is None else part._parameters
@@ -80,10 +94,11 @@ def _parts_of(block: Any) -> _Parts:
     containers = [parts, attn._modules, mlp._modules]
     modules = [*chain.from_iterable(map(dict.values, containers))]
     attributes = [m.__dict__ for part in parts.values() for m in with_descendants(part)]
-    act = mlp._modules["act"]
+    act, inner = mlp._modules["act"], mlp._modules["norm"]
     scalars = [(attn, "num_heads"), (attn, "scale"), (parts["norm1"], "eps")]
     scalars += [(parts["norm2"], "eps"), (act, "approximate"), (attn, "head_dim")]
-    scalars += [(attn, "fused_attn"), (attn, "training")]
+    scalars += [(attn, "fused_attn"), (attn, "training"), (attn, "rotate_half")]
+    scalars += [(mlp, "gate_last"), (mlp, "chunk_dim"), (inner, "eps")]
     slots = weight_slots(block)
     return _Parts(
         containers, modules, [*map(type, modules)], attributes,

@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import GELU, DropPath, GELUTanh, Mlp, QuickGELU, Swish
+from timm.layers import GELU, DropPath, GELUTanh, GluMlp, Mlp, QuickGELU, SwiGLU, Swish
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -21,7 +21,7 @@ from vpt_fast.models.fusion.block_reading import BlockReading, forget, weight_sl
 from vpt_fast.models.fusion.weights_reading import BlockSettings, WeightsReading
 from vpt_fast.modules.hooks import has_hooks, has_own_forward, with_descendants
 from vpt_fast.modules.norms import is_layer_norm
-from vpt_fast.ops.backend import computing_dtype
+from vpt_fast.ops.backend import computing_dtype, statistics_dtype
 from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.function import run_blocks, run_traced
@@ -42,6 +42,13 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     Swish: "silu",
     nn.SiLU: "silu",
 }
+
+_MLPS: dict[type[nn.Module], tuple[str, ...]] = {
+    Mlp: ("fc1", "fc2"),
+    GluMlp: ("fc1", "fc2"),
+    SwiGLU: ("fc1_g", "fc1_x", "fc2"),
+}
+"""Linears of the MLPs that can be fused."""
 
 _LAYER_SCALES = (nn.Identity, LayerScale, NoneType)  # Swin's blocks have none
 
@@ -65,17 +72,20 @@ def can_fuse(block: nn.Module) -> bool:
     """
     # In dictionaries: this runs often, and nn.Module's attribute access is slow.
     parts: Any = block._modules
+    if type(parts["mlp"]) not in _MLPS:
+        return False
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
+    linears = [attn.get("qkv"), attn["proj"], *(mlp[name] for name in _MLPS[type(parts["mlp"])])]
     return (
-        type(parts["mlp"]) is Mlp
-        and is_layer_norm(parts["norm1"])
+        is_layer_norm(parts["norm1"])
         and is_layer_norm(parts["norm2"])
         and activation_kind(mlp["act"]) is not None
-        and all(type(m) is nn.Linear for m in (attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"]))
+        and all(type(m) is nn.Linear for m in linears)
         and all(
             type(m) in (nn.Identity, NoneType)
-            for m in (attn.get("q_norm"), attn.get("k_norm"), attn.get("norm"), mlp["norm"])
+            for m in (attn.get("q_norm"), attn.get("k_norm"), attn.get("norm"))
         )
+        and (type(mlp["norm"]) is nn.Identity or is_layer_norm(mlp["norm"]))
         and attn.get("gate") is None
         and type(attn.get("softmax")) in (nn.Softmax, NoneType)
         and _has_timms_heads(parts["attn"])
@@ -84,6 +94,7 @@ def can_fuse(block: nn.Module) -> bool:
         and all(map(_drops_nothing, (mlp["drop1"], mlp["drop2"])))
         and all(_drops_nothing(parts[name]) for name in ("drop_path1", "drop_path2"))
         and not nn_module._has_any_global_hook()
+        and not any(p is not None and p.requires_grad for p in block._parameters.values())
         and _is_unchanged(parts)
     )
 
@@ -119,9 +130,14 @@ def block_weights(block: Any) -> BlockWeights:
 
 
 def _block_settings(block: Any) -> BlockSettings:
-    kind = activation_kind(block._modules["mlp"]._modules["act"]) or ""
-    attn = block.attn
-    return BlockSettings(attn.num_heads, attn.scale, block.norm1.eps, block.norm2.eps, kind)
+    attn, mlp = block._modules["attn"], block._modules["mlp"]
+    norm = mlp._modules["norm"]
+    gate = "" if type(mlp) is Mlp else "last" if getattr(mlp, "gate_last", False) else "first"
+    return BlockSettings(
+        attn.num_heads, attn.scale, block.norm1.eps, block.norm2.eps,
+        activation_kind(mlp._modules["act"]) or "", getattr(attn, "rotate_half", False), gate,
+        None if type(norm) is nn.Identity else norm.eps,
+    )  # fmt: skip
 
 
 class Use(NamedTuple):
@@ -140,7 +156,15 @@ class Use(NamedTuple):
 
 def block_config(block: Any, source: PromptSource | None, use: Use) -> BlockConfig:
     """Return the settings of a block that `can_fuse`, with a source of its prompts."""
-    return BlockConfig(*_block_settings(block), use.memory, source, use.windows, use.queries)
+    return _config(_block_settings(block), source, use)
+
+
+def _config(settings: BlockSettings, source: PromptSource | None, use: Use) -> BlockConfig:
+    s = settings
+    return BlockConfig(
+        s.heads, s.scale, s.eps1, s.eps2, s.activation, use.memory, source, use.windows,
+        use.queries, s.rotate_half, s.gate, s.mlp_eps,
+    )  # fmt: skip
 
 
 class Fused(NamedTuple):
@@ -180,6 +204,29 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
     return Fused(known.weights, known)
 
 
+def can_rotate(rope: Tensor | None, x: Tensor) -> bool:
+    """Return whether fused blocks take a table of the rotary position embedding.
+
+    They take fp32 tables, fp64 ones for tokens in fp64, (N', 2 d) or (H, N', 2 d), that are not
+    trained.
+
+    Args:
+        rope: Table, or None.
+        x: Tokens (B, N, D).
+    """
+    if rope is None:
+        return True
+    trained = rope.requires_grad and torch.is_grad_enabled()
+    return (
+        not trained
+        and rope.ndim in (2, 3)
+        and rope.dtype == statistics_dtype(x.dtype)
+        and rope.device == x.device
+        and rope.is_contiguous()
+        and rope.shape[-2] <= x.shape[1]
+    )
+
+
 class _Input(NamedTuple):
     """Layout of a block's input, a deferred sum."""
 
@@ -189,7 +236,14 @@ class _Input(NamedTuple):
     branch: torch.dtype | None  # of the branch
 
 
-def run(block: Any, now: Fused, prompts: Prompts, total: DeferredSum, use: Use) -> DeferredSum:
+def run(
+    block: Any,
+    now: Fused,
+    prompts: Prompts,
+    total: DeferredSum,
+    use: Use,
+    rope: Tensor | None = None,
+) -> DeferredSum:
     """Run a fused block from one deferred sum to the next.
 
     Args:
@@ -198,6 +252,7 @@ def run(block: Any, now: Fused, prompts: Prompts, total: DeferredSum, use: Use) 
         prompts: Source of its prompts, and the source's tensors.
         total: Input.
         use: Settings in this call.
+        rope: Table of the rotary position embedding, as `can_rotate` takes it; or None.
 
     Returns:
         Output (B, N, D), or its first rows (B, queries, D), deferred.
@@ -207,9 +262,10 @@ def run(block: Any, now: Fused, prompts: Prompts, total: DeferredSum, use: Use) 
     dtype = computing_dtype(residual)
     if now.reading is None:
         config = block_config(block, source, use)
-        middle, result = run_traced(config, now.weights, scale, dtype, residual, branch, sources)
+        weights = now.weights._replace(rope=rope)
+        middle, result = run_traced(config, weights, scale, dtype, residual, branch, sources)
     else:
-        steps = _steps(now.reading, prompts, dtype, _input_of(total), scale, use)
+        steps = _steps(now.reading, prompts, dtype, _input_of(total), scale, use, rope)
         middle, result = run_blocks([steps], residual, branch, [sources])
     adapter, scale = block._modules.get("adapter"), now.weights.scale2
     if adapter is None:
@@ -222,6 +278,7 @@ def run_together(
     static_kv: StaticKV | None,
     total: DeferredSum,
     uses: Iterable[Use],
+    ropes: Iterable[Tensor | None],
 ) -> DeferredSum:
     """Run fused blocks as one function; see `run`.
 
@@ -230,13 +287,14 @@ def run_together(
         static_kv: Those blocks whose K_p and V_p are computed together, if any.
         total: Input of the first block.
         uses: Settings of each in this call; all but the last compute all rows.
+        ropes: Table of each, as for `run`.
     """
     dtype, scale, read = computing_dtype(total.residual), total.scale, _input_of(total)
     steps, sources = [], []
-    for (now, prompts), use in zip(ahead, uses, strict=True):
+    for (now, prompts), use, rope in zip(ahead, uses, ropes, strict=True):
         if now.reading is None:
             raise RuntimeError("under tracing blocks run one by one")
-        steps.append(_steps(now.reading, prompts, dtype, read, scale, use))
+        steps.append(_steps(now.reading, prompts, dtype, read, scale, use, rope))
         sources.append(prompts[1])
         scale = now.weights.scale2
         if len(steps) == 1:  # later sums have the wider dtype of input and products
@@ -259,21 +317,27 @@ def _steps(
     read: _Input,
     scale: Tensor | None,
     use: Use,
+    rope: Tensor | None,
 ) -> BlockSteps:
     """Return the steps of a block for inputs of one layout, cached."""
     weights, scale = reading.in_dtype(dtype), contiguous(scale)
     source, sources = prompts
     tensors: tuple[Any, ...] = (
-        dtype, read, None if scale is None else scale.dtype,
+        dtype, read, None if scale is None else scale.dtype, None if rope is None else rope.shape,
         *[None if t is None else (t.shape, t.dtype) for t in sources],
     )  # fmt: skip
     layout = source, use, tensors
     known = reading.steps.get(layout)
-    if known is not None and known.weights is weights and known.scale is scale:
+    if (
+        known is not None
+        and known.weights is weights
+        and known.scale is scale
+        and known.rope is rope
+    ):
         return known.steps
-    config = BlockConfig(*reading.settings, use.memory, source, use.windows, use.queries)
+    config = _config(reading.settings, source, use)
     head_dim = weights.qkv_weight.shape[0] // (3 * config.heads)
     sites = sites_for(weights.qkv_weight, head_dim, config, reading.layout, tensors)
-    steps = BlockSteps(config, weights._replace(branch_scale=scale), dtype, sites)
-    reading.remember(layout, weights, scale, steps)
+    steps = BlockSteps(config, weights._replace(branch_scale=scale, rope=rope), dtype, sites)
+    reading.remember(layout, weights, scale, rope, steps)
     return steps

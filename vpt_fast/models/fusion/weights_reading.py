@@ -61,6 +61,9 @@ class BlockSettings(NamedTuple):
     eps1: float
     eps2: float
     activation: str
+    rotate_half: bool = False
+    gate: str = ""
+    mlp_eps: float | None = None
 
 
 class _Cast(NamedTuple):
@@ -82,6 +85,7 @@ class _CachedSteps(NamedTuple):
 
     weights: BlockWeights
     scale: Tensor | None
+    rope: Tensor | None
     steps: BlockSteps
 
 
@@ -90,7 +94,7 @@ def _matrices_of(weights: BlockWeights) -> list[Tensor]:
     w = weights
     pairs = (
         (w.qkv_weight, w.qkv_bias), (w.proj_weight, w.proj_bias), (w.fc1_weight, w.fc1_bias),
-        (w.fc2_weight, w.fc2_bias),
+        (w.fc2_weight, w.fc2_bias), (w.value_weight, w.value_bias), (w.q_bias, w.k_bias, w.v_bias),
     )  # fmt: skip
     return [t for pair in pairs for t in pair if t is not None]
 
@@ -117,7 +121,8 @@ class WeightsReading:
         self.plain = all(type(w) in PLAIN for w in present)
         self._contiguous = all(w.is_contiguous() for w in present)
         dtypes = {w.dtype for w in _matrices_of(weights)}
-        self._matrix_dtype = dtypes.pop() if len(dtypes) == 1 else None
+        as_they_are = len(dtypes) == 1 and weights.q_bias is None
+        self._matrix_dtype = dtypes.pop() if as_they_are else None
         self.layout: Hashable = tuple(None if w is None else (w.shape, w.dtype) for w in weights)
         self._cast: _Cast | None = None
         self.steps: dict[Hashable, _CachedSteps] = {}
@@ -156,9 +161,14 @@ class WeightsReading:
         return self._cast
 
     def remember(
-        self, layout: Hashable, weights: BlockWeights, scale: Tensor | None, steps: BlockSteps
+        self,
+        layout: Hashable,
+        weights: BlockWeights,
+        scale: Tensor | None,
+        rope: Tensor | None,
+        steps: BlockSteps,
     ) -> None:
         """Cache the steps for one layout."""
         if len(self.steps) >= _MOST_LAYOUTS:
             self.steps.clear()
-        self.steps[layout] = _CachedSteps(weights, scale, steps)
+        self.steps[layout] = _CachedSteps(weights, scale, rope, steps)

@@ -47,6 +47,6 @@ FAMILIES = {
         install=install_prompts,
         add_experts=add_experts,
         name_as_block=_name_as_block,
-        in_stages=True,
+        block=None,
     )
 }

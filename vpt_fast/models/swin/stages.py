@@ -80,7 +80,7 @@ class PromptedSwinStage(SwinTransformerStage):
                 Use(memory, windows_of(block, grid))
                 for block, memory in zip(blocks, memories, strict=True)
             ]
-            return fused_block.run_together(*ahead, total, uses)
+            return fused_block.run_together(*ahead, total, uses, [None] * len(blocks))
         for block, memory in zip(blocks, memories, strict=True):
             total = _through_block(block, total, grid, memory, live)
         return total

@@ -1,80 +1,21 @@
-"""timm's Block with prompts: the class that tuned blocks are given.
-
-It overrides calls only, so that names, state dicts, copies and pickles stay timm's. In
-VPT-Deep a prompt is only a key and a value: its rows of the block's output are never read, so
-the block is (B, N, D) -> (B, N, D), like the one it replaces. Prompt rows that are read later
-(VPT-Shallow, a prompted block before an unprompted one) stand after the prefix tokens as tokens.
-"""
+"""timm's Block with prompts: the class that tuned blocks are given."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
+from torch import Tensor
 
-from vpt_fast.models.fusion import fused_block
-from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
-from vpt_fast.models.fusion.look_ahead import prompts_of
-from vpt_fast.models.prompt_rows import (
-    LiveRows,
-    PromptRows,
-    extend_mask,
-    insert_rows,
-    split_rows,
-    strip_rows,
-)
-from vpt_fast.models.recompute import recomputed
-from vpt_fast.models.residual import add_branches
-from vpt_fast.models.vit.attention import PromptedAttention
-from vpt_fast.modules.hooks import (
-    call_compiled,
-    has_compiled_call,
-    has_hooks,
-    has_own_forward,
-    is_watched,
-)
-from vpt_fast.modules.norms import normalised_prompts
-from vpt_fast.modules.row_by_row import treats_rows_apart
-from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.ops.block.add_norm import DeferredSum
-from vpt_fast.ops.tracing import is_transformed
+from vpt_fast.models.isotropic.block import PromptedBlock
+from vpt_fast.models.prompt_rows import LiveRows
+from vpt_fast.models.vit.attention import PromptedViTAttention
 
 
-class PromptedBlock(Block):
-    """timm's Block with prompts of its own, with live prompt rows passing through, or both.
+class PromptedViTBlock(PromptedBlock, Block):
+    """timm's Block with prompts."""
 
-    It is computed by the first of three routes that is possible:
-
-    - fused: one autograd function of tensors (`vpt_fast.models.fusion.fused_block`);
-    - module by module, without the rows that are not read;
-    - concatenated: timm's own block on prompts and tokens, as published.
-
-    A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum.
-
-    Attributes:
-        prompt: Module that computes this block's prompts from its tokens, or None.
-        rows: Where prompt rows stand in its input and output.
-        memory: What it saves for backward, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
-    """
-
-    attn: PromptedAttention
-    prompt: nn.Module | None
-    rows: PromptRows
-    memory: str
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the block; its hooks see (B, N, D) -> (B, N, D), without live prompt rows."""
-        rows = self.rows
-        if not (rows.entering or rows.leaving) or not has_hooks(self):
-            return super().__call__(x, *args, **kwargs)
-        x, entering = split_rows(x, rows.entering, rows.prefix)
-        live = LiveRows(entering)
-        x = super().__call__(x, *args, live=live, **kwargs)
-        return insert_rows(x, live.rows, rows.prefix) if rows.leaving else x
+    plain_class = Block
+    attentions = {Attention: PromptedViTAttention}
 
     def forward(
         self,
@@ -84,169 +25,5 @@ class PromptedBlock(Block):
         live: LiveRows | None = None,
         first: int | None = None,
     ) -> Tensor:
-        """Return the output (B, leaving + N, D) of tokens (B, entering + N, D).
-
-        Args:
-            x: Tokens, with the live prompt rows that enter.
-            attn_mask: As timm's, (..., N, N) without prompt rows; prompts are always visible.
-            is_causal: As timm's; refused with prompts, which have no place in an order of tokens.
-            live: Prompt rows beside x instead of among its rows.
-            first: Number of first rows of the output that are computed; None computes all. Not
-                with `attn_mask`, `is_causal` or `live`.
-
-        Raises:
-            ValueError: `is_causal` is True in a block with prompts, or `first` is combined.
-        """
-        rows = self.rows
-        if first is not None and (attn_mask is not None or is_causal or live is not None):
-            raise ValueError(f"first={first} needs a call without attn_mask, is_causal and live")
-        if is_causal and (self.prompt is not None or rows.entering):
-            raise ValueError("is_causal=True cannot be used with prompts; pass an attn_mask")
-        if live is not None:
-            x = insert_rows(x, live.rows, rows.prefix)
-        if attn_mask is None and not is_causal:
-            x = self.forward_deferred(DeferredSum(x), self.memory, first).materialize()
-        elif self.memory == "speed":
-            x = self._concatenated(x, attn_mask, is_causal)
-        else:
-            x = recomputed(self, self._concatenated, x, attn_mask, is_causal)
-        if live is not None and rows.leaving:
-            x, live.rows = split_rows(x, rows.leaving, rows.prefix)
-        return x
-
-    def forward_deferred(
-        self, total: DeferredSum, memory: str, first: int | None = None
-    ) -> DeferredSum:
-        """Compute the block from one deferred residual sum to the next, past its own hooks.
-
-        Args:
-            total: Tokens, with the live prompt rows that enter.
-            memory: What is saved for backward.
-            first: As for `forward`.
-        """
-        rows, prompt, now = self.rows, self._modules.get("prompt"), None
-        # A fused block computes dead rows, too, and all keys and values, which a GPU's matrix units
-        # do faster than the smaller products of `absorbed_attention`, and a CPU does not.
-        if (prompt is not None or rows.leaving or not rows.entering) and (
-            first is None or uses_kernels(total.residual)
-        ):
-            now = fused(self, total.residual)
-        if now is None:
-            if memory == "speed":
-                return DeferredSum(self._by_modules(total, first))
-            x = total.materialize()
-            again = recomputed(self, lambda x: self._by_modules(DeferredSum(x), first), x)
-            return DeferredSum(again)
-        if prompt is not None and (rows.entering or rows.leaving):
-            x = strip_rows(total.materialize(), rows.entering, rows.prefix)
-            if rows.leaving:
-                x, prompt = insert_rows(x, prompt(x), rows.prefix), None
-            total = DeferredSum(x)
-        prompts = prompts_of(prompt, total.residual)
-        return fused_block.run(self, now, prompts, total, Use(memory, queries=first))
-
-    def _by_modules(self, total: DeferredSum, first: int | None) -> Tensor:
-        x, rows = total.materialize(), self.rows
-        if self._needs_all_rows():
-            x = self._concatenated(x)
-            return x if first is None else x[:, :first]
-        prompts = queries = None
-        if self.prompt is not None:
-            x, prompts = self.own_prompts(x)
-            if rows.leaving:
-                x, prompts = insert_rows(x, prompts, rows.prefix), None
-            else:
-                prompts = normalised_prompts(self.norm1, prompts, x.dtype)
-        y = self.norm1(x)
-        if first is not None:
-            x, queries = x[:, :first], y[:, :first]
-        elif self.prompt is None and rows.entering and not rows.leaving:
-            x = strip_rows(x, rows.entering, rows.prefix)
-            queries = strip_rows(y, rows.entering, rows.prefix)
-        return add_branches(self, x, self.attn(y, prompts=prompts, queries=queries))
-
-    def _concatenated(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        rows = self.rows
-        count = rows.entering
-        if self.prompt is not None:
-            x, prompts = self.own_prompts(x)
-            count = prompts.shape[1]
-            x = insert_rows(x, prompts, rows.prefix)
-        if attn_mask is not None and count:
-            attn_mask = extend_mask(attn_mask, count, rows.prefix)
-        x = add_branches(
-            self, x, self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-        )
-        return x if rows.leaving else strip_rows(x, count, rows.prefix)
-
-    def own_prompts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens (B, N, D) without rows that enter, and this block's prompts."""
-        x = strip_rows(x, self.rows.entering, self.rows.prefix)
-        prompt: Any = self.prompt
-        return x, prompt(x)
-
-    def _needs_all_rows(self) -> bool:
-        """Return whether a part may do anything with the rows, or a hook would miss some of them.
-
-        Hooks may change what they see; what comes after the keys is the tokens' own.
-        """
-        attn: Any = self._modules["attn"]
-        parts = [part for name, part in self._modules.items() if name not in ("attn", "prompt")]
-        return (
-            is_transformed()
-            or type(attn) is not PromptedAttention
-            or has_own_forward(attn)
-            or not treats_rows_apart(*parts, *attn._modules.values())
-            or bool(attn._forward_pre_hooks or attn._backward_hooks)
-            or nn_module._has_any_global_hook()
-            or is_watched(self.norm1, attn.qkv, attn.q_norm, attn.k_norm)
-            or (not attn.fused_attn and is_watched(attn.attn_drop))
-        )
-
-
-def is_fusable(block: Any) -> bool:
-    """Return `fused_block.can_fuse` of timm's and our classes; other classes compute anything."""
-    return _is_known(block) and fused_block.can_fuse(block)
-
-
-def fused(block: Any, x: Tensor | None) -> Fused | None:
-    """Return `fused_block.fused` of timm's and our classes; other classes compute anything."""
-    return fused_block.fused(block, x) if _is_known(block) else None
-
-
-def _is_known(block: Any) -> bool:
-    return type(block) in (Block, PromptedBlock) and type(block._modules.get("attn")) in (
-        Attention,
-        PromptedAttention,
-    )
-
-
-def through_block(
-    block: Any, total: DeferredSum, memory: str, first: int | None = None
-) -> DeferredSum:
-    """Compute a frozen or prompted block, hooks on it included.
-
-    Args:
-        block: timm's `Block` or a `PromptedBlock`.
-        total: Input, a deferred residual sum.
-        memory: What is saved for backward.
-        first: Number of first rows of the output that are computed, by a `PromptedBlock` without
-            hooks; None computes all.
-    """
-    compiled = has_compiled_call(block)
-    hooked = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
-    if not (compiled or hooked):
-        if isinstance(block, PromptedBlock):
-            return block.forward_deferred(total, memory, first)
-        now = fused(block, total.residual)
-        if now is not None:
-            return fused_block.run(block, now, NO_PROMPTS, total, Use(memory))
-    call = functools.partial(call_compiled, block) if compiled else block
-    if first is not None:
-        call = functools.partial(call, first=first)
-    x = total.materialize()
-    if memory == getattr(block, "memory", "speed"):
-        return DeferredSum(call(x))
-    return DeferredSum(recomputed(block, call, x))
+        """Return the block's output; see `PromptedBlock.compute`."""
+        return self.compute(x, attn_mask, is_causal, live, first)

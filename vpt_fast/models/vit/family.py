@@ -9,10 +9,10 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from vpt_fast.models.family import Family
-from vpt_fast.models.vit.attention import PromptedAttention
-from vpt_fast.models.vit.blocks import PromptedBlock
+from vpt_fast.models.isotropic.install import add_experts, install_prompts
+from vpt_fast.models.vit.attention import PromptedViTAttention
+from vpt_fast.models.vit.blocks import PromptedViTBlock
 from vpt_fast.models.vit.checks import check_vit
-from vpt_fast.models.vit.install import add_experts, install_prompts
 from vpt_fast.models.vit.model import PromptedVisionTransformer, PromptedVisionTransformerDistilled
 
 
@@ -20,16 +20,20 @@ def _name_as_block(model: Any, name: str) -> str:
     return name
 
 
+def _install(model: Any) -> None:
+    install_prompts(model, PromptedViTBlock)
+
+
 def _family(plain: Any, tuned: Any) -> Family:
     return Family(
         plain=plain,
         tuned=tuned,
-        plain_parts={PromptedBlock: Block, PromptedAttention: Attention},
+        plain_parts={PromptedViTBlock: Block, PromptedViTAttention: Attention},
         check=check_vit,
-        install=install_prompts,
+        install=_install,
         add_experts=add_experts,
         name_as_block=_name_as_block,
-        in_stages=False,
+        block=PromptedViTBlock,
     )
 
 

@@ -1,4 +1,4 @@
-"""Attention of a few query rows without computing keys and values.
+"""Attention of a few query rows without computing values, and keys where they are not rotated.
 
 With one query (the last block of a model whose head reads one token) the products are reordered:
 `q_h . (y W_k,h)` is `(W_k,h q_h) . y`, and `P_h (y W_v,h)` is `(P_h y) W_v,h`. The two
@@ -47,6 +47,47 @@ def absorbed_attention(
     return out.to(q.dtype)
 
 
+def absorbed_values(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    prompt_k: Tensor | None,
+    prompts: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Compute softmax(q [K_p; K]^T * scale) (X W_v + b_v), X = [prompts; rows], from X itself.
+
+    For keys that are rotated by their position: W_k cannot pass through as many rotations.
+
+    Args:
+        q: Queries (B, M, H, d).
+        k: Keys K (B, N, H, d).
+        rows: Normalised tokens (B, N, D).
+        prompt_k: Keys K_p (B or 1, p, H, d) of the prompts, or None.
+        prompts: Normalised prompts (B or 1, p, D), or None.
+        v_weight, v_bias, scale: As for `absorbed_attention`.
+
+    Returns:
+        (B, M, H * d) in q's dtype; scores, softmax and weighted sums are fp32 at least.
+    """
+    wide = statistics_dtype(q.dtype)
+    tensors = (q, k, prompt_k, rows, prompts, v_weight, v_bias)
+    with in_full_precision(q):
+        converted: Any = [t if t is None else t.to(wide) for t in tensors]
+        wide_q, *keys, wide_rows, wide_prompts, weight, bias = converted
+        batch, queries, heads, _ = q.shape
+        wide_q = (wide_q * scale).transpose(1, 2)  # (B, H, M, d)
+        scores = [
+            (wide_q @ key.permute(0, 2, 3, 1)).reshape(batch, heads * queries, -1)
+            for key in keys
+            if key is not None
+        ]
+        out = _weighted(scores, wide_rows, wide_prompts, weight, bias, q.shape)
+    return out.to(q.dtype)
+
+
 def _absorbed(
     scale: float,
     q: Tensor,
@@ -61,12 +102,36 @@ def _absorbed(
     q = (q * scale).permute(2, 0, 1, 3).reshape(heads, batch * queries, dim)
     u = (q @ k_weight.view(heads, dim, width)).view(heads, batch, queries, width)
     u = u.transpose(0, 1).reshape(batch, heads * queries, width)
-    scores = u @ rows.transpose(1, 2)  # (B, H * M, N)
+    scores = [u @ rows.transpose(1, 2)]  # (B, H * M, N)
+    if prompts is not None:
+        scores.append(u @ prompts.transpose(1, 2))
+    return _weighted(
+        scores, rows, prompts, v_weight, v_bias, torch.Size((batch, queries, heads, dim))
+    )
+
+
+def _weighted(
+    scores: list[Tensor],
+    rows: Tensor,
+    prompts: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    shape: torch.Size,
+) -> Tensor:
+    """Return softmax([scores of prompts, scores of rows]) (X W_v + b_v), (B, M, H * d).
+
+    Args:
+        scores: Those of the rows (B, H * M, N), then those of the prompts (B, H * M, p), if any.
+        rows, prompts, v_weight, v_bias: As for `absorbed_attention`.
+        shape: That of the queries, (B, M, H, d).
+    """
+    batch, queries, heads, dim = shape
+    width = rows.shape[-1]
     if prompts is None:
-        z = scores.softmax(-1) @ rows
+        z = scores[0].softmax(-1) @ rows
     else:
         count = prompts.shape[1]
-        weights = torch.cat([u @ prompts.transpose(1, 2), scores], -1).softmax(-1)
+        weights = torch.cat([scores[1], scores[0]], -1).softmax(-1)
         z = weights[..., :count] @ prompts + weights[..., count:] @ rows
     z = z.view(batch, heads, queries, width).transpose(0, 1)
     z = z.reshape(heads, batch * queries, width) @ v_weight.view(heads, dim, width).transpose(1, 2)

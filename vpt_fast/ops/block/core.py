@@ -11,6 +11,7 @@ computed, and the memory mode decides what is saved and what is recomputed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.attention.operator import ATTENTION, ATTENTION_BACKWARD
-from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.block import mlp
 from vpt_fast.ops.block.add_norm import Norm, SavedInput, enter, entry_gradients
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, SavedBlock
 from vpt_fast.ops.block.sites import Sites
-from vpt_fast.ops.rowwise.activation import ACTIVATION, ACTIVATION_BACKWARD
 from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD
+from vpt_fast.ops.rowwise.rotation import ROTATION
 
 
 class _Projection(NamedTuple):
@@ -129,22 +130,42 @@ class BlockSteps:
         """Return q, k, v of y = norm1(x) (B, N, D), packed."""
         w, count, heads, dim = self.weights, self.config.queries, self.config.heads, self.head_dim
         batch, rows, _ = y.shape
+        tokens: tuple[Tensor, ...]
         if count is None:
             qkv = self.linear("qkv", y, w.qkv_weight, w.qkv_bias)
-            return (qkv.view(batch, rows, 3, heads, dim),)
-        queries, keys_and_values = self._projections
-        q, kv = F.linear(y[:, :count], *queries), F.linear(y, *keys_and_values)
-        return q.view(batch, count, heads, dim), kv.view(batch, rows, 2, heads, dim)
+            tokens = (qkv.view(batch, rows, 3, heads, dim),)
+        else:
+            queries, keys_and_values = self._projections
+            q, kv = F.linear(y[:, :count], *queries), F.linear(y, *keys_and_values)
+            tokens = q.view(batch, count, heads, dim), kv.view(batch, rows, 2, heads, dim)
+        self._rotate(tokens, False)
+        return tokens
 
     def project_backward(self, grads: list[Tensor]) -> Tensor:
         """Return the gradient (B, N, D) of norm1(x)."""
         count = self.config.queries
+        self._rotate(grads, True)
         if count is None:
             return torch.matmul(grads[0].flatten(2), self.weights.qkv_weight)
         queries, keys_and_values = self._projections
         grad = torch.matmul(grads[1].flatten(2), keys_and_values.weight)
         grad[:, :count] += torch.matmul(grads[0].flatten(2), queries.weight)
         return grad
+
+    def _rotate(self, tokens: Sequence[Tensor], inverse: bool) -> None:
+        """Rotate queries and keys by their position, or their gradients back, in place."""
+        table, half = self.weights.rope, self.config.rotate_half
+        if table is None:
+            return
+        if len(tokens) == 1:
+            self.sites[ROTATION, f"qkv {inverse}"](tokens[0], table, 2, half, inverse)
+            return
+        q, kv = tokens
+        self.sites[ROTATION, f"kv {inverse}"](kv, table, 1, half, inverse)
+        count = q.shape[1] - (kv.shape[1] - table.shape[-2])  # of the first rows, those rotated
+        if count > 0:
+            own = table[..., :count, :].contiguous()
+            self.sites[ROTATION, f"q {inverse}"](q.unsqueeze(2), own, 1, half, inverse)
 
     def attend(self, tokens: tuple[Tensor, ...], kv: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return output (B, M, A) and base-2 log-sum-exp (B, H, M) of attention."""
@@ -173,7 +194,7 @@ class BlockSteps:
             grad_out, scale, needs_tokens, needs_prompts,
         )  # fmt: skip
 
-    # --- x' = x + ls1 * proj(out), then MLP(norm2(x')) ----------------------------------------
+    # --- x' = x + ls1 * proj(out), then norm2(x') ---------------------------------------------
 
     def first_rows(self, x: Tensor) -> Tensor:
         """Return those rows of x (B, N, D) that are computed."""
@@ -196,26 +217,6 @@ class BlockSteps:
             middle, None, None, w.norm2_weight, w.norm2_bias, self.config.eps2, None, self.dtype
         )[1]
 
-    def expand(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return fc1's output, and its bias where the activation's kernel adds it."""
-        w = self.weights
-        if uses_kernels(y):
-            return self.linear("fc1", y, w.fc1_weight, None), w.fc1_bias
-        return self.linear("fc1", y, w.fc1_weight, w.fc1_bias), None
-
-    def contract(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the MLP's output from fc1's."""
-        active = self.sites[ACTIVATION, ""](hidden, bias, self.config.activation)
-        return self.linear("fc2", active, self.weights.fc2_weight, self.weights.fc2_bias)
-
-    def mlp_gradient(self, grad: Tensor, hidden: Tensor) -> Tensor:
-        """Return the gradient of norm2(x') from that of the MLP's output."""
-        w = self.weights
-        grad = torch.matmul(grad, w.fc2_weight)
-        bias = w.fc1_bias if uses_kernels(hidden) else None
-        self.sites[ACTIVATION_BACKWARD, ""](hidden, bias, grad, self.config.activation)
-        return torch.matmul(grad, w.fc1_weight)
-
     # --- whole passes ------------------------------------------------------------------------
 
     def forward(
@@ -237,8 +238,8 @@ class BlockSteps:
         tokens = self.project(y)
         out, lse = self.attend(tokens, kv)
         middle, y, statistics = self.add_attention(_required(entry.x), out)
-        hidden, bias = self.expand(y)
-        result = self.contract(hidden, bias)
+        hidden = mlp.expand(self, y)
+        result = mlp.contract(self, hidden)
         saved = SavedBlock(entry, kv, kv_statistics, tokens, out, lse, middle, statistics, hidden)
         return middle, result, saved
 
@@ -278,7 +279,7 @@ class BlockSteps:
         if middle is None:
             middle, y, statistics = self.add_attention(_required(entry.x), out)
         if hidden is None:
-            hidden = self.expand(self.normalise_middle(middle) if y is None else y)[0]
+            hidden = mlp.expand(self, self.normalise_middle(middle) if y is None else y)
         return SavedBlock(entry, kv, kv_statistics, tokens, out, lse, middle, statistics, hidden)
 
     def backward(
@@ -331,7 +332,7 @@ class BlockSteps:
         w, middle = self.weights, _required(full.middle)
         separate = w.scale1 is not None or middle.dtype != self.dtype
         if grad_result is not None:
-            grad = self.mlp_gradient(grad_result, _required(full.hidden))
+            grad = mlp.gradient(self, grad_result, _required(full.hidden))
             site = f"norm2 {separate} {grad_middle is None}"
             grads = self.sites[RESIDUAL_NORM_BACKWARD, site](
                 middle, full.statistics, w.norm2_weight, w.scale1, grad, grad_middle,

@@ -42,17 +42,29 @@ class BlockWeights(NamedTuple):
     scale1: Tensor | None  # (D,), LayerScale of attention's branch
     norm2_weight: Tensor | None
     norm2_bias: Tensor | None
-    fc1_weight: Tensor  # (C, D)
+    fc1_weight: Tensor  # (C, D), (2 C, D) where it is [gate | value]
     fc1_bias: Tensor | None
     fc2_weight: Tensor  # (D, C)
     fc2_bias: Tensor | None
     position_bias: Tensor | None = None  # (positions, H), of attention in windows
     scale2: Tensor | None = None  # (D,), LayerScale of the MLP's branch, applied by the next block
     branch_scale: Tensor | None = None  # (D,), scale2 of the block before
+    rope: Tensor | None = None  # (N', 2 d) or (H, N', 2 d), [sin | cos] of the last N' tokens
+    value_weight: Tensor | None = None  # (C, D), of a gated MLP whose fc1 is the gate's alone
+    value_bias: Tensor | None = None
+    mlpnorm_weight: Tensor | None = None  # (C,), of the norm before fc2
+    mlpnorm_bias: Tensor | None = None
+    q_bias: Tensor | None = None  # (A,), of a qkv_bias in three parts
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> BlockWeights:
-        """Return the weights with the operands of matrix products in `dtype`."""
-        matrices = ("qkv", "proj", "fc1", "fc2")
+        """Return the weights with the operands of matrix products in `dtype`, qkv_bias in one."""
+        if self.q_bias is not None:
+            parts: Any = (self.q_bias, self.k_bias, self.v_bias)
+            joined = torch.cat(parts)
+            return self._replace(qkv_bias=joined, q_bias=None, k_bias=None, v_bias=None).to(dtype)
+        matrices = ("qkv", "proj", "fc1", "fc2", "value")
         names = [f"{matrix}_{part}" for matrix in matrices for part in ("weight", "bias")]
         changed = {n: t.to(dtype) for n in names if (t := getattr(self, n)) is not None}
         return self._replace(**changed)
@@ -72,6 +84,10 @@ class BlockConfig:
         source: Source of the block's prompts, or None.
         windows: Windows that attention is restricted to, or None.
         queries: Number of first rows that are computed; None computes all.
+        rotate_half: Which channels are a pair for `rope`; see `vpt_fast.ops.rowwise.rotation`.
+        gate: Half of the MLP's hidden layer that is activated and multiplied with the other,
+            "first" or "last"; "" if it is not gated.
+        mlp_eps: Epsilon of the norm before fc2; None without one.
     """
 
     heads: int
@@ -83,6 +99,9 @@ class BlockConfig:
     source: PromptSource | None
     windows: AttentionPattern | None = None
     queries: int | None = None
+    rotate_half: bool = False
+    gate: str = ""
+    mlp_eps: float | None = None
 
     def saves_kv(self, kv: Tensor) -> bool:
         """Return whether K_p, V_p (B or 1, p, 2, H, d) are saved for backward.
@@ -105,7 +124,7 @@ class SavedBlock(NamedTuple):
     lse: Tensor | None = None  # (B, H, M), its base-2 log-sum-exp
     middle: Tensor | None = None  # (B, M, D), x'
     statistics: Tensor | None = None  # (2, B, M), row statistics of x'
-    hidden: Tensor | None = None  # (B, M, C), fc1's output
+    hidden: Tensor | None = None  # (B, M, C or 2 C), fc1's output
 
 
 def contiguous(tensor: Any) -> Any:

@@ -39,7 +39,7 @@ def activation(h: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     Raises:
         ValueError: The kind is unknown.
     """
-    _check(kind)
+    check_kind(kind)
     return ACTIVATION.on(h)(h, bias, kind)
 
 
@@ -59,7 +59,7 @@ def activation_backward(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str)
     Raises:
         ValueError: The kind is unknown.
     """
-    _check(kind)
+    check_kind(kind)
     ACTIVATION_BACKWARD.on(h)(h, bias, grad, kind)
 
 
@@ -68,7 +68,8 @@ def _(h: Tensor, bias: Tensor | None, grad: Tensor, kind: str) -> None:
     return None
 
 
-def _check(kind: str) -> None:
+def check_kind(kind: str) -> None:
+    """Raise ValueError unless `kind` is one of `KINDS`."""
     if kind not in KINDS:
         raise ValueError(f"activation {kind!r}: use one of {', '.join(KINDS)}")
 

@@ -104,6 +104,7 @@ def _excluded(model: Any) -> set[int]:
     rows_read = getattr(model, "_rows_read", None)
     if rows_read is not None and rows_read() is not None:
         last = blocks_of(model)[-1].attn
-        if not (is_normed(last) or uses_kernels(last.qkv.weight)):
-            added.add(id(last.qkv))
+        if not (is_normed(last) or uses_kernels(last.proj.weight)):
+            parts = (last._modules.get(name) for name in ("qkv", "k_proj", "v_proj"))
+            added |= {id(part) for part in parts if part is not None}
     return added

@@ -16,12 +16,14 @@ from vpt_fast.modules.row_by_row import ROW_NORMS
 
 _AFTER_BLOCKS = ("norm", "fc_norm", "head_drop", "head_hidden", "head", "head_dist")
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+
 
 def rows_read(model: Any, last: type[nn.Module]) -> int | None:
     """Return the number of first rows of the last block's output that are to be computed.
 
     Args:
-        model: timm VisionTransformer, plain, tuned or baked.
+        model: timm VisionTransformer or Eva, plain, tuned or baked.
         last: Class of a last block that can compute its first rows alone.
 
     Returns:
@@ -43,7 +45,7 @@ def _reads_first(model: Any, last: type[nn.Module]) -> bool:
         return False
     # In its dictionary: this runs in every call, and nn.Module's attribute access is slow.
     all_blocks = model._modules["blocks"]
-    if "_compiled_call_impl" in all_blocks.__dict__ or type(all_blocks) is not nn.Sequential:
+    if "_compiled_call_impl" in all_blocks.__dict__ or type(all_blocks) not in _CONTAINERS:
         return False  # they are called as one module
     blocks = all_blocks._modules
     if not blocks:

@@ -1,0 +1,104 @@
+"""timm's Eva, tuned: the class that models are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models._features import feature_take_indices
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from vpt_fast.models.eva.blocks import PromptedEvaBlock
+from vpt_fast.models.isotropic.model import PromptedModel
+from vpt_fast.models.isotropic.rope_tables import RopeTables
+from vpt_fast.models.patches import embedded_patches
+from vpt_fast.models.prompt_rows import strip_rows
+
+
+class PromptedEva(PromptedModel, Eva):
+    """timm's Eva, tuned."""
+
+    plain_class = Eva
+    tuned_block = PromptedEvaBlock
+    container = nn.ModuleList
+
+    def embedded(self, images: Tensor) -> tuple[Tensor, RopeTables | None]:
+        """Return the first block's input and the tables; see `PromptedModel.embedded`."""
+        x, rope = self._pos_embed(embedded_patches(self.patch_embed, images))
+        return self.norm_pre(x), self._tables(rope)
+
+    def tables_of(self, x: Tensor) -> RopeTables | None:
+        """Return the tables for the model's own image size; see `PromptedModel.tables_of`.
+
+        Raises:
+            ValueError: The tokens are those of another size.
+        """
+        grid = self.patch_embed.grid_size
+        rows = self.num_prefix_tokens + grid[0] * grid[1]
+        if self.rope is None:
+            return None
+        if x.shape[1] != rows:
+            raise ValueError(
+                f"the model's images have {rows} tokens ({grid[0]} x {grid[1]} patches), but these "
+                f"have {x.shape[1]}: their positions are not known; resize the images, or call "
+                "set_input_size"
+            )
+        embedding: Any = self.rope
+        fixed = not self.dynamic_img_size and hasattr(embedding, "feat_shape")
+        return self._tables(embedding.get_embed(None if fixed else grid))
+
+    def _tables(self, rope: Tensor | None) -> RopeTables | None:
+        if rope is None:
+            return None
+        known: RopeTables | None = self.__dict__.get("_rope_tables")
+        if known is None or not known.is_of(rope):
+            known = RopeTables(rope, len(self.blocks), self.rope_mixed)
+            if known.is_constant:
+                self.__dict__["_rope_tables"] = known
+        return known
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Return timm's intermediates, with live prompt rows stripped from every entry."""
+        height, width = x.shape[-2:]
+        result: Any = super().forward_intermediates(
+            x,
+            indices,
+            return_prefix_tokens=True,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt="NLC" if output_fmt == "NCHW" else output_fmt,
+            intermediates_only=intermediates_only,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        features, found = (None, result) if intermediates_only else result
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        prefixes: list[Tensor] = []
+        patches: list[Tensor] = []
+        for index, entry in zip(sorted(taken), found, strict=True):
+            rows, prefix = entry if self.num_prefix_tokens else (entry, entry[:, :0])
+            patches.append(rows[:, self.rows_leaving(index) :])
+            prefixes.append(prefix)
+        if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size((height, width))
+            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
+        outputs: Any = patches
+        if return_prefix_tokens and self.num_prefix_tokens:
+            outputs = list(zip(patches, prefixes, strict=True))
+        if features is None:
+            return outputs
+        stop = last if stop_early else len(self.blocks) - 1
+        pooled = stop == len(self.blocks) - 1 and self.pools_prompts()
+        count = 0 if pooled else self.rows_leaving(stop)
+        return strip_rows(features, count, self.num_prefix_tokens), outputs

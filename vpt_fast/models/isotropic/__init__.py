@@ -1,0 +1,1 @@
+"""What tuned transformers of one width share: their blocks, their model, their prompts."""

@@ -1,0 +1,33 @@
+"""What enters the first block of a transformer of one width: tokens, and tables of positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vpt_fast.models.isotropic.rope_tables import RopeTables
+from vpt_fast.models.patches import embedded_patches
+
+
+def block_inputs(model: Any, images: Tensor) -> tuple[Tensor, RopeTables | None]:
+    """Return what enters the first block, as timm's `forward` computes it.
+
+    Args:
+        model: timm's VisionTransformer or Eva, plain or tuned.
+        images: Images (B, channels, height, width).
+
+    Returns:
+        Tokens (B, N, D), and the tables of the rotary position embedding, None without one.
+    """
+    placed = model._pos_embed(embedded_patches(model.patch_embed, images))
+    if isinstance(placed, Tensor):
+        return model.norm_pre(model.patch_drop(placed)), None
+    tokens, rope = placed  # timm's Eva drops patches itself
+    tables = None if rope is None else RopeTables(rope, len(model.blocks), model.rope_mixed)
+    return model.norm_pre(tokens), tables
+
+
+def table_of(tables: RopeTables | None, block: int) -> Tensor | None:
+    """Return the table of a block, None without any."""
+    return None if tables is None else tables.of_blocks[block]
