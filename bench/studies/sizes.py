@@ -49,7 +49,7 @@ SHARED = ("vpt_fast/models",)
 """What models of all families share: fusion, CUDA graphs, folding, records; without the others."""
 
 LIMITS = {
-    "core": 7_500,
+    "core": 7_750,
     "shared": 2_000,
     "swin": 2_000,
     "eva": 2_000,
