@@ -18,6 +18,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 METHODS = ("vpt-deep", "vapt")
 STEP, INFERENCE = "step", "inference"
 SWIN = "swin_tiny_patch4_window7_224"
+DINOV3 = "vit_small_patch16_dinov3"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def cpu_cases() -> list[Case]:
     """Return what `make bench` compares on a CPU."""
     small, tiny = Case(), Case(model="vit_tiny_patch16_224")
     three = ("concat", OURS, WITHOUT)
+    rotary = Case(model=DINOV3, image_size=256, providers=("concat", "keys_concat", OURS, WITHOUT))
     return [
         *(replace(small, prompts=p) for p in (0, 10, 50, 100, 200)),
         *(replace(small, prompts=p, dropout=0.1, providers=three) for p in (50, 200)),
@@ -116,6 +118,7 @@ def cpu_cases() -> list[Case]:
         replace(small, model="vit_base_patch16_224", batch=2),
         replace(small, model="vit_large_patch16_224", batch=1, providers=three),
         *(replace(small, model=SWIN, prompts=p, providers=three) for p in (10, 50)),
+        *(replace(rotary, prompts=p) for p in (10, 50, 100)),
         *(replace(small, work=INFERENCE, prompts=p) for p in (10, 50, 200)),
         replace(small, work=INFERENCE, method="vapt"),
     ]

@@ -15,6 +15,7 @@ from support.formulations.plain import distance, gradients, redraw_prompts, tune
 from torch import Tensor
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune
+from vpt_fast.ops.block.projections import Projection
 from vpt_fast.ops.block.prompt_kv import KVWeights, prompt_kv
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
@@ -122,21 +123,23 @@ def test_under_autocast_the_copies_are_what_backward_reads() -> None:
         output.float().sum().backward()
 
 
-def kv_weights(blocks: int = 2, affine: bool = True) -> KVWeights:
-    """Draw weights for D = 6, A = 4, H = 2."""
+def kv_weights(blocks: int = 2, affine: bool = True, apart: bool = False) -> KVWeights:
+    """Draw weights for D = 6, A = 4, H = 2; keys and values in one projection, or `apart`."""
     generator = torch.Generator().manual_seed(3)
 
     def rand(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     none: list[Tensor | None] = [None] * blocks
-    weights = [rand(8, 6) for _ in range(blocks)]
+    rows = [4, 4] if apart else [8]
+    projections = [
+        [Projection(rand(count, 6), rand(count) if affine else None) for count in rows]
+        for _ in range(blocks)
+    ]
     return KVWeights(
         [rand(6) for _ in range(blocks)] if affine else none,
         [rand(6) for _ in range(blocks)] if affine else none,
-        weights,
-        [weight.t() for weight in weights],
-        [rand(8) for _ in range(blocks)] if affine else none,
+        projections,
         0.1,
         2,
     )
@@ -148,9 +151,10 @@ def tokens(blocks: int = 2) -> list[Tensor]:
     return [row.clone().requires_grad_() for row in rows]
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_gradcheck_of_prompt_keys(affine: bool) -> None:
-    weights = kv_weights(affine=affine)
+def test_gradcheck_of_prompt_keys(affine: bool, apart: bool) -> None:
+    weights = kv_weights(affine=affine, apart=apart)
     assert torch.autograd.gradcheck(lambda *rows: prompt_kv(weights, torch.float64, rows), tokens())
     # Of keys that nobody reads, and of prompts that are not trained.
     assert torch.autograd.gradcheck(
@@ -169,7 +173,8 @@ def test_weights_of_the_prompts_keys_are_refused() -> None:
         for index in (0, 1):
             weights, rows = kv_weights(), tokens()
             keys = prompt_kv(weights, torch.float64, rows)
-            getattr(weights, field)[index].mul_(2)
+            changed = getattr(weights, field)[index]
+            (changed if field == "norm_weights" else changed[0]).mul_(2)
             with pytest.raises(RuntimeError, match=REFUSED):
                 (keys[0].sum() + keys[1].sum()).backward()
 

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from vpt_fast.kernels.rowwise.activation import activation_launch
+from vpt_fast.kernels.rowwise.gated_activation import gated_launch
 from vpt_fast.kernels.rowwise.residual_norm import (
     residual_norm_backward_launch,
     residual_norm_launch,
 )
+from vpt_fast.kernels.rowwise.rotation import rotation_launch
 from vpt_fast.kernels.runtime.launch import Launch
 
 NORM_KERNELS = (
@@ -25,7 +27,20 @@ KINDS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 ACTIVATION_KERNELS = tuple(
     f"{name} {kind}" for kind in KINDS for name in ("activation", "activation_backward")
 )
-KERNELS = NORM_KERNELS + ACTIVATION_KERNELS
+GATED_KERNELS = tuple(
+    f"{name} {kind}" for kind in ("gelu", "silu") for name in ("gated", "gated_backward")
+)
+ROTATION_KERNELS = (
+    "rotation half", "rotation interleaved", "rotation_inverse half",
+    "rotation_inverse interleaved", "rotation_per_head interleaved",
+)  # fmt: skip
+"""Of queries and keys in packed projections of images with one prefix token; heads of 64."""
+
+HIDDEN_KERNELS = ACTIVATION_KERNELS + GATED_KERNELS
+"""Kernels whose width is that of the hidden layer, of its halves if it is gated."""
+
+KERNELS = NORM_KERNELS + HIDDEN_KERNELS + ROTATION_KERNELS
+_HEAD_DIM, _IMAGE = 64, 197
 
 
 class RowProblem(NamedTuple):
@@ -67,6 +82,22 @@ def row_launch(kernel: str, problem: RowProblem) -> Launch:
         return activation_launch(
             tokens(dtype), channels(stream), tokens(dtype), kind, name.endswith("backward")
         )
+    if kernel in GATED_KERNELS:
+        return gated_launch(
+            torch.empty(1, rows, 2 * width, dtype=dtype, device="meta"), channels(stream),
+            channels(stream), tokens(dtype) if name.endswith("backward") else None,
+            torch.empty(1, rows, 2 * width, dtype=dtype, device="meta")
+            if name.endswith("backward") else tokens(dtype), kind, False,
+        )  # fmt: skip
+    if kernel in ROTATION_KERNELS:
+        heads, count = width // _HEAD_DIM, _IMAGE - 1
+        shape = (rows // _IMAGE, _IMAGE, 3, heads, _HEAD_DIM)
+        size = (heads, count) if "per_head" in name else (count,)
+        return rotation_launch(
+            torch.empty(shape, dtype=dtype, device="meta"),
+            torch.empty(*size, 2 * _HEAD_DIM, device="meta"), 2, kind == "half",
+            "inverse" in name,
+        )  # fmt: skip
     if kernel not in NORM_KERNELS:
         raise ValueError(f"kernel {kernel!r}: use one of {', '.join(KERNELS)}")
     weight, bias, scale = channels(stream), channels(stream), None

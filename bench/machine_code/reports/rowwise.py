@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +28,13 @@ from bench.machine_code.limits import (
 )
 from bench.machine_code.memory import memory_rate, tensor_bytes
 from bench.machine_code.offline import Architecture, compile_kernel
-from bench.machine_code.problems.rowwise import ACTIVATION_KERNELS, RowProblem, row_launch
+from bench.machine_code.problems.rowwise import (
+    ACTIVATION_KERNELS,
+    HIDDEN_KERNELS,
+    ROTATION_KERNELS,
+    RowProblem,
+    row_launch,
+)
 from bench.machine_code.reports.entry import Entry
 from bench.machine_code.sass import Instruction, access_bytes, classify, parse
 from vpt_fast.kernels.runtime.launch import Launch
@@ -65,7 +72,13 @@ class RowReport:
     @property
     def memory_bytes(self) -> int:
         """Bytes of the tensors that the launch reads and writes; twice for those it overwrites."""
-        return tensor_bytes(self.launch, in_place=("grad_ptr",))
+        if self.kernel not in ROTATION_KERNELS:
+            in_place = ("grad_ptr",) if self.kernel in ACTIVATION_KERNELS else ()
+            return tensor_bytes(self.launch, in_place)
+        heads, table = (self.launch.arguments[name] for name in ("heads_ptr", "table_ptr"))
+        batch, _, _, number, dim = heads.shape
+        rotated = batch * table.shape[-2] * 2 * number * dim * heads.element_size()
+        return 2 * rotated + table.numel() * table.element_size()
 
     @property
     def issue_over_memory(self) -> float | None:
@@ -73,7 +86,8 @@ class RowReport:
         rate = memory_rate(self.architecture)
         if rate is None:
             return None
-        cycles = issue_cycles(self.figures, ()) * math.prod(self.launch.grid)
+        runs = list(zip(self.figures.plain_loops, self.launch.trips.values(), strict=True))
+        cycles = issue_cycles(self.figures, runs) * math.prod(self.launch.grid)
         return cycles * rate / self.memory_bytes
 
     @property
@@ -120,23 +134,33 @@ def row_entry(kernel: str, problem: RowProblem, architecture: Architecture) -> E
     """Compile one launch and compare it with its limits; arguments as for `row_report`."""
     report = row_report(kernel, problem, architecture)
     sizes = report.launch.constexprs
-    letter = "C" if kernel in ACTIVATION_KERNELS else "D"
+    letter = "C" if kernel in HIDDEN_KERNELS else "D"
     figures = report.figures
     return Entry(
         family="rows",
         kernel=kernel,
         architecture=architecture,
         shape=f"{letter}{problem.width}",
-        tile=f"{sizes['BLOCK_M']}x{sizes.get('BLOCK_D', sizes.get('BLOCK_C'))}",
+        tile=_tile(sizes),
         dtype=problem.dtype,
         launch=report.launch,
         figures=figures,
         loops=(),
-        complete=figures.instructions > 0 and not figures.loops and not figures.plain_loops,
+        complete=(
+            figures.instructions > 0
+            and not figures.loops
+            and len(figures.plain_loops) == len(report.launch.trips)
+        ),
         useful_flop=None,
         memory_bytes=report.memory_bytes,
         judged=verdicts(report),
     )
+
+
+def _tile(sizes: Mapping[str, Any]) -> str:
+    if "BLOCK_P" in sizes:
+        return f"{sizes['BLOCK_N']}x{sizes['BLOCK_P']}"
+    return f"{sizes['BLOCK_M']}x{sizes.get('BLOCK_D', sizes.get('BLOCK_C'))}"
 
 
 def verdicts(report: RowReport) -> list[Verdict]:
@@ -158,8 +182,13 @@ def _rates(report: RowReport) -> list[Verdict]:
     ]
 
 
+def usual_width(kernel: str) -> int:
+    """Return the width that a kernel has a limit of its own for."""
+    return 3072 if kernel in HIDDEN_KERNELS else 768
+
+
 def issue_limit(report: RowReport) -> float:
     """Return the most issue cycles per memory cycle: the kernel's own at the usual width."""
-    width = 3072 if report.kernel in ACTIVATION_KERNELS else 768
+    width = usual_width(report.kernel)
     is_usual = report.problem == RowProblem(width)
     return limits().rows[report.kernel][int(report.architecture)] if is_usual else ISSUE_LIMIT

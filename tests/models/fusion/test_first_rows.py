@@ -17,8 +17,8 @@ from support.formulations.plain_vapt import ACTING, seeded, vapt_pair, weigh_dow
 from torch import Tensor
 
 from vpt_fast import VAPT, AdapterTuning, LinearProbe, VPTDeep, prompt_tune
-from vpt_fast.models.vit import blocks
-from vpt_fast.models.vit import model as models
+from vpt_fast.models.isotropic import block as blocks
+from vpt_fast.models.isotropic import model as models
 from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.function import run_blocks, run_traced
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights

@@ -25,6 +25,8 @@ _MODULE_OF = {
     "norm1": ("", "norm1"), "qkv": ("attn", "qkv"), "proj": ("attn", "proj"),
     "scale1": ("", "ls1"), "norm2": ("", "norm2"), "fc1": ("mlp", "fc1"), "fc2": ("mlp", "fc2"),
     "scale2": ("", "ls2"), "value": ("mlp", "fc1_x"), "mlpnorm": ("mlp", "norm"),
+    "q": ("attn", "q_proj"), "k": ("attn", "k_proj"), "v": ("attn", "v_proj"),
+    "attnnorm": ("attn", "norm"),
 }  # fmt: skip
 
 # Parameters and buffers of timm's EvaBlock and its attention.
@@ -43,32 +45,26 @@ def weight_slots(block: Any) -> list[tuple[Attributes, str]]:
 
     Folded weights, and what belongs to another module, have an empty dictionary.
     """
-    folded = block.__dict__.get("folded", ())
-    slots: list[tuple[Attributes, str]] = []
-    for field in BlockWeights._fields:
-        if field == "position_bias":
-            slots.append((block._modules["attn"]._parameters, "relative_position_bias_table"))
-            continue
-        if field in _OF_ATTENTION:
-            attn = block._modules["attn"]
-            own = attn._buffers if field in attn._buffers else attn._parameters
-            slots.append((own, field))
-            continue
-        if _OF_THE_BLOCK.get(field) in block._parameters:
-            slots.append((block._parameters, _OF_THE_BLOCK[field]))
-            continue
-        module, _, leaf = field.partition("_")
-        if module not in _MODULE_OF:  # belongs to another block, or to the model
-            slots.append((_NO_PARAMETERS, field))
-            continue
-        container, name = _MODULE_OF[module]
-        if module == "fc1" and "fc1_g" in block._modules["mlp"]._modules:
-            name = "fc1_g"
-        parts = block._modules if not container else block._modules[container]._modules
-        part = None if name in folded else parts.get(name)
-        parameters = _NO_PARAMETERS if part is None else part._parameters
-        slots.append((parameters, leaf or "gamma"))
-    return slots
+    return [_slot(block, field) for field in BlockWeights._fields]
+
+
+def _slot(block: Any, field: str) -> tuple[Attributes, str]:
+    modules, attn = block._modules, block._modules["attn"]
+    if field == "position_bias":
+        return attn._parameters, "relative_position_bias_table"
+    if field in _OF_ATTENTION and attn._modules.get("qkv") is not None:
+        return attn._buffers if field in attn._buffers else attn._parameters, field
+    if _OF_THE_BLOCK.get(field) in block._parameters:
+        return block._parameters, _OF_THE_BLOCK[field]
+    module, _, leaf = field.partition("_")
+    if module not in _MODULE_OF:  # belongs to another block, or to the model
+        return _NO_PARAMETERS, field
+    container, name = _MODULE_OF[module]
+    parts = modules if not container else modules[container]._modules
+    if module == "fc1" and "fc1_g" in parts:
+        name = "fc1_g"
+    part = None if name in block.__dict__.get("folded", ()) else parts.get(name)
+    return _NO_PARAMETERS if part is None else part._parameters, leaf or "gamma"
 
 
 class _Parts(NamedTuple):
@@ -99,6 +95,8 @@ def _parts_of(block: Any) -> _Parts:
     scalars += [(parts["norm2"], "eps"), (act, "approximate"), (attn, "head_dim")]
     scalars += [(attn, "fused_attn"), (attn, "training"), (attn, "rotate_half")]
     scalars += [(mlp, "gate_last"), (mlp, "chunk_dim"), (inner, "eps")]
+    if attn._modules.get("norm") is not None:
+        scalars.append((attn._modules["norm"], "eps"))
     slots = weight_slots(block)
     return _Parts(
         containers, modules, [*map(type, modules)], attributes,

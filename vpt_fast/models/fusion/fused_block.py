@@ -75,17 +75,16 @@ def can_fuse(block: nn.Module) -> bool:
     if type(parts["mlp"]) not in _MLPS:
         return False
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
-    linears = [attn.get("qkv"), attn["proj"], *(mlp[name] for name in _MLPS[type(parts["mlp"])])]
+    linears = [*_projections(attn), *(mlp[name] for name in _MLPS[type(parts["mlp"])])]
     return (
         is_layer_norm(parts["norm1"])
         and is_layer_norm(parts["norm2"])
         and activation_kind(mlp["act"]) is not None
         and all(type(m) is nn.Linear for m in linears)
         and all(
-            type(m) in (nn.Identity, NoneType)
-            for m in (attn.get("q_norm"), attn.get("k_norm"), attn.get("norm"))
+            type(m) in (nn.Identity, NoneType) for m in (attn.get("q_norm"), attn.get("k_norm"))
         )
-        and (type(mlp["norm"]) is nn.Identity or is_layer_norm(mlp["norm"]))
+        and all(map(_is_nothing_or_layer_norm, (attn.get("norm"), mlp["norm"])))
         and attn.get("gate") is None
         and type(attn.get("softmax")) in (nn.Softmax, NoneType)
         and _has_timms_heads(parts["attn"])
@@ -99,8 +98,19 @@ def can_fuse(block: nn.Module) -> bool:
     )
 
 
+def _projections(attn: Mapping[str, Any]) -> list[Any]:
+    """Return the Linears of an attention."""
+    if attn.get("qkv") is not None:
+        return [attn["qkv"], attn["proj"]]
+    return [*(attn.get(name) for name in ("q_proj", "k_proj", "v_proj")), attn["proj"]]
+
+
+def _is_nothing_or_layer_norm(norm: Any) -> bool:
+    return type(norm) in (nn.Identity, NoneType) or is_layer_norm(norm)
+
+
 def _has_timms_heads(attn: Any) -> bool:
-    head_dim, rest = divmod(len(attn.qkv.weight), 3 * attn.num_heads)
+    head_dim, rest = divmod(attn.proj.weight.shape[1], attn.num_heads)
     drops = attn.training and attn.attn_drop.p  # timm's fused attention reads attn.training
     return not rest and not drops and computes_as_timms(attn, head_dim)
 
@@ -131,12 +141,12 @@ def block_weights(block: Any) -> BlockWeights:
 
 def _block_settings(block: Any) -> BlockSettings:
     attn, mlp = block._modules["attn"], block._modules["mlp"]
-    norm = mlp._modules["norm"]
+    inner = mlp._modules["norm"], attn._modules.get("norm")
     gate = "" if type(mlp) is Mlp else "last" if getattr(mlp, "gate_last", False) else "first"
     return BlockSettings(
         attn.num_heads, attn.scale, block.norm1.eps, block.norm2.eps,
         activation_kind(mlp._modules["act"]) or "", getattr(attn, "rotate_half", False), gate,
-        None if type(norm) is nn.Identity else norm.eps,
+        *(getattr(norm, "eps", None) for norm in inner),
     )  # fmt: skip
 
 
@@ -163,7 +173,7 @@ def _config(settings: BlockSettings, source: PromptSource | None, use: Use) -> B
     s = settings
     return BlockConfig(
         s.heads, s.scale, s.eps1, s.eps2, s.activation, use.memory, source, use.windows,
-        use.queries, s.rotate_half, s.gate, s.mlp_eps,
+        use.queries, s.rotate_half, s.gate, s.mlp_eps, s.attn_eps,
     )  # fmt: skip
 
 
@@ -336,8 +346,8 @@ def _steps(
     ):
         return known.steps
     config = _config(reading.settings, source, use)
-    head_dim = weights.qkv_weight.shape[0] // (3 * config.heads)
-    sites = sites_for(weights.qkv_weight, head_dim, config, reading.layout, tensors)
+    head_dim = weights.proj_weight.shape[1] // config.heads
+    sites = sites_for(weights.proj_weight, head_dim, config, reading.layout, tensors)
     steps = BlockSteps(config, weights._replace(branch_scale=scale, rope=rope), dtype, sites)
     reading.remember(layout, weights, scale, rope, steps)
     return steps

@@ -18,6 +18,7 @@ from vpt_fast.modules.hooks import has_compiled_call, has_hooks, has_own_forward
 from vpt_fast.modules.prompt_tokens import PromptTokens
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block.parts import BlockWeights, contiguous
+from vpt_fast.ops.block.projections import keys_and_values_of
 from vpt_fast.ops.block.prompt_kv import KVWeights, StaticKV
 from vpt_fast.ops.block.prompt_source import GIVEN_KV, StaticPrompts
 from vpt_fast.ops.tracing import is_traced
@@ -135,7 +136,7 @@ def _kv_weights(
 ) -> KVWeights | None:
     forms = {
         (
-            r.settings.heads, r.settings.eps1, w.qkv_weight.shape, w.norm1_weight is None,
+            r.settings.heads, r.settings.eps1, w.proj_weight.shape, w.norm1_weight is None,
             w.norm1_bias is None,
         )
         for r, w in zip(read, weights, strict=True)
@@ -143,16 +144,12 @@ def _kv_weights(
     if len(forms) > 1:
         return None
     settings = read[0].settings
-    width = weights[0].qkv_weight.shape[0] // 3  # queries come before keys and values
     # Views taken under inference_mode could not serve training later.
     with torch.inference_mode(False), torch.no_grad():
-        parts = [w.qkv_weight[width:] for w in weights]
         return KVWeights(
             [w.norm1_weight for w in weights],
             [w.norm1_bias for w in weights],
-            parts,
-            [part.t() for part in parts],
-            [None if w.qkv_bias is None else w.qkv_bias[width:] for w in weights],
+            [keys_and_values_of(w) for w in weights],
             settings.eps1,
             settings.heads,
         )

@@ -64,6 +64,7 @@ class BlockSettings(NamedTuple):
     rotate_half: bool = False
     gate: str = ""
     mlp_eps: float | None = None
+    attn_eps: float | None = None
 
 
 class _Cast(NamedTuple):
@@ -94,7 +95,8 @@ def _matrices_of(weights: BlockWeights) -> list[Tensor]:
     w = weights
     pairs = (
         (w.qkv_weight, w.qkv_bias), (w.proj_weight, w.proj_bias), (w.fc1_weight, w.fc1_bias),
-        (w.fc2_weight, w.fc2_bias), (w.value_weight, w.value_bias), (w.q_bias, w.k_bias, w.v_bias),
+        (w.fc2_weight, w.fc2_bias), (w.value_weight, w.value_bias), (w.q_weight, w.q_bias),
+        (w.k_weight, w.k_bias), (w.v_weight, w.v_bias),
     )  # fmt: skip
     return [t for pair in pairs for t in pair if t is not None]
 
@@ -121,7 +123,7 @@ class WeightsReading:
         self.plain = all(type(w) in PLAIN for w in present)
         self._contiguous = all(w.is_contiguous() for w in present)
         dtypes = {w.dtype for w in _matrices_of(weights)}
-        as_they_are = len(dtypes) == 1 and weights.q_bias is None
+        as_they_are = len(dtypes) == 1 and not weights.joins_bias
         self._matrix_dtype = dtypes.pop() if as_they_are else None
         self.layout: Hashable = tuple(None if w is None else (w.shape, w.dtype) for w in weights)
         self._cast: _Cast | None = None

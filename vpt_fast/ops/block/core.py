@@ -11,27 +11,19 @@ computed, and the memory mode decides what is saved and what is recomputed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.attention.operator import ATTENTION, ATTENTION_BACKWARD
-from vpt_fast.ops.block import mlp
+from vpt_fast.ops.block import mlp, projections
 from vpt_fast.ops.block.add_norm import Norm, SavedInput, enter, entry_gradients
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, SavedBlock
+from vpt_fast.ops.block.projections import Projection
 from vpt_fast.ops.block.sites import Sites
 from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD
-from vpt_fast.ops.rowwise.rotation import ROTATION
-
-
-class _Projection(NamedTuple):
-    """Part of the qkv projection: weight (A or 2 A, D) and bias."""
-
-    weight: Tensor
-    bias: Tensor | None
 
 
 class BlockSteps:
@@ -51,8 +43,8 @@ class BlockSteps:
     """
 
     __slots__ = (
-        "_parts", "config", "dtype", "frozen", "head_dim", "norm1", "sites", "transposed",
-        "weights",
+        "_keys_and_values", "_queries", "config", "dtype", "frozen", "head_dim", "norm1", "sites",
+        "transposed", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -60,10 +52,11 @@ class BlockSteps:
     ) -> None:
         self.config, self.weights, self.dtype, self.sites = config, weights, dtype, sites
         self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1)
-        self.head_dim = weights.qkv_weight.shape[0] // (3 * config.heads)
+        self.head_dim = weights.proj_weight.shape[1] // config.heads
         self.frozen = [w for w in weights if w is not None]
         self.transposed: dict[str, Tensor] = {}
-        self._parts: tuple[_Projection, _Projection] | None = None
+        self._queries: Projection | None = None
+        self._keys_and_values: list[Projection] = []
 
     def with_sites(self, sites: Sites) -> BlockSteps:
         """Return the same steps with other implementations."""
@@ -75,19 +68,22 @@ class BlockSteps:
         """Copy the attributes of other steps, but for their sites."""
         self.config, self.weights, self.dtype = steps.config, steps.weights, steps.dtype
         self.norm1, self.head_dim, self.frozen = steps.norm1, steps.head_dim, steps.frozen
-        self.sites, self._parts, self.transposed = sites, steps._parts, steps.transposed
+        self.sites, self.transposed = sites, steps.transposed
+        self._queries, self._keys_and_values = steps._queries, steps._keys_and_values
 
     @property
-    def _projections(self) -> tuple[_Projection, _Projection]:
-        """The projections to queries (W_q), and to keys and values (W_k, W_v)."""
-        if self._parts is None:
-            weight, bias = self.weights.qkv_weight, self.weights.qkv_bias
-            width = weight.shape[0] // 3
-            self._parts = (
-                _Projection(weight[:width], None if bias is None else bias[:width]),
-                _Projection(weight[width:], None if bias is None else bias[width:]),
-            )
-        return self._parts
+    def queries(self) -> Projection:
+        """The projection to queries."""
+        if self._queries is None:
+            self._queries = projections.queries_of(self.weights)
+        return self._queries
+
+    @property
+    def keys_and_values(self) -> list[Projection]:
+        """The projections to keys and values."""
+        if not self._keys_and_values:
+            self._keys_and_values = projections.keys_and_values_of(self.weights)
+        return self._keys_and_values
 
     # --- prompts: K_p, V_p = norm1(P) W_k + b_k, norm1(P) W_v + b_v ----------------------------
 
@@ -103,8 +99,7 @@ class BlockSteps:
         prompts, statistics = source.normalised_prompts(
             self.sites, sources, mixing, self.norm1, self.dtype
         )
-        kv = F.linear(prompts, *self._projections[1])
-        return kv.view(*prompts.shape[:2], 2, self.config.heads, self.head_dim), statistics
+        return projections.prompt_kv(self, prompts), statistics
 
     def prompt_gradients(
         self,
@@ -117,7 +112,7 @@ class BlockSteps:
         source = self.config.source
         if source is None or source.gives_kv:
             return [grad_kv], ()
-        grad = torch.matmul(grad_kv.flatten(2), self._projections[1].weight)
+        grad = projections.prompt_kv_backward(self, grad_kv)
         return source.gradients(self.sites, sources, mixing, self.norm1, statistics, grad)
 
     # --- attention: softmax(q [K_p; k]^T * scale) [V_p; v] ------------------------------------
@@ -125,47 +120,6 @@ class BlockSteps:
     def linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + b by one of the block's Linears."""
         return F.linear(x, weight, bias)
-
-    def project(self, y: Tensor) -> tuple[Tensor, ...]:
-        """Return q, k, v of y = norm1(x) (B, N, D), packed."""
-        w, count, heads, dim = self.weights, self.config.queries, self.config.heads, self.head_dim
-        batch, rows, _ = y.shape
-        tokens: tuple[Tensor, ...]
-        if count is None:
-            qkv = self.linear("qkv", y, w.qkv_weight, w.qkv_bias)
-            tokens = (qkv.view(batch, rows, 3, heads, dim),)
-        else:
-            queries, keys_and_values = self._projections
-            q, kv = F.linear(y[:, :count], *queries), F.linear(y, *keys_and_values)
-            tokens = q.view(batch, count, heads, dim), kv.view(batch, rows, 2, heads, dim)
-        self._rotate(tokens, False)
-        return tokens
-
-    def project_backward(self, grads: list[Tensor]) -> Tensor:
-        """Return the gradient (B, N, D) of norm1(x)."""
-        count = self.config.queries
-        self._rotate(grads, True)
-        if count is None:
-            return torch.matmul(grads[0].flatten(2), self.weights.qkv_weight)
-        queries, keys_and_values = self._projections
-        grad = torch.matmul(grads[1].flatten(2), keys_and_values.weight)
-        grad[:, :count] += torch.matmul(grads[0].flatten(2), queries.weight)
-        return grad
-
-    def _rotate(self, tokens: Sequence[Tensor], inverse: bool) -> None:
-        """Rotate queries and keys by their position, or their gradients back, in place."""
-        table, half = self.weights.rope, self.config.rotate_half
-        if table is None:
-            return
-        if len(tokens) == 1:
-            self.sites[ROTATION, f"qkv {inverse}"](tokens[0], table, 2, half, inverse)
-            return
-        q, kv = tokens
-        self.sites[ROTATION, f"kv {inverse}"](kv, table, 1, half, inverse)
-        count = q.shape[1] - (kv.shape[1] - table.shape[-2])  # of the first rows, those rotated
-        if count > 0:
-            own = table[..., :count, :].contiguous()
-            self.sites[ROTATION, f"q {inverse}"](q.unsqueeze(2), own, 1, half, inverse)
 
     def attend(self, tokens: tuple[Tensor, ...], kv: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return output (B, M, A) and base-2 log-sum-exp (B, H, M) of attention."""
@@ -204,10 +158,20 @@ class BlockSteps:
     def add_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x', norm2(x') and the row statistics of x'."""
         w = self.weights
+        if self.config.attn_eps is not None:
+            out = self._normed(out, "attention")[1]
         branch = self.linear("proj", out, w.proj_weight, w.proj_bias)
         return self.sites[RESIDUAL_NORM, "norm2"](
             self.first_rows(x), branch, w.scale1, w.norm2_weight, w.norm2_bias, self.config.eps2,
             None, self.dtype,
+        )  # fmt: skip
+
+    def _normed(self, out: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return attention's output, its norm before the projection, and the row statistics."""
+        w = self.weights
+        return self.sites[RESIDUAL_NORM, site](
+            out, None, None, w.attnnorm_weight, w.attnnorm_bias, self.config.attn_eps, None,
+            self.dtype,
         )  # fmt: skip
 
     def normalise_middle(self, middle: Tensor) -> Tensor:
@@ -235,7 +199,7 @@ class BlockSteps:
         kv_statistics: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor, SavedBlock]:
         """Return what `forward` does, from y = norm1(x) and from K_p, V_p."""
-        tokens = self.project(y)
+        tokens = projections.project(self, y)
         out, lse = self.attend(tokens, kv)
         middle, y, statistics = self.add_attention(_required(entry.x), out)
         hidden = mlp.expand(self, y)
@@ -268,10 +232,11 @@ class BlockSteps:
         if kv is None:
             kv, kv_statistics = self.prompt_kv(sources, entry.mixing)
         if not tokens:
-            tokens = self.project(
+            tokens = projections.project(
+                self,
                 self.sites[RESIDUAL_NORM, "norm1 recomputed"](
                     entry.x, None, None, *self.norm1, None, self.dtype
-                )[1]
+                )[1],
             )
         if out is None or lse is None:
             out, lse = self.attend(tokens, kv)
@@ -307,6 +272,11 @@ class BlockSteps:
         grad_x, grad_branch = self._middle_gradients(full, grad_middle, grad_result)
         grad_out = torch.matmul(grad_branch, self.weights.proj_weight)
         del grad_branch
+        if self.config.attn_eps is not None:
+            out, _, statistics = self._normed(_required(full.out), "attention recomputed")
+            grad_out = self.sites[RESIDUAL_NORM_BACKWARD, "attention"](
+                out, statistics, self.weights.attnnorm_weight, None, grad_out, None, None
+            )[0]
         # The tokens' gradient goes through prompts that are mixed of tokens, trained or not.
         needs_kv = needs_prompts or (needs_tokens and bool(full.entry.mixing))
         tokens, kv = self.attention_gradients(full, grad_out, needs_tokens, needs_kv)
@@ -319,7 +289,7 @@ class BlockSteps:
             )
         if not (needs_tokens or grad_mixing):
             return None, None, source_grads
-        grad_y = self.project_backward(tokens) if needs_tokens else None
+        grad_y = projections.project_backward(self, tokens) if needs_tokens else None
         residual, branch, mixing_grads = entry_gradients(
             self, full.entry, sources, grad_x, grad_y, grad_mixing, branch_dtype, needs_tokens
         )

@@ -35,7 +35,7 @@ class BlockWeights(NamedTuple):
 
     norm1_weight: Tensor | None  # (D,)
     norm1_bias: Tensor | None
-    qkv_weight: Tensor  # (3 A, D)
+    qkv_weight: Tensor | None  # (3 A, D); None where there are three projections
     qkv_bias: Tensor | None
     proj_weight: Tensor  # (D, A)
     proj_bias: Tensor | None
@@ -54,17 +54,27 @@ class BlockWeights(NamedTuple):
     value_bias: Tensor | None = None
     mlpnorm_weight: Tensor | None = None  # (C,), of the norm before fc2
     mlpnorm_bias: Tensor | None = None
-    q_bias: Tensor | None = None  # (A,), of a qkv_bias in three parts
+    q_weight: Tensor | None = None  # (A, D), of three projections
+    k_weight: Tensor | None = None
+    v_weight: Tensor | None = None
+    q_bias: Tensor | None = None  # (A,), of three projections, or of a qkv_bias in three parts
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
+    attnnorm_weight: Tensor | None = None  # (A,), of the norm before proj
+    attnnorm_bias: Tensor | None = None
+
+    @property
+    def joins_bias(self) -> bool:
+        """Whether qkv_bias has to be put together."""
+        return self.qkv_weight is not None and self.q_bias is not None
 
     def to(self, dtype: torch.dtype) -> BlockWeights:
         """Return the weights with the operands of matrix products in `dtype`, qkv_bias in one."""
-        if self.q_bias is not None:
+        if self.joins_bias:
             parts: Any = (self.q_bias, self.k_bias, self.v_bias)
             joined = torch.cat(parts)
             return self._replace(qkv_bias=joined, q_bias=None, k_bias=None, v_bias=None).to(dtype)
-        matrices = ("qkv", "proj", "fc1", "fc2", "value")
+        matrices = ("qkv", "q", "k", "v", "proj", "fc1", "fc2", "value")
         names = [f"{matrix}_{part}" for matrix in matrices for part in ("weight", "bias")]
         changed = {n: t.to(dtype) for n in names if (t := getattr(self, n)) is not None}
         return self._replace(**changed)
@@ -88,6 +98,7 @@ class BlockConfig:
         gate: Half of the MLP's hidden layer that is activated and multiplied with the other,
             "first" or "last"; "" if it is not gated.
         mlp_eps: Epsilon of the norm before fc2; None without one.
+        attn_eps: Epsilon of the norm before proj; None without one.
     """
 
     heads: int
@@ -102,6 +113,7 @@ class BlockConfig:
     rotate_half: bool = False
     gate: str = ""
     mlp_eps: float | None = None
+    attn_eps: float | None = None
 
     def saves_kv(self, kv: Tensor) -> bool:
         """Return whether K_p, V_p (B or 1, p, 2, H, d) are saved for backward.
@@ -119,7 +131,7 @@ class SavedBlock(NamedTuple):
     entry: SavedInput
     kv: Tensor | None = None  # (B or 1, p, 2, H, d), K_p and V_p
     kv_statistics: tuple[Tensor, ...] = ()  # of norm1(P)
-    tokens: tuple[Tensor, ...] = ()  # qkv (B, N, 3, H, d); or q (B, M, H, d), kv (B, N, 2, H, d)
+    tokens: tuple[Tensor, ...] = ()  # q, k, v as `vpt_fast.ops.attention` takes them
     out: Tensor | None = None  # (B, M, A), attention's output
     lse: Tensor | None = None  # (B, H, M), its base-2 log-sum-exp
     middle: Tensor | None = None  # (B, M, D), x'

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.block.projections import Projection
 from vpt_fast.ops.frozen import (
     apply_directly,
     check_versions,
@@ -30,9 +31,7 @@ class KVWeights:
     Args:
         norm_weights: Weight (D,) of each norm1, or None.
         norm_biases: Bias (D,) of each norm1, or None.
-        weights: Weight (2 A, D) of each projection.
-        transposed: The same weights as views (D, 2 A).
-        biases: Bias (2 A,) of each projection, or None.
+        projections: Projections of each block to keys and values, of (2 A, D) or two of (A, D).
         eps: Epsilon of every norm1.
         heads: Number of heads H.
 
@@ -44,16 +43,21 @@ class KVWeights:
         self,
         norm_weights: list[Tensor | None],
         norm_biases: list[Tensor | None],
-        weights: list[Tensor],
-        transposed: list[Tensor],
-        biases: list[Tensor | None],
+        projections: Sequence[Sequence[Projection]],
         eps: float,
         heads: int,
     ) -> None:
         self.norm_weights, self.norm_biases = norm_weights, norm_biases
-        self.weights, self.transposed, self.biases = weights, transposed, biases
         self.eps, self.heads = eps, heads
-        every = (*norm_weights, *norm_biases, *weights, *biases)
+        self.weights = [[part.weight for part in parts] for parts in projections]
+        self.transposed = [
+            [(part.weight.t(), part.bias) for part in parts] for parts in projections
+        ]
+        every = (
+            *norm_weights,
+            *norm_biases,
+            *(t for parts in projections for p in parts for t in p),
+        )
         self.frozen = [t for t in every if t is not None]
 
     def prompt_kv(
@@ -71,14 +75,18 @@ class KVWeights:
         gamma, beta = _stacked(self.norm_weights, wide), _stacked(self.norm_biases, wide)
         if gamma is not None:
             y = y * gamma if beta is None else torch.addcmul(beta, y, gamma)
-        count, rows, width = y.shape[0], y.shape[1], self.weights[0].shape[0]
+        count, rows = y.shape[0], y.shape[1]
+        width = sum(weight.shape[0] for weight in self.weights[0])
         kv = torch.empty((count, rows, width), dtype=dtype, device=y.device)
-        parts = zip(y.to(dtype).unbind(), self.transposed, self.biases, kv.unbind(), strict=True)
-        for normed, weight, bias, out in parts:
-            if bias is None:
-                torch.mm(normed, weight, out=out)
-            else:
-                torch.addmm(bias, normed, weight, out=out)
+        for normed, parts, out in zip(
+            y.to(dtype).unbind(), self.transposed, kv.unbind(), strict=True
+        ):
+            outs = (out,) if len(parts) == 1 else out.chunk(len(parts), 1)
+            for (weight, bias), own in zip(parts, outs, strict=True):
+                if bias is None:
+                    torch.mm(normed, weight, out=own)
+                else:
+                    torch.addmm(bias, normed, weight, out=own)
         heads = kv.view(count, 1, rows, 2, self.heads, width // (2 * self.heads))
         return heads.unbind(), mean, rstd
 
@@ -101,11 +109,15 @@ class KVWeights:
         """
         wide, first = mean.dtype, prompts[0]
         grad_y = torch.empty((len(prompts), *first.shape), dtype=dtype, device=first.device)
-        for grad, weight, out in zip(grads, self.weights, grad_y.unbind(), strict=True):
+        for grad, weights, out in zip(grads, self.weights, grad_y.unbind(), strict=True):
             if grad is None:
                 out.zero_()
-            else:
-                torch.mm(grad.view(first.shape[0], -1), weight, out=out)
+                continue
+            rows = grad.view(first.shape[0], -1)
+            parts = (rows,) if len(weights) == 1 else rows.chunk(len(weights), 1)
+            torch.mm(parts[0], weights[0], out=out)
+            for part, weight in zip(parts[1:], weights[1:], strict=True):
+                out.addmm_(part, weight)
         grad_y, gamma = grad_y.to(wide), _stacked(self.norm_weights, wide)
         if gamma is not None:
             grad_y = grad_y * gamma
