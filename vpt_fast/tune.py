@@ -78,16 +78,17 @@ def prompt_tune(
 
     Args:
         model: Timm `VisionTransformer` of plain `Block`s with `Attention` (ViT, DeiT, DeiT III,
-            MAE, CLIP, DINOv2, SigLIP and others), or a `SwinTransformer` (swin_*), where every
-            window of an image reads the prompts.
+            MAE, CLIP, DINOv2, SigLIP and others), an `Eva` (DINOv3, EVA02, Perception Encoder and
+            others with rotary position embedding, which does not rotate prompts), or a
+            `SwinTransformer` (swin_*), where every window of an image reads the prompts.
         method: `VPTShallow(...)`, `VPTDeep(...)`, `VAPT(...)`, or a baseline: `LinearProbe()`,
             `MLPHead(...)`, `PartialTuning(...)`, `BiasTuning()`, `AdapterTuning(...)` or
             `FullTuning()`.
         memory: Memory mode, which decides what is saved for backward and what is recomputed:
             "speed", "balanced", "lean" or "minimal" save 10, 6, 3 or 1 rows of D channels per token
-            and block (see `vpt_fast.ops.memory_modes`). Blocks that cannot be fused (qk-norm,
-            SwiGLU, hooks inside, trained weights ...) save 1 in every mode but "speed". Bottleneck
-            adapters save more on top.
+            and block (see `vpt_fast.ops.memory_modes`); a gated MLP (SwiGLU) saves both halves of
+            its hidden layer in "speed". Blocks that cannot be fused (qk-norm, hooks inside, trained
+            weights ...) save 1 in every mode but "speed". Bottleneck adapters save more on top.
         cuda_graphs: Whether to record the blocks, forward and backward, as CUDA graphs when they
             first run with a shape and a mode, and to replay these later. Where that is not possible
             the blocks run without graphs, after one warning with the reason. Without effect on the

@@ -4,7 +4,8 @@
     residual_norm_backward_kernel  LayerNorm's gradient of x + the gradient of the sum itself
 
 Both read every row once and hold it in registers. The LayerNorm is frozen: its weight and bias have
-no gradient. The statistics are those of the stored, rounded sum.
+no gradient. The statistics are those of the stored, rounded sum. RMSNorm (arXiv 1910.07467) is a
+LayerNorm that does not subtract the mean: its mean is stored as 0.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -34,6 +35,7 @@ def residual_norm_kernel(
     num_rows, norm_eps, expert_eps, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_EXPERTS: tl.constexpr,
+    CENTRED: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -49,8 +51,12 @@ def residual_norm_kernel(
         stored = (x + branch).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + offsets, stored, mask=mask)
         x = stored.to(tl.float32)
-    mean = tl.sum(x, 1) * (1.0 / WIDTH)
-    centred = x - tl.where(channel, mean[:, None], 0.0)  # 0 past WIDTH
+    if CENTRED:
+        mean = tl.sum(x, 1) * (1.0 / WIDTH)
+        centred = x - tl.where(channel, mean[:, None], 0.0)  # 0 past WIDTH
+    else:
+        mean = tl.zeros([BLOCK_M], tl.float32)
+        centred = x
     variance = tl.sum(centred * centred, 1) * (1.0 / WIDTH)
     rstd = tl.rsqrt(variance + norm_eps)
     y = centred * rstd[:, None]
@@ -78,7 +84,7 @@ def residual_norm_backward_kernel(
     grad_branch_ptr,  # (rows, D): scale * grad_x
     num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_SUM: tl.constexpr, HAS_SCALE: tl.constexpr,
-    NEEDS_BRANCH: tl.constexpr,
+    NEEDS_BRANCH: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -95,9 +101,10 @@ def residual_norm_backward_kernel(
         dy *= load_channels(weight_ptr, dims, mask)
     # dy is 0 past WIDTH: x needs no second mask.
     normalised = (x - mean[:, None]) * rstd[:, None]
-    grad_mean = tl.sum(dy, 1) * (1.0 / WIDTH)
     slope = tl.sum(dy * normalised, 1) * (1.0 / WIDTH)
-    dx = (dy - grad_mean[:, None] - normalised * slope[:, None]) * rstd[:, None]
+    if CENTRED:
+        dy -= (tl.sum(dy, 1) * (1.0 / WIDTH))[:, None]
+    dx = (dy - normalised * slope[:, None]) * rstd[:, None]
     if HAS_SUM:
         dx += grad_sum.to(tl.float32)
     tl.store(grad_x_ptr + offsets, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
@@ -118,6 +125,7 @@ def residual_norm_launch(
     statistics: Tensor,
     norm_eps: float,
     expert_eps: float | None,
+    centred: bool = True,
 ) -> Launch:
     """Return the launch that fills `total`, `y` (B, N, D) and `statistics` (2 or 3, B, N) fp32.
 
@@ -142,7 +150,7 @@ def residual_norm_launch(
             "WIDTH": width, "BLOCK_D": tiles.width, "BLOCK_M": tiles.rows,
             "HAS_BRANCH": branch is not None, "HAS_SCALE": scale is not None,
             "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
-            "HAS_EXPERTS": expert_eps is not None,
+            "HAS_EXPERTS": expert_eps is not None, "CENTRED": centred,
         },
         num_warps=tiles.num_warps, num_stages=1,
     )  # fmt: skip
@@ -157,6 +165,7 @@ def residual_norm_backward_launch(
     grad_sum: Tensor | None,
     grad_x: Tensor,
     grad_branch: Tensor | None,
+    centred: bool = True,
 ) -> Launch:
     """Return the launch that fills `grad_x` (B, N, D) and `grad_branch` = scale * grad_x."""
     rows, width = x.shape[:-1].numel(), x.shape[-1]
@@ -175,6 +184,7 @@ def residual_norm_backward_launch(
             "WIDTH": width, "BLOCK_D": tiles.width, "BLOCK_M": tiles.rows,
             "HAS_WEIGHT": weight is not None, "HAS_SUM": grad_sum is not None,
             "HAS_SCALE": scale is not None, "NEEDS_BRANCH": grad_branch is not None,
+            "CENTRED": centred,
         },
         num_warps=tiles.num_warps, num_stages=1,
     )  # fmt: skip
@@ -189,6 +199,7 @@ def residual_norm(
     norm_eps: float,
     expert_eps: float | None,
     dtype: torch.dtype,
+    centred: bool = True,
     launch: Launcher | None = None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +211,7 @@ def residual_norm(
     if launch is None:
         residual, branch, scale, weight, bias = contiguous(residual, branch, scale, weight, bias)
         layouts = map(layout_of, (residual, branch, scale, weight, bias))
-        launch = launcher("residual_norm", norm_eps, expert_eps, dtype, *layouts)
+        launch = launcher("residual_norm", norm_eps, expert_eps, dtype, centred, *layouts)
     total: Tensor | None = None
     if out is not None:
         total, y, statistics = out if branch is not None else (None, *out[1:])
@@ -214,7 +225,7 @@ def residual_norm(
         shape = (2 if expert_eps is None else 3, *residual.shape[:-1])
         statistics = empty(shape, torch.float32, residual.device)
     tensors = (residual, branch, scale, weight, bias, total, y, statistics)
-    launch(tensors, residual_norm_launch, norm_eps, expert_eps)
+    launch(tensors, residual_norm_launch, norm_eps, expert_eps, centred)
     return residual if total is None else total, y, statistics
 
 
@@ -226,6 +237,7 @@ def residual_norm_backward(
     grad_y: Tensor,
     grad_sum: Tensor | None,
     branch_dtype: torch.dtype | None,
+    centred: bool = True,
     launch: Launcher | None = None,
 ) -> list[Tensor]:
     """Return the gradient of the sum x and, if its dtype is given, of the branch.
@@ -235,9 +247,9 @@ def residual_norm_backward(
     if launch is None:
         x, weight, scale, grad_y, grad_sum = contiguous(x, weight, scale, grad_y, grad_sum)
         layouts = map(layout_of, (x, statistics, weight, scale, grad_y, grad_sum))
-        launch = launcher("residual_norm_backward", branch_dtype, *layouts)
+        launch = launcher("residual_norm_backward", branch_dtype, centred, *layouts)
     grad_x = torch.empty_like(x)
     grad_branch = None if branch_dtype is None else torch.empty_like(x, dtype=branch_dtype)
     tensors = (x, statistics, weight, scale, grad_y, grad_sum, grad_x, grad_branch)
-    launch(tensors, residual_norm_backward_launch)
+    launch(tensors, residual_norm_backward_launch, centred)
     return [grad_x] if grad_branch is None else [grad_x, grad_branch]

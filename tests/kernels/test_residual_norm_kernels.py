@@ -275,3 +275,40 @@ def test_an_empty_batch_gives_empty_results(
     total, y, statistics, *grads = run_all(t)
     assert all(result.shape == shape for result in (total, y, *grads))
     assert statistics.shape == (*shape[:2], 3)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize(("width", "dtype"), [(192, BF16), (300, FP16), (1024, FP32), (33, BF16)])
+def test_rms_norm(
+    width: int, dtype: torch.dtype, branched: bool, scaled: bool, kernel_device: torch.device
+) -> None:
+    """Without a mean: against PyTorch's RMSNorm in fp64, and its own error."""
+    case = Case(width, (2, 9), dtype, branch=branched, scale=branched and scaled, offset=1.0)
+    t = draw(case, kernel_device)
+    total, y, statistics = kernels.residual_norm(
+        t.residual, t.branch, t.scale, t.weight, None, EPS, None, dtype, False
+    )
+    assert statistics[0].abs().max() == 0
+    x = (total if branched else t.residual).cpu()
+    leaf, narrow = x.double().requires_grad_(), x.clone().requires_grad_()
+    (weight,) = wide(t.weight)
+    exact = F.rms_norm(leaf, (width,), weight, EPS)
+    eager = F.rms_norm(narrow, (width,), None if t.weight is None else t.weight.cpu(), EPS)
+    assert distance(y, exact.detach()) < rounding(dtype)
+    assert no_further(y, eager.detach(), exact.detach())
+    assert t.grad_sum is not None
+    grad_x, *others = kernels.residual_norm_backward(
+        x.to(kernel_device), statistics, t.weight, t.scale, t.grad_y, t.grad_sum,
+        dtype if scaled else None, False,
+    )  # fmt: skip
+    roots = [exact, leaf * 1]
+    (right,) = torch.autograd.grad(
+        roots, leaf, [t.grad_y.double().cpu(), t.grad_sum.double().cpu()]
+    )
+    roots = [eager, narrow * 1]
+    (theirs,) = torch.autograd.grad(roots, narrow, [t.grad_y.cpu(), t.grad_sum.cpu()])
+    assert distance(grad_x, right) < 2 * rounding(dtype) and no_further(grad_x, theirs, right)
+    if scaled:
+        scale = 1.0 if t.scale is None else t.scale.double().cpu()
+        assert distance(others[0], right * scale) < 2 * rounding(dtype)

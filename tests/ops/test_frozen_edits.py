@@ -123,7 +123,9 @@ def test_under_autocast_the_copies_are_what_backward_reads() -> None:
         output.float().sum().backward()
 
 
-def kv_weights(blocks: int = 2, affine: bool = True, apart: bool = False) -> KVWeights:
+def kv_weights(
+    blocks: int = 2, affine: bool = True, apart: bool = False, centred: bool = True
+) -> KVWeights:
     """Draw weights for D = 6, A = 4, H = 2; keys and values in one projection, or `apart`."""
     generator = torch.Generator().manual_seed(3)
 
@@ -141,6 +143,7 @@ def kv_weights(blocks: int = 2, affine: bool = True, apart: bool = False) -> KVW
         [rand(6) for _ in range(blocks)] if affine else none,
         projections,
         0.1,
+        centred,
         2,
     )
 
@@ -151,10 +154,11 @@ def tokens(blocks: int = 2) -> list[Tensor]:
     return [row.clone().requires_grad_() for row in rows]
 
 
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_gradcheck_of_prompt_keys(affine: bool, apart: bool) -> None:
-    weights = kv_weights(affine=affine, apart=apart)
+def test_gradcheck_of_prompt_keys(affine: bool, apart: bool, centred: bool) -> None:
+    weights = kv_weights(affine=affine, apart=apart, centred=centred)
     assert torch.autograd.gradcheck(lambda *rows: prompt_kv(weights, torch.float64, rows), tokens())
     # Of keys that nobody reads, and of prompts that are not trained.
     assert torch.autograd.gradcheck(

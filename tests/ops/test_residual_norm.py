@@ -95,6 +95,7 @@ def test_opcheck_of_residual_norm(dtype: torch.dtype, branch: bool, full: bool) 
     eps = EXPERT_EPS if full else None
     arguments = (rand(*SHAPE, dtype=dtype), added, scale, weight, bias, EPS, eps, dtype)
     torch.library.opcheck(OPS.residual_norm, arguments)
+    torch.library.opcheck(OPS.residual_norm, (*arguments, False))
 
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.float64, torch.bfloat16])
@@ -109,6 +110,7 @@ def test_opcheck_of_residual_norm_backward(
     grad_sum = rand(*SHAPE, seed=2, dtype=stream) if full else None
     arguments = (x, statistics, weight, scale, grad_y, grad_sum, branch_dtype)
     torch.library.opcheck(OPS.residual_norm_backward, arguments)
+    torch.library.opcheck(OPS.residual_norm_backward, (*arguments, False))
 
 
 def test_nothing_that_is_given_is_written_or_returned() -> None:

@@ -6,18 +6,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, LayerNormFp32
+from timm.layers import LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32
 from torch import Tensor, nn
 
 from vpt_fast.modules.hooks import has_own_forward
 
 # Exactly these classes: a subclass may compute anything.
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
+_RMS_NORMS = (nn.RMSNorm, RmsNorm, RmsNormFp32)
 
 
 def is_layer_norm(norm: nn.Module) -> bool:
     """Return whether `norm` computes a LayerNorm and nothing else."""
     return type(norm) in _LAYER_NORMS and not has_own_forward(norm)
+
+
+def is_rms_norm(norm: nn.Module) -> bool:
+    """Return whether `norm` computes an RMSNorm of its last dimension and nothing else."""
+    known = type(norm) in _RMS_NORMS and not has_own_forward(norm)
+    return known and getattr(norm, "eps", None) is not None
 
 
 def normalised_prompts(norm: Any, prompts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from support.formulations.plain_eva import pair
 from timm.models import list_models
 
 from vpt_fast import VPTDeep, prompt_tune
-from vpt_fast.models.fusion.fused_block import can_fuse
+from vpt_fast.models.fusion.fusible import can_fuse
 
 ALL = list_models(module="eva")
 REFUSED = {

@@ -6,21 +6,15 @@ unknown, or drops elements or paths: it runs module by module then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from types import NoneType
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import GELU, DropPath, GELUTanh, GluMlp, Mlp, QuickGELU, SwiGLU, Swish
-from timm.models.vision_transformer import LayerScale
-from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
+from torch import Tensor
 
-from vpt_fast.models.attention_inputs import computes_as_timms
 from vpt_fast.models.fusion.block_reading import BlockReading, forget, weight_slots
+from vpt_fast.models.fusion.fusible import block_settings, can_fuse
 from vpt_fast.models.fusion.weights_reading import BlockSettings, WeightsReading
-from vpt_fast.modules.hooks import has_hooks, has_own_forward, with_descendants
-from vpt_fast.modules.norms import is_layer_norm
 from vpt_fast.ops.backend import computing_dtype, statistics_dtype
 from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.block.core import BlockSteps
@@ -35,119 +29,11 @@ Prompts = tuple[PromptSource | None, tuple[Tensor | None, ...]]
 """Source of a block's prompts, and its tensors."""
 
 NO_PROMPTS: Prompts = (None, ())
-_ACTIVATIONS: dict[type[nn.Module], str] = {
-    GELU: "gelu",
-    GELUTanh: "gelu_tanh",
-    QuickGELU: "quick_gelu",
-    Swish: "silu",
-    nn.SiLU: "silu",
-}
-
-_MLPS: dict[type[nn.Module], tuple[str, ...]] = {
-    Mlp: ("fc1", "fc2"),
-    GluMlp: ("fc1", "fc2"),
-    SwiGLU: ("fc1_g", "fc1_x", "fc2"),
-}
-"""Linears of the MLPs that can be fused."""
-
-_LAYER_SCALES = (nn.Identity, LayerScale, NoneType)  # Swin's blocks have none
-
-_DROPOUTS = (nn.Identity, nn.Dropout, DropPath)
-
-# Parts of a fused block that are called as modules.
-_CALLED = ("prompt", "adapter")
-
-
-def activation_kind(module: nn.Module) -> str | None:
-    """Return the name of an activation of the fused MLP; None for any other."""
-    if type(module) is nn.GELU:
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return _ACTIVATIONS.get(type(module))
-
-
-def can_fuse(block: nn.Module) -> bool:
-    """Return whether a block's parts can be fused: known, frozen, without dropout and hooks.
-
-    Hooks on the block itself do not matter: they see its input and output.
-    """
-    # In dictionaries: this runs often, and nn.Module's attribute access is slow.
-    parts: Any = block._modules
-    if type(parts["mlp"]) not in _MLPS:
-        return False
-    attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
-    linears = [*_projections(attn), *(mlp[name] for name in _MLPS[type(parts["mlp"])])]
-    return (
-        is_layer_norm(parts["norm1"])
-        and is_layer_norm(parts["norm2"])
-        and activation_kind(mlp["act"]) is not None
-        and all(type(m) is nn.Linear for m in linears)
-        and all(
-            type(m) in (nn.Identity, NoneType) for m in (attn.get("q_norm"), attn.get("k_norm"))
-        )
-        and all(map(_is_nothing_or_layer_norm, (attn.get("norm"), mlp["norm"])))
-        and attn.get("gate") is None
-        and type(attn.get("softmax")) in (nn.Softmax, NoneType)
-        and _has_timms_heads(parts["attn"])
-        and all(type(parts.get(name)) in _LAYER_SCALES for name in ("ls1", "ls2"))
-        and all(map(_drops_nothing, (attn["attn_drop"], attn["proj_drop"])))
-        and all(map(_drops_nothing, (mlp["drop1"], mlp["drop2"])))
-        and all(_drops_nothing(parts[name]) for name in ("drop_path1", "drop_path2"))
-        and not nn_module._has_any_global_hook()
-        and not any(p is not None and p.requires_grad for p in block._parameters.values())
-        and _is_unchanged(parts)
-    )
-
-
-def _projections(attn: Mapping[str, Any]) -> list[Any]:
-    """Return the Linears of an attention."""
-    if attn.get("qkv") is not None:
-        return [attn["qkv"], attn["proj"]]
-    return [*(attn.get(name) for name in ("q_proj", "k_proj", "v_proj")), attn["proj"]]
-
-
-def _is_nothing_or_layer_norm(norm: Any) -> bool:
-    return type(norm) in (nn.Identity, NoneType) or is_layer_norm(norm)
-
-
-def _has_timms_heads(attn: Any) -> bool:
-    head_dim, rest = divmod(attn.proj.weight.shape[1], attn.num_heads)
-    drops = attn.training and attn.attn_drop.p  # timm's fused attention reads attn.training
-    return not rest and not drops and computes_as_timms(attn, head_dim)
-
-
-def _is_unchanged(parts: Mapping[str, nn.Module | None]) -> bool:
-    """Return whether no fused part is trained, and no module has a hook or its own forward."""
-    for name, part in parts.items():
-        for module in with_descendants(part):
-            if has_hooks(module) or has_own_forward(module):
-                return False
-            if name not in _CALLED and any(
-                p is not None and p.requires_grad for p in module._parameters.values()
-            ):
-                return False
-    return True
-
-
-def _drops_nothing(module: Any) -> bool:
-    """Return whether a module is a dropout or timm's stochastic depth that does nothing."""
-    dropped = getattr(module, "p", 0) or getattr(module, "drop_prob", 0)
-    return type(module) in _DROPOUTS and not (module.training and dropped)
 
 
 def block_weights(block: Any) -> BlockWeights:
     """Return the weights of a block that `can_fuse`; None for those folded into others."""
     return BlockWeights._make([parameters.get(name) for parameters, name in weight_slots(block)])
-
-
-def _block_settings(block: Any) -> BlockSettings:
-    attn, mlp = block._modules["attn"], block._modules["mlp"]
-    inner = mlp._modules["norm"], attn._modules.get("norm")
-    gate = "" if type(mlp) is Mlp else "last" if getattr(mlp, "gate_last", False) else "first"
-    return BlockSettings(
-        attn.num_heads, attn.scale, block.norm1.eps, block.norm2.eps,
-        activation_kind(mlp._modules["act"]) or "", getattr(attn, "rotate_half", False), gate,
-        *(getattr(norm, "eps", None) for norm in inner),
-    )  # fmt: skip
 
 
 class Use(NamedTuple):
@@ -166,14 +52,14 @@ class Use(NamedTuple):
 
 def block_config(block: Any, source: PromptSource | None, use: Use) -> BlockConfig:
     """Return the settings of a block that `can_fuse`, with a source of its prompts."""
-    return _config(_block_settings(block), source, use)
+    return _config(block_settings(block), source, use)
 
 
 def _config(settings: BlockSettings, source: PromptSource | None, use: Use) -> BlockConfig:
     s = settings
     return BlockConfig(
         s.heads, s.scale, s.eps1, s.eps2, s.activation, use.memory, source, use.windows,
-        use.queries, s.rotate_half, s.gate, s.mlp_eps, s.attn_eps,
+        use.queries, s.rotate_half, s.gate, s.mlp_eps, s.attn_eps, s.centred,
     )  # fmt: skip
 
 
@@ -206,7 +92,7 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
         forget(block)  # frees cached copies, also if it is not fused any more
         if not can_fuse(block):
             return None
-        reading = BlockReading(block, _block_settings(block))
+        reading = BlockReading(block, block_settings(block))
         known = reading.current(block)
         if known is None:
             return None

@@ -136,8 +136,8 @@ def _kv_weights(
 ) -> KVWeights | None:
     forms = {
         (
-            r.settings.heads, r.settings.eps1, w.proj_weight.shape, w.norm1_weight is None,
-            w.norm1_bias is None,
+            r.settings.heads, r.settings.eps1, r.settings.centred, w.proj_weight.shape,
+            w.norm1_weight is None, w.norm1_bias is None,
         )
         for r, w in zip(read, weights, strict=True)
     }  # fmt: skip
@@ -151,5 +151,6 @@ def _kv_weights(
             [w.norm1_bias for w in weights],
             [keys_and_values_of(w) for w in weights],
             settings.eps1,
+            settings.centred,
             settings.heads,
         )

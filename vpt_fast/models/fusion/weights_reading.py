@@ -65,6 +65,7 @@ class BlockSettings(NamedTuple):
     gate: str = ""
     mlp_eps: float | None = None
     attn_eps: float | None = None
+    centred: bool = True
 
 
 class _Cast(NamedTuple):

@@ -17,6 +17,7 @@ from torch.nn.modules import module as nn_module
 
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
+from vpt_fast.models.fusion.fusible import can_fuse
 from vpt_fast.models.fusion.look_ahead import prompts_of
 from vpt_fast.models.prompt_rows import (
     LiveRows,
@@ -79,8 +80,8 @@ class PromptedBlock(nn.Module):
 
     @classmethod
     def is_fusable(cls, block: Any) -> bool:
-        """Return `fused_block.can_fuse` of a known block."""
-        return cls.is_known(block) and fused_block.can_fuse(block)
+        """Return `fusible.can_fuse` of a known block."""
+        return cls.is_known(block) and can_fuse(block)
 
     @classmethod
     def fused(cls, block: Any, x: Tensor | None) -> Fused | None:

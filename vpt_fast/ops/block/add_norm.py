@@ -41,11 +41,12 @@ class DeferredSum(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A frozen LayerNorm: weight and bias (D,) or None, and epsilon."""
+    """A frozen LayerNorm: weight and bias (D,) or None, and epsilon; RMSNorm if not `centred`."""
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    centred: bool = True
 
 
 class SavedInput(NamedTuple):
@@ -76,7 +77,13 @@ def enter(
     source = steps.config.source
     eps = None if source is None else source.eps
     x, y, statistics = steps.sites[RESIDUAL_NORM, "norm1"](
-        residual, branch, steps.weights.branch_scale, *steps.norm1, eps, steps.dtype
+        residual,
+        branch,
+        steps.weights.branch_scale,
+        *steps.norm1[:3],
+        eps,
+        steps.dtype,
+        steps.norm1.centred,
     )
     mixing = () if eps is None else source.mix(steps.sites, sources, x, statistics)
     return y, SavedInput(x, statistics, mixing)
@@ -121,7 +128,7 @@ def entry_gradients(
     else:
         grads = steps.sites[RESIDUAL_NORM_BACKWARD, f"norm1 {first_rows} {separate}"](
             x, statistics, steps.norm1.weight, scale, grad_y, grad_sum,
-            branch_dtype if separate else None,
+            branch_dtype if separate else None, steps.norm1.centred,
         )  # fmt: skip
     if first_rows:
         count = grad_x.shape[1]

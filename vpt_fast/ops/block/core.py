@@ -51,7 +51,7 @@ class BlockSteps:
         self, config: BlockConfig, weights: BlockWeights, dtype: torch.dtype, sites: Sites
     ) -> None:
         self.config, self.weights, self.dtype, self.sites = config, weights, dtype, sites
-        self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1)
+        self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1, config.centred)
         self.head_dim = weights.proj_weight.shape[1] // config.heads
         self.frozen = [w for w in weights if w is not None]
         self.transposed: dict[str, Tensor] = {}
@@ -163,7 +163,7 @@ class BlockSteps:
         branch = self.linear("proj", out, w.proj_weight, w.proj_bias)
         return self.sites[RESIDUAL_NORM, "norm2"](
             self.first_rows(x), branch, w.scale1, w.norm2_weight, w.norm2_bias, self.config.eps2,
-            None, self.dtype,
+            None, self.dtype, self.config.centred,
         )  # fmt: skip
 
     def _normed(self, out: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +178,15 @@ class BlockSteps:
         """Return norm2(x')."""
         w = self.weights
         return self.sites[RESIDUAL_NORM, "norm2 recomputed"](
-            middle, None, None, w.norm2_weight, w.norm2_bias, self.config.eps2, None, self.dtype
+            middle,
+            None,
+            None,
+            w.norm2_weight,
+            w.norm2_bias,
+            self.config.eps2,
+            None,
+            self.dtype,
+            self.config.centred,
         )[1]
 
     # --- whole passes ------------------------------------------------------------------------
@@ -235,7 +243,7 @@ class BlockSteps:
             tokens = projections.project(
                 self,
                 self.sites[RESIDUAL_NORM, "norm1 recomputed"](
-                    entry.x, None, None, *self.norm1, None, self.dtype
+                    entry.x, None, None, *self.norm1[:3], None, self.dtype, self.norm1.centred
                 )[1],
             )
         if out is None or lse is None:
@@ -306,7 +314,7 @@ class BlockSteps:
             site = f"norm2 {separate} {grad_middle is None}"
             grads = self.sites[RESIDUAL_NORM_BACKWARD, site](
                 middle, full.statistics, w.norm2_weight, w.scale1, grad, grad_middle,
-                self.dtype if separate else None,
+                self.dtype if separate else None, self.config.centred,
             )  # fmt: skip
             return grads[0], grads[-1]
         grad = _required(grad_middle).to(middle.dtype)

@@ -99,6 +99,7 @@ class BlockConfig:
             "first" or "last"; "" if it is not gated.
         mlp_eps: Epsilon of the norm before fc2; None without one.
         attn_eps: Epsilon of the norm before proj; None without one.
+        centred: Whether norm1 and norm2 subtract the mean; RMSNorm does not.
     """
 
     heads: int
@@ -114,6 +115,7 @@ class BlockConfig:
     gate: str = ""
     mlp_eps: float | None = None
     attn_eps: float | None = None
+    centred: bool = True
 
     def saves_kv(self, kv: Tensor) -> bool:
         """Return whether K_p, V_p (B or 1, p, 2, H, d) are saved for backward.

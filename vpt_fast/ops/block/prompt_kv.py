@@ -23,6 +23,7 @@ from vpt_fast.ops.frozen import (
     once_differentiable,
     versions_of,
 )
+from vpt_fast.ops.rowwise.residual_norm_reference import rms_norm, rms_norm_backward
 
 
 class KVWeights:
@@ -33,6 +34,7 @@ class KVWeights:
         norm_biases: Bias (D,) of each norm1, or None.
         projections: Projections of each block to keys and values, of (2 A, D) or two of (A, D).
         eps: Epsilon of every norm1.
+        centred: Whether every norm1 subtracts the mean; RMSNorm does not.
         heads: Number of heads H.
 
     Attributes:
@@ -45,10 +47,11 @@ class KVWeights:
         norm_biases: list[Tensor | None],
         projections: Sequence[Sequence[Projection]],
         eps: float,
+        centred: bool,
         heads: int,
     ) -> None:
         self.norm_weights, self.norm_biases = norm_weights, norm_biases
-        self.eps, self.heads = eps, heads
+        self.eps, self.centred, self.heads = eps, centred, heads
         self.weights = [[part.weight for part in parts] for parts in projections]
         self.transposed = [
             [(part.weight.t(), part.bias) for part in parts] for parts in projections
@@ -71,7 +74,8 @@ class KVWeights:
         """
         wide = statistics_dtype(prompts[0].dtype)
         stacked = torch.stack(list(prompts)).to(wide)
-        y, mean, rstd = torch.native_layer_norm(stacked, stacked.shape[-1:], None, None, self.eps)
+        norm = torch.native_layer_norm if self.centred else rms_norm
+        y, mean, rstd = norm(stacked, stacked.shape[-1:], None, None, self.eps)
         gamma, beta = _stacked(self.norm_weights, wide), _stacked(self.norm_biases, wide)
         if gamma is not None:
             y = y * gamma if beta is None else torch.addcmul(beta, y, gamma)
@@ -122,6 +126,8 @@ class KVWeights:
         if gamma is not None:
             grad_y = grad_y * gamma
         stacked = torch.stack(list(prompts)).to(wide)
+        if not self.centred:
+            return rms_norm_backward(grad_y, stacked, rstd, None).to(first.dtype).unbind()
         result = torch.ops.aten.native_layer_norm_backward(
             grad_y, stacked, stacked.shape[-1:], mean, rstd, None, None, [True, False, False]
         )[0]

@@ -143,7 +143,9 @@ class StaticPrompts(PromptSource):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return norm1(P) and its row statistics; see `PromptSource`."""
         normalise = sites[RESIDUAL_NORM, "prompts"]
-        _, out, statistics = normalise(self._prompts(tensors), None, None, *norm, None, dtype)
+        *affine, centred = norm
+        prompts = self._prompts(tensors)
+        _, out, statistics = normalise(prompts, None, None, *affine, None, dtype, centred)
         return out, (statistics,)
 
     def gradients(
@@ -158,7 +160,7 @@ class StaticPrompts(PromptSource):
         """Return the gradient of the tokens; see `PromptSource`."""
         tokens, mask = tensors
         result = sites[RESIDUAL_NORM_BACKWARD, "prompts"](
-            self._prompts(tensors), *statistics, norm.weight, None, grad, None, None
+            self._prompts(tensors), *statistics, norm.weight, None, grad, None, None, norm.centred
         )[0]
         if mask is not None:
             result = drop(result, mask, self.keep).sum(0, keepdim=True)
@@ -226,7 +228,7 @@ class ExpertPrompts(_ExpertSettings, PromptSource):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return norm1(P) and its row statistics; see `PromptSource`."""
         inputs = self._inputs(tensors, mixing)
-        out, *statistics = sites[FEATURES, ""](inputs, self.residual, *norm, dtype)
+        out, *statistics = sites[FEATURES, ""](inputs, self.residual, *norm[:3], dtype)
         return out, tuple(statistics)
 
     def gradients(

@@ -31,6 +31,7 @@ def residual_norm(
     norm_eps: float,
     expert_eps: float | None,
     dtype: torch.dtype,
+    centred: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of a residual and a branch, and its LayerNorm.
 
@@ -42,6 +43,7 @@ def residual_norm(
         norm_eps: Epsilon of the LayerNorm.
         expert_eps: Epsilon of a third row statistic, for VAPT's experts; or None.
         dtype: Dtype of the normalised rows.
+        centred: Whether the mean is subtracted; RMSNorm does not, and its mean is given as 0.
 
     Returns:
         The sum (B, N, D), empty without a branch; the normalised sum (B, N, D); and row statistics
@@ -49,14 +51,14 @@ def residual_norm(
         `expert_eps`. They are those of the rounded sum.
     """
     total, y, statistics = RESIDUAL_NORM.on(residual)(
-        residual, branch, scale, weight, bias, norm_eps, expert_eps, dtype
+        residual, branch, scale, weight, bias, norm_eps, expert_eps, dtype, centred
     )
     return residual.new_empty(0) if branch is None else total, y, statistics
 
 
 @residual_norm.register_fake
 def _(residual: Tensor, branch: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    expert_eps, dtype = others[-2:]
+    expert_eps, dtype = others[4:6]
     total = residual.new_empty(0)
     if branch is not None:
         kind = torch.promote_types(residual.dtype, branch.dtype)
@@ -78,6 +80,7 @@ def residual_norm_backward(
     grad_y: Tensor,
     grad_sum: Tensor | None,
     branch_dtype: torch.dtype | None,
+    centred: bool = True,
 ) -> list[Tensor]:
     """Return the gradients of the sum x and of its branch.
 
@@ -89,18 +92,20 @@ def residual_norm_backward(
         grad_y: Gradient of the normalised sum, (B, N, D).
         grad_sum: Gradient of the sum from the residual stream, (B, N, D), or None for 0.
         branch_dtype: Dtype of the branch's gradient; None if it is not needed.
+        centred: As for `residual_norm`.
 
     Returns:
         [grad_x (B, N, D) in x's dtype], and scale * grad_x if `branch_dtype` is given.
     """
     return RESIDUAL_NORM_BACKWARD.on(x)(
-        x, statistics, weight, scale, grad_y, grad_sum, branch_dtype
+        x, statistics, weight, scale, grad_y, grad_sum, branch_dtype, centred
     )
 
 
 @residual_norm_backward.register_fake
 def _(x: Tensor, *others: Any) -> list[Tensor]:
-    dtypes = [x.dtype, others[-1]] if others[-1] is not None else [x.dtype]
+    branch_dtype = others[5]
+    dtypes = [x.dtype] if branch_dtype is None else [x.dtype, branch_dtype]
     return [x.new_empty(x.shape, dtype=dtype) for dtype in dtypes]
 
 

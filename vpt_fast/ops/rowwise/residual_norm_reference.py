@@ -24,6 +24,7 @@ def residual_norm(
     norm_eps: float,
     expert_eps: float | None,
     dtype: torch.dtype,
+    centred: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum (the residual without a branch), its LayerNorm in `dtype`, row statistics."""
     total = residual
@@ -32,7 +33,8 @@ def residual_norm(
     elif branch is not None:
         total = residual + branch
     wide = statistics_dtype(total.dtype)
-    y, mean, rstd = torch.native_layer_norm(
+    norm = torch.native_layer_norm if centred else rms_norm
+    y, mean, rstd = norm(
         total.to(wide), total.shape[-1:], _to(weight, wide), _to(bias, wide), norm_eps
     )
     rows = [mean.squeeze(-1), rstd.squeeze(-1)]
@@ -50,13 +52,18 @@ def residual_norm_backward(
     grad_y: Tensor,
     grad_sum: Tensor | None,
     branch_dtype: torch.dtype | None,
+    centred: bool = True,
 ) -> list[Tensor]:
     """Return the gradients of the sum and, if its dtype is given, of the branch."""
     wide = statistics.dtype
-    grad = torch.ops.aten.native_layer_norm_backward(
-        grad_y.to(wide), x.to(wide), x.shape[-1:], statistics[0].unsqueeze(-1),
-        statistics[1].unsqueeze(-1), _to(weight, wide), None, [True, False, False],
-    )[0]  # fmt: skip
+    mean, rstd = (row.unsqueeze(-1) for row in statistics[:2])
+    if centred:
+        grad = torch.ops.aten.native_layer_norm_backward(
+            grad_y.to(wide), x.to(wide), x.shape[-1:], mean, rstd, _to(weight, wide), None,
+            [True, False, False],
+        )[0]  # fmt: skip
+    else:
+        grad = rms_norm_backward(grad_y.to(wide), x.to(wide), rstd, _to(weight, wide))
     if grad_sum is not None:
         grad += grad_sum
     grad_x = grad.to(x.dtype)
@@ -64,3 +71,22 @@ def residual_norm_backward(
         return [grad_x]
     grad_branch = grad if scale is None else grad * scale
     return [grad_x, grad_branch.to(branch_dtype, copy=scale is None)]
+
+
+def rms_norm(
+    x: Tensor, shape: object, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return RMSNorm of rows (..., D), a mean of 0 and the reciprocal root, (..., 1).
+
+    Arguments and results are those of `torch.native_layer_norm` for its last dimension.
+    """
+    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = x * rstd if weight is None else x * rstd * weight
+    return y if bias is None else y + bias, torch.zeros_like(rstd), rstd
+
+
+def rms_norm_backward(grad_y: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the gradient of x (..., D) from that of its RMSNorm."""
+    grad = grad_y if weight is None else grad_y * weight
+    normalised = x * rstd
+    return (grad - normalised * (grad * normalised).mean(-1, keepdim=True)) * rstd
