@@ -3,7 +3,8 @@
     LayerNorm    W (gamma * n + beta) + b  =  (W diag(gamma)) n + (b + W beta)
     LayerScale   gamma * (W x + b)         =  (diag(gamma) W) x + gamma * b
     scale        goes into the queries' rows of the qkv projection
-    key bias     adds the same to all scores of a query, prompts' included: the softmax drops it
+    key bias     adds the same to all scores of a query, prompts' included: the softmax drops it,
+                 unless keys are rotated by their position
     value bias   softmax rows sum to 1, so it is a constant of the output projection
 
 The function stays the same; what is folded is computed in fp64 and rounded once, to the weight's
@@ -17,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, AttentionRope, Mlp
+from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
@@ -63,10 +65,11 @@ def fold_backbone(
     """Fold the frozen blocks of a tuned model, in place; `remove_prompts` undoes it bit for bit.
 
     Nothing is folded where the function would change: the attention scale and the key bias under
-    qk-norm, the attention scale of a block that is still timm's own (it leaves the scale to
-    PyTorch's default), a LayerNorm's shift into a Linear without bias, a value bias into an output
-    projection without bias, MLPs other than timm's `Mlp`. Norms and LayerScales that are folded
-    become ones and zeros, which the fused blocks pass by.
+    qk-norm, the key bias where keys are rotated by their position, the attention scale of an Eva
+    and of a block that is still timm's own (they leave the scale to PyTorch's default), a
+    LayerNorm's shift into a Linear without bias, a value bias into an output projection without
+    bias, MLPs other than timm's `Mlp`. Norms and LayerScales that are folded become ones and zeros,
+    which the fused blocks pass by.
 
     The original weights of what is changed stay in host memory, since a rounded product cannot
     be divided back exactly: as much as the blocks' Linears take (ViT-B/16 in fp32: 340 MB).
@@ -145,14 +148,22 @@ def _check(model: Any) -> None:
                         f"cannot fold {where}.{leaf}: it is on the meta device and has no values; "
                         "fill the model first"
                     )
-                if parameter.requires_grad:
-                    raise ValueError(
-                        f"cannot fold {where}.{leaf}: it is trained (requires_grad=True); freeze "
-                        "it or do not fold"
-                    )
+                _check_frozen(f"{where}.{leaf}", parameter)
+        for name in _GAMMAS:
+            if block._parameters.get(name) is not None:
+                _check_frozen(f"blocks.{index}.{name}", block._parameters[name])
+
+
+def _check_frozen(name: str, parameter: Tensor) -> None:
+    if parameter.requires_grad:
+        raise ValueError(
+            f"cannot fold {name}: it is trained (requires_grad=True); freeze it or do not fold"
+        )
 
 
 _LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+_PLAIN_ATTENTION = (Attention, EvaAttention, AttentionRope)
+_GAMMAS = {"gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}
 
 
 def _parts(block: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -160,14 +171,18 @@ def _parts(block: Any) -> Iterator[tuple[str, nn.Module]]:
     if type(block.mlp) is Mlp:
         names += ["mlp.fc1", "mlp.fc2"]
     for name in names:
-        yield name, block.get_submodule(name)
+        container, _, leaf = name.rpartition(".")
+        part = block.get_submodule(container)._modules.get(leaf)
+        if part is not None:
+            yield name, part
 
 
 def _fold(model: Any) -> None:
     record: FoldRecord = model.tune_record.fold
     with torch.no_grad():
         for index, block in enumerate(model.blocks):
-            changes, scale, passed = _folded_block(block, record.folds)
+            rotates = getattr(model, "rope", None) is not None
+            changes, scale, passed = _folded_block(block, record.folds, rotates)
             if scale is not None:
                 record.scales[index], block.attn.scale = block.attn.scale, scale
                 block.attn.folded_scale = scale
@@ -224,36 +239,50 @@ class _Folded:
 
 
 def _folded_block(
-    block: Any, folds: Folds
+    block: Any, folds: Folds, rotates: bool
 ) -> tuple[dict[str, Tensor], float | None, frozenset[str]]:
-    """Return new values by name, the new `attn.scale`, and the parts that fused blocks skip."""
+    """Return new values by name, the new `attn.scale`, and the parts that fused blocks skip.
+
+    Args:
+        block: Block of a tuned model.
+        folds: What to fold.
+        rotates: Whether keys are rotated by their position, so that their bias is no constant.
+    """
     attn, mlp = block.attn, block.mlp
     new = _Folded(block)
     passed: set[str] = set()
     plain_mlp = type(mlp) is Mlp
     normed = not all(type(m) is nn.Identity for m in (attn.q_norm, attn.k_norm))
     width = attn.num_heads * attn.head_dim
+    packed = attn._modules.get("qkv") is not None
     if folds.norm:
-        targets = [("norm1", "attn.qkv")] + ([("norm2", "mlp.fc1")] if plain_mlp else [])
+        targets = [("norm1", "attn.qkv")] if packed else []
+        targets += [("norm2", "mlp.fc1")] if plain_mlp else []
         passed.update(norm for norm, linear in targets if _fold_norm(new, norm, linear))
     scale = None
-    if folds.attention_scale and not normed and type(attn) is not Attention:
+    is_vit = isinstance(attn, Attention)
+    if folds.attention_scale and not normed and is_vit and type(attn) not in _PLAIN_ATTENTION:
         factor = torch.ones_like(new["attn.qkv.weight"][:, 0])
         factor[:width] = attn.scale
         _scale_rows(new, "attn.qkv", factor)
         scale = 1.0
-    if folds.bias and attn.qkv.bias is not None:
+    if folds.bias and packed and attn.qkv.bias is not None:
         bias = new["attn.qkv.bias"].clone()
-        if not normed:
+        if not (normed or rotates):
             bias[width : 2 * width] = 0
-        if attn.proj.bias is not None and type(attn.norm) is nn.Identity:
+        inner = attn._modules.get("gate") is not None or type(attn.norm) is not nn.Identity
+        if attn.proj.bias is not None and not inner:
             shift = new["attn.proj.weight"] @ bias[2 * width :]
             new["attn.proj.bias"] = new["attn.proj.bias"] + shift
             bias[2 * width :] = 0
         new["attn.qkv.bias"] = bias
     if folds.layer_scale:
+        for gamma, linear in _GAMMAS.items():
+            if block._parameters.get(gamma) is not None and (gamma == "gamma_1" or plain_mlp):
+                _scale_rows(new, linear, new[gamma])
+                new[gamma] = torch.ones_like(new[gamma])
         for part, linear in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
-            if type(block.get_submodule(part)) is not LayerScale or (
+            if type(block._modules.get(part)) is not LayerScale or (
                 part == "ls2" and not plain_mlp
             ):
                 continue

@@ -169,7 +169,8 @@ def take_out(model: nn.Module, plain: Mapping[type, type]) -> None:
     for name in ADDED:
         model._modules.pop(name, None)
     model._parameters.pop("prompt_tokens", None)
-    model.__dict__.pop("_head_reading", None)
+    for name in ("_head_reading", "_rope_tables"):
+        model.__dict__.pop(name, None)
     for part in [*model.modules()]:  # wrapped by other modules or not
         forget(part)
         if type(part) in plain:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from vpt_fast.models.eva.blocks import PromptedEvaBlock
 from vpt_fast.models.isotropic.model import PromptedModel
-from vpt_fast.models.isotropic.rope_tables import RopeTables
+from vpt_fast.models.isotropic.rope_tables import LatestTables, RopeTables
 from vpt_fast.models.patches import embedded_patches
 from vpt_fast.models.prompt_rows import strip_rows
+from vpt_fast.ops.tracing import is_traced
 
 
 class PromptedEva(PromptedModel, Eva):
@@ -50,12 +51,11 @@ class PromptedEva(PromptedModel, Eva):
     def _tables(self, rope: Tensor | None) -> RopeTables | None:
         if rope is None:
             return None
-        known: RopeTables | None = self.__dict__.get("_rope_tables")
-        if known is None or not known.is_of(rope):
-            known = RopeTables(rope, len(self.blocks), self.rope_mixed)
-            if known.is_constant:
-                self.__dict__["_rope_tables"] = known
-        return known
+        form = len(self.blocks), self.rope_mixed
+        if is_traced(rope) or rope.is_inference():
+            return RopeTables(rope, *form)
+        latest: LatestTables = self.__dict__.setdefault("_rope_tables", LatestTables())
+        return latest.of(rope, *form)
 
     def forward_intermediates(
         self,

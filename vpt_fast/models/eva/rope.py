@@ -53,7 +53,7 @@ class _Cached(nn.Module):
         own = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
         draws = self.training and self.aug_active
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in own)
-        if draws or trained or any(t.is_inference() or is_traced(t) for t in own):
+        if draws or trained or any(is_traced(t) or t.is_inference() for t in own):
             table: Tensor = base.get_embed(shape, dtype)
             return table
         state = self._state(own)

@@ -29,13 +29,35 @@ class RopeTables:
         wide = rope.to(statistics_dtype(rope.dtype))
         self.of_blocks = list(wide.unbind()) if by_block else [wide] * depth
         self.is_constant = not rope.requires_grad
-        self._made_of: Any = (rope, None if rope.is_inference() else rope._version)
-
-    def is_of(self, rope: Tensor) -> bool:
-        """Return whether they were made of this tensor, which has not changed since."""
-        known, version = self._made_of
-        return known is rope and version is not None and version == rope._version
 
     def can_rotate(self, x: Tensor) -> bool:
         """Return whether fused blocks take the tables; see `can_rotate`."""
         return all(can_rotate(table, x) for table in self.of_blocks[:1])
+
+
+class LatestTables:
+    """The tables that were made last; copies and pickles of a model start without any."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Tensor, int, RopeTables] | None = None
+
+    def __deepcopy__(self, memo: Any) -> LatestTables:
+        return LatestTables()
+
+    def __reduce__(self) -> Any:
+        return LatestTables, ()
+
+    def of(self, rope: Tensor, depth: int, by_block: bool) -> RopeTables:
+        """Return the tables made of `rope`, the same while it is the same and has not changed.
+
+        Args:
+            rope, depth, by_block: Arguments of `RopeTables`; `rope` is no inference tensor, and
+                nothing is traced.
+        """
+        made = self._made
+        if made is not None and made[0] is rope and made[1] == rope._version:
+            return made[2]
+        tables = RopeTables(rope, depth, by_block)
+        if tables.is_constant:
+            self._made = rope, rope._version, tables
+        return tables
