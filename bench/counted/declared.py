@@ -102,6 +102,11 @@ def _mix_backward_statistics(launch: Launch, statistics: Tensor) -> Tensor:
     return statistics if launch.constexprs["NEEDS_X"] else statistics[::2]
 
 
+def _rotated(launch: Launch, heads: Tensor) -> Tensor:
+    return heads[:, launch.arguments["first"] :, : launch.constexprs["PARTS"]]
+
+
+_GATE_BIASES = tuple(Parameter(f"{half}_bias", ("HAS_BIAS",)) for half in ("gate", "value"))
 _PROMPTS = tuple(Parameter(name, ("HAS_PROMPTS",)) for name in ("prompt_k", "prompt_v"))
 _KEY_GRADIENTS = Declaration(_parameters("q k v grad_out lse delta"), _parameters("dk dv"))
 _WINDOW_PROMPTS = Parameter("prompts", ("HAS_PROMPTS",))
@@ -239,6 +244,12 @@ DECLARATIONS = {
     ),
     "activation": Declaration(_parameters("h bias?"), _parameters("out")),
     "activation_backward": Declaration(_parameters("h bias? grad"), _parameters("grad")),
+    "gated": Declaration((*_parameters("h"), *_GATE_BIASES), _parameters("out")),
+    "gated_backward": Declaration((*_parameters("h grad"), *_GATE_BIASES), _parameters("grad_h")),
+    "rotation": Declaration(
+        (Parameter("heads", part=_rotated), *_parameters("table")),
+        (Parameter("heads", part=_rotated),),
+    ),
 }
 """Declarations by the name of the launch."""
 

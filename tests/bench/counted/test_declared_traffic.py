@@ -24,7 +24,13 @@ from vpt_fast.kernels.attention import launches as attention
 from vpt_fast.kernels.attention import ragged as bank_attention
 from vpt_fast.kernels.experts import launches as prompt_expert
 from vpt_fast.kernels.experts.inputs import FeatureInputs
-from vpt_fast.kernels.rowwise import activation, grouped_heads, residual_norm
+from vpt_fast.kernels.rowwise import (
+    activation,
+    gated_activation,
+    grouped_heads,
+    residual_norm,
+    rotation,
+)
 from vpt_fast.kernels.runtime.launch import Launch, Target
 from vpt_fast.kernels.window_attention import launches as window_attention
 
@@ -131,6 +137,27 @@ def test_activation(biased: bool, kernel_device: torch.device) -> None:
         activation.activation(h, bias, "gelu")
         activation.activation_backward(h, bias, draw(*shape), "gelu")
     assert set(executed_bytes) == {"activation", "activation_backward"}
+    assert declared_bytes == executed_bytes
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_gated_activation(biased: bool, kernel_device: torch.device) -> None:
+    draw, shape = Draw(kernel_device), (2, 9, 100)
+    biases = (draw(50), draw(50)) if biased else (None, None)
+    with both() as (declared_bytes, executed_bytes):
+        gated_activation.gated(draw(*shape), *biases, "silu", False)
+        gated_activation.gated_backward(draw(*shape), *biases, draw(2, 9, 50), "silu", True)
+    assert set(executed_bytes) == {"gated", "gated_backward"}
+    assert declared_bytes == executed_bytes
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_rotation(per_head: bool, kernel_device: torch.device) -> None:
+    draw, size = Draw(kernel_device), (2,) if per_head else ()
+    table = draw(*size, 7, 48).float()
+    with both() as (declared_bytes, executed_bytes):
+        rotation.rotate(draw(2, 9, 3, 2, 24), table, 2, True, False)
+    assert set(executed_bytes) == {"rotation"}
     assert declared_bytes == executed_bytes
 
 

@@ -16,8 +16,10 @@ from support.kernels.slower import JUDGED_VERSION, slower
 from bench.machine_code import kernel_report, offline
 from bench.machine_code.limits import HIDDEN, WIDTHS
 from bench.machine_code.problems.rowwise import (
-    ACTIVATION_KERNELS,
+    HIDDEN_KERNELS,
+    KERNELS,
     NORM_KERNELS,
+    ROTATION_KERNELS,
     RowProblem,
     row_launch,
 )
@@ -55,6 +57,13 @@ QUICK = [
     ("activation gelu_tanh", RowProblem(1536, FP16), 90),
     ("activation_backward quick_gelu", RowProblem(4096), 80),
     ("activation_backward silu", RowProblem(5120), 80),
+    ("gated silu", RowProblem(2048), 90),
+    ("gated_backward silu", RowProblem(3072), 80),
+    ("gated gelu", RowProblem(1024, FP16), 80),
+    ("rotation half", RowProblem(384), 80),
+    ("rotation interleaved", RowProblem(1280, FP16), 90),
+    ("rotation_inverse half", RowProblem(1024), 90),
+    ("rotation_per_head interleaved", RowProblem(192), 80),
     ("residual_norm_scaled", RowProblem(768), 100),
     ("residual_norm_backward_scaled", RowProblem(768), "gfx942"),
     ("activation gelu", RowProblem(3072), "gfx942"),
@@ -63,19 +72,22 @@ GRID = itertools.chain(
     (
         (kernel, RowProblem(width, dtype, residual), target)
         for kernel, width, (dtype, residual), target in itertools.product(
-            NORM_KERNELS, WIDTHS, ((BF16, None), (FP16, None), (BF16, FP32)), TARGETS
+            (*NORM_KERNELS, *ROTATION_KERNELS),
+            WIDTHS,
+            ((BF16, None), (FP16, None), (BF16, FP32)),
+            TARGETS,
         )
     ),
     (
         (kernel, RowProblem(width, dtype), target)
         for kernel, width, dtype, target in itertools.product(
-            ACTIVATION_KERNELS, HIDDEN, (BF16, FP16), TARGETS
+            HIDDEN_KERNELS, HIDDEN, (BF16, FP16), TARGETS
         )
     ),
     (
         (kernel, RowProblem(768, dtype), target)
         for kernel, dtype, target in itertools.product(
-            (*NORM_KERNELS, *ACTIVATION_KERNELS), (BF16, FP32), (86, 100, 120, "gfx942")
+            KERNELS, (BF16, FP32), (86, 100, 120, "gfx942")
         )
     ),
 )
@@ -98,20 +110,20 @@ def test_every_limit_holds(kernel: str, problem: RowProblem, target: int | str) 
     ("kernel", "target"),
     [
         pytest.param(kernel, target, marks=pytest.mark.full if (index + turn) % 2 else ())
-        for index, kernel in enumerate((*NORM_KERNELS, *ACTIVATION_KERNELS))
+        for index, kernel in enumerate(KERNELS)
         for turn, target in enumerate(TARGETS)
     ],
 )
 def test_a_kernel_that_issues_a_twentieth_more_is_over_its_limit(kernel: str, target: int) -> None:
-    width = 3072 if kernel in ACTIVATION_KERNELS else 768
-    report = row_report.row_report(kernel, RowProblem(width), target)
+    report = row_report.row_report(kernel, RowProblem(row_report.usual_width(kernel)), target)
     assert all(v.holds for v in verdicts(report))
     report = dataclasses.replace(report, figures=slower(report.figures, 1.05))
     assert [v.figure for v in verdicts(report) if not v.holds] == ["issue over memory"]
 
 
 @pytest.mark.parametrize(
-    "kernel", ["norm", "residual_norm_backward", "activation gelu", "activation_backward silu"]
+    "kernel",
+    ["norm", "residual_norm_backward", "activation gelu", "activation_backward silu", "gated silu"],
 )
 def test_offsets_of_elements_are_64_bits_wide(kernel: str) -> None:
     launch = row_launch(kernel, RowProblem(192))
@@ -120,6 +132,16 @@ def test_offsets_of_elements_are_64_bits_wide(kernel: str) -> None:
     # Either form may be cached: executing kernels prints the generic one.
     products = re.findall(r"arith\.muli.*(tensor<[^>]*>)", compiled.asm["ttir"])
     assert products and all(kind.endswith("xi64>") for kind in products)
+
+
+@pytest.mark.parametrize("kernel", ["rotation half", "rotation_per_head interleaved"])
+def test_offsets_of_rotated_rows_are_64_bits_wide(kernel: str) -> None:
+    launch = row_launch(kernel, RowProblem(192))
+    source, options = offline.specialise(launch, offline.gpu_target(80))
+    text = triton.compile(source, target=offline.gpu_target(80), options=options).asm["ttir"]
+    rows = re.findall(r"arith\.muli.*(tensor<[^>]*>)", text)
+    assert rows and all(kind.endswith("xi64>") for kind in rows)
+    assert re.search(r"arith\.muli.*[^t]i64", text)  # the image's
 
 
 def test_a_width_that_rows_of_16_bytes_do_not_fill_is_over_the_limit() -> None:
