@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 METHODS = ("vpt-deep", "vapt")
 STEP, INFERENCE = "step", "inference"
 SWIN = "swin_tiny_patch4_window7_224"
-DINOV3 = "vit_small_patch16_dinov3"
+DINOV3, DINOV3_BASE = "vit_small_patch16_dinov3", "vit_base_patch16_dinov3"
 
 
 @dataclass(frozen=True)

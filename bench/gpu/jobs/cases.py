@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from bench.compare.cases import DINOV3_BASE as DINOV3
 from bench.compare.cases import INFERENCE, SWIN, Case
 from bench.gpu.jobs.checks import kernel_cases
 from bench.gpu.jobs.job import (
@@ -91,7 +92,7 @@ def first_jobs(plan: Plan) -> list[Job]:
 def correctness_jobs(plan: Plan) -> list[Job]:
     """Return the checks in addition to those of timed cases: models, steps, operators."""
     step, vit = plan.step, replace(plan.step, batch=4)
-    models = [TINY] if plan.trial else ["vit_small_patch16_224", plan.model, SWIN]
+    models = [TINY] if plan.trial else ["vit_small_patch16_224", plan.model, SWIN, DINOV3]
     found: list[Job] = []
     for dtype in DTYPES:
         for model in models:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.compare import correctness
-from bench.compare.cases import SWIN, Case
+from bench.compare.cases import DINOV3_BASE, SWIN, Case
 from bench.compare.collect import read
 from bench.gpu.device import CpuDevice
 from bench.gpu.jobs.cases import (
@@ -201,7 +201,7 @@ def test_all_requested_cases_are_timed() -> None:
 def test_checks_on_a_gpu() -> None:
     jobs = correctness_jobs(Plan())
     models = [s.case for s in jobs if isinstance(s, ModelCheck)]
-    vits = [f"vit_{size}_patch16_224" for size in ("small", "base")]
+    vits = [f"vit_{size}_patch16_224" for size in ("small", "base")] + [DINOV3_BASE]
     wanted = {(m, "vpt-deep", 50) for m in (*vits, SWIN)} | {(m, "vapt", 10) for m in vits}
     assert {(c.model, c.method, c.prompts, c.dtype) for c in models} == {
         (*case, dtype) for case in wanted for dtype in DTYPES

@@ -23,8 +23,9 @@ from bench.gpu.device import (
     replay_error,
 )
 from bench.gpu.jobs import measure as measuring
-from bench.gpu.jobs.checks import ActivationCase, NormCase, check_kernel
+from bench.gpu.jobs.checks import check_kernel
 from bench.gpu.jobs.measure import KernelCheck, measure
+from bench.gpu.jobs.row_checks import ActivationCase, NormCase
 from bench.providers.attention import AttentionCase
 from bench.providers.models import OURS, provide
 from vpt_fast.ops.rowwise import activation

@@ -19,8 +19,8 @@ from bench.compare.facts import facts
 from bench.gpu import session as sessions
 from bench.gpu import stages
 from bench.gpu.jobs.cases import Plan
-from bench.gpu.jobs.checks import NormCase
 from bench.gpu.jobs.job import CeilingsJob, FactsJob, KernelCheck, case_columns
+from bench.gpu.jobs.row_checks import NormCase
 from bench.gpu.outcome import Emit
 from bench.gpu.programs import run_program
 from bench.gpu.results.record import Record

@@ -16,10 +16,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from bench.compare.cases import Case
-from bench.gpu.jobs.checks import ActivationCase, HeadsCase, NormCase
+from bench.gpu.jobs.checks import HeadsCase
 from bench.gpu.jobs.job import KernelCheck
 from bench.gpu.jobs.keys import stable_keys
 from bench.gpu.jobs.models import ModelCheck
+from bench.gpu.jobs.row_checks import ActivationCase, GatedCase, NormCase, RotationCase
 from bench.gpu.jobs.warm import kernels_of, recorded_launches, tile_launches
 from bench.providers import attention as attention_providers
 from bench.providers.attention import AttentionCase
@@ -88,6 +89,8 @@ def test_launches_find_the_compiled_kernels(tmp_path: Path) -> None:
         (KernelCheck(HeadsCase(33), "float16"), {"grouped_heads"}),
         (KernelCheck(NormCase(72)), {"residual_norm", "residual_norm_backward"}),
         (KernelCheck(ActivationCase("silu")), {"activation", "activation_backward"}),
+        (KernelCheck(GatedCase()), {"gated", "gated_backward"}),
+        (KernelCheck(RotationCase()), {"rotation"}),
         (replace(STEP, providers=("concat",)), set()),
     ],
     # Sets are unordered, and all processes of pytest-xdist need the same names.
