@@ -59,7 +59,8 @@ def export(
         typer.echo(
             f"{output}: {output.stat().st_size / 1e6:,.1f} MB, images (batch, {size}) in {dtype} "
             f"on {where.type} -> logits (batch, {loaded.num_classes}); on random images at most "
-            f"{off:.1e} of the largest logit from the adapter's own in float32"
+            f"{off:.1e} of the largest logit from the adapter's own in float32; it holds the "
+            "backbone's weights, whose licence holds for it"
         )
         typer.echo(
             f'load it: extra = {{"{TASK_FILE}": ""}}; program = torch.export.load('

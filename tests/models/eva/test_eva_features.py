@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from support import graphs
 from support.adapters.banks import alone, fill, relative
@@ -30,6 +31,7 @@ from vpt_fast import (
     remove_prompts,
     save_adapter,
 )
+from vpt_fast.analysis.activation_memory import PLAIN, SavedBytes
 from vpt_fast.analysis.shares import attention_shares
 from vpt_fast.bank import shared_pass
 from vpt_fast.export import bake
@@ -218,3 +220,19 @@ def test_a_blocks_own_call_takes_any_table() -> None:
             expected = plain.model.blocks[1](rows, rope=table)
         expected = torch.cat([expected[:, :5], expected[:, 8:]], 1)
         assert distance(tuned.blocks[1](x, rope=table), expected) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", "vit_small_plus_patch16_dinov3"])
+def test_no_more_is_kept_for_backward_than_without_prompts(name: str) -> None:
+    """At 256 px, batch 64, bf16, in every memory mode; the second has a gated MLP."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=100)
+    counter = SavedBytes(model, (3, 256, 256), torch.bfloat16)
+    plain = counter.bytes_of(VPTDeep(10), PLAIN, 64)
+    kept = {
+        (p, mode): counter.bytes_of(VPTDeep(p), mode, 64)
+        for p in (0, 10, 200)
+        for mode in ("speed", "lean")
+    }
+    assert max(kept.values()) <= plain
+    assert kept[200, "speed"] < 1.01 * kept[10, "speed"]

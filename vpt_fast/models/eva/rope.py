@@ -40,8 +40,6 @@ class _Tables:
 class _Cached(nn.Module):
     """Mixed into timm's class of an embedding."""
 
-    aug_active: bool
-
     def get_embed(self, shape: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """Return timm's table for a patch grid; the same tensor for the same grid.
 
@@ -51,10 +49,11 @@ class _Cached(nn.Module):
         """
         base: Any = super()
         own = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
-        draws = self.training and self.aug_active
+        given = (shape,) if dtype is None else (shape, dtype)  # timm 1.0.29 has the first alone
+        draws = self.training and getattr(self, "aug_active", False)
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in own)
         if draws or trained or any(is_traced(t) or t.is_inference() for t in own):
-            table: Tensor = base.get_embed(shape, dtype)
+            table: Tensor = base.get_embed(*given)
             return table
         state = self._state(own)
         tables: _Tables = self.__dict__.setdefault("tables", _Tables())
@@ -65,7 +64,7 @@ class _Cached(nn.Module):
         if known is None or known[0]._version != known[1]:
             # Made under inference_mode, a table could not serve training later.
             with torch.inference_mode(False), torch.no_grad():
-                table = base.get_embed(shape, dtype).detach()
+                table = base.get_embed(*given).detach()
             known = tables.made[key] = (table, table._version)
         return known[0]
 
