@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from vpt_fast.kernels.attention.layouts import split
-from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts, projected_out
+from vpt_fast.models.attention_inputs import projected, projected_kv, projected_out
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.residual import add_branches
 from vpt_fast.reference.vit import ConcatenatedExperts, ConcatenatedPrompts
@@ -59,9 +59,24 @@ def _block(block: Any, x: Tensor, prompts: Tensor, rope: Tensor | None) -> Tenso
 
 def _attention(attn: Any, y: Tensor, prompts: Tensor, rope: Tensor | None) -> Tensor:
     """Attend from the rows of y (B, N, D) to those of prompts (B or 1, p, D) and to themselves."""
-    tokens = split(attention_tokens(attn, y, rope=rope))
-    q, k, v = (part.transpose(1, 2) for part in tokens)
-    keys, values = packed_prompts(attn, prompts).expand(len(y), -1, -1, -1, -1).unbind(2)
-    k, v = (torch.cat([more.transpose(1, 2), own], 2) for more, own in ((keys, k), (values, v)))
-    out = F.scaled_dot_product_attention(q, k, v)
-    return projected_out(attn, out.transpose(1, 2).flatten(2), y)
+    batch, rows, width = y.shape
+    if attn.qkv is not None and getattr(attn, "q_bias", None) is None:
+        qkv = attn.qkv(y).view(batch, rows, 3, attn.num_heads, -1)
+    else:
+        qkv = projected(attn, y, slice(None)).view(batch, rows, 3, attn.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    kv = projected_kv(attn, prompts, attn.head_dim).permute(2, 0, 3, 1, 4)
+    prompt_k, prompt_v = kv.expand(-1, batch, -1, -1, -1)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        q, k = (_rotated(attn, t, rope).type_as(v) for t in (q, k))
+    k = torch.cat([attn.k_norm(prompt_k), k], 2)
+    out = F.scaled_dot_product_attention(q, k, torch.cat([prompt_v, v], 2))
+    return projected_out(attn, out.transpose(1, 2).reshape(batch, rows, width), y)
+
+
+def _rotated(attn: Any, heads: Tensor, rope: Tensor) -> Tensor:
+    """Return heads (B, H, N, d) with the patches rotated, as timm does."""
+    first = attn.num_prefix_tokens
+    rows = apply_rot_embed_cat(heads[:, :, first:], rope, half=attn.rotate_half)
+    return torch.cat([heads[:, :, :first], rows], 2)

@@ -20,7 +20,7 @@ SWIN = "window4"
 
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 @pytest.mark.parametrize("change", ["edited", "replaced"])
-@pytest.mark.parametrize("family", ["qk_norm", "aimv2", SWIN])
+@pytest.mark.parametrize("family", ["qk_norm", "qk_norm_rms", SWIN])
 def test_weights_that_change_before_backward_are_refused(
     family: str, change: str, memory: str
 ) -> None:

@@ -24,7 +24,7 @@ from vpt_fast.models.isotropic.head_rows import rows_read
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.residual import add_branches
 from vpt_fast.modules.experts import EPS
-from vpt_fast.modules.norms import normalised_prompts
+from vpt_fast.modules.norms import is_layer_norm, normalised_prompts
 from vpt_fast.ops.attention.ragged import bank_attention
 from vpt_fast.ops.backend import (
     computing_dtype,
@@ -59,6 +59,7 @@ def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
         rope = table_of(tables, number)
         if (
             kind.is_fusable(block)
+            and (is_layer_norm(block.norm1) or not prompts.groups)  # experts share its statistics
             and (first is None or uses_kernels(total.residual))
             and can_rotate(rope, total.residual)
         ):
@@ -154,16 +155,16 @@ def _fused(
     """Return the first rows of the block's output, or all of them, by the fused operators."""
     dtype = computing_dtype(total.residual)
     eps = EPS if prompts.groups else None
-    norm1 = block.norm1
+    weights = block_weights(block)._replace(rope=rope)
+    config = block_config(block, None, Use("speed", queries=first))
     with in_full_precision(total.residual):
         summed, y, statistics = residual_norm(
-            *total, norm1.weight, norm1.bias, norm1.eps, eps, dtype
-        )
+            *total, weights.norm1_weight, weights.norm1_bias, config.eps1, eps, dtype,
+            config.centred,
+        )  # fmt: skip
         x = total.residual if total.branch is None else summed
     mean, rstd = (None, None) if eps is None else (statistics[0], statistics[2])
     computed_kv = prompts.compute(block, x, mean, rstd, dtype)
-    weights = block_weights(block)._replace(rope=rope)
-    config = block_config(block, None, Use("speed", queries=first))
     steps = _Steps(config, weights.to(dtype), dtype, prompts, computed_kv)
     with in_full_precision(x):
         middle, result, _ = steps.forward_entered(y, SavedInput(x, statistics))

@@ -7,29 +7,21 @@ padding moves nothing.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from support.kernels.traffic import Draw, both
 from torch import Tensor
 
 from bench.counted import declared
 from bench.counted.declared import DECLARATIONS, Declaration, Parameter, product_flop
-from bench.counted.trace import distinct_bytes, regions_of
-from bench.counted.traffic import counted
 from vpt_fast.kernels.attention import launches as attention
 from vpt_fast.kernels.attention import ragged as bank_attention
 from vpt_fast.kernels.experts import launches as prompt_expert
 from vpt_fast.kernels.experts.inputs import FeatureInputs
 from vpt_fast.kernels.rowwise import (
-    activation,
-    gated_activation,
     grouped_heads,
-    residual_norm,
-    rotation,
 )
 from vpt_fast.kernels.runtime.launch import Launch, Target
 from vpt_fast.kernels.window_attention import launches as window_attention
@@ -40,42 +32,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
-Bytes = dict[str, tuple[int, int]]
-"""Bytes loaded and stored by the name of the launch."""
-
-
-@contextlib.contextmanager
-def both() -> Iterator[tuple[Bytes, Bytes]]:
-    """Yield declared and executed bytes of the launches inside, each kernel at most once."""
-    declared_bytes: Bytes = {}
-    executed_bytes: Bytes = {}
-    run = Launch.run
-
-    def counting(launch: Launch) -> None:
-        assert launch.name not in declared_bytes
-        touched = declared.declared(launch)
-        declared_bytes[launch.name] = (
-            distinct_bytes(regions_of(touched.loads)),
-            distinct_bytes(regions_of(touched.stores)),
-        )
-        with counted() as traffic:
-            run(launch)
-        executed_bytes[launch.name] = traffic.distinct("load"), traffic.distinct("store")
-
-    with mock.patch.object(Launch, "run", counting):
-        yield declared_bytes, executed_bytes
-
-
-class Draw:
-    """Seeded random tensors on a device."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype = BF16) -> None:
-        self.device, self.dtype = device, dtype
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        values = torch.randn(*shape, generator=self.generator)
-        return values.to(dtype or self.dtype).to(self.device)
 
 
 @pytest.mark.parametrize(
@@ -108,56 +64,6 @@ def test_attention(
             tokens, keys, out, lse, draw(*out.shape), dim**-0.5, needs_tokens, bool(keys)
         )
     assert set(executed_bytes) == launches
-    assert declared_bytes == executed_bytes
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_residual_norm(plain: bool, kernel_device: torch.device) -> None:
-    draw, shape, width = Draw(kernel_device), (2, 9, 72), 72
-    branch, scale, weight, bias = (
-        [None] * 4 if plain else [draw(*shape), draw(width), draw(width), draw(width)]
-    )
-    with both() as (declared_bytes, executed_bytes):
-        x, y, statistics = residual_norm.residual_norm(
-            draw(*shape), branch, scale, weight, bias, 1e-6, None if plain else 1e-5, BF16
-        )
-        residual_norm.residual_norm_backward(
-            y if plain else x, statistics, weight, scale, draw(*shape),
-            None if plain else draw(*shape), None if plain else BF16,
-        )  # fmt: skip
-    assert set(executed_bytes) == {"residual_norm", "residual_norm_backward"}
-    assert declared_bytes == executed_bytes
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_activation(biased: bool, kernel_device: torch.device) -> None:
-    draw, shape = Draw(kernel_device), (2, 9, 100)
-    h, bias = draw(*shape), draw(100) if biased else None
-    with both() as (declared_bytes, executed_bytes):
-        activation.activation(h, bias, "gelu")
-        activation.activation_backward(h, bias, draw(*shape), "gelu")
-    assert set(executed_bytes) == {"activation", "activation_backward"}
-    assert declared_bytes == executed_bytes
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_gated_activation(biased: bool, kernel_device: torch.device) -> None:
-    draw, shape = Draw(kernel_device), (2, 9, 100)
-    biases = (draw(50), draw(50)) if biased else (None, None)
-    with both() as (declared_bytes, executed_bytes):
-        gated_activation.gated(draw(*shape), *biases, "silu", False)
-        gated_activation.gated_backward(draw(*shape), *biases, draw(2, 9, 50), "silu", True)
-    assert set(executed_bytes) == {"gated", "gated_backward"}
-    assert declared_bytes == executed_bytes
-
-
-@pytest.mark.parametrize("per_head", [False, True])
-def test_rotation(per_head: bool, kernel_device: torch.device) -> None:
-    draw, size = Draw(kernel_device), (2,) if per_head else ()
-    table = draw(*size, 7, 48).float()
-    with both() as (declared_bytes, executed_bytes):
-        rotation.rotate(draw(2, 9, 3, 2, 24), table, 2, True, False)
-    assert set(executed_bytes) == {"rotation"}
     assert declared_bytes == executed_bytes
 
 
