@@ -231,7 +231,11 @@ def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         )
 
 
-class BakedModel(nn.Module):
+_Timms: Any = nn.Module
+"""Stands for timm's class, whose methods mypy cannot see."""
+
+
+class BakedModel(_Timms):
     """A model with the prompts of a task as constants; mixed into timm's class.
 
     Attributes:
@@ -250,8 +254,7 @@ class BakedModel(nn.Module):
         last = self.blocks[-1] if len(self.blocks) else None
         count = rows_read(own, type(last)) if isinstance(last, BakedBlock) else None
         if count is None or attn_mask is not None or is_causal:
-            base: Any = super()
-            return base.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x, tables = block_inputs(own, x)
         *earlier, last = self.blocks
         for index, block in enumerate(earlier):
@@ -261,12 +264,11 @@ class BakedModel(nn.Module):
 
     def _pos_embed(self, x: Tensor) -> Any:
         """Add position embeddings; refuse a patch grid that VAPT's prompts were not tuned for."""
-        base: Any = super()
         if self.expert_grid is not None:
             check_grid(
                 self.expert_grid, x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size
             )
-        return base._pos_embed(x)
+        return super()._pos_embed(x)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Return what timm's method returns; see there for the arguments.
@@ -275,8 +277,7 @@ class BakedModel(nn.Module):
             ValueError: If prompt rows pass through the blocks as tokens.
         """
         self._refuse_rows("forward_intermediates")
-        base: Any = super()
-        return base.forward_intermediates(*args, **kwargs)
+        return super().forward_intermediates(*args, **kwargs)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """Remove blocks as timm's method does; see there for the arguments.
@@ -285,8 +286,7 @@ class BakedModel(nn.Module):
             ValueError: If prompt rows pass through the blocks as tokens.
         """
         self._refuse_rows("prune_intermediate_layers")
-        base: Any = super()
-        taken: list[int] = base.prune_intermediate_layers(*args, **kwargs)
+        taken: list[int] = super().prune_intermediate_layers(*args, **kwargs)
         return taken
 
     def _refuse_rows(self, name: str) -> None:

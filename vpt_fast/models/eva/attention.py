@@ -35,8 +35,7 @@ class _PromptedRotary(PromptedAttention):
         if not masked:
             check_attention(own, self.head_dim)
         if masked or (prompts is None and queries is None and self.is_changed()):
-            base: Any = super()
-            result: Tensor = base.forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+            result: Tensor = super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
             return result
         return self.attend(x, prompts, queries, rope, query_rope)
 

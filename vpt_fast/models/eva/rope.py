@@ -37,7 +37,11 @@ class _Tables:
         return _Tables, ()
 
 
-class _Cached(nn.Module):
+_Timms: Any = nn.Module
+"""Stands for timm's class, whose methods mypy cannot see."""
+
+
+class _Cached(_Timms):
     """Mixed into timm's class of an embedding."""
 
     def get_embed(self, shape: Any = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -47,13 +51,12 @@ class _Cached(nn.Module):
             shape: Height and width of the grid; None for that of the model.
             dtype: Dtype of the table; None for timm's choice.
         """
-        base: Any = super()
         own = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
         given = (shape,) if dtype is None else (shape, dtype)  # timm 1.0.29 has the first alone
         draws = self.training and getattr(self, "aug_active", False)
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in own)
         if draws or trained or any(is_traced(t) or t.is_inference() for t in own):
-            table: Tensor = base.get_embed(*given)
+            table: Tensor = super().get_embed(*given)
             return table
         state = self._state(own)
         tables: _Tables = self.__dict__.setdefault("tables", _Tables())
@@ -64,7 +67,7 @@ class _Cached(nn.Module):
         if known is None or known[0]._version != known[1]:
             # Made under inference_mode, a table could not serve training later.
             with torch.inference_mode(False), torch.no_grad():
-                table = base.get_embed(*given).detach()
+                table = super().get_embed(*given).detach()
             known = tables.made[key] = (table, table._version)
         return known[0]
 

@@ -23,8 +23,11 @@ from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.tracing import any_derivative, is_transformed
 
+_Timms: Any = nn.Module
+"""Stands for timm's class, whose methods mypy cannot see."""
 
-class PromptedModel(Tuned):
+
+class PromptedModel(Tuned, _Timms):
     """A tuned model; mixed into timm's class. Blocks insert and strip prompt rows.
 
     Attributes:
@@ -39,13 +42,12 @@ class PromptedModel(Tuned):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Return the logits; the last block computes only the rows that the head reads."""
-        base: Any = super()
         if is_transformed():
             with any_derivative():
-                return base.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+                return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         count = self._rows_read()
         if count is None or attn_mask is not None or is_causal:
-            return base.forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self._head_of(*self.embedded(x), 0, count)
 
     def embedded(self, images: Tensor) -> tuple[Tensor, RopeTables | None]:
@@ -107,8 +109,7 @@ class PromptedModel(Tuned):
         own: Any = self
         apart = type(self.blocks) is not self.container or is_taken_over(self.blocks)
         if attn_mask is not None or is_causal or apart:
-            base: Any = super()
-            x = base.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            x = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             return self._without_late_rows(x)
         features: Tensor = own.norm(self._replayed(*self.embedded(x), 0, None))
         return features
@@ -159,11 +160,10 @@ class PromptedModel(Tuned):
     def _pos_embed(self, x: Tensor) -> Any:
         """Add position embeddings; refuse a patch grid other than that of the prompt experts."""
         own: Any = self
-        base: Any = super()
         experts = getattr(self.blocks[-1], "prompt", None)
         if isinstance(experts, PromptExperts):
             check_grid(experts.grid, x.shape[1:3] if x.ndim == 4 else own.patch_embed.grid_size)
-        return base._pos_embed(x)
+        return super()._pos_embed(x)
 
     def _rows_read(self) -> int | None:
         """Return the number of rows that the last block has to compute; None for all."""
@@ -176,11 +176,10 @@ class PromptedModel(Tuned):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Return the logits of features; an MLP head's hidden layers come before `head`."""
         own: Any = self
-        base: Any = super()
         hidden = self._modules.get("head_hidden")
         if hidden is None or isinstance(own.head, nn.Identity):
-            return base.forward_head(x, pre_logits=pre_logits)
-        pooled = base.forward_head(x, pre_logits=True)
+            return super().forward_head(x, pre_logits=pre_logits)
+        pooled = super().forward_head(x, pre_logits=True)
         return pooled if pre_logits else own.head(hidden(pooled))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -190,19 +189,17 @@ class PromptedModel(Tuned):
             ValueError: The new pooling does not read prompts, and the method pools them.
         """
         own: Any = self
-        base: Any = super()
         pool = own.global_pool if global_pool is None else global_pool
         if num_classes:
             check_pooling(self.tune_record.method, pool)
-        base.reset_classifier(num_classes, global_pool)
+        super().reset_classifier(num_classes, global_pool)
         width = getattr(self.tune_record.method, "hidden_dim", None)
         if width is not None and isinstance(own.head, nn.Linear) and "head_hidden" in self._modules:
             own.head = new_classifier(width, own.head).train(self.training)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """Remove blocks as timm does; the new last block strips its prompt rows."""
-        base: Any = super()
-        taken: list[int] = base.prune_intermediate_layers(*args, **kwargs)
+        taken: list[int] = super().prune_intermediate_layers(*args, **kwargs)
         install_prompts(self, self.tuned_block)
         return taken
 
