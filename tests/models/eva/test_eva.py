@@ -23,6 +23,7 @@ from vpt_fast import (
     VPTDeep,
     VPTShallow,
 )
+from vpt_fast.models.fusion.fusible import can_fuse
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 _STILL = {"projector_dropout": 0.0, "channel_dropout": 0.0}
@@ -165,3 +166,14 @@ def test_a_hook_on_attention_sees_what_timm_computes(family: str) -> None:
         model.blocks[1].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     assert_same(tuned, plain, tuned(image), plain(image))
     assert distance(seen[0], seen[1]) <= 1e-10
+
+
+def test_a_gated_mlp_with_one_bias_is_not_fused() -> None:
+    """The kernel adds both biases or none."""
+    base = families.build("dinov3_swiglu")
+    for block in base.blocks:
+        block.mlp.fc1_x.bias = None
+    tuned, plain = pair(base, VPTDeep(3))
+    assert not any(map(can_fuse, tuned.blocks))
+    image = families.images("dinov3_swiglu")
+    assert_same(tuned, plain, tuned(image), plain(image))

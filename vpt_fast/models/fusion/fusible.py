@@ -62,6 +62,7 @@ def can_fuse(block: nn.Module) -> bool:
         _are_norms(parts["norm1"], parts["norm2"], parts.get("prompt"))
         and activation_kind(mlp["act"]) is not None
         and all(type(m) is nn.Linear for m in linears)
+        and _gates_alike(mlp)
         and all(
             type(m) in (nn.Identity, NoneType) for m in (attn.get("q_norm"), attn.get("k_norm"))
         )
@@ -94,6 +95,12 @@ def _projections(attn: Mapping[str, Any]) -> list[Any]:
     if attn.get("qkv") is not None:
         return [attn["qkv"], attn["proj"]]
     return [*(attn.get(name) for name in ("q_proj", "k_proj", "v_proj")), attn["proj"]]
+
+
+def _gates_alike(mlp: Mapping[str, Any]) -> bool:
+    """Return whether both Linears of a gated MLP's hidden layer have a bias, or neither."""
+    gate, value = mlp.get("fc1_g"), mlp.get("fc1_x")
+    return gate is None or value is None or (gate.bias is None) == (value.bias is None)
 
 
 def _is_nothing_or_layer_norm(norm: Any) -> bool:
