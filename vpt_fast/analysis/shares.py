@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from vpt_fast.analysis.swin_shares import window_shares
 from vpt_fast.methods.baselines import Baseline, LinearProbe
 from vpt_fast.models.attention_inputs import projected
-from vpt_fast.models.isotropic.block import PromptedBlock, rows_of_first
+from vpt_fast.models.isotropic.block import PromptedBlock
 from vpt_fast.models.isotropic.inputs import table_of
 from vpt_fast.models.prompt_rows import insert_rows
 from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.ops.backend import in_full_precision
-from vpt_fast.ops.rowwise.rotation import rotated
+from vpt_fast.ops.rowwise.rotation import rotated, table_of_first
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _shares(
     queries, query_rope = y[:, prefix + count :], rope
     if _reads_first_rows(model):
         queries = y[:, : _first_rows(model)]
-        query_rope = None if rope is None else rows_of_first(rope, y.shape[1], queries.shape[1])
+        query_rope = table_of_first(rope, y.shape[1], queries.shape[1])
     width, half = attn.num_heads * attn.head_dim, getattr(attn, "rotate_half", False)
     q = attn.q_norm.forward(_heads(attn, projected(attn, queries, slice(0, width))))
     k = attn.k_norm.forward(_heads(attn, projected(attn, y, slice(width, 2 * width))))

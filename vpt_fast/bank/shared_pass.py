@@ -19,7 +19,6 @@ from vpt_fast.bank.task_experts import ExpertGroup
 from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts, projected_out
 from vpt_fast.models.family import family_of
 from vpt_fast.models.fusion.fused_block import Use, block_config, block_weights, can_rotate
-from vpt_fast.models.isotropic.block import rows_of_first
 from vpt_fast.models.isotropic.head_rows import rows_read
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.residual import add_branches
@@ -37,6 +36,7 @@ from vpt_fast.ops.block.core import BlockSteps
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights
 from vpt_fast.ops.block.sites import OPERATOR_SITES
 from vpt_fast.ops.rowwise.residual_norm import residual_norm
+from vpt_fast.ops.rowwise.rotation import table_of_first
 
 
 def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
@@ -184,7 +184,7 @@ def _by_modules(
     queries, query_rope = None, rope
     if first is not None:
         x, queries = x[:, :first], y[:, :first]
-        query_rope = None if rope is None else rows_of_first(rope, y.shape[1], first)
+        query_rope = table_of_first(rope, y.shape[1], first)
     tokens = attention_tokens(block.attn, y, queries, rope, query_rope)
     out, _ = prompts.attend(tokens, computed_kv, block.attn.scale)
     return add_branches(block, x, projected_out(block.attn, out, y if queries is None else queries))

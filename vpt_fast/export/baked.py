@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts, projected_out
-from vpt_fast.models.isotropic.block import rows_of_first
 from vpt_fast.models.isotropic.head_rows import rows_read
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.isotropic.rope_tables import RopeTables
@@ -25,6 +24,7 @@ from vpt_fast.models.prompt_rows import insert_rows, strip_rows
 from vpt_fast.models.residual import add_branches
 from vpt_fast.modules.experts import check_grid
 from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.rowwise.rotation import table_of_first
 
 
 class BakedAttention(nn.Module):
@@ -196,14 +196,14 @@ class BakedBlock(nn.Module):
             x = insert_rows(x, self.prompt_rows, self.prefix)
         y, queries = self.norm1(x), None
         prompts = None if self.experts is None else self.norm1(self.experts(x).to(x.dtype))
-        tables: dict[str, Any] = {} if rope is None else {"rope": rope, "query_rope": rope}
+        query_rope = rope
         if first is not None:
             x, queries = x[:, :first], y[:, :first]
-            if rope is not None:
-                tables["query_rope"] = rows_of_first(rope, y.shape[1], first)
+            query_rope = table_of_first(rope, y.shape[1], first)
         elif self.dead:
             x = strip_rows(x, self.dead, self.prefix)
             queries = strip_rows(y, self.dead, self.prefix)
+        tables = {} if rope is None else {"rope": rope, "query_rope": query_rope}
         attended = self.attn(y, **tables, prompts=prompts, queries=queries)
         return add_branches(self, x, attended)
 
@@ -250,17 +250,16 @@ class BakedModel(_Timms):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Return logits; the last block computes only the rows that the head reads."""
-        own: Any = self
         last = self.blocks[-1] if len(self.blocks) else None
-        count = rows_read(own, type(last)) if isinstance(last, BakedBlock) else None
+        count = rows_read(self, type(last)) if isinstance(last, BakedBlock) else None
         if count is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        x, tables = block_inputs(own, x)
+        x, tables = block_inputs(self, x)
         *earlier, last = self.blocks
         for index, block in enumerate(earlier):
             x = block(x, **_tables(tables, index))
         rows = last(x, **_tables(tables, len(earlier)), first=count)
-        return own.forward_head(own.norm(rows))
+        return self.forward_head(self.norm(rows))
 
     def _pos_embed(self, x: Tensor) -> Any:
         """Add position embeddings; refuse a patch grid that VAPT's prompts were not tuned for."""

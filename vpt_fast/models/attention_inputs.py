@@ -62,17 +62,21 @@ def reads_plainly(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not has_own_forward(linear)
 
 
-_APART = ("q_proj", "k_proj", "v_proj")
+def projections_of(attn: Any) -> list[Any]:
+    """Return the projections of an attention's input: one to q, k and v, or three."""
+    parts = attn._modules
+    qkv = parts.get("qkv")
+    return [qkv] if qkv is not None else [parts[name] for name in ("q_proj", "k_proj", "v_proj")]
 
 
 def weights_of(attn: Any) -> list[tuple[Tensor, Tensor | None]]:
     """Return weight (A, D) and bias (A,) of the projections to queries, keys and values."""
-    qkv = attn._modules.get("qkv")
-    if qkv is None:
-        return [(part.weight, part.bias) for part in (attn._modules[name] for name in _APART)]
+    linears = projections_of(attn)
+    if len(linears) > 1:
+        return [(linear.weight, linear.bias) for linear in linears]
     bias = _packed_bias(attn)
     biases: Any = (None,) * 3 if bias is None else bias.chunk(3)
-    return list(zip(qkv.weight.chunk(3), biases, strict=True))
+    return list(zip(linears[0].weight.chunk(3), biases, strict=True))
 
 
 def _packed_bias(attn: Any) -> Tensor | None:
@@ -93,9 +97,9 @@ def projected(attn: Any, x: Tensor, part: slice) -> Tensor:
 
     Where there is a projection for each of them, `part` covers whole ones.
     """
-    qkv = attn._modules.get("qkv")
-    if qkv is None:
-        linears = [attn._modules[name] for name in _APART]
+    linears = projections_of(attn)
+    qkv = linears[0]
+    if len(linears) > 1:
         width = linears[0].out_features
         chosen = linears[(part.start or 0) // width : (part.stop or 3 * width) // width]
         return torch.cat([linear.forward(x) for linear in chosen], -1)

@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from vpt_fast.methods import VAPT
+from vpt_fast.methods import VAPT, Method
+from vpt_fast.modules.row_by_row import ROW_NORMS
 
 Parts = dict[str, tuple[type, ...] | None]
 """Types of a module's parts by name; None for any type."""
@@ -69,6 +70,26 @@ def check_projections(attn: Any, width: int, where: str) -> None:
     if (attn.proj.in_features, attn.proj.out_features) != (width, attn.qkv.in_features):
         shape = (attn.proj.in_features, attn.proj.out_features)
         refuse(f"{where}.proj", shape, f"{width, attn.qkv.in_features} features are needed")
+
+
+def check_fused(attn: Any, where: str) -> None:
+    """Raise ValueError if an attention was told to compute an explicit softmax."""
+    if not attn.fused_attn:
+        refuse(
+            f"{where}.fused_attn",
+            attn.fused_attn,
+            "explicit softmax was asked for, which fused prompt attention would replace; set "
+            "fused_attn = True",
+        )
+
+
+def check_around_blocks(model: Any, method: Method) -> None:
+    """Raise ValueError if a method does not fit a model of one width beside its blocks."""
+    if type(model.norm) not in ROW_NORMS:
+        refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
+    method.prompted_blocks(len(model.blocks))
+    if isinstance(method, VAPT) and method.num_prompts:
+        check_kernel_size(method, model.patch_embed.grid_size, "the model's patches")
 
 
 def check_kernel_size(method: VAPT, grid: tuple[int, int], what: str) -> None:

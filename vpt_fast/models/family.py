@@ -25,6 +25,10 @@ KNOWN = tuple(name.rpartition(".")[2] for name in _MODULES)
 """Names of the timm classes that can be tuned."""
 
 
+def _own_name(model: Any, name: str) -> str:
+    return name
+
+
 @dataclass(eq=False)
 class Family:
     """A timm class and its tuned form.
@@ -36,9 +40,9 @@ class Family:
         check: Raises where a model of this class and a method do not fit each other.
         install: Gives the blocks of a model their classes and prompt rows.
         add_experts: Gives blocks VAPT's prompt experts, and their owners the feature projectors.
-        name_as_block: A parameter's name as a model without stages has it, `blocks.{i}.`.
         block: Class that tuned blocks are given, of models of one width; None for blocks in stages
             of different widths, with attention in windows.
+        name_as_block: A parameter's name as a model without stages has it, `blocks.{i}.`.
     """
 
     plain: type[nn.Module]
@@ -47,8 +51,8 @@ class Family:
     check: Callable[[Any, Method], None]
     install: Callable[[Any], None]
     add_experts: Callable[[Any, VAPT, tuple[int, ...]], None]
-    name_as_block: Callable[[Any, str], str]
     block: type[PromptedBlock] | None
+    name_as_block: Callable[[Any, str], str] = _own_name
 
     @property
     def in_stages(self) -> bool:

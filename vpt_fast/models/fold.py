@@ -163,7 +163,10 @@ def _check_frozen(name: str, parameter: Tensor) -> None:
 
 _LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 _PLAIN_ATTENTION = (Attention, EvaAttention, AttentionRope)
-_GAMMAS = {"gamma_1": "attn.proj", "gamma_2": "mlp.fc2"}
+_GAMMAS = ("gamma_1", "gamma_2")
+
+# LayerScale and parameter of a block that scale a branch, and the branch's last Linear.
+_SCALED = (("ls1", "gamma_1", "attn.proj"), ("ls2", "gamma_2", "mlp.fc2"))
 
 
 def _parts(block: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -277,18 +280,12 @@ def _folded_block(
             bias[2 * width :] = 0
         new["attn.qkv.bias"] = bias
     if folds.layer_scale:
-        for gamma, linear in _GAMMAS.items():
-            if block._parameters.get(gamma) is not None and (gamma == "gamma_1" or plain_mlp):
-                _scale_rows(new, linear, new[gamma])
-                new[gamma] = torch.ones_like(new[gamma])
-        for part, linear in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
-            if type(block._modules.get(part)) is not LayerScale or (
-                part == "ls2" and not plain_mlp
-            ):
-                continue
-            _scale_rows(new, linear, new[f"{part}.gamma"])
-            new[f"{part}.gamma"] = torch.ones_like(new[f"{part}.gamma"])
-            passed.add(part)
+        for part, own, linear in _SCALED if plain_mlp else _SCALED[:1]:
+            if type(block._modules.get(part)) is LayerScale:
+                _fold_scale(new, f"{part}.gamma", linear)
+                passed.add(part)
+            if block._parameters.get(own) is not None:
+                _fold_scale(new, own, linear)
     return new.values, scale, frozenset(passed)
 
 
@@ -306,6 +303,11 @@ def _fold_norm(new: _Folded, norm: str, linear: str) -> bool:
     new[f"{linear}.weight"] = new[f"{linear}.weight"] * new[f"{norm}.weight"]
     new[f"{norm}.weight"] = torch.ones_like(new[f"{norm}.weight"])
     return True
+
+
+def _fold_scale(new: _Folded, gamma: str, linear: str) -> None:
+    _scale_rows(new, linear, new[gamma])
+    new[gamma] = torch.ones_like(new[gamma])
 
 
 def _scale_rows(new: _Folded, linear: str, factor: Tensor) -> None:

@@ -8,11 +8,12 @@ from timm.layers import AttentionRope, DropPath
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import nn
 
-from vpt_fast.methods import VAPT, Method
+from vpt_fast.methods import Method
 from vpt_fast.models.check_parts import (
     Parts,
     check_apart,
-    check_kernel_size,
+    check_around_blocks,
+    check_fused,
     check_parts,
     name_of,
     refuse,
@@ -52,11 +53,7 @@ def check_eva(model: Any, method: Method) -> None:
     if model.rope is not None and type(model.rope) not in CACHED:
         known = ", ".join(sorted(kind.__name__ for kind in CACHED))
         refuse("rope", name_of(model.rope), f"known are: {known}")
-    if type(model.norm) not in ROW_NORMS:
-        refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
-    method.prompted_blocks(len(model.blocks))
-    if isinstance(method, VAPT) and method.num_prompts:
-        check_kernel_size(method, model.patch_embed.grid_size, "the model's patches")
+    check_around_blocks(model, method)
 
 
 def _check_block(block: nn.Module, where: str, prefix: int) -> None:
@@ -83,13 +80,7 @@ def _check_block(block: nn.Module, where: str, prefix: int) -> None:
             f"{attn.num_heads} heads of queries share these keys and values (grouped-query "
             "attention), which prompt attention does not",
         )
-    if not attn.fused_attn:
-        refuse(
-            f"{where}.attn.fused_attn",
-            attn.fused_attn,
-            "explicit softmax was asked for, which fused prompt attention would replace; set "
-            "fused_attn = True",
-        )
+    check_fused(attn, f"{where}.attn")
     if attn.num_prefix_tokens != prefix:
         refuse(
             f"{where}.attn.num_prefix_tokens",

@@ -15,13 +15,9 @@ from vpt_fast.models.isotropic.install import add_experts, install_prompts
 
 
 def _install(model: Any) -> None:
-    install_prompts(model, PromptedEvaBlock)
+    install_prompts(model)
     if model.rope is not None:
         model.rope.__class__ = CACHED[type(model.rope)]
-
-
-def _name_as_block(model: Any, name: str) -> str:
-    return name
 
 
 FAMILIES = {
@@ -36,7 +32,6 @@ FAMILIES = {
         check=check_eva,
         install=_install,
         add_experts=add_experts,
-        name_as_block=_name_as_block,
         block=PromptedEvaBlock,
     )
 }

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models._features import feature_take_indices
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from vpt_fast.models.eva.blocks import PromptedEvaBlock
+from vpt_fast.models.isotropic.intermediates import without_live_rows
 from vpt_fast.models.isotropic.model import PromptedModel
 from vpt_fast.models.isotropic.rope_tables import LatestTables, RopeTables
 from vpt_fast.models.patches import embedded_patches
-from vpt_fast.models.prompt_rows import strip_rows
 from vpt_fast.ops.tracing import is_traced
 
 
@@ -70,7 +69,6 @@ class PromptedEva(PromptedModel, Eva):
         is_causal: bool = False,
     ) -> Any:
         """Return timm's intermediates, with live prompt rows stripped from every entry."""
-        height, width = x.shape[-2:]
         result: Any = super().forward_intermediates(
             x,
             indices,
@@ -83,22 +81,10 @@ class PromptedEva(PromptedModel, Eva):
             is_causal=is_causal,
         )
         features, found = (None, result) if intermediates_only else result
-        taken, last = feature_take_indices(len(self.blocks), indices)
-        prefixes: list[Tensor] = []
-        patches: list[Tensor] = []
-        for index, entry in zip(sorted(taken), found, strict=True):
-            rows, prefix = entry if self.num_prefix_tokens else (entry, entry[:, :0])
-            patches.append(rows[:, self.rows_leaving(index) :])
-            prefixes.append(prefix)
-        if output_fmt == "NCHW":
-            grid = self.patch_embed.dynamic_feat_size((height, width))
-            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
-        outputs: Any = patches
-        if return_prefix_tokens and self.num_prefix_tokens:
-            outputs = list(zip(patches, prefixes, strict=True))
-        if features is None:
-            return outputs
-        stop = last if stop_early else len(self.blocks) - 1
-        pooled = stop == len(self.blocks) - 1 and self.pools_prompts()
-        count = 0 if pooled else self.rows_leaving(stop)
-        return strip_rows(features, count, self.num_prefix_tokens), outputs
+        rows, prefixes = zip(*found, strict=True) if self.num_prefix_tokens else (found, ())
+        outputs, features = without_live_rows(
+            self, list(rows), features, x, indices, stop_early, output_fmt
+        )
+        if return_prefix_tokens and prefixes:
+            outputs = list(zip(outputs, prefixes, strict=True))
+        return outputs if intermediates_only else (features, outputs)

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.models.attention_inputs import computes_as_timms
+from vpt_fast.models.attention_inputs import computes_as_timms, projections_of
 from vpt_fast.models.fusion.weights_reading import BlockSettings
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward, with_descendants
@@ -57,7 +57,8 @@ def can_fuse(block: nn.Module) -> bool:
     if type(parts["mlp"]) not in _MLPS:
         return False
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
-    linears = [*_projections(attn), *(mlp[name] for name in _MLPS[type(parts["mlp"])])]
+    linears = [*projections_of(parts["attn"]), attn["proj"]]
+    linears += (mlp[name] for name in _MLPS[type(parts["mlp"])])
     return (
         _are_norms(parts["norm1"], parts["norm2"], parts.get("prompt"))
         and activation_kind(mlp["act"]) is not None
@@ -88,13 +89,6 @@ def _are_norms(norm1: Any, norm2: Any, prompt: Any) -> bool:
     if is_layer_norm(norm1):
         return is_layer_norm(norm2)
     return is_rms_norm(norm1) and is_rms_norm(norm2) and not isinstance(prompt, PromptExperts)
-
-
-def _projections(attn: Mapping[str, Any]) -> list[Any]:
-    """Return the Linears of an attention."""
-    if attn.get("qkv") is not None:
-        return [attn["qkv"], attn["proj"]]
-    return [*(attn.get(name) for name in ("q_proj", "k_proj", "v_proj")), attn["proj"]]
 
 
 def _gates_alike(mlp: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from vpt_fast.models.attention_inputs import (
     attention_tokens,
     is_normed,
     projected_out,
+    projections_of,
     prompt_keys_values,
     reads_plainly,
     weights_of,
@@ -71,8 +72,7 @@ class PromptedAttention(nn.Module):
         return is_watched(*inside) or not treats_rows_apart(*inside)
 
     def _absorbs(self) -> bool:
-        parts = (self._modules.get(name) for name in ("qkv", "q_proj", "k_proj", "v_proj"))
-        return not is_normed(self) and all(reads_plainly(part) for part in parts if part)
+        return not is_normed(self) and all(map(reads_plainly, projections_of(self)))
 
     def _absorbed(
         self,

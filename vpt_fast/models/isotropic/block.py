@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from vpt_fast.models.attention_inputs import projections_of
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.models.fusion.fusible import can_fuse
@@ -41,6 +42,7 @@ from vpt_fast.modules.norms import normalised_prompts
 from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import DeferredSum
+from vpt_fast.ops.rowwise.rotation import table_of_first
 from vpt_fast.ops.tracing import is_transformed
 
 
@@ -231,15 +233,15 @@ class PromptedBlock(nn.Module):
             else:
                 prompts = normalised_prompts(self.norm1, prompts, x.dtype)
         y = self.norm1(x)
-        tables: dict[str, Any] = {} if rope is None else {"rope": rope, "query_rope": rope}
+        query_rope = rope
         if first is not None:
             x, queries = x[:, :first], y[:, :first]
-            if rope is not None:
-                tables["query_rope"] = rows_of_first(rope, y.shape[1], first)
+            query_rope = table_of_first(rope, y.shape[1], first)
         elif self.prompt is None and rows.entering and not rows.leaving:
             x = strip_rows(x, rows.entering, rows.prefix)
             queries = strip_rows(y, rows.entering, rows.prefix)
         attn: Any = self.attn
+        tables = {} if rope is None else {"rope": rope, "query_rope": query_rope}
         return add_branches(self, x, attn(y, **tables, prompts=prompts, queries=queries))
 
     def _concatenated(
@@ -285,16 +287,8 @@ class PromptedBlock(nn.Module):
             or not treats_rows_apart(*parts, *inside.values())
             or bool(attn._forward_pre_hooks or attn._backward_hooks)
             or nn_module._has_any_global_hook()
-            or is_watched(self.norm1, *(inside.get(name) for name in _BEFORE_SCORES))
+            or is_watched(
+                self.norm1, *projections_of(attn), inside.get("q_norm"), inside.get("k_norm")
+            )
             or (not attn.fused_attn and is_watched(attn.attn_drop))
         )
-
-
-_BEFORE_SCORES = ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
-"""Parts of an attention that see the rows of prompts."""
-
-
-def rows_of_first(rope: Tensor, rows: int, first: int) -> Tensor | None:
-    """Return the table's rows for the `first` of a number of rows; None where none is rotated."""
-    rotated = first - (rows - rope.shape[-2])
-    return rope[..., :rotated, :] if rotated > 0 else None

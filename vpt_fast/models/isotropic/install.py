@@ -23,15 +23,15 @@ def add_experts(model: Any, method: VAPT, blocks: tuple[int, ...]) -> None:
         model.blocks[index].prompt = PromptExperts(method, model, grid, width, like)
 
 
-def install_prompts(model: Any, tuned: type[PromptedBlock]) -> None:
+def install_prompts(model: Any) -> None:
     """Give every block that reads prompts or has an adapter its class and its prompt rows.
 
     The last block always gets its class, to compute those rows alone that the head reads.
 
     Args:
         model: Tuned model with the prompts of its method.
-        tuned: Class that blocks are given.
     """
+    tuned: type[PromptedBlock] = model.tuned_block
     method = model.tune_record.method
     blocks: list[Any] = list(model.blocks)
     prompted = [getattr(block, "prompt", None) is not None for block in blocks]

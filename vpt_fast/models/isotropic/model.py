@@ -200,7 +200,7 @@ class PromptedModel(Tuned, _Timms):
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """Remove blocks as timm does; the new last block strips its prompt rows."""
         taken: list[int] = super().prune_intermediate_layers(*args, **kwargs)
-        install_prompts(self, self.tuned_block)
+        install_prompts(self)
         return taken
 
     def rows_leaving(self, index: int) -> int:

@@ -46,7 +46,7 @@ FAMILIES = {
         check=check_swin,
         install=install_prompts,
         add_experts=add_experts,
-        name_as_block=_name_as_block,
         block=None,
+        name_as_block=_name_as_block,
     )
 }

@@ -8,11 +8,12 @@ from timm.layers import Attention, DropPath
 from timm.models.vision_transformer import Block, LayerScale
 from torch import nn
 
-from vpt_fast.methods import VAPT, Method
+from vpt_fast.methods import Method
 from vpt_fast.models.check_parts import (
     Parts,
     check_apart,
-    check_kernel_size,
+    check_around_blocks,
+    check_fused,
     check_parts,
     check_projections,
     name_of,
@@ -51,11 +52,7 @@ def check_vit(model: Any, method: Method) -> None:
     if not hasattr(model.patch_embed, "patch_size") or not hasattr(model.patch_embed, "grid_size"):
         embed = name_of(model.patch_embed)
         refuse("patch_embed", embed, "what embeds patches must have a patch_size and a grid_size")
-    if type(model.norm) not in ROW_NORMS:
-        refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
-    method.prompted_blocks(len(model.blocks))
-    if isinstance(method, VAPT) and method.num_prompts:
-        check_kernel_size(method, model.patch_embed.grid_size, "the model's patches")
+    check_around_blocks(model, method)
 
 
 def _check_block(block: nn.Module, where: str) -> None:
@@ -68,11 +65,5 @@ def _check_block(block: nn.Module, where: str) -> None:
     check_parts(attn, _ATTENTION_PARTS, f"{where}.attn", optional="gate")
     if getattr(attn, "gate", None) is not None:
         refuse(f"{where}.attn.gate", name_of(attn.gate), "gated attention is not known")
-    if not attn.fused_attn:
-        refuse(
-            f"{where}.attn.fused_attn",
-            attn.fused_attn,
-            "explicit softmax was asked for, which fused prompt attention would replace; set "
-            "fused_attn = True",
-        )
+    check_fused(attn, f"{where}.attn")
     check_projections(attn, attn.num_heads * attn.head_dim, f"{where}.attn")

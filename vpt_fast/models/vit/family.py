@@ -16,23 +16,14 @@ from vpt_fast.models.vit.checks import check_vit
 from vpt_fast.models.vit.model import PromptedVisionTransformer, PromptedVisionTransformerDistilled
 
 
-def _name_as_block(model: Any, name: str) -> str:
-    return name
-
-
-def _install(model: Any) -> None:
-    install_prompts(model, PromptedViTBlock)
-
-
 def _family(plain: Any, tuned: Any) -> Family:
     return Family(
         plain=plain,
         tuned=tuned,
         plain_parts={PromptedViTBlock: Block, PromptedViTAttention: Attention},
         check=check_vit,
-        install=_install,
+        install=install_prompts,
         add_experts=add_experts,
-        name_as_block=_name_as_block,
         block=PromptedViTBlock,
     )
 

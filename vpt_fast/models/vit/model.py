@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vpt_fast.models.isotropic.intermediates import without_live_rows
 from vpt_fast.models.isotropic.model import PromptedModel
-from vpt_fast.models.prompt_rows import strip_rows
 from vpt_fast.models.vit.blocks import PromptedViTBlock
 
 
@@ -34,7 +33,6 @@ class PromptedVisionTransformer(PromptedModel, VisionTransformer):
         is_causal: bool = False,
     ) -> Any:
         """Return timm's intermediates, with live prompt rows stripped from every entry."""
-        height, width = x.shape[-2:]
         result: Any = super().forward_intermediates(
             x,
             indices,
@@ -47,29 +45,20 @@ class PromptedVisionTransformer(PromptedModel, VisionTransformer):
             attn_mask=attn_mask,
             is_causal=is_causal,
         )
-        taken, last = feature_take_indices(len(self.blocks), indices)
-        patches = [
-            entry[:, self.rows_leaving(index) :]
-            for index, entry in zip(sorted(taken), result["image_intermediates"], strict=True)
-        ]
-        if output_fmt == "NCHW":
-            grid = self.patch_embed.dynamic_feat_size((height, width))
-            patches = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patches]
-        result["image_intermediates"] = patches
-        if not intermediates_only:
-            stop = last if stop_early else len(self.blocks) - 1
-            pooled = stop == len(self.blocks) - 1 and self.pools_prompts()
-            count = 0 if pooled else self.rows_leaving(stop)
-            result["image_features"] = strip_rows(
-                result["image_features"], count, self.num_prefix_tokens
-            )
+        found, features = result["image_intermediates"], result.get("image_features")
+        outputs, features = without_live_rows(
+            self, found, features, x, indices, stop_early, output_fmt
+        )
         if output_dict:
+            result["image_intermediates"] = outputs
+            if features is not None:
+                result["image_features"] = features
             if not return_prefix_tokens:
                 result.pop("image_intermediates_prefix", None)
             return result
         if return_prefix_tokens and self.num_prefix_tokens:
-            patches = list(zip(patches, result["image_intermediates_prefix"], strict=True))
-        return patches if intermediates_only else (result["image_features"], patches)
+            outputs = list(zip(outputs, result["image_intermediates_prefix"], strict=True))
+        return outputs if intermediates_only else (features, outputs)
 
 
 class PromptedVisionTransformerDistilled(PromptedVisionTransformer, VisionTransformerDistilled):

@@ -158,36 +158,32 @@ class BlockSteps:
     def add_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x', norm2(x') and the row statistics of x'."""
         w = self.weights
-        if self.config.attn_eps is not None:
-            out = self._normed(out, "attention")[1]
+        norm = self._attention_norm
+        if norm is not None:
+            out = self.normed("attention", out, norm)[1]
         branch = self.linear("proj", out, w.proj_weight, w.proj_bias)
         return self.sites[RESIDUAL_NORM, "norm2"](
             self.first_rows(x), branch, w.scale1, w.norm2_weight, w.norm2_bias, self.config.eps2,
             None, self.dtype, self.config.centred,
         )  # fmt: skip
 
-    def _normed(self, out: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return attention's output, its norm before the projection, and the row statistics."""
-        w = self.weights
+    @property
+    def _attention_norm(self) -> Norm | None:
+        """The norm before attention's projection, None without one."""
+        w, eps = self.weights, self.config.attn_eps
+        return None if eps is None else Norm(w.attnnorm_weight, w.attnnorm_bias, eps)
+
+    def normed(self, site: str, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x, its norm and the row statistics, at one call site."""
         return self.sites[RESIDUAL_NORM, site](
-            out, None, None, w.attnnorm_weight, w.attnnorm_bias, self.config.attn_eps, None,
-            self.dtype,
-        )  # fmt: skip
+            x, None, None, *norm[:3], None, self.dtype, norm.centred
+        )
 
     def normalise_middle(self, middle: Tensor) -> Tensor:
         """Return norm2(x')."""
-        w = self.weights
-        return self.sites[RESIDUAL_NORM, "norm2 recomputed"](
-            middle,
-            None,
-            None,
-            w.norm2_weight,
-            w.norm2_bias,
-            self.config.eps2,
-            None,
-            self.dtype,
-            self.config.centred,
-        )[1]
+        w, config = self.weights, self.config
+        norm2 = Norm(w.norm2_weight, w.norm2_bias, config.eps2, config.centred)
+        return self.normed("norm2 recomputed", middle, norm2)[1]
 
     # --- whole passes ------------------------------------------------------------------------
 
@@ -241,10 +237,7 @@ class BlockSteps:
             kv, kv_statistics = self.prompt_kv(sources, entry.mixing)
         if not tokens:
             tokens = projections.project(
-                self,
-                self.sites[RESIDUAL_NORM, "norm1 recomputed"](
-                    entry.x, None, None, *self.norm1[:3], None, self.dtype, self.norm1.centred
-                )[1],
+                self, self.normed("norm1 recomputed", _required(entry.x), self.norm1)[1]
             )
         if out is None or lse is None:
             out, lse = self.attend(tokens, kv)
@@ -280,10 +273,11 @@ class BlockSteps:
         grad_x, grad_branch = self._middle_gradients(full, grad_middle, grad_result)
         grad_out = torch.matmul(grad_branch, self.weights.proj_weight)
         del grad_branch
-        if self.config.attn_eps is not None:
-            out, _, statistics = self._normed(_required(full.out), "attention recomputed")
+        norm = self._attention_norm
+        if norm is not None:
+            out, _, statistics = self.normed("attention recomputed", _required(full.out), norm)
             grad_out = self.sites[RESIDUAL_NORM_BACKWARD, "attention"](
-                out, statistics, self.weights.attnnorm_weight, None, grad_out, None, None
+                out, statistics, norm.weight, None, grad_out, None, None
             )[0]
         # The tokens' gradient goes through prompts that are mixed of tokens, trained or not.
         needs_kv = needs_prompts or (needs_tokens and bool(full.entry.mixing))

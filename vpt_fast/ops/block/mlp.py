@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.block.add_norm import Norm
 from vpt_fast.ops.block.sites import OPERATOR_SITES
 from vpt_fast.ops.rowwise.activation import ACTIVATION, ACTIVATION_BACKWARD
 from vpt_fast.ops.rowwise.gated_activation import GATED, GATED_BACKWARD
-from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD
+from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM_BACKWARD
 
 
 def expand(steps: Any, y: Tensor) -> Tensor:
@@ -49,21 +50,21 @@ def expand(steps: Any, y: Tensor) -> Tensor:
 
 def contract(steps: Any, hidden: Tensor) -> Tensor:
     """Return the MLP's output from its hidden layer."""
-    w, active = steps.weights, _activated(steps, hidden)
-    if steps.config.mlp_eps is not None:
-        active = _normed(steps, "mlp", active)[1]
+    w, norm, active = steps.weights, _inner_norm(steps), _activated(steps, hidden)
+    if norm is not None:
+        active = steps.normed("mlp", active, norm)[1]
     result: Tensor = steps.linear("fc2", active, w.fc2_weight, w.fc2_bias)
     return result
 
 
 def gradient(steps: Any, grad: Tensor, hidden: Tensor) -> Tensor:
     """Return the gradient of norm2(x') from that of the MLP's output."""
-    w, config = steps.weights, steps.config
+    w, config, norm = steps.weights, steps.config, _inner_norm(steps)
     grad = torch.matmul(grad, w.fc2_weight)
-    if config.mlp_eps is not None:
-        active, _, statistics = _normed(steps, "mlp recomputed", _activated(steps, hidden))
+    if norm is not None:
+        active, _, statistics = steps.normed("mlp recomputed", _activated(steps, hidden), norm)
         grad = steps.sites[RESIDUAL_NORM_BACKWARD, "mlp"](
-            active, statistics, w.mlpnorm_weight, None, grad, None, None
+            active, statistics, norm.weight, None, grad, None, None
         )[0]
     if not config.gate:
         bias = w.fc1_bias if uses_kernels(hidden) else None
@@ -102,11 +103,7 @@ def _gate_biases(steps: Any, hidden: Tensor) -> tuple[Tensor | None, Tensor | No
     return (second, first) if steps.config.gate == "last" else (first, second)
 
 
-def _normed(steps: Any, site: str, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the activation, its norm and the row statistics."""
-    w = steps.weights
-    found: tuple[Tensor, Tensor, Tensor] = steps.sites[RESIDUAL_NORM, site](
-        active, None, None, w.mlpnorm_weight, w.mlpnorm_bias, steps.config.mlp_eps, None,
-        steps.dtype,
-    )  # fmt: skip
-    return found
+def _inner_norm(steps: Any) -> Norm | None:
+    """Return the norm before fc2, None without one."""
+    w, eps = steps.weights, steps.config.mlp_eps
+    return None if eps is None else Norm(w.mlpnorm_weight, w.mlpnorm_bias, eps)

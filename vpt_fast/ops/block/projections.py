@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.block.parts import BlockWeights
-from vpt_fast.ops.rowwise.rotation import ROTATION
+from vpt_fast.ops.rowwise.rotation import ROTATION, table_of_first
 
 
 class Projection(NamedTuple):
@@ -124,7 +124,6 @@ def _rotate(steps: Any, tokens: Sequence[Tensor], inverse: bool) -> None:
     q, kv = tokens[0], tokens[1]
     packed = kv if kv.ndim == 5 else kv.unsqueeze(2)
     steps.sites[ROTATION, f"kv {inverse}"](packed, table, 1, half, inverse)
-    rotated = q.shape[1] - (kv.shape[1] - table.shape[-2])  # of q's rows, the last ones
-    if rotated > 0:
-        own = table if rotated == table.shape[-2] else table[..., :rotated, :].contiguous()
-        steps.sites[ROTATION, f"q {inverse}"](q.unsqueeze(2), own, 1, half, inverse)
+    own = table_of_first(table, kv.shape[1], q.shape[1])
+    if own is not None:
+        steps.sites[ROTATION, f"q {inverse}"](q.unsqueeze(2), own.contiguous(), 1, half, inverse)

@@ -97,6 +97,14 @@ def rotated(heads: Tensor, table: Tensor | None, half: bool) -> Tensor:
     return torch.cat([heads[:, :first], result], 1) if first else result
 
 
+def table_of_first(table: Tensor | None, rows: int, first: int) -> Tensor | None:
+    """Return the table of the `first` of a number of rows; None where none of them is rotated."""
+    if table is None or first == rows:
+        return table
+    rotated = first - (rows - table.shape[-2])
+    return table[..., :rotated, :] if rotated > 0 else None
+
+
 def _by_rows(table: Tensor) -> Tensor:
     """Return a table as (..., N', 1 or H, 2 d)."""
     return table.unsqueeze(-2) if table.ndim == 2 else table.transpose(-2, -3)
