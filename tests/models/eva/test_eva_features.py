@@ -169,8 +169,15 @@ def test_the_frozen_prefix_and_the_rest_are_the_model(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("memory", ["speed", "minimal"])
-@pytest.mark.parametrize("family", ["dinov3", "eva02_glu", "rope_mixed", "eva02_clip"])
+@pytest.mark.parametrize(
+    ("family", "memory"),
+    [
+        ("dinov3", "speed"),
+        ("eva02_glu", "minimal"),
+        ("rope_mixed", "minimal"),
+        ("eva02_clip", "speed"),
+    ],
+)
 def test_compiled(family: str, memory: str) -> None:
     torch._dynamo.reset()
     tuned, plain = pair(families.build(family, depth=2), VPTDeep(3), memory)
