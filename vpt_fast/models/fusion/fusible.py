@@ -57,8 +57,8 @@ def can_fuse(block: nn.Module) -> bool:
     if type(parts["mlp"]) not in _MLPS:
         return False
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
-    linears = [*projections_of(parts["attn"]), attn["proj"]]
-    linears += (mlp[name] for name in _MLPS[type(parts["mlp"])])
+    projections = [*projections_of(parts["attn"]), attn["proj"]]
+    linears = projections + [mlp[name] for name in _MLPS[type(parts["mlp"])]]
     return (
         _are_norms(parts["norm1"], parts["norm2"], parts.get("prompt"))
         and activation_kind(mlp["act"]) is not None
