@@ -87,6 +87,13 @@ def _own_rope() -> nn.Module:
     return model
 
 
+def _shared_rope() -> nn.Module:
+    first = prompt_tune(_eva("eva02_tiny_patch14_224")(), VPTDeep(2))
+    model = _eva("eva02_tiny_patch14_224")()
+    model.rope = first.rope
+    return model
+
+
 def _other_prefix() -> nn.Module:
     model = _eva("vit_small_patch16_dinov3", img_size=32)()
     model.blocks[-1].attn.num_prefix_tokens = 1
@@ -168,6 +175,11 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "eva_fused_attn": (_unfused_eva, ["blocks.1.attn.fused_attn"]),
     "eva_own_rope": (_own_rope, ["rope", "OwnRope", "RotaryEmbeddingCat"]),
+    "eva_shared_rope": (_shared_rope, ["rope", "another tuned model", "deepcopy"]),
+    "other_scale": (
+        _last(_set("attn.scale", lambda _: 0.5)),
+        ["blocks.2.attn.scale", "0.5", "0.176777"],
+    ),
     "eva_other_prefix": (_other_prefix, ["blocks.1.attn.num_prefix_tokens", "5"]),
     "beit": (lambda: timm.create_model("beit_base_patch16_224", depth=1), ["Beit", "scores"]),
     "hiera": (lambda: timm.create_model("hiera_tiny_224"), ["Hiera", "pool tokens"]),

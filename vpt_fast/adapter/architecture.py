@@ -25,7 +25,7 @@ _PLAIN = (bool, int, float, str)
 _NOT_THE_FUNCTION = {
     "training", "fused_attn", "grad_checkpointing", "inplace", "weight_init_mode", "fix_init",
     "memory", "folded_scale", "dynamic_img_size", "dynamic_img_pad", "dynamic_mask",
-    "strict_img_size", "flatten",
+    "strict_img_size", "flatten", "aug_active", "shift_coords", "jitter_coords", "rescale_coords",
 }  # fmt: skip
 # Adapters compare these themselves, with messages of their own.
 _COMPARED_ELSEWHERE = {"num_classes", "global_pool"}

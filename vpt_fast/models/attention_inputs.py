@@ -147,7 +147,7 @@ def attention_tokens(
         without `values`.
     """
     heads, dim = attn.num_heads, attn.head_dim
-    width, end = heads * dim, None if values else 2 * heads * dim
+    width, parts = heads * dim, 1 + values
     if attn._modules.get("qkv") is None:
         rows = x if queries is None else queries
         q, k = attn.q_proj(rows), attn.k_proj(x)
@@ -156,7 +156,9 @@ def attention_tokens(
         tokens = [_packed(attn, x).unflatten(-1, (3, heads, dim))]
     else:
         q = projected(attn, queries, slice(0, width)).unflatten(-1, (heads, dim))
-        kv = projected(attn, x, slice(width, end)).unflatten(-1, (-1, heads, dim))
+        kv = projected(attn, x, slice(width, (1 + parts) * width)).unflatten(
+            -1, (parts, heads, dim)
+        )
         tokens = [q, kv]
     if values and len(tokens) < 3 and rope is None and not is_normed(attn):
         return tokens

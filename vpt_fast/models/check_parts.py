@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from vpt_fast.methods import VAPT, Method
+from vpt_fast.models.attention_inputs import computes_as_timms
 from vpt_fast.modules.row_by_row import ROW_NORMS
 
 Parts = dict[str, tuple[type, ...] | None]
@@ -73,13 +74,20 @@ def check_projections(attn: Any, width: int, where: str) -> None:
 
 
 def check_fused(attn: Any, where: str) -> None:
-    """Raise ValueError if an attention was told to compute an explicit softmax."""
+    """Raise ValueError if an attention has an explicit softmax, or a scale that timm ignores."""
     if not attn.fused_attn:
         refuse(
             f"{where}.fused_attn",
             attn.fused_attn,
             "explicit softmax was asked for, which fused prompt attention would replace; set "
             "fused_attn = True",
+        )
+    if not computes_as_timms(attn, attn.head_dim):
+        refuse(
+            f"{where}.scale",
+            attn.scale,
+            f"timm's fused attention scales by {attn.head_dim**-0.5:.6g} whatever it says; put the "
+            "scale into the weights of the queries",
         )
 
 

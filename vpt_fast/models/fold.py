@@ -66,9 +66,9 @@ def fold_backbone(
 
     Nothing is folded where the function would change: the attention scale and the key bias under
     qk-norm, the key bias where keys are rotated by their position, the attention scale of an Eva
-    and of a block that is still timm's own (they leave the scale to PyTorch's default), a
-    LayerNorm's shift into a Linear without bias, a value bias into an output projection without
-    bias, MLPs other than timm's `Mlp`. Norms and LayerScales that are folded become ones and zeros,
+    and of a block that is still timm's own (they leave the scale to PyTorch's default), a norm1
+    that attention's gate reads too, a LayerNorm's shift into a Linear without bias, a value bias
+    into an output projection without bias, MLPs other than timm's `Mlp`. Norms and LayerScales that are folded become ones and zeros,
     which the fused blocks pass by.
 
     The original weights of what is changed stay in host memory, since a rounded product cannot
@@ -257,9 +257,9 @@ def _folded_block(
     plain_mlp = type(mlp) is Mlp
     normed = not all(type(m) is nn.Identity for m in (attn.q_norm, attn.k_norm))
     width = attn.num_heads * attn.head_dim
-    packed = attn._modules.get("qkv") is not None
+    packed, gated = (attn._modules.get(name) is not None for name in ("qkv", "gate"))
     if folds.norm:
-        targets = [("norm1", "attn.qkv")] if packed else []
+        targets = [("norm1", "attn.qkv")] if packed and not gated else []
         targets += [("norm2", "mlp.fc1")] if plain_mlp else []
         passed.update(norm for norm, linear in targets if _fold_norm(new, norm, linear))
     scale = None
@@ -273,7 +273,7 @@ def _folded_block(
         bias = new["attn.qkv.bias"].clone()
         if not (normed or rotates):
             bias[width : 2 * width] = 0
-        inner = attn._modules.get("gate") is not None or type(attn.norm) is not nn.Identity
+        inner = gated or type(attn.norm) is not nn.Identity
         if attn.proj.bias is not None and not inner:
             shift = new["attn.proj.weight"] @ bias[2 * width :]
             new["attn.proj.bias"] = new["attn.proj.bias"] + shift

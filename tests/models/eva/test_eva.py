@@ -148,6 +148,31 @@ def test_intermediates(family: str, method: Any, output_fmt: str) -> None:
         assert distance(plain_only, rows[:, prefix:]) <= 1e-10
 
 
+@pytest.mark.parametrize("return_prefix", [False, True])
+def test_intermediates_without_prefix_tokens(return_prefix: bool) -> None:
+    tuned, plain = pair(families.build("pe_core_gigantic"), VPTDeep(3, blocks=[0]))
+    image = families.images("pe_core_gigantic")
+    with torch.no_grad():
+        features, found = tuned.forward_intermediates(
+            image, return_prefix_tokens=return_prefix, output_fmt="NLC"
+        )
+        assert distance(features, plain.features(image)) <= 1e-10
+        for patches, rows in zip(found, plain.block_outputs(image), strict=True):
+            assert distance(patches, rows) <= 1e-10
+
+
+@pytest.mark.parametrize("memory", ["speed", "minimal"])
+@pytest.mark.parametrize("mlp", [{}, {"swiglu_mlp": True}, {"swiglu_mlp": True, "scale_mlp": True}])
+def test_an_empty_batch(mlp: dict[str, Any], memory: str) -> None:
+    """With AttentionRope, whose own forward takes one as well."""
+    tuned, _ = pair(families.build("rope", **mlp), VPTDeep(3), memory)
+    output = tuned.train()(families.images("rope", batch=0))
+    assert output.shape == (0, families.CLASSES)
+    output.sum().backward()
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and not p.grad.any() for p in trained)
+
+
 @pytest.mark.parametrize("family", DEEP_IN_EVERY_BLOCK)
 def test_checkpointing_and_a_hook_on_a_block(family: str) -> None:
     tuned, plain = pair(families.build(family), VPTDeep(3))

@@ -45,6 +45,7 @@ KINDS = (
     "pe_core",
     "rope_mixed",
     "unfused_rope",
+    "gated_rope",
 )
 STILL = VAPT(3, projector_dropout=0.0, channel_dropout=0.0)
 METHODS: dict[str, Any] = {
@@ -81,6 +82,19 @@ def test_another_rotation_is_another_architecture(tmp_path: Path) -> None:
     other.rope.temperature = 100.0
     with pytest.raises(ValueError, match="rope.temperature"):
         load_adapter(other, tmp_path / "adapter")
+
+
+def test_augmentation_of_positions_is_of_training_alone(tmp_path: Path) -> None:
+    names = ("shift_coords", "jitter_coords", "rescale_coords")
+    tuned, _ = pair(families.build("dinov3"), VPTDeep(3))
+    save_adapter(tuned, tmp_path / "adapter")
+    other = families.build("dinov3")
+    for name in names:
+        setattr(other.rope, name, 1.5)
+    other.rope.aug_active = True
+    image = families.images("dinov3")
+    loaded: Any = load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(loaded.train()(image), tuned.train()(image))
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -70,14 +70,63 @@ def test_a_table_that_someone_changed_is_made_anew() -> None:
     assert distance(ours(image), plain(image)) <= 1e-10
 
 
-def test_tables_made_in_inference_mode_serve_training() -> None:
-    ours, plain = pair(families.build("dinov3", dynamic_img_size=True), VPTDeep(3))
-    image = families.images("dinov3")
-    with torch.inference_mode():
+def test_a_setting_that_is_changed_in_place_makes_another_table() -> None:
+    base = families.build("eva02_glu", dynamic_img_size=True)
+    base.rope.ref_feat_shape = [3, 3]
+    ours, plain = pair(base, VPTDeep(3))
+    image = families.images("eva02_glu")
+    before = ours(image)
+    for rope in (ours.rope, plain.model.rope):
+        rope.ref_feat_shape[0] = 7
+    assert distance(ours(image), plain(image)) <= 1e-10
+    assert distance(ours(image), before) > 1e-6
+
+
+def test_frequencies_at_another_address_make_another_table() -> None:
+    """Also after several changes, of which the last may get the first one's address."""
+    ours, plain = pair(families.build("rope_mixed"), VPTDeep(3))
+    image = families.images("rope_mixed")
+    for changes in range(1, 6):
         ours(image)
+        for _ in range(changes):
+            for rope in (ours.rope, plain.model.rope):
+                rope.freqs.data = rope.freqs.data * 1.1
+        assert distance(ours(image), plain(image)) <= 1e-10
+
+
+def test_frequencies_edited_through_data_are_read_after_a_conversion() -> None:
+    ours, plain = pair(families.build("rope_mixed"), VPTDeep(3))
+    image = families.images("rope_mixed")
+    ours(image)
+    for rope in (ours.rope, plain.model.rope):
+        rope.freqs.data.mul_(1.5)
+    ours.to(torch.float64)
+    assert distance(ours(image), plain(image)) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("family", DYNAMIC)
+def test_tables_made_in_inference_mode_serve_training(
+    family: str, dynamic: bool, dtype: torch.dtype
+) -> None:
+    base = families.build(family, dynamic_img_size=dynamic).to(dtype)
+    ours = prompt_tune(base, VPTDeep(3))
+    image = families.images(family).to(dtype)
+    with torch.inference_mode():
+        before = ours.eval()(image)
     loss = ours.train()(image).sum()
     loss.backward()
-    assert distance(loss, plain(image).sum()) <= 1e-10
+    assert distance(loss, before.clone().sum()) <= 100 * torch.finfo(dtype).eps
+
+
+def test_tables_fit_the_blocks() -> None:
+    ours, plain = pair(families.build("rope_mixed"), VPTDeep(3))
+    image, blocks = families.images("rope_mixed"), ours.blocks
+    ours.blocks = blocks[:2]
+    ours(image)
+    ours.blocks = blocks
+    assert distance(ours(image), plain(image)) <= 1e-10
 
 
 def test_other_dtypes() -> None:
@@ -116,6 +165,17 @@ def test_cached_inputs_need_the_models_own_size() -> None:
     image = families.images("dinov3")
     found = model.forward_from(model.forward_until(image, 1), 1)
     assert distance(found, model(image)) <= 1e-12
-    other = model.forward_until(torch.randn(2, 3, 16, 40, dtype=torch.float64), 1)
     with pytest.raises(ValueError, match="have 14 tokens .3 x 3 patches., but these have 15"):
-        model.forward_from(other, 1)
+        model.forward_from(torch.randn(2, 15, 64, dtype=torch.float64), 1)
+
+
+@pytest.mark.parametrize("size", [(16, 40), (8, 72)])
+def test_inputs_of_another_grid_are_not_cached(size: tuple[int, int]) -> None:
+    """1 x 9 patches are as many as the model's 3 x 3, with other positions."""
+    model = tuned("dinov3", dynamic_img_size=True)
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    grid = f"{size[0] // 8} x {size[1] // 8}"
+    with pytest.raises(ValueError, match=f"{grid} patches in a model of 3 x 3"):
+        model.forward_until(image, 1)
+    model.set_input_size(size)
+    assert distance(model.forward_from(model.forward_until(image, 1), 1), model(image)) <= 1e-12

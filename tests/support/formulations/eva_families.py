@@ -55,6 +55,8 @@ FAMILIES: dict[str, Family] = {
     "one_patch": _eva(
         "vit_small_patch16_dinov3", image=(8, 8), class_token=False, num_reg_tokens=0, depth=1
     ),
+    "gated": _eva("vit_small_patch16_dinov3_qkvb"),
+    "gated_rope": _eva("vit_small_patch16_rope_224", depth=2),
     "max_pool": _eva("vit_small_patch16_rope_224", global_pool="max", depth=2),
 }  # fmt: skip
 """Models of timm's registry, by a short name."""
@@ -67,6 +69,9 @@ def create(family: str, **overrides: Any) -> nn.Module:
     if family == "separate_bias":
         for block in model.blocks:
             block.attn.qkv_bias_separate = True
+    if family.startswith("gated"):  # timm's blocks have it as an argument, its Eva does not
+        for block in model.blocks:
+            block.attn.gate = nn.Linear(model.embed_dim, model.embed_dim)
     return model.eval()
 
 

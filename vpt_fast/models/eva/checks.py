@@ -50,6 +50,13 @@ def check_eva(model: Any, method: Method) -> None:
     for index, block in enumerate(model.blocks):
         _check_block(block, f"blocks.{index}", model.num_prefix_tokens)
     check_apart([(f"blocks.{i}", block) for i, block in enumerate(model.blocks)])
+    if type(model.rope) in CACHED.values():
+        refuse(
+            "rope",
+            name_of(model.rope),
+            "another tuned model has the same module; give each its own (copy.deepcopy), or call "
+            "remove_prompts on the other first",
+        )
     if model.rope is not None and type(model.rope) not in CACHED:
         known = ", ".join(sorted(kind.__name__ for kind in CACHED))
         refuse("rope", name_of(model.rope), f"known are: {known}")

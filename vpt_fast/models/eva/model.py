@@ -27,6 +27,24 @@ class PromptedEva(PromptedModel, Eva):
         x, rope = self._pos_embed(embedded_patches(self.patch_embed, images))
         return self.norm_pre(x), self._tables(rope)
 
+    def forward_until(self, x: Tensor, first: int) -> Tensor:
+        """Return the input of block `first`; see `PromptedModel.forward_until`.
+
+        Raises:
+            ValueError: The images' patch grid is not the model's own: `forward_from`, which gets
+                rows alone, would take them for rows of that grid.
+        """
+        if self.rope is not None:
+            own: tuple[int, int] = tuple(self.patch_embed.grid_size)
+            grid: tuple[int, int] = tuple(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
+            if grid != own:
+                raise ValueError(
+                    f"images of {grid[0]} x {grid[1]} patches in a model of {own[0]} x {own[1]}: "
+                    "the positions of their rows would not be known later; resize the images, or "
+                    "call set_input_size"
+                )
+        return super().forward_until(x, first)
+
     def tables_of(self, x: Tensor) -> RopeTables | None:
         """Return the tables for the model's own image size; see `PromptedModel.tables_of`.
 
@@ -56,6 +74,13 @@ class PromptedEva(PromptedModel, Eva):
         latest: LatestTables = self.__dict__.setdefault("_rope_tables", LatestTables())
         return latest.of(rope, *form)
 
+    def _forget(self) -> None:
+        """Drop all readings of the blocks' weights and the tables of positions."""
+        super()._forget()
+        vars(self).pop("_rope_tables", None)
+        if self.rope is not None:
+            vars(self.rope).pop("tables", None)
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -72,7 +97,7 @@ class PromptedEva(PromptedModel, Eva):
         result: Any = super().forward_intermediates(
             x,
             indices,
-            return_prefix_tokens=True,
+            return_prefix_tokens=self.num_prefix_tokens > 0,  # timm cannot give none
             norm=norm,
             stop_early=stop_early,
             output_fmt="NLC" if output_fmt == "NCHW" else output_fmt,

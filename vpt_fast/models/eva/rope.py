@@ -6,6 +6,7 @@ frequencies are parameters (mixed), on the CPU for DINOv3. The frequencies are f
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class _Tables:
     def __init__(self) -> None:
         self.made: dict[Any, tuple[Tensor, int]] = {}
         self.of: Any = None
+        self.sources: list[Tensor] = []  # held: their addresses are not given to others
 
     def __deepcopy__(self, memo: Any) -> _Tables:
         return _Tables()
@@ -61,7 +63,8 @@ class _Cached(_Timms):
         state = self._state(own)
         tables: _Tables = self.__dict__.setdefault("tables", _Tables())
         if tables.of != state or len(tables.made) >= _MOST_GRIDS:
-            tables.made, tables.of = {}, state
+            tables.made, tables.of = {}, copy.deepcopy(state)
+            tables.sources = [t.detach() for t in own]
         key = (None if shape is None else tuple(shape), dtype)
         known = tables.made.get(key)
         if known is None or known[0]._version != known[1]:

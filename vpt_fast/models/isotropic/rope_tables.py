@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vpt_fast.models.fusion.fused_block import can_rotate
@@ -39,7 +40,7 @@ class LatestTables:
     """The tables that were made last; copies and pickles of a model start without any."""
 
     def __init__(self) -> None:
-        self._made: tuple[Tensor, int, RopeTables] | None = None
+        self._made: tuple[Tensor, int, int, RopeTables] | None = None
 
     def __deepcopy__(self, memo: Any) -> LatestTables:
         return LatestTables()
@@ -54,10 +55,12 @@ class LatestTables:
             rope, depth, by_block: Arguments of `RopeTables`; `rope` is no inference tensor, and
                 nothing is traced.
         """
+        if rope.requires_grad:
+            return RopeTables(rope, depth, by_block)
         made = self._made
-        if made is not None and made[0] is rope and made[1] == rope._version:
-            return made[2]
-        tables = RopeTables(rope, depth, by_block)
-        if tables.is_constant:
-            self._made = rope, rope._version, tables
-        return tables
+        if made is None or made[0] is not rope or made[1:3] != (rope._version, depth):
+            # Made under inference_mode, tables could not serve training later.
+            with torch.inference_mode(False):
+                tables = RopeTables(rope, depth, by_block)
+            self._made = made = rope, rope._version, depth, tables
+        return made[-1]

@@ -77,10 +77,9 @@ def absorbed_values(
     with in_full_precision(q):
         converted: Any = [t if t is None else t.to(wide) for t in tensors]
         wide_q, *keys, wide_rows, wide_prompts, weight, bias = converted
-        batch, queries, heads, _ = q.shape
         wide_q = (wide_q * scale).transpose(1, 2)  # (B, H, M, d)
         scores = [
-            (wide_q @ key.permute(0, 2, 3, 1)).reshape(batch, heads * queries, -1)
+            (wide_q @ key.permute(0, 2, 3, 1)).flatten(1, 2)  # (B, H * M, N)
             for key in keys
             if key is not None
         ]

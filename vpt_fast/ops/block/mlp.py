@@ -77,7 +77,7 @@ def gradient(steps: Any, grad: Tensor, hidden: Tensor) -> Tensor:
         return torch.matmul(grad, w.fc1_weight)
     gate, value = grad.flatten(0, -2).chunk(2, -1)
     total = torch.addmm(torch.mm(gate, w.fc1_weight), value, w.value_weight)
-    return total.view(*grad.shape[:-1], -1)
+    return total.view(*grad.shape[:-1], total.shape[-1])
 
 
 def _activated(steps: Any, hidden: Tensor) -> Tensor:

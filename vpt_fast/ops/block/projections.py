@@ -64,7 +64,7 @@ def project(steps: Any, y: Tensor) -> tuple[Tensor, ...]:
         tokens = (qkv.view(batch, rows, 3, heads, dim),)
     else:
         own = y if count is None else y[:, :count]
-        q = F.linear(own, *steps.queries).view(batch, -1, heads, dim)
+        q = F.linear(own, *steps.queries).view(batch, own.shape[1], heads, dim)
         others = [F.linear(y, *part) for part in steps.keys_and_values]
         if len(others) == 1:
             tokens = q, others[0].view(batch, rows, 2, heads, dim)
