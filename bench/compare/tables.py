@@ -66,7 +66,7 @@ Row = Mapping[str, str]
 
 
 def _case(row: Row) -> tuple[str, ...]:
-    names = ("model", "method", "dtype", "batch", "dropout", "prompts")
+    names = ("model", "image_size", "method", "dtype", "batch", "dropout", "prompts")
     return tuple(row[name] for name in names)
 
 
@@ -97,8 +97,10 @@ def table(rows: Sequence[Row], bench: str) -> dict[str, object] | None:
     for row in rows:
         cases.setdefault(_case(row), []).append(row)
     lines = []
-    for (model, method, dtype, batch, dropout, prompts), group in cases.items():
-        what = ", ".join(filter(None, (_short(model), method, _dtype(dtype), f"batch {batch}")))
+    for (model, size, method, dtype, batch, dropout, prompts), group in cases.items():
+        pixels = f"{size} px" if size and size != "224" else ""
+        parts = (_short(model), pixels, method, _dtype(dtype), f"batch {batch}")
+        what = ", ".join(filter(None, parts))
         if dropout and float(dropout):
             what += f", dropout {float(dropout):g}"
         lines.append([what, prompts, *_cells(group, providers)])
@@ -108,10 +110,12 @@ def table(rows: Sequence[Row], bench: str) -> dict[str, object] | None:
 
 
 def _short(model: str) -> str:
-    sizes = {"tiny": "ViT-Ti", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
+    sizes = {"tiny": "Ti", "small": "S", "base": "B", "large": "L"}
     parts = model.split("_")
     if len(parts) == 4 and parts[0] == "vit" and parts[1] in sizes:
-        return f"{sizes[parts[1]]}/{parts[2].removeprefix('patch')}"
+        name = "ViT" if parts[3].isdecimal() else {"dinov3": "DINOv3"}.get(parts[3])
+        if name is not None:
+            return f"{name}-{sizes[parts[1]]}/{parts[2].removeprefix('patch')}"
     if len(parts) == 5 and parts[0] == "swin" and parts[3].startswith("window"):
         return f"Swin-{parts[1][0].upper()}"
     return model

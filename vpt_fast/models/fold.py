@@ -68,8 +68,8 @@ def fold_backbone(
     qk-norm, the key bias where keys are rotated by their position, the attention scale of an Eva
     and of a block that is still timm's own (they leave the scale to PyTorch's default), a norm1
     that attention's gate reads too, a LayerNorm's shift into a Linear without bias, a value bias
-    into an output projection without bias, MLPs other than timm's `Mlp`. Norms and LayerScales that are folded become ones and zeros,
-    which the fused blocks pass by.
+    into an output projection without bias, MLPs other than timm's `Mlp`. Norms and LayerScales that
+    are folded become ones and zeros, which the fused blocks pass by.
 
     The original weights of what is changed stay in host memory, since a rounded product cannot
     be divided back exactly: as much as the blocks' Linears take (ViT-B/16 in fp32: 340 MB).

@@ -110,10 +110,28 @@ def test_the_page_gets_every_comparison(results: Path, tmp_path: Path) -> None:
     assert tables.main([str(results), "--page", str(page), "--check"]) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert text.count("| test_vit, vpt-deep, batch ") == 2 * 3
+    assert text.count("| test_vit, 32 px, vpt-deep, batch ") == 2 * 3
     some = next(row for row in read(results) if row["provider"] == "concat")
     low, middle, high = (f"{float(some[f'ratio_p{n}']):.2f}" for n in (20, 50, 80))
     assert f"| {middle} ({low} - {high}) |" in text
+
+
+def test_models_and_image_sizes_are_told_apart() -> None:
+    found = {
+        name: tables.render([
+            {
+                "kind": "measured", "bench": "step", "model": name, "image_size": size,
+                "method": "vpt-deep", "dtype": "float32", "batch": "8", "dropout": "0.0",
+                "prompts": "50", "provider": provider, "p50_ms": "2", "ratio_p20": "1",
+                "ratio_p50": "1", "ratio_p80": "1", "rounds": "5", **facts(gpu=False),
+            }
+            for size in ("224", "256") for provider in ("concat", OURS)
+        ])
+        for name in ("vit_small_patch16_224", "vit_small_patch16_dinov3", "vit_pe_core_tiny")
+    }  # fmt: skip
+    for name, label in zip(found, ("ViT-S/16", "DINOv3-S/16", "vit_pe_core_tiny"), strict=True):
+        assert f"| {label}, vpt-deep, batch 8 |" in found[name]
+        assert f"| {label}, 256 px, vpt-deep, batch 8 |" in found[name]
 
 
 def test_the_page_of_the_project_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
