@@ -87,6 +87,13 @@ def _own_rope() -> nn.Module:
     return model
 
 
+def _scaled_swin() -> nn.Module:
+    model = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=32, depths=(1, 1, 1, 1))
+    attn = model.layers[1].blocks[0].attn
+    attn.fused_attn, attn.scale = True, 0.5
+    return model
+
+
 def _shared_rope() -> nn.Module:
     first = prompt_tune(_eva("eva02_tiny_patch14_224")(), VPTDeep(2))
     model = _eva("eva02_tiny_patch14_224")()
@@ -180,6 +187,7 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
         _last(_set("attn.scale", lambda _: 0.5)),
         ["blocks.2.attn.scale", "0.5", "0.176777"],
     ),
+    "swin_other_scale": (_scaled_swin, ["layers.1.blocks.0.attn.scale", "0.5"]),
     "eva_other_prefix": (_other_prefix, ["blocks.1.attn.num_prefix_tokens", "5"]),
     "beit": (lambda: timm.create_model("beit_base_patch16_224", depth=1), ["Beit", "scores"]),
     "hiera": (lambda: timm.create_model("hiera_tiny_224"), ["Hiera", "pool tokens"]),

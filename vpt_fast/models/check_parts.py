@@ -82,11 +82,16 @@ def check_fused(attn: Any, where: str) -> None:
             "explicit softmax was asked for, which fused prompt attention would replace; set "
             "fused_attn = True",
         )
-    if not computes_as_timms(attn, attn.head_dim):
+    check_scale(attn, attn.head_dim, where)
+
+
+def check_scale(attn: Any, head_dim: int, where: str) -> None:
+    """Raise ValueError if an attention has a scale that timm's forward ignores."""
+    if not computes_as_timms(attn, head_dim):
         refuse(
             f"{where}.scale",
             attn.scale,
-            f"timm's fused attention scales by {attn.head_dim**-0.5:.6g} whatever it says; put the "
+            f"timm's fused attention scales by {head_dim**-0.5:.6g} whatever it says; put the "
             "scale into the weights of the queries",
         )
 

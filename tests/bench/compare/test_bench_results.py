@@ -117,21 +117,23 @@ def test_the_page_gets_every_comparison(results: Path, tmp_path: Path) -> None:
 
 
 def test_models_and_image_sizes_are_told_apart() -> None:
-    found = {
-        name: tables.render([
-            {
-                "kind": "measured", "bench": "step", "model": name, "image_size": size,
-                "method": "vpt-deep", "dtype": "float32", "batch": "8", "dropout": "0.0",
-                "prompts": "50", "provider": provider, "p50_ms": "2", "ratio_p20": "1",
-                "ratio_p50": "1", "ratio_p80": "1", "rounds": "5", **facts(gpu=False),
-            }
-            for size in ("224", "256") for provider in ("concat", OURS)
-        ])
-        for name in ("vit_small_patch16_224", "vit_small_patch16_dinov3", "vit_pe_core_tiny")
+    names = {
+        "vit_small_patch16_224": "ViT-S/16", "vit_small_patch16_dinov3": "DINOv3-S/16",
+        "vit_small_patch14_dinov2": "vit_small_patch14_dinov2",
+        "swin_tiny_patch4_window7_224": "Swin-T",
     }  # fmt: skip
-    for name, label in zip(found, ("ViT-S/16", "DINOv3-S/16", "vit_pe_core_tiny"), strict=True):
-        assert f"| {label}, vpt-deep, batch 8 |" in found[name]
-        assert f"| {label}, 256 px, vpt-deep, batch 8 |" in found[name]
+    rows = [
+        {
+            "bench": "step", "model": name, "image_size": size, "method": "vpt-deep", "batch": "8",
+            "dtype": "float32", "dropout": "0.0", "prompts": "50", "provider": provider,
+            "ratio_p20": "1", "ratio_p50": "1", "ratio_p80": "1", "p50_ms": "2",
+        }
+        for name in names for size in ("224", "256") for provider in ("concat", OURS)
+    ]  # fmt: skip
+    found: Any = tables.table(rows, "step")
+    sizes = ("", ", 256 px")
+    right = [f"{n}{size}, vpt-deep, batch 8" for n in names.values() for size in sizes]
+    assert [row[0] for row in found["rows"]] == right
 
 
 def test_the_page_of_the_project_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:

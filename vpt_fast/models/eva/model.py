@@ -35,8 +35,8 @@ class PromptedEva(PromptedModel, Eva):
                 rows alone, would take them for rows of that grid.
         """
         if self.rope is not None:
-            own: tuple[int, int] = tuple(self.patch_embed.grid_size)
-            grid: tuple[int, int] = tuple(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
+            embed: Any = self.patch_embed
+            own, grid = tuple(embed.grid_size), tuple(embed.dynamic_feat_size(x.shape[-2:]))
             if grid != own:
                 raise ValueError(
                     f"images of {grid[0]} x {grid[1]} patches in a model of {own[0]} x {own[1]}: "
@@ -77,9 +77,9 @@ class PromptedEva(PromptedModel, Eva):
     def _forget(self) -> None:
         """Drop all readings of the blocks' weights and the tables of positions."""
         super()._forget()
-        vars(self).pop("_rope_tables", None)
+        self.__dict__.pop("_rope_tables", None)
         if self.rope is not None:
-            vars(self.rope).pop("tables", None)
+            self.rope.__dict__.pop("tables", None)
 
     def forward_intermediates(
         self,

@@ -20,6 +20,7 @@ from vpt_fast.models.check_parts import (
     check_kernel_size,
     check_parts,
     check_projections,
+    check_scale,
     name_of,
     refuse,
 )
@@ -87,7 +88,9 @@ def _check_block(block: Any, where: str) -> None:
     if attn.qkv.out_features % (3 * attn.num_heads):
         heads = 3 * attn.num_heads
         refuse(f"{where}.attn.qkv.out_features", attn.qkv.out_features, f"no multiple of {heads}")
-    check_projections(attn, attn.qkv.out_features // 3, f"{where}.attn")
+    width = attn.qkv.out_features // 3
+    check_projections(attn, width, f"{where}.attn")
+    check_scale(attn, width // attn.num_heads, f"{where}.attn")
 
 
 def _check_method(model: Any, method: Method) -> None:
