@@ -37,14 +37,16 @@ class BlockSteps:
 
     Attributes:
         norm1: LayerNorm of tokens and prompts.
+        attention_norm: Norm before attention's projection, None without one.
+        mlp_norm: Norm before fc2, None without one.
         head_dim: Channels d of a head.
         frozen: All weights that are not None.
         transposed: Views of weights of Linears by name, added when first needed.
     """
 
     __slots__ = (
-        "_keys_and_values", "_queries", "config", "dtype", "frozen", "head_dim", "norm1", "sites",
-        "transposed", "weights",
+        "_keys_and_values", "_queries", "attention_norm", "config", "dtype", "frozen", "head_dim",
+        "mlp_norm", "norm1", "sites", "transposed", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +54,9 @@ class BlockSteps:
     ) -> None:
         self.config, self.weights, self.dtype, self.sites = config, weights, dtype, sites
         self.norm1 = Norm(weights.norm1_weight, weights.norm1_bias, config.eps1, config.centred)
+        w = weights
+        self.attention_norm = _inner_norm(w.attnnorm_weight, w.attnnorm_bias, config.attn_eps)
+        self.mlp_norm = _inner_norm(w.mlpnorm_weight, w.mlpnorm_bias, config.mlp_eps)
         self.head_dim = weights.proj_weight.shape[1] // config.heads
         self.frozen = [w for w in weights if w is not None]
         self.transposed: dict[str, Tensor] = {}
@@ -68,6 +73,7 @@ class BlockSteps:
         """Copy the attributes of other steps, but for their sites."""
         self.config, self.weights, self.dtype = steps.config, steps.weights, steps.dtype
         self.norm1, self.head_dim, self.frozen = steps.norm1, steps.head_dim, steps.frozen
+        self.attention_norm, self.mlp_norm = steps.attention_norm, steps.mlp_norm
         self.sites, self.transposed = sites, steps.transposed
         self._queries, self._keys_and_values = steps._queries, steps._keys_and_values
 
@@ -158,20 +164,13 @@ class BlockSteps:
     def add_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x', norm2(x') and the row statistics of x'."""
         w = self.weights
-        norm = self._attention_norm
-        if norm is not None:
-            out = self.normed("attention", out, norm)[1]
+        if self.attention_norm is not None:
+            out = self.normed("attention", out, self.attention_norm)[1]
         branch = self.linear("proj", out, w.proj_weight, w.proj_bias)
         return self.sites[RESIDUAL_NORM, "norm2"](
             self.first_rows(x), branch, w.scale1, w.norm2_weight, w.norm2_bias, self.config.eps2,
             None, self.dtype, self.config.centred,
         )  # fmt: skip
-
-    @property
-    def _attention_norm(self) -> Norm | None:
-        """The norm before attention's projection, None without one."""
-        w, eps = self.weights, self.config.attn_eps
-        return None if eps is None else Norm(w.attnnorm_weight, w.attnnorm_bias, eps)
 
     def normed(self, site: str, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
         """Return x, its norm and the row statistics, at one call site."""
@@ -273,7 +272,7 @@ class BlockSteps:
         grad_x, grad_branch = self._middle_gradients(full, grad_middle, grad_result)
         grad_out = torch.matmul(grad_branch, self.weights.proj_weight)
         del grad_branch
-        norm = self._attention_norm
+        norm = self.attention_norm
         if norm is not None:
             out, _, statistics = self.normed("attention recomputed", _required(full.out), norm)
             grad_out = self.sites[RESIDUAL_NORM_BACKWARD, "attention"](
@@ -314,6 +313,10 @@ class BlockSteps:
         grad = _required(grad_middle).to(middle.dtype)
         branch = grad if w.scale1 is None else grad * w.scale1
         return grad, branch.to(self.dtype)
+
+
+def _inner_norm(weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Norm | None:
+    return None if eps is None else Norm(weight, bias, eps)
 
 
 def _required(tensor: Tensor | None) -> Tensor:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.ops.backend import uses_kernels
-from vpt_fast.ops.block.add_norm import Norm
 from vpt_fast.ops.block.sites import OPERATOR_SITES
 from vpt_fast.ops.rowwise.activation import ACTIVATION, ACTIVATION_BACKWARD
 from vpt_fast.ops.rowwise.gated_activation import GATED, GATED_BACKWARD
@@ -50,16 +49,16 @@ def expand(steps: Any, y: Tensor) -> Tensor:
 
 def contract(steps: Any, hidden: Tensor) -> Tensor:
     """Return the MLP's output from its hidden layer."""
-    w, norm, active = steps.weights, _inner_norm(steps), _activated(steps, hidden)
-    if norm is not None:
-        active = steps.normed("mlp", active, norm)[1]
+    w, active = steps.weights, _activated(steps, hidden)
+    if steps.mlp_norm is not None:
+        active = steps.normed("mlp", active, steps.mlp_norm)[1]
     result: Tensor = steps.linear("fc2", active, w.fc2_weight, w.fc2_bias)
     return result
 
 
 def gradient(steps: Any, grad: Tensor, hidden: Tensor) -> Tensor:
     """Return the gradient of norm2(x') from that of the MLP's output."""
-    w, config, norm = steps.weights, steps.config, _inner_norm(steps)
+    w, config, norm = steps.weights, steps.config, steps.mlp_norm
     grad = torch.matmul(grad, w.fc2_weight)
     if norm is not None:
         active, _, statistics = steps.normed("mlp recomputed", _activated(steps, hidden), norm)
@@ -101,9 +100,3 @@ def _gate_biases(steps: Any, hidden: Tensor) -> tuple[Tensor | None, Tensor | No
         return w.fc1_bias, w.value_bias
     first, second = w.fc1_bias.chunk(2)
     return (second, first) if steps.config.gate == "last" else (first, second)
-
-
-def _inner_norm(steps: Any) -> Norm | None:
-    """Return the norm before fc2, None without one."""
-    w, eps = steps.weights, steps.config.mlp_eps
-    return None if eps is None else Norm(w.mlpnorm_weight, w.mlpnorm_bias, eps)
