@@ -40,7 +40,7 @@ class LatestTables:
     """The tables that were made last; copies and pickles of a model start without any."""
 
     def __init__(self) -> None:
-        self._made: tuple[Tensor, int, int, RopeTables] | None = None
+        self._made: tuple[Tensor, int, RopeTables] | None = None
 
     def __deepcopy__(self, memo: Any) -> LatestTables:
         return LatestTables()
@@ -57,10 +57,12 @@ class LatestTables:
         """
         if rope.requires_grad:
             return RopeTables(rope, depth, by_block)
-        made = self._made
-        if made is None or made[0] is not rope or made[1:3] != (rope._version, depth):
-            # Made under inference_mode, tables could not serve training later.
-            with torch.inference_mode(False):
-                tables = RopeTables(rope, depth, by_block)
-            self._made = made = rope, rope._version, depth, tables
-        return made[-1]
+        if self._made is not None:
+            source, version, tables = self._made
+            if source is rope and version == rope._version and len(tables.of_blocks) == depth:
+                return tables
+        # Made under inference_mode, tables could not serve training later.
+        with torch.inference_mode(False):
+            tables = RopeTables(rope, depth, by_block)
+        self._made = rope, rope._version, tables
+        return tables
