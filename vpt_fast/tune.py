@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vpt_fast.checks import check_model
-from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
+from vpt_fast.methods import Method, check_method
 from vpt_fast.methods.baselines import AdapterTuning, Baseline, MLPHead
+from vpt_fast.models.add_prompts import add_prompts
 from vpt_fast.models.all_or_nothing import all_or_nothing
 from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
@@ -18,7 +19,6 @@ from vpt_fast.models.graphs.block_graphs import BlockGraphs
 from vpt_fast.models.sharing import check_latest, check_own_blocks, remember
 from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned, take_out
 from vpt_fast.modules.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
-from vpt_fast.modules.prompt_tokens import PromptTokens, init_bound, new_projection, new_tokens
 from vpt_fast.ops.memory_modes import check_memory_mode
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -150,7 +150,7 @@ def _install(tuned: Any, family: Family, record: TuneRecord, in_place: Collectio
     if isinstance(record.method, Baseline):
         _add_layers(tuned, record.method)
     else:
-        _add_prompts(tuned, record.method, family)
+        add_prompts(tuned, record.method, family)
     family.install(tuned)
     tuned.train(training)
 
@@ -182,32 +182,6 @@ def _replace_head(model: Any, head: nn.Linear) -> None:
         model.head = head
     else:
         model.head.fc = head
-
-
-def _add_prompts(model: Any, method: VPTShallow | VPTDeep | VAPT, family: Family) -> None:
-    blocks = blocks_of(model)
-    prompted = method.prompted_blocks(len(blocks))
-    if not prompted:
-        return
-    like, project_dim = blocks[0].attn.proj.weight, method.project_dim
-
-    def tokens_of(index: int) -> nn.Parameter:
-        width = project_dim or blocks[index].attn.proj.out_features
-        bound = init_bound(model.patch_embed.patch_size, width)
-        return new_tokens(method.num_prompts, width, bound, like)
-
-    if project_dim is not None:
-        width = blocks[prompted[0]].attn.proj.out_features
-        model.prompt_projection = new_projection(project_dim, width, like)
-    if method.shared:
-        model.prompt_tokens = tokens_of(prompted[0])
-    owner = model if method.shared or project_dim is not None else None
-    if isinstance(method, VAPT):
-        family.add_experts(model, method, prompted[1:])
-        prompted = prompted[:1]
-    for index in prompted:
-        tokens = None if method.shared else tokens_of(index)
-        blocks[index].prompt = PromptTokens(tokens, method.dropout, owner)
 
 
 def remove_prompts(model: Model) -> Model:

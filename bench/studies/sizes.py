@@ -36,6 +36,12 @@ OPTIONS = {
         "vpt_fast/models/isotropic/rope_tables.py", "vpt_fast/export/baked_eva.py",
     ),
     "export": ("vpt_fast/export",),
+    "methods": (
+        "vpt_fast/methods/prompt_method.py", "vpt_fast/methods/registry.py",
+        "vpt_fast/modules/block_info.py", "vpt_fast/modules/prompt_module.py",
+        "vpt_fast/models/add_prompts.py", "vpt_fast/models/initialise.py",
+        "vpt_fast/bank/task_modules.py",
+    ),
 }  # fmt: skip
 """Files and folders of each option."""
 
@@ -55,6 +61,7 @@ LIMITS = {
     "eva": 2_000,
     "bank": 2_000,
     "export": 2_000,
+    "methods": 2_000,
 }
 """Lines of code that each should have at most."""
 

@@ -72,7 +72,7 @@ def test_every_equation_has_its_function() -> None:
     """Checked in tables whose head announces functions."""
     rows, named = 0, 0
     inside = False
-    for line in (ROOT / "docs" / "methods.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "methods" / "index.md").read_text().splitlines():
         if not line.startswith("|"):
             inside = False
         elif re.search(r"computed by|\| where|reference and operator", line):

@@ -89,6 +89,8 @@ def _options(words: list[str]) -> list[str]:
 
 def _check_cli(words: list[str]) -> None:
     group: Any = typer.main.get_command(app)
+    while words[0] == "--import":
+        words = words[2:]
     command = group.commands[words[0]]
     known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
     assert set(_options(words[1:])) <= known, words

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vpt_fast import VAPT, VPTDeep, prompt_tune
 from vpt_fast.ops.block.projections import Projection
-from vpt_fast.ops.block.prompt_kv import KVWeights, prompt_kv
+from vpt_fast.ops.block.prompt_kv import KVWeights, StaticKV, prompt_kv
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 METHODS: dict[str, Any] = {
@@ -148,6 +148,12 @@ def kv_weights(
     )
 
 
+def keys_of(weights: KVWeights, rows: Any, more: Any = ()) -> Any:
+    """Return keys and values of two blocks' prompts."""
+    sources = [*zip(rows, more, strict=True)] if more else [(row,) for row in rows]
+    return prompt_kv(StaticKV(weights, [0, 1], bool(more)), torch.float64, sources)
+
+
 def tokens(blocks: int = 2) -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
     rows = torch.randn(blocks, 3, 6, generator=generator, dtype=torch.float64)
@@ -159,24 +165,40 @@ def tokens(blocks: int = 2) -> list[Tensor]:
 @pytest.mark.parametrize("affine", [True, False])
 def test_gradcheck_of_prompt_keys(affine: bool, apart: bool, centred: bool) -> None:
     weights = kv_weights(affine=affine, apart=apart, centred=centred)
-    assert torch.autograd.gradcheck(lambda *rows: prompt_kv(weights, torch.float64, rows), tokens())
+    assert torch.autograd.gradcheck(lambda *rows: keys_of(weights, rows), tokens())
     # Of keys that nobody reads, and of prompts that are not trained.
-    assert torch.autograd.gradcheck(
-        lambda *rows: prompt_kv(weights, torch.float64, rows)[1], tokens()[1:] * 2
-    )
+    assert torch.autograd.gradcheck(lambda *rows: keys_of(weights, rows)[1], tokens()[1:] * 2)
     first, second = tokens()
     first.requires_grad_(False)
-    keys = prompt_kv(weights, torch.float64, [first, second])
+    keys = keys_of(weights, [first, second])
     assert torch.autograd.grad(keys[0].sum() + keys[1].sum(), second)[0].shape == (3, 6)
-    unused = prompt_kv(weights, torch.float64, tokens())[0]
+    unused = keys_of(weights, tokens())[0]
     assert unused.shape == (1, 3, 2, 2, 2)
+
+
+def test_gradcheck_with_more_keys_and_values() -> None:
+    """They follow those of the prompts as they are, of either block or of none that is read."""
+    weights = kv_weights()
+    generator = torch.Generator().manual_seed(5)
+    more = torch.randn(2, 1, 4, 2, 2, 2, generator=generator, dtype=torch.float64)
+    own = [t.clone().requires_grad_() for t in more]
+    kv = keys_of(weights, tokens(), own)
+    assert kv[0].shape == (1, 7, 2, 2, 2) and torch.equal(kv[1][:, 3:], own[1])
+    assert torch.equal(kv[0][:, :3], keys_of(weights, tokens())[0])
+    for read in (slice(None), slice(1, 2)):
+        assert torch.autograd.gradcheck(
+            lambda *t, read=read: keys_of(weights, t[:2], t[2:])[read], (*tokens(), *own)
+        )
+    frozen = [row.detach() for row in tokens()]
+    grads = torch.autograd.grad(sum(t.sum() for t in keys_of(weights, frozen, own)), own)
+    assert all(torch.equal(grad, torch.ones_like(grad)) for grad in grads)
 
 
 def test_weights_of_the_prompts_keys_are_refused() -> None:
     for field in ("norm_weights", "weights"):
         for index in (0, 1):
             weights, rows = kv_weights(), tokens()
-            keys = prompt_kv(weights, torch.float64, rows)
+            keys = keys_of(weights, rows)
             changed = getattr(weights, field)[index]
             (changed if field == "norm_weights" else changed[0]).mul_(2)
             with pytest.raises(RuntimeError, match=REFUSED):
@@ -186,7 +208,7 @@ def test_weights_of_the_prompts_keys_are_refused() -> None:
 def test_second_derivatives_are_refused() -> None:
     """At once, not where somebody asks for the second, who may get none where inputs are named."""
     rows = tokens()
-    keys = prompt_kv(kv_weights(), torch.float64, rows)
+    keys = keys_of(kv_weights(), rows)
     with pytest.raises(RuntimeError, match="no second derivatives where backward is recorded"):
         torch.autograd.grad(keys[0].square().sum(), rows[0], create_graph=True)
     model = tuned("deep")

@@ -27,6 +27,7 @@ from vpt_fast import (
 from vpt_fast import tune as tune_module
 from vpt_fast.models.family import family_of
 from vpt_fast.models.tuned import Tuned
+from vpt_fast.modules import prompt_tokens
 
 METHODS: dict[str, Any] = {
     "linear": LinearProbe(), "shallow projected": VPTShallow(2, project_dim=4),
@@ -62,7 +63,10 @@ def test_tuning_that_runs_out_of_memory(family: str, method: str) -> None:
     assert all(snapshot(model)[what] == before[what] for what in same)
 
 
-STEPS = ("_add_prompts", "_add_layers", "new_tokens", "new_projection", "host_copy", "TuneRecord")
+STEPS: dict[str, Any] = {
+    **dict.fromkeys(("add_prompts", "_add_layers", "host_copy", "TuneRecord"), tune_module),
+    **dict.fromkeys(("_new_tokens", "new_projection"), prompt_tokens),
+}
 
 
 @pytest.mark.covering
@@ -76,8 +80,8 @@ def test_tuning_that_fails_at_a_step(
         raise error("at this step")
 
     model = built(family)
-    owners = {"install": family_of(model), "train": Tuned}
-    monkeypatch.setattr(owners.get(step, tune_module), step, fail)
+    owners = {**STEPS, "install": family_of(model), "train": Tuned}
+    monkeypatch.setattr(owners[step], step, fail)
     method = MLPHead(2) if step == "_add_layers" else VPTShallow(2, project_dim=4)
     before = snapshot(model)
     with pytest.raises(error, match="at this step"):

@@ -60,6 +60,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         _wrong("class_names", names, f"{classes} names, one for each class")
     _check_input(config["input"])
     _check_summaries("fingerprint", config["fingerprint"])
+    started = config.get("initialised")
+    if started is not None and not (isinstance(started, dict) and _is_count(started.get("images"))):
+        _wrong("initialised", started, "an object with a number of images")
     architecture, outputs = config.get("architecture", {}), config.get("fixed_image")
     if not isinstance(architecture, dict):
         _wrong("architecture", architecture, "an object")

@@ -68,8 +68,10 @@ def _is_json(value: Any) -> bool:
 
 def trained_tensors(model: Tuned) -> dict[str, Tensor]:
     """Return the values of what is trained or was added, by name; what was added may be frozen."""
-    trained = {name for name, _ in trainable_parameters(model)} | model.added_parameters().keys()
-    return {name: p.detach() for name, p in model.named_parameters() if name in trained}
+    added = model.added_tensors()
+    trained = {name for name, _ in trainable_parameters(model)} | added.keys()
+    found = {name: p for name, p in model.named_parameters() if name in trained}
+    return {name: tensor.detach() for name, tensor in (found | added).items()}
 
 
 def frozen_tensors(model: nn.Module, trained: Container[str]) -> dict[str, Tensor]:

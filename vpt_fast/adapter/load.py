@@ -62,6 +62,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     check_tensors(tensors, known, needed, directory / TENSORS_FILE)
     tuned: Any = apply_method(model, method, family)
     tuned.tune_record.inputs = config["input"]
+    tuned.tune_record.initialised = config.get("initialised")
     try:
         _fill(tuned, tensors)
         rounded = bool(difference(weights, config["fingerprint"], _EQUAL))
@@ -91,10 +92,13 @@ def _check_fixed_image(
 def _fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Copy an adapter's tensors into a tuned model, and train these parameters only."""
     record, parameters = model.tune_record, dict(model.named_parameters())
+    added = model.added_tensors()
+    every = parameters | added
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in record.requires_grad and name not in record.originals:
                 record.originals[name] = host_copy(parameters[name])
-            parameters[name].copy_(tensor)
+            every[name].copy_(tensor)
     for name, parameter in parameters.items():
-        parameter.requires_grad_(name in tensors)
+        if name not in added:
+            parameter.requires_grad_(name in tensors)

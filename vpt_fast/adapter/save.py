@@ -105,6 +105,7 @@ def save_adapter(
         },
         "architecture": describe(model),
         "fixed_image": fixed_image_outputs(model),
+        "initialised": tuned.tune_record.initialised,
         "fingerprint": frozen,
         "tensors_sha256": sha256(content),
     }

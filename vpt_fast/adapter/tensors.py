@@ -17,15 +17,16 @@ Shapes = Mapping[str, torch.Size]
 
 
 def expected_tensors(model: nn.Module, method: Method, family: Family) -> Shapes:
-    """Return the shapes of what `prompt_tune` would leave trainable, by name; change nothing.
+    """Return the shapes of what `prompt_tune` would train or add, by name; change nothing.
 
     Args:
         model: Plain timm model.
         method: Method that fits it.
         family: Record that `check_model` returned for both.
     """
-    tuned = apply_method(_meta_copy(model, {}), method, family)
-    return {name: p.shape for name, p in tuned.named_parameters() if p.requires_grad}
+    tuned: Any = apply_method(_meta_copy(model, {}), method, family)
+    trained = {name: p.shape for name, p in tuned.named_parameters() if p.requires_grad}
+    return trained | {name: tensor.shape for name, tensor in tuned.added_tensors().items()}
 
 
 def check_tensors(

@@ -26,6 +26,7 @@ from vpt_fast.models.prompt_rows import insert_rows
 from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.ops.backend import in_full_precision
+from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.rowwise.rotation import rotated, table_of_first
 
 
@@ -76,12 +77,14 @@ def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
             windows = window_shares(tuned, images)
             return [PromptAttention(index, p, 1 - p.sum(dim=-1)) for index, p in windows]
         x, tables = tuned.embedded(images)
+        feature = tuned.feature_of(x)
         for index, block in enumerate(tuned.blocks):
             rope = table_of(tables, index)
-            rows, count = _with_prompts(block, x)
-            if count:
-                found.append(_shares(tuned, index, rows, count, rope))
-            x = block(x) if rope is None else block(x, rope=rope)
+            rows, count, kv = _with_prompts(block, x, feature)
+            if count or kv is not None:
+                found.append(_shares(tuned, index, rows, count, rope, kv))
+            total = DeferredSum(x)
+            x = tuned.tuned_block.through(block, total, "speed", None, rope, feature).materialize()
     return found
 
 
@@ -124,7 +127,8 @@ def uniform_share(model: Any) -> float:
     with windows of the same size.
     """
     tuned = _check_prompts(model)
-    prompts = tuned.tune_record.method.num_prompts
+    made = [getattr(block, "prompt", None) for block in blocks_of(tuned)]
+    prompts = next(prompt.num_rows + prompt.num_keys for prompt in made if prompt is not None)
     if isinstance(tuned, SwinTransformer):
         tokens = blocks_of(tuned)[0].window_area
     else:
@@ -157,18 +161,22 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _with_prompts(block: Any, x: Tensor) -> tuple[Tensor, int]:
-    """Return the rows that the block attends to, prompts after the prefix, and the number p."""
+def _with_prompts(block: Any, x: Tensor, feature: Any) -> tuple[Tensor, int, Tensor | None]:
+    """Return the rows that the block attends to, prompts after the prefix, and the number p.
+
+    With them keys and values (B or 1, n, 2, H, d) beside those of the rows, or None.
+    """
     if not isinstance(block, PromptedBlock):
-        return x, 0
+        return x, 0, None
     if block.prompt is None:
-        return x, block.rows.entering
-    x, prompts = block.own_prompts(x)
-    return insert_rows(x, prompts, block.rows.prefix), prompts.shape[1]
+        return x, block.rows.entering, None
+    x, (prompts, kv) = block.own_prompts(x, feature)
+    count = 0 if prompts is None else prompts.shape[1]
+    return insert_rows(x, prompts, block.rows.prefix), count, kv
 
 
 def _shares(
-    model: Any, index: int, rows: Tensor, count: int, rope: Tensor | None
+    model: Any, index: int, rows: Tensor, count: int, rope: Tensor | None, kv: Tensor | None
 ) -> PromptAttention:
     block = model.blocks[index]
     attn, prefix = block.attn, block.rows.prefix
@@ -184,9 +192,13 @@ def _shares(
     q = rotated(q, query_rope, half).transpose(1, 2)
     k = rotated(k, rope, half).transpose(1, 2)
     dtype = torch.promote_types(q.dtype, torch.float32)
+    if kv is not None:
+        own = kv[:, :, 0].transpose(1, 2).expand(len(k), -1, -1, -1).to(k)
+        k = torch.cat([k[:, :, : prefix + count], own, k[:, :, prefix + count :]], 2)
+        count += own.shape[2]
     with in_full_precision(y):
         scores = attn.scale * q.to(dtype) @ k.to(dtype).transpose(-2, -1)
-    shares = scores.softmax(dim=-1).mean(dim=-2)  # (B, H, N + p)
+    shares = scores.softmax(dim=-1).mean(dim=-2)  # (B, H, N + p + n)
     prompts = shares[..., prefix : prefix + count]
     tokens = shares[..., :prefix].sum(dim=-1) + shares[..., prefix + count :].sum(dim=-1)
     return PromptAttention(index, prompts, tokens)

@@ -12,7 +12,9 @@ from vpt_fast.models.attention_inputs import projected_kv
 from vpt_fast.models.prompt_rows import LiveRows
 from vpt_fast.models.swin.blocks import windows_of
 from vpt_fast.models.swin.stages import merge_rows
+from vpt_fast.models.tuned import SHARED, reads_feature
 from vpt_fast.ops.backend import statistics_dtype
+from vpt_fast.ops.block.prompt_source import appended
 from vpt_fast.ops.window_attention.operator import window_attention_operator
 from vpt_fast.ops.window_attention.rows import padding_of
 
@@ -33,22 +35,28 @@ def window_shares(model: Any, images: Tensor) -> list[tuple[int, Tensor]]:
         x = stage.downsample(x)
         if live.rows is not None:
             live.rows = merge_rows(stage.downsample, live.rows)
+        if SHARED in stage._modules and reads_feature(stage.blocks):
+            live.feature = stage._modules[SHARED](x.flatten(1, 2))
         for block in stage.blocks:
-            prompts = live.rows
+            prompts, kv = live.rows, None
             if block.prompt is not None:
-                prompts = block.prompt(x.flatten(1, 2)).to(x.dtype)
-            if prompts is not None:
-                found.append((index, _shares(block, x, prompts)))
+                prompts, kv = block.prompt.made(x.flatten(1, 2), live.feature)
+            if prompts is not None or kv is not None:
+                found.append((index, _shares(block, x, prompts, kv)))
             x = block(x, live=live)
             index += 1
     return found
 
 
-def _shares(block: Any, x: Tensor, prompts: Tensor) -> Tensor:
+def _shares(block: Any, x: Tensor, prompts: Tensor | None, kv: Tensor | None) -> Tensor:
     attn = block.attn
     # Past the hooks of norm1 and qkv, which are for what the block itself computes.
     qkv = attn.qkv.forward(block.norm1.forward(x)).unflatten(-1, (3, attn.num_heads, -1))
-    keys = projected_kv(attn, block.norm1.forward(prompts), qkv.shape[-1])
+    keys: Any = kv
+    if prompts is not None:
+        normed = block.norm1.forward(prompts.to(x.dtype))
+        keys = projected_kv(attn, normed, qkv.shape[-1])
+        keys = keys if kv is None else appended(keys, kv)
     windows = windows_of(block, (x.shape[1], x.shape[2]))
     pad = padding_of(windows, attn.qkv_of_zeros(x), qkv)
     _, lse = window_attention_operator(

@@ -12,6 +12,7 @@ from torch import Tensor
 from vpt_fast.bank.memory import Resident, State
 from vpt_fast.bank.row_pool import Extent, RowPool
 from vpt_fast.bank.task_experts import ExpertGroup, expert_groups
+from vpt_fast.bank.task_modules import ModuleGroup
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class BatchIndex:
     row_offsets: Tensor
     counts: Tensor
     max_counts: tuple[int, ...]
-    groups: tuple[ExpertGroup, ...]
+    groups: tuple[ExpertGroup | ModuleGroup, ...]
     head_weight: Tensor
     head_bias: Tensor
     heads: Tensor
@@ -60,23 +61,17 @@ def index_batch(
     device = prompt_kv[0].device
     _share_with_stream((*prompt_kv, *heads), residents)
     groups = expert_groups([r.experts for r in residents], device)
-    computed: dict[int, int] = {}
-    offset = 0
-    for group in groups:
-        for image in group.members:
-            computed[image] = ~offset
-            offset += group.num_prompts
     offsets, counts = [], []
     for block in range(depth):
-        row, number = [], []
+        row, number, offset = [0] * len(residents), [0] * len(residents), 0
+        for group in groups:
+            for image in group.members:
+                row[image], number[image] = ~offset, group.count(block)
+                offset += number[image]
         for image, resident in enumerate(residents):
-            count = resident.task.method.num_prompts
             if block in resident.blocks:
-                row.append(kv_offsets[image] + resident.blocks.index(block) * count)
-                number.append(count)
-            else:
-                row.append(computed.get(image, 0))
-                number.append(count if image in computed else 0)
+                first, number[image] = resident.blocks[block]
+                row[image] = kv_offsets[image] + first
         offsets.append(row)
         counts.append(number)
     classes = [r.heads.count for r in residents]

@@ -13,6 +13,7 @@ import torch
 from vpt_fast.bank.read_task import Backbone, BankTask, TaskTensors
 from vpt_fast.bank.row_pool import Extent, RowPool
 from vpt_fast.bank.task_experts import TaskExperts
+from vpt_fast.bank.task_modules import TaskModules
 
 _SPARE = 16
 """Inverse of the share of spare rows that a growing pool gets."""
@@ -27,17 +28,17 @@ class Resident:
 
     Attributes:
         task: Name, method and classes of the task.
-        blocks: Indices of the blocks whose prompt keys and values are cached.
+        blocks: First row and number of rows of each block whose prompt keys and values are cached.
         prompt_kv: Rows of these prompts, one block after another.
         heads: Rows of the task's head.
-        experts: Prompt experts of the other blocks, or None.
+        experts: Prompt experts or modules of the other blocks, or None.
     """
 
     task: BankTask
-    blocks: tuple[int, ...]
+    blocks: Mapping[int, tuple[int, int]]
     prompt_kv: Extent
     heads: Extent
-    experts: TaskExperts | None
+    experts: TaskExperts | TaskModules | None
 
 
 @dataclass(frozen=True)

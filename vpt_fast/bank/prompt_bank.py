@@ -16,6 +16,7 @@ from vpt_fast.bank.batch_index import index_batch
 from vpt_fast.bank.memory import BankMemory, Resident, State
 from vpt_fast.bank.read_task import Backbone, BankTask, TaskTensors, read_task
 from vpt_fast.bank.shared_pass import features
+from vpt_fast.bank.task_experts import TaskExperts
 from vpt_fast.checks import check_model
 from vpt_fast.methods.baselines import LinearProbe
 from vpt_fast.modules.experts import check_grid
@@ -234,7 +235,9 @@ class PromptBank:
                 )
 
     def _check_grid(self, images: Tensor, residents: Sequence[Resident]) -> None:
-        grids = {r.experts.grid: r.task.name for r in residents if r.experts is not None}
+        grids = {
+            r.experts.grid: r.task.name for r in residents if isinstance(r.experts, TaskExperts)
+        }
         if not grids:
             return
         height, width = images.shape[-2:]

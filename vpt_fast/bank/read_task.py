@@ -20,10 +20,12 @@ from vpt_fast.adapter.files import TENSORS_FILE, read_adapter
 from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.tensors import Shapes, check_tensors, expected_tensors
 from vpt_fast.bank.task_experts import ExpertTensors, TaskExperts
+from vpt_fast.bank.task_modules import TaskModules, read_modules
 from vpt_fast.checks import check_model
-from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, from_dict
+from vpt_fast.methods import VAPT, Method, PromptMethod, VPTDeep, VPTShallow, from_dict
 from vpt_fast.methods.baselines import LinearProbe
 from vpt_fast.models.attention_inputs import packed_prompts
+from vpt_fast.modules.prompt_module import PromptModule
 from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.experts.operator import fold_convolution
 
@@ -57,11 +59,11 @@ class BankTask:
 class TaskTensors(NamedTuple):
     """Tensors of a task in a bank, in the dtype of the model except for the experts."""
 
-    blocks: tuple[int, ...]  # blocks whose prompt keys and values are cached
-    prompt_kv: Tensor  # (len(blocks) * p, 2, H, d), block by block
+    blocks: Mapping[int, tuple[int, int]]  # first row and number of rows in prompt_kv, by block
+    prompt_kv: Tensor  # (rows, 2, H, d), cached prompt keys and values, block by block
     head_weight: Tensor  # (classes, F)
     head_bias: Tensor  # (classes,)
-    experts: TaskExperts | None
+    experts: TaskExperts | TaskModules | None
 
 
 class Backbone:
@@ -132,9 +134,10 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
     inputs = _inputs(backbone, config["input"], directory)
     tensors = {key: t.to(backbone.like.device) for key, t in tensors.items()}
     with torch.autocast(backbone.like.device.type, enabled=False):
-        blocks, prompt_kv = _cached_prompt_kv(backbone, method, tensors)
+        modules, experts = _modules(backbone, method, tensors)
+        blocks, prompt_kv = _cached_prompt_kv(backbone, method, tensors, modules)
         weight, bias = _head(backbone, tensors)
-        found = TaskTensors(blocks, prompt_kv, weight, bias, _experts(backbone, method, tensors))
+        found = TaskTensors(blocks, prompt_kv, weight, bias, experts)
     every = [prompt_kv, weight, bias, *(() if found.experts is None else found.experts.tensors)]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in every):
         _refuse(directory, f"in {backbone.like.dtype} not all of its values are finite")
@@ -174,7 +177,7 @@ def _check_method(method: Method, backbone: Backbone, directory: Path) -> None:
             "it was tuned with VPTShallow, whose prompt rows pass through the blocks as tokens, so "
             "that no keys and values of them can be computed once; tune with VPTDeep or VAPT",
         )
-    if not isinstance(method, (VPTShallow, VPTDeep, VAPT, LinearProbe)):
+    if not isinstance(method, (PromptMethod, LinearProbe)):
         _refuse(
             directory,
             f"it was tuned with {type(method).__name__}, which changes the backbone or adds layers "
@@ -220,27 +223,60 @@ def _check_tensors(
     check_tensors(tensors, needed | biases, needed, directory / TENSORS_FILE)
 
 
-def _cached_prompt_kv(
+def _modules(
     backbone: Backbone, method: Method, tensors: Mapping[str, Tensor]
-) -> tuple[tuple[int, ...], Tensor]:
-    """Return the blocks whose prompts do not depend on the image, and their keys and values."""
-    blocks = method.prompted_blocks(backbone.depth)
+) -> tuple[dict[int, PromptModule], TaskExperts | TaskModules | None]:
+    """Return the modules of static prompts of a method that has some, and what makes the others."""
+    if not isinstance(method, PromptMethod) or type(method) in (VPTDeep, VPTShallow):
+        return {}, None
+    if isinstance(method, VAPT):
+        return {}, _experts(backbone, method, tensors)
+    modules, shared = read_modules(backbone.model, method, tensors)
+    static = {index: module for index, module in modules.items() if module.is_static}
+    others = {index: module for index, module in modules.items() if not module.is_static}
+    return static, TaskModules(others, shared) if others else None
+
+
+def _cached_prompt_kv(
+    backbone: Backbone,
+    method: Method,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[int, PromptModule],
+) -> tuple[dict[int, tuple[int, int]], Tensor]:
+    """Return keys and values of prompts that do not depend on the image, and each block's rows."""
+    blocks = [*modules] if modules else [*method.prompted_blocks(backbone.depth)]
     if isinstance(method, VAPT):
         blocks = blocks[:1]
+    elif not modules and type(method) not in (VPTDeep, VPTShallow):
+        blocks = []
     first = backbone.model.blocks[0].attn
-    if not blocks:
-        return (), backbone.like.new_empty(0, 2, first.num_heads, first.head_dim)
-    found = []
+    found, spans, rows = [backbone.like.new_empty(0, 2, first.num_heads, first.head_dim)], {}, 0
     for index in blocks:
-        block = backbone.model.blocks[index]
-        own = f"blocks.{index}.prompt.tokens"
-        tokens = tensors["prompt_tokens" if own not in tensors else own].to(backbone.like.dtype)
-        if "prompt_projection.weight" in tensors:
-            weight, bias = (tensors[f"prompt_projection.{k}"] for k in ("weight", "bias"))
-            tokens = linear(tokens, weight.to(tokens), bias.to(tokens))
-        # Not through norm1's hooks, which are for tokens.
-        found.append(packed_prompts(block.attn, block.norm1.forward(tokens[None]))[0])
-    return blocks, torch.cat(found)
+        block, kv = backbone.model.blocks[index], None
+        if index in modules:
+            tokens, kv = modules[index].static()
+        else:
+            tokens = _tokens(backbone, index, tensors)
+        own = []
+        if tokens is not None:
+            # Not through norm1's hooks, which are for tokens.
+            own.append(packed_prompts(block.attn, block.norm1.forward(tokens[None]))[0])
+        if kv is not None:
+            own.append(kv[0].to(backbone.like.dtype))
+        spans[index] = rows, sum(map(len, own))
+        rows += spans[index][1]
+        found += own
+    return spans, torch.cat(found)
+
+
+def _tokens(backbone: Backbone, index: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return VPT's prompts (p, D) of a block."""
+    own = f"blocks.{index}.prompt.tokens"
+    tokens = tensors["prompt_tokens" if own not in tensors else own].to(backbone.like.dtype)
+    if "prompt_projection.weight" not in tensors:
+        return tokens
+    weight, bias = (tensors[f"prompt_projection.{k}"] for k in ("weight", "bias"))
+    return linear(tokens, weight.to(tokens), bias.to(tokens))
 
 
 def _head(backbone: Backbone, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vpt_fast.bank.batch_index import BatchIndex
 from vpt_fast.bank.task_experts import ExpertGroup
+from vpt_fast.bank.task_modules import ModuleGroup
 from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts, projected_out
 from vpt_fast.models.family import family_of
 from vpt_fast.models.fusion.fused_block import Use, block_config, block_weights, can_rotate
@@ -52,14 +53,15 @@ def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
     tokens, tables = block_inputs(model, images)
     total, count = DeferredSum(tokens), rows_read(model, kind.plain_class)
     last = len(model.blocks) - 1
+    made = [group.feature(tokens) for group in index.groups if isinstance(group, ModuleGroup)]
     for number, block in enumerate(model.blocks):
-        prompts = _BlockPrompts(index, number)
+        prompts = _BlockPrompts(index, number, made)
         first = count if number == last else None
         # As in a tuned model: on the CPU one or two rows of a block are cheaper by modules.
         rope = table_of(tables, number)
         if (
             kind.is_fusable(block)
-            and (is_layer_norm(block.norm1) or not prompts.groups)  # experts share its statistics
+            and (is_layer_norm(block.norm1) or not prompts.experts)  # they share its statistics
             and (first is None or uses_kernels(total.residual))
             and can_rotate(rope, total.residual)
         ):
@@ -74,15 +76,21 @@ def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
 
 
 class _BlockPrompts:
-    """Prompts of one block."""
+    """Prompts of one block.
 
-    def __init__(self, index: BatchIndex, block: int) -> None:
-        self.index, self.block = index, block
+    Args:
+        index: Row offsets of the images' prompts.
+        block: Index of the block.
+        features: What the shared module of each `ModuleGroup` made of its images, or None.
 
-    @property
-    def groups(self) -> tuple[ExpertGroup, ...]:
-        """Images whose prompts experts compute in this block: none in the first block."""
-        return self.index.groups if self.block else ()
+    Attributes:
+        experts: Images whose prompts experts compute in this block: none in the first block.
+    """
+
+    def __init__(self, index: BatchIndex, block: int, features: list[Any]) -> None:
+        self.index, self.block, self.features = index, block, features
+        groups = [group for group in index.groups if group.count(block)]
+        self.experts = [group for group in groups if isinstance(group, ExpertGroup)]
 
     def compute(
         self,
@@ -101,14 +109,18 @@ class _BlockPrompts:
             rstd: Reciprocal standard deviation of every row (B, N), or None likewise.
             dtype: Dtype of the normalised prompts.
         """
-        if mean is None or rstd is None:
-            return self.index.prompt_kv[:0]
-        rows = []
-        for group in self.groups:
+        rows, found = [], []
+        for group in self.experts:
             with in_full_precision(x):
-                prompts = group.prompts(x, mean, rstd, self.block)
+                prompts = group.prompts(x, mean, rstd, self.block)  # type: ignore[arg-type]
                 rows.append(normalised_prompts(block.norm1, prompts, dtype).flatten(0, 1))
-        return packed_prompts(block.attn, torch.cat(rows)[None])[0]
+        if rows:
+            found.append(packed_prompts(block.attn, torch.cat(rows)[None])[0])
+        modules = [group for group in self.index.groups if isinstance(group, ModuleGroup)]
+        for own, feature in zip(modules, self.features, strict=True):
+            if own.count(self.block):
+                found.append(own.kv(block, self.block, x, feature, dtype))
+        return torch.cat(found) if found else self.index.prompt_kv[:0]
 
     def attend(
         self, tokens: list[Tensor], computed_kv: Tensor, scale: float
@@ -154,7 +166,7 @@ def _fused(
 ) -> DeferredSum:
     """Return the first rows of the block's output, or all of them, by the fused operators."""
     dtype = computing_dtype(total.residual)
-    eps = EPS if prompts.groups else None
+    eps = EPS if prompts.experts else None
     weights = block_weights(block)._replace(rope=rope)
     config = block_config(block, None, Use("speed", queries=first))
     with in_full_precision(total.residual):
@@ -176,7 +188,7 @@ def _by_modules(
 ) -> Tensor:
     """Return the first rows of the block's output, or all of them, module by module."""
     y, mean, rstd = block.norm1(x), None, None
-    if prompts.groups:
+    if prompts.experts:
         wide = x.to(statistics_dtype(x.dtype))
         variance, mean = torch.var_mean(wide, -1, correction=0)
         rstd = (variance + EPS).rsqrt()

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vpt_fast.bank.task_modules import ModuleGroup, TaskModules
+
 
 class ExpertTensors(NamedTuple):
     """Tensors of the prompt experts in the L blocks after the first; at least fp32.
@@ -80,6 +82,10 @@ class ExpertGroup:
     residual: bool
     whole: bool
 
+    def count(self, block: int) -> int:
+        """Return the number of keys that each image gets in a block."""
+        return self.num_prompts if block else 0
+
     def prompts(self, x: Tensor, mean: Tensor, rstd: Tensor, block: int) -> Tensor:
         """Return the prompts (n, p, D) of the group's images, before norm1.
 
@@ -110,29 +116,46 @@ class ExpertGroup:
 
 
 def expert_groups(
-    experts: Sequence[TaskExperts | None], device: torch.device
-) -> tuple[ExpertGroup, ...]:
-    """Return the images whose tasks have experts, in groups that are computed together.
+    experts: Sequence[TaskExperts | TaskModules | None], device: torch.device
+) -> tuple[ExpertGroup | ModuleGroup, ...]:
+    """Return the images whose tasks compute prompts, in groups that are computed together.
 
     Args:
-        experts: Experts of each image's task; None for a task without them.
+        experts: Experts or modules of each image's task; None for a task without them.
         device: Device of the groups' indices.
+
+    Returns:
+        Groups of prompt experts, then those of modules.
     """
     groups: dict[tuple[int, int, bool], list[int]] = {}
+    others: dict[int, list[int]] = {}
+    tasks: dict[int, TaskModules] = {}
     for image, task in enumerate(experts):
-        if task is not None:
+        if isinstance(task, TaskExperts):
             groups.setdefault(task.kind, []).append(image)
-    return tuple(_group(images, experts, device) for images in groups.values())
+        elif task is not None:
+            tasks[id(task)] = task
+            others.setdefault(id(task), []).append(image)
+    own = [
+        ModuleGroup(
+            tuple(images), torch.tensor(images, device=device), tasks[key],
+            whole=len(images) == len(experts),
+        )
+        for key, images in others.items()
+    ]  # fmt: skip
+    return (*(_group(images, experts, device) for images in groups.values()), *own)
 
 
 def _group(
-    images: Sequence[int], experts: Sequence[TaskExperts | None], device: torch.device
+    images: Sequence[int],
+    experts: Sequence[TaskExperts | TaskModules | None],
+    device: torch.device,
 ) -> ExpertGroup:
     tasks: dict[int, TaskExperts] = {}
     owner = []
     for image in images:
         task = experts[image]
-        if task is not None:
+        if isinstance(task, TaskExperts):
             tasks.setdefault(id(task), task)
             owner.append(id(task))
     at = {key: index for index, key in enumerate(tasks)}

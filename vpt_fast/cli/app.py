@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from vpt_fast.cli.common import import_modules, one_line_errors
 from vpt_fast.cli.eval import evaluate_adapter
 from vpt_fast.cli.export import export
 from vpt_fast.cli.inspect import inspect_adapter
@@ -41,8 +42,19 @@ def options(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import a module that registers a method of your own; repeat it for more.",
+        ),
+    ] = None,
 ) -> None:
     """Parse the options of `vpt-fast` itself."""
+    if modules:
+        with one_line_errors():
+            import_modules(modules)
 
 
 app.command()(train)

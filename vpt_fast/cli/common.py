@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import importlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -11,7 +14,7 @@ import torch
 import typer
 
 from vpt_fast.extras import MissingExtraError
-from vpt_fast.methods import METHODS, Method
+from vpt_fast.methods import Method, find_method, method_names
 from vpt_fast.train.data import images as data
 from vpt_fast.train.loop.evaluate import TrainingError
 
@@ -35,25 +38,65 @@ def one_line_errors() -> Iterator[None]:
         fail(f"{error}. Try a smaller --batch-size or --amp-dtype bfloat16", 1)
 
 
-def make_method(name: str, options: Mapping[str, Any]) -> Method:
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules that register methods; the working directory is searched, too.
+
+    Raises:
+        ValueError: If a module cannot be imported.
+    """
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"--import {name}: {error}") from error
+
+
+def make_method(name: str, options: Mapping[str, Any], settings: Iterable[str] = ()) -> Method:
     """Return the method of that name with the options that are given.
 
     Args:
-        name: Name of a method, as in `--method`.
+        name: Name of a method, as in `--method`, or "package.module:Class".
         options: Values by the names of the method's fields; None where an option is not given.
+        settings: Other fields, as "name=value" with a JSON value or a text.
 
     Raises:
         ValueError, TypeError: If there is no such method, it has no such option, or a value is
             out of range.
     """
-    if name not in METHODS:
-        raise ValueError(f"--method is {name!r}; choose one of {', '.join(METHODS)}")
+    if ":" in name:
+        import_modules(())
+    elif name not in method_names():
+        raise ValueError(
+            f"--method is {name!r}; choose one of {', '.join(method_names())}, or give "
+            "package.module:Class"
+        )
+    method = find_method(name)
+    known = {field.name for field in fields(method)}
     given = {option: value for option, value in options.items() if value is not None}
-    unknown = sorted(given.keys() - {field.name for field in fields(METHODS[name])})
+    unknown = sorted(given.keys() - known)
     if unknown:
         flags = ", ".join(f"--{option.replace('_', '-')}" for option in unknown)
         raise ValueError(f"--method {name} has no option {flags}; leave it out")
-    return METHODS[name](**given)
+    return method(**given, **_settings(name, known - given.keys(), settings))
+
+
+def _settings(method: str, known: Set[str], settings: Iterable[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known - found.keys():
+            raise ValueError(
+                f"--set {text!r} sets no field of --method {method} that is not set already; give "
+                f"name=value, with one of {', '.join(sorted(known - found.keys())) or 'none'}"
+            )
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value
+        found[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+    return found
 
 
 def check_some_prompts(counts: Iterable[int | None]) -> None:

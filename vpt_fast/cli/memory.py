@@ -10,8 +10,8 @@ import typer
 
 from vpt_fast.analysis.activation_memory import DTYPES
 from vpt_fast.cli.common import make_method, one_line_errors
+from vpt_fast.cli.options import MethodName, Settings
 from vpt_fast.extras import require_extra
-from vpt_fast.methods import METHODS
 
 NUM_PROMPTS = 50
 PROMPTS = "0,10,50,100,200"
@@ -21,7 +21,8 @@ def memory_profile(
     model: Annotated[
         str, typer.Option(help="timm's name of a vision transformer, or vpt_fast_demo.")
     ] = "vit_base_patch16_224",
-    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "vpt-deep",
+    method: MethodName = "vpt-deep",
+    settings: Settings = None,
     num_prompts: Annotated[
         int | None,
         typer.Option(
@@ -66,7 +67,7 @@ def memory_profile(
         # matplotlib takes long to import, and the other commands do not draw.
         from vpt_fast.reports.memory import report_memory
 
-        chosen = make_method(method, {"dropout": dropout})
+        chosen = make_method(method, {"dropout": dropout}, settings or ())
         if num_prompts is not None and method != "vpt-deep":
             raise ValueError(
                 f"--num-prompts is for the number of prompted blocks, which --method {method} does "
@@ -77,7 +78,7 @@ def memory_profile(
         report_memory(
             model,
             chosen,
-            output or Path("output") / f"memory-{model}-{method}",
+            output or Path("output") / f"memory-{model}-{chosen.name}",
             num_prompts=NUM_PROMPTS if num_prompts is None else num_prompts,
             prompts=_numbers(PROMPTS if prompts is None else prompts),
             batch_size=batch_size,

@@ -142,7 +142,16 @@ TrainingData = Annotated[
         "evaluated once, with the kept epoch.",
     ),
 ]
-MethodName = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")]
+METHOD_NAMES = f"{', '.join(METHODS)}; one of an installed package, or package.module:Class."
+MethodName = Annotated[str, typer.Option(help=METHOD_NAMES)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Another field of the method, such as --set rank=4; repeat it for more.",
+    ),
+]
 NumPrompts = Annotated[int | None, typer.Option(help="Prompts (of each block); by default 10.")]
 Dropout = Annotated[float | None, typer.Option(help="Prompt dropout, in [0, 1); by default 0.")]
 Blocks = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 from tqdm import tqdm
@@ -54,6 +55,7 @@ from vpt_fast.cli.options import (
     Scale,
     Schedule,
     Seed,
+    Settings,
     TrainingAmpDtype,
     TrainingData,
     WarmupEpochs,
@@ -86,6 +88,7 @@ def train(
     reduction: Reduction = None,
     num_layers: NumLayers = None,
     hidden_dim: HiddenDim = None,
+    settings: Settings = None,
     epochs: Epochs = 100,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -121,24 +124,23 @@ def train(
     --nproc-per-node 2 -m vpt_fast train ...; --batch-size is that of all GPUs together.
     """
     with one_line_errors(), process_group(resolve_device(device)) as where:
-        fields = {
+        fields: dict[str, Any] = {
             "num_prompts": num_prompts, "dropout": dropout, "blocks": block_indices(blocks),
             "num_blocks": num_blocks, "reduction": reduction, "num_layers": num_layers,
             "hidden_dim": hidden_dim,
         }  # fmt: skip
-        tuned = make_method(method, fields)
         check_some_prompts([num_prompts])
-        chosen = frozenset() if dropout is None else frozenset({"dropout"})
+        tuned = make_method(method, fields, settings or ())
+        chosen = frozenset(name for name in fields if fields[name] is not None)
         paper = paper_settings(recipe, tuned, check_format(directory, data_format), chosen)
-        settings = RunSettings(
+        run = RunSettings(
             directory=directory, model=model, method=paper.method,
-            output=output or Path("output") / f"{directory.resolve().name}-{method}",
+            output=output or Path("output") / f"{directory.resolve().name}-{tuned.name}",
             recipe=Recipe(
                 epochs=epochs, batch_size=paper.batch_size if batch_size is None else batch_size,
-                lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs,
-                opt=default_optimizer(tuned) if opt is None else opt,
-                amp_dtype=resolve_amp_dtype(amp_dtype, where), seed=seed, schedule=schedule,
-                accumulation=accumulation,
+                lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, seed=seed,
+                opt=default_optimizer(tuned) if opt is None else opt, accumulation=accumulation,
+                amp_dtype=resolve_amp_dtype(amp_dtype, where), schedule=schedule,
             ),
             augmentation=Augmentation(
                 scale, hflip, no_aug or not paper.augment, crops or paper.crops
@@ -150,7 +152,7 @@ def train(
             data_format=data_format, memory=memory, cache=cache, prefix_cache=prefix_cache,
             cuda_graphs=cuda_graphs, workers=workers, device=where, resume=resume,
         )  # fmt: skip
-        _report(tune_on_folder(settings, log=tqdm.write), epochs)
+        _report(tune_on_folder(run, log=tqdm.write), epochs)
 
 
 def _report(result: RunResult, epochs: int) -> None:

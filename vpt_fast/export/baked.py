@@ -23,6 +23,7 @@ from vpt_fast.models.isotropic.rope_tables import RopeTables
 from vpt_fast.models.prompt_rows import insert_rows, strip_rows
 from vpt_fast.models.residual import add_branches
 from vpt_fast.modules.experts import check_grid
+from vpt_fast.modules.prompt_module import Made, PromptModule
 from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.rowwise.rotation import table_of_first
 
@@ -45,27 +46,32 @@ class BakedAttention(nn.Module):
         queries: Tensor | None,
         rope: Tensor | None = None,
         query_rope: Tensor | None = None,
+        kv: Tensor | None = None,
     ) -> Tensor:
         """Attend from every row of x, or from `queries`, to the prompts and to every row of x.
 
         Args:
             x: Normalised tokens (B, N, D).
-            prompts: Normalised prompts (B, p, D) that replace the buffers.
+            prompts: Normalised prompts (B or 1, p, D), if they are no constants.
             queries: Normalised query rows (B, M, D); None takes those of x.
             rope: Table of the rotary position embedding of the last rows of x, or None.
             query_rope: That of the last rows of `queries`, or None.
+            kv: Keys and values (B or 1, n, 2, H, d) that are no constants, or None.
 
         Returns:
             Output (B, N, D), or (B, M, D) with `queries`.
         """
         tokens = attention_tokens(self, x, queries, rope, query_rope)
         q, k, v = (t.transpose(1, 2) for t in split(tokens))
-        keys, values = self.prompt_keys, self.prompt_values
+        pairs: list[tuple[Any, Any]] = [(self.prompt_keys, self.prompt_values)]
+        if kv is not None:
+            pairs.append((kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)))
         if prompts is not None:
-            keys, values = self.keys_and_values(prompts)
-        if keys is not None and values is not None:
-            k = torch.cat([keys.to(k.dtype).expand(k.shape[0], -1, -1, -1), k], 2)
-            v = torch.cat([values.to(v.dtype).expand(v.shape[0], -1, -1, -1), v], 2)
+            pairs.append(self.keys_and_values(prompts))
+        for keys, values in pairs:
+            if keys is not None:
+                k = torch.cat([keys.to(k.dtype).expand(k.shape[0], -1, -1, -1), k], 2)
+                v = torch.cat([values.to(v.dtype).expand(v.shape[0], -1, -1, -1), v], 2)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return projected_out(self, out, x if queries is None else queries)
 
@@ -85,6 +91,7 @@ class BakedViTAttention(BakedAttention, Attention):
         is_causal: bool = False,
         prompts: Tensor | None = None,
         queries: Tensor | None = None,
+        kv: Tensor | None = None,
     ) -> Tensor:
         """Attend as `BakedAttention.attend`.
 
@@ -92,7 +99,7 @@ class BakedViTAttention(BakedAttention, Attention):
             ValueError: If there is an `attn_mask`, or `is_causal` is True.
         """
         refuse_mask(attn_mask, is_causal)
-        return self.attend(x, prompts, queries)
+        return self.attend(x, prompts, queries, kv=kv)
 
 
 class BakedExperts(nn.Module):
@@ -147,6 +154,10 @@ class BakedExperts(nn.Module):
         product = F.linear(F.linear(g, self.down.to(wide)).relu(), self.up.to(wide)).to(wide)
         return g + product if self.residual else product
 
+    def made(self, x: Tensor, feature: Any = None) -> Made:
+        """Return the same, as `PromptModule.made`."""
+        return Made(self(x), None)
+
     def extra_repr(self) -> str:
         return f"prompts={self.mix.shape[0]}, residual={self.residual}"
 
@@ -158,7 +169,8 @@ class BakedBlock(nn.Module):
     before the residual sum.
 
     Attributes:
-        experts: Module that computes the block's prompts from its tokens, or None.
+        experts: Module that makes the block's prompts of an image, by its `made`; or None.
+        inserts: Whether the rows that it makes are inserted among the tokens.
         prompt_rows: Buffer (1, p, D) of rows that are inserted among the tokens, or None.
         prefix: Number of prefix tokens; prompt rows come right after them.
         dead: Number of prompt rows among the tokens that are not read after the block.
@@ -166,7 +178,8 @@ class BakedBlock(nn.Module):
 
     attn: Any
     norm1: nn.Module
-    experts: BakedExperts | None
+    experts: BakedExperts | PromptModule | None
+    inserts: bool
     prompt_rows: Tensor | None
     prefix: int
     dead: int
@@ -177,6 +190,7 @@ class BakedBlock(nn.Module):
         attn_mask: Tensor | None,
         is_causal: bool,
         first: int | None,
+        feature: Any,
         rope: Tensor | None = None,
     ) -> Tensor:
         """Return the output (B, N, D), with `prompt_rows` inserted and the `dead` rows stripped.
@@ -186,16 +200,22 @@ class BakedBlock(nn.Module):
             attn_mask: Must be None.
             is_causal: Must be False.
             first: Number of first rows of the output that are computed; None computes all.
+            feature: What the method's shared module made of the image, or None.
             rope: Table of the rotary position embedding, or None.
 
         Raises:
             ValueError: If there is an `attn_mask`, or `is_causal` is True.
         """
         refuse_mask(attn_mask, is_causal)
+        prompts, kv = (None, None) if self.experts is None else self.experts.made(x, feature)
+        if prompts is not None:
+            prompts = prompts.to(x.dtype)
         if self.prompt_rows is not None:
             x = insert_rows(x, self.prompt_rows, self.prefix)
+        elif self.inserts:
+            x, prompts = insert_rows(x, prompts, self.prefix), None
         y, queries = self.norm1(x), None
-        prompts = None if self.experts is None else self.norm1(self.experts(x).to(x.dtype))
+        prompts = None if prompts is None else self.norm1(prompts)
         query_rope = rope
         if first is not None:
             x, queries = x[:, :first], y[:, :first]
@@ -204,7 +224,7 @@ class BakedBlock(nn.Module):
             x = strip_rows(x, self.dead, self.prefix)
             queries = strip_rows(y, self.dead, self.prefix)
         tables = {} if rope is None else {"rope": rope, "query_rope": query_rope}
-        attended = self.attn(y, **tables, prompts=prompts, queries=queries)
+        attended = self.attn(y, **tables, prompts=prompts, queries=queries, kv=kv)
         return add_branches(self, x, attended)
 
 
@@ -217,9 +237,10 @@ class BakedViTBlock(BakedBlock, Block):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         first: int | None = None,
+        feature: Any = None,
     ) -> Tensor:
         """Return the block's output; see `BakedBlock.compute`."""
-        return self.compute(x, attn_mask, is_causal, first)
+        return self.compute(x, attn_mask, is_causal, first, feature)
 
 
 def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -241,10 +262,12 @@ class BakedModel(_Timms):
     Attributes:
         expert_grid: Patch grid that VAPT's prompts mix, or None.
         carries_rows: Whether prompt rows pass through the blocks as tokens.
+        reads_feature: Whether blocks read what `prompt_shared` makes of the first block's input.
     """
 
     expert_grid: tuple[int, int] | None
     carries_rows: bool
+    reads_feature: bool
     blocks: Any
     patch_embed: Any
 
@@ -252,14 +275,16 @@ class BakedModel(_Timms):
         """Return logits; the last block computes only the rows that the head reads."""
         last = self.blocks[-1] if len(self.blocks) else None
         count = rows_read(self, type(last)) if isinstance(last, BakedBlock) else None
-        if count is None or attn_mask is not None or is_causal:
+        if (count is None and not self.reads_feature) or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x, tables = block_inputs(self, x)
-        *earlier, last = self.blocks
-        for index, block in enumerate(earlier):
-            x = block(x, **_tables(tables, index))
-        rows = last(x, **_tables(tables, len(earlier)), first=count)
-        return self.forward_head(self.norm(rows))
+        feature = {"feature": self.prompt_shared(x)} if self.reads_feature else {}
+        for index, block in enumerate(self.blocks):
+            own: Any = feature if isinstance(block, BakedBlock) else {}
+            if block is last and count is not None:
+                own = {**own, "first": count}
+            x = block(x, **_tables(tables, index), **own)
+        return self.forward_head(self.norm(x))
 
     def _pos_embed(self, x: Tensor) -> Any:
         """Add position embeddings; refuse a patch grid that VAPT's prompts were not tuned for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor
@@ -19,6 +21,7 @@ class _BakedRotary(BakedAttention):
         prompts: Tensor | None = None,
         queries: Tensor | None = None,
         query_rope: Tensor | None = None,
+        kv: Tensor | None = None,
     ) -> Tensor:
         """Attend as `BakedAttention.attend`.
 
@@ -26,7 +29,7 @@ class _BakedRotary(BakedAttention):
             ValueError: If there is an `attn_mask`, or `is_causal` is True.
         """
         refuse_mask(attn_mask, is_causal)
-        return self.attend(x, prompts, queries, rope, query_rope)
+        return self.attend(x, prompts, queries, rope, query_rope, kv)
 
 
 class BakedEvaAttention(_BakedRotary, EvaAttention):
@@ -47,9 +50,10 @@ class BakedEvaBlock(BakedBlock, EvaBlock):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         first: int | None = None,
+        feature: Any = None,
     ) -> Tensor:
         """Return the block's output; see `BakedBlock.compute`."""
-        return self.compute(x, attn_mask, is_causal, first, rope)
+        return self.compute(x, attn_mask, is_causal, first, feature, rope)
 
 
 class BakedEva(BakedModel, Eva):

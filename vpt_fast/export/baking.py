@@ -23,9 +23,10 @@ from vpt_fast.export.baked_eva import PARTS as EVA_PARTS
 from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.isotropic.block import PromptedBlock
-from vpt_fast.models.tuned import TuneRecord, is_tuned, take_out
+from vpt_fast.models.tuned import SHARED, TuneRecord, is_tuned, reads_feature, take_out
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
+from vpt_fast.modules.prompt_module import PromptModule
 
 _BAKED_CLASS: dict[type, type] = {
     VisionTransformer: BakedVisionTransformer,
@@ -49,6 +50,8 @@ def bake(model: nn.Module) -> nn.Module:
       a prompted one, `pool_prompts`) are `blocks.{i}.prompt_rows` (1, p, D).
     - VAPT: block 0 as VPT; later blocks have `blocks.{i}.experts.*`, of which `mix` (p, patches) is
       the convolution and the token-wise projector as one matrix.
+    - Any other method: as VPT where every image has the same prompts; else `blocks.{i}.experts.*`
+      is the method's own module, and `prompt_shared.*` what its blocks share.
     - `LinearProbe`, `BiasTuning`, `PartialTuning`, `FullTuning`: timm's own class with the trained
       values. `MLPHead`: the same, `head` is the whole MLP. `AdapterTuning`:
       `blocks.{i}.adapter.*`.
@@ -76,6 +79,7 @@ def bake(model: nn.Module) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():
         baked: Any = _copy(model)
         grid, hidden = _expert_grid(baked), baked._modules.get("head_hidden")
+        shared, feature = baked._modules.get(SHARED), reads_feature(baked.blocks)
         parts = [_part(baked, block) for block in baked.blocks]
         take_out(baked, family.plain_parts)
         del baked.tune_record
@@ -85,7 +89,12 @@ def bake(model: nn.Module) -> nn.Module:
         if any(part is not None and part.changes for part in parts):
             baked.__class__ = _BAKED_CLASS[type(baked)]
             baked.expert_grid = grid
-            baked.carries_rows = any(part is not None and part.rows is not None for part in parts)
+            baked.carries_rows = any(
+                part is not None and (part.rows is not None or part.inserts) for part in parts
+            )
+            baked.reads_feature, makers = feature, [part.experts for part in parts if part]
+            if shared is not None and any(isinstance(maker, PromptModule) for maker in makers):
+                setattr(baked, SHARED, shared)
             for block, part in zip(baked.blocks, parts, strict=True):
                 if part is not None:
                     _bake_block(block, part, baked.num_prefix_tokens)
@@ -134,21 +143,25 @@ class _Part:
     Attributes:
         prompts: Static prompts (1, p, D) that are keys and values only, before norm1.
         rows: Static prompts (1, p, D) that live on as tokens.
-        experts: Module that computes prompts from the block's tokens.
+        kv: Static keys and values (1, n, 2, H, d) beside those of the prompts.
+        experts: Module that makes the prompts of an image.
+        inserts: Whether the prompts that it makes live on as tokens.
         dead: Number of prompt rows that enter the block and are not read after it.
         adapter: Bottleneck after the block's MLP.
     """
 
     prompts: Tensor | None
     rows: Tensor | None
-    experts: BakedExperts | None
+    kv: Tensor | None
+    experts: BakedExperts | PromptModule | None
+    inserts: bool
     dead: int
     adapter: nn.Module | None
 
     @property
     def changes(self) -> bool:
         """Whether the block computes anything but timm's block."""
-        added = (self.prompts, self.rows, self.experts, self.adapter)
+        added = (self.prompts, self.rows, self.kv, self.experts, self.adapter)
         return self.dead > 0 or any(item is not None for item in added)
 
 
@@ -157,14 +170,19 @@ def _part(model: Any, block: Any) -> _Part | None:
     if not isinstance(block, PromptedBlock):
         return None
     prompt: Any = block.prompt
-    prompts = rows = experts = None
+    prompts = rows = kv = experts = None
+    lives = bool(block.rows.leaving)
     if isinstance(prompt, PromptExperts):
         experts = _bake_experts(prompt, model.prompt_projector)
+    elif prompt is not None and not prompt.is_static:
+        experts = prompt
     elif prompt is not None:
-        tokens = prompt.draw(1)[0].detach().clone()
-        prompts, rows = (None, tokens) if block.rows.leaving else (tokens, None)
-    dead = block.rows.entering if prompt is None and not block.rows.leaving else 0
-    return _Part(prompts, rows, experts, dead, block._modules.get("adapter"))
+        tokens, kv = (None if t is None else t.detach().clone() for t in prompt.static())
+        tokens = None if tokens is None else tokens.unsqueeze(0)
+        prompts, rows = (None, tokens) if lives else (tokens, None)
+    dead = block.rows.entering if prompt is None and not lives else 0
+    inserts = lives and experts is not None
+    return _Part(prompts, rows, kv, experts, inserts, dead, block._modules.get("adapter"))
 
 
 def _bake_experts(experts: Any, projector: Any) -> BakedExperts:
@@ -191,12 +209,17 @@ def _bake_block(block: Any, part: _Part, prefix: int) -> None:
     block.__class__ = _BAKED_CLASS[type(block)]
     block.attn.__class__ = _BAKED_CLASS[type(block.attn)]
     keys = values = None
+    pairs = []
     if part.prompts is not None:
-        pair = block.attn.keys_and_values(block.norm1(part.prompts))
-        keys, values = (tensor.squeeze(0).contiguous() for tensor in pair)
+        pairs.append(block.attn.keys_and_values(block.norm1(part.prompts)))
+    if part.kv is not None:
+        pairs.append(tuple(t.transpose(1, 2) for t in part.kv.unbind(2)))
+    if pairs:
+        keys, values = (torch.cat(own, 2).squeeze(0) for own in zip(*pairs, strict=True))
     block.attn.register_buffer("prompt_keys", keys)
     block.attn.register_buffer("prompt_values", values)
     block.register_buffer("prompt_rows", part.rows)
     block.experts, block.prefix, block.dead = part.experts, prefix, part.dead
+    block.inserts = part.inserts
     if part.adapter is not None:
         block.adapter = part.adapter

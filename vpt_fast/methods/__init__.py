@@ -1,16 +1,32 @@
 """Methods of tuning: one frozen dataclass each."""
 
+from vpt_fast.methods.prompt_method import PromptMethod
 from vpt_fast.methods.prompts import VAPT, VAPT_VARIANTS, VPTDeep, VPTShallow
-from vpt_fast.methods.registry import METHODS, Method, check_method, from_dict, to_dict
+from vpt_fast.methods.registry import (
+    METHODS,
+    Method,
+    check_method,
+    find_method,
+    from_dict,
+    method_names,
+    modules_of,
+    register_method,
+    to_dict,
+)
 
 __all__ = [
     "METHODS",
     "VAPT",
     "VAPT_VARIANTS",
     "Method",
+    "PromptMethod",
     "VPTDeep",
     "VPTShallow",
     "check_method",
+    "find_method",
     "from_dict",
+    "method_names",
+    "modules_of",
+    "register_method",
     "to_dict",
 ]

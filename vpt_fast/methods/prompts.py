@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vpt_fast.methods.fields import check_count, check_dropout, check_flag
+from vpt_fast.methods.prompt_method import PromptMethod
 
 
 def _check_prompts(method: VPTShallow | VPTDeep) -> None:
-    check_count("num_prompts", method.num_prompts, 0)
-    check_dropout("dropout", method.dropout)
     if method.project_dim is not None:
         check_count("project_dim", method.project_dim, 1)
     check_flag("pool_prompts", method.pool_prompts)
 
 
 @dataclass(frozen=True)
-class VPTShallow:
+class VPTShallow(PromptMethod):
     """Prompts that join the sequence before block 0 and pass through every block as tokens.
 
     Args:
@@ -40,8 +39,6 @@ class VPTShallow:
         ValueError: If a field is out of range.
     """
 
-    num_prompts: int = 10
-    dropout: float = 0.0
     project_dim: int | None = None
     pool_prompts: bool = False
 
@@ -49,6 +46,7 @@ class VPTShallow:
     shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_prompts(self)
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
@@ -57,7 +55,7 @@ class VPTShallow:
 
 
 @dataclass(frozen=True)
-class VPTDeep:
+class VPTDeep(PromptMethod):
     """Prompts of its own for every chosen block, which replace the prompt rows of its input.
 
     Args:
@@ -76,8 +74,6 @@ class VPTDeep:
         ValueError: If a field is out of range, or `blocks` is empty or names a block twice.
     """
 
-    num_prompts: int = 10
-    dropout: float = 0.0
     project_dim: int | None = None
     blocks: Iterable[int] | None = None
     shared: bool = False
@@ -86,6 +82,7 @@ class VPTDeep:
     name: ClassVar[str] = "vpt-deep"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_prompts(self)
         check_flag("shared", self.shared)
         if self.blocks is None:
@@ -121,7 +118,7 @@ VAPT_VARIANTS = ("code", "paper")
 
 
 @dataclass(frozen=True)
-class VAPT:
+class VAPT(PromptMethod):
     """Prompts that depend on the image: experts compute them from the patches of a block's input.
 
     Block 0 has static prompts. From block 1 on, the block's input is normalised (LayerNorm), its
@@ -146,8 +143,6 @@ class VAPT:
         ValueError: If a field is out of range.
     """
 
-    num_prompts: int = 10
-    dropout: float = 0.0
     kernel_size: int = 2
     hidden_dim: int = 8
     projector_dropout: float = 0.1
@@ -159,16 +154,12 @@ class VAPT:
     project_dim: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
-        check_count("num_prompts", self.num_prompts, 0)
+        super().__post_init__()
         check_count("kernel_size", self.kernel_size, 1)
         check_count("hidden_dim", self.hidden_dim, 1)
-        for name in ("dropout", "projector_dropout", "channel_dropout"):
+        for name in ("projector_dropout", "channel_dropout"):
             check_dropout(name, getattr(self, name))
         if self.variant not in VAPT_VARIANTS:
             raise ValueError(
                 f"variant must be one of {', '.join(VAPT_VARIANTS)}; got {self.variant!r}"
             )
-
-    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """Return which of `depth` blocks get prompts: all of them."""
-        return tuple(range(depth)) if self.num_prompts else ()

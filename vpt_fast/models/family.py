@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from vpt_fast.methods import VAPT, Method
+from vpt_fast.methods import Method
 from vpt_fast.models.isotropic.block import PromptedBlock
 from vpt_fast.models.tuned import Tuned
 
@@ -39,7 +39,10 @@ class Family:
         plain_parts: timm's class of each part of a tuned model, by the class that it is given.
         check: Raises where a model of this class and a method do not fit each other.
         install: Gives the blocks of a model their classes and prompt rows.
-        add_experts: Gives blocks VAPT's prompt experts, and their owners the feature projectors.
+        places: Owner of what blocks of one width share (the model, or a stage), and height and
+            width of the grid of tokens, of each block of a model.
+        plain_inputs: Inputs (B, N, D) of each block in turn in a tuned model without its prompts,
+            for batches of images.
         block: Class that tuned blocks are given, of models of one width; None for blocks in stages
             of different widths, with attention in windows.
         name_as_block: A parameter's name as a model without stages has it, `blocks.{i}.`.
@@ -50,7 +53,8 @@ class Family:
     plain_parts: Mapping[type, type]
     check: Callable[[Any, Method], None]
     install: Callable[[Any], None]
-    add_experts: Callable[[Any, VAPT, tuple[int, ...]], None]
+    places: Callable[[Any], Sequence[tuple[Any, Sequence[int]]]]
+    plain_inputs: Callable[[Any, Sequence[Tensor]], Iterator[list[Tensor]]]
     block: type[PromptedBlock] | None
     name_as_block: Callable[[Any, str], str] = _own_name
 

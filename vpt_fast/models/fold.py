@@ -65,11 +65,12 @@ def fold_backbone(
     """Fold the frozen blocks of a tuned model, in place; `remove_prompts` undoes it bit for bit.
 
     Nothing is folded where the function would change: the attention scale and the key bias under
-    qk-norm, the key bias where keys are rotated by their position, the attention scale of an Eva
-    and of a block that is still timm's own (they leave the scale to PyTorch's default), a norm1
-    that attention's gate reads too, a LayerNorm's shift into a Linear without bias, a value bias
-    into an output projection without bias, MLPs other than timm's `Mlp`. Norms and LayerScales that
-    are folded become ones and zeros, which the fused blocks pass by.
+    qk-norm, the key bias where keys are rotated by their position, both biases where a method makes
+    keys and values itself, the attention scale of an Eva and of a block that is still timm's own
+    (they leave the scale to PyTorch's default), a norm1 that attention's gate reads too, a
+    LayerNorm's shift into a Linear without bias, a value bias into an output projection without
+    bias, MLPs other than timm's `Mlp`. Norms and LayerScales that are folded become ones and zeros,
+    which the fused blocks pass by.
 
     The original weights of what is changed stay in host memory, since a rounded product cannot
     be divided back exactly: as much as the blocks' Linears take (ViT-B/16 in fp32: 340 MB).
@@ -269,7 +270,9 @@ def _folded_block(
         factor[:width] = attn.scale
         _scale_rows(new, "attn.qkv", factor)
         scale = 1.0
-    if folds.bias and packed and attn.qkv.bias is not None:
+    # Keys and values of prompts' own have no such biases.
+    alike = not getattr(block._modules.get("prompt"), "num_keys", 0)
+    if folds.bias and packed and attn.qkv.bias is not None and alike:
         bias = new["attn.qkv.bias"].clone()
         if not (normed or rotates):
             bias[width : 2 * width] = 0

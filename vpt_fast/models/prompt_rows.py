@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +25,24 @@ class PromptRows:
     leaving: int = 0
 
 
-def rows_of_blocks(
-    prompted: Sequence[bool], num_prompts: int, prefix: int, pool: bool
-) -> list[PromptRows]:
+def counts_of(blocks: Sequence[Any]) -> list[int | None]:
+    """Return how many prompts each block makes as rows; None for a block without a module."""
+    prompts = [getattr(block, "prompt", None) for block in blocks]
+    return [None if prompt is None else prompt.num_rows for prompt in prompts]
+
+
+def rows_of_blocks(prompted: Sequence[int | None], prefix: int, pool: bool) -> list[PromptRows]:
     """Return the prompt rows of consecutive blocks.
 
     Args:
-        prompted: Whether each block has prompts of its own, which replace those that enter.
-        num_prompts: Number of prompts of a prompted block.
+        prompted: Number of prompts of its own that replace those that enter each block, or None.
         prefix: Number of prefix tokens.
         pool: Whether the rows that leave the last block are read.
     """
     found, entering = [], 0
-    for own, replaced in zip(prompted, [*prompted[1:], not pool], strict=True):
-        leaving = 0 if replaced else num_prompts if own else entering
+    replaces = [own is not None for own in prompted]
+    for own, replaced in zip(prompted, [*replaces[1:], not pool], strict=True):
+        leaving = 0 if replaced else entering if own is None else own
         found.append(PromptRows(prefix, entering, leaving))
         entering = leaving
     return found
@@ -48,10 +53,11 @@ class LiveRows:
 
     Attributes:
         rows: Live rows (B, p, D), or None.
+        feature: What the method's shared module made of the image, or None.
     """
 
-    def __init__(self, rows: Tensor | None = None) -> None:
-        self.rows = rows
+    def __init__(self, rows: Tensor | None = None, feature: Any = None) -> None:
+        self.rows, self.feature = rows, feature
 
 
 def insert_rows(x: Tensor, rows: Tensor | None, prefix: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -15,10 +15,13 @@ from vpt_fast.models.fusion.block_reading import forget
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
 from vpt_fast.models.sharing import remember
 from vpt_fast.modules.baseline_layers import BottleneckAdapter
-from vpt_fast.modules.experts import FeatureProjector, PromptExperts
-from vpt_fast.modules.prompt_tokens import PromptTokens
+from vpt_fast.modules.experts import FeatureProjector
+from vpt_fast.modules.prompt_module import PromptModule
 
-ADDED = ("prompt_projection", "prompt_projector", "head_hidden")
+SHARED = "prompt_shared"
+"""Name of the module that the blocks of one width share, in their model or stage."""
+
+ADDED = ("prompt_projection", "prompt_projector", SHARED, "head_hidden")
 """Modules that methods add to the model itself, beside the parameter `prompt_tokens`."""
 
 AnyTuned = TypeVar("AnyTuned", bound="Tuned")
@@ -38,6 +41,7 @@ class TuneRecord:
         fold: What `fold_backbone` did, or None.
         graphs: CUDA graphs of the blocks; None without `cuda_graphs`. Copies start without any.
         inputs: Image preprocessing of the adapter that was loaded, if any.
+        initialised: What prompts were initialised from, {"images": number}, or None.
     """
 
     method: Method
@@ -48,6 +52,7 @@ class TuneRecord:
     fold: FoldRecord | None = None
     graphs: BlockGraphs | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    initialised: Mapping[str, int] | None = None
 
 
 class Tuned(nn.Module):
@@ -60,8 +65,9 @@ class Tuned(nn.Module):
         """Return the modules that follow `train()`: those that the method added, and the head."""
         names = (*ADDED, "head_drop", "head", "head_dist")
         modules = [getattr(self, name) for name in names if hasattr(self, name)]
-        added = (PromptTokens, PromptExperts, FeatureProjector, BottleneckAdapter)
-        return modules + [m for m in self.modules() if isinstance(m, added)]
+        added = (PromptModule, FeatureProjector, BottleneckAdapter)
+        modules += [m for m in self.modules() if isinstance(m, added)]
+        return modules + [m._modules[SHARED] for m in self.modules() if SHARED in m._modules]
 
     def train(self: AnyTuned, mode: bool = True) -> AnyTuned:
         """Set the mode of prompts, adapters and head; the backbone stays in eval mode."""
@@ -130,7 +136,7 @@ class Tuned(nn.Module):
     ) -> None:
         unfold_before_loading(self)
         self._forget()  # loading overwrites or replaces weights
-        added = {f"{prefix}{name}": value for name, value in self.added_parameters().items()}
+        added = {f"{prefix}{name}": value for name, value in self.added_tensors().items()}
         # PyTorch does not pass `strict` on to modules.
         lists = vars(self).get("_lists_missing", False)
         if added and not lists and added.keys().isdisjoint(state_dict):
@@ -142,16 +148,25 @@ class Tuned(nn.Module):
             state_dict.update(added)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def added_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that the method added, by name."""
-        kinds = (PromptTokens, PromptExperts, FeatureProjector, BottleneckAdapter)
-        parts = [f"{name}." for name, part in self.named_modules() if isinstance(part, kinds)]
+    def added_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters that the method added, and the buffers in checkpoints, by name."""
+        kinds = (PromptModule, FeatureProjector, BottleneckAdapter)
+        parts = [
+            f"{name}."
+            for name, part in self.named_modules()
+            if isinstance(part, kinds) or name.rpartition(".")[2] == SHARED
+        ]
         within = (*parts, *(f"{name}." for name in ADDED))
-        return {
+        found: dict[str, Tensor] = {
             name: parameter
             for name, parameter in self.named_parameters()
             if name == "prompt_tokens" or name.startswith(within)
         }
+        buffers = {name: b for name, b in self.named_buffers() if name.startswith(within)}
+        if buffers:
+            saved = self.state_dict().keys()
+            found |= {name: buffer for name, buffer in buffers.items() if name in saved}
+        return found
 
 
 def is_tuned(model: Any) -> bool:
@@ -175,7 +190,7 @@ def take_out(model: nn.Module, plain: Mapping[type, type]) -> None:
         forget(part)
         if type(part) in plain:
             part.__class__ = plain[type(part)]
-            for name in ("prompt", "adapter", "prompt_projector"):
+            for name in ("prompt", "adapter", "prompt_projector", SHARED):
                 part._modules.pop(name, None)
             for name in ("prompt", "rows", "memory", "tables"):
                 part.__dict__.pop(name, None)
@@ -186,6 +201,12 @@ def blocks_of(model: Any) -> list[Any]:
     if hasattr(model, "blocks"):
         return list(model.blocks)
     return [block for stage in model.layers for block in stage.blocks]
+
+
+def reads_feature(blocks: Iterable[Any]) -> bool:
+    """Return whether one of the blocks makes its prompts of an image feature."""
+    prompts = [block._modules.get("prompt") for block in blocks]
+    return any(prompt is not None and prompt.reads == "feature" for prompt in prompts)
 
 
 def check_pooling(method: Method, global_pool: str) -> None:

@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_fast.methods import VAPT
+from vpt_fast.methods import VAPT, register_method
+from vpt_fast.modules.block_info import BlockInfo
 from vpt_fast.modules.hooks import hooks_version, is_watched
+from vpt_fast.modules.prompt_module import PromptModule
+from vpt_fast.modules.prompt_tokens import PromptTokens
 from vpt_fast.ops.backend import in_full_precision, statistics_dtype
 from vpt_fast.ops.block.parts import contiguous
 from vpt_fast.ops.block.prompt_source import ExpertPrompts
@@ -65,7 +68,7 @@ def check_grid(
         )
 
 
-class PromptExperts(nn.Module):
+class PromptExperts(PromptModule):
     """Prompts of one block, computed from its input.
 
     P = g + up(dropout(relu(down(g)))) with g = W vec(dropout(conv(LayerNorm(patches)))) + b; the
@@ -73,23 +76,21 @@ class PromptExperts(nn.Module):
 
     Args:
         method: Settings of the method.
-        owner: Model, or stage of a Swin, with the `prompt_projector`. Its `num_prefix_tokens`
-            counts the tokens before the patches; without this attribute there are none.
-        grid: Height and width of the block's patch grid.
-        width: Number D of channels of the block.
-        like: Tensor with the device and dtype of the weights.
+        block: The block. Its owner, a model or a stage of a Swin, has the `prompt_projector`.
     """
 
-    def __init__(
-        self, method: VAPT, owner: Any, grid: tuple[int, int], width: int, like: Tensor
-    ) -> None:
+    reads = "tokens"
+    known_ahead = True  # its sources are made inside of a fused block
+
+    def __init__(self, method: VAPT, block: BlockInfo) -> None:
         super().__init__()
         code = method.variant == "code"
-        size = method.kernel_size
-        options: Any = {"device": like.device, "dtype": like.dtype}
-        self.grid = (int(grid[0]), int(grid[1]))
+        size, self.num_rows = method.kernel_size, method.num_prompts
+        self.dropout = 0.0  # prompt dropout is in block 0 alone
+        options: Any = {"device": block.like.device, "dtype": block.like.dtype}
+        self.grid = (int(block.grid[0]), int(block.grid[1]))
         rows, columns = (n - size + 1 for n in self.grid)
-        self.norm = nn.LayerNorm(width, eps=EPS, **options)
+        self.norm = nn.LayerNorm(block.width, eps=EPS, **options)
         self.conv = nn.Conv2d(1, 1, size, bias=False, **options)
         nn.init.normal_(self.conv.weight)
         self.mix = nn.Linear(rows * columns, method.num_prompts, bias=code, **options)
@@ -101,7 +102,7 @@ class PromptExperts(nn.Module):
         self.residual = code
         self.channel_dropout = method.channel_dropout
         # In a tuple, so that the owner does not become a submodule of its own prompts.
-        self._owner = (owner,)
+        self._owner = (block.owner,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the prompts (B, p, D) of a block's input x (B, N, D), before the block's norm1.
@@ -122,6 +123,7 @@ class PromptExperts(nn.Module):
     def sources(
         self,
         x: Tensor,
+        feature: Any = None,
         folded: tuple[Tensor, Tensor] | None = None,
         masks: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> tuple[ExpertPrompts, tuple[Tensor | None, ...]]:
@@ -129,6 +131,7 @@ class PromptExperts(nn.Module):
 
         Args:
             x: Input (B, N, D) of the block; only its shape and device matter.
+            feature: Nothing.
             folded: M and its row sums, folded from `folded_parts`; None to fold in the block.
             masks: Dropout masks, as `masks` returns them; None to draw them here.
 
@@ -234,6 +237,24 @@ class PromptExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, channel_dropout={self.channel_dropout}, residual={self.residual}"
+
+
+def add_projector(method: VAPT, block: BlockInfo) -> None:
+    """Add the feature projector to the owner of a block with prompt experts.
+
+    VAPT is published for ViT only; in its form for Swin the blocks of one width share a feature
+    projector.
+    """
+    if block.index:
+        block.owner.prompt_projector = FeatureProjector(
+            block.width, method.hidden_dim, method.projector_dropout, block.like
+        )
+
+
+@register_method("vapt", VAPT, add_projector)
+def new_vapt_prompts(method: VAPT, block: BlockInfo) -> PromptModule:
+    """Return the module of a block: static prompts in block 0, prompt experts in later ones."""
+    return PromptExperts(method, block) if block.index else PromptTokens(method, block)
 
 
 def dropout_mask(shape: tuple[int, ...], dropout: float, like: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def sources_together(experts: Sequence[PromptExperts], x: Tensor) -> list[Any]:
     weights, kernels = zip(*parts, strict=True)
     folded = fold_together(weights, kernels, experts[0].grid)
     return [
-        expert.sources(x, matrix, masks)
+        expert.sources(x, None, matrix, masks)
         for expert, matrix, masks in zip(experts, folded, _masks(experts, x), strict=True)
     ]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vpt_fast.methods import VPTDeep, VPTShallow
 from vpt_fast.models.tuned import blocks_of
-from vpt_fast.modules.prompt_tokens import init_bound
+from vpt_fast.modules.block_info import init_bound
 
 
 class ConcatenatedWindows(nn.Module):

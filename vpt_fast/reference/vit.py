@@ -16,11 +16,16 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vpt_fast.methods import VAPT, Method, VPTDeep, VPTShallow, check_method
+from vpt_fast.kernels.attention.layouts import split
+from vpt_fast.methods import VAPT, Method, PromptMethod, VPTDeep, VPTShallow, check_method
 from vpt_fast.methods.baselines import Baseline, LinearProbe
+from vpt_fast.models.add_prompts import block_infos, new_prompts
+from vpt_fast.models.attention_inputs import attention_tokens, projected_out
+from vpt_fast.models.family import family_of
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
-from vpt_fast.models.tuned import blocks_of
-from vpt_fast.modules.prompt_tokens import init_bound
+from vpt_fast.models.residual import add_branches
+from vpt_fast.models.tuned import SHARED, blocks_of
+from vpt_fast.modules.block_info import init_bound
 from vpt_fast.reference.swin import ConcatenatedWindows, use_fused_attention
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -153,6 +158,43 @@ class ConcatenatedExperts(_Concatenated):
         return _classified(vit, x, count)
 
 
+class ConcatenatedMethod(_Concatenated):
+    """Any prompt method: its prompts in the sequence, its keys and values beside the tokens' own.
+
+    Args:
+        model: Timm vision transformer; it is frozen except for its head.
+        method: Method whose modules make the prompts.
+
+    Attributes:
+        prompts: Module of each prompted block, by its index.
+        shared: Module that they share, or None.
+    """
+
+    def __init__(self, model: VisionTransformer | Eva, method: PromptMethod) -> None:
+        super().__init__()
+        self.model: Any = freeze(model)
+        family: Any = family_of(model)
+        made = new_prompts(block_infos(model, family), method)
+        self.prompts = nn.ModuleDict({str(index): module for index, module in made.items()})
+        self.shared = self.model._modules.pop(SHARED, None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, classes) of images (B, 3, height, width)."""
+        vit, count = self.model, 0
+        x, tables = block_inputs(vit, images)
+        feature = None if self.shared is None else self.shared(x)
+        for index, block in enumerate(vit.blocks):
+            kv, rope = None, table_of(tables, index)
+            if str(index) in self.prompts:
+                module: Any = self.prompts[str(index)]
+                x = _stripped(x, vit, count)
+                rows, kv = module.made(x, feature)
+                count = 0 if rows is None else rows.shape[1]
+                x = x if rows is None else _replaced(x, rows.expand(len(x), -1, -1), vit, 0)
+            x = _through(block, x, rope, count) if kv is None else _beside(block, x, rope, kv)
+        return _classified(vit, x, count)
+
+
 def concatenated(model: VisionTransformer | Eva | SwinTransformer, method: Method) -> nn.Module:
     """Return the published formulation of a timm model with `method`; freeze `model` in place.
 
@@ -174,17 +216,18 @@ def concatenated(model: VisionTransformer | Eva | SwinTransformer, method: Metho
         return freeze(model)
     if isinstance(model, SwinTransformer):
         return _concatenated_windows(model, method)
-    if isinstance(method, VAPT):
+    if type(method) is VAPT:
         return ConcatenatedExperts(model, method)
-    return ConcatenatedPrompts(model, method)
+    if type(method) in (VPTShallow, VPTDeep):
+        return ConcatenatedPrompts(model, method)  # type: ignore[arg-type]
+    return ConcatenatedMethod(model, method)
 
 
-def _concatenated_windows(
-    model: SwinTransformer, method: VPTShallow | VPTDeep | VAPT
-) -> ConcatenatedWindows:
-    if isinstance(method, VAPT):
+def _concatenated_windows(model: SwinTransformer, method: PromptMethod) -> ConcatenatedWindows:
+    if not isinstance(method, VPTShallow | VPTDeep):
         raise ValueError(
-            "VAPT has no published form on Swin to compare with; compare vpt-shallow or vpt-deep"
+            f"{method.name} has no published form on Swin to compare with; compare vpt-shallow or "
+            "vpt-deep"
         )
     _check_plain(method)
     return ConcatenatedWindows(freeze(model), method)
@@ -200,8 +243,8 @@ def check_compared(method: Method) -> None:
     """Raise ValueError for baselines except `LinearProbe`: they have no second implementation."""
     if isinstance(method, Baseline) and not isinstance(method, LinearProbe):
         raise ValueError(
-            f"method {method.name!r} has no prompts, and no second implementation; compare one of "
-            "linear, vpt-shallow, vpt-deep and vapt"
+            f"method {method.name!r} has no prompts, and no second implementation; compare linear "
+            "or a method with prompts"
         )
 
 
@@ -254,6 +297,24 @@ def _through(block: Any, x: Tensor, rope: Tensor | None, count: int) -> Tensor:
         return block(x, rope=rope)
     finally:
         block.attn.num_prefix_tokens -= count
+
+
+def _beside(block: Any, x: Tensor, rope: Tensor | None, kv: Tensor) -> Tensor:
+    """Return the output of timm's block, whose attention also reads keys and values.
+
+    Args:
+        block: timm's block.
+        x: Rows (B, N, D).
+        rope: Table of the rotary position embedding of the last rows, or None.
+        kv: Keys and values (B or 1, n, 2, H, d).
+    """
+    y = block.norm1(x)
+    tokens = attention_tokens(block.attn, y, None, rope, rope)
+    q, *others = (t.transpose(1, 2) for t in split(tokens))
+    more = kv.expand(len(x), *[-1] * 4).transpose(1, 3).unbind(2)
+    k, v = (torch.cat([*pair], 2) for pair in zip(more, others, strict=True))
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return add_branches(block, x, projected_out(block.attn, out, y))
 
 
 def _stripped(x: Tensor, vit: Any, count: int) -> Tensor:

@@ -33,9 +33,9 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     prompt_kv = KVWeights.prompt_kv
 
-    def spy(self: KVWeights, dtype: torch.dtype, tokens: Any) -> Any:
+    def spy(self: KVWeights, dtype: torch.dtype, tokens: Any, more: Any = ()) -> Any:
         counts.append(len(tokens))
-        return prompt_kv(self, dtype, tokens)
+        return prompt_kv(self, dtype, tokens, more)
 
     monkeypatch.setattr(KVWeights, "prompt_kv", spy)
     return counts

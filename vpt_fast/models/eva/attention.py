@@ -24,6 +24,7 @@ class _PromptedRotary(PromptedAttention):
         prompts: Tensor | None = None,
         queries: Tensor | None = None,
         query_rope: Tensor | None = None,
+        kv: Tensor | None = None,
     ) -> Tensor:
         """Attend as timm's, and to prompts, or from `queries`; see `PromptedAttention.attend`.
 
@@ -35,9 +36,11 @@ class _PromptedRotary(PromptedAttention):
         if not masked:
             check_attention(own, self.head_dim)
         if masked or (prompts is None and queries is None and self.is_changed()):
+            if kv is not None:
+                return self.attend_masked(x, kv, attn_mask, rope)
             result: Tensor = super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
             return result
-        return self.attend(x, prompts, queries, rope, query_rope)
+        return self.attend(x, prompts, queries, rope, query_rope, kv)
 
 
 class PromptedEvaAttention(_PromptedRotary, EvaAttention):

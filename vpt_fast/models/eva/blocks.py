@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock
 from torch import Tensor
@@ -25,6 +27,7 @@ class PromptedEvaBlock(PromptedBlock, EvaBlock):
         is_causal: bool = False,
         live: LiveRows | None = None,
         first: int | None = None,
+        feature: Any = None,
     ) -> Tensor:
         """Return the block's output; see `PromptedBlock.compute`."""
-        return self.compute(x, attn_mask, is_causal, live, first, rope)
+        return self.compute(x, attn_mask, is_causal, live, first, feature, rope)

@@ -11,7 +11,8 @@ from vpt_fast.models.eva.checks import check_eva
 from vpt_fast.models.eva.model import PromptedEva
 from vpt_fast.models.eva.rope import CACHED
 from vpt_fast.models.family import Family
-from vpt_fast.models.isotropic.install import add_experts, install_prompts
+from vpt_fast.models.isotropic.inputs import plain_inputs
+from vpt_fast.models.isotropic.install import install_prompts, places
 
 
 def _install(model: Any) -> None:
@@ -31,7 +32,8 @@ FAMILIES = {
         },
         check=check_eva,
         install=_install,
-        add_experts=add_experts,
+        places=places,
+        plain_inputs=plain_inputs,
         block=PromptedEvaBlock,
     )
 }

@@ -90,6 +90,7 @@ def _parts_of(block: Any) -> _Parts:
     containers = [parts, attn._modules, mlp._modules]
     modules = [*chain.from_iterable(map(dict.values, containers))]
     attributes = [m.__dict__ for part in parts.values() for m in with_descendants(part)]
+    prompts = {id(m.__dict__) for m in with_descendants(parts.get("prompt"))}
     act, inner = mlp._modules["act"], mlp._modules["norm"]
     scalars = [(attn, "num_heads"), (attn, "scale"), (parts["norm1"], "eps")]
     scalars += [(parts["norm2"], "eps"), (act, "approximate"), (attn, "head_dim")]
@@ -100,7 +101,7 @@ def _parts_of(block: Any) -> _Parts:
     slots = weight_slots(block)
     return _Parts(
         containers, modules, [*map(type, modules)], attributes,
-        [d for d in attributes if "p" in d or "drop_prob" in d],
+        [d for d in attributes if ("p" in d or "drop_prob" in d) and id(d) not in prompts],
         [module.__dict__ for module, _ in scalars], [name for _, name in scalars],
         [module.__dict__.get(name) for module, name in scalars],
         [parameters for parameters, _ in slots], [name for _, name in slots],

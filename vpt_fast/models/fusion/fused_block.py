@@ -15,6 +15,7 @@ from torch import Tensor
 from vpt_fast.models.fusion.block_reading import BlockReading, forget, weight_slots
 from vpt_fast.models.fusion.fusible import block_settings, can_fuse
 from vpt_fast.models.fusion.weights_reading import BlockSettings, WeightsReading
+from vpt_fast.models.recompute import recomputed
 from vpt_fast.ops.backend import computing_dtype, statistics_dtype
 from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.block.core import BlockSteps
@@ -121,6 +122,27 @@ def can_rotate(rope: Tensor | None, x: Tensor) -> bool:
         and rope.is_contiguous()
         and rope.shape[-2] <= x.shape[1]
     )
+
+
+def own_sources(
+    prompt: Any, total: DeferredSum, memory: str, feature: Any
+) -> tuple[DeferredSum, Prompts]:
+    """Return the input of a fused block, and the source of its prompts; draws dropout masks.
+
+    Args:
+        prompt: Module of the block's prompts, or None.
+        total: Input of the block, without rows of prompts.
+        memory: What is saved for backward.
+        feature: What the method's shared module made of the image, or None.
+    """
+    if prompt is None:
+        return total, NO_PROMPTS
+    if prompt.known_ahead:
+        return total, prompt.sources(total.residual, feature)
+    x = total.materialize()
+    if memory == "speed":
+        return DeferredSum(x), prompt.sources(x)
+    return DeferredSum(x), recomputed(prompt, prompt.sources, x)
 
 
 class _Input(NamedTuple):

@@ -7,7 +7,7 @@ from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vpt_fast.models.fusion.block_reading import BlockReading, BlocksReading, read_together
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Prompts
@@ -15,12 +15,12 @@ from vpt_fast.models.fusion.weights_reading import WeightsReading
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.experts_together import sources_together
 from vpt_fast.modules.hooks import has_compiled_call, has_hooks, has_own_forward
-from vpt_fast.modules.prompt_tokens import PromptTokens
+from vpt_fast.modules.prompt_module import fused_source
 from vpt_fast.ops.backend import computing_dtype
-from vpt_fast.ops.block.parts import BlockWeights, contiguous
+from vpt_fast.ops.block.parts import BlockWeights
 from vpt_fast.ops.block.projections import keys_and_values_of
 from vpt_fast.ops.block.prompt_kv import KVWeights, StaticKV
-from vpt_fast.ops.block.prompt_source import GIVEN_KV, StaticPrompts
+from vpt_fast.ops.block.prompt_source import GIVEN_KV
 from vpt_fast.ops.tracing import is_traced
 
 _form = attrgetter("shape", "dtype", "device")
@@ -29,20 +29,11 @@ Ahead = tuple[Fused, Prompts]
 """A fused block and its prompts."""
 
 
-def prompts_of(prompt: nn.Module | None, x: Tensor) -> Prompts:
-    """Return the prompts of a fused block with input x (B, N, D); draws dropout masks."""
-    if prompt is None:
-        return NO_PROMPTS
-    if isinstance(prompt, PromptExperts):
-        return prompt.sources(x)
-    if isinstance(prompt, PromptTokens):
-        tokens, mask = prompt.draw(x.shape[0])
-        return StaticPrompts(1.0 - prompt.dropout), (contiguous(tokens), mask)
-    raise TypeError(f"a {type(prompt).__name__} makes no prompts of a fused block")
-
-
 def look_ahead(
-    blocks: Sequence[Any], x: Tensor, fused: Callable[[Any, Tensor | None], Fused | None]
+    blocks: Sequence[Any],
+    x: Tensor,
+    fused: Callable[[Any, Tensor | None], Fused | None],
+    feature: Any = None,
 ) -> tuple[list[Ahead], StaticKV | None] | None:
     """Return all blocks with their prompts, and those whose K_p, V_p are computed together.
 
@@ -50,10 +41,12 @@ def look_ahead(
         blocks: Blocks of one width, in order.
         x: Tokens (B, N, D).
         fused: Function that returns a block's weights for a fused call, or None.
+        feature: What the method's shared module made of the image, or None.
 
     Returns:
-        None under tracing, or if a block is hooked, compiled by itself, has an adapter or runs
-        module by module: that may change the blocks after it, and each is checked when it runs.
+        None under tracing, or if a block is hooked, compiled by itself, has an adapter, makes its
+        prompts of its input by autograd or runs module by module: that may change the blocks after
+        it, and each is checked when it runs.
     """
     if not blocks or is_traced(x):
         return None
@@ -61,7 +54,7 @@ def look_ahead(
     if reading is None:
         return None
     now = [Fused(known.weights, known) for known in reading.weights]
-    prompts, static_kv = _prompts_together(reading, x)
+    prompts, static_kv = _prompts_together(reading, x, feature)
     return list(zip(now, prompts, strict=True)), static_kv
 
 
@@ -72,23 +65,23 @@ def _read(block: Any, fused: Callable[[Any, Tensor | None], Fused | None]) -> Bl
         return None
     if "adapter" in block._modules or (rows is not None and (rows.entering or rows.leaving)):
         return None
+    prompt = block._modules.get("prompt")
+    if prompt is not None and not prompt.known_ahead:
+        return None
     if fused(block, None) is None:
         return None
     reading: BlockReading | None = block.__dict__.get("_reading")
     return reading
 
 
-def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts], StaticKV | None]:
+def _prompts_together(
+    reading: BlocksReading, x: Tensor, feature: Any
+) -> tuple[list[Prompts], StaticKV | None]:
     """Return the blocks' prompts; dropout masks are drawn in the blocks' order."""
     prompts = reading.prompts
-    static = [i for i, p in enumerate(prompts) if type(p) is PromptTokens and not p.drops]
-    static_kv: StaticKV | None = None
     found: dict[int, Prompts] = {}
-    if len(static) > 1:
-        tokens = [prompts[i].undropped() for i in static]
-        static_kv = _static_kv(reading, static, tokens, computing_dtype(x))
-        if static_kv is not None:
-            found = {i: (GIVEN_KV, (rows,)) for i, rows in zip(static, tokens, strict=True)}
+    static = [i for i, p in enumerate(prompts) if p is not None and p.is_static]
+    static_kv = _static_together(reading, static, x, found) if len(static) > 1 else None
     experts = [i for i, p in enumerate(prompts) if type(p) is PromptExperts]
     first = experts[0] if experts else len(prompts)
     for i, prompt in enumerate(prompts):
@@ -96,38 +89,61 @@ def _prompts_together(reading: BlocksReading, x: Tensor) -> tuple[list[Prompts],
             sources = sources_together([prompts[j] for j in experts], x)
             found |= zip(experts, sources, strict=True)
         elif i not in found:
-            found[i] = prompts_of(prompt, x)
+            found[i] = NO_PROMPTS if prompt is None else prompt.sources(x, feature)
     return [found[i] for i in range(len(prompts))], static_kv
 
 
+def _static_together(
+    reading: BlocksReading, blocks: list[int], x: Tensor, found: dict[int, Prompts]
+) -> StaticKV | None:
+    """Find the sources of the given blocks, whose prompts are static; return what is computed
+    together, if their prompts and weights have one form."""
+    dtype, made = computing_dtype(x), [reading.prompts[i].static() for i in blocks]
+    forms = {(rows is None, *[_form(t) for t in (rows, kv) if t is not None]) for rows, kv in made}
+    if len(forms) == 1 and made[0].rows is not None:
+        static_kv = _static_kv(reading, blocks, dtype, made[0].kv is not None)
+        if static_kv is not None:
+            tensors = [(rows,) if kv is None else (rows, kv) for rows, kv in made]
+            found |= {i: (GIVEN_KV, own) for i, own in zip(blocks, tensors, strict=True)}
+            return static_kv
+    for i, (rows, kv) in zip(blocks, made, strict=True):
+        own = None if rows is None else rows.unsqueeze(0)
+        found[i] = fused_source(own, None, kv, 1.0 - reading.prompts[i].dropout, dtype)
+    return None
+
+
 class _CachedKV(NamedTuple):
-    """What `_static_kv` returned, and the blocks and weights that it returned it for."""
+    """What `_static_kv` returned, and what it returned it for."""
 
     blocks: list[int]
+    appends_kv: bool
     weights: list[BlockWeights]
     static_kv: StaticKV | None
 
 
 def _static_kv(
-    reading: BlocksReading, blocks: list[int], prompts: list[Tensor], dtype: torch.dtype
+    reading: BlocksReading, blocks: list[int], dtype: torch.dtype, appends_kv: bool
 ) -> StaticKV | None:
-    """Return the blocks' weights for K_p and V_p; None if they or the prompts differ in form.
+    """Return the blocks' weights for K_p and V_p; None if they differ in form.
 
     Args:
         reading: Reading of all blocks.
-        blocks: Indices of blocks with static prompts.
-        prompts: Prompts P of these blocks.
+        blocks: Indices of blocks with static prompts of one form.
         dtype: Dtype of the products.
+        appends_kv: Whether more keys and values follow those of the prompts.
     """
-    if len({*map(_form, prompts)}) > 1:
-        return None
     read = [reading.weights[i] for i in blocks]
     weights = [known.in_dtype(dtype) for known in read]
     known: _CachedKV | None = reading.static_kv
-    if known is None or known.blocks != blocks or False in map(is_, weights, known.weights):
+    if (
+        known is None
+        or known.blocks != blocks
+        or known.appends_kv != appends_kv
+        or False in map(is_, weights, known.weights)
+    ):
         constants = _kv_weights(read, weights)
-        static_kv = None if constants is None else StaticKV(constants, blocks)
-        known = reading.static_kv = _CachedKV(blocks, weights, static_kv)
+        static_kv = None if constants is None else StaticKV(constants, blocks, appends_kv)
+        known = reading.static_kv = _CachedKV(blocks, appends_kv, weights, static_kv)
     return known.static_kv
 
 

@@ -22,7 +22,9 @@ from vpt_fast.models.graphs.capture import (
 from vpt_fast.models.graphs.recorded import Flight, Recorded
 from vpt_fast.models.graphs.watched import Watched, numeric_modes
 
-PARTS = ("blocks", "layers", "prompt_projection", "prompt_projector", "prompt_tokens")
+PARTS = (
+    "blocks", "layers", "prompt_projection", "prompt_projector", "prompt_shared", "prompt_tokens",
+)  # fmt: skip
 """Children and parameters of a model that its blocks use."""
 
 # Number of recordings of one model: one for each shape, mode and precision.

@@ -19,7 +19,6 @@ from vpt_fast.models.attention_inputs import projections_of
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.models.fusion.fusible import can_fuse
-from vpt_fast.models.fusion.look_ahead import prompts_of
 from vpt_fast.models.prompt_rows import (
     LiveRows,
     PromptRows,
@@ -39,9 +38,12 @@ from vpt_fast.modules.hooks import (
     is_watched,
 )
 from vpt_fast.modules.norms import normalised_prompts
+from vpt_fast.modules.prompt_module import Made
 from vpt_fast.modules.row_by_row import treats_rows_apart
-from vpt_fast.ops.backend import uses_kernels
+from vpt_fast.ops.backend import computing_dtype, uses_kernels
 from vpt_fast.ops.block.add_norm import DeferredSum
+from vpt_fast.ops.block.parts import contiguous
+from vpt_fast.ops.block.prompt_source import GIVEN_KV
 from vpt_fast.ops.rowwise.rotation import table_of_first
 from vpt_fast.ops.tracing import is_transformed
 
@@ -98,6 +100,7 @@ class PromptedBlock(nn.Module):
         memory: str,
         first: int | None = None,
         rope: Tensor | None = None,
+        feature: Any = None,
     ) -> DeferredSum:
         """Compute a frozen or prompted block, hooks on it included.
 
@@ -108,12 +111,13 @@ class PromptedBlock(nn.Module):
             first: Number of first rows of the output that are computed, by one of ours without
                 hooks; None computes all.
             rope: Table of the rotary position embedding, or None.
+            feature: What the method's shared module made of the image, or None.
         """
         compiled = has_compiled_call(block)
         hooked = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
         if not (compiled or hooked):
             if isinstance(block, cls):
-                return block.forward_deferred(total, memory, first, rope)
+                return block.forward_deferred(total, memory, first, rope, feature)
             x = total.residual
             now = cls.fused(block, x) if fused_block.can_rotate(rope, x) else None
             if now is not None:
@@ -123,6 +127,8 @@ class PromptedBlock(nn.Module):
             call = functools.partial(call, first=first)
         if rope is not None:
             call = functools.partial(call, rope=rope)
+        if feature is not None and isinstance(block, cls):
+            call = functools.partial(call, feature=feature)
         x = total.materialize()
         if memory == getattr(block, "memory", "speed"):
             return DeferredSum(call(x))
@@ -145,6 +151,7 @@ class PromptedBlock(nn.Module):
         is_causal: bool,
         live: LiveRows | None,
         first: int | None,
+        feature: Any,
         rope: Tensor | None = None,
     ) -> Tensor:
         """Return the output (B, leaving + N, D) of tokens (B, entering + N, D).
@@ -156,6 +163,7 @@ class PromptedBlock(nn.Module):
             live: Prompt rows beside x instead of among its rows.
             first: Number of first rows of the output that are computed; None computes all. Not
                 with `attn_mask`, `is_causal` or `live`.
+            feature: What the method's shared module made of the image, or None.
             rope: Table of the rotary position embedding, as timm's; prompts are not rotated.
 
         Raises:
@@ -169,11 +177,12 @@ class PromptedBlock(nn.Module):
         if live is not None:
             x = insert_rows(x, live.rows, rows.prefix)
         if attn_mask is None and not is_causal:
-            x = self.forward_deferred(DeferredSum(x), self.memory, first, rope).materialize()
+            total = DeferredSum(x)
+            x = self.forward_deferred(total, self.memory, first, rope, feature).materialize()
         elif self.memory == "speed":
-            x = self._concatenated(x, rope, attn_mask, is_causal)
+            x = self._concatenated(x, rope, feature, attn_mask, is_causal)
         else:
-            x = recomputed(self, self._concatenated, x, rope, attn_mask, is_causal)
+            x = recomputed(self, self._concatenated, x, rope, feature, attn_mask, is_causal)
         if live is not None and rows.leaving:
             x, live.rows = split_rows(x, rows.leaving, rows.prefix)
         return x
@@ -184,14 +193,14 @@ class PromptedBlock(nn.Module):
         memory: str,
         first: int | None = None,
         rope: Tensor | None = None,
+        feature: Any = None,
     ) -> DeferredSum:
         """Compute the block from one deferred residual sum to the next, past its own hooks.
 
         Args:
             total: Tokens, with the live prompt rows that enter.
             memory: What is saved for backward.
-            first: As for `compute`.
-            rope: As for `compute`.
+            first, rope, feature: As for `compute`.
         """
         rows, prompt, now = self.rows, self._modules.get("prompt"), None
         # A fused block computes dead rows, too, and all keys and values, which a GPU's matrix units
@@ -204,33 +213,41 @@ class PromptedBlock(nn.Module):
             now = self.fused(self, total.residual)
         if now is None:
             if memory == "speed":
-                return DeferredSum(self._by_modules(total, first, rope))
+                return DeferredSum(self._by_modules(total, first, rope, feature))
             again = recomputed(
                 self,
-                lambda x, rope: self._by_modules(DeferredSum(x), first, rope),
+                lambda x, rope, feature: self._by_modules(DeferredSum(x), first, rope, feature),
                 total.materialize(),
                 rope,
+                feature,
             )
             return DeferredSum(again)
+        prompts = NO_PROMPTS
         if prompt is not None and (rows.entering or rows.leaving):
-            x = strip_rows(total.materialize(), rows.entering, rows.prefix)
-            if rows.leaving:
-                x, prompt = insert_rows(x, prompt(x), rows.prefix), None
-            total = DeferredSum(x)
-        prompts = prompts_of(prompt, total.residual)
+            total = DeferredSum(strip_rows(total.materialize(), rows.entering, rows.prefix))
+        if prompt is not None and rows.leaving:
+            x = total.residual
+            own, kv = self._made(x, feature)
+            total = DeferredSum(insert_rows(x, own, rows.prefix))
+            if kv is not None:
+                prompts = GIVEN_KV, (contiguous(kv.to(computing_dtype(x))),)
+        else:
+            total, prompts = fused_block.own_sources(prompt, total, memory, feature)
         return fused_block.run(self, now, prompts, total, Use(memory, queries=first), rope)
 
-    def _by_modules(self, total: DeferredSum, first: int | None, rope: Tensor | None) -> Tensor:
+    def _by_modules(
+        self, total: DeferredSum, first: int | None, rope: Tensor | None, feature: Any
+    ) -> Tensor:
         x, rows = total.materialize(), self.rows
         if self._needs_all_rows():
-            x = self._concatenated(x, rope)
+            x = self._concatenated(x, rope, feature)
             return x if first is None else x[:, :first]
-        prompts = queries = None
+        prompts = kv = queries = None
         if self.prompt is not None:
-            x, prompts = self.own_prompts(x)
+            x, (prompts, kv) = self.own_prompts(x, feature)
             if rows.leaving:
                 x, prompts = insert_rows(x, prompts, rows.prefix), None
-            else:
+            elif prompts is not None:
                 prompts = normalised_prompts(self.norm1, prompts, x.dtype)
         y = self.norm1(x)
         query_rope = rope
@@ -241,21 +258,24 @@ class PromptedBlock(nn.Module):
             x = strip_rows(x, rows.entering, rows.prefix)
             queries = strip_rows(y, rows.entering, rows.prefix)
         attn: Any = self.attn
-        tables = {} if rope is None else {"rope": rope, "query_rope": query_rope}
-        return add_branches(self, x, attn(y, **tables, prompts=prompts, queries=queries))
+        more: dict[str, Any] = {} if rope is None else {"rope": rope, "query_rope": query_rope}
+        if kv is not None:
+            more["kv"] = kv.to(y.dtype)
+        return add_branches(self, x, attn(y, **more, prompts=prompts, queries=queries))
 
     def _concatenated(
         self,
         x: Tensor,
         rope: Tensor | None,
+        feature: Any,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        rows = self.rows
+        rows, kv = self.rows, None
         count = rows.entering
         if self.prompt is not None:
-            x, prompts = self.own_prompts(x)
-            count = prompts.shape[1]
+            x, (prompts, kv) = self.own_prompts(x, feature)
+            count = 0 if prompts is None else prompts.shape[1]
             x = insert_rows(x, prompts, rows.prefix)
         if attn_mask is not None and count:
             attn_mask = extend_mask(attn_mask, count, rows.prefix)
@@ -263,14 +283,25 @@ class PromptedBlock(nn.Module):
         call = functools.partial(attn, attn_mask=attn_mask, is_causal=is_causal)
         if rope is not None:
             call = functools.partial(call, rope=extend_table(rope, count))
+        if kv is not None:
+            if type(attn) not in self.attentions.values():
+                raise ValueError(
+                    f"attn of this block is a {type(attn).__name__}, which takes no keys and "
+                    "values of prompts; put timm's back, or change its parts"
+                )
+            call = functools.partial(call, kv=kv.to(x.dtype))
         x = add_branches(self, x, call(self.norm1(x)))
         return x if rows.leaving else strip_rows(x, count, rows.prefix)
 
-    def own_prompts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def own_prompts(self, x: Tensor, feature: Any = None) -> tuple[Tensor, Made]:
         """Return the tokens (B, N, D) without rows that enter, and this block's prompts."""
         x = strip_rows(x, self.rows.entering, self.rows.prefix)
+        return x, self._made(x, feature)
+
+    def _made(self, x: Tensor, feature: Any) -> Made:
         prompt: Any = self.prompt
-        return x, prompt(x)
+        made: Made = prompt.made(x, feature)
+        return made
 
     def _needs_all_rows(self) -> bool:
         """Return whether a part may do anything with the rows, or a hook would miss some of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,3 +32,21 @@ def block_inputs(model: Any, images: Tensor) -> tuple[Tensor, RopeTables | None]
 def table_of(tables: RopeTables | None, block: int) -> Tensor | None:
     """Return the table of a block, None without any."""
     return None if tables is None else tables.of_blocks[block]
+
+
+def plain_inputs(model: Any, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the inputs (B, N, D) of each block in turn, in a tuned model without its prompts.
+
+    Args:
+        model: Tuned model.
+        batches: Images (B, channels, height, width).
+    """
+    embedded = [model.embedded(images) for images in batches]
+    inputs = [x for x, _ in embedded]
+    for index, block in enumerate(model.blocks):
+        yield inputs
+        plain = getattr(block, "plain_class", type(block))
+        for number, (_, tables) in enumerate(embedded):
+            rope = table_of(tables, index)
+            own = {} if rope is None else {"rope": rope}
+            inputs[number] = plain.forward(block, inputs[number], **own)

@@ -15,7 +15,7 @@ from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.isotropic.install import install_prompts
 from vpt_fast.models.isotropic.rope_tables import RopeTables
 from vpt_fast.models.prompt_rows import strip_rows
-from vpt_fast.models.tuned import Tuned, check_pooling
+from vpt_fast.models.tuned import SHARED, Tuned, check_pooling, reads_feature
 from vpt_fast.modules.baseline_layers import new_classifier
 from vpt_fast.modules.experts import PromptExperts, check_grid
 from vpt_fast.modules.hooks import is_taken_over
@@ -69,6 +69,14 @@ class PromptedModel(Tuned, _Timms):
             list(self.blocks[:first]), total, self._memory(), None, tables, 0
         ).materialize()
 
+    def feature_of(self, x: Tensor) -> Any:
+        """Return what the method's shared module makes of the first block's input (B, N, D).
+
+        None if no block reads it.
+        """
+        shared = self._modules.get(SHARED)
+        return shared(x) if shared is not None and reads_feature(self.blocks) else None
+
     def forward_from(self, x: Tensor, first: int) -> Tensor:
         """Return the logits (B, classes) for the input (B, N, D) of block `first`.
 
@@ -98,8 +106,9 @@ class PromptedModel(Tuned, _Timms):
         self, x: Tensor, first: int, count: int | None, memory: str, tables: RopeTables | None
     ) -> Tensor:
         """Return `count` rows of the last block (None: all) for the input of block `first`."""
-        blocks = list(self.blocks)[first:]
-        rows = self._through(blocks, DeferredSum(x), memory, count, tables, first).materialize()
+        blocks, feature = list(self.blocks)[first:], None if first else self.feature_of(x)
+        total = self._through(blocks, DeferredSum(x), memory, count, tables, first, feature)
+        rows = total.materialize()
         return rows if blocks and count is not None else self._without_late_rows(rows)
 
     def forward_features(
@@ -131,6 +140,7 @@ class PromptedModel(Tuned, _Timms):
         count: int | None,
         tables: RopeTables | None,
         first: int,
+        feature: Any = None,
     ) -> DeferredSum:
         """Return the output of the given blocks: `count` rows of the last one, None for all.
 
@@ -141,6 +151,7 @@ class PromptedModel(Tuned, _Timms):
             count: Number of first rows of the last block.
             tables: Tables of the rotary position embedding, or None.
             first: Index of the first of the blocks in the model.
+            feature: What `feature_of` returned.
         """
         firsts = [*[None] * (len(blocks) - 1), count][: len(blocks)]
         ropes = [table_of(tables, first + index) for index in range(len(blocks))]
@@ -148,13 +159,13 @@ class PromptedModel(Tuned, _Timms):
         together = len(blocks) - (count is not None and not uses_kernels(total.residual))
         if tables is not None and not tables.can_rotate(total.residual):
             together = 0
-        ahead = look_ahead(blocks[:together], total.residual, self.tuned_block.fused)
+        ahead = look_ahead(blocks[:together], total.residual, self.tuned_block.fused, feature)
         if ahead is not None:
             uses = [Use(memory, queries=rows) for rows in firsts[:together]]
             total = run_together(*ahead, total, uses, ropes[:together])
             blocks, firsts, ropes = blocks[together:], firsts[together:], ropes[together:]
         for block, rows, rope in zip(blocks, firsts, ropes, strict=True):
-            total = self.tuned_block.through(block, total, memory, rows, rope)
+            total = self.tuned_block.through(block, total, memory, rows, rope, feature)
         return total
 
     def _pos_embed(self, x: Tensor) -> Any:

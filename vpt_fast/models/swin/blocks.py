@@ -9,29 +9,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models.swin_transformer import (
-    SwinTransformerBlock,
-    WindowAttention,
-)
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from vpt_fast.models.attention_inputs import check_attention, projected_kv, reads_plainly
 from vpt_fast.models.fusion import fused_block
-from vpt_fast.models.fusion.fused_block import Fused, Use
-from vpt_fast.models.fusion.look_ahead import prompts_of
+from vpt_fast.models.fusion.fused_block import Fused, Use, own_sources
 from vpt_fast.models.prompt_rows import LiveRows, PromptRows
 from vpt_fast.models.recompute import recomputed
 from vpt_fast.models.residual import add_branches
 from vpt_fast.models.swin.windows import attend_beside, is_plain_softmax, through_windows
 from vpt_fast.modules.experts import PromptExperts, check_grid
-from vpt_fast.modules.hooks import (
-    has_own_forward,
-    is_watched,
-)
+from vpt_fast.modules.hooks import has_own_forward, is_watched
 from vpt_fast.modules.norms import normalised_prompts
 from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.block.add_norm import DeferredSum
+from vpt_fast.ops.block.prompt_source import appended
 from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.ops.window_attention.operator import window_attention
 from vpt_fast.ops.window_attention.rows import Windows, attend_from_prompts, padding_of
@@ -48,6 +42,7 @@ class PromptedWindowAttention(WindowAttention):
         prompts: Tensor | None = None,
         live: LiveRows | None = None,
         count: int = 0,
+        kv: Tensor | None = None,
     ) -> Tensor:
         """Attend from every token to its window and to the prompts.
 
@@ -60,6 +55,7 @@ class PromptedWindowAttention(WindowAttention):
             live: Normalised prompt rows (B, p, D) in place of `prompts`, which attend, too; their
                 output replaces them.
             count: Number of prompts among the rows of x; without `windows` only.
+            kv: Keys and values (B or 1, n, 2, H, d) beside those of the prompts, or None.
 
         Returns:
             Output, in the shape of x.
@@ -77,6 +73,8 @@ class PromptedWindowAttention(WindowAttention):
             keys = rows[:, :, 1:]
         elif prompts is not None:
             keys = projected_kv(self, prompts, qkv.shape[-1])
+        if kv is not None:
+            keys = kv if keys is None else appended(keys, kv)
         table = self.relative_position_bias_table
         out = window_attention(qkv, pad, table, keys, windows.window, windows.shift, self.scale)
         if live is not None and rows is not None:
@@ -147,23 +145,26 @@ class PromptedSwinBlock(SwinTransformerBlock):
         now = None if apart else fused(self, total.residual)
         if now is not None:
             live.rows = None
-            prompts = prompts_of(prompt, total.residual)
+            total, prompts = own_sources(prompt, total, memory, live.feature)
             return fused_block.run(self, now, prompts, total, Use(memory, windows))
         x = total.materialize()
         if memory == "speed":
-            x, live.rows = self._by_modules(x, windows, live.rows)
+            x, live.rows = self._by_modules(x, windows, live.rows, live.feature)
         else:
             x, live.rows = recomputed(
-                self, lambda x, rows: self._by_modules(x, windows, rows), x, live.rows
+                self, lambda x, *live: self._by_modules(x, windows, *live), x, *vars(live).values()
             )
         return DeferredSum(x)
 
     def _by_modules(
-        self, x: Tensor, windows: Windows, entering: Tensor | None
+        self, x: Tensor, windows: Windows, entering: Tensor | None, feature: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output (B, N, D) of tokens x (B, N, D), and the prompt rows that leave."""
-        prompts = entering if self.prompt is None else self.prompt(x)
-        if self._needs_windows(prompts is not None):
+        prompts, kv = entering, None
+        if self.prompt is not None:
+            prompts, kv = self.prompt.made(x, feature)  # type: ignore[operator]
+        if self._needs_windows(prompts is not None or kv is not None):
+            check_no_kv(kv)
             prompts = None if prompts is None else prompts.to(x.dtype)
             x, prompts = through_windows(self, x, prompts, windows)
             return x, prompts if self.rows.leaving else None
@@ -173,7 +174,8 @@ class PromptedSwinBlock(SwinTransformerBlock):
             if self.rows.leaving:
                 live, normed = LiveRows(normed.expand(x.shape[0], -1, -1)), None
         y = self.norm1(x).unflatten(1, windows.grid)
-        attended = self.attn(y, windows=windows, prompts=normed, live=live)
+        kv = None if kv is None else kv.to(y.dtype)
+        attended = self.attn(y, windows=windows, prompts=normed, live=live, kv=kv)
         x = add_branches(self, x, attended.flatten(1, 2))
         if live is None or live.rows is None or prompts is None:
             return x, None
@@ -204,6 +206,15 @@ class PromptedSwinBlock(SwinTransformerBlock):
             or nn_module._has_any_global_hook()
             or is_watched(self.norm1, attn.qkv)  # which projects padding too
             or (not prompts and is_watched(self.drop_path1))  # of an image, as timm has it
+        )
+
+
+def check_no_kv(kv: Tensor | None) -> None:
+    """Raise ValueError if there are keys and values of prompts, which no timm window reads."""
+    if kv is not None:
+        raise ValueError(
+            "a part of this block is hooked or not timm's, so that it runs window by window, which "
+            "keys and values of prompts' own cannot join; remove the hook, or hook the block"
         )
 
 

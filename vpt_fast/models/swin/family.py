@@ -14,8 +14,8 @@ from timm.models.swin_transformer import (
 from vpt_fast.models.family import Family
 from vpt_fast.models.swin.blocks import PromptedSwinBlock, PromptedWindowAttention
 from vpt_fast.models.swin.checks import check_swin
-from vpt_fast.models.swin.install import add_experts, install_prompts
-from vpt_fast.models.swin.model import PromptedSwinTransformer
+from vpt_fast.models.swin.install import install_prompts, places
+from vpt_fast.models.swin.model import PromptedSwinTransformer, plain_inputs
 from vpt_fast.models.swin.stages import PromptedSwinStage
 
 
@@ -45,7 +45,8 @@ FAMILIES = {
         },
         check=check_swin,
         install=install_prompts,
-        add_experts=add_experts,
+        places=places,
+        plain_inputs=plain_inputs,
         block=None,
         name_as_block=_name_as_block,
     )

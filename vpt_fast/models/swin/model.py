@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from timm.models._features import feature_take_indices
-from timm.models.swin_transformer import (
-    SwinTransformer,
-)
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from vpt_fast.models.graphs.block_graphs import replayed
 from vpt_fast.models.patches import embedded_patches
 from vpt_fast.models.prompt_rows import LiveRows
-from vpt_fast.models.swin.blocks import (
-    check_blocks,
-)
+from vpt_fast.models.swin.blocks import check_blocks
 from vpt_fast.models.swin.install import install_prompts
 from vpt_fast.models.tuned import Tuned, blocks_of, check_pooling
 from vpt_fast.modules.baseline_layers import new_classifier
 from vpt_fast.modules.hooks import is_taken_over
 from vpt_fast.ops.tracing import any_derivative, is_transformed
+
+
+def plain_inputs(model: Any, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the inputs (B, H * W, D) of each block in turn, as `isotropic.inputs.plain_inputs`."""
+    inputs = [model.patch_embed(images) for images in batches]
+    for stage in model.layers:
+        inputs = [stage.downsample(x) for x in inputs]
+        for block in stage.blocks:
+            yield [x.flatten(1, 2) for x in inputs]
+            inputs = [SwinTransformerBlock.forward(block, x) for x in inputs]
 
 
 class PromptedSwinTransformer(Tuned, SwinTransformer):

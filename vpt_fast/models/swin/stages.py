@@ -22,6 +22,7 @@ from vpt_fast.models.swin.blocks import (
     grid_of,
     windows_of,
 )
+from vpt_fast.models.tuned import SHARED, reads_feature
 from vpt_fast.modules.hooks import (
     call_compiled,
     has_compiled_call,
@@ -73,7 +74,10 @@ class PromptedSwinStage(SwinTransformerStage):
     ) -> DeferredSum:
         """Return the output of the blocks for rows (B, H * W, D) of an image of grid (H, W)."""
         memories = ["minimal" if self.grad_checkpointing else block.memory for block in blocks]
-        ahead = look_ahead(blocks, total.residual, fused)
+        shared = self._modules.get(SHARED)
+        if shared is not None and reads_feature(blocks):
+            live.feature = shared(total.residual)
+        ahead = look_ahead(blocks, total.residual, fused, live.feature)
         if ahead is not None:
             live.rows = None
             uses = [
@@ -132,10 +136,11 @@ def _through_block(
     calls = functools.partial(call_compiled, block) if compiled else block
 
     def call(x: Tensor, entering: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        passing = LiveRows(entering)
+        passing = LiveRows(entering, live.feature)
         if compiled and entering is not None:
             hint_sizes(entering)
-        x = calls(x, live=passing) if block.rows.entering or block.rows.leaving else calls(x)
+        beside = block.rows.entering or block.rows.leaving or live.feature is not None
+        x = calls(x, live=passing) if beside else calls(x)
         return x, passing.rows
 
     x = total.materialize().unflatten(1, grid)

@@ -20,17 +20,20 @@ class PromptedViTAttention(PromptedAttention, Attention):
         is_causal: bool = False,
         prompts: Tensor | None = None,
         queries: Tensor | None = None,
+        kv: Tensor | None = None,
     ) -> Tensor:
         """Attend as timm's, and to prompts, or from `queries`; see `PromptedAttention.attend`.
 
         `attn_mask` and `is_causal` are timm's, without `prompts` and `queries` only.
         """
-        if attn_mask is not None or is_causal:
+        masked = attn_mask is not None or is_causal
+        if not masked:
+            check_attention(self, self.head_dim)
+        if masked or (prompts is None and queries is None and self.is_changed()):
+            if kv is not None:
+                return self.attend_masked(x, kv, attn_mask)
             return self._as_timms(x, attn_mask, is_causal)
-        check_attention(self, self.head_dim)
-        if prompts is None and queries is None and self.is_changed():
-            return self._as_timms(x)
-        return self.attend(x, prompts, queries)
+        return self.attend(x, prompts, queries, kv=kv)
 
     def _as_timms(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

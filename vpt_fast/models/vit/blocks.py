@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor
@@ -24,6 +26,7 @@ class PromptedViTBlock(PromptedBlock, Block):
         is_causal: bool = False,
         live: LiveRows | None = None,
         first: int | None = None,
+        feature: Any = None,
     ) -> Tensor:
         """Return the block's output; see `PromptedBlock.compute`."""
-        return self.compute(x, attn_mask, is_causal, live, first)
+        return self.compute(x, attn_mask, is_causal, live, first, feature)

@@ -9,7 +9,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from vpt_fast.models.family import Family
-from vpt_fast.models.isotropic.install import add_experts, install_prompts
+from vpt_fast.models.isotropic.inputs import plain_inputs
+from vpt_fast.models.isotropic.install import install_prompts, places
 from vpt_fast.models.vit.attention import PromptedViTAttention
 from vpt_fast.models.vit.blocks import PromptedViTBlock
 from vpt_fast.models.vit.checks import check_vit
@@ -23,7 +24,8 @@ def _family(plain: Any, tuned: Any) -> Family:
         plain_parts={PromptedViTBlock: Block, PromptedViTAttention: Attention},
         check=check_vit,
         install=install_prompts,
-        add_experts=add_experts,
+        places=places,
+        plain_inputs=plain_inputs,
         block=PromptedViTBlock,
     )
 

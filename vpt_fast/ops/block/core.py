@@ -22,6 +22,7 @@ from vpt_fast.ops.block import mlp, projections
 from vpt_fast.ops.block.add_norm import Norm, SavedInput, enter, entry_gradients
 from vpt_fast.ops.block.parts import BlockConfig, BlockWeights, SavedBlock
 from vpt_fast.ops.block.projections import Projection
+from vpt_fast.ops.block.prompt_source import appended, split_gradient
 from vpt_fast.ops.block.sites import Sites
 from vpt_fast.ops.rowwise.residual_norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD
 
@@ -105,7 +106,8 @@ class BlockSteps:
         prompts, statistics = source.normalised_prompts(
             self.sites, sources, mixing, self.norm1, self.dtype
         )
-        return projections.prompt_kv(self, prompts), statistics
+        kv = projections.prompt_kv(self, prompts)
+        return appended(kv, sources[-1]) if source.appends_kv else kv, statistics
 
     def prompt_gradients(
         self,
@@ -117,9 +119,15 @@ class BlockSteps:
         """Return the gradients of the sources and of the token mixing."""
         source = self.config.source
         if source is None or source.gives_kv:
-            return [grad_kv], ()
+            return [grad_kv, *[None for _ in sources[1:]]], ()
+        own = []
+        if source.appends_kv:
+            batch = max(len(t) for t in sources[:2] if t is not None)
+            grad_kv, more = split_gradient(grad_kv, sources[-1], batch)
+            own = [more]
         grad = projections.prompt_kv_backward(self, grad_kv)
-        return source.gradients(self.sites, sources, mixing, self.norm1, statistics, grad)
+        grads, mixing = source.gradients(self.sites, sources, mixing, self.norm1, statistics, grad)
+        return [*grads, *own], mixing
 
     # --- attention: softmax(q [K_p; k]^T * scale) [V_p; v] ------------------------------------
 

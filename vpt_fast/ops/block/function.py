@@ -125,9 +125,9 @@ def _kv_to_prompts(
     indices = [offsets[block] for block in static_kv.blocks]
     kv_grads = [source_grads[i] for i in indices]
     if any(grad is not None for grad in kv_grads):
-        grads = static_kv.weights.gradients(dtype, prompts, mean, rstd, kv_grads)
-        for i, grad in zip(indices, grads, strict=True):
-            source_grads[i] = grad
+        grads = static_kv.gradients(dtype, prompts, mean, rstd, kv_grads)
+        for i, own in zip(indices, grads, strict=True):
+            source_grads[i : i + len(own)] = own
 
 
 class _Blocks(torch.autograd.Function):
@@ -140,8 +140,8 @@ class _Blocks(torch.autograd.Function):
         frozen: list[Tensor] = []
         sources = _split(tensors, counts)
         if static_kv is not None:
-            prompts = static_kv.prompts(sources)
-            kv, mean, rstd = static_kv.weights.prompt_kv(blocks[0].dtype, prompts)
+            prompts, more = static_kv.inputs(sources)
+            kv, mean, rstd = static_kv.weights.prompt_kv(blocks[0].dtype, prompts, more)
             saved += [mean, rstd, *prompts]
             sources = static_kv.with_kv(sources, kv)
         for steps, count, own in zip(blocks, counts, sources, strict=True):
@@ -249,8 +249,7 @@ def run_blocks(
         residual: Residual (B, N, D) of the input, residual + branch_scale * branch.
         branch: Branch (B, N, D) of the input, or None for 0.
         sources: Tensors of each block's source.
-        static_kv: Those blocks whose K_p and V_p are computed together; their sources are the
-            prompts, (p, D).
+        static_kv: Those blocks whose K_p and V_p are computed together.
 
     Returns:
         x' (B, M, D), the sum after the last block's attention, in the input's dtype or a wider one,
@@ -284,8 +283,7 @@ def _with_kv(
     """Return the sources with K_p, V_p in place of prompts whose K_p, V_p are computed together."""
     if static_kv is None:
         return sources
-    kv = prompt_kv(static_kv.weights, dtype, static_kv.prompts(sources))
-    return static_kv.with_kv(sources, kv)
+    return static_kv.with_kv(sources, prompt_kv(static_kv, dtype, sources))
 
 
 def run_traced(

@@ -64,13 +64,15 @@ class KVWeights:
         self.frozen = [t for t in every if t is not None]
 
     def prompt_kv(
-        self, dtype: torch.dtype, prompts: Sequence[Tensor]
+        self, dtype: torch.dtype, prompts: Sequence[Tensor], more: Sequence[Tensor] = ()
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Return K_p, V_p (1, p, 2, H, d) of each block, and mean and rstd of the prompts' rows.
 
         Args:
             dtype: Dtype of the products; the statistics, (blocks, p, 1), are fp32 at least.
             prompts: Prompts P (p, D) of each block.
+            more: Keys and values (1, n, 2, H, d) of each block that follow those of its prompts:
+                the result is (1, p + n, 2, H, d); or nothing.
         """
         wide = statistics_dtype(prompts[0].dtype)
         stacked = torch.stack(list(prompts)).to(wide)
@@ -81,17 +83,21 @@ class KVWeights:
             y = y * gamma if beta is None else torch.addcmul(beta, y, gamma)
         count, rows = y.shape[0], y.shape[1]
         width = sum(weight.shape[0] for weight in self.weights[0])
-        kv = torch.empty((count, rows, width), dtype=dtype, device=y.device)
+        extra = more[0].shape[1] if more else 0
+        kv = torch.empty((count, rows + extra, width), dtype=dtype, device=y.device)
+        own = kv[:, :rows] if more else kv
+        if more:
+            kv[:, rows:] = torch.stack(list(more)).view(count, extra, width)
         for normed, parts, out in zip(
-            y.to(dtype).unbind(), self.transposed, kv.unbind(), strict=True
+            y.to(dtype).unbind(), self.transposed, own.unbind(), strict=True
         ):
             outs = (out,) if len(parts) == 1 else out.chunk(len(parts), 1)
-            for (weight, bias), own in zip(parts, outs, strict=True):
+            for (weight, bias), part in zip(parts, outs, strict=True):
                 if bias is None:
-                    torch.mm(normed, weight, out=own)
+                    torch.mm(normed, weight, out=part)
                 else:
-                    torch.addmm(bias, normed, weight, out=own)
-        heads = kv.view(count, 1, rows, 2, self.heads, width // (2 * self.heads))
+                    torch.addmm(bias, normed, weight, out=part)
+        heads = kv.view(count, 1, rows + extra, 2, self.heads, width // (2 * self.heads))
         return heads.unbind(), mean, rstd
 
     def gradients(
@@ -109,7 +115,7 @@ class KVWeights:
             prompts: Prompts P (p, D) of each block.
             mean: Mean of every prompt row, from `prompt_kv`.
             rstd: Reciprocal standard deviation likewise.
-            grads: Gradients of K_p, V_p of each block; None for 0.
+            grads: Gradients of the keys and values of each block; None for 0.
         """
         wide, first = mean.dtype, prompts[0]
         grad_y = torch.empty((len(prompts), *first.shape), dtype=dtype, device=first.device)
@@ -117,7 +123,9 @@ class KVWeights:
             if grad is None:
                 out.zero_()
                 continue
-            rows = grad.view(first.shape[0], -1)
+            rows = grad.view(grad.shape[1], -1)
+            if grad.shape[1] > len(first):
+                rows = rows[: len(first)]
             parts = (rows,) if len(weights) == 1 else rows.chunk(len(weights), 1)
             torch.mm(parts[0], weights[0], out=out)
             for part, weight in zip(parts[1:], weights[1:], strict=True):
@@ -143,31 +151,54 @@ def _stacked(vectors: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
 class StaticKV(NamedTuple):
     """Those of several blocks whose K_p and V_p are computed together.
 
+    Their sources are the prompts (p, D), and with `appends_kv` the keys and values
+    (1, n, 2, H, d) that follow those of the prompts.
+
     Attributes:
         weights: Weights that compute them.
         blocks: Indices of these blocks among all.
+        appends_kv: Whether there are such keys and values.
     """
 
     weights: KVWeights
     blocks: list[int]
+    appends_kv: bool = False
 
-    def prompts(self, sources: Sequence[Any]) -> list[Tensor]:
-        """Return the prompts (p, D), which are the sources of these blocks."""
-        return [sources[i][0] for i in self.blocks]
+    def inputs(self, sources: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the prompts of these blocks, and the keys and values that follow theirs."""
+        prompts = [sources[i][0] for i in self.blocks]
+        return prompts, [sources[i][1] for i in self.blocks] if self.appends_kv else []
 
     def with_kv(self, sources: Sequence[Any], kv: Sequence[Tensor]) -> list[Any]:
         """Return the sources of all blocks with K_p, V_p in place of these blocks' prompts."""
-        changed = [*sources]
+        changed, rest = [*sources], (None,) if self.appends_kv else ()
         for i, prompt_kv in zip(self.blocks, kv, strict=True):
-            changed[i] = (prompt_kv,)
+            changed[i] = (prompt_kv, *rest)
         return changed
+
+    def gradients(
+        self,
+        dtype: torch.dtype,
+        prompts: Sequence[Tensor],
+        mean: Tensor,
+        rstd: Tensor,
+        grads: Sequence[Tensor | None],
+    ) -> list[tuple[Tensor | None, ...]]:
+        """Return the gradients of each block's sources; arguments as `KVWeights.gradients`."""
+        own = self.weights.gradients(dtype, prompts, mean, rstd, grads)
+        if not self.appends_kv:
+            return [(grad,) for grad in own]
+        count = len(prompts[0])
+        more = [None if grad is None else grad[:, count:].contiguous() for grad in grads]
+        return list(zip(own, more, strict=True))
 
 
 class _PromptKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights, dtype, *prompts):  # type: ignore[no-untyped-def]
-        kv, mean, rstd = weights.prompt_kv(dtype, prompts)
-        ctx.weights, ctx.dtype, ctx.versions = weights, dtype, versions_of(weights.frozen)
+    def forward(ctx, static_kv, dtype, count, *inputs):  # type: ignore[no-untyped-def]
+        prompts, weights = inputs[:count], static_kv.weights
+        kv, mean, rstd = weights.prompt_kv(dtype, prompts, inputs[count:])
+        ctx.static_kv, ctx.dtype, ctx.versions = static_kv, dtype, versions_of(weights.frozen)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, rstd, *prompts)
         return kv
@@ -175,27 +206,29 @@ class _PromptKV(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        weights, (mean, rstd, *prompts) = ctx.weights, ctx.saved_tensors
-        check_versions(weights.frozen, ctx.versions)
+        static_kv, (mean, rstd, *prompts) = ctx.static_kv, ctx.saved_tensors
+        check_versions(static_kv.weights.frozen, ctx.versions)
         with exactly(mean):
-            return None, None, *weights.gradients(ctx.dtype, prompts, mean, rstd, grads)
+            found = static_kv.gradients(ctx.dtype, prompts, mean, rstd, grads)
+        return None, None, None, *[grad for part in zip(*found, strict=True) for grad in part]
 
 
 def prompt_kv(
-    weights: KVWeights, dtype: torch.dtype, prompts: Sequence[Tensor]
+    static_kv: StaticKV, dtype: torch.dtype, sources: Sequence[Any]
 ) -> tuple[Tensor, ...]:
-    """Return K_p, V_p (1, p, 2, H, d) in `dtype` of each block, as one autograd function.
+    """Return keys and values of each of `static_kv.blocks` in `dtype`, as one autograd function.
 
     Args:
-        weights: Frozen weights, without gradients; operands of products are in `dtype`.
+        static_kv: Frozen weights, without gradients; operands of products are in `dtype`.
         dtype: Dtype of the products; statistics are fp32 at least.
-        prompts: Prompts P (p, D) of each block.
+        sources: Sources of all blocks.
 
     Raises:
         RuntimeError: In backward, if a weight was changed in place since.
     """
+    prompts, more = static_kv.inputs(sources)
     with exactly(prompts[0]):
-        if not (torch.is_grad_enabled() and True in [t.requires_grad for t in prompts]):
-            return weights.prompt_kv(dtype, prompts)[0]
-        kv: Any = apply_directly(_PromptKV, weights, dtype, *prompts)
+        if not (torch.is_grad_enabled() and True in [t.requires_grad for t in (*prompts, *more)]):
+            return static_kv.weights.prompt_kv(dtype, prompts, more)[0]
+        kv: Any = apply_directly(_PromptKV, static_kv, dtype, len(prompts), *prompts, *more)
     return kv

@@ -39,12 +39,15 @@ class PromptSource:
     Attributes:
         saves_kv: Whether K_p and V_p are worth saving: in mode "speed", and in every mode if the
             batch shares them. Otherwise they are always recomputed.
-        gives_kv: Whether the one tensor is K_p, V_p itself.
+        gives_kv: Whether the first tensor is K_p, V_p itself.
+        appends_kv: Whether the last tensor is more keys and values (B or 1, n, 2, H, d), which
+            follow those of the prompts.
     """
 
     __slots__ = ()
     saves_kv = True
     gives_kv = False
+    appends_kv = False
 
     @property
     def eps(self) -> float | None:
@@ -116,7 +119,7 @@ class PromptSource:
 
 
 class GivenKV(PromptSource):
-    """K_p and V_p that are computed already; tensors = (kv (1, p, 2, H, d),)."""
+    """K_p and V_p that are computed already; the first tensor is kv (B or 1, p, 2, H, d)."""
 
     saves_kv, gives_kv = False, True  # the tensor is saved as the source's own
 
@@ -126,16 +129,18 @@ GIVEN_KV = GivenKV()
 
 @dataclass(frozen=True)
 class StaticPrompts(PromptSource):
-    """Prompts that do not depend on the image; tensors = (tokens (1, p, D), mask or None).
+    """Prompts that are computed already; tensors = (tokens (B or 1, p, D), mask or None).
 
     Attributes:
         keep: Probability with which a mask (B, p, D) of booleans is True; prompt dropout.
+        appends_kv: As of every source.
     """
 
     keep: float = 1.0
+    appends_kv: bool = False
 
     def _prompts(self, tensors: Tensors) -> Tensor:
-        tokens, mask = tensors
+        tokens, mask = tensors[:2]
         return tokens if mask is None else drop(tokens, mask, self.keep)
 
     def normalised_prompts(
@@ -158,7 +163,7 @@ class StaticPrompts(PromptSource):
         grad: Tensor,
     ) -> Gradients:
         """Return the gradient of the tokens; see `PromptSource`."""
-        tokens, mask = tensors
+        tokens, mask = tensors[:2]
         result = sites[RESIDUAL_NORM_BACKWARD, "prompts"](
             self._prompts(tensors), *statistics, norm.weight, None, grad, None, None, norm.centred
         )[0]
@@ -253,6 +258,31 @@ class ExpertPrompts(_ExpertSettings, PromptSource):
     def _inputs(self, tensors: Tensors, mixing: Mixing) -> FeatureInputs:
         _, mixing_sum, mixed = mixing
         return FeatureInputs(mixed, mixing_sum, *tensors[2:])
+
+
+def appended(kv: Tensor, more: Tensor) -> Tensor:
+    """Return keys and values (B or 1, p, 2, H, d), and after them more, (B or 1, n, 2, H, d)."""
+    if len(kv) != len(more):
+        batch = max(len(kv), len(more))
+        kv, more = (t.expand(batch, *[-1] * (t.ndim - 1)) for t in (kv, more))
+    return torch.cat([kv, more], 1)
+
+
+def split_gradient(grad: Tensor, more: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the arguments of `appended` from that of its result.
+
+    Args:
+        grad: Gradient (B or 1, p + n, 2, H, d).
+        more: Its second argument.
+        batch: Number of images of its first argument, B or 1.
+    """
+    count = grad.shape[1] - more.shape[1]
+    first, second = grad[:, :count], grad[:, count:]
+    if batch < len(grad):
+        first = first.sum(0, keepdim=True)
+    if len(more) < len(grad):
+        second = second.sum(0, keepdim=True)
+    return first.contiguous(), second.contiguous()
 
 
 def drop(values: Tensor, mask: Tensor, keep: float) -> Tensor:

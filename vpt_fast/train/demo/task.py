@@ -21,6 +21,7 @@ from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.data.images import ArrayImages, eval_transform, make_loader
 from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.fit_result import FitResult
+from vpt_fast.train.loop.initial_prompts import initial_prompts
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 NUM_PROMPTS = 10
@@ -130,9 +131,11 @@ def train_once(
     """
     model = new_model(setting, recipe.seed, device)
     dataset = digits.train if select else ConcatDataset([digits.train, digits.val])
+    batches = make_loader(dataset, recipe.batch_size, shuffle=True, seed=recipe.seed)
+    initial_prompts(model, batches)
     result = fit(
         model,
-        make_loader(dataset, recipe.batch_size, shuffle=True, seed=recipe.seed),
+        batches,
         recipe,
         val_batches=test_loader(digits.val) if select else None,
         progress=progress,

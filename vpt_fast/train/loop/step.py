@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from vpt_fast.models.initialise import regularisation, regularises
 from vpt_fast.train.common.parallel import distributed, summed, world_size
 from vpt_fast.train.common.recipe import Recipe, make_optimizer, make_scheduler
 from vpt_fast.train.data.images import Batch
@@ -47,7 +48,7 @@ class TrainStep:
         self.optimizer = make_optimizer(model, recipe)
         self.scheduler = make_scheduler(self.optimizer, recipe, steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp_dtype == "float16")
-        self.taken = 0
+        self.taken, self.regularised = 0, regularises(model)
         graphed = cuda_graphs is not False and world_size() == 1 and self.device.type == "cuda"
         self.graphs = StepGraphs(self.net) if graphed else None
 
@@ -99,6 +100,8 @@ class TrainStep:
         with autocast(self.device, self.recipe.autocast_dtype):
             logits = self.net(images)
             loss = F.cross_entropy(logits, labels)
+        if self.regularised:
+            loss = loss + regularisation(self.model)
         # By default PyTorch runs backward in a thread of the GPU's own, with cold caches: steps of
         # our blocks, whose backward is Python, took 18% longer on an H200.
         with torch.autograd.set_multithreading_enabled(self.graphs is not None):

@@ -25,6 +25,7 @@ from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.evaluate import Evaluation, TrainingError, evaluate
 from vpt_fast.train.loop.fit_result import BEST, LAST, FitResult
 from vpt_fast.train.loop.frozen_cast import FrozenCast
+from vpt_fast.train.loop.initial_prompts import initial_prompts
 from vpt_fast.train.loop.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
 from vpt_fast.train.run.describe import Log, describe_run, describe_source
 from vpt_fast.train.run.record import FILE as RECORD
@@ -83,6 +84,8 @@ def tune_on_folder(
         check_resumed(read_record(output), run.record)
     run.describe(log)
     output.mkdir(parents=True, exist_ok=True)
+    if not (settings.resume and (output / CHECKPOINT).is_file()):
+        initial_prompts(run.net, run.loaders["train"], log)
     skipped = run.cache_prefix(log)
     try:
         with recording(output, run.record):

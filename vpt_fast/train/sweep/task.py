@@ -19,6 +19,7 @@ from vpt_fast.train.common.curves import directory_size
 from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.evaluate import TrainingError, evaluate
+from vpt_fast.train.loop.initial_prompts import initial_prompts
 from vpt_fast.train.loop.prefix_cache import (
     Activations,
     PrefixCache,
@@ -70,11 +71,13 @@ class SweepTask:
             prompt_tune(model, method, self.memory)
             # After prompt_tune, which stores the head that it finds for remove_prompts.
             init_head(model)
+            part = "both" if final else "train"
+            initial_prompts(model, self.data.batches(part, _EVAL_BATCH, recipe.seed))
             first = 0 if self.data.augmented else frozen_blocks(model)
             net = SuffixModel(model, first) if first else model
             result = fit(
                 model,
-                self._training(recipe, first, "both" if final else "train"),
+                self._training(recipe, first, part),
                 recipe,
                 net=net,
                 progress=self.progress,

@@ -1,0 +1,44 @@
+"""Base of the prompt methods' settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vpt_fast.methods.fields import check_count, check_dropout
+
+
+@dataclass(frozen=True)
+class PromptMethod:
+    """Settings of a prompt method: a frozen dataclass, which `vpt_fast.register_method` registers.
+
+    Fields are numbers, strings, bools, None, and tuples of these: adapters store them as JSON. A
+    class that checks fields of its own does so in `__post_init__`, after `super().__post_init__()`.
+
+    Args:
+        num_prompts: Number of prompts p of each block, at least 0.
+        dropout: Probability of prompt dropout, an independent mask per image and block; in [0, 1).
+
+    Attributes:
+        name: Name under which the method is registered.
+
+    Raises:
+        TypeError: If a field is of the wrong type.
+        ValueError: If a field is out of range.
+    """
+
+    num_prompts: int = 10
+    dropout: float = 0.0
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_count("num_prompts", self.num_prompts, 0)
+        check_dropout("dropout", self.dropout)
+
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """Return which of `depth` blocks get prompts, in ascending order: all of them.
+
+        Where an unprompted block follows a prompted one, prompt rows pass through it as tokens.
+        """
+        return tuple(range(depth)) if self.num_prompts else ()

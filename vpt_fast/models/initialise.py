@@ -1,0 +1,99 @@
+"""Initial values of prompts from data, and what methods add to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpt_fast.models.attention_inputs import weights_of
+from vpt_fast.models.family import family_of
+from vpt_fast.models.tuned import SHARED, blocks_of, is_tuned
+from vpt_fast.modules.block_info import FrozenWeights
+from vpt_fast.modules.prompt_module import PromptModule
+
+
+def initialise(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Set initial values of prompts from images, before training: `PromptModule.initialise`.
+
+    The images pass through the frozen model without prompts, block by block. The inputs of one
+    block are in memory at a time, for all images (ViT-B/16, fp32: 0.6 MB an image). Adapters record
+    the number of images.
+
+    Args:
+        model: Model that `prompt_tune` tuned, with a method whose modules have an `initialise`; for
+            any other nothing is done.
+        batches: Images (B, channels, height, width), as the model takes them; each batch is moved
+            to its device and dtype.
+
+    Returns:
+        The number of images that were used.
+
+    Raises:
+        ValueError: If `model` is not tuned, or there is no image and the method needs some.
+    """
+    family = family_of(model)
+    if not is_tuned(model) or family is None:
+        raise ValueError(f"this {type(model).__name__} is not tuned; call prompt_tune first")
+    if not initialises(model):
+        return 0
+    tuned: Any = model
+    blocks, like = blocks_of(tuned), blocks_of(tuned)[0].attn.proj.weight
+    with torch.no_grad():
+        images = [batch.to(like.device, like.dtype) for batch in batches]
+        count = sum(map(len, images))
+        if not count:
+            raise ValueError(f"{tuned.tune_record.method} is initialised from images: give some")
+        for block, inputs in zip(blocks, family.plain_inputs(tuned, images), strict=True):
+            prompt = block._modules.get("prompt")
+            if prompt is not None:
+                prompt.initialise(torch.cat(inputs), _frozen_weights(block))
+    tuned.tune_record.initialised = {"images": count}
+    return count
+
+
+def initialises(model: Any) -> bool:
+    """Return whether the method of a tuned model is initialised from images."""
+    return any(
+        type(module).initialise is not PromptModule.initialise
+        for module in model.modules()
+        if isinstance(module, PromptModule)
+    )
+
+
+def _frozen_weights(block: Any) -> FrozenWeights:
+    q, k, v = weights_of(block.attn)
+    return FrozenWeights(block.norm1, q, k, v, (block.attn.proj.weight, block.attn.proj.bias))
+
+
+def regularisation(model: nn.Module) -> Tensor:
+    """Return the sum of what the modules of a method add to the loss, a scalar; 0 if nothing.
+
+    The training loop of this package adds it to the loss; own loops do so themselves.
+
+    Args:
+        model: Model that `prompt_tune` tuned.
+    """
+    found = [term for module in _regularised(model) if (term := module.regulariser()) is not None]
+    if found:
+        return torch.stack(found).sum()
+    return next(model.parameters()).new_zeros(())
+
+
+def regularises(model: nn.Module) -> bool:
+    """Return whether a method adds something to the loss."""
+    return any(
+        getattr(type(module), "regulariser", None) is not PromptModule.regulariser
+        for module in _regularised(model)
+    )
+
+
+def _regularised(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        shared = module._modules.get(SHARED)
+        if hasattr(shared, "regulariser"):
+            yield shared
+        if isinstance(module, PromptModule):
+            yield module
