@@ -17,6 +17,7 @@ from vpt_fast.models.fold import fold_backbone
 from vpt_fast.models.initialise import initialise, regularisation
 from vpt_fast.modules.block_info import BlockInfo, FrozenWeights
 from vpt_fast.modules.prompt_module import PromptModule, Prompts
+from vpt_fast.published import BPT, CVPT, DVPT, E2VPT, VFPT, GateVPT
 from vpt_fast.tune import (
     count_parameters,
     print_trainable_parameters,
@@ -27,12 +28,18 @@ from vpt_fast.tune import (
 from vpt_fast.version import __version__
 
 __all__ = [
+    "BPT",
+    "CVPT",
+    "DVPT",
+    "E2VPT",
     "VAPT",
+    "VFPT",
     "AdapterTuning",
     "BiasTuning",
     "BlockInfo",
     "FrozenWeights",
     "FullTuning",
+    "GateVPT",
     "LinearProbe",
     "MLPHead",
     "PartialTuning",

@@ -40,7 +40,8 @@ OPTIONS = {
         "vpt_fast/methods/prompt_method.py", "vpt_fast/methods/registry.py",
         "vpt_fast/modules/block_info.py", "vpt_fast/modules/prompt_module.py",
         "vpt_fast/models/add_prompts.py", "vpt_fast/models/initialise.py",
-        "vpt_fast/bank/task_modules.py",
+        "vpt_fast/models/isotropic/prompts_apart.py", "vpt_fast/bank/task_modules.py",
+        "vpt_fast/published",
     ),
 }  # fmt: skip
 """Files and folders of each option."""

@@ -24,8 +24,8 @@ _VERBS = """
     Put Queue Raise Randomise Read Recompute Record Redraw Reduce Refuse Register Release Remove
     Replace Replay Report Reset Resize Restore Restrict Resume Return Rewrite Rotate Round Run
     Save Say Seed Select Send Serve Set Show Shuffle Simulate Skip Sort Split Stack Stand Start
-    Stop Store Strip Sum Summarize Swap Switch Take Tell Time Trace Train Try Tune Turn Undo Uninstall
-    Unpack Update Use Wait Warm Warn Watch Wrap Write Yield Zero
+    Stop Store Strip Sum Summarize Swap Switch Take Tell Time Trace Train Try Tune Turn Undo
+    Uninstall Unpack Update Use Wait Warm Warn Watch Wrap Write Yield Zero
 """
 VERBS = frozenset(_VERBS.split())
 """First words of functions' docstrings; a new verb is added here."""

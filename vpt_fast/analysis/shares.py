@@ -168,7 +168,7 @@ def _with_prompts(block: Any, x: Tensor, feature: Any) -> tuple[Tensor, int, Ten
     """
     if not isinstance(block, PromptedBlock):
         return x, 0, None
-    if block.prompt is None:
+    if block.joined is None:
         return x, block.rows.entering, None
     x, (prompts, kv) = block.own_prompts(x, feature)
     count = 0 if prompts is None else prompts.shape[1]

@@ -134,7 +134,7 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
     inputs = _inputs(backbone, config["input"], directory)
     tensors = {key: t.to(backbone.like.device) for key, t in tensors.items()}
     with torch.autocast(backbone.like.device.type, enabled=False):
-        modules, experts = _modules(backbone, method, tensors)
+        modules, experts = _modules(backbone, method, tensors, directory)
         blocks, prompt_kv = _cached_prompt_kv(backbone, method, tensors, modules)
         weight, bias = _head(backbone, tensors)
         found = TaskTensors(blocks, prompt_kv, weight, bias, experts)
@@ -224,7 +224,7 @@ def _check_tensors(
 
 
 def _modules(
-    backbone: Backbone, method: Method, tensors: Mapping[str, Tensor]
+    backbone: Backbone, method: Method, tensors: Mapping[str, Tensor], directory: Path
 ) -> tuple[dict[int, PromptModule], TaskExperts | TaskModules | None]:
     """Return the modules of static prompts of a method that has some, and what makes the others."""
     if not isinstance(method, PromptMethod) or type(method) in (VPTDeep, VPTShallow):
@@ -232,6 +232,12 @@ def _modules(
     if isinstance(method, VAPT):
         return {}, _experts(backbone, method, tensors)
     modules, shared = read_modules(backbone.model, method, tensors)
+    if any(module.attends_apart for module in modules.values()):
+        _refuse(
+            directory,
+            f"with method {method.name!r} tokens attend to the prompts apart, before the block; in "
+            "a bank prompts are read beside the tokens",
+        )
     static = {index: module for index, module in modules.items() if module.is_static}
     others = {index: module for index, module in modules.items() if not module.is_static}
     return static, TaskModules(others, shared) if others else None

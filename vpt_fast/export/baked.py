@@ -15,70 +15,16 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vpt_fast.kernels.attention.layouts import split
-from vpt_fast.models.attention_inputs import attention_tokens, packed_prompts, projected_out
+from vpt_fast.export.baked_attention import BakedAttention
 from vpt_fast.models.isotropic.head_rows import rows_read
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.isotropic.rope_tables import RopeTables
 from vpt_fast.models.prompt_rows import insert_rows, strip_rows
-from vpt_fast.models.residual import add_branches
+from vpt_fast.models.residual import add_attention, add_branches
 from vpt_fast.modules.experts import check_grid
 from vpt_fast.modules.prompt_module import Made, PromptModule
 from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.rowwise.rotation import table_of_first
-
-
-class BakedAttention(nn.Module):
-    """Attention whose queries also read keys and values that are constants; mixed into timm's.
-
-    Attributes:
-        prompt_keys: Buffer (H, p, d) of keys, after k_norm where there is one; or None.
-        prompt_values: Buffer (H, p, d) of values, or None.
-    """
-
-    prompt_keys: Tensor | None
-    prompt_values: Tensor | None
-
-    def attend(
-        self,
-        x: Tensor,
-        prompts: Tensor | None,
-        queries: Tensor | None,
-        rope: Tensor | None = None,
-        query_rope: Tensor | None = None,
-        kv: Tensor | None = None,
-    ) -> Tensor:
-        """Attend from every row of x, or from `queries`, to the prompts and to every row of x.
-
-        Args:
-            x: Normalised tokens (B, N, D).
-            prompts: Normalised prompts (B or 1, p, D), if they are no constants.
-            queries: Normalised query rows (B, M, D); None takes those of x.
-            rope: Table of the rotary position embedding of the last rows of x, or None.
-            query_rope: That of the last rows of `queries`, or None.
-            kv: Keys and values (B or 1, n, 2, H, d) that are no constants, or None.
-
-        Returns:
-            Output (B, N, D), or (B, M, D) with `queries`.
-        """
-        tokens = attention_tokens(self, x, queries, rope, query_rope)
-        q, k, v = (t.transpose(1, 2) for t in split(tokens))
-        pairs: list[tuple[Any, Any]] = [(self.prompt_keys, self.prompt_values)]
-        if kv is not None:
-            pairs.append((kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)))
-        if prompts is not None:
-            pairs.append(self.keys_and_values(prompts))
-        for keys, values in pairs:
-            if keys is not None:
-                k = torch.cat([keys.to(k.dtype).expand(k.shape[0], -1, -1, -1), k], 2)
-                v = torch.cat([values.to(v.dtype).expand(v.shape[0], -1, -1, -1), v], 2)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return projected_out(self, out, x if queries is None else queries)
-
-    def keys_and_values(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values (B, H, p, d) of normalised prompts (B, p, D)."""
-        keys, values = packed_prompts(self, prompts).unbind(2)
-        return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 class BakedViTAttention(BakedAttention, Attention):
@@ -172,6 +118,8 @@ class BakedBlock(nn.Module):
         experts: Module that makes the block's prompts of an image, by its `made`; or None.
         inserts: Whether the rows that it makes are inserted among the tokens.
         prompt_rows: Buffer (1, p, D) of rows that are inserted among the tokens, or None.
+        prompt_update: Module that changes the prompt rows that leave the block, or None.
+        leaving: Number of these rows.
         prefix: Number of prefix tokens; prompt rows come right after them.
         dead: Number of prompt rows among the tokens that are not read after the block.
     """
@@ -181,6 +129,8 @@ class BakedBlock(nn.Module):
     experts: BakedExperts | PromptModule | None
     inserts: bool
     prompt_rows: Tensor | None
+    prompt_update: nn.Module | None
+    leaving: int
     prefix: int
     dead: int
 
@@ -214,8 +164,11 @@ class BakedBlock(nn.Module):
             x = insert_rows(x, self.prompt_rows, self.prefix)
         elif self.inserts:
             x, prompts = insert_rows(x, prompts, self.prefix), None
-        y, queries = self.norm1(x), None
         prompts = None if prompts is None else self.norm1(prompts)
+        if self.attn.attends_apart:
+            read = self.attn.attend_to_prompts(self.norm1(x), prompts, rope, kv)
+            x, prompts, kv = add_attention(self, x, read), None, None
+        entered, y, queries = x[:, self.prefix :][:, : self.leaving], self.norm1(x), None
         query_rope = rope
         if first is not None:
             x, queries = x[:, :first], y[:, :first]
@@ -225,7 +178,11 @@ class BakedBlock(nn.Module):
             queries = strip_rows(y, self.dead, self.prefix)
         tables = {} if rope is None else {"rope": rope, "query_rope": query_rope}
         attended = self.attn(y, **tables, prompts=prompts, queries=queries, kv=kv)
-        return add_branches(self, x, attended)
+        x = add_branches(self, x, attended)
+        if self.prompt_update is None:
+            return x
+        rows = self.prompt_update(x[:, self.prefix :][:, : self.leaving], entered)
+        return insert_rows(strip_rows(x, self.leaving, self.prefix), rows, self.prefix)
 
 
 class BakedViTBlock(BakedBlock, Block):

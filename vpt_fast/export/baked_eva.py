@@ -8,7 +8,8 @@ from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor
 
-from vpt_fast.export.baked import BakedAttention, BakedBlock, BakedModel, refuse_mask
+from vpt_fast.export.baked import BakedBlock, BakedModel, refuse_mask
+from vpt_fast.export.baked_attention import BakedAttention
 
 
 class _BakedRotary(BakedAttention):

@@ -23,7 +23,7 @@ from vpt_fast.export.baked_eva import PARTS as EVA_PARTS
 from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.isotropic.block import PromptedBlock
-from vpt_fast.models.tuned import SHARED, TuneRecord, is_tuned, reads_feature, take_out
+from vpt_fast.models.tuned import SHARED, UPDATE, TuneRecord, is_tuned, reads_feature, take_out
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.modules.prompt_module import PromptModule
@@ -90,7 +90,8 @@ def bake(model: nn.Module) -> nn.Module:
             baked.__class__ = _BAKED_CLASS[type(baked)]
             baked.expert_grid = grid
             baked.carries_rows = any(
-                part is not None and (part.rows is not None or part.inserts) for part in parts
+                part is not None and (part.rows is not None or part.inserts or part.update)
+                for part in parts
             )
             baked.reads_feature, makers = feature, [part.experts for part in parts if part]
             if shared is not None and any(isinstance(maker, PromptModule) for maker in makers):
@@ -147,6 +148,9 @@ class _Part:
         experts: Module that makes the prompts of an image.
         inserts: Whether the prompts that it makes live on as tokens.
         dead: Number of prompt rows that enter the block and are not read after it.
+        leaving: Number of prompt rows that leave the block.
+        apart: Whether tokens attend to the prompts alone.
+        update: Module that changes the prompt rows that leave the block.
         adapter: Bottleneck after the block's MLP.
     """
 
@@ -156,12 +160,15 @@ class _Part:
     experts: BakedExperts | PromptModule | None
     inserts: bool
     dead: int
+    leaving: int
+    apart: bool
+    update: nn.Module | None
     adapter: nn.Module | None
 
     @property
     def changes(self) -> bool:
         """Whether the block computes anything but timm's block."""
-        added = (self.prompts, self.rows, self.kv, self.experts, self.adapter)
+        added = (self.prompts, self.rows, self.kv, self.experts, self.update, self.adapter)
         return self.dead > 0 or any(item is not None for item in added)
 
 
@@ -182,7 +189,10 @@ def _part(model: Any, block: Any) -> _Part | None:
         prompts, rows = (None, tokens) if lives else (tokens, None)
     dead = block.rows.entering if prompt is None and not lives else 0
     inserts = lives and experts is not None
-    return _Part(prompts, rows, kv, experts, inserts, dead, block._modules.get("adapter"))
+    apart = prompt is not None and prompt.attends_apart
+    update, adapter = (block._modules.get(name) for name in (UPDATE, "adapter"))
+    leaving = block.rows.leaving
+    return _Part(prompts, rows, kv, experts, inserts, dead, leaving, apart, update, adapter)
 
 
 def _bake_experts(experts: Any, projector: Any) -> BakedExperts:
@@ -220,6 +230,7 @@ def _bake_block(block: Any, part: _Part, prefix: int) -> None:
     block.attn.register_buffer("prompt_values", values)
     block.register_buffer("prompt_rows", part.rows)
     block.experts, block.prefix, block.dead = part.experts, prefix, part.dead
-    block.inserts = part.inserts
+    block.inserts, block.leaving, block.prompt_update = part.inserts, part.leaving, part.update
+    block.attn.attends_apart = part.apart
     if part.adapter is not None:
         block.adapter = part.adapter

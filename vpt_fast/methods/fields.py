@@ -21,6 +21,14 @@ def check_dropout(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a bool."""
     if not isinstance(value, bool):

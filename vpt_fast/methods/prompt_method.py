@@ -21,6 +21,8 @@ class PromptMethod:
 
     Attributes:
         name: Name under which the method is registered.
+        paper: Where it was published, for lists of methods.
+        equation: What its prompts are, for lists of methods.
 
     Raises:
         TypeError: If a field is of the wrong type.
@@ -31,6 +33,8 @@ class PromptMethod:
     dropout: float = 0.0
 
     name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    equation: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_count("num_prompts", self.num_prompts, 0)

@@ -43,6 +43,8 @@ class VPTShallow(PromptMethod):
     pool_prompts: bool = False
 
     name: ClassVar[str] = "vpt-shallow"
+    paper: ClassVar[str] = "ECCV 2022, arXiv 2203.12119"
+    equation: ClassVar[str] = "[prefix, P, patches] enters block 0"
     shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -80,6 +82,8 @@ class VPTDeep(PromptMethod):
     pool_prompts: bool = False
 
     name: ClassVar[str] = "vpt-deep"
+    paper: ClassVar[str] = "ECCV 2022, arXiv 2203.12119"
+    equation: ClassVar[str] = "K = [K_p; K_x], V = [V_p; V_x] with K_p, V_p of P_i"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,6 +154,8 @@ class VAPT(PromptMethod):
     variant: str = "code"
 
     name: ClassVar[str] = "vapt"
+    paper: ClassVar[str] = "ICLR 2026, arXiv 2501.18936"
+    equation: ClassVar[str] = "P = g + W2 relu(W1 g), g = W vec(conv(norm(x))) + b"
     shared: ClassVar[bool] = False
     project_dim: ClassVar[int | None] = None
 

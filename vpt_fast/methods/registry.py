@@ -60,17 +60,23 @@ class Modules(NamedTuple):
             block.
         shared: Function of both, of the first prompted block, that returns a module which all
             blocks of one width share; or None.
+        update: Function of both that returns a module which changes the prompt rows that leave the
+            block; or None.
     """
 
     block: Callable[..., Any]
     shared: Callable[..., Any] | None
+    update: Callable[..., Any] | None
 
 
 _MODULES: dict[type[Method], Modules] = {}
 
 
 def register_method(
-    name: str, settings: type[PromptMethod], shared: Callable[..., Any] | None = None
+    name: str,
+    settings: type[PromptMethod],
+    shared: Callable[..., Any] | None = None,
+    update: Callable[..., Any] | None = None,
 ) -> Callable[[Maker], Maker]:
     """Decorate the module of a prompt method, a `vpt_fast.PromptModule`: register both by name.
 
@@ -80,6 +86,9 @@ def register_method(
         settings: Frozen dataclass that derives from `vpt_fast.PromptMethod`.
         shared: nn.Module that all blocks of one width share, called like the decorated class; or
             None.
+        update: nn.Module of each block that prompt rows leave, called like the decorated class. Its
+            `forward(left, entered)` gets the prompt rows (B, p, D) of the block's output and of its
+            input, and returns those that enter the next block; or None.
 
     Returns:
         Decorator of a class, or of a function, that is called with the settings and a
@@ -103,7 +112,7 @@ def register_method(
     def decorate(maker: Maker) -> Maker:
         settings.name = name
         METHODS[name] = settings
-        _MODULES[settings] = Modules(maker, shared)
+        _MODULES[settings] = Modules(maker, shared, update)
         return maker
 
     return decorate
@@ -220,16 +229,17 @@ def method_names() -> list[str]:
 def to_dict(method: Method) -> dict[str, Any]:
     """Return a method's name and fields as JSON values, and where it is defined if not here."""
     values = {name: _as_json(value) for name, value in asdict(method).items()}
-    origin = {} if isinstance(method, _OURS) else _origin(type(method))
-    return {"name": method.name, **values, **origin}
+    return {"name": method.name, **values, **_origin(type(method))}
 
 
 def _origin(cls: type) -> dict[str, str]:
+    """Return the address of a class, and the installed distribution, if another package has it."""
     package = cls.__module__.partition(".")[0]
+    if package == __name__.partition(".")[0]:
+        return {}
     found = {_DEFINED_IN: _path(cls)}
-    if package != __name__.partition(".")[0]:
-        for name in importlib.metadata.packages_distributions().get(package, ())[:1]:
-            found[_DISTRIBUTION] = f"{name} {importlib.metadata.version(name)}"
+    for name in importlib.metadata.packages_distributions().get(package, ())[:1]:
+        found[_DISTRIBUTION] = f"{name} {importlib.metadata.version(name)}"
     return found
 
 

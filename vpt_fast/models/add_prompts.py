@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,43 @@ def block_infos(model: Any, family: Family) -> list[BlockInfo]:
 
 
 def add_prompts(model: Any, method: PromptMethod, family: Family) -> None:
-    """Give the prompted blocks of a model their modules; see `new_prompts`."""
-    blocks = blocks_of(model)
-    for index, module in new_prompts(block_infos(model, family), method).items():
+    """Give the blocks of a model their modules; see `new_prompts`.
+
+    Raises:
+        ValueError: The method needs blocks of one width, and the model has stages.
+    """
+    blocks, infos = blocks_of(model), block_infos(model, family)
+    for index, module in new_prompts(infos, method).items():
         blocks[index].prompt = module
+        if family.in_stages and module.attends_apart:
+            _refuse_stages(model, method)
+    for index, update in new_updates(infos, method).items():
+        blocks[index].prompt_update = update
+        if family.in_stages:
+            _refuse_stages(model, method)
+
+
+def _refuse_stages(model: Any, method: PromptMethod) -> NoReturn:
+    raise ValueError(
+        f"method {method.name!r} needs attention of whole images, and a {type(model).__name__} has "
+        "it in windows; use a timm VisionTransformer or Eva"
+    )
+
+
+def new_updates(infos: Sequence[BlockInfo], method: PromptMethod) -> dict[int, nn.Module]:
+    """Return the module of each block that changes the prompt rows that leave it, by index.
+
+    Prompt rows leave every block from the first prompted one to the last but one.
+    """
+    new_update, prompted = modules_of(method).update, method.prompted_blocks(len(infos))
+    if new_update is None or not prompted:
+        return {}
+    found = {}
+    for info in infos[prompted[0] : -1]:
+        if info.index + 1 not in prompted:
+            with torch.device(info.like.device):
+                found[info.index] = _converted(new_update(method, info), info.like)
+    return found
 
 
 def new_prompts(infos: Sequence[BlockInfo], method: PromptMethod) -> dict[int, PromptModule]:

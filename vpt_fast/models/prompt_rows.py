@@ -26,9 +26,9 @@ class PromptRows:
 
 
 def counts_of(blocks: Sequence[Any]) -> list[int | None]:
-    """Return how many prompts each block makes as rows; None for a block without a module."""
+    """Return how many prompts each block makes as rows that join its tokens; None for none."""
     prompts = [getattr(block, "prompt", None) for block in blocks]
-    return [None if prompt is None else prompt.num_rows for prompt in prompts]
+    return [None if p is None or p.attends_apart else p.num_rows for p in prompts]
 
 
 def rows_of_blocks(prompted: Sequence[int | None], prefix: int, pool: bool) -> list[PromptRows]:

@@ -19,10 +19,16 @@ def add_branches(block: Any, x: Tensor, attended: Tensor) -> Tensor:
         attended: Output (B, M, D) of the block's attention.
     """
     adapter = block._modules.get("adapter")
-    x = x + block.drop_path1(_scaled(block, 1, attended))
+    x = add_attention(block, x, attended)
     del attended  # freed before the MLP, where nothing has saved it
     branch = _scaled(block, 2, block.mlp(block.norm2(x)))
     result: Tensor = x + block.drop_path2(branch if adapter is None else adapter(branch))
+    return result
+
+
+def add_attention(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """Return x' = x + ls1(attended); see `add_branches`."""
+    result: Tensor = x + block.drop_path1(_scaled(block, 1, attended))
     return result
 
 

@@ -21,8 +21,11 @@ from vpt_fast.modules.prompt_module import PromptModule
 SHARED = "prompt_shared"
 """Name of the module that the blocks of one width share, in their model or stage."""
 
-ADDED = ("prompt_projection", "prompt_projector", SHARED, "head_hidden")
-"""Modules that methods add to the model itself, beside the parameter `prompt_tokens`."""
+UPDATE = "prompt_update"
+"""Name of the module of a block that changes the prompt rows that leave it."""
+
+ADDED = ("prompt_projection", "prompt_projector", SHARED, UPDATE, "head_hidden")
+"""Modules that methods add to a model or its parts, beside the parameter `prompt_tokens`."""
 
 AnyTuned = TypeVar("AnyTuned", bound="Tuned")
 
@@ -67,7 +70,8 @@ class Tuned(nn.Module):
         modules = [getattr(self, name) for name in names if hasattr(self, name)]
         added = (PromptModule, FeatureProjector, BottleneckAdapter)
         modules += [m for m in self.modules() if isinstance(m, added)]
-        return modules + [m._modules[SHARED] for m in self.modules() if SHARED in m._modules]
+        owners = [m._modules for m in self.modules()]
+        return modules + [own[name] for own in owners for name in (SHARED, UPDATE) if name in own]
 
     def train(self: AnyTuned, mode: bool = True) -> AnyTuned:
         """Set the mode of prompts, adapters and head; the backbone stays in eval mode."""
@@ -154,7 +158,7 @@ class Tuned(nn.Module):
         parts = [
             f"{name}."
             for name, part in self.named_modules()
-            if isinstance(part, kinds) or name.rpartition(".")[2] == SHARED
+            if isinstance(part, kinds) or name.rpartition(".")[2] in (SHARED, UPDATE)
         ]
         within = (*parts, *(f"{name}." for name in ADDED))
         found: dict[str, Tensor] = {
@@ -190,7 +194,7 @@ def take_out(model: nn.Module, plain: Mapping[type, type]) -> None:
         forget(part)
         if type(part) in plain:
             part.__class__ = plain[type(part)]
-            for name in ("prompt", "adapter", "prompt_projector", SHARED):
+            for name in ("prompt", "adapter", "prompt_projector", SHARED, UPDATE):
                 part._modules.pop(name, None)
             for name in ("prompt", "rows", "memory", "tables"):
                 part.__dict__.pop(name, None)

@@ -64,12 +64,15 @@ class PromptModule(nn.Module):
 
     Attributes:
         reads: One of "nothing", "tokens" and "feature".
+        attends_apart: Whether the tokens attend to the prompts alone before the block, in a softmax
+            of its own, x + attention(norm1(x); K_p, V_p), and not with each other.
         dropout: Probability of prompt dropout, from the method's settings.
         num_rows: Number p of prompts.
         num_keys: Number n of keys and values beside those of the prompts.
     """
 
     reads: ClassVar[str] = "nothing"
+    attends_apart: ClassVar[bool] = False
     dropout: float = 0.0
     num_rows: int = 0
     num_keys: int = 0
@@ -111,18 +114,18 @@ class PromptModule(nn.Module):
     @property
     def is_static(self) -> bool:
         """Whether every image has the same prompts now."""
-        return self.reads == "nothing" and not self.drops
+        return self.reads == "nothing" and not (self.dropout and self.training)
 
     @property
     def known_ahead(self) -> bool:
         """Whether the prompts are known before the block's input, or are made inside of a fused
         block."""
-        return self.reads != "tokens"
+        return self.reads != "tokens" and not self.attends_apart
 
-    def static(self) -> Made:
+    def static(self) -> tuple[Tensor | None, Tensor | None]:
         """Return prompts (p, D) and kv (1, n, 2, H, d) of a static module that drops nothing."""
         rows, kv = self._called(None, None)
-        return Made(None if rows is None else self.after_dropout(rows), kv)
+        return None if rows is None else self.after_dropout(rows), kv
 
     def made(self, x: Tensor, feature: Any = None) -> Made:
         """Return the prompts of a block.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vpt_fast.methods import VAPT, VPTDeep, VPTShallow, register_method
 from vpt_fast.modules.block_info import BlockInfo
-from vpt_fast.modules.prompt_module import Made, PromptModule
+from vpt_fast.modules.prompt_module import PromptModule
 
 
 def new_projection(project_dim: int, width: int, like: Tensor) -> nn.Linear:
@@ -73,6 +73,8 @@ class PromptTokens(PromptModule):
         projection = owner._modules.get("prompt_projection")
         return tokens if projection is None else projection(tokens)
 
-    def static(self) -> Made:
-        """Return the prompts (p, D) before prompt dropout; fused blocks have no hooks inside."""
-        return Made(self.forward(), None)
+    def static(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the prompts (p, D), and None; a block with hooks inside does not call this."""
+        if self._owner[0] is None:
+            return self._parameters["tokens"], None
+        return self.forward(), None

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.methods import VAPT, Method, PromptMethod, VPTDeep, VPTShallow, check_method
 from vpt_fast.methods.baselines import Baseline, LinearProbe
-from vpt_fast.models.add_prompts import block_infos, new_prompts
+from vpt_fast.models.add_prompts import block_infos, new_prompts, new_updates
 from vpt_fast.models.attention_inputs import attention_tokens, projected_out
 from vpt_fast.models.family import family_of
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
+from vpt_fast.models.isotropic.prompts_apart import attend_to_prompts
 from vpt_fast.models.residual import add_branches
 from vpt_fast.models.tuned import SHARED, blocks_of
 from vpt_fast.modules.block_info import init_bound
@@ -174,24 +175,34 @@ class ConcatenatedMethod(_Concatenated):
         super().__init__()
         self.model: Any = freeze(model)
         family: Any = family_of(model)
-        made = new_prompts(block_infos(model, family), method)
-        self.prompts = nn.ModuleDict({str(index): module for index, module in made.items()})
+        infos = block_infos(model, family)
+        self.prompts, self.updates = (
+            nn.ModuleDict({str(index): module for index, module in made(infos, method).items()})
+            for made in (new_prompts, new_updates)
+        )
         self.shared = self.model._modules.pop(SHARED, None)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of images (B, 3, height, width)."""
         vit, count = self.model, 0
         x, tables = block_inputs(vit, images)
-        feature = None if self.shared is None else self.shared(x)
+        reads = any(module.reads == "feature" for module in self.prompts.children())
+        feature = self.shared(x) if reads and self.shared is not None else None
         for index, block in enumerate(vit.blocks):
             kv, rope = None, table_of(tables, index)
-            if str(index) in self.prompts:
-                module: Any = self.prompts[str(index)]
+            module: Any = self.prompts._modules.get(str(index))
+            if module is not None and module.attends_apart:
+                x = attend_to_prompts(block, module, x, rope, feature)
+            elif module is not None:
                 x = _stripped(x, vit, count)
                 rows, kv = module.made(x, feature)
                 count = 0 if rows is None else rows.shape[1]
                 x = x if rows is None else _replaced(x, rows.expand(len(x), -1, -1), vit, 0)
+            entered = x
             x = _through(block, x, rope, count) if kv is None else _beside(block, x, rope, kv)
+            if str(index) in self.updates:
+                rows = (t[:, vit.num_prefix_tokens :][:, :count] for t in (x, entered))
+                x = _replaced(x, self.updates[str(index)](*rows), vit, count)
         return _classified(vit, x, count)
 
 

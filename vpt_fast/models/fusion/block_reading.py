@@ -90,7 +90,8 @@ def _parts_of(block: Any) -> _Parts:
     containers = [parts, attn._modules, mlp._modules]
     modules = [*chain.from_iterable(map(dict.values, containers))]
     attributes = [m.__dict__ for part in parts.values() for m in with_descendants(part)]
-    prompts = {id(m.__dict__) for m in with_descendants(parts.get("prompt"))}
+    called = [*map(parts.get, ("prompt", "prompt_update"))]
+    prompts = {id(m.__dict__) for part in called for m in with_descendants(part)}
     act, inner = mlp._modules["act"], mlp._modules["norm"]
     scalars = [(attn, "num_heads"), (attn, "scale"), (parts["norm1"], "eps")]
     scalars += [(parts["norm2"], "eps"), (act, "approximate"), (attn, "head_dim")]

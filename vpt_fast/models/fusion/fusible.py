@@ -37,7 +37,7 @@ _LAYER_SCALES = (nn.Identity, LayerScale, NoneType)  # Swin's blocks have none
 _DROPOUTS = (nn.Identity, nn.Dropout, DropPath)
 
 # Parts of a fused block that are called as modules.
-_CALLED = ("prompt", "adapter")
+_CALLED = ("prompt", "adapter", "prompt_update")
 
 
 def activation_kind(module: nn.Module) -> str | None:

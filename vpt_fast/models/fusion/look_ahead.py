@@ -99,17 +99,24 @@ def _static_together(
     """Find the sources of the given blocks, whose prompts are static; return what is computed
     together, if their prompts and weights have one form."""
     dtype, made = computing_dtype(x), [reading.prompts[i].static() for i in blocks]
-    forms = {(rows is None, *[_form(t) for t in (rows, kv) if t is not None]) for rows, kv in made}
-    if len(forms) == 1 and made[0].rows is not None:
-        static_kv = _static_kv(reading, blocks, dtype, made[0].kv is not None)
+    rows, more = zip(*made, strict=True)
+    alike = _are_alike(rows) and (more.count(None) == len(more) or _are_alike(more))
+    if alike:
+        appends_kv = more[0] is not None
+        static_kv = _static_kv(reading, blocks, dtype, appends_kv)
         if static_kv is not None:
-            tensors = [(rows,) if kv is None else (rows, kv) for rows, kv in made]
-            found |= {i: (GIVEN_KV, own) for i, own in zip(blocks, tensors, strict=True)}
+            sources = made if appends_kv else zip(rows)
+            found |= {i: (GIVEN_KV, own) for i, own in zip(blocks, sources, strict=True)}
             return static_kv
-    for i, (rows, kv) in zip(blocks, made, strict=True):
-        own = None if rows is None else rows.unsqueeze(0)
+    for i, (own, kv) in zip(blocks, made, strict=True):
+        own = None if own is None else own.unsqueeze(0)
         found[i] = fused_source(own, None, kv, 1.0 - reading.prompts[i].dropout, dtype)
     return None
+
+
+def _are_alike(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether all are tensors of one shape, dtype and device."""
+    return type(None) not in map(type, tensors) and len({*map(_form, tensors)}) == 1
 
 
 class _CachedKV(NamedTuple):

@@ -19,6 +19,7 @@ from vpt_fast.models.attention_inputs import projections_of
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.models.fusion.fusible import can_fuse
+from vpt_fast.models.isotropic.prompts_apart import after_prompts_apart, with_updated_rows
 from vpt_fast.models.prompt_rows import (
     LiveRows,
     PromptRows,
@@ -58,7 +59,8 @@ class PromptedBlock(nn.Module):
     - module by module, without the rows that are not read;
     - concatenated: timm's own block on prompts and tokens, as published.
 
-    A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum.
+    A submodule `adapter`, if it has one, maps the MLP's output (B, N, D) before the residual sum,
+    and `prompt_update` changes the prompt rows that leave the block.
 
     Attributes:
         plain_class: timm's class of the block.
@@ -179,10 +181,13 @@ class PromptedBlock(nn.Module):
         if attn_mask is None and not is_causal:
             total = DeferredSum(x)
             x = self.forward_deferred(total, self.memory, first, rope, feature).materialize()
-        elif self.memory == "speed":
-            x = self._concatenated(x, rope, feature, attn_mask, is_causal)
+        elif "prompt_update" in self._modules:
+            x = with_updated_rows(self, x, self.memory, rope, feature, attn_mask).materialize()
         else:
-            x = recomputed(self, self._concatenated, x, rope, feature, attn_mask, is_causal)
+            x = after_prompts_apart(self, x, self.memory, rope, feature)
+            args = (x, rope, feature, attn_mask, is_causal)
+            whole = self._concatenated
+            x = whole(*args) if self.memory == "speed" else recomputed(self, whole, *args)
         if live is not None and rows.leaving:
             x, live.rows = split_rows(x, rows.leaving, rows.prefix)
         return x
@@ -202,7 +207,12 @@ class PromptedBlock(nn.Module):
             memory: What is saved for backward.
             first, rope, feature: As for `compute`.
         """
-        rows, prompt, now = self.rows, self._modules.get("prompt"), None
+        if "prompt_update" in self._modules:
+            return with_updated_rows(self, total.materialize(), memory, rope, feature)
+        rows, prompt, now = self.rows, self.joined, None
+        if prompt is None and "prompt" in self._modules and self.prompt is not None:
+            x = after_prompts_apart(self, total.materialize(), memory, rope, feature)
+            total = DeferredSum(x)
         # A fused block computes dead rows, too, and all keys and values, which a GPU's matrix units
         # do faster than the smaller products of `absorbed_attention`, and a CPU does not.
         if (
@@ -235,6 +245,12 @@ class PromptedBlock(nn.Module):
             total, prompts = fused_block.own_sources(prompt, total, memory, feature)
         return fused_block.run(self, now, prompts, total, Use(memory, queries=first), rope)
 
+    @property
+    def joined(self) -> Any:
+        """Module of the prompts that join the tokens' attention, or None."""
+        prompt: Any = self._modules.get("prompt")
+        return None if prompt is None or prompt.attends_apart else prompt
+
     def _by_modules(
         self, total: DeferredSum, first: int | None, rope: Tensor | None, feature: Any
     ) -> Tensor:
@@ -243,7 +259,7 @@ class PromptedBlock(nn.Module):
             x = self._concatenated(x, rope, feature)
             return x if first is None else x[:, :first]
         prompts = kv = queries = None
-        if self.prompt is not None:
+        if self.joined is not None:
             x, (prompts, kv) = self.own_prompts(x, feature)
             if rows.leaving:
                 x, prompts = insert_rows(x, prompts, rows.prefix), None
@@ -254,7 +270,7 @@ class PromptedBlock(nn.Module):
         if first is not None:
             x, queries = x[:, :first], y[:, :first]
             query_rope = table_of_first(rope, y.shape[1], first)
-        elif self.prompt is None and rows.entering and not rows.leaving:
+        elif self.joined is None and rows.entering and not rows.leaving:
             x = strip_rows(x, rows.entering, rows.prefix)
             queries = strip_rows(y, rows.entering, rows.prefix)
         attn: Any = self.attn
@@ -273,7 +289,7 @@ class PromptedBlock(nn.Module):
     ) -> Tensor:
         rows, kv = self.rows, None
         count = rows.entering
-        if self.prompt is not None:
+        if self.joined is not None:
             x, (prompts, kv) = self.own_prompts(x, feature)
             count = 0 if prompts is None else prompts.shape[1]
             x = insert_rows(x, prompts, rows.prefix)
@@ -309,7 +325,8 @@ class PromptedBlock(nn.Module):
         Hooks may change what they see; what comes after the keys is the tokens' own.
         """
         attn: Any = self._modules["attn"]
-        parts = [part for name, part in self._modules.items() if name not in ("attn", "prompt")]
+        apart = ("attn", "prompt", "prompt_update")
+        parts = [part for name, part in self._modules.items() if name not in apart]
         inside = attn._modules
         return (
             is_transformed()

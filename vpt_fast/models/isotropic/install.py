@@ -23,10 +23,10 @@ def install_prompts(model: Any) -> None:
     """
     tuned: type[PromptedBlock] = model.tuned_block
     blocks: list[Any] = list(model.blocks)
-    prompted = counts_of(blocks)
-    all_rows = rows_of_blocks(prompted, model.num_prefix_tokens, model.pools_prompts())
-    for block, own, rows in zip(blocks, prompted, all_rows, strict=True):
-        if own is not None or rows.entering or "adapter" in block._modules or block is blocks[-1]:
+    all_rows = rows_of_blocks(counts_of(blocks), model.num_prefix_tokens, model.pools_prompts())
+    for block, rows in zip(blocks, all_rows, strict=True):
+        own = getattr(block, "prompt", None) is not None
+        if own or rows.entering or "adapter" in block._modules or block is blocks[-1]:
             block.__class__ = tuned
             block.attn.__class__ = tuned.attentions.get(type(block.attn), type(block.attn))
             block.prompt = getattr(block, "prompt", None)

@@ -112,6 +112,25 @@ ATTENTION_BACKWARD = Operation(
 )
 
 
+def attention_to_prompts(q: Tensor, kv: Tensor, scale: float) -> Tensor:
+    """Compute softmax(q K_p^T * scale) V_p: attention to prompts alone, by the same kernels.
+
+    Where the batch shares the prompts, one of them takes the place of the tokens' keys and values.
+
+    Args:
+        q: Queries (B, M, H, d).
+        kv: Keys and values (B or 1, p, 2, H, d) of the prompts, p at least 1.
+        scale: Factor of the scores.
+
+    Returns:
+        (B, M, H * d).
+    """
+    if len(kv) == len(q):
+        return prompt_attention([q, kv.contiguous()], [], scale)
+    first = kv[:, :1].expand(len(q), *[-1] * 4).contiguous()
+    return prompt_attention([q, first], [kv[:, 1:].contiguous()], scale)
+
+
 def prompt_attention(tokens: list[Tensor], prompts: list[Tensor], scale: float) -> Tensor:
     """Compute multi-head attention over prompt and token keys, without concatenating them.
 

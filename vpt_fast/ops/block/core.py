@@ -119,7 +119,7 @@ class BlockSteps:
         """Return the gradients of the sources and of the token mixing."""
         source = self.config.source
         if source is None or source.gives_kv:
-            return [grad_kv, *[None for _ in sources[1:]]], ()
+            return [grad_kv] if len(sources) == 1 else [grad_kv, None], ()
         own = []
         if source.appends_kv:
             batch = max(len(t) for t in sources[:2] if t is not None)

@@ -117,15 +117,15 @@ class KVWeights:
             rstd: Reciprocal standard deviation likewise.
             grads: Gradients of the keys and values of each block; None for 0.
         """
-        wide, first = mean.dtype, prompts[0]
+        wide, first, count = mean.dtype, prompts[0], prompts[0].shape[0]
         grad_y = torch.empty((len(prompts), *first.shape), dtype=dtype, device=first.device)
         for grad, weights, out in zip(grads, self.weights, grad_y.unbind(), strict=True):
             if grad is None:
                 out.zero_()
                 continue
             rows = grad.view(grad.shape[1], -1)
-            if grad.shape[1] > len(first):
-                rows = rows[: len(first)]
+            if grad.shape[1] > count:
+                rows = rows[:count]
             parts = (rows,) if len(weights) == 1 else rows.chunk(len(weights), 1)
             torch.mm(parts[0], weights[0], out=out)
             for part, weight in zip(parts[1:], weights[1:], strict=True):

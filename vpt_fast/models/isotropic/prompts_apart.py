@@ -1,0 +1,128 @@
+"""Prompts beside the sequence: attention to them alone, and rows that change between blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpt_fast.models.attention_inputs import (
+    packed_prompts,
+    projected,
+    projected_out,
+    projections_of,
+)
+from vpt_fast.models.fusion import fused_block
+from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Use
+from vpt_fast.models.prompt_rows import extend_mask, extend_table, insert_rows
+from vpt_fast.models.recompute import recomputed
+from vpt_fast.models.residual import add_attention, add_branches
+from vpt_fast.modules.hooks import is_watched
+from vpt_fast.modules.norms import normalised_prompts
+from vpt_fast.ops.attention.operator import attention_to_prompts
+from vpt_fast.ops.block.add_norm import DeferredSum
+from vpt_fast.ops.block.prompt_source import appended
+from vpt_fast.ops.rowwise.rotation import rotated
+
+
+def attend_to_prompts(
+    block: Any, prompt: Any, x: Tensor, rope: Tensor | None, feature: Any
+) -> Tensor:
+    """Return x + attention(norm1(x); K_p, V_p): a softmax over a block's prompts alone.
+
+    Attention has the block's frozen projections; the queries of the patches are rotated where the
+    model has a rotary position embedding, prompts are not.
+
+    "CVPT: Cross Visual Prompt Tuning" (ICCV 2025, arXiv 2408.14961).
+
+    Args:
+        block: timm's block or ours.
+        prompt: Module of the block's prompts.
+        x: Input (B, N, D) of the block.
+        rope: Table of the rotary position embedding of the last rows, or None.
+        feature: What the method's shared module made of the image, or None.
+
+    Raises:
+        ValueError: A projection is hooked: its hook would see something else than timm's.
+    """
+    attn = block.attn
+    if is_watched(block.norm1, *projections_of(attn)):
+        raise ValueError(
+            "norm1 or a projection of this block is hooked, but tokens attend to prompts apart "
+            "through them, too; hook the block or its attention"
+        )
+    rows, kv = prompt.made(x, feature)
+    found: Any = None if kv is None else kv.to(x.dtype)
+    if rows is not None:
+        own = packed_prompts(attn, normalised_prompts(block.norm1, rows, x.dtype))
+        found = own if found is None else appended(own, found)
+    y = block.norm1(x)
+    heads = (attn.num_heads, attn.head_dim)
+    q = projected(attn, y, slice(0, attn.num_heads * attn.head_dim)).unflatten(-1, heads)
+    q = attn.q_norm(q)
+    if rope is not None:
+        q = rotated(q, rope, getattr(attn, "rotate_half", False)).to(y.dtype)
+    out = attention_to_prompts(q, found, attn.scale)
+    return add_attention(block, x, projected_out(attn, out, y))
+
+
+def after_prompts_apart(
+    block: Any, x: Tensor, memory: str, rope: Tensor | None, feature: Any
+) -> Tensor:
+    """Return the tokens after attention to prompts apart, if a block has such prompts.
+
+    Args:
+        block: Tuned block.
+        x, rope, feature: As for `attend_to_prompts`.
+        memory: What is saved for backward; "speed" recomputes nothing.
+    """
+    prompt = block._modules.get("prompt")
+    if prompt is None or not prompt.attends_apart:
+        return x
+    if memory == "speed":
+        return attend_to_prompts(block, prompt, x, rope, feature)
+    again: Tensor = recomputed(block, attend_to_prompts, block, prompt, x, rope, feature)
+    return again
+
+
+def with_updated_rows(
+    block: Any,
+    x: Tensor,
+    memory: str,
+    rope: Tensor | None,
+    feature: Any,
+    attn_mask: Tensor | None = None,
+) -> DeferredSum:
+    """Compute a block whose `prompt_update` changes the prompt rows that leave it.
+
+    Args:
+        block: Tuned block whose prompt rows live on.
+        x: Its input, with the live prompt rows that enter.
+        memory, rope, feature: As for `after_prompts_apart`.
+        attn_mask: As timm's, without prompt rows, or None.
+    """
+    rows, prefix, now = block.rows, block.rows.prefix, None
+    if block.joined is not None:
+        x, (own, _) = block.own_prompts(x, feature)
+        x = insert_rows(x, own, prefix)
+    entered = x[:, prefix : prefix + rows.leaving]
+    if attn_mask is None and fused_block.can_rotate(rope, x):
+        now = block.fused(block, x)
+    if now is not None:
+        use, total = Use(memory), DeferredSum(x)
+        x = fused_block.run(block, now, NO_PROMPTS, total, use, rope).materialize()
+    elif memory == "speed":
+        x = _concatenated(block, x, rope, attn_mask)
+    else:
+        x = recomputed(block, _concatenated, block, x, rope, attn_mask)
+    left = block.prompt_update(x[:, prefix : prefix + rows.leaving], entered).to(x.dtype)
+    return DeferredSum(torch.cat([x[:, :prefix], left, x[:, prefix + rows.leaving :]], 1))
+
+
+def _concatenated(block: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None) -> Tensor:
+    """Return the block's output for all rows (B, N + p, D), prompt rows after the prefix."""
+    count, prefix = block.rows.leaving, block.rows.prefix
+    mask = None if attn_mask is None else extend_mask(attn_mask, count, prefix)
+    tables = {} if rope is None else {"rope": extend_table(rope, count)}
+    return add_branches(block, x, block.attn(block.norm1(x), attn_mask=mask, **tables))
