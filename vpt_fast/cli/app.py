@@ -14,6 +14,7 @@ from vpt_fast.cli.eval import evaluate_adapter
 from vpt_fast.cli.export import export
 from vpt_fast.cli.inspect import inspect_adapter
 from vpt_fast.cli.memory import memory_profile
+from vpt_fast.cli.methods import list_methods
 from vpt_fast.cli.predict import predict
 from vpt_fast.cli.report import report
 from vpt_fast.cli.sweep import sweep
@@ -63,6 +64,7 @@ app.command()(predict)
 app.command(name="inspect")(inspect_adapter)
 app.command()(export)
 app.command(name="memory")(memory_profile)
+app.command(name="methods")(list_methods)
 app.command()(report)
 app.command()(sweep)
 

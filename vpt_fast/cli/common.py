@@ -72,6 +72,7 @@ def make_method(name: str, options: Mapping[str, Any], settings: Iterable[str] =
             f"--method is {name!r}; choose one of {', '.join(method_names())}, or give "
             "package.module:Class"
         )
+    check_some_prompts([options.get("num_prompts")])
     method = find_method(name)
     known = {field.name for field in fields(method)}
     given = {option: value for option, value in options.items() if value is not None}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vpt_fast.methods import METHODS
+from vpt_fast.methods import INITS, METHODS
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.train.common.paper_settings import PAPERS
 from vpt_fast.train.common.recipe import (
@@ -140,6 +140,22 @@ TrainingData = Annotated[
         "VTAB-1k set, FGVC json files, or a saved Hugging Face dataset. With "
         "val/ the epoch that is best on it is kept, without it the last one; test/ is "
         "evaluated once, with the kept epoch.",
+    ),
+]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Initial prompts (vpt-deep): {', '.join(INITS)}; all but the first are made of "
+        "training images."
+    ),
+]
+Rewind = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RUN",
+        help="Finished run of e2vpt: its least important prompts and pieces of prompts are pruned "
+        "(--set prune_tokens=0.2, prune_pieces=0.2), and the rest is trained again from the "
+        "initial values of this seed.",
     ),
 ]
 METHOD_NAMES = f"{', '.join(METHODS)}; one of an installed package, or package.module:Class."

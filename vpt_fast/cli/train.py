@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from tqdm import tqdm
 from vpt_fast.cli.common import (
     accuracy,
     block_indices,
-    check_some_prompts,
     make_method,
     one_line_errors,
     report_skipped,
@@ -33,6 +33,7 @@ from vpt_fast.cli.options import (
     HFlip,
     HiddenDim,
     ImgSize,
+    Init,
     Interpolation,
     LearningRate,
     Memory,
@@ -51,6 +52,7 @@ from vpt_fast.cli.options import (
     Reduction,
     Resize,
     Resume,
+    Rewind,
     RunOutput,
     Scale,
     Schedule,
@@ -88,6 +90,8 @@ def train(
     reduction: Reduction = None,
     num_layers: NumLayers = None,
     hidden_dim: HiddenDim = None,
+    init: Init = None,
+    rewind: Rewind = None,
     settings: Settings = None,
     epochs: Epochs = 100,
     batch_size: BatchSize = None,
@@ -125,14 +129,12 @@ def train(
     """
     with one_line_errors(), process_group(resolve_device(device)) as where:
         fields: dict[str, Any] = {
-            "num_prompts": num_prompts, "dropout": dropout, "blocks": block_indices(blocks),
-            "num_blocks": num_blocks, "reduction": reduction, "num_layers": num_layers,
-            "hidden_dim": hidden_dim,
+            "num_prompts": num_prompts, "dropout": dropout, "num_blocks": num_blocks, "init": init,
+            "reduction": reduction, "num_layers": num_layers, "hidden_dim": hidden_dim,
         }  # fmt: skip
-        check_some_prompts([num_prompts])
+        fields["blocks"] = block_indices(blocks)
         tuned = make_method(method, fields, settings or ())
-        chosen = frozenset(name for name in fields if fields[name] is not None)
-        paper = paper_settings(recipe, tuned, check_format(directory, data_format), chosen)
+        paper = paper_settings(recipe, tuned, check_format(directory, data_format), _given(fields))
         run = RunSettings(
             directory=directory, model=model, method=paper.method,
             output=output or Path("output") / f"{directory.resolve().name}-{tuned.name}",
@@ -148,11 +150,15 @@ def train(
             image_options=ImageOptions(
                 interpolation, not no_antialias, normalisation, resize or paper.resize, not no_exif
             ),
-            checkpoint=checkpoint, pretrained=pretrained, img_size=img_size,
+            checkpoint=checkpoint, pretrained=pretrained, img_size=img_size, rewind=rewind,
             data_format=data_format, memory=memory, cache=cache, prefix_cache=prefix_cache,
             cuda_graphs=cuda_graphs, workers=workers, device=where, resume=resume,
         )  # fmt: skip
         _report(tune_on_folder(run, log=tqdm.write), epochs)
+
+
+def _given(fields: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(name for name, value in fields.items() if value is not None)
 
 
 def _report(result: RunResult, epochs: int) -> None:

@@ -87,7 +87,7 @@ class BakedAttention(nn.Module):
         found = []
         for keys, values in pairs:
             if keys is not None:
-                own = (t.to(like.dtype).expand(len(like), -1, -1, -1) for t in (keys, values))
+                own = (t.to(like.dtype).expand(like.shape[0], -1, -1, -1) for t in (keys, values))
                 found.append((next(own), next(own)))
         return found
 

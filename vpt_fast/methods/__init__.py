@@ -1,7 +1,7 @@
 """Methods of tuning: one frozen dataclass each."""
 
 from vpt_fast.methods.prompt_method import PromptMethod
-from vpt_fast.methods.prompts import VAPT, VAPT_VARIANTS, VPTDeep, VPTShallow
+from vpt_fast.methods.prompts import INITS, VAPT, VAPT_VARIANTS, VPTDeep, VPTShallow
 from vpt_fast.methods.registry import (
     METHODS,
     Method,
@@ -15,6 +15,7 @@ from vpt_fast.methods.registry import (
 )
 
 __all__ = [
+    "INITS",
     "METHODS",
     "VAPT",
     "VAPT_VARIANTS",

@@ -17,9 +17,11 @@ _AFTER_BLOCKS = ("norm.", "attn_pool.", "fc_norm.")
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method without prompts."""
+    """A method without prompts; attributes as of `PromptMethod`."""
 
     name: ClassVar[str]
+    paper: ClassVar[str] = "ECCV 2022, arXiv 2203.12119, section 4.1"
+    equation: ClassVar[str] = ""
     num_prompts: ClassVar[int] = 0
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
@@ -36,6 +38,7 @@ class LinearProbe(Baseline):
     """Train the classifier only."""
 
     name: ClassVar[str] = "linear"
+    equation: ClassVar[str] = "the classifier"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class FullTuning(Baseline):
     """Train every parameter of the model."""
 
     name: ClassVar[str] = "full"
+    equation: ClassVar[str] = "every parameter"
 
     def trains(self, name: str, depth: int) -> bool:
         """Return True, for every parameter; see `Baseline.trains`."""
@@ -64,6 +68,7 @@ class PartialTuning(Baseline):
     num_blocks: int = 1
 
     name: ClassVar[str] = "partial"
+    equation: ClassVar[str] = "the last blocks and what follows them"
 
     def __post_init__(self) -> None:
         check_count("num_blocks", self.num_blocks, 1)
@@ -86,6 +91,8 @@ class BiasTuning(Baseline):
     """
 
     name: ClassVar[str] = "bias"
+    paper: ClassVar[str] = "BitFit, arXiv 2106.10199"
+    equation: ClassVar[str] = "every bias"
 
     def trains(self, name: str, depth: int) -> bool:
         """Return whether the parameter is a bias; see `Baseline.trains`."""
@@ -113,6 +120,8 @@ class AdapterTuning(Baseline):
     reduction: int = 8
 
     name: ClassVar[str] = "adapter"
+    paper: ClassVar[str] = "arXiv 2005.00247"
+    equation: ClassVar[str] = "h + up(gelu(down(h))) after every MLP"
 
     def __post_init__(self) -> None:
         check_count("reduction", self.reduction, 1)
@@ -136,6 +145,7 @@ class MLPHead(Baseline):
     hidden_dim: int | None = None
 
     name: ClassVar[str] = "mlp-head"
+    equation: ClassVar[str] = "a classifier of several layers"
 
     def __post_init__(self) -> None:
         check_count("num_layers", self.num_layers, 2)

@@ -15,6 +15,9 @@ from typing import ClassVar
 from vpt_fast.methods.fields import check_count, check_dropout, check_flag
 from vpt_fast.methods.prompt_method import PromptMethod
 
+INITS = ("uniform", "spt-random", "spt-mean", "spt-max", "vipamin")
+"""Names of initial values of VPT-Deep's prompts."""
+
 
 def _check_prompts(method: VPTShallow | VPTDeep) -> None:
     if method.project_dim is not None:
@@ -70,6 +73,9 @@ class VPTDeep(PromptMethod):
             one, the prompt rows pass through it as tokens.
         shared: Whether all prompted blocks have one set of prompts.
         pool_prompts: Whether the pooling also reads the prompt rows of the last block's output.
+        init: Initial values: "uniform", those of VPT, or from images, by `vpt_fast.initialise`:
+            random tokens of the block's own input, or means or maxima of windows of them (SPT:
+            "spt-random", "spt-mean", "spt-max"), or "vipamin". Not with `project_dim` or `shared`.
 
     Raises:
         TypeError: If a field is of the wrong type.
@@ -80,6 +86,7 @@ class VPTDeep(PromptMethod):
     blocks: Iterable[int] | None = None
     shared: bool = False
     pool_prompts: bool = False
+    init: str = "uniform"
 
     name: ClassVar[str] = "vpt-deep"
     paper: ClassVar[str] = "ECCV 2022, arXiv 2203.12119"
@@ -89,6 +96,13 @@ class VPTDeep(PromptMethod):
         super().__post_init__()
         _check_prompts(self)
         check_flag("shared", self.shared)
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}; got {self.init!r}")
+        if self.init != INITS[0] and (self.shared or self.project_dim is not None):
+            raise ValueError(
+                f"init={self.init!r} sets each block's own prompts, of the model's width; leave "
+                "shared and project_dim out"
+            )
         if self.blocks is None:
             return
         if isinstance(self.blocks, (str, bytes)) or not isinstance(self.blocks, Iterable):

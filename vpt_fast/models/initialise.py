@@ -56,11 +56,7 @@ def initialise(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
 def initialises(model: Any) -> bool:
     """Return whether the method of a tuned model is initialised from images."""
-    return any(
-        type(module).initialise is not PromptModule.initialise
-        for module in model.modules()
-        if isinstance(module, PromptModule)
-    )
+    return any(m.initialises for m in model.modules() if isinstance(m, PromptModule))
 
 
 def _frozen_weights(block: Any) -> FrozenWeights:

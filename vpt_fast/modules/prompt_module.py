@@ -97,6 +97,11 @@ class PromptModule(nn.Module):
             weights: Frozen weights of the block.
         """
 
+    @property
+    def initialises(self) -> bool:
+        """Whether the module has initial values from images."""
+        return type(self).initialise is not PromptModule.initialise
+
     def regulariser(self) -> Tensor | None:
         """Return a scalar that training adds to the loss, or None."""
         return None
@@ -153,12 +158,12 @@ class PromptModule(nn.Module):
         if rows is not None and rows.ndim == 2:
             rows = rows.unsqueeze(0)
         if self.drops and rows is not None:
-            if len(rows) == 1 and type(self).after_dropout is PromptModule.after_dropout:
-                mask = F.dropout(rows.new_ones(len(x), *rows.shape[1:]), self.dropout).bool()
+            if rows.shape[0] == 1 and type(self).after_dropout is PromptModule.after_dropout:
+                mask = F.dropout(rows.new_ones(x.shape[0], *rows.shape[1:]), self.dropout).bool()
             else:
-                rows = F.dropout(rows.expand(len(x), -1, -1), self.dropout)
+                rows = F.dropout(rows.expand(x.shape[0], -1, -1), self.dropout)
         if self.drops and kv is not None:
-            kv = F.dropout(kv.expand(len(x), -1, -1, -1, -1), self.dropout)
+            kv = F.dropout(kv.expand(x.shape[0], -1, -1, -1, -1), self.dropout)
         return None if rows is None else self.after_dropout(rows), mask, kv
 
     def _called(self, x: Tensor | None, feature: Any) -> Made:

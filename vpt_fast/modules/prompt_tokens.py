@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vpt_fast.methods import VAPT, VPTDeep, VPTShallow, register_method
-from vpt_fast.modules.block_info import BlockInfo
+from vpt_fast.modules.block_info import BlockInfo, FrozenWeights
+from vpt_fast.modules.initial_values import INITIAL_VALUES, UNIFORM
 from vpt_fast.modules.prompt_module import PromptModule
 
 
@@ -58,6 +60,8 @@ class PromptTokens(PromptModule):
         tokens = None if method.shared else _new_tokens(method, block)
         self.register_parameter("tokens", tokens)
         self.dropout, self.num_rows = method.dropout, method.num_prompts
+        self.init: str = getattr(method, "init", UNIFORM)
+        self.prefix = block.num_prefix_tokens
         # In a tuple, so that the model does not become a submodule of its own prompts.
         shares = method.shared or method.project_dim is not None
         self._owner = (block.model if shares else None,)
@@ -72,6 +76,19 @@ class PromptTokens(PromptModule):
             tokens = owner.prompt_tokens
         projection = owner._modules.get("prompt_projection")
         return tokens if projection is None else projection(tokens)
+
+    @property
+    def initialises(self) -> bool:
+        """Whether the prompts start from images."""
+        return self.init != UNIFORM
+
+    @torch.no_grad()
+    def initialise(self, inputs: Tensor, weights: FrozenWeights) -> None:
+        """Set the prompts as the method's `init` says; arguments as of `PromptModule`."""
+        tokens: Any = self.tokens
+        if self.initialises:
+            patches = inputs[:, self.prefix :].flatten(0, 1)
+            tokens.copy_(INITIAL_VALUES[self.init](tokens, patches, weights))
 
     def static(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the prompts (p, D), and None; a block with hooks inside does not call this."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpt_fast.methods import PromptMethod, register_method
-from vpt_fast.methods.fields import check_count
+from vpt_fast.methods.fields import check_count, check_dropout
 from vpt_fast.modules.block_info import BlockInfo
 from vpt_fast.modules.prompt_module import PromptModule, Prompts
 
@@ -32,6 +32,8 @@ class E2VPT(PromptMethod):
             per image and block; in [0, 1).
         num_keys: Number n of keys and values of each block, at least 1.
         pieces: Number of equal pieces that a prompt's channels are divided into, at least 1.
+        prune_tokens: Share of the prompts that `vpt-fast train --rewind` prunes, in [0, 1).
+        prune_pieces: Share of the pieces of the other prompts that it prunes, in [0, 1).
 
     Raises:
         TypeError: If a field is of the wrong type.
@@ -40,6 +42,8 @@ class E2VPT(PromptMethod):
 
     num_keys: int = 5
     pieces: int = 8
+    prune_tokens: float = 0.2
+    prune_pieces: float = 0.2
 
     paper: ClassVar[str] = "ICCV 2023, arXiv 2307.13770"
     equation: ClassVar[str] = "P = P * masks; K = [K_n; K_p; K_x], V = [V_n; V_p; V_x]"
@@ -48,6 +52,8 @@ class E2VPT(PromptMethod):
         super().__post_init__()
         check_count("num_keys", self.num_keys, 1)
         check_count("pieces", self.pieces, 1)
+        for name in ("prune_tokens", "prune_pieces"):
+            check_dropout(name, getattr(self, name))
 
 
 class Masks(nn.Module):

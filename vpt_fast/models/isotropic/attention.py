@@ -85,7 +85,7 @@ class PromptedAttention(nn.Module):
         """
         own: Any = self
         q, *tokens = (t.transpose(1, 2) for t in split(attention_tokens(own, x, None, rope, rope)))
-        parts = (part.transpose(1, 2).expand(len(x), -1, -1, -1) for part in kv.unbind(2))
+        parts = (part.transpose(1, 2).expand(x.shape[0], -1, -1, -1) for part in kv.unbind(2))
         k, v = (torch.cat([*pair], 2) for pair in zip(parts, tokens, strict=True))
         if attn_mask is not None and attn_mask.shape[-1] > 1:
             seen = torch.zeros_like(attn_mask[..., :1]).expand(*attn_mask.shape[:-1], kv.shape[1])

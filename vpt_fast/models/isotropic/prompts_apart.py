@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vpt_fast.models.attention_inputs import (
@@ -24,6 +25,7 @@ from vpt_fast.ops.attention.operator import attention_to_prompts
 from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.block.prompt_source import appended
 from vpt_fast.ops.rowwise.rotation import rotated
+from vpt_fast.ops.tracing import is_transformed
 
 
 def attend_to_prompts(
@@ -63,7 +65,12 @@ def attend_to_prompts(
     q = attn.q_norm(q)
     if rope is not None:
         q = rotated(q, rope, getattr(attn, "rotate_half", False)).to(y.dtype)
-    out = attention_to_prompts(q, found, attn.scale)
+    if is_transformed():
+        k, v = found.expand(x.shape[0], *[-1] * 4).transpose(1, 3).unbind(2)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=attn.scale)
+        out = out.transpose(1, 2).flatten(2)
+    else:
+        out = attention_to_prompts(q, found, attn.scale)
     return add_attention(block, x, projected_out(attn, out, y))
 
 

@@ -125,9 +125,9 @@ def attention_to_prompts(q: Tensor, kv: Tensor, scale: float) -> Tensor:
     Returns:
         (B, M, H * d).
     """
-    if len(kv) == len(q):
+    if kv.shape[0] == q.shape[0]:
         return prompt_attention([q, kv.contiguous()], [], scale)
-    first = kv[:, :1].expand(len(q), *[-1] * 4).contiguous()
+    first = kv[:, :1].expand(q.shape[0], *[-1] * 4).contiguous()
     return prompt_attention([q, first], [kv[:, 1:].contiguous()], scale)
 
 

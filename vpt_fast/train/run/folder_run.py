@@ -31,6 +31,7 @@ from vpt_fast.train.run.describe import Log, describe_run, describe_source
 from vpt_fast.train.run.record import FILE as RECORD
 from vpt_fast.train.run.record import RunRecord, new_record, read_record, recording, write_record
 from vpt_fast.train.run.resuming import check_resumed
+from vpt_fast.train.run.rewind import rewind
 from vpt_fast.train.run.settings import RunSettings
 
 
@@ -86,6 +87,9 @@ def tune_on_folder(
     output.mkdir(parents=True, exist_ok=True)
     if not (settings.resume and (output / CHECKPOINT).is_file()):
         initial_prompts(run.net, run.loaders["train"], log)
+        if settings.rewind is not None:
+            tokens, pieces = rewind(run.net, settings.rewind, run.loaders["train"])
+            log(f"pruned {tokens} prompts and {pieces} pieces of others, as {settings.rewind} says")
     skipped = run.cache_prefix(log)
     try:
         with recording(output, run.record):

@@ -15,7 +15,7 @@ from vpt_fast.train.run.record import RunRecord
 
 _FLAGS = {"antialias": "no_antialias", "exif": "no_exif"}
 """Options that negate their field."""
-_OPTIONS = {"cache": "auto", "prefix_cache": True, "device": None}
+_OPTIONS = {"cache": "auto", "prefix_cache": True, "device": None, "rewind": None}
 """Defaults of the options that are compared. `memory`, `workers` and `cuda_graphs` change no bit,
 and `loop` compares the number of processes."""
 

@@ -16,6 +16,7 @@ from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.image_loaders import check_loading
 from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.loop.graphed_step import check_cuda_graphs
+from vpt_fast.train.run.rewind import check_rewind
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class RunSettings:
         workers: Number of processes that load images; None takes 0 on the CPU, up to 4 on a GPU.
         device: Device to train on.
         resume: Whether to continue in `output` after the last epoch that ended there.
+        rewind: Finished run of `E2VPT` whose prompts are pruned, to train the others again from
+            their initial values; or None.
     """
 
     directory: Path
@@ -66,16 +69,20 @@ class RunSettings:
     workers: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     resume: bool = False
+    rewind: Path | None = None
 
     def check(self) -> None:
         """Check what no other part checks before training begins.
 
         Raises:
-            ValueError: If `memory`, `cache`, `workers` or `cuda_graphs` cannot be used.
+            ValueError: If `memory`, `cache`, `workers`, `cuda_graphs` or `rewind` cannot be used.
+            FileNotFoundError: If there is no adapter in `rewind`.
         """
         check_memory_mode(self.memory)
         check_cuda_graphs(self.cuda_graphs)
         check_loading(self.workers, self.cache)
+        if self.rewind is not None:
+            check_rewind(self.rewind, self.method)
 
     def model_record(self, weights: Path | None, digest: str) -> dict[str, Any]:
         """Return what run.json says of the model.
@@ -101,5 +108,6 @@ class RunSettings:
             "cuda_graphs": self.cuda_graphs,
             "workers": self.workers,
             "device": str(self.device),
+            "rewind": None if self.rewind is None else str(self.rewind),
             "processes": world_size(),
         }
