@@ -41,6 +41,7 @@ from vpt_fast.train.demo.study import (
 )
 from vpt_fast.train.demo.task import (
     CLASS_NAMES,
+    DEMO,
     SETTINGS,
     SPLIT_SEED,
     Digits,
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=WEIGHT_DECAYS,
         help="of --select; the papers' 4",
     )
-    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(DEMO))
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="demo_output")
     parser.add_argument("--epochs", type=int, help="20; with --seeds 100, as in the papers")
     parser.add_argument("--seed", type=int, default=42, help="42")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from vpt_fast import count_parameters
 from vpt_fast.train.common.curves import format_table
 from vpt_fast.train.common.paper_settings import LEARNING_RATES as PAPER_RATES
 from vpt_fast.train.common.paper_settings import WEIGHT_DECAYS
@@ -23,27 +25,39 @@ from vpt_fast.train.demo.task import (
 )
 from vpt_fast.train.loop.evaluate import TrainingError, evaluate, resolve_device
 
+DEMO_EPOCHS = 20
+"""Number of epochs of the demo."""
+
 # The papers' grid.
 LEARNING_RATES = PAPER_RATES["sgd"]
 
 
 def run_seeds(names: Sequence[str], epochs: int, seeds: Sequence[int], device: str) -> None:
-    """Train on 1,000 images with every seed, and print the last epoch's test accuracies."""
+    """Train on 1,000 images with every seed, and print the last epoch's test accuracies.
+
+    At the demo's number of epochs the demo's learning rates are used, at others those for 100.
+    """
     where, digits = resolve_device(device), load_splits()
+    settings = SETTINGS if epochs == DEMO_EPOCHS else STUDY_SETTINGS
     rows = []
     for name in names:
-        setting, accuracies = STUDY_SETTINGS[name], []
+        setting, accuracies, seconds, trained = settings[name], [], 0.0, 0
         for seed in seeds:
-            recipe = recipe_of(setting, epochs, seed)
+            recipe, start = recipe_of(setting, epochs, seed), time.perf_counter()
             model, _ = train_once(setting, recipe, digits, where, select=False)
+            seconds += (time.perf_counter() - start) / len(seeds)
+            trained, _ = count_parameters(model)
             top1 = evaluate(model, test_loader(digits.test), progress=False).top1
             accuracies.append(top1)
             print(f"{setting.title}, seed {seed}: {top1:.2f}%", flush=True)
         deviation = np.std(accuracies, ddof=1) if len(seeds) > 1 else float("nan")
         each = ", ".join(f"{top1:.2f}" for top1 in accuracies)
-        rows.append([setting.title, f"{np.mean(accuracies):.2f}", f"{deviation:.2f}", each])
+        mean = f"{np.mean(accuracies):.2f}"
+        cells = [f"{trained:,}", mean, f"{deviation:.2f}", each, f"{seconds:.0f}"]
+        rows.append([setting.title, *cells])
     print(f"\n{epochs} epochs on 1,000 images, test accuracy in percent over seeds", *seeds)
-    print(format_table(["method", "mean", "standard deviation", "each"], rows))
+    header = ["method", "parameters", "mean", "standard deviation", "each", "seconds a run"]
+    print(format_table(header, rows))
 
 
 def run_selection(

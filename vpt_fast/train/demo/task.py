@@ -10,9 +10,21 @@ from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune
+from vpt_fast import (
+    BPT,
+    CVPT,
+    DVPT,
+    E2VPT,
+    VAPT,
+    VFPT,
+    GateVPT,
+    LinearProbe,
+    VPTDeep,
+    VPTShallow,
+    prompt_tune,
+)
 from vpt_fast.extras import require_extra
-from vpt_fast.methods import Method
+from vpt_fast.methods import INITS, Method
 from vpt_fast.train.backbones.build import data_config_of
 from vpt_fast.train.backbones.demo_backbone import demo_backbone
 from vpt_fast.train.common.recipe import Recipe, init_head
@@ -42,20 +54,39 @@ class Setting:
 # the lower loss) with seed 42: the linear probe from the papers' grid without weight decays below
 # 0.001 (with 0.0001 it was half a point better at a far higher loss), the others with `--select
 # --weight-decays 0.01 --lrs 2.5 1 0.5 0.25`.
-SETTINGS = {
+SETTINGS: dict[str, Setting] = {
     "linear": Setting("Linear probe", LinearProbe(), 25.0, 0.001),
     "vpt-shallow": Setting("VPT-Shallow", VPTShallow(NUM_PROMPTS), 2.5, 0.01),
     "vpt-deep": Setting("VPT-Deep", VPTDeep(NUM_PROMPTS), 2.5, 0.01),
     "vapt": Setting("VAPT", VAPT(NUM_PROMPTS), 1.0, 0.01),
 }
 
+DEMO = tuple(SETTINGS)
+"""Names of the methods that the demo itself compares."""
+
+# The other prompt methods of the package, by the same rule: learning rates of 2.5, 1, 0.5 and 0.25.
+SETTINGS |= {
+    name: Setting(title, method, 1.0, 0.01)
+    for name, title, method in (
+        ("e2vpt", "E2VPT", E2VPT(NUM_PROMPTS)),
+        ("vfpt", "VFPT", VFPT(NUM_PROMPTS)),
+        ("bpt", "BPT", BPT(NUM_PROMPTS)),
+        ("dvpt", "DVPT, tokens", DVPT(NUM_PROMPTS)),
+        ("dvpt-feature", "DVPT, feature", DVPT(NUM_PROMPTS, source="feature")),
+        ("cvpt", "CVPT", CVPT(NUM_PROMPTS)),
+        ("gate-vpt", "GateVPT", GateVPT(NUM_PROMPTS)),
+        *(
+            (f"vpt-deep-{init}", f"VPT-Deep, {init}", VPTDeep(NUM_PROMPTS, init=init))
+            for init in INITS[1:]
+        ),
+    )
+}
+
 # For the papers' 100 epochs, by the same rule: the linear probe from learning rates of 5 to 50 and
 # all weight decays; VAPT with `--lrs 10 2.5 0.5 --weight-decays 0.01`. VPT-Deep's learning rate is
 # the better of 0.5 and 2.5 over the papers' five seeds, on a backbone of half the training.
-STUDY_SETTINGS = {
+STUDY_SETTINGS: dict[str, Setting] = {
     "linear": replace(SETTINGS["linear"], lr=5.0),
-    "vpt-shallow": SETTINGS["vpt-shallow"],
-    "vpt-deep": SETTINGS["vpt-deep"],
     "vapt": replace(SETTINGS["vapt"], lr=0.5),
 }
 
