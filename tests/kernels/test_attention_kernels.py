@@ -97,6 +97,21 @@ def test_layouts(case: Case, kernel_device: torch.device) -> None:
     assert_as_exact_as_eager(case, kernel_device)
 
 
+ALONE = [
+    Case(1, 9, 64, queries=50, layout="kv"),
+    Case(1, 49, 64, queries=197, layout="kv"),
+    Case(1, 0, 32, queries=17, layout="kv", dtype=torch.float32),
+    Case(1, 4, 72, queries=20, layout="kv", batch=67, dtype=torch.float16),
+    Case(10, 0, 64, queries=50, layout="kv", shared=False),
+]
+
+
+@pytest.mark.parametrize("case", ALONE, ids=ids)
+def test_more_queries_than_keys(case: Case, kernel_device: torch.device) -> None:
+    """Attention to prompts alone: the first stands for the tokens, or those of each image do."""
+    assert_as_exact_as_eager(case, kernel_device)
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -30,6 +30,11 @@ from vpt_fast.ops.tracing import is_transformed
 from vpt_fast.ops.window_attention.operator import window_attention
 from vpt_fast.ops.window_attention.rows import Windows, attend_from_prompts, padding_of
 
+_WINDOW_BY_WINDOW = (
+    "a part of this block is hooked or not timm's, so that it runs window by window, which keys "
+    "and values of prompts' own cannot join; remove the hook, or hook the block"
+)
+
 
 class PromptedWindowAttention(WindowAttention):
     """timm's WindowAttention on an image in one piece, whose queries also read prompts."""
@@ -79,7 +84,7 @@ class PromptedWindowAttention(WindowAttention):
         out = window_attention(qkv, pad, table, keys, windows.window, windows.shift, self.scale)
         if live is not None and rows is not None:
             # The windows' copies of keys and values are recomputed in backward.
-            read = recomputed(self, attend_from_prompts, windows, rows, qkv, pad, self.scale)
+            read = recomputed(self, attend_from_prompts, windows, rows, qkv, pad, self.scale, kv)
             live.rows = self.proj_drop.forward(self.proj.forward(read))
         return self.proj_drop(self.proj(out))
 
@@ -160,11 +165,11 @@ class PromptedSwinBlock(SwinTransformerBlock):
         self, x: Tensor, windows: Windows, entering: Tensor | None, feature: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output (B, N, D) of tokens x (B, N, D), and the prompt rows that leave."""
-        prompts, kv = entering, None
-        if self.prompt is not None:
-            prompts, kv = self.prompt.made(x, feature)  # type: ignore[operator]
+        prompt: Any = self.prompt
+        prompts, kv = (entering, None) if prompt is None else prompt.made(x, feature)
         if self._needs_windows(prompts is not None or kv is not None):
-            check_no_kv(kv)
+            if kv is not None:
+                raise ValueError(_WINDOW_BY_WINDOW)
             prompts = None if prompts is None else prompts.to(x.dtype)
             x, prompts = through_windows(self, x, prompts, windows)
             return x, prompts if self.rows.leaving else None
@@ -206,15 +211,6 @@ class PromptedSwinBlock(SwinTransformerBlock):
             or nn_module._has_any_global_hook()
             or is_watched(self.norm1, attn.qkv)  # which projects padding too
             or (not prompts and is_watched(self.drop_path1))  # of an image, as timm has it
-        )
-
-
-def check_no_kv(kv: Tensor | None) -> None:
-    """Raise ValueError if there are keys and values of prompts, which no timm window reads."""
-    if kv is not None:
-        raise ValueError(
-            "a part of this block is hooked or not timm's, so that it runs window by window, which "
-            "keys and values of prompts' own cannot join; remove the hook, or hook the block"
         )
 
 

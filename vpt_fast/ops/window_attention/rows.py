@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vpt_fast.ops.block.prompt_source import appended
 from vpt_fast.ops.window_attention.layout import is_padded
 from vpt_fast.ops.window_attention.operator import WINDOW_ATTENTION, WINDOW_ATTENTION_BACKWARD
 
@@ -100,7 +101,7 @@ def padding_of(windows: Windows, bias: Tensor | None, qkv: Tensor) -> Tensor | N
 
 
 def attend_from_prompts(
-    windows: Windows, rows: Tensor, qkv: Tensor, pad: Tensor | None, scale: float
+    windows: Windows, rows: Tensor, qkv: Tensor, pad: Tensor | None, scale: float, more: Any
 ) -> Tensor:
     """Compute the attention of live prompt rows in every window, averaged over the windows.
 
@@ -113,6 +114,7 @@ def attend_from_prompts(
         qkv: Packed projection of the tokens, (B, H, W, 3, h, d).
         pad: Packed projection of a padding token, (3, h, d), or None for zeros.
         scale: Factor of the scores.
+        more: Keys and values (B or 1, n, 2, h, d) beside those of the rows, or None.
 
     Returns:
         Output (B, p, h * d).
@@ -133,7 +135,8 @@ def attend_from_prompts(
     tokens = tokens.transpose(2, 3).flatten(3, 4).unflatten(-1, (2, heads, dim))
     tokens = tokens.flatten(1, 2)  # (B, windows, area, 2, h, d)
     number = tokens.shape[1]
-    kv = torch.cat([rows[:, None, :, 1:].expand(-1, number, -1, -1, -1, -1), tokens], 2)
+    own = rows[:, :, 1:] if more is None else appended(rows[:, :, 1:], more)
+    kv = torch.cat([own[:, None].expand(-1, number, -1, -1, -1, -1), tokens], 2)
     q = rows[:, None, :, 0].expand(-1, number, -1, -1, -1)  # (B, windows, p, h, d)
     k, v = kv.unbind(3)
     q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
