@@ -11,11 +11,14 @@ import timm
 import torch
 
 from bench.providers.models import EAGER, GPU_PROVIDERS, OURS, PROVIDERS, WITHOUT
-from vpt_fast import VAPT, VPTDeep
+from vpt_fast import VAPT, PromptMethod
+from vpt_fast.methods import find_method
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-METHODS = ("vpt-deep", "vapt")
+OTHERS = ("e2vpt", "vfpt", "bpt", "dvpt", "cvpt", "gate-vpt")
+"""Methods that are compared with the concatenation of what their modules make."""
+METHODS = ("vpt-deep", "vapt", *OTHERS)
 STEP, INFERENCE = "step", "inference"
 SWIN = "swin_tiny_patch4_window7_224"
 DINOV3, DINOV3_BASE = "vit_small_patch16_dinov3", "vit_base_patch16_dinov3"
@@ -31,7 +34,7 @@ class Case:
         method: One of `METHODS`.
         batch: Images per batch.
         prompts: Prompts per block.
-        dropout: Rate for prompts (VPT-Deep), or for channels and projector (VAPT).
+        dropout: Rate for prompts, or for channels and projector (VAPT).
         dtype: One of `DTYPES`; "published" runs in fp32 regardless.
         providers: Providers to compare, of `bench.providers.models.GPU_PROVIDERS`.
         image_size: Height and width in pixels.
@@ -70,12 +73,14 @@ class Case:
             f"{dropout}"
         )
 
-    def settings(self, dropout: float | None = None) -> VPTDeep | VAPT:
+    def settings(self, dropout: float | None = None) -> PromptMethod:
         """Return the method, with `dropout` in place of its own rate if given."""
         rate = self.dropout if dropout is None else dropout
         if self.method == "vapt":
             return VAPT(self.prompts, projector_dropout=rate, channel_dropout=rate)
-        return VPTDeep(self.prompts, dropout=rate)
+        kind: Any = find_method(self.method)
+        method: PromptMethod = kind(self.prompts, dropout=rate)
+        return method
 
     def build(self) -> Any:
         """Return a timm model with seeded random weights, whose values do not affect speed."""
@@ -106,12 +111,13 @@ def _plain(model: str, classes: int, image_size: int) -> tuple[Any, torch.Tensor
 def cpu_cases() -> list[Case]:
     """Return what `make bench` compares on a CPU."""
     small, tiny = Case(), Case(model="vit_tiny_patch16_224")
-    three = ("concat", OURS, WITHOUT)
+    three, two = ("concat", OURS, WITHOUT), ("concat", OURS)
     rotary = Case(model=DINOV3, image_size=256, providers=("concat", "keys_concat", OURS, WITHOUT))
     return [
         *(replace(small, prompts=p) for p in (0, 10, 50, 100, 200)),
         *(replace(small, prompts=p, dropout=0.1, providers=three) for p in (50, 200)),
         *(replace(small, method="vapt", prompts=p) for p in (10, 50, 100)),
+        *(replace(small, method=name, providers=two) for name in OTHERS),
         *(replace(tiny, batch=b) for b in (1, 4, 16, 32)),
         replace(tiny, providers=PROVIDERS),
         replace(tiny, dtype="bfloat16"),

@@ -135,6 +135,8 @@ def norm_gradients(module: nn.Module) -> Iterator[Results]:
 def largest_error(have: Results, want: Results) -> tuple[float, str]:
     """Return the largest relative error, and the name of the result that has it.
 
+    Of a result that is 0, the error is absolute: of what comes before a weight that starts at 0.
+
     Raises:
         ValueError: If the names differ.
     """
@@ -142,7 +144,8 @@ def largest_error(have: Results, want: Results) -> tuple[float, str]:
         raise ValueError(f"results of {sorted(set(have) ^ set(want))} on one side only")
     have, want = _with_single_numbers(have), _with_single_numbers(want)
     errors = {
-        name: float((have[name] - value).norm() / value.norm()) for name, value in want.items()
+        name: float((have[name] - value).norm() / (value.norm() or 1))
+        for name, value in want.items()
     }
     # NaN is the worst of all.
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))

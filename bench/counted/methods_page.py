@@ -81,9 +81,9 @@ def table() -> str:
     names = ", ".join(f"p = {p}" for p in COUNTS)
     return "\n".join(
         [
-            f"Counted for {MODEL}: parameters beside the head at {names}; GFLOP per image and",
-            "launches of a training step, and MiB that are saved for backward, by vpt_fast and by",
-            f"concatenation, at p = {PROMPTS}, batch {BATCH}, bf16.",
+            f"Counted for {MODEL}: parameters beside the head at {names};",
+            "GFLOP per image and launches of a training step, and MiB that are saved for backward, by",
+            f"vpt_fast and by concatenation, at p = {PROMPTS}, batch {BATCH}, bf16.",
             "",
             f"| method | prompts | {' | '.join(map(str, COUNTS))} | GFLOP | launches | MiB | "
             "MiB, eager |",

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.counted.trace import Op, traced
 from bench.providers.models import provide
 from vpt_fast.checks import check_model
-from vpt_fast.methods import VAPT, VPTDeep
+from vpt_fast.methods import PromptMethod
 
 CLASSES = 100
 
@@ -22,7 +22,7 @@ CLASSES = 100
 def step_ops(
     model: str,
     provider: str,
-    method: VPTDeep | VAPT,
+    method: PromptMethod,
     batch: int,
     dtype: torch.dtype,
     *,

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.providers.keys_concat import ConcatenatedKV
-from vpt_fast import VAPT, VPTDeep, prompt_tune
+from vpt_fast import PromptMethod, prompt_tune
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.reference.swin import ConcatenatedWindows
 from vpt_fast.reference.vit import (
     ConcatenatedExperts,
+    ConcatenatedMethod,
     ConcatenatedPrompts,
     concatenated,
     require_gradient,
@@ -92,15 +93,16 @@ class PreferCudnn(nn.Module):
             return self.inner(images)
 
 
-def provide(name: str, model: Any, method: VPTDeep | VAPT, memory: str = "speed") -> nn.Module:
+def provide(name: str, model: Any, method: PromptMethod, memory: str = "speed") -> nn.Module:
     """Return a plain timm vision transformer as provider `name` trains it.
 
     Args:
         name: One of `GPU_PROVIDERS`.
         model: Model to change in place: it is frozen, except for its head. "published" converts it
             to fp32. "keys_concat" does not support a SwinTransformer.
-        method: VPTDeep with prompts in every block, or VAPT. With 0 prompts the gradient still
-            flows through all blocks, as it does for "without_prompts".
+        method: VPTDeep with prompts in every block, VAPT, or for "concat" and "vpt_fast" any other.
+            With 0 prompts the gradient still flows through all blocks, as it does for
+            "without_prompts".
         memory: Memory mode of vpt_fast, one of `vpt_fast.ops.memory_modes.MEMORY_MODES`.
 
     Returns:
@@ -163,6 +165,11 @@ def trained(module: nn.Module) -> dict[str, tuple[Any, int | None]]:
                     found[f"blocks.{index}.prompt.{kind}.{name}"] = value, None
         found["prompt_projector.down.weight"] = inner.down.weight, None
         found["prompt_projector.up.weight"] = inner.up.weight, None
+    elif isinstance(inner, ConcatenatedMethod):
+        for part, kind in ((inner.prompts, "prompt"), (inner.updates, "prompt_update")):
+            for name, value in part.named_parameters():
+                where, _, leaf = name.partition(".")
+                found[f"blocks.{where}.{kind}.{leaf}"] = value, None
     owner = getattr(inner, "model", inner)
     for name, value in owner.named_parameters():
         if value.requires_grad:

@@ -66,20 +66,17 @@ DEMO = tuple(SETTINGS)
 
 # The other prompt methods of the package, by the same rule: learning rates of 2.5, 1, 0.5 and 0.25.
 SETTINGS |= {
-    name: Setting(title, method, 1.0, 0.01)
-    for name, title, method in (
-        ("e2vpt", "E2VPT", E2VPT(NUM_PROMPTS)),
-        ("vfpt", "VFPT", VFPT(NUM_PROMPTS)),
-        ("bpt", "BPT", BPT(NUM_PROMPTS)),
-        ("dvpt", "DVPT, tokens", DVPT(NUM_PROMPTS)),
-        ("dvpt-feature", "DVPT, feature", DVPT(NUM_PROMPTS, source="feature")),
-        ("cvpt", "CVPT", CVPT(NUM_PROMPTS)),
-        ("gate-vpt", "GateVPT", GateVPT(NUM_PROMPTS)),
-        *(
-            (f"vpt-deep-{init}", f"VPT-Deep, {init}", VPTDeep(NUM_PROMPTS, init=init))
-            for init in INITS[1:]
-        ),
-    )
+    "e2vpt": Setting("E2VPT", E2VPT(NUM_PROMPTS), 1.0, 0.01),
+    "vfpt": Setting("VFPT", VFPT(NUM_PROMPTS), 2.5, 0.01),
+    "bpt": Setting("BPT", BPT(NUM_PROMPTS), 1.0, 0.01),
+    "dvpt": Setting("DVPT, tokens", DVPT(NUM_PROMPTS), 1.0, 0.01),
+    "dvpt-feature": Setting("DVPT, feature", DVPT(NUM_PROMPTS, source="feature"), 1.0, 0.01),
+    "cvpt": Setting("CVPT", CVPT(NUM_PROMPTS), 1.0, 0.01),
+    "gate-vpt": Setting("GateVPT", GateVPT(NUM_PROMPTS), 1.0, 0.01),
+    **{
+        f"vpt-deep-{init}": Setting(f"VPT-Deep, {init}", VPTDeep(NUM_PROMPTS, init=init), 2.5, 0.01)
+        for init in INITS[1:]
+    },
 }
 
 # For the papers' 100 epochs, by the same rule: the linear probe from learning rates of 5 to 50 and

@@ -46,7 +46,7 @@ def check_rewind(run: Path, method: Method) -> None:
 
 
 def rewind(model: nn.Module, run: Path, batches: Iterable[Batch]) -> tuple[int, int]:
-    """Prune a newly tuned model by what a finished run of the same method has learnt.
+    """Drop prompts of a newly tuned model by what a finished run of the same method has learnt.
 
     The run's values are put into the model, masks are set by their importance, and all else gets
     its initial values back.
