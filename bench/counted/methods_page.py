@@ -82,8 +82,8 @@ def table() -> str:
     return "\n".join(
         [
             f"Counted for {MODEL}: parameters beside the head at {names};",
-            "GFLOP per image and launches of a training step, and MiB that are saved for backward, by",
-            f"vpt_fast and by concatenation, at p = {PROMPTS}, batch {BATCH}, bf16.",
+            "GFLOP per image and launches of a training step, and MiB that are saved for backward,",
+            f"by vpt_fast and by concatenation, at p = {PROMPTS}, batch {BATCH}, bf16.",
             "",
             f"| method | prompts | {' | '.join(map(str, COUNTS))} | GFLOP | launches | MiB | "
             "MiB, eager |",

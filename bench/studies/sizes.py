@@ -38,8 +38,9 @@ OPTIONS = {
     "export": ("vpt_fast/export",),
     "methods": (
         "vpt_fast/methods", "vpt_fast/modules/block_info.py", "vpt_fast/modules/prompt_module.py",
-        "vpt_fast/modules/initial_values.py",
+        "vpt_fast/modules/check_module.py", "vpt_fast/modules/initial_values.py",
         "vpt_fast/models/add_prompts.py", "vpt_fast/models/initialise.py",
+        "vpt_fast/models/prompt_buffers.py",
         "vpt_fast/models/isotropic/prompts_apart.py", "vpt_fast/bank/task_modules.py",
         "vpt_fast/published",
     ),

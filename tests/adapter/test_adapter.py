@@ -145,6 +145,7 @@ def test_the_configuration(tmp_path: Path) -> None:
         "blocks": [0, 1],
         "shared": False,
         "pool_prompts": False,
+        "init": "uniform",
     }
     assert config["model"]["name"] == "vit_tiny_patch16_224"
     rebuilt = timm.create_model(config["model"]["name"], **config["model"]["args"])

@@ -34,13 +34,16 @@ def swin() -> nn.Module:
 
 
 def assert_expected(model: nn.Module, method: Any) -> None:
-    """Assert that names and shapes are those of `prompt_tune`, and that nothing changes."""
+    """Assert that names, shapes and types are those of `prompt_tune`; nothing changes."""
     before, state = snapshot(model), torch.random.get_rng_state()
     found = expected_tensors(model, method, check_model(model, method))
     assert_unchanged(model, before)
     assert torch.equal(torch.random.get_rng_state(), state)
     tuned = prompt_tune(model, method)
-    assert found == {name: p.shape for name, p in trainable_parameters(tuned)}
+    assert all(tensor.is_meta for tensor in found.values())
+    assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
+        name: (p.shape, p.dtype) for name, p in trainable_parameters(tuned)
+    }
 
 
 @pytest.mark.parametrize("name", METHODS)

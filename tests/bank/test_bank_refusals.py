@@ -221,7 +221,7 @@ def test_types_that_are_not_trained(dtype: torch.dtype, tmp_path: Path) -> None:
         tensors["blocks.0.prompt.tokens"] = torch.zeros(4, 64).to(dtype)
 
     _edit(adapter, change, digest=True)
-    with pytest.raises(ValueError, match="not a type that is trained"):
+    with pytest.raises(ValueError, match="not a type that is trained|tokens is torch.*float64"):
         bank.add("a", adapter)
 
 

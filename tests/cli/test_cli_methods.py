@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +44,27 @@ class HalvedPrompts(vpt_fast.PromptModule):
 
     def regulariser(self):
         return 1e-3 * self.tokens.square().sum()
+
+
+@dataclass(frozen=True)
+class Tapered(vpt_fast.PromptMethod):
+    scales: tuple[float, ...] = (1.0,)
+    halves: bool = True
+
+
+@vpt_fast.register_method("tapered", Tapered)
+class TaperedPrompts(vpt_fast.PromptModule):
+    reads = "tokens"
+
+    def __init__(self, method, block):
+        super().__init__()
+        count = 1 + (block.index % 3 if method.halves else 0)
+        self.tokens = block.new_parameter(count, block.width)
+        self.pair = block.new_parameter(2, 1 + block.index % 2, block.num_heads, block.head_dim)
+        self.scales = method.scales
+
+    def forward(self, x):
+        return vpt_fast.Prompts(self.tokens + self.scales[0] * x[:, :1], *self.pair)
 """
 
 
@@ -119,12 +143,67 @@ def test_a_method_of_a_module(folder: Path) -> None:
     assert (folder / "output" / "photos-halved" / "run.json").is_file()
 
 
+def test_numbers_of_prompts_that_differ_by_block(folder: Path) -> None:
+    """Tables and pictures have as many as the block with the most."""
+    own = ("--import", "halved_prompts")
+    result = run(*own, "train", "photos", "--method", "tapered", "--set", "scales=[0.5, 1]",
+                 "--set", "halves=true", "--model", "vpt_fast_demo", "--epochs", "1", "-j", "0",
+                 "--output", "out")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    image = "photos/val/dark/0.png"
+    result = run(*own, "inspect", "out", image, "--output", "pictures")
+    assert result.exit_code == 0, result.output
+    with (folder / "pictures/attention.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    counts = {int(row["block"]): int(row["prompt"]) + 1 for row in rows}
+    assert counts == {i: 2 + i % 3 + i % 2 for i in range(6)}
+    totals: dict[str, float] = {}
+    for row in rows:
+        totals[row["block"]] = totals.get(row["block"], 0.0) + float(row["share"]) / 4
+    for index, total in totals.items():
+        assert f"| {index:<5} | {100 * total:>15.2f}% |" in result.output, result.output
+    assert "tapered, 2 to 5 prompts, 1 image" in result.output
+    result = run(*own, "report", "out", "--output", "report.html")
+    assert result.exit_code == 0, result.output
+    page = (folder / "report.html").read_text()
+    assert "scales 0.5 1" in page and "halves yes" in page
+    assert page.count('<figure class="experts">') == 1 and "in use, of 5" in page
+    assert " of 2</td>" in page and not re.search(r">\s*nan|nan%", page, re.IGNORECASE)
+    result = run(*own, "train", "photos", "--method", "tapered", "--set", "halves=False",
+                 "--set", "scales=(2.0,)", "--model", "vpt_fast_demo", "--epochs", "1", "-j", "0",
+                 "--output", "other")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    run(*own, "report", "other", "--output", "other.html")
+    assert "halves no" in (folder / "other.html").read_text()
+
+
+def test_a_sweep_over_fields(folder: Path) -> None:
+    common = ("--methods", "vpt-deep,halved", "--lrs", "1", "--weight-decays", "0", "--seeds", "42",
+              "--epochs", "1", "--num-prompts", "2", "--model", "vpt_fast_demo", "--output", "sw",
+              "-j", "0")  # fmt: skip
+    test = folder / "photos" / "test"
+    shutil.copytree(folder / "photos" / "val", test)
+    result = run("--import", "halved_prompts", "sweep", "photos", *common, "--set", "share=0.25")
+    assert result.exit_code == 0, result.output
+    configs = [json.loads(p.read_text()) for p in folder.glob("sw/adapters/**/adapter_config.json")]
+    found = {c["method"]["name"]: c["method"] for c in configs}
+    assert found["halved"]["share"] == 0.25 and "share" not in found["vpt-deep"]
+    for name in ("shares=1", "num_prompts=3"):
+        result = run("--import", "halved_prompts", "sweep", "photos", *common, "--set", name)
+        assert result.exit_code == 2
+        assert f"--set '{name}' sets no field of any of vpt-deep, halved" in result.output
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
+        (("--method", "halved_prompts:HalvedPrompts"), "a module; give the class of its settings"),
+        (("--method", "halved_prompts:Tapered", "--set", "scales=x"), "scales must be tuple[float"),
+        (("--method", "halved_prompts:Tapered", "--set", "halves=no"), "halves must be bool, got"),
         (("--method", "halved_prompts:Nothing"), "has no attribute 'Nothing'"),
         (("--method", "nothing_here:X"), "No module named 'nothing_here'"),
         (("--method", "nope"), "--method is 'nope'; choose one of linear, "),
+        (("--method", "halved"), "or --import the module that registers it"),
         (("--method", "halved_prompts:Halved", "--set", "share"), "give name=value, with one of"),
         (("--method", "halved_prompts:Halved", "--set", "shares=1"), "sets no field of"),
         (("--method", "vfpt", "--set", "fourier_share=2"), "fourier_share must be in [0, 1]"),

@@ -24,6 +24,8 @@ TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 2
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+"""Types of buffers beside those that are trained."""
 _PATIENCE = 1.0
 """Seconds for which an adapter is read again while it is being replaced."""
 
@@ -132,7 +134,7 @@ def read_tensors(directory: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in _DTYPES + _COUNTS:
             raise ValueError(f"{name} of {path} is {tensor.dtype}, not a type that is trained")
     check_finite(tensors, str(path))
     return tensors

@@ -57,7 +57,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
             f"{have['args']['num_classes']}; create it with num_classes={classes}"
         )
     trained = expected_tensors(model, method, family)
-    known = {**{name: p.shape for name, p in model.named_parameters()}, **trained}
+    known = {**dict(model.named_parameters()), **trained}
     needed = (name for name in trained if name not in config["fingerprint"])
     check_tensors(tensors, known, needed, directory / TENSORS_FILE)
     tuned: Any = apply_method(model, method, family)

@@ -1,4 +1,4 @@
-"""Names and shapes of an adapter's tensors, from its method built on the meta device."""
+"""Names, shapes and types of an adapter's tensors, from its method built on the meta device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from vpt_fast.methods import Method
 from vpt_fast.models.family import Family
 from vpt_fast.tune import apply_method
 
-Shapes = Mapping[str, torch.Size]
 
-
-def expected_tensors(model: nn.Module, method: Method, family: Family) -> Shapes:
-    """Return the shapes of what `prompt_tune` would train or add, by name; change nothing.
+def expected_tensors(model: nn.Module, method: Method, family: Family) -> dict[str, Tensor]:
+    """Return what `prompt_tune` would train or add, by name, without values; change nothing.
 
     Args:
         model: Plain timm model.
@@ -25,18 +23,19 @@ def expected_tensors(model: nn.Module, method: Method, family: Family) -> Shapes
         family: Record that `check_model` returned for both.
     """
     tuned: Any = apply_method(_meta_copy(model, {}), method, family)
-    trained = {name: p.shape for name, p in tuned.named_parameters() if p.requires_grad}
-    return trained | {name: tensor.shape for name, tensor in tuned.added_tensors().items()}
+    trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    return {**trained, **tuned.added_tensors()}
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor], known: Shapes, needed: Iterable[str], file: Path
+    tensors: Mapping[str, Tensor], known: Mapping[str, Tensor], needed: Iterable[str], file: Path
 ) -> None:
     """Raise ValueError unless an adapter's tensors are those of a model and method.
 
     Args:
         tensors: Tensors of the adapter by name.
-        known: Shapes that they may have, by name.
+        known: Tensors of the same names with the shapes that these need; types of floating-point
+            numbers may be others.
         needed: Names of those that must be there.
         file: File that holds them, for the message.
     """
@@ -44,10 +43,16 @@ def check_tensors(
     for name, tensor in tensors.items():
         if name not in known:
             raise ValueError(f"{file} has {name}, which this model and method do not train; {cure}")
-        if tensor.shape != known[name]:
+        want = known[name]
+        if tensor.shape != want.shape:
             raise ValueError(
                 f"{file}: {name} has shape {tuple(tensor.shape)}, this model and method need "
-                f"{tuple(known[name])}; {cure}"
+                f"{tuple(want.shape)}; {cure}"
+            )
+        numbers = tensor.is_floating_point() and want.is_floating_point()
+        if tensor.dtype != want.dtype and not numbers:
+            raise ValueError(
+                f"{file}: {name} is {tensor.dtype}, this model and method need {want.dtype}; {cure}"
             )
     for name in needed:
         if name not in tensors:

@@ -7,11 +7,12 @@ arXiv 2501.18936, sections 3 and 4): the share of a prompt is the weight of its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
@@ -88,6 +89,17 @@ def attention_shares(model: nn.Module, images: Tensor) -> list[PromptAttention]:
     return found
 
 
+def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Stack arrays, with NaN where one is smaller than the largest.
+
+    Blocks differ in their numbers of heads and of prompts.
+    """
+    found = np.full((len(arrays), *np.max([array.shape for array in arrays], axis=0)), np.nan)
+    for whole, array in zip(found, arrays, strict=True):
+        whole[tuple(map(slice, array.shape))] = array
+    return found
+
+
 def mixing_maps(model: nn.Module) -> dict[int, Tensor]:
     """Return VAPT's token mixing maps: the mixing weight of each patch in each prompt.
 
@@ -123,8 +135,8 @@ def query_name(model: Any) -> str:
 def uniform_share(model: Any) -> float:
     """Return the share of all prompts of a block under uniform attention.
 
-    The share is that at the model's image size; for Swin that of the first block, and of all blocks
-    with windows of the same size.
+    The share is that at the model's image size, of the first block with prompts, and of all blocks
+    with as many prompts and tokens.
     """
     tuned = _check_prompts(model)
     made = [getattr(block, "prompt", None) for block in blocks_of(tuned)]
@@ -145,7 +157,8 @@ def _check_prompts(model: Any) -> Any:
     if isinstance(method, Baseline):
         what = "a linear probe" if isinstance(method, LinearProbe) else f"method {method.name!r}"
         raise ValueError(f"{what} has no prompts to inspect; take an adapter of another method")
-    if not method.num_prompts:
+    made = [block._modules.get("prompt") for block in blocks_of(model)]
+    if not any(prompt is not None and prompt.num_rows + prompt.num_keys for prompt in made):
         raise ValueError(f"num_prompts is 0 in {method}: there are no prompts to inspect")
     return model
 

@@ -18,11 +18,19 @@ from vpt_fast.adapter.architecture import describe
 from vpt_fast.adapter.checks import check_backbone
 from vpt_fast.adapter.files import TENSORS_FILE, read_adapter
 from vpt_fast.adapter.fingerprint import fingerprint
-from vpt_fast.adapter.tensors import Shapes, check_tensors, expected_tensors
+from vpt_fast.adapter.tensors import check_tensors, expected_tensors
 from vpt_fast.bank.task_experts import ExpertTensors, TaskExperts
 from vpt_fast.bank.task_modules import TaskModules, read_modules
 from vpt_fast.checks import check_model
-from vpt_fast.methods import VAPT, Method, PromptMethod, VPTDeep, VPTShallow, from_dict
+from vpt_fast.methods import (
+    VAPT,
+    Method,
+    PromptMethod,
+    VPTDeep,
+    VPTShallow,
+    from_dict,
+    prompted_blocks,
+)
 from vpt_fast.methods.baselines import LinearProbe
 from vpt_fast.models.attention_inputs import packed_prompts
 from vpt_fast.modules.prompt_module import PromptModule
@@ -85,15 +93,15 @@ class Backbone:
         self.dimensions = {"width": self.width, "depth": self.depth, "args": pool}
         self.architecture = describe(model)
         self.inputs: dict[str, Any] = resolve_model_data_config(model)
-        self._added: dict[Method, Shapes] = {}
+        self._added: dict[Method, dict[str, Tensor]] = {}
 
     @property
     def head_width(self) -> int:
         """Number F of features that a task's head reads; two heads' for a distilled model."""
         return self.width * len(self.heads)
 
-    def added_tensors(self, method: Method) -> Shapes:
-        """Return the shapes of what a method adds to the model, by name; computed once a method.
+    def added_tensors(self, method: Method) -> Mapping[str, Tensor]:
+        """Return what a method adds to the model, by name, without values; made once a method.
 
         Raises:
             ValueError: If the method does not fit the model.
@@ -101,7 +109,7 @@ class Backbone:
         if method not in self._added:
             trained = expected_tensors(self.model, method, check_model(self.model, method))
             own = dict(self.model.named_parameters())
-            self._added[method] = {k: shape for k, shape in trained.items() if k not in own}
+            self._added[method] = {k: t for k, t in trained.items() if k not in own}
         return self._added[method]
 
 
@@ -171,7 +179,7 @@ def _refuse(directory: Path, why: str) -> NoReturn:
 
 def _check_method(method: Method, backbone: Backbone, directory: Path) -> None:
     depth = backbone.depth
-    if isinstance(method, VPTShallow) and method.num_prompts:
+    if type(method) is VPTShallow and method.num_prompts:
         _refuse(
             directory,
             "it was tuned with VPTShallow, whose prompt rows pass through the blocks as tokens, so "
@@ -183,7 +191,7 @@ def _check_method(method: Method, backbone: Backbone, directory: Path) -> None:
             f"it was tuned with {type(method).__name__}, which changes the backbone or adds layers "
             "to it; all tasks of a bank share one backbone, use VPTDeep, VAPT or LinearProbe",
         )
-    blocks = method.prompted_blocks(depth)
+    blocks = prompted_blocks(method, depth)
     if blocks and blocks != tuple(range(blocks[0], depth)):
         _refuse(
             directory,
@@ -213,8 +221,9 @@ def _check_tensors(
     directory: Path,
 ) -> None:
     """Raise ValueError unless an adapter holds a head and what its method adds, nothing else."""
-    weights = {f"{head}.weight": torch.Size((classes, backbone.width)) for head in backbone.heads}
-    biases = {f"{head}.bias": torch.Size((classes,)) for head in backbone.heads}
+    like = backbone.like.new_empty(0, device="meta")
+    weights = {f"{head}.weight": like.new_empty(classes, backbone.width) for head in backbone.heads}
+    biases = {f"{head}.bias": like.new_empty(classes) for head in backbone.heads}
     try:
         added = backbone.added_tensors(method)
     except ValueError as error:
@@ -229,7 +238,7 @@ def _modules(
     """Return the modules of static prompts of a method that has some, and what makes the others."""
     if not isinstance(method, PromptMethod) or type(method) in (VPTDeep, VPTShallow):
         return {}, None
-    if isinstance(method, VAPT):
+    if type(method) is VAPT:
         return {}, _experts(backbone, method, tensors)
     modules, shared = read_modules(backbone.model, method, tensors)
     if any(module.attends_apart for module in modules.values()):
@@ -251,7 +260,7 @@ def _cached_prompt_kv(
 ) -> tuple[dict[int, tuple[int, int]], Tensor]:
     """Return keys and values of prompts that do not depend on the image, and each block's rows."""
     blocks = [*modules] if modules else [*method.prompted_blocks(backbone.depth)]
-    if isinstance(method, VAPT):
+    if type(method) is VAPT:
         blocks = blocks[:1]
     elif not modules and type(method) not in (VPTDeep, VPTShallow):
         blocks = []
@@ -298,7 +307,7 @@ def _experts(
     backbone: Backbone, method: Method, tensors: Mapping[str, Tensor]
 ) -> TaskExperts | None:
     blocks = method.prompted_blocks(backbone.depth)[1:]
-    if not isinstance(method, VAPT) or not blocks:
+    if type(method) is not VAPT or not blocks:
         return None
     dtype = backbone.like.dtype
     wide = statistics_dtype(dtype)

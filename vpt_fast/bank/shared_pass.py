@@ -120,6 +120,8 @@ class _BlockPrompts:
         for own, feature in zip(modules, self.features, strict=True):
             if own.count(self.block):
                 found.append(own.kv(block, self.block, x, feature, dtype))
+        if len(found) == 1:
+            return found[0]
         return torch.cat(found) if found else self.index.prompt_kv[:0]
 
     def attend(

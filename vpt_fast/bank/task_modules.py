@@ -103,16 +103,21 @@ def read_modules(
         tensors: Tensors of the adapter by name, on the model's device.
     """
     owner, family = nn.Module(), family_of(model)
-    infos = [replace(info, owner=owner) for info in block_infos(model, family)]  # type: ignore[arg-type]
+    infos = [
+        replace(info, owner=owner, model=owner)
+        for info in block_infos(model, family)  # type: ignore[arg-type]
+    ]
     device = infos[0].like.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         found = new_prompts(infos, method)
     shared: nn.Module | None = owner._modules.get(SHARED)
-    parts: dict[str, nn.Module | None] = {f"blocks.{i}.prompt": m for i, m in found.items()}
-    for where, part in {**parts, SHARED: shared}.items():
-        if part is not None:
-            prefix = f"{where}."
-            own = {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
-            part.load_state_dict(own)
-            part.eval().requires_grad_(False)
+    parts: dict[str, nn.Module] = {f"blocks.{i}.prompt": m for i, m in found.items()}
+    for where, part in {**parts, **dict(owner.named_children())}.items():
+        prefix = f"{where}."
+        own = {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
+        part.load_state_dict(own)
+        part.eval().requires_grad_(False)
+    for name, parameter in owner._parameters.items():
+        if parameter is not None:
+            parameter.requires_grad_(False).copy_(tensors[name])
     return found, shared

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -59,28 +60,50 @@ def make_method(name: str, options: Mapping[str, Any], settings: Iterable[str] =
     Args:
         name: Name of a method, as in `--method`, or "package.module:Class".
         options: Values by the names of the method's fields; None where an option is not given.
-        settings: Other fields, as "name=value" with a JSON value or a text.
+        settings: Other fields, as "name=value" with a value of JSON or Python, or a text.
 
     Raises:
         ValueError, TypeError: If there is no such method, it has no such option, or a value is
             out of range.
     """
-    if ":" in name:
-        import_modules(())
-    elif name not in method_names():
-        raise ValueError(
-            f"--method is {name!r}; choose one of {', '.join(method_names())}, or give "
-            "package.module:Class"
-        )
-    check_some_prompts([options.get("num_prompts")])
-    method = find_method(name)
+    method = _named(name)
     known = {field.name for field in fields(method)}
     given = {option: value for option, value in options.items() if value is not None}
     unknown = sorted(given.keys() - known)
     if unknown:
         flags = ", ".join(f"--{option.replace('_', '-')}" for option in unknown)
         raise ValueError(f"--method {name} has no option {flags}; leave it out")
-    return method(**given, **_settings(name, known - given.keys(), settings))
+    made = method(**given, **_settings(name, known - given.keys(), settings))
+    check_some_prompts([made.num_prompts] if "num_prompts" in known else [])
+    return made
+
+
+def _named(name: str) -> type[Method]:
+    if ":" in name:
+        import_modules(())
+    elif name not in method_names():
+        raise ValueError(
+            f"--method is {name!r}; choose one of {', '.join(method_names())}, or --import the "
+            "module that registers it"
+        )
+    return find_method(name)
+
+
+def settings_of_each(names: Sequence[str], settings: Iterable[str]) -> list[list[str]]:
+    """Return for each of several methods those settings, "name=value", that it has a field for.
+
+    Raises:
+        ValueError: If no method has a field of that name.
+    """
+    found: list[list[str]] = [[] for _ in names]
+    known = [{field.name for field in fields(_named(name))} - {"num_prompts"} for name in names]
+    for text in settings:
+        having = [own for own, has in zip(found, known, strict=True) if text.split("=")[0] in has]
+        if not having:
+            raise ValueError(f"--set {text!r} sets no field of any of {', '.join(names)}")
+        for own in having:
+            own.append(text)
+    return found
 
 
 def _settings(method: str, known: Set[str], settings: Iterable[str]) -> dict[str, Any]:
@@ -92,12 +115,16 @@ def _settings(method: str, known: Set[str], settings: Iterable[str]) -> dict[str
                 f"--set {text!r} sets no field of --method {method} that is not set already; give "
                 f"name=value, with one of {', '.join(sorted(known - found.keys())) or 'none'}"
             )
-        try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError:
-            parsed = value
-        found[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+        found[name] = _parsed(value)
     return found
+
+
+def _parsed(text: str) -> Any:
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError):
+            value = parse(text)
+            return tuple(value) if isinstance(value, list) else value
+    return text
 
 
 def check_some_prompts(counts: Iterable[int | None]) -> None:

@@ -33,8 +33,11 @@ def list_methods(
 
 
 def _row(name: str, net: nn.Module, num_prompts: int) -> list[str]:
-    cls: Any = find_method(name)
-    method = cls()
+    try:
+        cls: Any = find_method(name)
+        method = cls()
+    except (ValueError, TypeError) as error:
+        return [name, "-", "-", str(error)]
     if "num_prompts" in {field.name for field in fields(method)}:
         method = replace(method, num_prompts=num_prompts)
     try:

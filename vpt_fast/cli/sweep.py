@@ -31,6 +31,7 @@ from vpt_fast.cli.options import (
     Pretrained,
     Resize,
     Scale,
+    Settings,
     Workers,
 )
 from vpt_fast.extras import require_extra
@@ -75,7 +76,9 @@ Preset = Annotated[
         "methods, three learning rates, five seeds."
     ),
 ]
-Methods = Annotated[str, typer.Option(help=f"With commas, of {', '.join(METHODS)}.")]
+Methods = Annotated[
+    str, typer.Option(help=f"With commas, of {', '.join(METHODS)}, or package.module:Class.")
+]
 LearningRates = Annotated[
     str | None,
     typer.Option(
@@ -120,6 +123,7 @@ def sweep(
     directory: SweepData = None,
     preset: Preset = None,
     methods: Methods = _METHODS,
+    settings: Settings = None,
     model: Model = MODEL,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
@@ -167,7 +171,9 @@ def sweep(
             plan, title = plans.preset_plan(preset, directory, output, where, final_seeds, epochs)
         else:
             data, format = plans.data_set(directory, data_format)
-            grid = plans.Grid(methods, lrs, adamw_lrs, weight_decays, num_prompts)
+            grid = plans.Grid(
+                methods, lrs, adamw_lrs, weight_decays, num_prompts, tuple(settings or ())
+            )
             runs = plans.Runs(recipe, epochs, batch_size, opt, amp_dtype)
             candidates, paper = plans.candidates(grid, runs, format)
             plan = plans.SweepPlan(

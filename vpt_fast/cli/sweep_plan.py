@@ -11,7 +11,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from vpt_fast.cli.common import check_some_prompts, make_method
+from vpt_fast.cli.common import check_some_prompts, make_method, settings_of_each
 from vpt_fast.train.common.paper_settings import (
     PaperSettings,
     default_optimizer,
@@ -50,6 +50,7 @@ class Grid:
         adamw_lrs: Base learning rates of methods that are trained with AdamW.
         weight_decays: Weight decays.
         num_prompts: Numbers of prompts.
+        settings: Fields, "name=value", of those methods that have them.
     """
 
     methods: str
@@ -57,6 +58,7 @@ class Grid:
     adamw_lrs: str | None
     weight_decays: str | None
     num_prompts: str
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,9 @@ def candidates(
     prompts = tuple(values("num-prompts", grid.num_prompts, int))
     check_some_prompts(prompts)
     found: list[Candidate] = []
-    for name in values("methods", grid.methods, str):
-        tuned = make_method(name, {})
+    names = values("methods", grid.methods, str)
+    for name, settings in zip(names, settings_of_each(names, grid.settings), strict=True):
+        tuned = make_method(name, {}, settings)
         paper = paper_settings(runs.paper, tuned, data_format)
         recipe = Recipe(
             epochs=100 if runs.epochs is None else runs.epochs,

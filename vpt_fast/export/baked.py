@@ -19,7 +19,7 @@ from vpt_fast.export.baked_attention import BakedAttention
 from vpt_fast.models.isotropic.head_rows import rows_read
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.isotropic.rope_tables import RopeTables
-from vpt_fast.models.prompt_rows import insert_rows, strip_rows
+from vpt_fast.models.prompt_rows import insert_rows, split_rows, strip_rows
 from vpt_fast.models.residual import add_attention, add_branches
 from vpt_fast.modules.experts import check_grid
 from vpt_fast.modules.prompt_module import Made, PromptModule
@@ -157,6 +157,9 @@ class BakedBlock(nn.Module):
             ValueError: If there is an `attn_mask`, or `is_causal` is True.
         """
         refuse_mask(attn_mask, is_causal)
+        live, beside = self.leaving or self.dead, None
+        if self.attn.attends_apart and live:
+            x, beside = split_rows(x, live, self.prefix)
         prompts, kv = (None, None) if self.experts is None else self.experts.made(x, feature)
         if prompts is not None:
             prompts = prompts.to(x.dtype)
@@ -168,6 +171,8 @@ class BakedBlock(nn.Module):
         if self.attn.attends_apart:
             read = self.attn.attend_to_prompts(self.norm1(x), prompts, rope, kv)
             x, prompts, kv = add_attention(self, x, read), None, None
+        if beside is not None:
+            x = insert_rows(x, beside, self.prefix)
         entered, y, queries = x[:, self.prefix :][:, : self.leaving], self.norm1(x), None
         query_rope = rope
         if first is not None:

@@ -178,6 +178,7 @@ def _part(model: Any, block: Any) -> _Part | None:
         return None
     prompt: Any = block.prompt
     prompts = rows = kv = experts = None
+    apart = prompt is not None and prompt.attends_apart
     lives = bool(block.rows.leaving)
     if isinstance(prompt, PromptExperts):
         experts = _bake_experts(prompt, model.prompt_projector)
@@ -186,10 +187,9 @@ def _part(model: Any, block: Any) -> _Part | None:
     elif prompt is not None:
         tokens, kv = (None if t is None else t.detach().clone() for t in prompt.static())
         tokens = None if tokens is None else tokens.unsqueeze(0)
-        prompts, rows = (None, tokens) if lives else (tokens, None)
-    dead = block.rows.entering if prompt is None and not lives else 0
-    inserts = lives and experts is not None
-    apart = prompt is not None and prompt.attends_apart
+        prompts, rows = (None, tokens) if lives and not apart else (tokens, None)
+    dead = block.rows.entering if (prompt is None or apart) and not lives else 0
+    inserts = lives and experts is not None and not apart
     update, adapter = (block._modules.get(name) for name in (UPDATE, "adapter"))
     leaving = block.rows.leaving
     return _Part(prompts, rows, kv, experts, inserts, dead, leaving, apart, update, adapter)

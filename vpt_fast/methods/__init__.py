@@ -1,6 +1,6 @@
 """Methods of tuning: one frozen dataclass each."""
 
-from vpt_fast.methods.prompt_method import PromptMethod
+from vpt_fast.methods.prompt_method import PromptMethod, prompted_blocks
 from vpt_fast.methods.prompts import INITS, VAPT, VAPT_VARIANTS, VPTDeep, VPTShallow
 from vpt_fast.methods.registry import (
     METHODS,
@@ -28,6 +28,7 @@ __all__ = [
     "from_dict",
     "method_names",
     "modules_of",
+    "prompted_blocks",
     "register_method",
     "to_dict",
 ]

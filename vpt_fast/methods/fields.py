@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import Field, fields
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def check_count(name: str, value: Any, least: int) -> None:
@@ -33,3 +36,52 @@ def check_flag(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def constructor_fields(cls: Any) -> list[Field[Any]]:
+    """Return the fields that a dataclass's constructor takes."""
+    return [field for field in fields(cls) if field.init]
+
+
+def as_json(value: Any) -> Any:
+    """Return a field's value as JSON has it: tuples are lists."""
+    return [*map(as_json, value)] if isinstance(value, tuple) else value
+
+
+def check_values(method: Any) -> None:
+    """Raise TypeError unless fields of a dataclass have their types, and JSON can hold them."""
+    try:
+        hints = get_type_hints(type(method))
+    except NameError:  # a class in a function, with types of that function
+        hints = {}
+    for field in constructor_fields(type(method)):
+        value, kind = getattr(method, field.name), hints.get(field.name, Any)
+        try:
+            hash(value)
+            restored = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError):
+            restored = None
+        if as_json(value) != restored:
+            raise TypeError(
+                f"{type(method).__name__}.{field.name} is {value!r}, which no adapter can hold; "
+                "use a number, a string, a bool, None, or a tuple of these"
+            )
+        if not _is_of(value, kind):
+            needed = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise TypeError(f"{field.name} must be {needed}, got {value!r}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type, where this can be told."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if origin is tuple and isinstance(value, tuple):
+        if parts[-1] is Ellipsis:
+            parts = parts[:1] * len(value)
+        return len(parts) == len(value) and all(map(_is_of, value, parts))
+    if kind is float:
+        return type(value) in (float, int)
+    if kind in (int, bool, str, type(None)):
+        return type(value) is kind
+    return not isinstance(origin or kind, type) or isinstance(value, origin or kind)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vpt_fast.methods.fields import check_count, check_dropout
 
@@ -13,7 +14,8 @@ class PromptMethod:
     """Settings of a prompt method: a frozen dataclass, which `vpt_fast.register_method` registers.
 
     Fields are numbers, strings, bools, None, and tuples of these: adapters store them as JSON. A
-    class that checks fields of its own does so in `__post_init__`, after `super().__post_init__()`.
+    class that checks fields of its own does so in `__post_init__`, after `super().__post_init__()`;
+    `prompt_tune` checks that they have the types that they are declared with.
 
     Args:
         num_prompts: Number of prompts p of each block, at least 0.
@@ -41,8 +43,27 @@ class PromptMethod:
         check_dropout("dropout", self.dropout)
 
     def prompted_blocks(self, depth: int) -> tuple[int, ...]:
-        """Return which of `depth` blocks get prompts, in ascending order: all of them.
+        """Return the indices of those of `depth` blocks that get prompts, ascending: all of them.
 
         Where an unprompted block follows a prompted one, prompt rows pass through it as tokens.
         """
         return tuple(range(depth)) if self.num_prompts else ()
+
+
+def prompted_blocks(method: Any, depth: int) -> tuple[int, ...]:
+    """Return which of `depth` blocks get prompts of a method.
+
+    Raises:
+        ValueError: They are not indices of blocks in ascending order.
+    """
+    blocks = method.prompted_blocks(depth)
+    try:
+        found = tuple(map(operator.index, blocks))
+    except TypeError:
+        found = (-1,)
+    if list(found) != sorted({*found} & {*range(depth)}):
+        raise ValueError(
+            f"method {method.name!r}: prompted_blocks({depth}) is {blocks!r}; return a tuple of "
+            f"indices from 0 to {depth - 1} in ascending order"
+        )
+    return found

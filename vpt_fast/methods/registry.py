@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
-from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeVar
 
 from vpt_fast.methods.baselines import (
     AdapterTuning,
@@ -19,6 +18,7 @@ from vpt_fast.methods.baselines import (
     MLPHead,
     PartialTuning,
 )
+from vpt_fast.methods.fields import as_json, check_values, constructor_fields
 from vpt_fast.methods.prompt_method import PromptMethod
 from vpt_fast.methods.prompts import VAPT, VPTDeep, VPTShallow
 
@@ -46,7 +46,6 @@ ENTRY_POINTS = "vpt_fast.methods"
 _OURS = tuple(METHODS.values())
 _DEFINED_IN, _DISTRIBUTION = "defined_in", "distribution"
 _RESERVED = ("name", _DEFINED_IN, _DISTRIBUTION)
-_SIMPLE = {int, float, bool, str, type(None)}
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
@@ -58,7 +57,7 @@ class Modules(NamedTuple):
     Attributes:
         block: Function of the method and a block's `BlockInfo` that returns the module of the
             block.
-        shared: Function of both, of the first prompted block, that returns a module which all
+        shared: Function of both, of one of the prompted blocks, that returns a module which all
             blocks of one width share; or None.
         update: Function of both that returns a module which changes the prompt rows that leave the
             block; or None.
@@ -105,11 +104,17 @@ def register_method(
     before = METHODS.get(name)
     if before is not None and _path(before) != _path(settings):
         raise ValueError(f"{_path(before)} is registered as {name!r} already; choose another name")
-    own = vars(settings).get("name", name)
-    if own != name:
-        raise ValueError(f"{settings.__name__} is registered as {own!r} already")
 
     def decorate(maker: Maker) -> Maker:
+        own = vars(settings).get("name", name)
+        if own != name:
+            raise ValueError(f"{settings.__name__} is registered as {own!r} already")
+        known = _MODULES.get(settings)
+        if known is not None and _path(known.block) != _path(maker):
+            raise ValueError(
+                f"{settings.__name__} is registered with {_path(known.block)} already; derive "
+                "settings of your own from it"
+            )
         settings.name = name
         METHODS[name] = settings
         _MODULES[settings] = Modules(maker, shared, update)
@@ -134,51 +139,25 @@ def modules_of(method: PromptMethod) -> Modules:
     return _MODULES[type(method)]
 
 
-def _path(cls: type) -> str:
+def _path(cls: Any) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def check_method(method: Any) -> Method:
     """Return `method`, or raise TypeError if it is not an instance of a registered dataclass."""
     if type(method) in METHODS.values():
-        if not isinstance(method, _OURS):
-            _check_values(method)
+        if type(method) not in _OURS:
+            check_values(method)
         return method
     if isinstance(method, PromptMethod):
         raise TypeError(
             f"{type(method).__name__} is not registered; decorate the module that it trains with "
             f"@register_method(name, {type(method).__name__})"
         )
-    known = ", ".join(f"{cls.__name__}()" for cls in METHODS.values())
+    if method in METHODS.values():
+        raise TypeError(f"method is the class {method.__name__}; give an instance of it")
+    known = ", ".join(f"{cls.__name__}()" for cls in METHODS.values() if not _origin(cls))
     raise TypeError(f"method must be one of {known}, or of a registered class; got {method!r}")
-
-
-def _check_values(method: Method) -> None:
-    """Raise TypeError unless fields have their types, and an adapter can hold them."""
-    try:
-        hints = get_type_hints(type(method))
-    except NameError:  # a class in a function, with types of that function
-        hints = {}
-    for field in fields(method):
-        value, kind = getattr(method, field.name), hints.get(field.name)
-        types = set(get_args(kind) or (kind,))
-        if types <= _SIMPLE and type(value) not in types | ({int} if float in types else set()):
-            needed = " or ".join(sorted(t.__name__ for t in types))
-            raise TypeError(f"{field.name} must be {needed}, got {value!r}")
-        try:
-            hash(value)
-            restored = json.loads(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError):
-            restored = None
-        if _as_json(value) != restored:
-            raise TypeError(
-                f"{type(method).__name__}.{field.name} is {value!r}, which no adapter can hold; "
-                "use a number, a string, a bool, None, or a tuple of these"
-            )
-
-
-def _as_json(value: Any) -> Any:
-    return [*map(_as_json, value)] if isinstance(value, tuple) else value
 
 
 def _as_field(value: Any) -> Any:
@@ -215,6 +194,11 @@ def find_method(name: str) -> type[Method]:
 
 
 def _registered(found: Any, where: str) -> type[Method]:
+    for settings, modules in _MODULES.items():
+        if modules.block is found:
+            raise ValueError(
+                f"{where} is a module; give the class of its settings, {_path(settings)}"
+            )
     if found not in METHODS.values():
         raise ValueError(f"{where} is no registered method; see vpt_fast.register_method")
     return found
@@ -228,7 +212,7 @@ def method_names() -> list[str]:
 
 def to_dict(method: Method) -> dict[str, Any]:
     """Return a method's name and fields as JSON values, and where it is defined if not here."""
-    values = {name: _as_json(value) for name, value in asdict(method).items()}
+    values = {f.name: as_json(getattr(method, f.name)) for f in constructor_fields(type(method))}
     return {"name": method.name, **values, **_origin(type(method))}
 
 
@@ -261,12 +245,17 @@ def from_dict(values: Mapping[str, Any]) -> Method:
         if origin is None:
             raise
         module = str(origin).partition(":")[0]
+        if module == "__main__":
+            raise ValueError(
+                f"method {name!r} is not known here: a script or a notebook defined it. Run its "
+                "definition first; in a module of its own it can be imported by name"
+            ) from error
         install = f"install {distribution} and " if distribution else ""
         raise ValueError(
             f"method {name!r} is not known here, {origin} defines it: {install}import {module} "
             f"first (on the command line: vpt-fast --import {module} ...)"
         ) from error
-    unknown = sorted(set(values) - {f.name for f in fields(cls)})
+    unknown = sorted(set(values) - {f.name for f in constructor_fields(cls)})
     if unknown:
         raise ValueError(f"{name} has no field {unknown[0]!r}; was it written by a newer version?")
     try:

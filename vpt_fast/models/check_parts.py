@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from vpt_fast.methods import VAPT, Method
+from vpt_fast.methods import VAPT, Method, prompted_blocks
 from vpt_fast.models.attention_inputs import computes_as_timms
 from vpt_fast.modules.row_by_row import ROW_NORMS
 
@@ -100,7 +100,7 @@ def check_around_blocks(model: Any, method: Method) -> None:
     """Raise ValueError if a method does not fit a model of one width beside its blocks."""
     if type(model.norm) not in ROW_NORMS:
         refuse("norm", name_of(model.norm), "a normalisation of each token by itself is needed")
-    method.prompted_blocks(len(model.blocks))
+    prompted_blocks(method, len(model.blocks))
     if isinstance(method, VAPT) and method.num_prompts:
         check_kernel_size(method, model.patch_embed.grid_size, "the model's patches")
 

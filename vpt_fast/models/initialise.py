@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vpt_fast.models.attention_inputs import weights_of
 from vpt_fast.models.family import family_of
-from vpt_fast.models.tuned import SHARED, blocks_of, is_tuned
+from vpt_fast.models.tuned import SHARED, UPDATE, blocks_of, is_tuned
 from vpt_fast.modules.block_info import FrozenWeights
 from vpt_fast.modules.prompt_module import PromptModule
 
@@ -32,7 +32,9 @@ def initialise(model: nn.Module, batches: Iterable[Tensor]) -> int:
         The number of images that were used.
 
     Raises:
-        ValueError: If `model` is not tuned, or there is no image and the method needs some.
+        TypeError: If a batch is no tensor.
+        ValueError: If `model` is not tuned or is folded, or there is no image and the method needs
+            some.
     """
     family = family_of(model)
     if not is_tuned(model) or family is None:
@@ -40,9 +42,19 @@ def initialise(model: nn.Module, batches: Iterable[Tensor]) -> int:
     if not initialises(model):
         return 0
     tuned: Any = model
+    if tuned.tune_record.fold is not None:
+        raise ValueError("initialise the prompts before fold_backbone: it changes the weights")
+    if isinstance(batches, Tensor):
+        batches = [batches]
     blocks, like = blocks_of(tuned), blocks_of(tuned)[0].attn.proj.weight
     with torch.no_grad():
-        images = [batch.to(like.device, like.dtype) for batch in batches]
+        images = []
+        for batch in batches:
+            if not isinstance(batch, Tensor):
+                raise TypeError(
+                    f"batches hold a {type(batch).__name__}; give tensors of images, without labels"
+                )
+            images.append(batch.to(like.device, like.dtype))
         count = sum(map(len, images))
         if not count:
             raise ValueError(f"{tuned.tune_record.method} is initialised from images: give some")
@@ -71,11 +83,22 @@ def regularisation(model: nn.Module) -> Tensor:
 
     Args:
         model: Model that `prompt_tune` tuned.
+
+    Raises:
+        ValueError: If a module returns more than one number.
     """
-    found = [term for module in _regularised(model) if (term := module.regulariser()) is not None]
-    if found:
-        return torch.stack(found).sum()
-    return next(model.parameters()).new_zeros(())
+    found = []
+    for module in _regularised(model):
+        term = module.regulariser()
+        if term is not None:
+            term = torch.as_tensor(term)
+            if term.numel() != 1:
+                raise ValueError(
+                    f"regulariser of {type(module).__name__} returned a tensor of shape "
+                    f"{tuple(term.shape)}; return a scalar"
+                )
+            found.append(term.reshape(()))
+    return torch.stack(found).sum() if found else next(model.parameters()).new_zeros(())
 
 
 def regularises(model: nn.Module) -> bool:
@@ -88,8 +111,8 @@ def regularises(model: nn.Module) -> bool:
 
 def _regularised(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
-        shared = module._modules.get(SHARED)
-        if hasattr(shared, "regulariser"):
-            yield shared
+        for part in map(module._modules.get, (SHARED, UPDATE)):
+            if hasattr(part, "regulariser"):
+                yield part
         if isinstance(module, PromptModule):
             yield module

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from vpt_fast.models.graphs.capture import CannotRecord, is_recording
+from vpt_fast.models.prompt_buffers import modules_of_prompts, with_the_same_buffers
 from vpt_fast.modules.baseline_layers import BottleneckAdapter
 from vpt_fast.modules.experts import FeatureProjector, PromptExperts
 from vpt_fast.modules.prompt_tokens import PromptTokens
@@ -48,8 +48,10 @@ def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> A
     """
     if is_transformed():
         return function(*args)  # torch.func has no hooks on saved tensors
-    if not torch.compiler.is_compiling() and not is_recording():
-        function = _of_the_same_weights(module, function)
+    if not torch.compiler.is_compiling():
+        function = with_the_same_buffers(module, function)
+        if not is_recording():
+            function = _of_the_same_weights(module, function)
     draws = any(_draws(part) for part in module.modules())
     if draws and is_recording():
         raise CannotRecord(
@@ -66,8 +68,7 @@ def _of_the_same_weights(module: nn.Module, function: Callable[..., Any]) -> Cal
     def checked(*args: Any) -> Any:
         nonlocal before
         # Inference tensors have no version; tensors on the meta device are replaced for a call.
-        every = chain(module.parameters(), module.buffers())
-        weights = [t for t in every if not t.is_inference() and not t.is_meta]
+        weights = [t for t in _weights(module) if not t.is_inference() and not t.is_meta]
         if before is None:
             before = weights, versions_of(weights)
             return function(*args)
@@ -80,6 +81,16 @@ def _of_the_same_weights(module: nn.Module, function: Callable[..., Any]) -> Cal
         return function(*args)
 
     return checked
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    """Yield what must not change until backward: weights, those that prompt modules share, and
+    buffers, but for those of prompts, which may count or average."""
+    prompts = modules_of_prompts(module)
+    own = {id(buffer) for part in prompts for buffer in part.buffers()}
+    for part in (module, *prompts):  # what blocks share is below none of them
+        yield from part.parameters()
+    yield from (buffer for buffer in module.buffers() if id(buffer) not in own)
 
 
 def _draws(module: Any) -> bool:

@@ -163,10 +163,11 @@ class Tuned(nn.Module):
         within = (*parts, *(f"{name}." for name in ADDED))
         found: dict[str, Tensor] = {
             name: parameter
-            for name, parameter in self.named_parameters()
+            for name, parameter in self.named_parameters(remove_duplicate=False)
             if name == "prompt_tokens" or name.startswith(within)
         }
-        buffers = {name: b for name, b in self.named_buffers() if name.startswith(within)}
+        every = self.named_buffers(remove_duplicate=False)
+        buffers = {name: buffer for name, buffer in every if name.startswith(within)}
         if buffers:
             saved = self.state_dict().keys()
             found |= {name: buffer for name, buffer in buffers.items() if name in saved}

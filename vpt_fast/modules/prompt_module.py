@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_fast.modules.block_info import BlockInfo, FrozenWeights
+from vpt_fast.modules.block_info import FrozenWeights
 from vpt_fast.ops.backend import computing_dtype
 from vpt_fast.ops.block.parts import contiguous
 from vpt_fast.ops.block.prompt_source import GIVEN_KV, PromptSource, StaticPrompts, drop
@@ -80,7 +80,9 @@ class PromptModule(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor | Prompts:
         """Return the block's prompts, before prompt dropout."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward, which returns the block's prompts"
+        )
 
     def after_dropout(self, rows: Tensor) -> Tensor:
         """Return the prompts of those (p, D) or (B, p, D) that prompt dropout leaves; as they are.
@@ -172,8 +174,8 @@ class PromptModule(nn.Module):
         if self.reads == "feature" and feature is None:
             raise ValueError(
                 "this block's prompts come from a feature of the image, which the model computes "
-                "in forward and forward_features without attn_mask and is_causal; a block, or "
-                "timm's loop over the blocks, has none"
+                "in forward and forward_features without attn_mask and is_causal; a block, timm's "
+                "loop over the blocks and a model whose `blocks` are hooked have none"
             )
         made = self(*inputs)
         rows, keys, values = (made, None, None) if isinstance(made, Tensor) else made
@@ -203,53 +205,3 @@ def fused_source(
     if rows is None:
         return GIVEN_KV, own
     return StaticPrompts(keep, kv is not None), (contiguous(rows), mask, *own)
-
-
-def check_made(module: PromptModule, block: BlockInfo, feature: Any, method: str) -> None:
-    """Try a module once, in eval mode and without gradients, and set its `num_rows`, `num_keys`.
-
-    Args:
-        module: Module of a block.
-        block: The block.
-        feature: What the shared module returned for tokens (2, N, D), or None.
-        method: Name of the method, for messages.
-
-    Raises:
-        TypeError: If it returns something else than a tensor or `Prompts`.
-        ValueError: If what it reads or a shape is wrong, or it makes nothing.
-    """
-    where = f"{type(module).__name__} of method {method!r}, block {block.index}"
-    if module.reads not in READS:
-        raise ValueError(f"{where}: reads is {module.reads!r}; use one of {', '.join(READS)}")
-    x = block.like.new_zeros(2, block.num_tokens, block.width)
-    inputs = {"nothing": (), "tokens": (x,), "feature": (feature,)}[module.reads]
-    made = module(*inputs)
-    if not isinstance(made, Tensor | Prompts):
-        raise TypeError(
-            f"{where}: forward returned a {type(made).__name__}; return P or vpt_fast.Prompts"
-        )
-    rows, keys, values = (made, None, None) if isinstance(made, Tensor) else made
-    if (keys is None) != (values is None):
-        raise ValueError(f"{where}: keys and values are needed, or neither")
-    heads = (block.num_heads, block.head_dim)
-    module.num_rows = 0 if rows is None else _count(rows, (block.width,), f"{where}: rows", module)
-    module.num_keys = 0
-    for name, tensor in (("keys", keys), ("values", values)):
-        if tensor is not None:
-            count = _count(tensor, heads, f"{where}: {name}", module)
-            if module.num_keys not in (0, count):
-                raise ValueError(f"{where}: {module.num_keys} keys, but {count} values")
-            module.num_keys = count
-    if not module.num_rows + module.num_keys:
-        raise ValueError(f"{where}: forward made no prompts")
-
-
-def _count(tensor: Tensor, last: tuple[int, ...], where: str, module: PromptModule) -> int:
-    """Return the number of prompts in a tensor (p, *last) or (B, p, *last)."""
-    shape, images = tuple(tensor.shape), tensor.ndim == len(last) + 2
-    per_image = images and module.reads != "nothing" and shape[0] == 2
-    if shape[-len(last) :] != last or not (tensor.ndim == len(last) + 1 or per_image):
-        named = ", ".join(map(str, last))
-        read = "" if module.reads == "nothing" else f" or (B, p, {named})"
-        raise ValueError(f"{where} have shape {shape} for 2 images; (p, {named}){read} is needed")
-    return shape[-len(last) - 1]

@@ -29,7 +29,7 @@ def add_shared_prompts(method: VPTShallow | VPTDeep, block: BlockInfo) -> None:
 
     Args:
         method: Settings of the method.
-        block: First prompted block.
+        block: A prompted block.
     """
     if method.project_dim is not None:
         block.model.prompt_projection = new_projection(method.project_dim, block.width, block.like)
@@ -92,6 +92,6 @@ class PromptTokens(PromptModule):
 
     def static(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the prompts (p, D), and None; a block with hooks inside does not call this."""
-        if self._owner[0] is None:
-            return self._parameters["tokens"], None
-        return self.forward(), None
+        if type(self) is not PromptTokens:
+            return super().static()
+        return self.forward() if self._owner[0] is not None else self._parameters["tokens"], None

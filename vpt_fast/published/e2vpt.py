@@ -55,6 +55,10 @@ class E2VPT(PromptMethod):
         for name in ("prune_tokens", "prune_pieces"):
             check_dropout(name, getattr(self, name))
 
+    def prompted_blocks(self, depth: int) -> tuple[int, ...]:
+        """Return which of `depth` blocks get prompts, or keys and values alone: all of them."""
+        return tuple(range(depth))
+
 
 class Masks(nn.Module):
     """Masks of tokens and of pieces of their channels, for all blocks.
@@ -103,8 +107,9 @@ class MaskedPrompts(PromptModule):
         )
 
     def forward(self) -> Prompts:
-        """Return the masked prompts (p, D), and the keys and values (n, H, d)."""
-        return Prompts(self.shared(self.tokens), self.keys, self.values)
+        """Return the masked prompts (p, D), if any, and the keys and values (n, H, d)."""
+        rows = self.shared(self.tokens) if len(self.tokens) else None
+        return Prompts(rows, self.keys, self.values)
 
 
 @torch.no_grad()
@@ -114,7 +119,7 @@ def prune(
     tokens: float,
     pieces: float,
 ) -> tuple[int, int]:
-    """Set the masks of the least important tokens and pieces to 0.
+    """Set the masks of the least important tokens and pieces to 0, of those that are left.
 
     The importance of a mask's entry m is the mean over the batches of |dL / dm|, L the
     cross-entropy. Tokens are pruned first, then pieces among the tokens that are left.
@@ -141,8 +146,9 @@ def prune(
     pruned = [0, 0]
     scores = _importance(model, found, batches)
     for masks, (of_tokens, of_pieces) in zip(found, scores, strict=True):
-        count = int(tokens * len(of_tokens))
-        masks.token_mask[of_tokens.argsort()[:count]] = 0
+        present = masks.token_mask.nonzero().flatten()
+        count = int(tokens * len(present))
+        masks.token_mask[present[of_tokens[present].argsort()[:count]]] = 0
         left = (masks.token_mask[:, None] * masks.piece_mask).flatten().nonzero().flatten()
         least = left[of_pieces.flatten()[left].argsort()][: int(pieces * len(left))]
         masks.piece_mask.view(-1)[least] = 0
@@ -155,7 +161,8 @@ def _importance(
 ) -> list[list[Tensor]]:
     """Return the mean of |dL / dm| of both masks of each module."""
     buffers: list[Tensor] = [t for m in masks for t in (m.token_mask, m.piece_mask)]
-    sums, count, training = [torch.zeros_like(t) for t in buffers], 0, model.training
+    sums, count = [torch.zeros_like(t) for t in buffers], 0
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for buffer in buffers:
@@ -170,7 +177,8 @@ def _importance(
     finally:
         for buffer in buffers:
             buffer.requires_grad_(False)
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     if not count:
         raise ValueError("pruning needs training images; there are none")
     means = [total / count for total in sums]

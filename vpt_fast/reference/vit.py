@@ -192,7 +192,9 @@ class ConcatenatedMethod(_Concatenated):
             kv, rope = None, table_of(tables, index)
             module: Any = self.prompts._modules.get(str(index))
             if module is not None and module.attends_apart:
-                x = attend_to_prompts(block, module, x, rope, feature)
+                tokens = attend_to_prompts(block, module, _stripped(x, vit, count), rope, feature)
+                live = vit.num_prefix_tokens + count
+                x = _replaced(tokens, x[:, vit.num_prefix_tokens : live], vit, 0)
             elif module is not None:
                 x = _stripped(x, vit, count)
                 rows, kv = module.made(x, feature)
@@ -223,7 +225,7 @@ def concatenated(model: VisionTransformer | Eva | SwinTransformer, method: Metho
     """
     method = check_method(method)
     check_compared(method)
-    if isinstance(method, Baseline) or not method.num_prompts:
+    if isinstance(method, Baseline) or not method.prompted_blocks(len(blocks_of(model))):
         return freeze(model)
     if isinstance(model, SwinTransformer):
         return _concatenated_windows(model, method)

@@ -18,6 +18,7 @@ from vpt_fast.analysis.shares import (
     attention_shares,
     mixing_maps,
     query_name,
+    stacked,
     uniform_share,
 )
 from vpt_fast.reports.inspection_pictures import Mixing, Shares, save_attention, save_mixing
@@ -43,7 +44,7 @@ _NAME_LENGTH = 56
 class _Inspected:
     """Image with its path, name in file names, pixels (H, W, 3) and shares (blocks, H, p).
 
-    In blocks with fewer heads than H the missing ones are NaN.
+    In blocks with fewer heads than H, or fewer prompts than p, the missing ones are NaN.
     """
 
     path: Path
@@ -93,7 +94,7 @@ def inspect_images(
         tensor = transform(image)
         records = attention_shares(model, _like(model, tensor[None]))
         blocks = [record.block for record in records]
-        shares = _stacked([record.prompts[0].cpu().numpy() for record in records])
+        shares = stacked([record.prompts[0].cpu().numpy() for record in records])
         found.append(_Inspected(path, name, _pixels(tensor, inputs), shares))
     if found:
         FOLDER.claim(output)
@@ -132,14 +133,6 @@ def _pixels(tensor: Tensor, inputs: dict[str, Any]) -> np.ndarray:
     mean, std = (torch.tensor(inputs[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
     image = (tensor * std + mean).clamp(0, 1).expand(3, -1, -1)
     return image.permute(1, 2, 0).numpy()
-
-
-def _stacked(shares: Sequence[np.ndarray]) -> np.ndarray:
-    """Stack shares (heads, p) of blocks to (blocks, H, p), with NaN for missing heads."""
-    heads = max(len(values) for values in shares)
-    return np.stack(
-        [np.pad(v, ((0, heads - len(v)), (0, 0)), constant_values=np.nan) for v in shares]
-    )
 
 
 def _write_tables(
@@ -204,11 +197,13 @@ def _summary(
 ) -> str:
     method = model.tune_record.method
     mean = np.mean([image.shares for image in found], axis=0)  # (blocks, H, p)
-    rows = []
+    rows, counts = [], []
     for block, shares in zip(blocks, mean, strict=True):
-        heads, prompts = shares.sum(axis=1), np.nanmean(shares, axis=0)
-        heads = heads[~np.isnan(heads)]
+        missing = np.isnan(shares)
+        shares = shares[~missing.all(axis=1)][:, ~missing.all(axis=0)]
+        heads, prompts = shares.sum(axis=1), shares.mean(axis=0)
         best = int(prompts.argmax())
+        counts.append(len(prompts))
         rows.append(
             [
                 str(block),
@@ -221,7 +216,7 @@ def _summary(
     header = ["block", "share of prompts", "over heads", "largest prompt"]
     header += ["maps differ by"] if maps else []
     return (
-        f"{method.name}, {_count(method.num_prompts, 'prompt')}, "
+        f"{method.name}, {_range(counts)}, "
         f"{_count(len(found), 'image')}: share of the attention of the "
         f"{query_name(model)} (uniform attention: {100 * uniform_share(model):.2f}%)\n"
         f"{format_table(header, rows)}"
@@ -241,6 +236,11 @@ def _spread(weights: np.ndarray | None) -> str:
 def _listing(pictures: int, maps: dict[int, np.ndarray]) -> str:
     tables = [ATTENTION_FILE, *([MIXING_FILE] if maps else [])]
     return f"{', '.join(tables)}, {_count(pictures, 'picture')} (PNG)"
+
+
+def _range(counts: Sequence[int]) -> str:
+    least, most = min(counts), max(counts)
+    return _count(most, "prompt") if least == most else f"{least} to {most} prompts"
 
 
 def _count(number: int, what: str) -> str:

@@ -34,7 +34,7 @@ class Shares:
     Attributes:
         title: Name of the image, or of the mean.
         blocks: Index of each block whose keys include prompts.
-        shares: (blocks, H, p); NaN for heads that a block lacks.
+        shares: (blocks, H, p); NaN for heads and prompts that a block lacks.
     """
 
     title: str
@@ -78,10 +78,12 @@ def save_attention(
         groups: Shares to draw one below the other, on common colour scales; all of the same blocks.
         title: First line of the heading.
         subtitle: Second line of the heading.
-        uniform: Share of all prompts together under uniform attention, marked on the colour bars.
+        uniform: Share of all prompts of the first block together under uniform attention; it and
+            that of each of them are marked on the colour bars.
         image: (H, W, 3) in [0, 1], shown in the corner.
     """
-    blocks, _, count = groups[0].shares.shape
+    blocks = len(groups[0].blocks)
+    count = int((~np.isnan(groups[0].shares[0])).any(axis=0).sum())
     # In inches, from the top: title, panels with their captions, colour bars.
     panel = float(np.clip(0.26 * blocks, 1.1, 5.0))
     top, caption, bottom = 0.78, 0.75, 0.95
@@ -91,7 +93,7 @@ def save_attention(
     if image is not None:
         _thumbnail(figure, image, 0.8)
     panels = (
-        (0.6, 3.4, uniform, "head", "All prompts together", lambda s: s.sum(axis=2)),
+        (0.6, 3.4, uniform, "head", "All prompts together", _together),
         (5.1, 5.5, uniform / count, "prompt", "Each prompt, mean over heads", _per_prompt),
     )
     for left, wide, even, what, label, reduce in panels:
@@ -110,8 +112,13 @@ def save_attention(
     _save(figure, path)
 
 
+def _together(shares: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(shares).all(axis=2), np.nan, np.nansum(shares, axis=2))
+
+
 def _per_prompt(shares: np.ndarray) -> np.ndarray:
-    return np.asarray(np.nanmean(shares, axis=1))
+    heads = (~np.isnan(shares)).sum(axis=1)
+    return np.nansum(shares, axis=1) / np.where(heads, heads, np.nan)
 
 
 def _heat_map(

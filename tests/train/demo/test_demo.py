@@ -106,7 +106,9 @@ def test_seeds_give_mean_and_deviation(capsys, few):
     printed = capsys.readouterr().out
     each = [float(value) for value in re.findall(r"seed \d: ([\d.]+)%", printed)]
     assert len(set(each)) > 1
-    mean, deviation = re.search(r"\| Linear probe \| +([\d.]+) \| +([\d.]+) \|", printed).groups()
+    mean, deviation = re.search(
+        r"\| Linear probe \| +1,290 \| +([\d.]+) \| +([\d.]+) \|", printed
+    ).groups()
     assert float(mean) == pytest.approx(np.mean(each), abs=0.01)
     assert float(deviation) == pytest.approx(np.std(each, ddof=1), abs=0.01)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.formulations.any_method import AnyMethod
 from support.pictures import backbone
 from support.training import BROKEN, pictures
 
-from vpt_fast import VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune
+from vpt_fast import DVPT, VAPT, LinearProbe, VPTDeep, VPTShallow, prompt_tune
 from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.data.images import make_loader
 from vpt_fast.train.loop.epochs import fit
@@ -47,6 +48,8 @@ def cached(cache: PrefixCache, items: Any, shuffle: bool = False) -> Any:
         (VPTShallow(2), 0),
         (VAPT(2), 0),
         (LinearProbe(), 6),
+        (DVPT(2, source="feature"), 0),
+        (AnyMethod(2, kind="feature", blocks=(4, 5)), 0),
     ],
     ids=repr,
 )

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from support.pictures import backbone
 from support.processes import started
 from support.training import Stopped, endings, pictures
 
-from vpt_fast import VAPT, VPTDeep, prompt_tune, save_adapter
+from vpt_fast import (
+    VAPT,
+    PromptMethod,
+    PromptModule,
+    VPTDeep,
+    initialise,
+    prompt_tune,
+    register_method,
+    save_adapter,
+)
 from vpt_fast.train.common.digest import digest
 from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.data.images import Batch, make_loader
@@ -40,12 +50,43 @@ class Noisy(torch.utils.data.Dataset):
         return image + random.random() + torch.rand(()), label
 
 
+@dataclass(frozen=True)
+class Averaged(PromptMethod):
+    """Prompts beside a running average of images, which start as means of tokens."""
+
+
+@register_method("averaged", Averaged)
+class AveragedPrompts(PromptModule):
+    """Prompts of one block."""
+
+    reads = "tokens"
+
+    def __init__(self, method: Any, block: Any) -> None:
+        super().__init__()
+        self.tokens = block.new_parameter(2, block.width)
+        self.register_buffer("average", torch.zeros(block.width))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return prompts (B, p, D)."""
+        if self.training:
+            self.average.lerp_(x.detach().mean((0, 1)), 0.1)
+            self.steps += 1
+        return self.tokens + self.average * x[:, :1].sigmoid()
+
+    def initialise(self, inputs: torch.Tensor, weights: Any) -> None:
+        """Set the prompts to means of tokens."""
+        self.tokens.copy_(inputs.mean((0, 1)))
+
+
 def run(folder: Path, method: Any = None, resume: bool = False, **changes: Any) -> Any:
     """Train in `folder`, with dropout, augmentation and validation."""
     torch.manual_seed(3)
     model = backbone(seed=0)
     init_head(model)
     prompt_tune(model, method or VPTDeep(2, dropout=0.1))
+    if not resume:
+        initialise(model, torch.stack([image for image, _ in pictures(6)]))
     recipe = Recipe(**{**RECIPE.__dict__, **changes})
     loader = make_loader(Noisy(), recipe.batch_size, shuffle=True, seed=recipe.seed)
     result = fit(
@@ -109,6 +150,36 @@ def test_vapts_dropouts_and_adamw_resume_too(tmp_path: Path) -> None:
     assert state is not None and state["epoch"] == 2
     run(parts, VAPT(2), resume=True, **changes)  # nothing is left to do
     assert endings(whole) == endings(parts)
+
+
+def test_buffers_and_what_prompts_started_from_resume_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpt_fast.train.loop import step
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    model, _ = run(whole, Averaged(2), lr=0.1)
+    assert model.tune_record.initialised == {"images": 6}
+    call, steps = step.TrainStep.__call__, 0
+
+    def stopping(self: Any, batch: Batch) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > 9:
+            raise Stopped
+        return call(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step.TrainStep, "__call__", stopping)
+        with pytest.raises(Stopped):
+            run(parts, Averaged(2), lr=0.1)
+    again, _ = run(parts, Averaged(2), resume=True, lr=0.1)
+    assert endings(whole) == endings(parts)
+    assert again.tune_record.initialised == {"images": 6}
+    first, second = (m.blocks[1].prompt for m in (model, again))
+    assert torch.equal(first.average, second.average) and int(first.steps) == int(second.steps) > 9
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ class PromptedBlock(nn.Module):
         if attn_mask is None and not is_causal:
             total = DeferredSum(x)
             x = self.forward_deferred(total, self.memory, first, rope, feature).materialize()
-        elif "prompt_update" in self._modules:
+        elif rows.leaving and "prompt_update" in self._modules:
             x = with_updated_rows(self, x, self.memory, rope, feature, attn_mask).materialize()
         else:
             x = after_prompts_apart(self, x, self.memory, rope, feature)
@@ -207,7 +207,7 @@ class PromptedBlock(nn.Module):
             memory: What is saved for backward.
             first, rope, feature: As for `compute`.
         """
-        if "prompt_update" in self._modules:
+        if self.rows.leaving and "prompt_update" in self._modules:
             return with_updated_rows(self, total.materialize(), memory, rope, feature)
         rows, prompt, now = self.rows, self.joined, None
         if prompt is None and "prompt" in self._modules and self.prompt is not None:
@@ -317,6 +317,13 @@ class PromptedBlock(nn.Module):
     def _made(self, x: Tensor, feature: Any) -> Made:
         prompt: Any = self.prompt
         made: Made = prompt.made(x, feature)
+        leaving = self.rows.leaving
+        if leaving and (made.rows is None or made.rows.shape[1] != leaving):
+            count = 0 if made.rows is None else made.rows.shape[1]
+            raise ValueError(
+                f"{type(prompt).__name__} made {count} prompts, and {leaving} when the model was "
+                "tuned; where they pass through later blocks their number is fixed"
+            )
         return made
 
     def _needs_all_rows(self) -> bool:

@@ -80,7 +80,8 @@ class PromptedModel(Tuned, _Timms):
     def forward_from(self, x: Tensor, first: int) -> Tensor:
         """Return the logits (B, classes) for the input (B, N, D) of block `first`.
 
-        `forward_until` and then this is the model.
+        `forward_until` and then this is the model, unless its prompts come from a feature of the
+        image: that is made of the first block's input, and none of them runs here.
         """
         return self._head_of(x, self.tables_of(x), first, self._rows_read())
 

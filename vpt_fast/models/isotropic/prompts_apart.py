@@ -16,7 +16,7 @@ from vpt_fast.models.attention_inputs import (
 )
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Use
-from vpt_fast.models.prompt_rows import extend_mask, extend_table, insert_rows
+from vpt_fast.models.prompt_rows import extend_mask, extend_table, insert_rows, split_rows
 from vpt_fast.models.recompute import recomputed
 from vpt_fast.models.residual import add_attention, add_branches
 from vpt_fast.modules.hooks import is_watched
@@ -87,6 +87,17 @@ def after_prompts_apart(
     prompt = block._modules.get("prompt")
     if prompt is None or not prompt.attends_apart:
         return x
+    rows = block.rows
+    if rows.entering:  # of an earlier block: they neither read the prompts nor are read
+        tokens, live = split_rows(x, rows.entering, rows.prefix)
+        tokens = _apart(block, prompt, tokens, memory, rope, feature)
+        return insert_rows(tokens, live, rows.prefix)
+    return _apart(block, prompt, x, memory, rope, feature)
+
+
+def _apart(
+    block: Any, prompt: Any, x: Tensor, memory: str, rope: Tensor | None, feature: Any
+) -> Tensor:
     if memory == "speed":
         return attend_to_prompts(block, prompt, x, rope, feature)
     again: Tensor = recomputed(block, attend_to_prompts, block, prompt, x, rope, feature)
@@ -123,8 +134,14 @@ def with_updated_rows(
         x = _concatenated(block, x, rope, attn_mask)
     else:
         x = recomputed(block, _concatenated, block, x, rope, attn_mask)
-    left = block.prompt_update(x[:, prefix : prefix + rows.leaving], entered).to(x.dtype)
-    return DeferredSum(torch.cat([x[:, :prefix], left, x[:, prefix + rows.leaving :]], 1))
+    left = block.prompt_update(x[:, prefix : prefix + rows.leaving], entered)
+    if left.shape != entered.shape:
+        raise ValueError(
+            f"{type(block.prompt_update).__name__} returned prompt rows of shape "
+            f"{tuple(left.shape)} for {tuple(entered.shape)}; their number is fixed"
+        )
+    after = x[:, prefix + rows.leaving :]
+    return DeferredSum(torch.cat([x[:, :prefix], left.to(x.dtype), after], 1))
 
 
 def _concatenated(block: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from vpt_fast.methods import VAPT, Method
+from vpt_fast.methods import VAPT, Method, prompted_blocks
 from vpt_fast.models.check_parts import (
     Parts,
     check_apart,
@@ -95,7 +95,7 @@ def _check_block(block: Any, where: str) -> None:
 
 def _check_method(model: Any, method: Method) -> None:
     blocks = blocks_of(model)
-    prompted = method.prompted_blocks(len(blocks))
+    prompted = prompted_blocks(method, len(blocks))
     widths = sorted({blocks[i].attn.qkv.in_features for i in prompted})
     if len(widths) > 1:
         if getattr(method, "shared", False):

@@ -122,7 +122,7 @@ class BlockSteps:
             return [grad_kv] if len(sources) == 1 else [grad_kv, None], ()
         own = []
         if source.appends_kv:
-            batch = max(t.shape[0] for t in sources[:2] if t is not None)
+            batch = (sources[0] if sources[1] is None else sources[1]).shape[0]
             grad_kv, more = split_gradient(grad_kv, sources[-1], batch)
             own = [more]
         grad = projections.prompt_kv_backward(self, grad_kv)

@@ -263,7 +263,7 @@ class ExpertPrompts(_ExpertSettings, PromptSource):
 def appended(kv: Tensor, more: Tensor) -> Tensor:
     """Return keys and values (B or 1, p, 2, H, d), and after them more, (B or 1, n, 2, H, d)."""
     if kv.shape[0] != more.shape[0]:
-        batch = max(kv.shape[0], more.shape[0])
+        batch = more.shape[0] if kv.shape[0] == 1 else kv.shape[0]
         kv, more = (t.expand(batch, *[-1] * (t.ndim - 1)) for t in (kv, more))
     return torch.cat([kv, more], 1)
 
@@ -278,9 +278,9 @@ def split_gradient(grad: Tensor, more: Tensor, batch: int) -> tuple[Tensor, Tens
     """
     count = grad.shape[1] - more.shape[1]
     first, second = grad[:, :count], grad[:, count:]
-    if batch < grad.shape[0]:
+    if batch != grad.shape[0]:
         first = first.sum(0, keepdim=True)
-    if more.shape[0] < grad.shape[0]:
+    if more.shape[0] != grad.shape[0]:
         second = second.sum(0, keepdim=True)
     return first.contiguous(), second.contiguous()
 

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vpt_fast.adapter.atomic import atomic_file
+from vpt_fast.methods.baselines import Baseline
 from vpt_fast.reports.page.classes import (
     MAX_SHOWN,
     class_rows,
@@ -201,7 +202,7 @@ def _classes(run: EvaluatedRun) -> dict[str, Any]:
 def _experts(run: EvaluatedRun, options: EvaluationOptions, name: str) -> dict[str, Any]:
     net: Any = run.tuned.net
     method = net.tune_record.method
-    if not method.num_prompts:
+    if isinstance(method, Baseline):
         reason = f"Method {method.name} has no prompts, so there are no prompt experts to look at."
         return {"experts": None, "no_experts": reason}
     try:

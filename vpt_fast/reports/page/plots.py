@@ -120,7 +120,7 @@ def expert_map(use: ExpertUse, name: str) -> Markup:
 
     def draw(figure: Figure) -> None:
         share, together = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-        highest = float(use.shares.max()) or 1.0
+        highest = float(np.nanmax(use.shares)) or 1.0
         image = share.imshow(
             100 * use.shares, cmap=_BLUES, vmin=0, vmax=100 * highest, aspect="auto",
             interpolation="nearest", extent=(-0.5, prompts - 0.5, blocks - 0.5, -0.5),
@@ -133,7 +133,9 @@ def expert_map(use: ExpertUse, name: str) -> Markup:
         bar.set_label("share of attention, %", color=MUTED)
         bar.outline.set_visible(False)
         bar.ax.tick_params(colors=MUTED, length=3)
-        together.barh(range(blocks), 100 * use.shares.sum(axis=1), color=COLOURS[0], height=0.7)
+        together.barh(
+            range(blocks), 100 * np.nansum(use.shares, axis=1), color=COLOURS[0], height=0.7
+        )
         together.axvline(100 * use.uniform, color=COLOURS[5], linewidth=1.5, linestyle="--")
         together.tick_params(labelleft=False)
         together.xaxis.set_major_locator(MaxNLocator(nbins=3, min_n_ticks=2))

@@ -18,7 +18,13 @@ _PLAIN = {"schedule": "epoch", "accumulation": 1}
 def describe_method(method: Mapping[str, Any]) -> str:
     """Return the fields of a method that are set, such as "num_prompts 10, dropout 0.1"."""
     fields = [(name, value) for name, value in method.items() if name != "name"]
-    return ", ".join(f"{name} {_value(value)}" for name, value in fields if _is_set(value))
+    # Those of this package are False unless they are chosen; of others it is not known.
+    every = "defined_in" in method
+    return ", ".join(
+        f"{name} {_value(value)}"
+        for name, value in fields
+        if _is_set(value) or (every and value is False)
+    )
 
 
 def describe_recipe(recipe: Mapping[str, Any]) -> str:

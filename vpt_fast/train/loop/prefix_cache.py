@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
+from vpt_fast.models.tuned import reads_feature
 from vpt_fast.train.common.parallel import PartOfBatches
 from vpt_fast.train.data.images import Batch, SkippedImage
 from vpt_fast.train.loop.evaluate import (
@@ -62,6 +63,8 @@ def frozen_blocks(model: nn.Module) -> int:
     if not hasattr(tuned, "forward_from"):
         return 0
     blocks = list(tuned.blocks)
+    if reads_feature(blocks):
+        return 0  # of what enters the first block
     after = {id(p) for p in nn.ModuleList(blocks).parameters()}
     behind = [
         getattr(tuned, name, None) for name in ("norm", "fc_norm", "attn_pool", "head_hidden")

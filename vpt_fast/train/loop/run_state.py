@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vpt_fast import trainable_parameters
 from vpt_fast.methods import to_dict
-from vpt_fast.models.tuned import is_tuned
+from vpt_fast.models.tuned import Tuned, is_tuned
 from vpt_fast.train.common.differences import first_difference
 from vpt_fast.train.common.metrics import Epoch
 from vpt_fast.train.common.parallel import gathered, rank, world_size
@@ -69,7 +69,10 @@ class RunState:
         self.model, self.batches, self.recipe, self.bar = model, batches, recipe, bar
         self.output, self.save = output, save
         self.device = device_of(model)
-        self.parameters = [parameter for _, parameter in trainable_parameters(model)]
+        # With the buffers of what a method added: prompts may depend on them.
+        self.tensors: list[torch.Tensor] = [t for _, t in trainable_parameters(model)]
+        added = model.added_tensors().values() if isinstance(model, Tuned) else ()
+        self.tensors += [t for t in added if not isinstance(t, nn.Parameter)]
         self.step = step
         self.cast = FrozenCast(model, recipe.autocast_dtype)
         self.result = FitResult()
@@ -80,18 +83,18 @@ class RunState:
         self.lowest_loss = math.log(max(2, head_layers(model)[0].out_features))
 
     def snapshot(self) -> list[torch.Tensor]:
-        """Return a copy of all trained parameters."""
-        return [parameter.detach().clone() for parameter in self.parameters]
+        """Return a copy of all trained parameters, and of the buffers beside them."""
+        return [tensor.detach().clone() for tensor in self.tensors]
 
     @torch.no_grad()
     def restore(self, values: list[torch.Tensor]) -> None:
-        """Set the trained parameters to what `snapshot` returned."""
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+        """Set the trained parameters and buffers to what `snapshot` returned."""
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.copy_(value)
 
     def is_finite(self) -> bool:
-        """Return whether all trained parameters are finite."""
-        found = [torch.isfinite(parameter).all() for parameter in self.parameters]
+        """Return whether all trained parameters and buffers are finite."""
+        found = [torch.isfinite(tensor).all() for tensor in self.tensors]
         return bool(torch.stack(found).all())
 
     def save_as(self, name: str) -> None:
@@ -213,8 +216,15 @@ class RunState:
             "skipped": self.result.skipped,
             "warning": self.result.warning,
             "lowest_loss": self.lowest_loss,
+            "initialised": self._initialised,
         }
         save_checkpoint(self.output, state)
+
+    @property
+    def _initialised(self) -> dict[str, int] | None:
+        """What prompts were initialised from."""
+        found = self.model.tune_record.initialised if isinstance(self.model, Tuned) else None
+        return None if found is None else dict(found)
 
     def identity(self) -> State:
         """Return what has to be equal for a run to be resumed."""
@@ -251,6 +261,9 @@ class RunState:
         self.result.epochs = [Epoch(**row) for row in state["epochs"]]
         self.result.skipped = dict(state["skipped"])
         self.result.warning, self.lowest_loss = state["warning"], state["lowest_loss"]
+        if state.get("initialised") is not None:
+            record: Any = self.model.tune_record
+            record.initialised = state["initialised"]
         restore_random_state(state["random"][rank()], self.batches)
         return int(state["epoch"])
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from vpt_fast import count_parameters, prompt_tune, remove_prompts, save_adapter
 from vpt_fast.methods import Method
+from vpt_fast.models.initialise import initialises
 from vpt_fast.models.tuned import is_tuned
 from vpt_fast.train.common.curves import directory_size
 from vpt_fast.train.common.recipe import Recipe, init_head
@@ -72,7 +73,8 @@ class SweepTask:
             # After prompt_tune, which stores the head that it finds for remove_prompts.
             init_head(model)
             part = "both" if final else "train"
-            initial_prompts(model, self.data.batches(part, _EVAL_BATCH, recipe.seed))
+            if initialises(model):
+                initial_prompts(model, self.data.batches(part, _EVAL_BATCH, recipe.seed))
             first = 0 if self.data.augmented else frozen_blocks(model)
             net = SuffixModel(model, first) if first else model
             result = fit(

@@ -1,9 +1,8 @@
-"""Modules of methods of one's own: what is refused, initial values, terms of the loss."""
+"""Modules of methods of one's own: what they are given, initial values, terms of the loss."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support.formulations import eva_families, families, plain_swin
 from support.formulations.plain import distance
+from test_module_refusals import made
 from test_registry import _settings, as_before  # noqa: F401
 from torch import Tensor, nn
 
@@ -19,7 +19,6 @@ from vpt_fast import (
     FrozenWeights,
     LinearProbe,
     PromptModule,
-    Prompts,
     VPTDeep,
     initialise,
     prompt_tune,
@@ -31,73 +30,6 @@ from vpt_fast import (
 from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data.images import Batch
 from vpt_fast.train.loop.step import TrainStep
-
-
-def made(function: Callable[..., Any], reads: str = "nothing", shared: Any = None) -> Any:
-    """Return settings of a method whose module returns `function(module, *inputs)`."""
-
-    class Own(PromptModule):
-        def __init__(self, method: Any, block: BlockInfo) -> None:
-            super().__init__()
-            self.tokens = block.new_parameter(3, block.width)
-            self.heads = nn.Parameter(torch.zeros(2, block.num_heads, block.head_dim))
-
-        def forward(self, *inputs: Any) -> Any:
-            return function(self, *inputs)
-
-    Own.reads = reads
-    settings = _settings()
-    register_method("own", settings, shared)(Own)
-    return settings
-
-
-def _pair(module: Any, x: Tensor) -> Prompts:
-    keys = module.heads.expand(len(x), -1, -1, -1)
-    return Prompts(keys=keys, values=keys)
-
-
-WRONG: dict[str, tuple[Callable[..., Any], str, type, str]] = {
-    "width": (lambda m: m.tokens[:, 1:], "nothing", ValueError, r"rows have shape \(3, 63\) for 2"),
-    "one row": (lambda m: m.tokens[0], "nothing", ValueError, r"\(p, 64\) is needed"),
-    "images": (lambda m: m.tokens[None].repeat(2, 1, 1), "nothing", ValueError, r"\(p, 64\) is"),
-    "batch": (lambda m, x: m.tokens[None].repeat(3, 1, 1), "tokens", ValueError, r"or \(B, p, 64"),
-    "keys alone": (lambda m: Prompts(keys=m.heads), "nothing", ValueError, "keys and values are"),
-    "fewer values": (
-        lambda m: Prompts(keys=m.heads, values=m.heads[:1]), "nothing", ValueError, "2 keys, but 1",
-    ),
-    "heads": (
-        lambda m: Prompts(keys=m.heads[:, 1:], values=m.heads), "nothing", ValueError,
-        r"keys have shape \(2, 1, 32\) for 2 images; \(p, 2, 32\) is needed",
-    ),
-    "nothing": (lambda m: Prompts(), "nothing", ValueError, "forward made no prompts"),
-    "no prompts": (lambda m: m.tokens[:0], "nothing", ValueError, "forward made no prompts"),
-    "a list": (lambda m: [m.tokens], "nothing", TypeError, "forward returned a list; return P or"),
-    "reads": (lambda m: m.tokens, "everything", ValueError, "reads is 'everything'; use one of"),
-    "feature": (lambda m, f: m.tokens, "feature", ValueError, "reads a feature, but no module"),
-    "its own error": (lambda m: m.tokens @ m.tokens, "nothing", RuntimeError, "shapes cannot be"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_modules_are_refused_and_the_model_is_as_it_was(case: str) -> None:
-    function, reads, error, why = WRONG[case]
-    method, base = made(function, reads), families.build("vit")
-    before = copy.deepcopy(base)
-    with pytest.raises(error, match=why):
-        prompt_tune(base, method(3))
-    assert type(base) is type(before) and [*base.state_dict()] == [*before.state_dict()]
-    assert not hasattr(base, "tune_record")
-    image = families.images("vit")
-    assert torch.equal(base(image), before(image))
-    if error is not RuntimeError:
-        assert prompt_tune(base, VPTDeep(2)) is base
-
-
-def test_no_prompt_module() -> None:
-    settings = _settings()
-    register_method("own", settings)(lambda method, block: nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="made a Linear for block 0; derive it from vpt_fast.Prom"):
-        prompt_tune(families.build("vit"), settings(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -258,3 +190,16 @@ def test_regularisation_is_added_to_the_loss_once() -> None:
             assert distance(grad, want) <= 1e-4
     remove_prompts(tuned)
     assert regularisation(prompt_tune(tuned, LinearProbe())) == 0
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), torch.zeros(1, 2)])
+def test_a_term_of_the_loss_is_a_scalar(value: Tensor) -> None:
+    method = made(lambda m: m.tokens)
+    tuned: Any = prompt_tune(families.build("vit"), method(2))
+    kind: Any = type(tuned.blocks[0].prompt)
+    kind.regulariser = lambda self: value
+    with pytest.raises(ValueError, match="regulariser of Own returned a tensor of shape .*scalar"):
+        regularisation(tuned)
+    for scalar in (2.0, torch.full((1, 1), 2.0)):
+        kind.regulariser = lambda self, scalar=scalar: scalar
+        assert regularisation(tuned) == 8 and regularisation(tuned).shape == ()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.adapters.adapter_editing import rewrite_config
-from support.formulations import families
+from support.formulations import families, plain_swin
 from torch import Tensor, nn
 
 import vpt_fast
@@ -109,7 +109,12 @@ def test_what_cannot_be_registered() -> None:
         register_method("vpt-deep", own)
     register_method("own", own)(_module())
     with pytest.raises(ValueError, match="Own is registered as 'own' already"):
-        register_method("other", own)
+        register_method("other", own)(_module())
+    with pytest.raises(ValueError, match="registered with .*Tokens already; derive settings of"):
+        register_method("own", own)(type("Other", (PromptModule,), {}))
+    with pytest.raises(ValueError, match="VPTDeep is registered with .*:PromptTokens already"):
+        register_method("vpt-deep", VPTDeep)(_module())
+    assert find_method("vpt-deep") is VPTDeep and find_method("own") is own
     with pytest.raises(Exception, match="non-frozen dataclass from a frozen"):
         dataclass(type("Thawed", (PromptMethod,), {}))
 
@@ -144,16 +149,50 @@ def test_fields_have_their_types() -> None:
         rank: int = 1
         scale: float = 1.0
         name_of: str | None = None
+        scales: tuple[float, ...] = ()
+        pair: tuple[int, str] = (1, "x")
+        steps: int = field(init=False, default=3)
 
     register_method("own", Own)(_module())
     for fields, why in (
         ({"rank": "4"}, "rank must be int, got '4'"),
         ({"rank": True}, "rank must be int, got True"),
-        ({"name_of": 3}, "name_of must be NoneType or str, got 3"),
+        ({"rank": None}, "rank must be int, got None"),
+        ({"name_of": 3}, r"name_of must be str \| None, got 3"),
+        ({"scales": "1.0,0.5"}, r"scales must be tuple\[float, ...\], got '1.0,0.5'"),
+        ({"scales": (1.0, "x")}, r"scales must be tuple\[float, ...\], got \(1.0, 'x'\)"),
+        ({"pair": (1, "x", 2)}, r"pair must be tuple\[int, str\], got"),
     ):
         with pytest.raises(TypeError, match=why):
             prompt_tune(families.build("vit"), Own(**fields))  # type: ignore[arg-type]
-    prompt_tune(families.build("vit"), Own(rank=2, scale=2, name_of="x"))
+    tuned = prompt_tune(
+        families.build("vit"), Own(rank=2, scale=2, name_of="x", scales=(1, 0.5), pair=(2, "y"))
+    )
+    written = to_dict(tuned.tune_record.method)  # type: ignore[union-attr, arg-type]
+    assert "steps" not in written and written["scales"] == [1, 0.5]
+    assert from_dict(json.loads(json.dumps(written))) == tuned.tune_record.method  # type: ignore[union-attr]
+
+
+def test_what_is_no_instance() -> None:
+    with pytest.raises(TypeError, match="method is the class VPTDeep; give an instance of it"):
+        prompt_tune(families.build("vit"), VPTDeep)  # type: ignore[arg-type]
+    with pytest.raises(TypeError) as refused:
+        prompt_tune(families.build("vit"), "vpt-deep")  # type: ignore[arg-type]
+    assert "VPTDeep()" in str(refused.value) and "AnyMethod" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "blocks", [(-1,), (1, 0), (0, 0), (4,), (0.0,), "0", None, 1, ("0",), (True, 2.5)]
+)
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_prompted_blocks_are_indices(blocks: Any, family: str) -> None:
+    own = _settings()
+    own.prompted_blocks = lambda self, depth: blocks
+    register_method("own", own)(_module())
+    base = families.build("vit") if family == "vit" else plain_swin.build("tiny")
+    with pytest.raises(ValueError, match=r"prompted_blocks\(\d\) is .*indices from 0 to \d in"):
+        prompt_tune(base, own(2))
+    assert not hasattr(base, "tune_record")
 
 
 def test_find_method(module: str) -> None:
@@ -164,6 +203,7 @@ def test_find_method(module: str) -> None:
     assert find_method("scaled") is cls and "scaled" in method_names()
     for where, why in (
         (f"{module}:Other", "is no registered method; see"),
+        (f"{module}:ScaledPrompts", "is a module; give the class of its settings, .*:Scaled"),
         (f"{module}:Nothing", "cannot be imported: module .* has no attribute 'Nothing'"),
         ("no_such_module:X", "cannot be imported: No module named"),
         (":X", "cannot be imported: Empty module name"),
@@ -228,6 +268,9 @@ def test_an_adapter_of_an_unknown_method(module: str, tmp_path: Path) -> None:
 
     rewrite_config(tmp_path / "adapter", edit)
     with pytest.raises(ValueError, match="os:system defines it: install scaled-prompts 1.2 and"):
+        load_adapter(base, tmp_path / "adapter")
+    rewrite_config(tmp_path / "adapter", lambda c: c["method"].update(defined_in="__main__:Scaled"))
+    with pytest.raises(ValueError, match="'scaled' is not known here: a script or a notebook"):
         load_adapter(base, tmp_path / "adapter")
     rewrite_config(tmp_path / "adapter", lambda c: c["method"].update(name=f"{module}:Scaled"))
     with pytest.raises(ValueError, match="unknown method 'scaled_prompts:Scaled'"):
