@@ -47,6 +47,22 @@ class HalvedPrompts(vpt_fast.PromptModule):
 
 
 @dataclass(frozen=True)
+class Some(vpt_fast.PromptMethod):
+    def prompted_blocks(self, depth):
+        return tuple(range(depth - 1))
+
+
+@vpt_fast.register_method("some", Some)
+class SomePrompts(vpt_fast.PromptModule):
+    def __init__(self, method, block):
+        super().__init__()
+        self.tokens = block.new_parameter(method.num_prompts, block.width)
+
+    def forward(self):
+        return self.tokens
+
+
+@dataclass(frozen=True)
 class Tapered(vpt_fast.PromptMethod):
     scales: tuple[float, ...] = (1.0,)
     halves: bool = True
@@ -177,6 +193,21 @@ def test_numbers_of_prompts_that_differ_by_block(folder: Path) -> None:
     assert "halves no" in (folder / "other.html").read_text()
 
 
+def test_memory_of_a_method_whose_blocks_are_chosen(folder: Path) -> None:
+    """Zero prompts are among the default numbers; concatenation is left out where it is unknown."""
+    own = ("--import", "halved_prompts", "memory", "--method", "some")
+    result = run(*own, "--model", "vpt_fast_demo", "--output", "memory", "--prompts", "0,3")
+    assert result.exit_code == 0, result.output
+    with (folder / "memory/memory.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["num_prompts"] for row in rows} == {"0", "3"}
+    assert "eager" in {row["provider"] for row in rows}
+    swin = ("--model", "swin_tiny_patch4_window7_224", "--output", "swin", "--prompts", "2")
+    result = run(*own, *swin)
+    assert result.exit_code == 0, result.output
+    assert "some has no published form here, so eager is left out" in result.output
+
+
 def test_a_sweep_over_fields(folder: Path) -> None:
     common = ("--methods", "vpt-deep,halved", "--lrs", "1", "--weight-decays", "0", "--seeds", "42",
               "--epochs", "1", "--num-prompts", "2", "--model", "vpt_fast_demo", "--output", "sw",
@@ -203,7 +234,7 @@ def test_a_sweep_over_fields(folder: Path) -> None:
         (("--method", "halved_prompts:Nothing"), "has no attribute 'Nothing'"),
         (("--method", "nothing_here:X"), "No module named 'nothing_here'"),
         (("--method", "nope"), "--method is 'nope'; choose one of linear, "),
-        (("--method", "halved"), "or --import the module that registers it"),
+        (("--method", "halved"), "give package.module:Class, or its name and --imp"),
         (("--method", "halved_prompts:Halved", "--set", "share"), "give name=value, with one of"),
         (("--method", "halved_prompts:Halved", "--set", "shares=1"), "sets no field of"),
         (("--method", "vfpt", "--set", "fourier_share=2"), "fourier_share must be in [0, 1]"),
@@ -221,6 +252,7 @@ def test_refusals(words: tuple[str, ...], why: str, folder: Path) -> None:
     assert not (folder / "out").exists() and len(result.output.strip().splitlines()) == 1
     result = run("--import", "nothing_here", "methods")
     assert result.exit_code == 2 and "--import nothing_here: No module named" in result.output
+    assert f"searched in {folder}" in result.output
 
 
 def test_initial_values_are_of_training_images(folder: Path) -> None:

@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from vpt_fast.checks import check_model
 from vpt_fast.methods import Method, VPTDeep
 from vpt_fast.methods.baselines import Baseline
+from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.ops.memory_modes import MEMORY_MODES
 from vpt_fast.reference.vit import check_compared, concatenated, require_gradient, without_prompts
 from vpt_fast.tune import prompt_tune, remove_prompts
@@ -60,7 +61,7 @@ def provided(model: Any, method: Method, provider: str) -> Iterator[nn.Module]:
     check_model(model, method)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    first = _first_block(method)
+    first = _first_block(method, len(blocks_of(model)))
     tuned = provider in MEMORY_MODES
     try:
         if provider == PLAIN:
@@ -75,7 +76,7 @@ def provided(model: Any, method: Method, provider: str) -> Iterator[nn.Module]:
         else:
             yield concatenated(model, method)
     finally:
-        if tuned:
+        if is_tuned(model):
             remove_prompts(model)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -83,9 +84,9 @@ def provided(model: Any, method: Method, provider: str) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def _first_block(method: Method) -> int | None:
+def _first_block(method: Method, depth: int) -> int | None:
     """Return the lowest block with a gradient for a method with 0 prompts; None for others."""
-    if method.num_prompts or isinstance(method, Baseline):
+    if isinstance(method, Baseline) or method.num_prompts or method.prompted_blocks(depth):
         return None
     blocks = method.blocks if isinstance(method, VPTDeep) else None
     return min(blocks, default=0) if blocks is not None else 0

@@ -41,7 +41,8 @@ class PromptBank:
     and attentions are refused.
 
     Args:
-        model: Plain timm VisionTransformer (or the distilled one); frozen and put into eval mode.
+        model: Plain timm VisionTransformer (or the distilled one) or Eva; frozen and put into eval
+            mode.
             Its own head is not used. Move it to its device and dtype before; under autocast to
             another dtype the tasks of each batch are rounded in each call.
         memory_limit: Bytes of device memory that the tasks may take, heads included, the backbone
@@ -102,8 +103,9 @@ class PromptBank:
 
         Args:
             name: Name that is not in use yet.
-            directory: Folder that `save_adapter` wrote, for this backbone; tuned with `VPTDeep` in
-                all or the last blocks, `VAPT` or `LinearProbe`.
+            directory: Folder that `save_adapter` wrote, for this backbone; tuned with `LinearProbe`
+                or any prompt method in all or the last blocks, but for those whose prompt rows live
+                on, and CVPT.
 
         Returns:
             The task.

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -51,7 +52,9 @@ def import_modules(names: Iterable[str]) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ValueError(f"--import {name}: {error}") from error
+            raise ValueError(
+                f"--import {name}: {error}; searched in {Path.cwd()} and Python's path"
+            ) from error
 
 
 def make_method(name: str, options: Mapping[str, Any], settings: Iterable[str] = ()) -> Method:
@@ -83,8 +86,8 @@ def _named(name: str) -> type[Method]:
         import_modules(())
     elif name not in method_names():
         raise ValueError(
-            f"--method is {name!r}; choose one of {', '.join(method_names())}, or --import the "
-            "module that registers it"
+            f"--method is {name!r}; choose one of {', '.join(method_names())}, or for one of your "
+            "own give package.module:Class, or its name and --import before the command"
         )
     return find_method(name)
 

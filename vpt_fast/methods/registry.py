@@ -147,6 +147,8 @@ def check_method(method: Any) -> Method:
     """Return `method`, or raise TypeError if it is not an instance of a registered dataclass."""
     if type(method) in METHODS.values():
         if type(method) not in _OURS:
+            if isinstance(method, PromptMethod):
+                PromptMethod.__post_init__(method)  # which a class of one's own may have left out
             check_values(method)
         return method
     if isinstance(method, PromptMethod):

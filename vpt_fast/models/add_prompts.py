@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from vpt_fast.methods import VAPT, PromptMethod, modules_of, prompted_blocks
-from vpt_fast.methods.fields import check_dropout
 from vpt_fast.models.family import Family
 from vpt_fast.models.tuned import SHARED, blocks_of
 from vpt_fast.modules.block_info import BlockInfo
-from vpt_fast.modules.check_module import check_feature, check_made, check_tensors, made_by
+from vpt_fast.modules.check_module import (
+    check_feature,
+    check_made,
+    check_names,
+    check_tensors,
+    made_by,
+)
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.prompt_module import PromptModule
 from vpt_fast.modules.prompt_tokens import PromptTokens
@@ -124,6 +129,13 @@ def new_prompts(infos: Sequence[BlockInfo], method: PromptMethod) -> dict[int, P
             )
         if type(module) not in (PromptTokens, PromptExperts):
             _complete(module, method, info, known)
+            if not module.num_rows + module.num_keys:
+                if method.num_prompts:
+                    raise ValueError(
+                        f"{type(module).__name__} of method {method.name!r}, block {info.index}: "
+                        "forward made no prompts"
+                    )
+                continue  # as asked
         found[info.index] = module
     return found
 
@@ -168,15 +180,10 @@ def _complete(
 ) -> None:
     """Give a new module its device, dtype and dropout, and try it once."""
     where = f"{type(module).__name__} of method {method.name!r}"
-    own = {*module._modules, *module._parameters, *module._buffers}
-    taken = sorted(own & {*dir(PromptModule), "dropout"})
-    if taken:
-        raise ValueError(f"{where}: {taken[0]!r} is a name of PromptModule's own; take another")
+    check_names(module, where)
     check_tensors(module, info, where)
     _converted(module, info.like, known).eval()
-    chosen = "dropout" in vars(module) or type(module).dropout != PromptModule.dropout
-    module.dropout = module.dropout if chosen else method.dropout
-    check_dropout(f"{where}: dropout", module.dropout)
+    module.dropout = method.dropout
     shared: nn.Module | None = info.owner._modules.get(SHARED)
     # In a tuple, so that it does not become a submodule of every block.
     module._shared = (shared,)

@@ -13,6 +13,7 @@ from vpt_fast.models.family import family_of
 from vpt_fast.models.tuned import SHARED, UPDATE, blocks_of, is_tuned
 from vpt_fast.modules.block_info import FrozenWeights
 from vpt_fast.modules.prompt_module import PromptModule
+from vpt_fast.ops.frozen import versions_of
 
 
 def initialise(model: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -33,8 +34,9 @@ def initialise(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Raises:
         TypeError: If a batch is no tensor.
-        ValueError: If `model` is not tuned or is folded, or there is no image and the method needs
-            some.
+        ValueError: If `model` is not tuned or is folded, there is no image and the method needs
+            some, or its `initialise` replaces tensors, changes frozen weights or sets values that
+            are not finite.
     """
     family = family_of(model)
     if not is_tuned(model) or family is None:
@@ -61,9 +63,37 @@ def initialise(model: nn.Module, batches: Iterable[Tensor]) -> int:
         for block, inputs in zip(blocks, family.plain_inputs(tuned, images), strict=True):
             prompt = block._modules.get("prompt")
             if prompt is not None:
-                prompt.initialise(torch.cat(inputs), _frozen_weights(block))
+                _initialise(prompt, block, torch.cat(inputs))
     tuned.tune_record.initialised = {"images": count}
     return count
+
+
+def _initialise(prompt: PromptModule, block: Any, inputs: Tensor) -> None:
+    """Call a module's `initialise`, and check what it did."""
+    where = f"{type(prompt).__name__}.initialise"
+    own = {id(part) for part in prompt.modules()}
+    parts = [part for part in block.modules() if id(part) not in own]
+    frozen = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
+    frozen = [t for t in frozen if t is not None and not t.is_inference()]
+    before, versions = dict(_tensors_of(prompt)), versions_of(frozen)
+    shapes = {name: tensor.shape for name, tensor in before.items()}
+    prompt.initialise(inputs, _frozen_weights(block))
+    if versions_of(frozen) != versions:
+        raise ValueError(f"{where} changed frozen weights of the model; create it again")
+    after = dict(_tensors_of(prompt))
+    for name in before.keys() | after.keys():
+        now = after.get(name)
+        if now is not before.get(name) or now is None or now.shape != shapes[name]:
+            raise ValueError(
+                f"{where} replaced {name}; write into the tensor, as self.{name}.copy_(...)"
+            )
+        if now.is_floating_point() and not bool(now.isfinite().all()):
+            raise ValueError(f"{where} set values of {name} that are not finite")
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def initialises(model: Any) -> bool:

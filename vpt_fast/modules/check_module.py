@@ -13,6 +13,12 @@ from vpt_fast.modules.prompt_module import READS, PromptModule, Prompts
 
 # A number that a module that holds for some number of images alone hardly holds for.
 IMAGES = 3
+_OVERRIDDEN = {
+    "forward", "after_dropout", "initialise", "regulariser", "reads", "attends_apart", "extra_repr",
+}  # fmt: skip
+_OWN = {name for name in vars(PromptModule) if not name.startswith("__")} - _OVERRIDDEN
+_SET = {"num_rows", "num_keys", "_shared"}
+_ALIKE = {"initialize": "initialise", "regularizer": "regulariser"}
 
 
 def made_by(maker: Callable[..., Any], method: Any, block: BlockInfo) -> Any:
@@ -24,6 +30,26 @@ def made_by(maker: Callable[..., Any], method: Any, block: BlockInfo) -> Any:
     where = f"method {method.name!r}: {getattr(maker, '__qualname__', maker)}"
     _check_takes(maker, (method, block), f"{where} is called with the settings and a BlockInfo")
     return maker(method, block)
+
+
+def check_names(module: PromptModule, where: str) -> None:
+    """Raise ValueError if a module uses names that the base class has for itself.
+
+    Args:
+        module: New module.
+        where: Name of the module, for messages.
+    """
+    parts = {*module._modules, *module._parameters, *module._buffers} & {*dir(PromptModule)}
+    classes = type(module).__mro__[: type(module).__mro__.index(PromptModule)]
+    # Modules of this package may replace more than those of others.
+    others = [cls for cls in classes if cls.__module__.split(".")[0] != __name__.split(".")[0]]
+    names = {name for cls in others for name in vars(cls)}
+    taken = sorted(parts | (vars(module).keys() & _OWN - _SET) | (names & _OWN))
+    if taken:
+        raise ValueError(f"{where}: {taken[0]!r} is a name of PromptModule's own; take another")
+    for name, meant in _ALIKE.items():
+        if name in names:
+            raise ValueError(f"{where} has {name}, which nothing calls; the name is {meant}")
 
 
 def check_tensors(module: nn.Module, block: BlockInfo, where: str) -> None:
@@ -74,7 +100,7 @@ def check_made(module: PromptModule, block: BlockInfo, feature: Any, method: str
     Raises:
         TypeError: If it returns something else than a tensor or `Prompts`, or takes something else
             than what it reads.
-        ValueError: If what it reads or a shape is wrong, or it makes nothing.
+        ValueError: If what it reads or a shape is wrong.
     """
     where = f"{type(module).__name__} of method {method!r}, block {block.index}"
     if module.reads not in READS:
@@ -101,19 +127,22 @@ def check_made(module: PromptModule, block: BlockInfo, feature: Any, method: str
                     f"{where}: {names} of each image and the other is not; expand one of them"
                 )
     heads, width = (block.num_heads, block.head_dim), (block.width,)
+    if rows is not None:
+        _count(rows, width, f"{where}: rows", module, block)
+        rows = module.after_dropout(rows)
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{where}: after_dropout returned a {type(rows).__name__}; return rows")
     count = {
         name: 0 if tensor is None else _count(tensor, last, f"{where}: {name}", module, block)
         for name, tensor, last in (
-            ("rows", rows, width),
+            ("rows of after_dropout", rows, width),
             ("keys", keys, heads),
             ("values", values, heads),
         )
     }
     if count["keys"] != count["values"]:
         raise ValueError(f"{where}: {count['keys']} keys, but {count['values']} values")
-    module.num_rows, module.num_keys = count["rows"], count["keys"]
-    if not module.num_rows + module.num_keys:
-        raise ValueError(f"{where}: forward made no prompts")
+    module.num_rows, module.num_keys = count["rows of after_dropout"], count["keys"]
 
 
 def _check_takes(function: Callable[..., Any], inputs: Sequence[Any], what: str) -> None:
@@ -129,6 +158,8 @@ def _check_takes(function: Callable[..., Any], inputs: Sequence[Any], what: str)
 
 def _called(module: nn.Module, inputs: Sequence[Any], where: str, what: str) -> Any:
     """Return what a module makes of tensors, which it must not change."""
+    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+        raise TypeError(f"{what}, and it has no forward")
     _check_takes(module.forward, inputs, what)
     tensors = [t for t in inputs if isinstance(t, Tensor) and not t.is_inference()]
     before = [tensor._version for tensor in tensors]

@@ -33,7 +33,8 @@ from vpt_fast.analysis.memory_profile import (
     prompts_in_words,
     words,
 )
-from vpt_fast.methods import VAPT, Method, VPTDeep
+from vpt_fast.methods import Method, VPTDeep, VPTShallow
+from vpt_fast.methods.baselines import Baseline
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.reports.memory_picture import Panel, format_size, save_panels
 from vpt_fast.train.backbones import build as backbones
@@ -103,8 +104,9 @@ def report_memory(
     if gpu is not None:
         meters[MEASURED] = gpu
     providers: tuple[str, ...] = PROVIDERS
-    if isinstance(method, VAPT) and not hasattr(plain, "blocks"):
-        log(f"{setting.model}: VAPT has no published form here, so {EAGER} is left out")
+    by_rows = isinstance(method, Baseline | VPTShallow | VPTDeep)
+    if not by_rows and not hasattr(plain, "blocks"):
+        log(f"{setting.model}: {method.name} has no published form here, so {EAGER} is left out")
         providers = tuple(name for name in PROVIDERS if name != EAGER)
     rows = profile(setting, points, meters, progress, log, providers)
     FOLDER.claim(output)

@@ -9,10 +9,20 @@ from typing import Any
 import pytest
 import torch
 from support.formulations import families
+from support.formulations.plain import distance
 from test_registry import _settings, as_before  # noqa: F401
 from torch import Tensor, nn
 
-from vpt_fast import BlockInfo, PromptModule, Prompts, VPTDeep, prompt_tune, register_method
+from vpt_fast import (
+    BlockInfo,
+    PromptModule,
+    Prompts,
+    VPTDeep,
+    initialise,
+    prompt_tune,
+    register_method,
+)
+from vpt_fast.methods import modules_of
 
 
 def made(function: Callable[..., Any], reads: str = "nothing", shared: Any = None) -> Any:
@@ -134,7 +144,29 @@ class _Named(PromptModule):
 class _Dropout(PromptModule):
     def __init__(self, method: Any, block: BlockInfo) -> None:
         super().__init__()
-        self.dropout = 1.5
+        self.dropout = 0.5
+
+
+class _Number(PromptModule):
+    def __init__(self, method: Any, block: BlockInfo) -> None:
+        super().__init__()
+        self.sources: Any = 4  # type: ignore[method-assign]
+
+
+class _Method(PromptModule):
+    def __init__(self, method: Any, block: BlockInfo) -> None:
+        super().__init__()
+
+    def made(self) -> None:  # type: ignore[override]
+        pass
+
+
+class _American(PromptModule):
+    def __init__(self, method: Any, block: BlockInfo) -> None:
+        super().__init__()
+
+    def initialize(self, inputs: Tensor, weights: Any) -> None:
+        pass
 
 
 class _Attribute(PromptModule):
@@ -165,7 +197,10 @@ class _Complex(PromptModule):
 CONSTRUCTED = {
     _Lone: (TypeError, "_Lone is called with the settings and a BlockInfo, and its arguments"),
     _Named: (ValueError, "'shared' is a name of PromptModule's own; take another"),
-    _Dropout: (ValueError, r"dropout must be in \[0, 1\), got 1.5"),
+    _Dropout: (ValueError, "'dropout' is a name of PromptModule's own"),
+    _Number: (ValueError, "'sources' is a name of PromptModule's own"),
+    _Method: (ValueError, "'made' is a name of PromptModule's own"),
+    _American: (ValueError, "has initialize, which nothing calls; the name is initialise"),
     _Attribute: (ValueError, "scale is a tensor, but no parameter and no buffer, .*register_buf"),
     _Frozen: (ValueError, "like is a weight of the model, and would be trained"),
     _Lazy: (ValueError, "is created when it is first called, which adapters cannot hold"),
@@ -188,11 +223,12 @@ def test_constructors(module: Any) -> None:
     [
         (lambda method, block: 5, TypeError, "made a int; a torch.nn.Module is needed"),
         (lambda method: nn.Identity(), TypeError, "is called with the settings and a BlockInfo"),
+        (lambda method, block: nn.Module(), TypeError, "and it has no forward"),
         (lambda method, block: _Function(lambda: 1), TypeError, r"called with x \(B, N, D\)"),
         (lambda method, block: _Function(lambda x: None), ValueError, "returned None for an image"),
         (lambda method, block: _Function(lambda x: x.add_(1)), ValueError, "its input in place"),
     ],
-    ids=["no module", "settings alone", "no argument", "None", "in place"],
+    ids=["no module", "settings alone", "no forward", "no argument", "None", "in place"],
 )
 def test_shared_modules(shared: Any, error: type, why: str) -> None:
     method = made(lambda m, f: m.tokens, "feature", shared)
@@ -211,3 +247,86 @@ def test_no_prompt_module() -> None:
     register_method("own", settings)(lambda method, block: nn.Linear(2, 2))
     with pytest.raises(TypeError, match="made a Linear for block 0; derive it from vpt_fast.Prom"):
         prompt_tune(families.build("vit"), settings(2))
+
+
+@pytest.mark.parametrize(
+    ("after", "error", "why"),
+    [
+        (
+            lambda rows: rows[:, :5],
+            ValueError,
+            r"rows of after_dropout have shape \(3, 5\); \(p, 64",
+        ),
+        (lambda rows: None, TypeError, "after_dropout returned a NoneType; return rows"),
+        (lambda rows: rows[:0], ValueError, "forward made no prompts"),
+    ],
+)
+def test_after_dropout(after: Callable[[Tensor], Any], error: type, why: str) -> None:
+    method = made(lambda m: m.tokens)
+    kind: Any = _modules_of(method)
+    kind.after_dropout = lambda self, rows: after(rows)
+    with pytest.raises(error, match=why):
+        prompt_tune(families.build("vit"), method(3))
+    kind.after_dropout = lambda self, rows: rows[:2]
+    assert prompt_tune(families.build("vit"), method(3)).blocks[0].prompt.num_rows == 2  # type: ignore[union-attr, index]
+
+
+def _modules_of(method: Any) -> Any:
+    return modules_of(method(3)).block
+
+
+def test_settings_that_leave_out_the_checks_of_the_base() -> None:
+    settings = made(lambda m: m.tokens)
+    settings.__post_init__ = lambda self: None
+    with pytest.raises(ValueError, match="num_prompts must be at least 0, got -3"):
+        prompt_tune(families.build("vit"), settings(-3))
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 9"):
+        prompt_tune(families.build("vit"), settings(3, 9.0))
+    assert prompt_tune(families.build("vit"), settings(3, 0.5)).blocks[0].prompt.dropout == 0.5  # type: ignore[union-attr, index]
+
+
+def test_no_prompts_as_asked() -> None:
+    """A module that makes none of them is left out; one that makes none of three is refused."""
+    settings = made(lambda m: m.tokens[:0])
+    settings.prompted_blocks = lambda self, depth: tuple(range(depth - 1))
+    base = families.build("vit")
+    image = families.images("vit")
+    expected = base(image)
+    tuned: Any = prompt_tune(base, settings(0))
+    assert not [n for n, _ in tuned.named_parameters() if "prompt" in n]
+    assert distance(tuned(image), expected) <= 1e-12
+
+
+def _replaces(module: Any, weights: Any) -> None:
+    module.tokens = nn.Parameter(torch.zeros(5, 64))
+
+
+def _adds(module: Any, weights: Any) -> None:
+    module.register_buffer("more", torch.zeros(2))
+
+
+def _breaks(module: Any, weights: Any) -> None:
+    module.tokens[0, 0] = torch.nan
+
+
+def _freezes(module: Any, weights: Any) -> None:
+    weights.norm1.weight.zero_()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_replaces, r"Own.initialise replaced tokens; write into the tensor, as self.tokens.copy_"),
+        (_adds, "Own.initialise replaced more; write into the tensor"),
+        (_breaks, "Own.initialise set values of tokens that are not finite"),
+        (_freezes, "Own.initialise changed frozen weights of the model; create it again"),
+    ],
+)
+def test_initial_values(change: Callable[..., None], why: str) -> None:
+    method = made(lambda m: m.tokens)
+    kind = _modules_of(method)
+    kind.initialise = lambda self, inputs, weights: change(self, weights)
+    tuned: Any = prompt_tune(families.build("vit"), method(3))
+    with pytest.raises(ValueError, match=why):
+        initialise(tuned, families.images("vit"))
+    assert tuned.tune_record.initialised is None
