@@ -14,7 +14,7 @@ help:
 	@echo "make test-full      every shape of every kernel (long)"
 	@echo "make lint           ruff, mypy, import rules, sizes, and the site, built strictly"
 	@echo "make docs           the site of the documents, into site/"
-	@echo "make bench          this machine: compared with eager PyTorch (9 to 14 minutes)"
+	@echo "make bench          this machine: compared with eager PyTorch (9 to 17 minutes)"
 	@echo "make bench-gpu      the same on a CUDA GPU, in 9 minutes: docs/benchmarks/gpu.md (ARGS='--minutes 5')"
 	@echo "make bench-host     the host's time of a step, with a null driver (needs no GPU)"
 	@echo "make roofline       a training step's work, counted, and its time on named GPUs, modelled"

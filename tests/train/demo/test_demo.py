@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from vpt_fast import methods
 from vpt_fast.adapter.files import read_config
 from vpt_fast.cli.app import app
 from vpt_fast.train.backbones.build import data_config_of
@@ -111,6 +112,20 @@ def test_seeds_give_mean_and_deviation(capsys, few):
     ).groups()
     assert float(mean) == pytest.approx(np.mean(each), abs=0.01)
     assert float(deviation) == pytest.approx(np.std(each, ddof=1), abs=0.01)
+
+
+def test_every_method_has_settings_of_both_lengths(capsys, few):
+    """Of the demo's 20 epochs and of the papers' 100."""
+    assert demo_task.STUDY_SETTINGS.keys() == demo_task.SETTINGS.keys()
+    ours = {name for name, cls in methods.METHODS.items() if cls.__module__.startswith("vpt_fast.")}
+    assert {setting.method.name for setting in demo_task.SETTINGS.values()} == ours
+    names = ["vpt-deep", "vpt-deep-spt-mean", "full", "mlp-head"]
+    assert main(["--seeds", "1", "--epochs", "1", "--methods", *names]) == 0
+    printed = capsys.readouterr().out
+    titles = r"^\| (VPT-Deep|VPT-Deep, spt-mean|Full|MLP head) +\|"
+    assert len(re.findall(titles, printed, re.MULTILINE)) == 4
+    for name, opt in (("full", "adamw"), ("cvpt", "sgd")):
+        assert demo_task.recipe_of(demo_task.SETTINGS[name], 20, 1).opt == opt
 
 
 def test_selection_takes_the_best_on_validation(capsys, few):

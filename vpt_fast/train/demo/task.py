@@ -17,8 +17,13 @@ from vpt_fast import (
     E2VPT,
     VAPT,
     VFPT,
+    AdapterTuning,
+    BiasTuning,
+    FullTuning,
     GateVPT,
     LinearProbe,
+    MLPHead,
+    PartialTuning,
     VPTDeep,
     VPTShallow,
     prompt_tune,
@@ -27,6 +32,7 @@ from vpt_fast.extras import require_extra
 from vpt_fast.methods import INITS, Method
 from vpt_fast.train.backbones.build import data_config_of
 from vpt_fast.train.backbones.demo_backbone import demo_backbone
+from vpt_fast.train.common.paper_settings import default_optimizer
 from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.data.image_loaders import set_data_config
 from vpt_fast.train.data.image_options import ImageOptions
@@ -79,10 +85,19 @@ SETTINGS |= {
     },
 }
 
+# And the baselines: MLPHead from the same, the others, with AdamW, from 0.1, 0.05, 0.01 and 0.005.
+SETTINGS |= {
+    "mlp-head": Setting("MLP head", MLPHead(), 2.5, 0.01),
+    "partial": Setting("Partial, last block", PartialTuning(), 0.01, 0.01),
+    "bias": Setting("Bias", BiasTuning(), 0.05, 0.01),
+    "adapter": Setting("Adapter", AdapterTuning(), 0.05, 0.01),
+    "full": Setting("Full", FullTuning(), 0.005, 0.01),
+}
+
 # For the papers' 100 epochs, by the same rule: the linear probe from learning rates of 5 to 50 and
 # all weight decays; VAPT with `--lrs 10 2.5 0.5 --weight-decays 0.01`. VPT-Deep's learning rate is
 # the better of 0.5 and 2.5 over the papers' five seeds, on a backbone of half the training.
-STUDY_SETTINGS: dict[str, Setting] = {
+STUDY_SETTINGS = SETTINGS | {
     "linear": replace(SETTINGS["linear"], lr=5.0),
     "vapt": replace(SETTINGS["vapt"], lr=0.5),
 }
@@ -176,4 +191,7 @@ def train_once(
 
 def recipe_of(setting: Setting, epochs: int, seed: int) -> Recipe:
     """Return the papers' recipe with the setting's learning rate and weight decay."""
-    return Recipe(epochs=epochs, lr=setting.lr, weight_decay=setting.weight_decay, seed=seed)
+    return Recipe(
+        epochs=epochs, lr=setting.lr, weight_decay=setting.weight_decay, seed=seed,
+        opt=default_optimizer(setting.method),
+    )  # fmt: skip
