@@ -88,6 +88,11 @@ def test_the_demo_preset_compares_seven_methods_over_five_seeds(tmp_path):
     assert {one.recipe.opt for one in demo_candidates()[1:4]} == {"adamw"}
     wrong = call("sweep", "photos", "--preset", "demo", "--output", tmp_path)
     assert "has its own data; leave photos out" in error_of(wrong)
+    wrong = call(
+        "sweep", "--preset", "demo", "--output", tmp_path, "--epochs", 1, "--no-aug",
+        "--methods", "vapt", "--set", "num_layers=3",
+    )  # fmt: skip
+    assert "has its own settings; leave --methods, --set, --no-aug out" in error_of(wrong)
 
 
 @pytest.mark.parametrize(

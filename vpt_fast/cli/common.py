@@ -40,6 +40,16 @@ def one_line_errors() -> Iterator[None]:
         fail(f"{error}. Try a smaller --batch-size or --amp-dtype bfloat16", 1)
 
 
+def given_options(context: typer.Context) -> list[str]:
+    """Return the options that a command line sets, as the help spells them."""
+    return [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.opts[0].startswith("--")
+        and getattr(context.get_parameter_source(parameter.name or ""), "name", "") == "COMMANDLINE"
+    ]
+
+
 def import_modules(names: Iterable[str]) -> None:
     """Import modules that register methods; the working directory is searched, too.
 

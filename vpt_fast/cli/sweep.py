@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vpt_fast.cli.common import one_line_errors
+from vpt_fast.cli.common import given_options, one_line_errors
 from vpt_fast.cli.options import (
     MODEL,
     AmpDtype,
@@ -119,6 +119,7 @@ Processes = Annotated[
 
 
 def sweep(
+    context: typer.Context,
     output: SweepOutput,
     directory: SweepData = None,
     preset: Preset = None,
@@ -168,7 +169,8 @@ def sweep(
         where = resolve_device(device)
         final_seeds = tuple(plans.values("seeds", seeds, int))
         if preset is not None:
-            plan, title = plans.preset_plan(preset, directory, output, where, final_seeds, epochs)
+            plans.check_preset(preset, directory, given_options(context))
+            plan, title = plans.preset_plan(output, where, final_seeds, epochs)
         else:
             data, format = plans.data_set(directory, data_format)
             grid = plans.Grid(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ __all__ = [
     "Runs",
     "SweepPlan",
     "candidates",
+    "check_preset",
     "data_set",
     "preset_plan",
     "run",
@@ -38,6 +39,7 @@ __all__ = [
 Value = TypeVar("Value", int, float, str)
 
 _PRESETS = ("demo",)
+_WITH_PRESET = ("--preset", "--output", "--seeds", "--epochs", "--processes", "--device")
 
 
 @dataclass(frozen=True)
@@ -80,31 +82,37 @@ class Runs:
     amp_dtype: str
 
 
-def preset_plan(
-    preset: str,
-    directory: Path | None,
-    output: Path,
-    device: torch.device,
-    seeds: tuple[int, ...],
-    epochs: int | None,
-) -> tuple[SweepPlan, str]:
-    """Return the plan of a preset, and the title of its picture.
+def check_preset(preset: str, directory: Path | None, given: Iterable[str]) -> None:
+    """Raise ValueError if a preset is not known, or an option is given that it sets itself.
 
     Args:
         preset: Name of the preset.
         directory: Data that the user named; there must be none.
-        output: Folder of the sweep.
-        device: Device to train on.
-        seeds: Seeds of the final runs.
-        epochs: Number of epochs of a run; None takes the preset's.
-
-    Raises:
-        ValueError: If there is no such preset, or `directory` is given.
+        given: Options on the command line.
     """
     if preset not in _PRESETS:
         raise ValueError(f"--preset is {preset!r}; choose one of {', '.join(_PRESETS)}")
     if directory is not None:
         raise ValueError(f"--preset {preset} has its own data; leave {directory} out")
+    others = [option for option in given if option not in _WITH_PRESET]
+    if others:
+        raise ValueError(
+            f"--preset {preset} has its own settings; leave {', '.join(others)} out: it takes "
+            f"{', '.join(_WITH_PRESET[1:])}"
+        )
+
+
+def preset_plan(
+    output: Path, device: torch.device, seeds: tuple[int, ...], epochs: int | None
+) -> tuple[SweepPlan, str]:
+    """Return the plan of the preset, and the title of its picture.
+
+    Args:
+        output: Folder of the sweep.
+        device: Device to train on.
+        seeds: Seeds of the final runs.
+        epochs: Number of epochs of a run; None takes the preset's.
+    """
     plan = demo_plan(output, device, seeds, EPOCHS if epochs is None else epochs)
     return plan, f"Handwritten digits, {plan.candidates[0].recipe.epochs} epochs"
 

@@ -87,10 +87,10 @@ SETTINGS |= {
 
 # And the baselines: MLPHead from the same, the others, with AdamW, from 0.1, 0.05, 0.01 and 0.005.
 SETTINGS |= {
-    "mlp-head": Setting("MLP head", MLPHead(), 2.5, 0.01),
-    "partial": Setting("Partial, last block", PartialTuning(), 0.01, 0.01),
-    "bias": Setting("Bias", BiasTuning(), 0.05, 0.01),
-    "adapter": Setting("Adapter", AdapterTuning(), 0.05, 0.01),
+    "mlp-head": Setting("MLP head", MLPHead(), 0.25, 0.01),
+    "partial": Setting("Partial, last block", PartialTuning(), 0.05, 0.01),
+    "bias": Setting("Bias", BiasTuning(), 0.1, 0.01),
+    "adapter": Setting("Adapter", AdapterTuning(), 0.1, 0.01),
     "full": Setting("Full", FullTuning(), 0.005, 0.01),
 }
 
