@@ -6,7 +6,8 @@ logits and for each trained gradient, without dropout, on two images (on copies 
 the batch, if a provider is compiled for that batch size). A provider may have twice the error of
 concatenation in eager PyTorch in the same dtype, plus a slack that depends on the dtype; the error
 of concatenation itself may be at most `WORST`. The gradient of a single number, whose terms may
-cancel almost entirely, is measured together with that of its layer's weight.
+cancel almost entirely, is measured together with that of its layer's weight, or with those of the
+same name in other blocks.
 
 Without prompts, LayerNorms are trained, and their gradients are sums over all rows. PyTorch's CPU
 kernel for 16-bit tensors accumulates them in 16 bits: over the 6,272 rows of two images in Swin's
@@ -16,6 +17,7 @@ are what the provider computed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,13 +155,19 @@ def largest_error(have: Results, want: Results) -> tuple[float, str]:
 
 
 def _with_single_numbers(found: Results) -> Results:
-    """Return the results with single-number biases joined to their layer's weight."""
+    """Return the results with single numbers joined: biases to their layer's weight, then others.
+
+    Others are those of the same name in several blocks.
+    """
     joined = dict(found)
     for name, value in found.items():
         weight = name.removesuffix("bias") + "weight"
         if name.endswith(".bias") and value.numel() == 1 and weight in joined:
             joined[weight] = torch.cat([joined[weight].flatten(), joined.pop(name).flatten()])
-    return joined
+    alone: dict[str, list[Tensor]] = {}
+    for name in [name for name, value in joined.items() if value.numel() == 1]:
+        alone.setdefault(re.sub(r"\d+", "*", name), []).append(joined.pop(name).flatten())
+    return joined | {name: torch.cat(values) for name, values in alone.items()}
 
 
 class Truth:

@@ -47,6 +47,21 @@ def tuned_model(family: str, method: Any) -> tuple[Any, Any]:
     return tuned, image
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["vit", "dinov3 eva"])
+def test_tuned_on_the_meta_device_and_filled_later(family: str, method: str) -> None:
+    source, image = tuned_model(family, METHODS[method])
+    model: Any = prompt_tune(built(family)[0].to("meta"), METHODS[method]).eval()
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(7)
+    model.load_state_dict(source.state_dict())
+    for part in model.modules():
+        if hasattr(part, "init_non_persistent_buffers"):  # a name of timm's
+            part.init_non_persistent_buffers()
+    assert distance(model(image), source(image)) == 0
+
+
 @pytest.mark.covering
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)

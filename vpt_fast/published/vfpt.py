@@ -72,12 +72,21 @@ class FourierMatrices(nn.Module):
 
     def __init__(self, method: VFPT, block: BlockInfo) -> None:
         super().__init__()
-        cosine, sine = _waves(method.transformed)
-        stacked = {"over_prompts": torch.cat([cosine, -sine])}
-        stacked["over_channels"] = torch.cat(_waves(block.width))
-        for name, matrix in stacked.items():
-            own = matrix.to(block.like.device, block.like.dtype)
-            self.register_buffer(name, own, persistent=False)
+        self.sizes = method.transformed, block.width
+        self.init_non_persistent_buffers(block.like)
+
+    def init_non_persistent_buffers(self, like: Tensor | None = None) -> None:
+        """Set the matrices, which no state dict has; timm has this name for it.
+
+        Args:
+            like: Tensor with their device and dtype; None takes their own.
+        """
+        like = self.over_channels if like is None else like
+        cosine, sine = _waves(self.sizes[0])
+        matrices = {"over_prompts": torch.cat([cosine, -sine])}
+        matrices["over_channels"] = torch.cat(_waves(self.sizes[1]))
+        for name, matrix in matrices.items():
+            self.register_buffer(name, matrix.to(like.device, like.dtype), persistent=False)
 
     def transform(self, rows: Tensor) -> Tensor:
         """Return Re F_p P F_D of prompts P (..., m, D)."""

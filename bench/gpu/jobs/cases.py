@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from bench.compare.cases import DINOV3_BASE as DINOV3
-from bench.compare.cases import INFERENCE, SWIN, Case
+from bench.compare.cases import INFERENCE, OTHERS, SWIN, Case
 from bench.gpu.jobs.checks import kernel_cases
 from bench.gpu.jobs.job import (
     CeilingsJob,
@@ -102,6 +102,8 @@ def correctness_jobs(plan: Plan) -> list[Job]:
                 few = min(10, plan.prompts[0])
                 found.append(ModelCheck(replace(case, method="vapt", prompts=few)))
     small = replace(step, model=models[0], batch=4)
+    other = replace(small, prompts=min(10, plan.prompts[0]))
+    found += [ModelCheck(replace(other, method=name)) for name in OTHERS]
     found += [StepCheck(small, kind) for kind in KINDS if kind != "compile" or not plan.trial]
     names = (TINY,) if plan.trial else ("vit_tiny_patch16_224",)
     found += [
@@ -175,6 +177,7 @@ def _rest(plan: Plan) -> list[Comparison]:
         replace(step, dropout=0.1, providers=("concat", "keys_concat", OURS)),
         replace(step, work=INFERENCE, prompts=200), replace(step, batch=1),
         replace(step, model="vit_large_patch16_224", batch=32),
+        *(replace(step, method=name, providers=("concat", OURS)) for name in OTHERS),
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.compare import correctness
-from bench.compare.cases import Case, cpu_cases
+from bench.compare.cases import OTHERS, Case, cpu_cases
 from bench.compare.correctness import Check, Truth, largest_error, norm_gradients
 from bench.compare.rounds import check_and_time, time_interleaved
 from bench.providers import attention as attention_providers
@@ -27,6 +27,14 @@ def test_every_provider_holds(method: str, dtype: str) -> None:
     checks = [truth.check(name) for name in EAGER]
     assert all(check.holds for check in checks), checks
     assert all(check.error > 0 for check in checks)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_other_method_holds(method: str, dtype: str) -> None:
+    truth = Truth(Case(method=method, dtype=dtype, **SMALL))
+    checks = [truth.check(name) for name in ("published", "concat", OURS)]
+    assert all(check.holds for check in checks), checks
 
 
 def test_inference_is_checked_by_its_logits() -> None:
@@ -62,6 +70,15 @@ def test_nan_does_not_hold() -> None:
     assert worst == "a" and not Check("x", error, worst, 1.0).holds
     with pytest.raises(ValueError, match=r"\['b'\] on one side only"):
         largest_error({"a": want["a"]}, want)
+
+
+def test_single_numbers_are_measured_together() -> None:
+    """Of numbers that nearly cancel, the relative error of each says nothing."""
+    want = {"blocks.0.gate": torch.tensor([1e-9]), "blocks.1.gate": torch.tensor([[2.0]])}
+    have = {"blocks.0.gate": torch.tensor([2e-9]), "blocks.1.gate": torch.tensor([[1.5]])}
+    assert largest_error(have, want) == (0.25, "blocks.*.gate")
+    layer = {"norm.weight": torch.ones(3), "norm.bias": torch.zeros(1)}
+    assert largest_error(layer | {"norm.bias": torch.ones(1)}, layer)[1] == "norm.weight"
 
 
 def test_every_implementation_of_attention_holds() -> None:

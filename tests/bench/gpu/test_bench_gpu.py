@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.compare import correctness
-from bench.compare.cases import DINOV3_BASE, SWIN, Case
+from bench.compare.cases import DINOV3_BASE, OTHERS, SWIN, Case
 from bench.compare.collect import read
 from bench.gpu.device import CpuDevice
 from bench.gpu.jobs.cases import (
@@ -190,6 +190,7 @@ def test_all_requested_cases_are_timed() -> None:
     base = [c for c in steps if c.model == "vit_base_patch16_224"]
     assert {c.prompts for c in base if c.method == "vpt-deep"} == {0, 10, 50, 100, 200}
     assert {c.prompts for c in base if c.method == "vapt"} == {10, 50}
+    assert {(c.method, c.prompts) for c in base} >= {(name, 50) for name in OTHERS}
     assert {c.memory for c in base} == set(MEMORY_MODES)
     assert {c.prompts for c in steps if c.model == SWIN} == {10, 50}
     assert any(c.model == "vit_small_patch16_224" for c in steps)
@@ -203,7 +204,8 @@ def test_checks_on_a_gpu() -> None:
     models = [s.case for s in jobs if isinstance(s, ModelCheck)]
     vits = [f"vit_{size}_patch16_224" for size in ("small", "base")] + [DINOV3_BASE]
     wanted = {(m, "vpt-deep", 50) for m in (*vits, SWIN)} | {(m, "vapt", 10) for m in vits}
-    assert {(c.model, c.method, c.prompts, c.dtype) for c in models} == {
+    others = {("vit_small_patch16_224", name, 10, "bfloat16") for name in OTHERS}
+    assert {(c.model, c.method, c.prompts, c.dtype) for c in models} == others | {
         (*case, dtype) for case in wanted for dtype in DTYPES
     }
     checks = [s for s in jobs if isinstance(s, KernelCheck)]
