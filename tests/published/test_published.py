@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from support.formulations import eva_families, families
+from support.formulations.isotropic import built
 from support.formulations.plain import assert_same
 from support.formulations.plain_published import METHODS, pair
 from support.formulations.plain_vapt import seeded
@@ -15,12 +13,6 @@ from vpt_fast.ops.memory_modes import MEMORY_MODES
 
 VIT = ("vit", "deit_distilled", "deit3", "mae", "siglip_map", "qk_norm", "no_bias", "dinov2_swiglu")
 EVA = ("dinov3", "eva02_swiglu_norm", "rope_mixed", "gated", "qk_norm", "eva02_clip")
-
-
-def built(family: str) -> tuple[Any, Any]:
-    name, _, eva = family.partition(" ")
-    source = eva_families if eva else families
-    return source.build(name), source.images(name)
 
 
 @pytest.mark.covering

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.formulations import eva_families, families, plain_swin
+from support.formulations import isotropic, plain_swin
 from support.formulations.plain import distance, redraw_prompts
 from support.formulations.plain_published import METHODS
 
@@ -31,10 +32,7 @@ from vpt_fast.reference.vit import concatenated
 FAMILIES = ("vit", "mae", "dinov3 eva", "qk_norm eva")
 
 
-def built(family: str) -> tuple[Any, Any]:
-    name, _, eva = family.partition(" ")
-    source = eva_families if eva else families
-    return source.build(name, depth=3), source.images(name)
+built = functools.partial(isotropic.built, depth=3)
 
 
 def tuned_model(family: str, method: Any) -> tuple[Any, Any]:

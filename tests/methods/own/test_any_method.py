@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.formulations import eva_families, families
 from support.formulations.any_method import KINDS, AnyMethod, pair
+from support.formulations.isotropic import built
 from support.formulations.plain import assert_same
 from support.formulations.plain_vapt import seeded
 
@@ -15,12 +15,6 @@ from vpt_fast.ops.memory_modes import MEMORY_MODES
 EVA = ("dinov3", "eva02_swiglu_norm", "rope_mixed", "gated", "qk_norm")
 VIT = ("vit", "deit_distilled", "deit3", "mae", "siglip_map", "qk_norm", "no_bias", "dinov2_swiglu")
 BLOCKS = (None, (0,), (1, 2), (2,))
-
-
-def built(family: str) -> tuple[Any, Any]:
-    name, _, eva = family.partition(" ")
-    source = eva_families if eva else families
-    return source.build(name), source.images(name)
 
 
 @pytest.mark.covering

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.formulations import eva_families, families, plain_swin
+from support.formulations import isotropic, plain_swin
 from support.formulations.any_method import KINDS, AnyMethod
 from support.formulations.plain import distance, redraw_prompts
 
@@ -29,11 +30,7 @@ FAMILIES = ("vit", "mae", "dinov3 eva", "qk_norm eva")
 BLOCKS = (None, (0, 2), (1, 2))
 
 
-def built(family: str) -> tuple[Any, Any]:
-    name, _, eva = family.partition(" ")
-    source = eva_families if eva else families
-    more = {"depth": 3}
-    return source.build(name, **more), source.images(name)
+built = functools.partial(isotropic.built, depth=3)
 
 
 def tuned_model(family: str, kind: str, blocks: Any = None, **fields: Any) -> tuple[Any, Any]:

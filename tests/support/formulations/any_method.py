@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.formulations.isotropic import first_input, through
 from support.formulations.plain import Plain, redraw_prompts, widen
-from support.formulations.plain_eva import embedded, more_prefix
 from vpt_fast import BlockInfo, PromptMethod, PromptModule, Prompts, prompt_tune, register_method
 
 KINDS = (
@@ -189,14 +189,10 @@ class PlainAnyMethod(Plain):
     def sequence(self, image: Tensor, attn_mask: Tensor | None = None) -> Iterator[Tensor]:
         """Yield (B, prefix + prompts + patches, D) after each block, and set `self.live`."""
         model, prefix = self.model, self.model.num_prefix_tokens
-        if hasattr(model, "rope"):
-            x, tables = embedded(model, image)
-        else:
-            x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
-            tables = None
+        x, tables = first_input(model, image)
         feature = None if self.shared is None else self.shared(x)
         self.live = 0
-        for index, block in enumerate(model.blocks):
+        for index, (block, rope) in enumerate(zip(model.blocks, tables, strict=True)):
             kv = None
             if index in self.blocks:
                 tokens = torch.cat([x[:, :prefix], x[:, prefix + self.live :]], dim=1)
@@ -206,11 +202,7 @@ class PlainAnyMethod(Plain):
                 self.live = rows.shape[1]
             mask = widen(attn_mask, prefix, self.live)
             with more_keys(kv):
-                if tables is None:
-                    x = block(x, attn_mask=mask)
-                else:
-                    with more_prefix(block, self.live):
-                        x = block(x, rope=tables[index], attn_mask=mask)
+                x = through(block, x, rope, self.live, mask)
             yield x
 
 

@@ -18,8 +18,8 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from support.formulations.any_method import more_keys
+from support.formulations.isotropic import first_input, through
 from support.formulations.plain import Plain, redraw_prompts
-from support.formulations.plain_eva import embedded, more_prefix
 from vpt_fast import BPT, CVPT, DVPT, E2VPT, VFPT, GateVPT, prompt_tune
 
 METHODS: dict[str, Any] = {
@@ -140,11 +140,7 @@ class PlainPublished(Plain):
     def sequence(self, image: Tensor, attn_mask: Tensor | None = None) -> Iterator[Tensor]:
         """Yield (B, prefix + prompts + patches, D) after each block, and set `self.live`."""
         model, prefix = self.model, self.model.num_prefix_tokens
-        if hasattr(model, "rope"):
-            x, tables = embedded(model, image)
-        else:
-            x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
-            tables = [None] * len(model.blocks)
+        x, tables = first_input(model, image)
         first, self.live = x, 0
         gated = isinstance(self.method, GateVPT)
         for index, (block, rope) in enumerate(zip(model.blocks, tables, strict=True)):
@@ -158,11 +154,7 @@ class PlainPublished(Plain):
                 self.live = rows.shape[1]
             entered = x[:, prefix : prefix + self.live]
             with more_keys(kv):
-                if rope is None:
-                    x = block(x)
-                else:
-                    with more_prefix(block, self.live):
-                        x = block(x, rope=rope)
+                x = through(block, x, rope, self.live)
             if gated and index + 1 < len(model.blocks):
                 g = self.trained[f"blocks.{index}.prompt_update.gate"].sigmoid()
                 rows = g * x[:, prefix : prefix + self.live] + (1 - g) * entered
