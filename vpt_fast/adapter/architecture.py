@@ -13,8 +13,7 @@ from timm.layers import DropPath, PatchDropout
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from vpt_fast.models.tuned import ADDED
-from vpt_fast.modules.prompt_module import PromptModule
+from vpt_fast.models.tuned import is_added
 from vpt_fast.tune import classifiers_of
 
 Description = Mapping[str, Any]
@@ -82,8 +81,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     heads = classifiers_of(model)
     left_out = {id(part) for head in heads if head is not None for part in head.modules()}
     for name, module in model.named_modules():
-        added = isinstance(module, PromptModule) or name.rpartition(".")[2] in ADDED
-        if added or _plain_class(module) is nn.Module:
+        if is_added(name, module) or _plain_class(module) is nn.Module:
             left_out |= {id(part) for part in module.modules()}
         if id(module) not in left_out and not isinstance(module, _WITHOUT_EFFECT):
             yield name, module

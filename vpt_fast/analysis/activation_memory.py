@@ -62,11 +62,10 @@ def provided(model: Any, method: Method, provider: str) -> Iterator[nn.Module]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     first = _first_block(method, len(blocks_of(model)))
-    tuned = provider in MEMORY_MODES
     try:
         if provider == PLAIN:
             yield without_prompts(model)
-        elif tuned:
+        elif provider in MEMORY_MODES:
             prompt_tune(model, method, memory=provider)
             if first is not None:
                 require_gradient(model, first)

@@ -8,6 +8,7 @@ computing the prompts' own output rows, which are discarded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,9 +54,11 @@ def features(model: Any, images: Tensor, index: BatchIndex) -> Tensor:
     tokens, tables = block_inputs(model, images)
     total, count = DeferredSum(tokens), rows_read(model, kind.plain_class)
     last = len(model.blocks) - 1
-    made = [group.feature(tokens) for group in index.groups if isinstance(group, ModuleGroup)]
+    modules = [
+        (group, group.feature(tokens)) for group in index.groups if isinstance(group, ModuleGroup)
+    ]
     for number, block in enumerate(model.blocks):
-        prompts = _BlockPrompts(index, number, made)
+        prompts = _BlockPrompts(index, number, modules)
         first = count if number == last else None
         # As in a tuned model: on the CPU one or two rows of a block are cheaper by modules.
         rope = table_of(tables, number)
@@ -81,16 +84,22 @@ class _BlockPrompts:
     Args:
         index: Row offsets of the images' prompts.
         block: Index of the block.
-        features: What the shared module of each `ModuleGroup` made of its images, or None.
+        modules: Images of each task whose modules make prompts, and what its shared module made
+            of them, or None.
 
     Attributes:
         experts: Images whose prompts experts compute in this block: none in the first block.
+        modules: Those of `modules` with prompts in this block.
     """
 
-    def __init__(self, index: BatchIndex, block: int, features: list[Any]) -> None:
-        self.index, self.block, self.features = index, block, features
-        groups = [group for group in index.groups if group.count(block)]
-        self.experts = [group for group in groups if isinstance(group, ExpertGroup)]
+    def __init__(
+        self, index: BatchIndex, block: int, modules: Sequence[tuple[ModuleGroup, Any]]
+    ) -> None:
+        self.index, self.block = index, block
+        self.experts = [
+            group for group in index.groups if isinstance(group, ExpertGroup) and group.count(block)
+        ]
+        self.modules = [own for own in modules if own[0].count(block)]
 
     def compute(
         self,
@@ -116,10 +125,8 @@ class _BlockPrompts:
                 rows.append(normalised_prompts(block.norm1, prompts, dtype).flatten(0, 1))
         if rows:
             found.append(packed_prompts(block.attn, torch.cat(rows)[None])[0])
-        modules = [group for group in self.index.groups if isinstance(group, ModuleGroup)]
-        for own, feature in zip(modules, self.features, strict=True):
-            if own.count(self.block):
-                found.append(own.kv(block, self.block, x, feature, dtype))
+        for own, feature in self.modules:
+            found.append(own.kv(block, self.block, x, feature, dtype))
         if len(found) == 1:
             return found[0]
         return torch.cat(found) if found else self.index.prompt_kv[:0]

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from vpt_fast.methods import PromptMethod
 from vpt_fast.models.add_prompts import block_infos, new_prompts
-from vpt_fast.models.attention_inputs import packed_prompts
 from vpt_fast.models.family import family_of
+from vpt_fast.models.isotropic.attention import all_keys_values
 from vpt_fast.models.tuned import SHARED
-from vpt_fast.modules.norms import normalised_prompts
 from vpt_fast.modules.prompt_module import PromptModule
-from vpt_fast.ops.block.prompt_source import appended
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +78,8 @@ class ModuleGroup:
             dtype: Dtype of the normalised prompts.
         """
         rows, kv = self.task.blocks[index].made(self._own(x), feature)
-        found = None
-        if rows is not None:
-            found = packed_prompts(block.attn, normalised_prompts(block.norm1, rows, dtype))
-        if kv is not None:
-            found = kv.to(dtype) if found is None else appended(found, kv.to(found.dtype))
-        kv = found.expand(len(self.members), *[-1] * 4)  # type: ignore[union-attr]
-        return kv.flatten(0, 1)
+        kv = all_keys_values(block, rows, kv, dtype)
+        return kv.expand(len(self.members), *[-1] * 4).flatten(0, 1)
 
     def _own(self, x: Tensor) -> Tensor:
         return x if self.whole else x.index_select(0, self.images)

@@ -14,6 +14,7 @@ from vpt_fast.cli.options import MODEL, ImgSize
 from vpt_fast.methods import Method, find_method, method_names
 from vpt_fast.train.backbones import build as backbones
 from vpt_fast.train.common.curves import format_table
+from vpt_fast.tune import classifiers_of
 
 
 def list_methods(
@@ -55,8 +56,7 @@ def trained_parameters(net: nn.Module, method: Method) -> int:
     """
     model: Any = prompt_tune(net, method)
     try:
-        heads = model.get_classifier()
-        own = heads if isinstance(heads, tuple) else (heads,)
-        return count_parameters(model)[0] - sum(p.numel() for h in own for p in h.parameters())
+        heads = (p for head in classifiers_of(model) for p in head.parameters())
+        return count_parameters(model)[0] - sum(p.numel() for p in heads)
     finally:
         remove_prompts(model)

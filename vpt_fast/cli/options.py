@@ -158,8 +158,12 @@ Rewind = Annotated[
         "initial values of this seed.",
     ),
 ]
-METHOD_NAMES = f"{', '.join(METHODS)}; one of an installed package, or package.module:Class."
-MethodName = Annotated[str, typer.Option(help=METHOD_NAMES)]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        help=f"{', '.join(METHODS)}; one of an installed package, or package.module:Class."
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

@@ -12,10 +12,9 @@ from vpt_fast.kernels.attention.layouts import split
 from vpt_fast.models.attention_inputs import (
     attention_tokens,
     packed_prompts,
-    projected,
     projected_out,
+    projected_queries,
 )
-from vpt_fast.ops.rowwise.rotation import rotated
 
 
 class BakedAttention(nn.Module):
@@ -65,15 +64,10 @@ class BakedAttention(nn.Module):
         self, x: Tensor, prompts: Tensor | None, rope: Tensor | None, kv: Tensor | None
     ) -> Tensor:
         """Attend from every row of x (B, N, D) to the prompts alone; arguments as of `attend`."""
-        own: Any = self
-        width, heads = own.num_heads * own.head_dim, (own.num_heads, own.head_dim)
-        q = own.q_norm(projected(own, x, slice(0, width)).unflatten(-1, heads))
-        if rope is not None:
-            q = rotated(q, rope, getattr(own, "rotate_half", False)).to(x.dtype)
-        q = q.transpose(1, 2)
+        q = projected_queries(self, x, rope).transpose(1, 2)
         k, v = (torch.cat(parts, 2) for parts in zip(*self._prompts(q, prompts, kv), strict=True))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return projected_out(own, out, x)
+        return projected_out(self, out, x)
 
     def _prompts(
         self, like: Tensor, prompts: Tensor | None, kv: Tensor | None

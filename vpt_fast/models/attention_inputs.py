@@ -116,6 +116,19 @@ def _bypasses(attn: Any) -> bool:
     return attn._parameters.get("q_bias") is not None and not attn.qkv_bias_separate
 
 
+def projected_queries(attn: Any, rows: Tensor, rope: Tensor | None) -> Tensor:
+    """Return queries (B, M, H, d) of normalised rows (B, M, D), past the projection's hooks.
+
+    They are normed, and those of the last rows rotated by the table `rope`, where there is one.
+    """
+    heads = (attn.num_heads, attn.head_dim)
+    q = projected(attn, rows, slice(0, attn.num_heads * attn.head_dim)).unflatten(-1, heads)
+    normed: Tensor = attn.q_norm(q)
+    if rope is None:
+        return normed
+    return rotated(normed, rope, getattr(attn, "rotate_half", False)).to(rows.dtype)
+
+
 def _packed(attn: Any, x: Tensor) -> Tensor:
     """Return the packed projection (B, N, 3 A) of x (B, N, D), with the hooks that timm calls."""
     if _bypasses(attn):

@@ -31,6 +31,11 @@ _QUIET = (
 )
 
 
+def in_mode(memory: str, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Return `function(*args)`: as it is in mode "speed", in others as `recomputed` does."""
+    return function(*args) if memory == "speed" else recomputed(module, function, *args)
+
+
 def recomputed(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     """Return `function(*args)`; only the arguments are saved, and backward recomputes the rest.
 

@@ -27,6 +27,8 @@ UPDATE = "prompt_update"
 ADDED = ("prompt_projection", "prompt_projector", SHARED, UPDATE, "head_hidden")
 """Modules that methods add to a model or its parts, beside the parameter `prompt_tokens`."""
 
+_KINDS = (PromptModule, FeatureProjector, BottleneckAdapter)
+
 AnyTuned = TypeVar("AnyTuned", bound="Tuned")
 
 
@@ -66,12 +68,9 @@ class Tuned(nn.Module):
 
     def trained_modules(self) -> list[nn.Module]:
         """Return the modules that follow `train()`: those that the method added, and the head."""
-        names = (*ADDED, "head_drop", "head", "head_dist")
-        modules = [getattr(self, name) for name in names if hasattr(self, name)]
-        added = (PromptModule, FeatureProjector, BottleneckAdapter)
-        modules += [m for m in self.modules() if isinstance(m, added)]
-        owners = [m._modules for m in self.modules()]
-        return modules + [own[name] for own in owners for name in (SHARED, UPDATE) if name in own]
+        names = ("head_drop", "head", "head_dist")
+        heads = [getattr(self, name) for name in names if hasattr(self, name)]
+        return heads + [part for name, part in self.named_modules() if is_added(name, part)]
 
     def train(self: AnyTuned, mode: bool = True) -> AnyTuned:
         """Set the mode of prompts, adapters and head; the backbone stays in eval mode."""
@@ -154,13 +153,8 @@ class Tuned(nn.Module):
 
     def added_tensors(self) -> dict[str, Tensor]:
         """Return the parameters that the method added, and the buffers in checkpoints, by name."""
-        kinds = (PromptModule, FeatureProjector, BottleneckAdapter)
-        parts = [
-            f"{name}."
-            for name, part in self.named_modules()
-            if isinstance(part, kinds) or name.rpartition(".")[2] in (SHARED, UPDATE)
-        ]
-        within = (*parts, *(f"{name}." for name in ADDED))
+        modules = self.named_modules(remove_duplicate=False)
+        within = tuple(f"{name}." for name, part in modules if is_added(name, part))
         found: dict[str, Tensor] = {
             name: parameter
             for name, parameter in self.named_parameters(remove_duplicate=False)
@@ -172,6 +166,11 @@ class Tuned(nn.Module):
             saved = self.state_dict().keys()
             found |= {name: buffer for name, buffer in buffers.items() if name in saved}
         return found
+
+
+def is_added(name: str, part: nn.Module) -> bool:
+    """Return whether a method added this part, of that name, of a model."""
+    return isinstance(part, _KINDS) or name.rpartition(".")[2] in ADDED
 
 
 def is_tuned(model: Any) -> bool:

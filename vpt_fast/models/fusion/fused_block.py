@@ -15,7 +15,7 @@ from torch import Tensor
 from vpt_fast.models.fusion.block_reading import BlockReading, forget, weight_slots
 from vpt_fast.models.fusion.fusible import block_settings, can_fuse
 from vpt_fast.models.fusion.weights_reading import BlockSettings, WeightsReading
-from vpt_fast.models.recompute import recomputed
+from vpt_fast.models.recompute import in_mode
 from vpt_fast.ops.backend import computing_dtype, statistics_dtype
 from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.block.core import BlockSteps
@@ -140,9 +140,7 @@ def own_sources(
     if prompt.known_ahead:
         return total, prompt.sources(total.residual, feature)
     x = total.materialize()
-    if memory == "speed":
-        return DeferredSum(x), prompt.sources(x)
-    return DeferredSum(x), recomputed(prompt, prompt.sources, x)
+    return DeferredSum(x), in_mode(memory, prompt, prompt.sources, x)
 
 
 class _Input(NamedTuple):

@@ -20,6 +20,7 @@ from vpt_fast.models.attention_inputs import (
     weights_of,
 )
 from vpt_fast.modules.hooks import is_watched
+from vpt_fast.modules.norms import normalised_prompts
 from vpt_fast.modules.row_by_row import treats_rows_apart
 from vpt_fast.ops.attention.absorbed import absorbed_attention, absorbed_values
 from vpt_fast.ops.attention.operator import prompt_attention
@@ -141,3 +142,21 @@ def _without(kv: Tensor, k_bias: Tensor | None, v_bias: Tensor | None) -> Tensor
     """Return keys and values (B or 1, n, 2, H, d) less the biases (H * d,) that others have."""
     halves = zip(kv.unbind(2), (k_bias, v_bias), strict=True)
     return torch.stack([t if b is None else t - b.view(t.shape[2:]) for t, b in halves], 2)
+
+
+def all_keys_values(
+    block: Any, rows: Tensor | None, kv: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return keys and values (B or 1, p + n, 2, H, d) of a block's prompts, which are not rotated.
+
+    Args:
+        block: timm's block or ours, of a model of one width.
+        rows: Prompts (B or 1, p, D), or None.
+        kv: Keys and values (B or 1, n, 2, H, d) beside theirs, or None. One of both is given.
+        dtype: Dtype of the normalised prompts, and of the result without prompts.
+    """
+    if rows is None:
+        own: Any = kv
+        return own.to(dtype)
+    found = packed_prompts(block.attn, normalised_prompts(block.norm1, rows, dtype))
+    return found if kv is None else appended(found, kv.to(found.dtype))

@@ -19,17 +19,10 @@ from vpt_fast.models.attention_inputs import projections_of
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.models.fusion.fusible import can_fuse
+from vpt_fast.models.isotropic.concatenated import with_all_rows
 from vpt_fast.models.isotropic.prompts_apart import after_prompts_apart, with_updated_rows
-from vpt_fast.models.prompt_rows import (
-    LiveRows,
-    PromptRows,
-    extend_mask,
-    extend_table,
-    insert_rows,
-    split_rows,
-    strip_rows,
-)
-from vpt_fast.models.recompute import recomputed
+from vpt_fast.models.prompt_rows import LiveRows, PromptRows, insert_rows, split_rows, strip_rows
+from vpt_fast.models.recompute import in_mode, recomputed
 from vpt_fast.models.residual import add_branches
 from vpt_fast.modules.hooks import (
     call_compiled,
@@ -186,8 +179,7 @@ class PromptedBlock(nn.Module):
         else:
             x = after_prompts_apart(self, x, self.memory, rope, feature)
             args = (x, rope, feature, attn_mask, is_causal)
-            whole = self._concatenated
-            x = whole(*args) if self.memory == "speed" else recomputed(self, whole, *args)
+            x = in_mode(self.memory, self, self._concatenated, *args)
         if live is not None and rows.leaving:
             x, live.rows = split_rows(x, rows.leaving, rows.prefix)
         return x
@@ -222,16 +214,8 @@ class PromptedBlock(nn.Module):
         ):
             now = self.fused(self, total.residual)
         if now is None:
-            if memory == "speed":
-                return DeferredSum(self._by_modules(total, first, rope, feature))
-            again = recomputed(
-                self,
-                lambda x, rope, feature: self._by_modules(DeferredSum(x), first, rope, feature),
-                total.materialize(),
-                rope,
-                feature,
-            )
-            return DeferredSum(again)
+            args = (total.materialize(), first, rope, feature)
+            return DeferredSum(in_mode(memory, self, self._by_modules, *args))
         prompts = NO_PROMPTS
         if prompt is not None and (rows.entering or rows.leaving):
             total = DeferredSum(strip_rows(total.materialize(), rows.entering, rows.prefix))
@@ -252,9 +236,9 @@ class PromptedBlock(nn.Module):
         return None if prompt is None or prompt.attends_apart else prompt
 
     def _by_modules(
-        self, total: DeferredSum, first: int | None, rope: Tensor | None, feature: Any
+        self, x: Tensor, first: int | None, rope: Tensor | None, feature: Any
     ) -> Tensor:
-        x, rows = total.materialize(), self.rows
+        rows = self.rows
         if self._needs_all_rows():
             x = self._concatenated(x, rope, feature)
             return x if first is None else x[:, :first]
@@ -293,20 +277,7 @@ class PromptedBlock(nn.Module):
             x, (prompts, kv) = self.own_prompts(x, feature)
             count = 0 if prompts is None else prompts.shape[1]
             x = insert_rows(x, prompts, rows.prefix)
-        if attn_mask is not None and count:
-            attn_mask = extend_mask(attn_mask, count, rows.prefix)
-        attn: Any = self.attn
-        call = functools.partial(attn, attn_mask=attn_mask, is_causal=is_causal)
-        if rope is not None:
-            call = functools.partial(call, rope=extend_table(rope, count))
-        if kv is not None:
-            if type(attn) not in self.attentions.values():
-                raise ValueError(
-                    f"attn of this block is a {type(attn).__name__}, which takes no keys and "
-                    "values of prompts; put timm's back, or change its parts"
-                )
-            call = functools.partial(call, kv=kv.to(x.dtype))
-        x = add_branches(self, x, call(self.norm1(x)))
+        x = with_all_rows(self, x, count, rope, attn_mask, is_causal, kv)
         return x if rows.leaving else strip_rows(x, count, rows.prefix)
 
     def own_prompts(self, x: Tensor, feature: Any = None) -> tuple[Tensor, Made]:

@@ -8,23 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vpt_fast.models.attention_inputs import (
-    packed_prompts,
-    projected,
-    projected_out,
-    projections_of,
-)
+from vpt_fast.models.attention_inputs import projected_out, projected_queries, projections_of
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Use
-from vpt_fast.models.prompt_rows import extend_mask, extend_table, insert_rows, split_rows
-from vpt_fast.models.recompute import recomputed
-from vpt_fast.models.residual import add_attention, add_branches
+from vpt_fast.models.isotropic.attention import all_keys_values
+from vpt_fast.models.isotropic.concatenated import with_all_rows
+from vpt_fast.models.prompt_rows import insert_rows, split_rows
+from vpt_fast.models.recompute import in_mode
+from vpt_fast.models.residual import add_attention
 from vpt_fast.modules.hooks import is_watched
-from vpt_fast.modules.norms import normalised_prompts
 from vpt_fast.ops.attention.operator import attention_to_prompts
 from vpt_fast.ops.block.add_norm import DeferredSum
-from vpt_fast.ops.block.prompt_source import appended
-from vpt_fast.ops.rowwise.rotation import rotated
 from vpt_fast.ops.tracing import is_transformed
 
 
@@ -55,22 +49,15 @@ def attend_to_prompts(
             "through them, too; hook the block or its attention"
         )
     rows, kv = prompt.made(x, feature)
-    found: Any = None if kv is None else kv.to(x.dtype)
-    if rows is not None:
-        own = packed_prompts(attn, normalised_prompts(block.norm1, rows, x.dtype))
-        found = own if found is None else appended(own, found)
+    kv = all_keys_values(block, rows, kv, x.dtype)
     y = block.norm1(x)
-    heads = (attn.num_heads, attn.head_dim)
-    q = projected(attn, y, slice(0, attn.num_heads * attn.head_dim)).unflatten(-1, heads)
-    q = attn.q_norm(q)
-    if rope is not None:
-        q = rotated(q, rope, getattr(attn, "rotate_half", False)).to(y.dtype)
+    q = projected_queries(attn, y, rope)
     if is_transformed():
-        k, v = found.expand(x.shape[0], *[-1] * 4).transpose(1, 3).unbind(2)
+        k, v = kv.expand(x.shape[0], *[-1] * 4).transpose(1, 3).unbind(2)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=attn.scale)
         out = out.transpose(1, 2).flatten(2)
     else:
-        out = attention_to_prompts(q, found, attn.scale)
+        out = attention_to_prompts(q, kv, attn.scale)
     return add_attention(block, x, projected_out(attn, out, y))
 
 
@@ -98,10 +85,9 @@ def after_prompts_apart(
 def _apart(
     block: Any, prompt: Any, x: Tensor, memory: str, rope: Tensor | None, feature: Any
 ) -> Tensor:
-    if memory == "speed":
-        return attend_to_prompts(block, prompt, x, rope, feature)
-    again: Tensor = recomputed(block, attend_to_prompts, block, prompt, x, rope, feature)
-    return again
+    args = (block, prompt, x, rope, feature)
+    attended: Tensor = in_mode(memory, block, attend_to_prompts, *args)
+    return attended
 
 
 def with_updated_rows(
@@ -130,10 +116,8 @@ def with_updated_rows(
     if now is not None:
         use, total = Use(memory), DeferredSum(x)
         x = fused_block.run(block, now, NO_PROMPTS, total, use, rope).materialize()
-    elif memory == "speed":
-        x = _concatenated(block, x, rope, attn_mask)
     else:
-        x = recomputed(block, _concatenated, block, x, rope, attn_mask)
+        x = in_mode(memory, block, with_all_rows, block, x, rows.leaving, rope, attn_mask)
     left = block.prompt_update(x[:, prefix : prefix + rows.leaving], entered)
     if left.shape != entered.shape:
         raise ValueError(
@@ -142,11 +126,3 @@ def with_updated_rows(
         )
     after = x[:, prefix + rows.leaving :]
     return DeferredSum(torch.cat([x[:, :prefix], left.to(x.dtype), after], 1))
-
-
-def _concatenated(block: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None) -> Tensor:
-    """Return the block's output for all rows (B, N + p, D), prompt rows after the prefix."""
-    count, prefix = block.rows.leaving, block.rows.prefix
-    mask = None if attn_mask is None else extend_mask(attn_mask, count, prefix)
-    tables = {} if rope is None else {"rope": extend_table(rope, count)}
-    return add_branches(block, x, block.attn(block.norm1(x), attn_mask=mask, **tables))

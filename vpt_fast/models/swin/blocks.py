@@ -17,7 +17,7 @@ from vpt_fast.models.attention_inputs import check_attention, projected_kv, read
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import Fused, Use, own_sources
 from vpt_fast.models.prompt_rows import LiveRows, PromptRows
-from vpt_fast.models.recompute import recomputed
+from vpt_fast.models.recompute import in_mode, recomputed
 from vpt_fast.models.residual import add_branches
 from vpt_fast.models.swin.windows import attend_beside, is_plain_softmax, through_windows
 from vpt_fast.modules.experts import PromptExperts, check_grid
@@ -153,12 +153,8 @@ class PromptedSwinBlock(SwinTransformerBlock):
             total, prompts = own_sources(prompt, total, memory, live.feature)
             return fused_block.run(self, now, prompts, total, Use(memory, windows))
         x = total.materialize()
-        if memory == "speed":
-            x, live.rows = self._by_modules(x, windows, live.rows, live.feature)
-        else:
-            x, live.rows = recomputed(
-                self, lambda x, *live: self._by_modules(x, windows, *live), x, *vars(live).values()
-            )
+        args = (x, windows, live.rows, live.feature)
+        x, live.rows = in_mode(memory, self, self._by_modules, *args)
         return DeferredSum(x)
 
     def _by_modules(

@@ -26,6 +26,7 @@ from vpt_fast.train.loop.evaluate import (
     nothing_decoded,
     progress_bar,
 )
+from vpt_fast.tune import classifiers_of
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of activations that are cached in memory; more go to a file."""
@@ -70,9 +71,7 @@ def frozen_blocks(model: nn.Module) -> int:
         getattr(tuned, name, None) for name in ("norm", "fc_norm", "attn_pool", "head_hidden")
     ]
     after |= {id(p) for module in behind if module is not None for p in module.parameters()}
-    heads = tuned.get_classifier()
-    for head in heads if isinstance(heads, tuple) else (heads,):
-        after |= {id(p) for p in head.parameters()}
+    after |= {id(p) for head in classifiers_of(tuned) for p in head.parameters()}
     if any(p.requires_grad and id(p) not in after for p in tuned.parameters()):
         return 0  # an embedding, or what all blocks share
     for index, block in enumerate(blocks):
