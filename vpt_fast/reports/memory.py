@@ -33,11 +33,11 @@ from vpt_fast.analysis.memory_profile import (
     prompts_in_words,
     words,
 )
+from vpt_fast.backbones import build as backbones
 from vpt_fast.methods import Method, VPTDeep, VPTShallow
 from vpt_fast.methods.baselines import Baseline
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.reports.memory_picture import Panel, format_size, save_panels
-from vpt_fast.train.backbones import build as backbones
 from vpt_fast.train.common.curves import format_table
 from vpt_fast.train.common.output_folder import ReportFolder, write_csv
 

@@ -12,7 +12,7 @@ from typing import Any
 from timm.utils import random_seed
 
 from vpt_fast import prompt_tune, save_adapter
-from vpt_fast.train.backbones import build as backbones
+from vpt_fast.backbones import build as backbones
 from vpt_fast.train.common.digest import digest
 from vpt_fast.train.common.parallel import rank, world_size
 from vpt_fast.train.common.recipe import init_head

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from timm.utils import random_seed
 
+from vpt_fast.backbones import build as backbones
+from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.methods import Method
-from vpt_fast.train.backbones import build as backbones
-from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
     SEEDS,
