@@ -26,6 +26,10 @@ def check_model(model: Any, method: Method) -> Family:
             f"this {name_of(model)} is tuned already, with {model.tune_record.method}; call "
             "remove_prompts(model) first"
         )
+    if "adapters" in vars(model):
+        raise ValueError(
+            f"the adapters of this {name_of(model)} are disabled; leave `with disabled(model)`"
+        )
     family = family_of(model)
     if family is None:
         raise TypeError(_not_known(model))

@@ -17,7 +17,8 @@ from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
 from vpt_fast.models.sharing import check_latest, check_own_blocks, remember
-from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned, take_out
+from vpt_fast.models.taken import take_out
+from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned
 from vpt_fast.modules.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
 from vpt_fast.ops.memory_modes import check_memory_mode
 
@@ -30,7 +31,7 @@ def classifiers_of(model: Any) -> list[nn.Module]:
     return list(classifier) if isinstance(classifier, tuple) else [classifier]
 
 
-def _in_place(model: Any, method: Method, family: Family) -> dict[str, Tensor]:
+def trained_in_place(model: Any, method: Method, family: Family) -> dict[str, Tensor]:
     """Return what `method` trains in place, by name: the classifiers with their buffers, and what
     a baseline trains of the backbone."""
     heads = {
@@ -125,7 +126,7 @@ def apply_method(
     """
     tuned: Any = model
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
-    in_place = _in_place(tuned, method, family)
+    in_place = trained_in_place(tuned, method, family)
     record = TuneRecord(
         method=method,
         memory=memory,
@@ -208,12 +209,15 @@ def remove_prompts(model: Model) -> Model:
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
     check_latest(tuned, is_tuned)
     with all_or_nothing(tuned):
-        _uninstall(tuned, family, tuned.tune_record)
+        _uninstall(tuned, family)
     return tuned
 
 
-def _uninstall(tuned: Any, family: Family, record: TuneRecord) -> None:
+def _uninstall(tuned: Any, family: Family) -> None:
     unfold_backbone(tuned)
+    if "adapters" in vars(tuned):
+        tuned.adapters.keep_first(tuned)
+    record: TuneRecord = tuned.tune_record
     hidden, head = tuned._modules.get("head_hidden"), tuned.get_classifier()
     if hidden is not None and isinstance(head, nn.Linear):
         width = hidden[0].in_features

@@ -37,6 +37,7 @@ OPTIONS = {
     ),
     "export": ("vpt_fast/export",),
     "hub": ("vpt_fast/adapter/hub",),
+    "switching": ("vpt_fast/adapter/switching", "vpt_fast/models/taken.py"),
     "methods": (
         "vpt_fast/methods", "vpt_fast/modules/block_info.py", "vpt_fast/modules/prompt_module.py",
         "vpt_fast/modules/check_module.py", "vpt_fast/modules/initial_values.py",
@@ -65,6 +66,7 @@ LIMITS = {
     "bank": 2_000,
     "export": 2_000,
     "hub": 2_000,
+    "switching": 2_000,
     "methods": 2_000,
 }
 """Lines of code that each should have at most."""

@@ -77,18 +77,33 @@ def load_adapter(
     if model is None:
         built: Any = backbone_of_adapter(config, None if checkpoint is None else Path(checkpoint))
         built.pretrained_cfg = {**built.pretrained_cfg, **config["input"]}
-        return _tuned(built, directory, config, tensors).eval()
+        return tuned_by(built, directory, config, tensors).eval()
     if checkpoint is not None:
         raise ValueError(
             f"checkpoint is {os.fspath(checkpoint)!r}, but the model is given; load it there, or "
             "pass None for the model"
         )
-    return _tuned(model, directory, config, tensors)
+    return tuned_by(model, directory, config, tensors)
 
 
-def _tuned(
-    model: Any, directory: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]
+def tuned_by(
+    model: Any,
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    memory: str = "speed",
+    cuda_graphs: bool = False,
 ) -> Any:
+    """Tune a plain model with an adapter that was read; see `load_adapter`.
+
+    Args:
+        model: Plain model.
+        directory: Folder of the adapter, for messages.
+        config: Its configuration.
+        tensors: Its tensors.
+        memory: Memory mode.
+        cuda_graphs: Whether to record the blocks as CUDA graphs.
+    """
     method = from_dict(config["method"])
     family = check_model(model, method)
     have, weights = model_config(model), fingerprint(frozen_tensors(model, tensors))
@@ -103,7 +118,7 @@ def _tuned(
     known = {**dict(model.named_parameters()), **trained}
     needed = (name for name in trained if name not in config["fingerprint"])
     check_tensors(tensors, known, needed, directory / TENSORS_FILE)
-    tuned: Any = apply_method(model, method, family)
+    tuned: Any = apply_method(model, method, family, memory, cuda_graphs)
     tuned.tune_record.inputs = config["input"]
     tuned.tune_record.initialised = config.get("initialised")
     try:

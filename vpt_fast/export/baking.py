@@ -23,7 +23,8 @@ from vpt_fast.export.baked_eva import PARTS as EVA_PARTS
 from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.isotropic.block import PromptedBlock
-from vpt_fast.models.tuned import SHARED, UPDATE, TuneRecord, is_tuned, reads_feature, take_out
+from vpt_fast.models.taken import take_out
+from vpt_fast.models.tuned import SHARED, UPDATE, TuneRecord, is_tuned, reads_feature
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.modules.prompt_module import PromptModule

@@ -90,10 +90,12 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
     reading = block.__dict__.get("_reading")
     known = None if reading is None else reading.current(block)
     if known is None:
+        # Weights that are the same are read once, whatever else has changed.
+        before = None if reading is None else reading.known
         forget(block)  # frees cached copies, also if it is not fused any more
         if not can_fuse(block):
             return None
-        reading = BlockReading(block, block_settings(block))
+        reading = BlockReading(block, block_settings(block), before)
         known = reading.current(block)
         if known is None:
             return None
