@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ class Heads:
 
     modules: list[tuple[Any, str, nn.Module]]
     num_classes: int
+
+    def all(self) -> list[nn.Module]:
+        """Return the classifiers."""
+        return [head for _, _, head in self.modules]
 
     def put(self, model: Any) -> None:
         """Give a model these classifiers."""
@@ -53,41 +57,48 @@ class Aside:
     tensors: dict[str, nn.Parameter]
     taken: list[Taken]
 
+    def modules(self) -> list[nn.Module]:
+        """Return its modules: those of its method, and its classifiers."""
+        own = [module for part in self.taken for module in part.modules.values()]
+        return [module for module in own if module is not None] + self.heads.all()
+
+
+def named_heads(model: Any) -> dict[str, nn.Module]:
+    """Return the classifiers of a model, plain or tuned, by name."""
+    wanted = {id(head) for head in classifiers_of(model)}
+    return {name: part for name, part in model.named_modules() if id(part) in wanted}
+
 
 def heads_of(model: Any) -> Heads:
     """Return the classifiers of a model, plain or tuned."""
-    wanted = {id(head) for head in classifiers_of(model)}
-    found = [
-        (owner, name, child)
-        for owner in model.modules()
-        for name, child in owner._modules.items()
-        if id(child) in wanted
-    ]
+    found = []
+    for name, head in named_heads(model).items():
+        place, _, leaf = name.rpartition(".")
+        found.append((model.get_submodule(place), leaf, head))
     return Heads(found, model.num_classes)
 
 
-def head_names(model: nn.Module) -> tuple[str, ...]:
+def head_names(model: Any) -> tuple[str, ...]:
     """Return the names of a model's classifiers, with a dot."""
-    wanted = {id(head) for head in classifiers_of(model)}
-    return tuple(f"{name}." for name, part in model.named_modules() if id(part) in wanted)
+    return tuple(f"{name}." for name in named_heads(model))
 
 
-def set_aside(model: Any, family: Family, base: Mapping[str, nn.Parameter]) -> Aside:
-    """Put the active adapter aside; the base model is left, but for its classifiers.
+def set_aside(model: Any, family: Family, base: Mapping[str, nn.Parameter], heads: Heads) -> Aside:
+    """Put the active adapter aside; the base model is left.
 
     Args:
         model: Tuned model.
         family: Record of its class.
         base: The backbone's parameters in place of which an adapter has its own, by name.
+        heads: The base model's classifiers.
     """
-    record, heads = model.tune_record, heads_of(model)
-    tensors = {}
-    for name in own_names(model):
-        tensors[name] = exchange(model, name, base[name])
+    record, own_heads = model.tune_record, heads_of(model)
+    tensors = {name: exchange(model, name, base[name]) for name in own_names(model)}
     taken = take_out(model, family.plain_parts, keep_readings=True)
     del model.tune_record
     model.__class__ = family.plain
-    return Aside(record, heads, tensors, taken)
+    heads.put(model)
+    return Aside(record, own_heads, tensors, taken)
 
 
 def take_up(model: Any, aside: Aside) -> None:
@@ -97,29 +108,17 @@ def take_up(model: Any, aside: Aside) -> None:
     aside.heads.put(model)
     for name, parameter in aside.tensors.items():
         exchange(model, name, parameter)
-    for part in model.trained_modules():
+    for part in aside.modules():
         part.train(model.training)
 
 
-def own_names(model: Any) -> Iterator[str]:
-    """Yield the names of parameters of the backbone that the active adapter trains in place."""
+def own_names(model: Any) -> list[str]:
+    """Return the names of parameters of the backbone that the active adapter trains in place."""
+    originals = model.tune_record.originals
+    if all(name.startswith("head") for name in originals):
+        return []
     heads = head_names(model)
-    for name in model.tune_record.originals:
-        if not name.startswith(heads):
-            yield name
-
-
-def check_shared(model: Any) -> None:
-    """Raise ValueError if the active adapter trains a parameter that other adapters would share."""
-    own = {*model.tune_record.originals, *model.added_tensors()}
-    heads = head_names(model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name not in own and not name.startswith(heads):
-            raise ValueError(
-                f"{name} of the backbone is trained (requires_grad=True) beside what "
-                f"{model.tune_record.method} trains, and all adapters share it; freeze it, or "
-                "choose a method that trains it"
-            )
+    return [name for name in originals if not name.startswith(heads)]
 
 
 def base_heads(model: Any) -> Heads:
@@ -128,18 +127,17 @@ def base_heads(model: Any) -> Heads:
     Raises:
         ValueError: If they cannot be made again.
     """
-    found, originals = heads_of(model), model.tune_record.originals
-    names = {id(part): name for name, part in model.named_modules()}
-    modules, classes = [], model.num_classes
-    for owner, leaf, head in found.modules:
+    originals, classes = model.tune_record.originals, model.num_classes
+    modules = []
+    places = zip(named_heads(model), heads_of(model).modules, strict=True)
+    for whole, (owner, leaf, head) in places:
         values = {
-            name.removeprefix(f"{names[id(head)]}."): value
+            name.removeprefix(f"{whole}."): value
             for name, value in originals.items()
-            if name.startswith(f"{names[id(head)]}.")
+            if name.startswith(f"{whole}.")
         }
-        made = _with_values(head, values)
+        modules.append((owner, leaf, _with_values(head, values)))
         classes = len(values["weight"]) if type(head) is nn.Linear else classes
-        modules.append((owner, leaf, made))
     return Heads(modules, classes)
 
 

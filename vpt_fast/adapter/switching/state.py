@@ -12,7 +12,6 @@ from vpt_fast.adapter.switching.aside import (
     Heads,
     base_heads,
     base_parameter,
-    check_shared,
     own_names,
     set_aside,
     take_up,
@@ -40,24 +39,33 @@ class Adapters:
     others: dict[str, Aside] = field(default_factory=dict)
 
     def leave(self, model: Any, family: Family) -> Aside:
-        """Put the active adapter aside; the base model is left, with its own classifiers."""
-        originals = model.tune_record.originals
-        check_shared(model)
+        """Put the active adapter aside; the base model is left.
+
+        Raises:
+            ValueError: If the active adapter trains what all adapters would share.
+        """
+        originals, method = model.tune_record.originals, model.tune_record.method
         for name in own_names(model):
             if name not in self.parameters:
                 self.parameters[name] = base_parameter(model, name, originals[name])
-        aside = set_aside(model, family, self.parameters)
-        self.heads.put(model)
+        aside = set_aside(model, family, self.parameters, self.heads)
+        if any(p.requires_grad for p in model.parameters()):
+            trained = next(name for name, p in model.named_parameters() if p.requires_grad)
+            take_up(model, aside)
+            raise ValueError(
+                f"{trained} of the backbone is trained (requires_grad=True) beside what {method} "
+                "trains, and all adapters would share it; freeze it, or choose a method that "
+                "trains it"
+            )
         return aside
 
     def switch(self, model: Any, name: str) -> None:
         """Make an adapter that waits the active one; folded weights stay folded."""
         family: Any = family_of(model)
-        fold = model.tune_record.fold
-        model.tune_record.fold = None
+        record = model.tune_record
         self.others[self.active] = self.leave(model, family)
         take_up(model, self.others.pop(name))
-        model.tune_record.fold = fold
+        model.tune_record.fold, record.fold = record.fold, None
         self.active = name
 
     def keep_first(self, model: Any) -> None:
@@ -69,14 +77,9 @@ class Adapters:
     def convert(self, *args: Any, **kwargs: Any) -> None:
         """Convert all tensors that are not in the model, as its `_apply` does."""
         asides = self.others.values()
-        heads = [self.heads, *(aside.heads for aside in asides)]
-        taken = [part for aside in asides for part in aside.taken]
-        modules = [
-            *(head for found in heads for _, _, head in found.modules),
-            *(module for part in taken for module in part.modules.values() if module is not None),
-        ]
+        modules = [*self.heads.all(), *(m for aside in asides for m in aside.modules())]
         parameters = [self.parameters, *(aside.tensors for aside in asides)]
-        parameters += [part.parameters for part in taken]
+        parameters += [part.parameters for aside in asides for part in aside.taken]
         loose: Any = nn.Module()  # so that parameters are converted as a module's are
         loose._parameters = dict(enumerate(p for found in parameters for p in found.values()))
         for module in (loose, *{id(module): module for module in modules}.values()):

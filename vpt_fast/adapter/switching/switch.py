@@ -15,7 +15,6 @@ from vpt_fast.adapter.hub.names import local_folder
 from vpt_fast.adapter.load import tuned_by
 from vpt_fast.adapter.switching.aside import (
     Aside,
-    check_shared,
     copied,
     exchange,
     head_names,
@@ -208,16 +207,17 @@ def _checked(model: Any) -> Any:
 def _base_model(model: Any, adapters: Adapters, family: Any) -> Iterator[None]:
     """Return a context without an adapter; afterwards the active one is back, whatever happened."""
     fold = model.tune_record.fold
-    check_shared(model)
     unfold_backbone(model)
-    aside = adapters.leave(model, family)
-    del model.adapters
     try:
-        yield
+        aside = adapters.leave(model, family)
+        del model.adapters
+        try:
+            yield
+        finally:
+            take_up(model, aside)
+            model.train(model.training)
+            model.adapters = adapters
     finally:
-        take_up(model, aside)
-        model.train(model.training)
-        model.adapters = adapters
         if fold is not None:
             fold_backbone(model, **asdict(fold.folds))
 
