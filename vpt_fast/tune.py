@@ -19,6 +19,7 @@ from vpt_fast.models.graphs.block_graphs import BlockGraphs
 from vpt_fast.models.sharing import check_latest, check_own_blocks, remember
 from vpt_fast.models.taken import take_out
 from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned
+from vpt_fast.models.wrappers import inner_model
 from vpt_fast.modules.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
 from vpt_fast.ops.memory_modes import check_memory_mode
 
@@ -109,7 +110,9 @@ def prompt_tune(
     check_memory_mode(memory)
     if not isinstance(cuda_graphs, bool):
         raise TypeError(f"cuda_graphs is {cuda_graphs!r}; use True or False")
-    return apply_method(model, method, check_model(model, method), memory, cuda_graphs)
+    inner = inner_model(model, changes=True)
+    apply_method(inner, method, check_model(inner, method), memory, cuda_graphs)
+    return model
 
 
 def apply_method(
@@ -202,15 +205,15 @@ def remove_prompts(model: Model) -> Model:
         ValueError: If `model` is not tuned, or shares parameters or blocks with a model that was
             tuned after it. `model` stays tuned then.
     """
-    family = family_of(model)
-    if not is_tuned(model) or family is None:
-        raise ValueError(f"this {type(model).__name__} has no prompts to remove")
-    tuned: Any = model
+    tuned: Any = inner_model(model, changes=True)
+    family = family_of(tuned)
+    if not is_tuned(tuned) or family is None:
+        raise ValueError(f"this {type(tuned).__name__} has no prompts to remove")
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
     check_latest(tuned, is_tuned)
     with all_or_nothing(tuned):
         _uninstall(tuned, family)
-    return tuned
+    return model
 
 
 def _uninstall(tuned: Any, family: Family) -> None:
@@ -238,8 +241,12 @@ def _uninstall(tuned: Any, family: Family) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return names and parameters of all that requires a gradient, in the model's order."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """Return names and parameters of all that requires a gradient, in the model's order.
+
+    Names are the timm model's, inside a wrapper too.
+    """
+    named = inner_model(model).named_parameters()
+    return [(name, p) for name, p in named if p.requires_grad]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

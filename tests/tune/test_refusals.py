@@ -199,7 +199,6 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "resnet": (_resnet, ["ResNet"]),
     "plain_module": (lambda: nn.Sequential(nn.Linear(2, 2)), ["Sequential"]),
     "data_parallel": (lambda: nn.DataParallel(VisionTransformer(**SIZES)), ["DataParallel"]),
-    "compiled": (lambda: torch.compile(VisionTransformer(**SIZES)), ["OptimizedModule"]),
 }
 
 

@@ -21,6 +21,7 @@ from vpt_fast.adapter.tensors import check_tensors, expected_tensors
 from vpt_fast.backbones.of_adapter import backbone_of_adapter
 from vpt_fast.checks import check_model
 from vpt_fast.methods import from_dict
+from vpt_fast.models.wrappers import inner_model
 from vpt_fast.tune import apply_method, host_copy, remove_prompts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -83,7 +84,8 @@ def load_adapter(
             f"checkpoint is {os.fspath(checkpoint)!r}, but the model is given; load it there, or "
             "pass None for the model"
         )
-    return tuned_by(model, directory, config, tensors)
+    tuned_by(inner_model(model, changes=True), directory, config, tensors)
+    return model
 
 
 def tuned_by(

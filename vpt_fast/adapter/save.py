@@ -41,6 +41,7 @@ from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.adapter.hub.card import card_text
 from vpt_fast.methods import to_dict
 from vpt_fast.models.tuned import is_tuned
+from vpt_fast.models.wrappers import inner_model, is_sharded
 from vpt_fast.version import __version__
 
 
@@ -61,8 +62,10 @@ def save_adapter(
     An existing adapter is replaced atomically, its model card too (see `atomic_folder`); a link
     stays a link.
 
+    Of a sharded model (`fully_shard`) every process has to call this; the first one writes.
+
     Args:
-        model: Tuned model.
+        model: Tuned model, or a wrapper of one (see `vpt_fast.models.wrappers`).
         directory: Folder of the adapter; its parents are created.
         class_names: Label names, in the order of the classes.
         model_args: Arguments of `timm.create_model` that the model does not record itself.
@@ -84,14 +87,14 @@ def save_adapter(
         OSError: If it cannot be written; what was there is still there.
     """
     directory = Path(directory)
-    _check_model(model, class_names)
-    tuned: Any = model
+    tuned: Any = inner_model(model)
+    _check_model(tuned, class_names)
     _check_target(directory, overwrite)
     trained = trained_tensors(tuned)
     if not trained:
         raise ValueError("nothing in this model requires a gradient; there is nothing to save")
     check_finite(trained, "the model")
-    frozen = fingerprint(frozen_tensors(model, trained))
+    frozen = fingerprint(frozen_tensors(tuned, trained))
     for name, summary in frozen.items():
         if not math.isfinite(summary["norm"]):
             raise ValueError(f"{name} of the backbone has values that are not finite")
@@ -100,7 +103,7 @@ def save_adapter(
     config = {
         "format_version": FORMAT_VERSION,
         "method": to_dict(tuned.tune_record.method),
-        "model": model_config(model, model_args, checkpoint),
+        "model": model_config(tuned, model_args, checkpoint),
         "input": _input_config(tuned),
         "class_names": None if class_names is None else [str(name) for name in class_names],
         "versions": {
@@ -108,8 +111,8 @@ def save_adapter(
             "torch": torch.__version__,
             "timm": str(timm.__version__),
         },
-        "architecture": describe(model),
-        "fixed_image": fixed_image_outputs(model),
+        "architecture": describe(tuned),
+        "fixed_image": fixed_image_outputs(tuned),
         "initialised": tuned.tune_record.initialised,
         "fingerprint": frozen,
         "tensors_sha256": sha256(content),
@@ -117,6 +120,8 @@ def save_adapter(
     texts = _checked_texts(config)
     count = sum(tensor.numel() for tensor in tensors.values())
     texts[CARD_FILE] = card_text(config, count, metrics=metrics, dataset=dataset, license=license)
+    if is_sharded(tuned) and torch.distributed.get_rank():
+        return directory
     with atomic_folder(directory, replace=overwrite) as folder:
         (folder / TENSORS_FILE).write_bytes(content)
         for name, text in texts.items():

@@ -25,6 +25,7 @@ from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.isotropic.block import PromptedBlock
 from vpt_fast.models.taken import take_out
 from vpt_fast.models.tuned import SHARED, UPDATE, TuneRecord, is_tuned, reads_feature
+from vpt_fast.models.wrappers import check_unwrapped, inner_model
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.modules.prompt_module import PromptModule
@@ -76,6 +77,8 @@ def bake(model: nn.Module) -> nn.Module:
         ValueError: If `model` is not tuned, is a SwinTransformer, or a module in it has hooks or a
             forward of its own.
     """
+    model = inner_model(model)
+    check_unwrapped(model)
     family = _check(model)
     with torch.inference_mode(False), torch.no_grad():
         baked: Any = _copy(model)

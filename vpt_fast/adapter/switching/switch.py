@@ -26,6 +26,7 @@ from vpt_fast.methods import Method, check_method
 from vpt_fast.models.family import family_of
 from vpt_fast.models.fold import fold_backbone, unfold_backbone
 from vpt_fast.models.tuned import blocks_of, is_tuned
+from vpt_fast.models.wrappers import inner_model
 from vpt_fast.tune import apply_method, classifiers_of, trained_in_place
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -130,7 +131,7 @@ def active_adapter(model: nn.Module) -> str:
     Raises:
         ValueError: If `model` is not tuned, or its adapters are disabled.
     """
-    adapters: Adapters | None = vars(_checked(model)).get("adapters")
+    adapters: Adapters | None = vars(_checked(model, changes=False)).get("adapters")
     return FIRST if adapters is None else adapters.active
 
 
@@ -140,7 +141,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If `model` is not tuned, or its adapters are disabled.
     """
-    adapters: Adapters | None = vars(_checked(model)).get("adapters")
+    adapters: Adapters | None = vars(_checked(model, changes=False)).get("adapters")
     return [FIRST] if adapters is None else _names(adapters)
 
 
@@ -194,13 +195,14 @@ def _names(adapters: Adapters) -> list[str]:
     return [adapters.active, *adapters.others]
 
 
-def _checked(model: Any) -> Any:
-    """Return a model that is tuned; raise ValueError for any other."""
-    if is_tuned(model):
-        return model
-    if "adapters" in vars(model):
+def _checked(model: Any, changes: bool = True) -> Any:
+    """Return the tuned model of a wrapper, or the model; raise ValueError if it is not tuned."""
+    tuned = inner_model(model, changes)
+    if is_tuned(tuned):
+        return tuned
+    if "adapters" in vars(tuned):
         raise ValueError("the adapters of this model are disabled; leave `with disabled(model)`")
-    raise ValueError(f"this {type(model).__name__} is not tuned; call prompt_tune first")
+    raise ValueError(f"this {type(tuned).__name__} is not tuned; call prompt_tune first")
 
 
 @contextmanager
