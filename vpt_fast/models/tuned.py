@@ -87,7 +87,10 @@ class Tuned(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse torch.jit.script, which calls this first."""
-        raise ValueError("a tuned model cannot be scripted; call remove_prompts(model) first")
+        raise ValueError(
+            "a tuned model cannot be scripted; torch.jit.trace takes vpt_fast.bake(model), and "
+            "torch.export.export takes both"
+        )
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Refuse nn.DataParallel, which calls this first on several GPUs."""

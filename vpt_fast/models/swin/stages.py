@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.models.swin_transformer import PatchMerging, SwinTransformerStage
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules import module as nn_module
 
 from vpt_fast.models.fusion import fused_block
@@ -22,6 +23,7 @@ from vpt_fast.models.swin.blocks import (
     grid_of,
     windows_of,
 )
+from vpt_fast.models.symbolic import called_symbolically
 from vpt_fast.models.tuned import SHARED, reads_feature
 from vpt_fast.modules.hooks import (
     call_compiled,
@@ -38,6 +40,18 @@ from vpt_fast.ops.block.add_norm import DeferredSum
 class PromptedSwinStage(SwinTransformerStage):
     """timm's SwinTransformerStage, whose blocks defer residual sums and pass prompt rows on."""
 
+    def _symbolically(self, x: Any) -> Any:
+        """Return a proxy of the stage's output, to which each block is one node."""
+        passing = [block for block in self.blocks if block.rows.entering or block.rows.leaving]
+        if passing or reads_feature(self.blocks):
+            raise ValueError(
+                "torch.fx cannot trace a Swin whose prompt rows or features pass from block to "
+                "block beside the tokens; use forward_intermediates, or hooks"
+            )
+        for block in self.blocks:
+            x = called_symbolically(block, x)
+        return x
+
     def forward(self, x: Tensor, live: LiveRows | None = None) -> Tensor:
         """Return the stage's output, as timm's.
 
@@ -49,6 +63,8 @@ class PromptedSwinStage(SwinTransformerStage):
             ValueError: A hook on `blocks` would miss prompt rows.
         """
         x = self.downsample(x)
+        if isinstance(x, Proxy):
+            return self._symbolically(x)
         live = LiveRows() if live is None else live
         if live.rows is not None:
             live.rows = merge_rows(self.downsample, live.rows)
