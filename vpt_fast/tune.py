@@ -12,14 +12,14 @@ from vpt_fast.checks import check_model
 from vpt_fast.methods import Method, check_method
 from vpt_fast.methods.baselines import AdapterTuning, Baseline, MLPHead
 from vpt_fast.models.add_prompts import add_prompts
-from vpt_fast.models.all_or_nothing import all_or_nothing
+from vpt_fast.models.changes.all_or_nothing import all_or_nothing
+from vpt_fast.models.changes.sharing import check_latest, check_own_blocks, remember
+from vpt_fast.models.changes.taken import take_out
 from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
-from vpt_fast.models.sharing import check_latest, check_own_blocks, remember
-from vpt_fast.models.taken import take_out
+from vpt_fast.models.interop.wrappers import inner_model
 from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned
-from vpt_fast.models.wrappers import inner_model
 from vpt_fast.modules.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
 from vpt_fast.ops.memory_modes import check_memory_mode
 

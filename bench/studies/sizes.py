@@ -37,8 +37,8 @@ OPTIONS = {
     ),
     "export": ("vpt_fast/export",),
     "hub": ("vpt_fast/adapter/hub",),
-    "switching": ("vpt_fast/adapter/switching", "vpt_fast/models/taken.py"),
-    "wrappers": ("vpt_fast/models/wrappers.py",),
+    "switching": ("vpt_fast/adapter/switching", "vpt_fast/models/changes/taken.py"),
+    "interop": ("vpt_fast/models/interop",),
     "methods": (
         "vpt_fast/methods", "vpt_fast/modules/block_info.py", "vpt_fast/modules/prompt_module.py",
         "vpt_fast/modules/check_module.py", "vpt_fast/modules/initial_values.py",
@@ -68,7 +68,7 @@ LIMITS = {
     "export": 2_000,
     "hub": 2_000,
     "switching": 2_000,
-    "wrappers": 2_000,
+    "interop": 2_000,
     "methods": 2_000,
 }
 """Lines of code that each should have at most."""

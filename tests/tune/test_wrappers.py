@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 import vpt_fast
 from vpt_fast import VAPT, VPTDeep
 from vpt_fast.adapter.files import read_config
-from vpt_fast.models.wrappers import inner_model
+from vpt_fast.models.interop.wrappers import inner_model
 
 
 def assert_same_adapters(one: Path, other: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vpt_fast.models.interop.wrappers import whole
 from vpt_fast.models.tuned import Tuned, blocks_of
-from vpt_fast.models.wrappers import whole
 from vpt_fast.tune import trainable_parameters
 
 

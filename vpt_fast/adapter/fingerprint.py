@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpt_fast.models.wrappers import whole
+from vpt_fast.models.interop.wrappers import whole
 
 TOLERANCE = 1e-2
 """Tolerance relative to a weight's norm, above the error of rounding to bf16."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vpt_fast.adapter.fingerprint import difference, fingerprint
-from vpt_fast.models.wrappers import is_sharded
+from vpt_fast.models.interop.wrappers import is_sharded
 from vpt_fast.tune import classifiers_of
 
 # Relative to the norm. Outputs of ViT-S/16 with random weights differ by 1.3e-2 when computed in

@@ -21,7 +21,7 @@ from vpt_fast.adapter.tensors import check_tensors, expected_tensors
 from vpt_fast.backbones.of_adapter import backbone_of_adapter
 from vpt_fast.checks import check_model
 from vpt_fast.methods import from_dict
-from vpt_fast.models.wrappers import inner_model
+from vpt_fast.models.interop.wrappers import inner_model
 from vpt_fast.tune import apply_method, host_copy, remove_prompts
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -40,8 +40,8 @@ from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.adapter.hub.card import card_text
 from vpt_fast.methods import to_dict
+from vpt_fast.models.interop.wrappers import inner_model, is_sharded
 from vpt_fast.models.tuned import is_tuned
-from vpt_fast.models.wrappers import inner_model, is_sharded
 from vpt_fast.version import __version__
 
 
@@ -59,13 +59,11 @@ def save_adapter(
 ) -> Path:
     """Write everything of `model` that requires a gradient, whole or not at all.
 
-    An existing adapter is replaced atomically, its model card too (see `atomic_folder`); a link
-    stays a link.
-
-    Of a sharded model (`fully_shard`) every process has to call this; the first one writes.
+    An existing adapter is replaced atomically, its model card too; a link stays a link. Of a
+    sharded model (`fully_shard`) every process has to call this; the first one writes.
 
     Args:
-        model: Tuned model, or a wrapper of one (see `vpt_fast.models.wrappers`).
+        model: Tuned model, or a wrapper of one.
         directory: Folder of the adapter; its parents are created.
         class_names: Label names, in the order of the classes.
         model_args: Arguments of `timm.create_model` that the model does not record itself.

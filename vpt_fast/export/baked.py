@@ -6,6 +6,7 @@ nothing but torch. `vpt_fast.export.baking` creates them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -17,17 +18,16 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from vpt_fast.export.baked_attention import BakedAttention
+from vpt_fast.models.interop.symbolic import called_symbolically, made_symbolically, without_masks
 from vpt_fast.models.isotropic.head_rows import rows_read
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.isotropic.rope_tables import RopeTables
 from vpt_fast.models.prompt_rows import insert_rows, split_rows, strip_rows
 from vpt_fast.models.residual import add_attention, add_branches
-from vpt_fast.models.symbolic import made_symbolically
 from vpt_fast.modules.experts import check_grid
 from vpt_fast.modules.prompt_module import Made, PromptModule
 from vpt_fast.ops.backend import statistics_dtype
 from vpt_fast.ops.rowwise.rotation import table_of_first
-from vpt_fast.ops.tracing import without_masks
 
 
 class BakedViTAttention(BakedAttention, Attention):
@@ -248,10 +248,12 @@ class BakedModel(_Timms):
         """Return logits; the last block computes only the rows that the head reads."""
         x, attn_mask, is_causal = without_masks(x, attn_mask, is_causal)
         last = self.blocks[-1] if len(self.blocks) else None
+        symbolic = isinstance(x, Proxy)
         # Of the nodes of a graph all rows may be wanted.
-        few = isinstance(last, BakedBlock) and not isinstance(x, Proxy)
-        count = rows_read(self, type(last)) if few else None
-        if (count is None and not self.reads_feature) or attn_mask is not None or is_causal:
+        few = isinstance(last, BakedBlock) and not symbolic
+        count = rows_read(self, BakedBlock if last is None else type(last)) if few else None
+        timms = count is None and not self.reads_feature and not symbolic
+        if timms or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x, tables = block_inputs(self, x)
         feature = {"feature": self.prompt_shared(x)} if self.reads_feature else {}
@@ -259,7 +261,11 @@ class BakedModel(_Timms):
             own: Any = feature if isinstance(block, BakedBlock) else {}
             if block is last and count is not None:
                 own = {**own, "first": count}
-            x = block(x, **_tables(tables, index), **own)
+            rope = _tables(tables, index)
+            # Rotation is not made of fx's proxies.
+            whole = symbolic and rope
+            call = partial(called_symbolically, block) if whole else block
+            x = call(x, **rope, **own)
         return self.forward_head(self.norm(x))
 
     def __prepare_scriptable__(self) -> NoReturn:

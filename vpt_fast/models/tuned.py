@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from torch import Tensor, nn
 
 from vpt_fast.methods import Method
+from vpt_fast.models.changes.sharing import remember
 from vpt_fast.models.fold import FoldRecord, unfold_before_loading
 from vpt_fast.models.fusion.block_reading import forget
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
-from vpt_fast.models.sharing import remember
 from vpt_fast.modules.baseline_layers import BottleneckAdapter
 from vpt_fast.modules.experts import FeatureProjector
 from vpt_fast.modules.prompt_module import PromptModule

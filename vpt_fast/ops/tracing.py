@@ -55,36 +55,6 @@ def is_symbolic() -> bool:
     return getattr(_fx, "is_on", False)
 
 
-def refuse_jit_trace() -> None:
-    """Raise ValueError under torch.jit.trace, whose sizes are tensors."""
-    if not torch.compiler.is_compiling() and _jit_trace() is not None:
-        raise ValueError(
-            "a tuned model cannot be traced by torch.jit.trace; trace vpt_fast.bake(model), or "
-            "call torch.export.export"
-        )
-
-
-def without_masks(x: Any, attn_mask: Any, is_causal: Any) -> tuple[Any, Any, Any]:
-    """Return a model's arguments for fx's tracer, in whose graph masks are refused when it runs.
-
-    Elsewhere the arguments are returned as they are.
-    """
-    if not isinstance(attn_mask, torch.fx.Proxy):
-        return x, attn_mask, is_causal
-    args = (x, attn_mask, is_causal)
-    return x.tracer.create_proxy("call_function", refused_masks, args, {}), None, False
-
-
-def refused_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Return x; raise ValueError if there is a mask, which fx's graph does not have."""
-    if attn_mask is not None or is_causal:
-        raise ValueError(
-            "a graph that torch.fx traced takes neither attn_mask nor is_causal=True; call the "
-            "model that was traced"
-        )
-    return x
-
-
 @contextmanager
 def as_plain_operators(x: Any) -> Iterator[None]:
     """Return a context in which PyTorch's attention has derivatives of every kind and order.

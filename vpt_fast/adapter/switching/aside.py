@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vpt_fast.models.changes.taken import Taken, put_back, take_out
 from vpt_fast.models.family import Family
-from vpt_fast.models.taken import Taken, put_back, take_out
 from vpt_fast.models.tuned import TuneRecord
 from vpt_fast.tune import classifiers_of
 

@@ -25,8 +25,8 @@ from vpt_fast.checks import check_model
 from vpt_fast.methods import Method, check_method
 from vpt_fast.models.family import family_of
 from vpt_fast.models.fold import fold_backbone, unfold_backbone
+from vpt_fast.models.interop.wrappers import inner_model
 from vpt_fast.models.tuned import blocks_of, is_tuned
-from vpt_fast.models.wrappers import inner_model
 from vpt_fast.tune import apply_method, classifiers_of, trained_in_place
 
 Model = TypeVar("Model", bound=nn.Module)

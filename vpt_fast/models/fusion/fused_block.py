@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from vpt_fast.models.fusion.block_reading import BlockReading, forget, weight_slots
 from vpt_fast.models.fusion.fusible import block_settings, can_fuse
@@ -115,6 +116,8 @@ def can_rotate(rope: Tensor | None, x: Tensor) -> bool:
     """
     if rope is None:
         return True
+    if isinstance(rope, Proxy):
+        return False
     trained = rope.requires_grad and torch.is_grad_enabled()
     return (
         not trained

@@ -19,12 +19,12 @@ from vpt_fast.models.attention_inputs import projections_of
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.models.fusion.fusible import can_fuse
+from vpt_fast.models.interop.symbolic import called_symbolically, made_symbolically
 from vpt_fast.models.isotropic.concatenated import with_all_rows
 from vpt_fast.models.isotropic.prompts_apart import after_prompts_apart, with_updated_rows
 from vpt_fast.models.prompt_rows import LiveRows, PromptRows, insert_rows, split_rows, strip_rows
 from vpt_fast.models.recompute import in_mode, recomputed
 from vpt_fast.models.residual import add_branches
-from vpt_fast.models.symbolic import called_symbolically, made_symbolically
 from vpt_fast.modules.hooks import (
     call_compiled,
     has_compiled_call,

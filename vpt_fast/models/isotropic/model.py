@@ -10,6 +10,7 @@ from torch.fx import Proxy
 from vpt_fast.models.fusion.fused_block import Use, run_together
 from vpt_fast.models.fusion.look_ahead import look_ahead
 from vpt_fast.models.graphs.block_graphs import replayed
+from vpt_fast.models.interop.symbolic import runs_plainly, without_masks
 from vpt_fast.models.isotropic.block import PromptedBlock
 from vpt_fast.models.isotropic.head_rows import HeadReading
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
@@ -25,9 +26,6 @@ from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.tracing import (
     as_plain_operators,
     is_symbolic,
-    is_transformed,
-    refuse_jit_trace,
-    without_masks,
 )
 
 _Timms: Any = nn.Module
@@ -49,8 +47,7 @@ class PromptedModel(Tuned, _Timms):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Return the logits; the last block computes only the rows that the head reads."""
-        refuse_jit_trace()
-        if is_transformed() or isinstance(x, Proxy):
+        if runs_plainly(x):
             x, attn_mask, is_causal = without_masks(x, attn_mask, is_causal)
             with as_plain_operators(x):
                 return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -108,7 +105,7 @@ class PromptedModel(Tuned, _Timms):
     ) -> Tensor:
         """Return `_rows_from`, from recorded CUDA graphs where there are any."""
         graphs = self.tune_record.graphs
-        if is_symbolic() or (tables is not None and not tables.is_constant):
+        if tables is not None and not tables.is_constant:
             graphs = None
         return replayed(graphs, self, self._rows_from, x, first, count, self._memory(), tables)
 

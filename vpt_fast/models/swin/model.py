@@ -9,9 +9,9 @@ import torch
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from vpt_fast.models.graphs.block_graphs import replayed
+from vpt_fast.models.interop.symbolic import runs_plainly
 from vpt_fast.models.patches import embedded_patches
 from vpt_fast.models.prompt_rows import LiveRows
 from vpt_fast.models.swin.blocks import check_blocks
@@ -19,7 +19,7 @@ from vpt_fast.models.swin.install import install_prompts
 from vpt_fast.models.tuned import Tuned, blocks_of, check_pooling
 from vpt_fast.modules.baseline_layers import new_classifier
 from vpt_fast.modules.hooks import is_taken_over
-from vpt_fast.ops.tracing import as_plain_operators, is_transformed, refuse_jit_trace
+from vpt_fast.ops.tracing import as_plain_operators
 
 
 def plain_inputs(model: Any, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -43,8 +43,7 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        refuse_jit_trace()
-        if not (is_transformed() or isinstance(x, Proxy)):
+        if not runs_plainly(x):
             return super().forward(x)
         with as_plain_operators(x):
             return super().forward(x)
@@ -53,12 +52,11 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
         """Return the final norm of the last stage's output, as timm's."""
         static = tuple(stage.grad_checkpointing for stage in self.layers)
         x = embedded_patches(self.patch_embed, x)
-        graphs = None if isinstance(x, Proxy) else self.tune_record.graphs
-        return self.norm(replayed(graphs, self, self._through, x, *static))
+        return self.norm(replayed(self.tune_record.graphs, self, self._through, x, *static))
 
     def _through(self, x: Tensor, *static: bool) -> Tensor:
         """Return the features that the head pools, from the first stage's input (B, H, W, D)."""
-        if isinstance(x, Proxy) or not self._has_live_rows():
+        if not self._has_live_rows():
             return self.layers(x)
         if type(self.layers) is not nn.Sequential or is_taken_over(self.layers):
             raise ValueError(

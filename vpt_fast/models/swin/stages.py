@@ -14,16 +14,10 @@ from torch.nn.modules import module as nn_module
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import Use
 from vpt_fast.models.fusion.look_ahead import look_ahead
+from vpt_fast.models.interop.symbolic import through_blocks_symbolically
 from vpt_fast.models.prompt_rows import LiveRows
 from vpt_fast.models.recompute import recomputed
-from vpt_fast.models.swin.blocks import (
-    check_blocks,
-    check_expert_grid,
-    fused,
-    grid_of,
-    windows_of,
-)
-from vpt_fast.models.symbolic import called_symbolically
+from vpt_fast.models.swin.blocks import check_blocks, check_expert_grid, fused, grid_of, windows_of
 from vpt_fast.models.tuned import SHARED, reads_feature
 from vpt_fast.modules.hooks import (
     call_compiled,
@@ -40,18 +34,6 @@ from vpt_fast.ops.block.add_norm import DeferredSum
 class PromptedSwinStage(SwinTransformerStage):
     """timm's SwinTransformerStage, whose blocks defer residual sums and pass prompt rows on."""
 
-    def _symbolically(self, x: Any) -> Any:
-        """Return a proxy of the stage's output, to which each block is one node."""
-        passing = [block for block in self.blocks if block.rows.entering or block.rows.leaving]
-        if passing or reads_feature(self.blocks):
-            raise ValueError(
-                "torch.fx cannot trace a Swin whose prompt rows or features pass from block to "
-                "block beside the tokens; use forward_intermediates, or hooks"
-            )
-        for block in self.blocks:
-            x = called_symbolically(block, x)
-        return x
-
     def forward(self, x: Tensor, live: LiveRows | None = None) -> Tensor:
         """Return the stage's output, as timm's.
 
@@ -64,7 +46,7 @@ class PromptedSwinStage(SwinTransformerStage):
         """
         x = self.downsample(x)
         if isinstance(x, Proxy):
-            return self._symbolically(x)
+            return through_blocks_symbolically(self, x)
         live = LiveRows() if live is None else live
         if live.rows is not None:
             live.rows = merge_rows(self.downsample, live.rows)

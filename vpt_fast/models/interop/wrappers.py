@@ -40,7 +40,7 @@ def inner_model(model: Any, changes: bool = False) -> Any:
                 raise ValueError(
                     f"this {type(model).__name__} holds a timm model; pass its .{name}"
                 )
-    own = getattr(inner, "__dict__", {}).get("forward")
+    own = vars(inner).get("forward") if isinstance(inner, nn.Module) else None
     if own is not None and getattr(own, "__func__", None) is type(inner).forward:
         # accelerate's unwrap_model leaves the class's forward on the instance.
         del inner.forward
