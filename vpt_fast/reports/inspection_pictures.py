@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
+from vpt_fast.train.common.style import COLOURS, GRID, INK, MUTED
 
 MIXING_COLUMNS, MIXING_ROWS = 5, 4
 _SEQUENTIAL = colormaps["Blues"]

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from vpt_fast.analysis.activation_memory import EAGER, PLAIN, PROVIDERS
-from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
+from vpt_fast.train.common.style import COLOURS, GRID, INK, MUTED
 
 _DPI = 130
 # Sizes and margins of the panels in the figure, in inches.
