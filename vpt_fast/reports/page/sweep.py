@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vpt_fast.train.common.curves import format_bytes
+from vpt_fast.train.common.style import decimal
 from vpt_fast.train.sweep.report import HEADER, TABLE, Accuracies, mean_and_deviation
 
 
@@ -58,7 +59,7 @@ def read_sweep(folder: Path) -> SweepFolder:
         for row in rows:
             by_method.setdefault(row["method"], []).append(row)
         summary = [_summary(name, finals) for name, finals in by_method.items()]
-        runs = [[row[name] for name in HEADER] for row in rows]
+        runs = [[_short(row[name]) for name in HEADER] for row in rows]
         accuracies = [
             Accuracies(
                 name, int(finals[0]["trained_parameters"]), [float(f["test_top1"]) for f in finals]
@@ -69,6 +70,14 @@ def read_sweep(folder: Path) -> SweepFolder:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     name = folder.resolve().name
     return SweepFolder(folder, name, _SUMMARY, summary, HEADER, runs, accuracies)
+
+
+def _short(cell: str) -> str:
+    """Return a cell of the table with at most six significant digits, if it is a fraction."""
+    try:
+        return decimal(float(cell)).replace(",", "") if "." in cell or "e" in cell else cell
+    except ValueError:
+        return cell
 
 
 def _summary(name: str, finals: list[dict[str, str]]) -> list[str]:

@@ -133,7 +133,7 @@ def draw_accuracies(axes: Axes, methods: Sequence[Accuracies]) -> None:
     for row, method in enumerate(methods):
         mean, deviation = mean_and_deviation(method.top1)
         axes.plot(
-            method.top1, [row] * len(method.top1), "o", color=COLOURS[0], alpha=0.5,
+            method.top1, [row] * len(method.top1), "o", color=COLOURS[0], alpha=0.8,
             markeredgewidth=0, clip_on=False,
         )  # fmt: skip
         spread = 0.0 if np.isnan(deviation) else deviation
