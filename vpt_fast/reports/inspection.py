@@ -25,7 +25,7 @@ from vpt_fast.reports.equal_maps import equal_blocks
 from vpt_fast.reports.inspection_pictures import Mixing, Shares, save_attention, save_mixing
 from vpt_fast.train.common.curves import format_table
 from vpt_fast.train.common.output_folder import ReportFolder, write_csv
-from vpt_fast.train.common.style import named_folder
+from vpt_fast.train.common.style import named_folder, percentage
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.pictures import load_image, reading
 
@@ -216,9 +216,9 @@ def _summary(
         rows.append(
             [
                 str(block),
-                f"{100 * heads.mean():.2f}%",
-                f"{100 * heads.min():.2f}% to {100 * heads.max():.2f}%",
-                f"{best} ({100 * prompts[best]:.2f}%)",
+                percentage(heads.mean()),
+                f"{percentage(heads.min())} to {percentage(heads.max())}",
+                f"{best} ({percentage(prompts[best])})",
                 *([_spread(maps.get(block))] if maps else []),
             ]
         )

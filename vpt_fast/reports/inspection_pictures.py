@@ -41,6 +41,8 @@ _THUMBNAIL, _CORNER = 0.8, 1.3
 # Sides of a map, in inches: of one or two in a picture, and of more.
 _LARGE, _SMALL, _GAP = 2.4, 1.76, 0.16
 _CAPTION, _CAPTION_LINE = 9.5, 0.19
+_BAR = 2.5
+"""Width of a colour bar that its note fits above, in inches."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,10 @@ def save_attention(
     labels = "All prompts together", "Each prompt, mean over heads"
     longest = max((f": {group.title}" for group in groups if group.title), key=len, default="")
     heads, prompts = (
-        max(float(np.clip(0.55 * cells, 1.6, limit)), text_inches(label + longest, 10.5) + extra)
-        for cells, limit, label, extra in zip(
-            groups[0].shares.shape[1:], (3.4, 5.5), labels, (0.0, 0.1), strict=True
-        )
+        max(float(np.clip(0.55 * cells, _BAR, limit)), text_inches(label + longest, 10.5))
+        for cells, limit, label in zip(groups[0].shares.shape[1:], (3.4, 5.5), labels, strict=True)
     )
-    second = 0.6 + heads + 1.1
+    second = 0.6 + heads + 1.15
     width = second + prompts + 0.4
     heading = Heading(title, subtitle, width - 0.6 - (0.0 if image is None else _CORNER - 0.3))
     top = max(heading.height, 0.0 if image is None else _THUMBNAIL + 0.2)
@@ -137,7 +137,7 @@ def save_attention(
             if what == "head":
                 _row_means(axes, values)
         bar = figure.add_axes((left / width, 0.42 / height, wide / width, 0.11 / height))
-        _colour_bar(figure, bar, norm, even)
+        _colour_bar(figure, bar, norm, even, int(wide / 0.9))
     save(figure, path)
 
 
@@ -187,16 +187,19 @@ def _row_means(axes: Axes, values: np.ndarray) -> None:
             color=INK,
             va="center",
         )
-    axes.set_title("mean", loc="right", fontsize=8.5, color=MUTED, x=1.12, pad=5)
+    axes.annotate(
+        "mean", (1, 1), (2, 5), xycoords="axes fraction", textcoords="offset points",
+        fontsize=8.5, color=MUTED,
+    )  # fmt: skip
 
 
 def _percent(share: float) -> str:
     return percentage(share, 2 if share < 0.0995 else 1)
 
 
-def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, even: float) -> None:
+def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, even: float, ticks: int) -> None:
     bar = figure.colorbar(ScalarMappable(norm, _SEQUENTIAL), cax=axes, orientation="horizontal")
-    bar.ax.xaxis.set_major_locator(MaxNLocator(5))
+    bar.ax.xaxis.set_major_locator(MaxNLocator(ticks))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{decimal(100 * value)}%"))
     bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=2.5)
     bar.outline.set_edgecolor(GRID)
@@ -234,10 +237,8 @@ def save_mixing(path: Path, mixing: Mixing) -> None:
     columns = min(MIXING_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     wide, tall = _cell(mixing.image, _SMALL if columns > 2 else _LARGE)
-    captions = [
-        wrapped(f"{numbered('prompt', g)} · {_range(mixing.shares[g])}", wide + 0.1, _CAPTION)
-        for g in shown
-    ]
+    room = wide + 0.1 if columns > 1 else 4.0
+    captions = [_caption(group, mixing.shares[group], room) for group in shown]
     caption = 0.16 + _CAPTION_LINE * max(map(len, captions))
     limit = float(np.abs(mixing.weights).max())
     maps = columns * wide + (columns - 1) * _GAP
@@ -276,8 +277,16 @@ def _mixing_heading(mixing: Mixing, different: int, shown: int, limit: float) ->
         "colour: weight of each patch, the same for every image" if limit else "all weights 0"
     )
     if others:
-        parts.append(f"{numbered('block', others)}: the same maps")
+        parts.append(f"{numbered('block', others)}: the same")
     return f"Token mixing of block {mixing.blocks[0]}: {mixing.title}", "; ".join(parts)
+
+
+def _caption(prompts: Sequence[int], shares: np.ndarray, room: float) -> list[str]:
+    name, share = numbered("prompt", prompts), _range(shares)
+    together = f"{name} · {share}"
+    if text_inches(together, _CAPTION) <= room:
+        return [together]
+    return [*wrapped(name, room, _CAPTION), *wrapped(share, room, _CAPTION)]
 
 
 def _range(shares: np.ndarray) -> str:

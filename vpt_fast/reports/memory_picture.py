@@ -60,19 +60,20 @@ def save_panels(path: Path, title: str, subtitle: str, rows: Sequence[Sequence[P
         rows: Rows of panels, with equally many in each.
     """
     columns = len(rows[0])
-    panel = _PANEL_WIDTH if columns > 1 else _ONLY_WIDTH
+    across = _PANEL_WIDTH if columns > 1 else _ONLY_WIDTH
     # A single panel is too narrow for a legend in one line.
     lines = 1 if columns > 1 else 2
-    width = _LEFT + columns * panel + (columns - 1) * _GAP + 0.3
+    width = _LEFT + columns * across + (columns - 1) * _GAP + 0.3
     heading = Heading(title, subtitle, width - 0.6)
     # Below the legend stands a panel's title.
-    top = heading.height + lines * _LEGEND_LINE + 0.5
+    titled = any(panel.title for panels in rows for panel in panels)
+    top = heading.height + lines * _LEGEND_LINE + (0.5 if titled else 0.3)
     height = top + len(rows) * _PANEL_HEIGHT + (len(rows) - 1) * _ROW_GAP + _BOTTOM
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     heading.draw(figure)
     grid = figure.add_gridspec(
         len(rows), columns, left=_LEFT / width, right=1 - 0.3 / width, top=1 - top / height,
-        bottom=_BOTTOM / height, wspace=_GAP / panel, hspace=_ROW_GAP / _PANEL_HEIGHT,
+        bottom=_BOTTOM / height, wspace=_GAP / across, hspace=_ROW_GAP / _PANEL_HEIGHT,
     )  # fmt: skip
     for i, panels in enumerate(rows):
         _draw_row([figure.add_subplot(grid[i, j]) for j in range(columns)], panels)
@@ -118,7 +119,8 @@ def _draw_bars(ax: Axes, panel: Panel, position: int, size: int) -> None:
             value = line[position] / size
             ax.bar(i, value, color=_COLOUR[provider], width=0.6)
             ax.annotate(format_size(value), (i, value), (0, 3), textcoords="offset points",
-                        ha="center", fontsize=9, color=INK)  # fmt: skip
+                        ha="center", fontsize=9, color=INK,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
     ax.set_xlabel(panel.across, fontsize=9.5, color=MUTED)
     ax.set_xticks(range(len(panel.lines)), list(panel.lines))
 
