@@ -93,13 +93,18 @@ def expected(client: httpx2.Client, task: str, topk: int = 5) -> list[list[str]]
 
 
 def share(probability: float) -> str:
-    return f"{100 * probability:.{3 if probability < 0.001 else 1}f} %"
+    if 0 < probability < 0.00005:
+        return "< 0.01%"
+    return f"{100 * probability:.{2 if 0 < probability < 0.0005 else 1}f}%"
 
 
 def test_it_shows_the_answer_of_the_server(page: Page, client: httpx2.Client, image: Path) -> None:
-    expect(page.locator("#send")).to_be_disabled()
+    expect(page.locator("#send")).to_be_hidden()
     about = page.locator("#about")
     expect(about).to_contain_text("3 classes, tuned with vpt-deep at 32 x 32 pixels.")
+    expect(page.locator("#status")).to_have_text(
+        "Choose an image to see what the model takes it for."
+    )
     limits = "Up to 97.7 KiB and 25 megapixels: JPEG, PNG"
     expect(page.locator("#limits")).to_contain_text(limits)
     classify(page, image)
@@ -111,7 +116,7 @@ def test_it_shows_the_answer_of_the_server(page: Page, client: httpx2.Client, im
     bars = page.evaluate(
         "[...document.querySelectorAll('.bar')].map(bar => parseFloat(bar.style.width))"
     )
-    assert bars == pytest.approx([float(row[1].rstrip(" %")) for row in shown(page)], abs=0.06)
+    assert bars == pytest.approx([float(row[1].rstrip("%")) for row in shown(page)], abs=0.06)
     expect(page.locator("#preview")).to_be_visible()
     expect(page.locator("#prompt")).to_contain_text("image.png, ")
 
@@ -195,15 +200,22 @@ def test_a_newer_request_replaces_an_older_one(
 
 def test_it_can_be_used_by_keyboard_and_screen_reader(page: Page, image: Path) -> None:
     classify(page, image)
+    page.fill("#topk", "2")
+    page.evaluate("document.activeElement.blur()")
+    page.evaluate("getSelection().collapse(document.querySelector('h1'), 0)")
     order = []
     for _ in range(4):
         page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.id"))
     assert order == ["task", "topk", "image", "send"]
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    page.evaluate("results.replaceChildren()")
     page.keyboard.press("Enter")
+    expect(page.locator("#classes li")).to_have_count(2)
+    expect(page.locator("#send")).to_be_hidden()
+    page.fill("#topk", "3")
+    page.click("#send")
     expect(page.locator("#classes li")).to_have_count(3)
+    page.fill("#topk", "2")
     names: dict[str, list[str]] = {}
     for line in page.locator("body").aria_snapshot().splitlines():
         if found := re.match(r'- (\w+)(?: "(.*?)")?', line.strip()):
@@ -252,12 +264,13 @@ def test_it_fits_narrow_screens_and_is_legible(
                 node => node.getBoundingClientRect().right <= width)""",
             width,
         )
+        # The result scrolls into view.
+        page.wait_for_function("element('cost').getBoundingClientRect().bottom <= 801")
+        page.fill("#topk", "2")
         targets = page.evaluate(
             "[task, topk, drop, send].map(node => node.getBoundingClientRect().height)"
         )
         assert min(targets) >= 44
-        # The result scrolls into view.
-        page.wait_for_function("element('cost').getBoundingClientRect().bottom <= 801")
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 29)")
     page.evaluate("complain('wrong')")
@@ -288,3 +301,83 @@ def test_it_loads_nothing_from_elsewhere_and_logs_no_error(
     with page.expect_console_message(lambda message: message.type == "error"):
         page.evaluate("fetch('nowhere').then(() => 0)")
     assert "404" in wrong[0]
+
+
+def test_a_button_is_shown_where_it_does_something(
+    new_page: Callable[..., Page], bank: PromptBank, image: Path, tmp_path: Path
+) -> None:
+    held = Held(bank)
+    with serving(held, max_wait=0.0) as (client, _):
+        page = open_page(new_page(), client)
+        send, error = page.locator("#send"), page.locator("#error")
+        expect(send).to_be_hidden()
+        page.set_input_files("#image", image)
+        assert held.entered.wait(10)
+        expect(send).to_be_hidden()
+        held.go.set()
+        settled(page)
+        expect(send).to_be_hidden()
+        page.fill("#topk", "2")
+        expect(send).to_have_text("Classify")
+        page.fill("#topk", "5")
+        expect(send).to_be_hidden()
+        held.failing.add("task-1")
+        page.select_option("#task", "task-1")
+        expect(error).to_be_visible()
+        expect(send).to_have_text("Try again")
+        held.failing.clear()
+        send.click()
+        settled(page)
+        expect(error).to_be_hidden()
+        expect(send).to_be_hidden()
+        # The same file is refused again, so there is nothing to try.
+        (tmp_path / "notes.txt").write_text("not an image")
+        page.set_input_files("#image", tmp_path / "notes.txt")
+        expect(error).to_be_visible()
+        expect(send).to_be_hidden()
+
+
+def test_one_task_is_not_to_be_chosen_and_none_has_no_form(
+    new_page: Callable[..., Page], browser: Browser, tmp_path: Path
+) -> None:
+    bank = make_bank(tmp_path, tasks=1)
+    with serving(bank) as (client, _):
+        page = new_page()
+        page.goto(str(client.base_url))
+        expect(page.locator("#about")).to_contain_text("Task task-0: 3 classes")
+        expect(page.locator("#task")).to_be_hidden()
+        expect(page.locator("#how-many")).to_have_text("one task")
+        bank.remove("task-0")
+        page.reload()
+        expect(page.locator("#error")).to_contain_text("The server has no tasks. Add an adapter")
+        expect(page.locator("form")).to_be_hidden()
+
+
+def test_small_shares_are_not_zero(page: Page) -> None:
+    shares = {0.0: "0.0%", 4.9e-5: "< 0.01%", 1e-4: "0.01%", 4.9e-4: "0.05%", 6e-4: "0.1%"}
+    assert page.evaluate("values => values.map(percent)", list(shares)) == list(shares.values())
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_interface_loads_nothing_from_elsewhere(
+    new_page: Callable[..., Page], client: httpx2.Client, width: int
+) -> None:
+    page, own = new_page(width), str(client.base_url).rstrip("/")
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith((own, "data:")) else wrong.append(request.url)
+        ),
+    )
+    page.goto(f"{own}/")
+    page.get_by_role("link", name="the interface").click()
+    for path in ("/predict", "/tasks", "/health", "/metrics"):
+        expect(page.locator(f".opblock [data-path='{path}']")).to_be_visible()
+    page.locator(".opblock [data-path='/tasks']").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_role("button", name="Execute").click()
+    expect(page.locator(".live-responses-table")).to_contain_text("task-0")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert not wrong, wrong

@@ -13,8 +13,8 @@ import numpy as np
 TOLERANCE = 0.02
 """Largest difference of equal maps, over the largest weight of their block.
 
-A weight's opacity is 0.9 of its part of that largest weight: a step of 2% of it changes no colour of
-a picture by more than 1.9 in CIELAB, where 2.3 is just noticeable."""
+A weight's opacity is 0.9 of its part of that largest weight: a step of 2% of it changes no colour
+of a picture by more than 1.9 in CIELAB, where 2.3 is just noticeable."""
 
 
 def equal_prompts(weights: np.ndarray) -> list[list[int]]:

@@ -170,7 +170,7 @@ async function start() {
     return;
   }
   task.replaceChildren(...tasks.map(({ name }) => new Option(name, name)));
-  element("how-many").textContent = tasks.length === 1 ? "one task" : `${tasks.length} tasks`;
+  element("how-many").textContent = ["no task", "one task"][tasks.length] ?? `${tasks.length} tasks`;
   if (!tasks.length) {
     complain("The server has no tasks. Add an adapter to it, and load this page again.");
     return;

@@ -122,7 +122,7 @@ def write_page(
         .get_template(_TEMPLATE)
         .render(
             sections=sections,
-            title=page_title([(f.path, f.name) for f in (*runs, *sweeps)]),
+            title=page_title([(f.path, f.name) for f in runs] + [(f.path, f.name) for f in sweeps]),
             sweeps=sweeps,
             sweep_plots=[
                 sweep_plot(sweep.accuracies, f"sweep-{i}") if sweep.accuracies else None

@@ -52,7 +52,8 @@ def log_numbers(axis: Axis) -> None:
     """Give a logarithmic axis of positive data few ticks, labelled with decimals."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axes = axis.axes
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
     low, high = axis.get_view_interval()
     if high < 5 * low:  # it may hold fewer than two of 1, 2 and 5 times a power of ten
         axis.set_major_locator(MaxNLocator(5))
@@ -79,7 +80,7 @@ def percentage(share: float, digits: int = 2) -> str:
     percent = 100 * share
     if 0 < percent < 0.005:
         return "< 0.01%"
-    if 0 < percent and round(percent, digits) == 0:
+    if percent > 0 and round(percent, digits) == 0:
         digits = 2
     return f"{percent:.{digits}f}%"
 

@@ -138,8 +138,8 @@ def draw_accuracies(axes: Axes, methods: Sequence[Accuracies]) -> None:
         )  # fmt: skip
         spread = 0.0 if np.isnan(deviation) else deviation
         axes.errorbar(
-            mean, row, xerr=[[min(spread, mean)], [min(spread, 100 - mean)]], color=INK, marker="D", markersize=4.5, capsize=3.5,
-            linewidth=1.2, clip_on=False,
+            mean, row, xerr=[[min(spread, mean)], [min(spread, 100 - mean)]], color=INK,
+            marker="D", markersize=4.5, capsize=3.5, linewidth=1.2, clip_on=False,
         )  # fmt: skip
         for x, side, text, colour in (
             (0.0, "left", _shortened(method.name), INK),
