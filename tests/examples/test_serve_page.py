@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Browser, Page, expect
-from support.serve_page import open_page, settled
+from support.browser import open_page, settled
 from support.serving import Held, make_bank, picture, post, serving
 
 from vpt_fast import PromptBank

@@ -1,14 +1,16 @@
 """A headless Chromium for tests of pages: Playwright drives the one that is installed.
 
-A test module says `pytest_plugins = ("support.browser",)` and asks for `browser` or `new_page`. Without
-Playwright or without a Chromium its tests are skipped.
+A test module says `pytest_plugins = ("support.browser",)` and asks for `browser` or `new_page`.
+Without Playwright or without a Chromium its tests are skipped.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,3 +64,15 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     yield new
     for context in contexts:
         context.close()
+
+
+def open_page(page: Page, client: Any) -> Page:
+    """Open the page of examples/serve, of a server with three tasks."""
+    page.goto(str(client.base_url))
+    expect(page.locator("#task option")).to_have_count(3)
+    return page
+
+
+def settled(page: Page) -> None:
+    """Wait until that page waits for nothing."""
+    expect(page.locator("section")).not_to_have_attribute("aria-busy", re.compile(""))

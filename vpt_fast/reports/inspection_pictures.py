@@ -108,7 +108,7 @@ def save_attention(
     labels = "All prompts together", "Each prompt, mean over heads"
     longest = max((f": {group.title}" for group in groups if group.title), key=len, default="")
     heads, prompts = (
-        max(float(np.clip(0.55 * cells, _BAR, limit)), text_inches(label + longest, 10.5))
+        max(float(np.clip(0.55 * cells, _BAR, limit)), text_inches(label + longest, 10.5) + 0.1)
         for cells, limit, label in zip(groups[0].shares.shape[1:], (3.4, 5.5), labels, strict=True)
     )
     second = 0.6 + heads + 1.15
