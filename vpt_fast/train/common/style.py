@@ -42,7 +42,7 @@ def style_axes(axes: Axes, grid: str = "y") -> None:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Label an axis with decimals, without an offset or a power of ten."""
+    """Write the numbers of an axis as decimals, without an offset or a power of ten."""
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: decimal(value)))
