@@ -36,6 +36,7 @@ SWEEP = [
 SERVE = [
     *TRAIN,
     "fastapi>=0.165",
+    "fastapi-offline>=1.7",
     "prometheus-client>=0.21",
     "python-multipart>=0.0.20",
     "uvicorn>=0.54",
