@@ -82,7 +82,7 @@ _IMPLEMENTATIONS = (
     "kernels/window_attention/launches.py:window_attention_backward",
     "vpt_fast/ops/window_attention/reference.py:window_attention_backward",
 )
-"""Others: commands, whose parameters are their options and no lines, and what takes an operator's arguments."""
+"""Others: commands, whose parameters are options and no lines, and what takes an operator's."""
 
 
 def code_lines(path: Path) -> int:

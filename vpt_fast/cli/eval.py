@@ -142,7 +142,9 @@ def _of_source(
     name = _eval_split(source, wanted)
     found = source.splits[name]
     images = SplitImages(found, transform, source.class_names, **reading(loaded.inputs))
-    return _Evaluated(name, images, found.refused, source.warnings)
+    whole = source.format == "classes" and wanted.split is None and name == "train"
+    shown = wanted.directory.name if whole else name
+    return _Evaluated(shown, images, found.refused, source.warnings)
 
 
 def _eval_split(source: ImageSource, wanted: _Wanted) -> str:

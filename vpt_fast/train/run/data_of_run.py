@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vpt_fast.train.data.holdout import split_off
@@ -50,4 +51,10 @@ def open_as_trained(
         held = split_off(source, part)
         if data_digest(directory, held) == record.data.get("digest"):
             return held
+        if str(directory.resolve()) == record.data.get("directory"):
+            line = (
+                f"{directory} has other images than at the run's time, so that those which it held "
+                "out are not known"
+            )
+            return replace(source, warnings=[*source.warnings, line])
     return source

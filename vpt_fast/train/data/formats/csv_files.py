@@ -20,6 +20,7 @@ from vpt_fast.train.data.formats.labels import read_text, short
 from vpt_fast.train.data.images import SPLITS, SkippedImage
 from vpt_fast.train.data.split import (
     ImageSource,
+    Split,
     check_classes,
     check_left,
     split_of_files,
@@ -86,7 +87,8 @@ def read_csv(location: Path, known: Sequence[str] | None = None) -> ImageSource:
         names = labels.names(splits["train"].cells if "train" in splits else rows)
     else:
         names = labels.known(known, location)
-    read = {split: _split(rows, labels, names) for split, rows in splits.items()}
+    unknown = "no training image has the class" if known is None else "the model has no class"
+    read = {split: _split(rows, labels, names, unknown) for split, rows in splits.items()}
     refused = [item for split in read.values() for item in split.refused]
     check_classes(names, str(location), refused)
     if listed is not None and known is None and "train" in read:
@@ -205,11 +207,11 @@ def _entries(splits: Mapping[str, _Rows]) -> Iterator[tuple[str, Mapping[str, st
         yield from zip(rows.where, rows.cells, strict=True)
 
 
-def _split(rows: _Rows, labels: Labels, names: Sequence[str]) -> Any:
+def _split(rows: _Rows, labels: Labels, names: Sequence[str], unknown: str) -> Split:
     rank = {name: label for label, name in enumerate(names)}
     paths, found, refused = [], [], list(rows.refused)
     for where, path, cells in zip(rows.where, rows.paths, rows.cells, strict=True):
-        label = labels.read(cells, rank)
+        label = labels.read(cells, rank, unknown)
         if isinstance(label, str):
             refused.append(SkippedImage(where, f"{where}: {label}"))
         else:

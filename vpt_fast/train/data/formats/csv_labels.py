@@ -109,12 +109,15 @@ class Labels:
             )
         return found
 
-    def read(self, cells: Mapping[str, str], rank: Mapping[str, int]) -> int | list[int] | str:
+    def read(
+        self, cells: Mapping[str, str], rank: Mapping[str, int], unknown: str
+    ) -> int | list[int] | str:
         """Return the label of a row, or a row of 0 and 1; or the reason that it has none.
 
         Args:
             cells: Cells of the row.
             rank: Label of each class.
+            unknown: What is said of other classes, before their name.
         """
         if self.column is None:
             parts = [name for name in self.columns if _BITS[cells[name]]]
@@ -127,7 +130,7 @@ class Labels:
                 kind = "word" if self.words else "whole number in range"
                 return f"label {short(part)} is no {kind}"
             if name not in rank:
-                return f"no class of the training images or the model is {short(name)}"
+                return f"{unknown} {short(name)}"
         labels = [rank[name] for name in names if name is not None]
         if not self.several:
             return labels[0] if labels else "there is no label"
