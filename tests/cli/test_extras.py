@@ -49,7 +49,7 @@ def names(requirements: Iterable[str]) -> set[str]:
 def test_setup_declares_the_required_packages(declared: dict[str, Any]) -> None:
     extras = declared["extras_require"]
     assert names(declared["install_requires"]) == LIBRARY
-    assert set(extras) == {"train", "reports", "sweep", "serve", "docs", "dev"}
+    assert set(extras) == {"train", "data", "reports", "sweep", "serve", "docs", "dev"}
     for extra, packages in EXTRAS.items():
         assert {IMPORTED_AS.get(name, name) for name in names(extras[extra])} == set(packages)
     for extra, requirements in extras.items():

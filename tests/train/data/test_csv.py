@@ -174,9 +174,7 @@ def test_spaces_divide_numbers_and_the_names_of_a_list(tmp_path):
     assert source.class_names == ["primary", "clear", "haze", "road"]
     assert source.class_order == str(tmp_path / "classes.txt")
     assert source.splits["train"].labels == [[1, 0, 1, 0], [0, 1, 0, 0]]
-    assert source.warnings == [
-        f"{tmp_path / 'classes.txt'} names 1 classes without a training image: road"
-    ]
+    assert source.warnings == [f"{path}: 1 of 4 classes have no training image: road"]
 
 
 def test_a_column_of_0_and_1_for_each_class(tmp_path):

@@ -114,7 +114,7 @@ def test_a_list_of_classes_is_their_order(tmp_path):
     assert source.class_names == ["red", "green", "blue", "pink"]
     assert source.splits["test"].labels == [2, 1, 0]
     assert source.class_order == str(listed)
-    assert source.warnings[0] == f"{listed} names 1 classes without a training image: pink"
+    assert source.warnings[0] == f"{tmp_path}: 1 of 4 classes have no training image: pink"
     assert open_source(tmp_path, known=list(CLASSES)).class_names == list(CLASSES)
     with pytest.raises(ValueError, match="classes.txt.; leave --class-order out"):
         open_source(tmp_path, class_order="natural")

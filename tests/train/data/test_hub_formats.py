@@ -67,13 +67,14 @@ def test_shards_with_numbers(tmp_path):
     assert source.splits["val"].labels == [1, 5]
     assert [red(source.splits["train"], row) for row in (5, 0, 3)] == [102, 0, 100]
     assert source.splits["train"].names[4] == str(tmp_path / "train-001.tar" / "00001")
-    assert source.warnings == []  # the shards' keys are the same
+    # Both shards have the same keys, which are not the same images.
+    assert source.warnings == [f"{tmp_path}: 3 of 6 classes have no training image: 3; 4; 5"]
     (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
     source = open_source(tmp_path)
     assert source.class_names == ["ant", "bee", "cat"]
     (item,) = source.splits["val"].refused
     assert item.reason == f"{tmp_path}/val-000.tar/b: label 5 is out of range, 0 to 2"
-    assert open_source(tmp_path, known=["cat", "ant"]).splits["train"].labels == [0, 1, 0, 1]
+    assert open_source(tmp_path, known=["bee", "ant"]).splits["train"].labels == [1, 0, 1, 0]
 
 
 def test_shards_in_folders_with_words_in_json(tmp_path):
@@ -110,7 +111,9 @@ def test_damaged_shards_and_samples_without_labels_are_refused(tmp_path):
     path = shard(tmp_path / "cut" / "train-0.tar", samples)
     shard(tmp_path / "cut" / "train-1.tar", samples)
     path.write_bytes(path.read_bytes()[:1200])
-    with pytest.raises(ValueError, match=r"cut cannot be read as webdataset: .*end of"):
+    with pytest.raises(
+        ValueError, match=r"train-0.tar has no end of a tar archive: it was cut off"
+    ):
         open_source(tmp_path / "cut")
     shard(tmp_path / "words" / "a.tar", {"0": {"png": picture(1), "json": {"caption": "x"}}})
     with pytest.raises(ValueError, match=r"train .json has 0 label columns \(none\)"):
@@ -156,7 +159,7 @@ def test_an_imagefolder_with_numbers_of_which_one_is_missing(tmp_path):
     imagefolder(tmp_path / "csv", "train", "metadata.csv", *lines)
     train = open_source(tmp_path / "csv").splits["train"]
     assert train.labels == [1, 0]
-    assert train.refused[0].reason.endswith("1.png: label nan is out of range, 0 to 1")
+    assert train.refused[0].reason.endswith("1.png: label None is out of range, 0 to 1")
 
 
 def test_metadata_that_cannot_be_used(tmp_path):

@@ -102,7 +102,7 @@ def read_folders(
         splits[name] = split_of_files([path for path, _ in images.samples], images.targets)
         warnings += images.warnings
     if listed is not None:
-        warnings += unused(known, set(splits["train"].labels), listed)
+        warnings += unused(known, set(splits["train"].labels), str(directory))
     return ImageSource(format, list(known), splits, warnings, class_order=order)
 
 

@@ -49,13 +49,19 @@ def check_listed(names: Sequence[str], listed: ClassList | None) -> None:
         )
 
 
-def unused(names: Sequence[str], labels: set[int], listed: ClassList) -> list[str]:
-    """Return a warning if classes of a list have no training image."""
+def unused(names: Sequence[str], labels: set[int], where: str) -> list[str]:
+    """Return a warning if classes have no training image.
+
+    Args:
+        names: Names of the classes, in the order of the labels.
+        labels: Labels of the training images.
+        where: Name of the data set, or of its list of classes.
+    """
     empty = [name for label, name in enumerate(names) if label not in labels]
     if not empty:
         return []
     which = "; ".join(empty[:3]) + ("; ..." if len(empty) > 3 else "")
-    return [f"{listed.path} names {len(empty)} classes without a training image: {which}"]
+    return [f"{where}: {len(empty)} of {len(names)} classes have no training image: {which}"]
 
 
 def _lines(path: Path) -> list[str]:

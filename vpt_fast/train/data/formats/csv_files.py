@@ -91,8 +91,8 @@ def read_csv(location: Path, known: Sequence[str] | None = None) -> ImageSource:
     read = {split: _split(rows, labels, names, unknown) for split, rows in splits.items()}
     refused = [item for split in read.values() for item in split.refused]
     check_classes(names, str(location), refused)
-    if listed is not None and known is None and "train" in read:
-        warnings += unused(names, labels.present(read["train"].labels), listed)
+    if known is None and "train" in read:
+        warnings += unused(names, labels.present(read["train"].labels), str(location))
     order = labels.order if known is None else "known"
     splits_left = {split: check_left(one, f"{location} {split}") for split, one in read.items()}
     in_order = {split: splits_left[split] for split in SPLITS if split in splits_left}

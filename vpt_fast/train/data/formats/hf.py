@@ -120,6 +120,8 @@ def read_with_loader(
             several could be meant, or nothing usable is left.
     """
     datasets = _datasets(directory)
+    if format == "webdataset":
+        _check_complete(directory)
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -136,6 +138,21 @@ def read_with_loader(
         where = f"{directory} {split}"
         tables[split] = _shards(rows, where) if format == "webdataset" else _table(rows, where)
     return source_of(format, str(directory), tables, known, class_list(directory))
+
+
+def _check_complete(directory: Path) -> None:
+    """Refuse archives that were cut off, of which readers take what is left without a word.
+
+    Raises:
+        ValueError: If one lacks the two empty blocks that an archive ends with.
+    """
+    for path in _files(directory, ".tar"):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - 2 * tarfile.BLOCKSIZE))
+            whole = size % tarfile.BLOCKSIZE == 0 and not any(file.read())
+        if not whole:
+            raise ValueError(f"{path} has no end of a tar archive: it was cut off; copy it again")
 
 
 def _datasets(directory: Path) -> Any:

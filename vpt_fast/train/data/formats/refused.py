@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-_TABLE = "write a CSV with a path and the classes of each image (docs/data.md)"
+_TABLE = "write a CSV with the columns path and labels, and ; between the classes of an image"
 _UNPACK = "unpack it, and name the folder that it holds"
-_EXPORT = "save its images as files, and write a CSV with a path and the class of each"
+_EXPORT = "save its images as files, and write a CSV with the columns path and label"
 
 _DETECTION = {
     "annotations/*.json": "COCO's annotations of objects",

@@ -167,8 +167,8 @@ def source_of(
         splits[split] = _split(table, words, table.classes or own, rank, f"{where} {split}")
     refused = [item for split in splits.values() for item in split.refused]
     names = check_classes(names, where, refused)
-    if listed is not None and order == str(listed.path) and known is None and "train" in splits:
-        warnings += unused(names, set(splits["train"].labels), listed)
+    if known is None and "train" in splits:
+        warnings += unused(names, set(splits["train"].labels), where)
     order = order if known is None else "known"
     return ImageSource(format, names, splits, warnings, class_order=order)
 
