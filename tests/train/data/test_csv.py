@@ -100,7 +100,10 @@ def test_missing_damaged_and_repeated_images_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["name,label", "a.png,x"], "has 0 columns of paths (none of name, label)"),
+        (
+            ["name,label", "a.png,x"],
+            "has 0 columns of paths (none of name, label); the first line must name one 'path'",
+        ),
         (["path,image,label", "a.png,b.png,x"], "has 2 columns of paths (path, image of"),
         (["path,label,class", "a.png,x,y"], "has 2 columns of labels (label, class); keep one"),
         (["path,label,Path", "a.png,x,y"], "has two columns 'path'; rename one"),
@@ -117,6 +120,17 @@ def test_unclear_files_are_refused(tmp_path, lines, message):
     with pytest.raises(ValueError) as error:
         open_source(write(tmp_path, "list.csv", *lines))
     assert message in str(error.value)
+
+
+def test_several_names_in_the_column_of_one_class_are_said(tmp_path):
+    lines = ("path,label", "a.png,cat;dog", "b.png,cat")
+    path = write(tmp_path, "list.csv", *lines, encoding="utf-8-sig")
+    source = open_source(path)
+    assert source.class_names == ["cat", "cat;dog"] and not source.multi_label
+    assert source.warnings == [
+        f"{path}: 'cat;dog' in the column label is the name of one class; several are in a column "
+        "called labels"
+    ]
 
 
 def test_columns_that_differ_between_files_are_refused(tmp_path):

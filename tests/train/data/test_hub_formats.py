@@ -155,10 +155,12 @@ def test_an_imagefolder_with_numbers_of_which_one_is_missing(tmp_path):
     imagefolder(tmp_path / "json", "train", "metadata.jsonl", *lines)
     source = open_source(tmp_path / "json")
     assert (source.class_names, source.splits["train"].labels) == (["0", "1"], [1, 0])
-    lines = ("file_name,target", "0.png,1", "1.png,", "2.png,0")
+    lines = ("file_name,target", "0.png,1", "1.png,", "2.png,0", ",0")
     imagefolder(tmp_path / "csv", "train", "metadata.csv", *lines)
     train = open_source(tmp_path / "csv").splits["train"]
-    assert train.labels == [1, 0]
+    assert train.labels == [1, 0, 0]
+    with pytest.raises(ValueError, match=r"train row 3 cannot be decoded \(the row has no image"):
+        train.load(2, 3)
     assert train.refused[0].reason.endswith("1.png: label None is out of range, 0 to 1")
 
 

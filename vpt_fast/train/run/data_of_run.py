@@ -9,6 +9,7 @@ from pathlib import Path
 from vpt_fast.train.data.holdout import split_off
 from vpt_fast.train.data.sources import open_source
 from vpt_fast.train.data.split import ImageSource, require_one_label
+from vpt_fast.train.loop.fit_result import BEST, LAST
 from vpt_fast.train.run.record import RunRecord, data_digest, read_record
 
 
@@ -21,7 +22,8 @@ def record_of(adapter: Path) -> RunRecord | None:
     Raises:
         ValueError: If the record is damaged or of a newer version.
     """
-    return read_record(adapter) or read_record(adapter.resolve().parent)
+    folder = adapter.resolve()
+    return read_record(folder.parent if folder.name in (BEST, LAST) else folder)
 
 
 def open_as_trained(

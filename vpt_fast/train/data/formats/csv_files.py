@@ -87,6 +87,7 @@ def read_csv(location: Path, known: Sequence[str] | None = None) -> ImageSource:
         names = labels.names(splits["train"].cells if "train" in splits else rows)
     else:
         names = labels.known(known, location)
+    warnings += labels.undivided([cells for _, cells in _entries(splits)], str(location))
     unknown = "no training image has the class" if known is None else "the model has no class"
     read = {split: _split(rows, labels, names, unknown) for split, rows in splits.items()}
     refused = [item for split in read.values() for item in split.refused]
@@ -155,7 +156,7 @@ def _collect(
     if len(paths) != 1:
         raise ValueError(
             f"{path} has {len(paths)} columns of paths ({', '.join(paths) or 'none'} of "
-            f"{', '.join(header)}); name one of them {PATH_COLUMNS[0]!r}, and the others otherwise"
+            f"{', '.join(header)}); the first line must name one {PATH_COLUMNS[0]!r}"
         )
     if split and SPLIT_COLUMN in header:
         raise ValueError(f"{path} has a column 'split' and is the file of one split; remove one")

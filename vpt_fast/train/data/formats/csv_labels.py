@@ -90,6 +90,17 @@ class Labels:
             raise ValueError(f"{where} has no column {short(missing[0])}, a class of the model")
         return list(names)
 
+    def undivided(self, rows: Sequence[Mapping[str, str]], where: str) -> list[str]:
+        """Return a warning if names in a column of one class a row look like several."""
+        cells = [row[self.column] for row in rows if self.column not in (None, SEVERAL)]
+        odd = next((cell for cell in cells if not {";", "|"}.isdisjoint(cell)), None)
+        if odd is None:
+            return []
+        return [
+            f"{where}: {short(odd)} in the column {self.column} is the name of one class; several "
+            f"are in a column called {SEVERAL}"
+        ]
+
     def _found(self, rows: Sequence[Mapping[str, str]]) -> list[str]:
         """Return the classes of some rows, sorted; columns in their order."""
         if self.column is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,12 @@ def read_with_loader(
     tables = {}
     for split, rows in named_splits(dict(loaded.items()), str(directory)).items():
         where = f"{directory} {split}"
-        tables[split] = _shards(rows, where) if format == "webdataset" else _table(rows, where)
+        if format == "webdataset":
+            tables[split] = _shards(rows, where)
+        else:
+            found = table_of(rows, where, _LABELS)
+            names = _paths(rows, found.image, where) if format == "imagefolder" else None
+            tables[split] = replace(found, labels=_whole(found.labels), names=names)
     return source_of(format, str(directory), tables, known, class_list(directory))
 
 
@@ -166,15 +172,12 @@ def _datasets(directory: Path) -> Any:
     return datasets
 
 
-def _table(rows: Any, where: str) -> Table:
-    """Return the table of metadata or of parquet files; images that are files have their names."""
-    found = table_of(rows, where, _LABELS)
-    kind = type(rows.features[found.image])
-    stored = rows.select_columns(found.image).cast_column(found.image, kind(decode=False))
-    names = None
-    if all(image is not None and image["bytes"] is None for image in stored[:1][found.image]):
-        names = [image["path"] for image in stored[found.image]]
-    return Table(rows, found.image, _whole(found.labels), found.classes, names)
+def _paths(rows: Any, column: str, where: str) -> list[str]:
+    """Return the paths of images that are files, by which they are known in messages."""
+    kind = type(rows.features[column])
+    stored = rows.select_columns(column).cast_column(column, kind(decode=False))
+    paths = [None if image is None else image["path"] for image in stored[column]]
+    return [path or f"{where} row {row}" for row, path in enumerate(paths)]
 
 
 def _shards(rows: Any, where: str) -> Table:
