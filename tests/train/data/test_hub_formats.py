@@ -181,6 +181,19 @@ def test_metadata_that_cannot_be_used(tmp_path):
         open_source(tmp_path / "d")
 
 
+def test_files_that_change_are_read_again(tmp_path):
+    """The cache of `datasets` must not answer for files of the same name."""
+    for labels in ([0, 1, 1], [1, 0, 0]):
+        samples = {str(i): {"png": picture(i), "cls": label} for i, label in enumerate(labels)}
+        shard(tmp_path / "tars" / "train-0.tar", samples)
+        assert open_source(tmp_path / "tars").splits["train"].labels == labels
+    for words in ("ab", "ba"):
+        lines = ("file_name,label", *(f"{i}.png,{word}" for i, word in enumerate(words)))
+        imagefolder(tmp_path / "folder", "train", "metadata.csv", *lines)
+        labels = ["ab".index(word) for word in words]
+        assert open_source(tmp_path / "folder").splits["train"].labels == labels
+
+
 def test_parquet_files_have_the_names_of_their_features(tmp_path):
     rows = {"image": [{"bytes": picture(i), "path": None} for i in range(4)], "label": [1, 0, 1, 1]}
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["zebra", "ant"])}
