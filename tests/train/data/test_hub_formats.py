@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import sys
 import tarfile
 from pathlib import Path
 
@@ -121,6 +122,13 @@ def test_damaged_shards_and_samples_without_labels_are_refused(tmp_path):
     shard(tmp_path / "plain" / "a.tar", {"cat/0": {"png": picture(1)}})
     with pytest.raises(ValueError, match=r"plain holds a.tar, an archive, which is not read"):
         open_source(tmp_path / "plain")
+
+
+def test_a_missing_package_is_named_in_one_line(tmp_path, monkeypatch):
+    shard(tmp_path / "a.tar", {"0": {"png": picture(1), "cls": 0}})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="which is not installed: pip install datasets$"):
+        open_source(tmp_path)
 
 
 def imagefolder(folder: Path, part: str, name: str, *lines: str) -> Path:
