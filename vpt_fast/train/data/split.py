@@ -27,8 +27,8 @@ class Split:
     """Images of train, val or test.
 
     Attributes:
-        labels: Label of each image, from 0 to the number of classes - 1; of a data set with several
-            labels an image, a row of 0 and 1, one for each class.
+        labels: Label of each image, from 0 to the number of classes - 1; or where it may have
+            several, a row with 0 or 1 for each class.
         names: Name of each image, for messages: its path, or its row.
         load: Function that decodes an image.
         refused: Entries that are left out: a label out of range, an unreadable line.
@@ -52,7 +52,7 @@ class ImageSource:
         class_names: Names of the classes, in the order of the labels.
         splits: Those of "train", "val" and "test" that exist.
         warnings: Messages for the user.
-        multi_label: Whether an image has any number of the classes: labels are rows of 0 and 1.
+        multi_label: Whether an image may have several labels, or none.
         class_order: What the order of the classes comes from: "strings" or "natural", if they were
             sorted by name; "numbers", "known" for those of a model, "columns" or "features" of the
             table, or the path of a list of classes.
