@@ -25,6 +25,11 @@ REPORTS = [
     "matplotlib>=3.8",
     "scikit-learn>=1.4",
 ]
+# Of the formats webdataset, imagefolder, parquet and hf.
+DATA = [
+    *TRAIN,
+    "datasets>=4",
+]
 # Of `sweep`, its picture and its preset's data.
 SWEEP = [
     *TRAIN,
@@ -46,6 +51,7 @@ DOCS = [
     "mkdocstrings[python]>=1",
 ]
 DEV = [
+    *DATA,
     *REPORTS,
     *SWEEP,
     *SERVE,
@@ -85,6 +91,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "data": DATA,
         "reports": REPORTS,
         "sweep": SWEEP,
         "serve": SERVE,

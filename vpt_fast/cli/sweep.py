@@ -15,6 +15,7 @@ from vpt_fast.cli.options import (
     BatchSize,
     Cache,
     Checkpoint,
+    ClassOrder,
     CropKind,
     DataFormat,
     Device,
@@ -32,6 +33,7 @@ from vpt_fast.cli.options import (
     Resize,
     Scale,
     Settings,
+    ValFraction,
     Workers,
 )
 from vpt_fast.extras import require_extra
@@ -144,6 +146,8 @@ def sweep(
     crops: CropKind = None,
     resize: Resize = None,
     data_format: DataFormat = "auto",
+    val_fraction: ValFraction = None,
+    class_order: ClassOrder = None,
     interpolation: Interpolation = "model",
     no_exif: NoExif = False,
     normalisation: Normalisation = "model",
@@ -180,6 +184,7 @@ def sweep(
             candidates, paper = plans.candidates(grid, runs, format)
             plan = plans.SweepPlan(
                 output=output, candidates=candidates, directory=data, data_format=format,
+                val_fraction=val_fraction, class_order=class_order,
                 model=model, checkpoint=checkpoint, pretrained=pretrained, img_size=img_size,
                 seeds=final_seeds,
                 augmentation=Augmentation(

@@ -35,7 +35,11 @@ class SkippedImage(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Batch of the loaders: images (B, C, H, W) float, labels (B,) int64, skipped files."""
+    """Batch of the loaders: images (B, C, H, W) float, labels, skipped files.
+
+    Labels are class indices (B,), int64; or 0 and 1 (B, classes), fp32, where an image may have
+    several.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -259,8 +263,14 @@ def _collate(items: Sequence[Any]) -> Batch:
     skipped = [item for item in items if isinstance(item, SkippedImage)]
     good = [item for item in items if not isinstance(item, SkippedImage)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-    return Batch(images, labels, skipped)
+    return Batch(images, label_tensor([label for _, label in good]), skipped)
+
+
+def label_tensor(labels: Sequence[Any]) -> torch.Tensor:
+    """Return class indices (n,), int64; or rows of 0 and 1 (n, classes), fp32."""
+    if len(labels) and isinstance(labels[0], Sequence | torch.Tensor | np.ndarray):
+        return torch.stack([torch.as_tensor(row, dtype=torch.float32) for row in labels])
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 def _ignore_interrupt(_worker: int) -> None:

@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as images_of
 
 from vpt_fast.train.data.image_options import to_uint8
-from vpt_fast.train.data.images import Batch, SkippedImage, batch_sampler
+from vpt_fast.train.data.images import Batch, SkippedImage, batch_sampler, label_tensor
 from vpt_fast.train.data.random_crops import (
     INTERPOLATIONS,
     Crops,
@@ -85,7 +85,7 @@ class MemoryLoader:
                 f"{', '.join(INTERPOLATIONS)}; choose one of them, or cache 'stream'"
             )
         self.broken: dict[int, SkippedImage] = {}
-        self.labels = torch.tensor(dataset.targets, dtype=torch.int64)
+        self.labels = label_tensor(dataset.targets)
         self.sizes = torch.ones(len(dataset), 2, dtype=torch.int64)
         self.images = self._decoded(threads or min(8, os.cpu_count() or 1))
 
@@ -123,7 +123,7 @@ class MemoryLoader:
         skipped = [self.broken[index] for index in indices if index in self.broken]
         rows = torch.tensor([i for i in indices if i not in self.broken], dtype=torch.int64)
         if not len(rows):
-            return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), skipped)
+            return Batch(torch.empty(0), self.labels[:0], skipped)
         here = rows.to(self.device, non_blocking=True)
         images = self.images[here]
         if crops is None:

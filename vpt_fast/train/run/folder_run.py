@@ -19,7 +19,7 @@ from vpt_fast.train.common.recipe import init_head
 from vpt_fast.train.data.image_loaders import Loading, folder_loader, set_data_config
 from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.data.sources import open_source
-from vpt_fast.train.data.split import ImageSource
+from vpt_fast.train.data.split import ImageSource, require_one_label
 from vpt_fast.train.loop.checkpoint import FILE as CHECKPOINT
 from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.evaluate import Evaluation, TrainingError, evaluate
@@ -224,7 +224,14 @@ def _prepare(settings: RunSettings, progress: bool) -> _PreparedRun:
     name, weights, model_args = backbones.resolve_name(
         settings.model, settings.checkpoint, settings.img_size
     )
-    source = open_source(settings.directory, settings.data_format)
+    source = require_one_label(
+        open_source(
+            settings.directory,
+            settings.data_format,
+            val_fraction=settings.val_fraction,
+            class_order=settings.class_order,
+        )
+    )
     classes = len(source.class_names)
     if ":" not in name:
         # A model on the hub or in a folder is only known once it is there.

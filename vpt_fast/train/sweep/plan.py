@@ -26,6 +26,7 @@ from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.image_loaders import Loading, set_data_config
 from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.data.sources import open_source
+from vpt_fast.train.data.split import require_one_label
 from vpt_fast.train.demo.task import CLASS_NAMES, load_splits
 from vpt_fast.train.sweep.data import ArrayData, SourceData, SweepData
 from vpt_fast.train.sweep.sweep import Candidate, Result, Sweep
@@ -44,6 +45,8 @@ class SweepPlan:
         candidates: Methods with their grids.
         directory: Folder of the data set; None takes the demo's digits and its backbone.
         data_format: Format of the data set, one of `sources.FORMATS`.
+        val_fraction, class_order: Validation split and order of classes, as `open_source` takes
+            them.
         model, checkpoint, pretrained, img_size: Backbone, as `RunSettings` has it.
         seeds: Seeds of the final runs.
         augmentation: Augmentation of training images.
@@ -57,6 +60,8 @@ class SweepPlan:
     candidates: tuple[Candidate, ...]
     directory: Path | None = None
     data_format: str = "auto"
+    val_fraction: float | None = None
+    class_order: str | None = None
     model: str = ""
     checkpoint: Path | None = None
     pretrained: bool = False
@@ -71,7 +76,9 @@ class SweepPlan:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that have to be equal for results to belong to one sweep."""
-        return {
+        # What is not given is left out, so that sweeps of earlier versions go on.
+        chosen = {"val_fraction": self.val_fraction, "class_order": self.class_order}
+        return {name: value for name, value in chosen.items() if value is not None} | {
             "data": "demo" if self.directory is None else self.directory.resolve().name,
             "format": self.data_format,
             "model": self.model,
@@ -187,7 +194,14 @@ def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepT
     if plan.directory is None:
         raise ValueError("the plan has no data")
     name, weights, model_args = backbones.resolve_name(plan.model, plan.checkpoint, plan.img_size)
-    source = open_source(plan.directory, plan.data_format)
+    source = require_one_label(
+        open_source(
+            plan.directory,
+            plan.data_format,
+            val_fraction=plan.val_fraction,
+            class_order=plan.class_order,
+        )
+    )
     classes = source.class_names
     if ":" not in name:
         for one in plan.candidates:
