@@ -164,7 +164,8 @@ def _add_predict(app: FastAPI, parts: _Parts) -> None:
             prediction = await _first(parts.batcher.submit(pixels, entry), gone, deadline)
         finally:
             gone.cancel()
-        found = most_probable(prediction.logits, entry.class_names, topk)
+        logits, several = prediction.logits, entry.multi_label
+        found = most_probable(logits, entry.class_names, topk, several)
         seconds = time.perf_counter() - began
         parts.metrics.answered(task, seconds)
         return Answer(

@@ -62,6 +62,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     check_tensors(tensors, known, needed, directory / TENSORS_FILE)
     tuned: Any = apply_method(model, method, family)
     tuned.tune_record.inputs = config["input"]
+    tuned.tune_record.multi_label = config.get("multi_label", False)
     tuned.tune_record.initialised = config.get("initialised")
     try:
         _fill(tuned, tensors)

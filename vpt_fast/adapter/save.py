@@ -48,6 +48,7 @@ def save_adapter(
     class_names: Sequence[str] | None = None,
     model_args: dict[str, Any] | None = None,
     checkpoint: str | None = None,
+    multi_label: bool | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write everything of `model` that requires a gradient, whole or not at all.
@@ -60,6 +61,8 @@ def save_adapter(
         class_names: Label names, in the order of the classes.
         model_args: Arguments of `timm.create_model` that the model does not record itself.
         checkpoint: File that the backbone's weights came from; only the file's name is recorded.
+        multi_label: Whether an image may have several labels, so that each class has a probability
+            of its own (sigmoid) in place of their softmax; None keeps what a loaded adapter says.
         overwrite: Whether to replace an existing adapter.
 
     Returns:
@@ -98,6 +101,7 @@ def save_adapter(
         "model": model_config(model, model_args, checkpoint),
         "input": _input_config(tuned),
         "class_names": None if class_names is None else [str(name) for name in class_names],
+        "multi_label": tuned.tune_record.multi_label if multi_label is None else multi_label,
         "versions": {
             "vpt_fast": __version__,
             "torch": torch.__version__,

@@ -89,6 +89,7 @@ def _of_folder(
     name: str, folder: Path, loaded: TunedModel, transform: data.Transform, order: str | None
 ) -> _Evaluated:
     """Return the images in class folders, with labels in the order of the adapter's outputs."""
+    loaded.check_labels(folder, multi_label=False)
     options = reading(loaded.inputs)
     images = data.ImageFolders(folder, transform, loaded.class_names, **options)
     classes = loaded.class_order(folder, images.classes, order)
@@ -107,6 +108,7 @@ def _of_source(
 ) -> _Evaluated:
     """Return the images of a split, with labels in the order of the adapter's outputs."""
     source = open_source(directory, format, loaded.class_names)
+    loaded.check_labels(directory, source.multi_label)
     classes = loaded.class_order(directory, source.class_names, order)
     if classes != source.class_names:
         source = open_source(directory, format, classes)

@@ -26,7 +26,9 @@ def read_class_weights(text: str | None) -> str | tuple[float, ...] | None:
     if text is None or text == BALANCED:
         return text
     path = Path(text)
-    content = path.read_text(encoding="utf-8") if path.is_file() else f"[{text.strip().strip('[]')}]"
+    content = (
+        path.read_text(encoding="utf-8") if path.is_file() else f"[{text.strip().strip('[]')}]"
+    )
     try:
         values = json.loads(content)
         if not (isinstance(values, list) and values and all(map(_is_number, values))):

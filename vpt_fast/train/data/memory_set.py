@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as images_of
 
 from vpt_fast.train.data.image_options import to_uint8
-from vpt_fast.train.data.images import Batch, SkippedImage, batch_sampler
+from vpt_fast.train.data.images import Batch, SkippedImage, batch_sampler, label_tensor
 from vpt_fast.train.data.random_crops import (
     INTERPOLATIONS,
     Crops,
@@ -85,7 +85,7 @@ class MemoryLoader:
                 f"{', '.join(INTERPOLATIONS)}; choose one of them, or cache 'stream'"
             )
         self.broken: dict[int, SkippedImage] = {}
-        self.labels = torch.tensor(dataset.targets, dtype=torch.int64)
+        self.labels = label_tensor(dataset.targets)
         self.sizes = torch.ones(len(dataset), 2, dtype=torch.int64)
         self.images = self._decoded(threads or min(8, os.cpu_count() or 1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,12 +50,8 @@ def open_source(
     if not source.splits or (known is None and "train" not in source.splits):
         there = ", ".join(source.splits) or "none"
         raise FileNotFoundError(f"{folder} ({source.format}) has no train split; it has {there}")
-    return ImageSource(
-        source.format,
-        source.class_names,
-        source.splits,
-        [*source.warnings, *overlap_warnings(source.splits, source.class_names)],
-    )
+    overlaps = overlap_warnings(source.splits, source.class_names)
+    return replace(source, warnings=[*source.warnings, *overlaps])
 
 
 def check_format(directory: str | Path, format: str) -> str:

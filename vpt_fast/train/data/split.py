@@ -27,13 +27,14 @@ class Split:
     """Images of train, val or test.
 
     Attributes:
-        labels: Label of each image, from 0 to the number of classes - 1.
+        labels: Label of each image, from 0 to the number of classes - 1; or where it may have
+            several, a row with 0 or 1 for each class.
         names: Name of each image, for messages: its path, or its row.
         load: Function that decodes an image.
         refused: Entries that are left out: a label out of range, an unreadable line.
     """
 
-    labels: list[int]
+    labels: list[Any]
     names: list[str]
     load: Load
     refused: tuple[SkippedImage, ...] = ()
@@ -51,12 +52,14 @@ class ImageSource:
         class_names: Names of the classes, in the order of the labels.
         splits: Those of "train", "val" and "test" that exist.
         warnings: Messages for the user.
+        multi_label: Whether an image may have several labels, or none.
     """
 
     format: str
     class_names: list[str]
     splits: dict[str, Split]
     warnings: list[str] = field(default_factory=list)
+    multi_label: bool = False
 
 
 class SplitImages(Dataset):

@@ -42,8 +42,8 @@ def fit(
     With `val_batches` the epoch of the highest validation accuracy, or mAP with several labels an
     image (then of the lowest loss), is selected, without them the last one; the model has the
     selected weights afterwards. Ctrl-C ends the run early and leaves the adapters that there are.
-    The same seed, device and thread count give the same bits. Under autocast frozen weights are cast once (`FrozenCast`); `save` sees the
-    original ones.
+    The same seed, device and thread count give the same bits. Under autocast frozen weights are
+    cast once (`FrozenCast`); `save` sees the original ones.
 
     Args:
         model: Tuned timm model, on the device to train on.
@@ -116,7 +116,8 @@ def _train(
             if run.is_out_of_patience():
                 run.result.stopped_early = True
                 if log is not None:
-                    log(f"stopped after epoch {epoch - 1}: no better for {run.recipe.patience}")
+                    patience = run.recipe.patience
+                    log(f"stopped after epoch {epoch - 1}: none better on val for {patience}")
                 break
             known, warned = len(run.result.skipped), run.result.warning
             row = run.run_epoch(epoch, val_batches)

@@ -77,7 +77,7 @@ class RunState:
         self.tensors += [t for t in added if not isinstance(t, nn.Parameter)]
         self.step = step
         self.average = TrainedAverage(model, recipe) if recipe.model_ema else None
-        self.finished_average: list[torch.Tensor] = []
+        self.finished_average = self.averages()
         self.cast = FrozenCast(model, recipe.autocast_dtype)
         self.result = FitResult()
         self.finished = self.best = self.snapshot()
@@ -97,6 +97,10 @@ class RunState:
         for tensor, value in zip(self.tensors, values, strict=True):
             tensor.copy_(value)
 
+    def averages(self) -> list[torch.Tensor]:
+        """Return a copy of the averages of what is trained; empty without any."""
+        return [] if self.average is None else [value.clone() for value in self.average.values]
+
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the averages of what is trained, if any."""
         return nullcontext() if self.average is None else self.average.in_model()
@@ -104,14 +108,14 @@ class RunState:
     def restore_finished(self) -> None:
         """Set the model to what the last finished epoch left, and the averages likewise."""
         self.restore(self.finished)
-        if self.average is not None and self.finished_average:
+        if self.average is not None:
             self.average.load(self.finished_average)
 
     def select(self) -> None:
         """Give the model the weights of the selected epoch, for good."""
         if self.best_epoch is not None:
             self.restore(self.best)
-        elif self.average is not None and self.step.taken:
+        elif self.average is not None:
             self.average.write()
 
     def is_out_of_patience(self) -> bool:
@@ -141,7 +145,7 @@ class RunState:
             left = f"the adapter of epoch {self.result.epochs[-1].epoch} is in {self.output / LAST}"
         else:
             left = f"the model has the weights of epoch {self.result.epochs[-1].epoch} again"
-        if self.average is not None and self.finished_average:
+        if self.average is not None:
             self.average.write()
         raise TrainingError(f"{what}; {left}. Try a smaller learning rate")
 
@@ -218,17 +222,14 @@ class RunState:
                 self.fail(f"the validation loss is not finite after epoch {epoch}")
             self.result.skipped.update(dict(validation.skipped))
             top1 = validation.top1 if validation.mean_ap is None else None
-            row = replace(
-                row, val_loss=validation.loss, val_top1=top1, val_map=validation.mean_ap
-            )
+            row = replace(row, val_loss=validation.loss, val_top1=top1, val_map=validation.mean_ap)
         return row
 
     def end_epoch(self, row: Epoch) -> None:
         """Write adapters and checkpoint after an epoch, and set the next learning rate."""
         epoch = row.epoch
         self.finished = self.snapshot()
-        if self.average is not None:
-            self.finished_average = [value.clone() for value in self.average.values]
+        self.finished_average = self.averages()
         self.result.epochs.append(row)
         self.save_as(LAST)
         if row.score is not None and row.val_loss is not None:

@@ -15,6 +15,7 @@ from timm.utils import random_seed
 from vpt_fast.methods import Method
 from vpt_fast.train.backbones import build as backbones
 from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
+from vpt_fast.train.common.class_weights import with_class_weights
 from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
     SEEDS,
@@ -27,6 +28,7 @@ from vpt_fast.train.data.image_loaders import Loading, set_data_config
 from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.data.sources import open_source
 from vpt_fast.train.demo.task import CLASS_NAMES, load_splits
+from vpt_fast.train.loop.epochs import check_patience
 from vpt_fast.train.sweep.data import ArrayData, SourceData, SweepData
 from vpt_fast.train.sweep.sweep import Candidate, Result, Sweep
 from vpt_fast.train.sweep.task import SweepTask
@@ -77,7 +79,7 @@ class SweepPlan:
             "model": self.model,
             "checkpoint": self.checkpoint.name if self.checkpoint else None,
             "img_size": self.img_size,
-            "augmentation": asdict(self.augmentation),
+            "augmentation": self.augmentation.settings(),
             "images": asdict(self.image_options),
         }
 
@@ -189,6 +191,14 @@ def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepT
     name, weights, model_args = backbones.resolve_name(plan.model, plan.checkpoint, plan.img_size)
     source = open_source(plan.directory, plan.data_format)
     classes = source.class_names
+    if source.multi_label:
+        raise ValueError(
+            f"a sweep compares top-1 accuracy, and {plan.directory} has several labels an image; "
+            "use train"
+        )
+    for one in plan.candidates:
+        check_patience(one.recipe, validates=False)
+        with_class_weights(one.recipe, source.splits["train"].labels, classes)
     if ":" not in name:
         for one in plan.candidates:
             backbones.tunable_on_meta(name, len(classes), one.method, model_args)
