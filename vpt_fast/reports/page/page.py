@@ -167,9 +167,8 @@ def _section(
     missing = (*evaluated.split.refused, *result.skipped)
     skipped += [item for item in missing if item not in skipped]
     metric = "top-1" if result.mean_ap is None else "mAP"
-    log(
-        f"{run.name}: {evaluated.split_name}, {result.images:,} images, {metric} {result.score:.2f}%"
-    )
+    score = f"{metric} {result.score:.2f}%"
+    log(f"{run.name}: {evaluated.split_name}, {result.images:,} images, {score}")
     found = {
         "split": evaluated.split_name,
         "directory": str(evaluated.directory),

@@ -13,6 +13,9 @@ import torch
 
 from vpt_fast.train.common.recipe import BALANCED, Recipe
 
+_SHOWN = 20
+"""Number of classes whose weights are logged."""
+
 
 def read_class_weights(text: str | None) -> str | tuple[float, ...] | None:
     """Return the weights that a text stands for: "balanced", numbers, or a file with a JSON list.
@@ -95,6 +98,9 @@ def with_class_weights(
         raise ValueError(f"class_weights has {len(weights)} numbers for {len(class_names)} classes")
     if log is not None:
         of = "positive labels" if binary else "classes"
-        pairs = zip(class_names, weights, strict=True)
-        log(f"weights of {of}: {', '.join(f'{name} {weight:.4g}' for name, weight in pairs)}")
+        pairs = list(zip(class_names, weights, strict=True))
+        shown = ", ".join(f"{name} {weight:.4g}" for name, weight in pairs[:_SHOWN])
+        if len(pairs) > _SHOWN:
+            shown += f", ..., from {min(weights):.4g} to {max(weights):.4g}"
+        log(f"weights of {of}: {shown}")
     return replace(recipe, class_weights=weights)
