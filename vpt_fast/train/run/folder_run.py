@@ -297,8 +297,16 @@ def _check_recipe(settings: RunSettings, source: ImageSource) -> None:
     check_patience(settings.recipe, "val" in source.splits)
     labels = source.splits["train"].labels
     with_class_weights(settings.recipe, labels, source.class_names, source.multi_label)
-    if source.multi_label and settings.rewind is not None:
+    if not source.multi_label:
+        return
+    if settings.rewind is not None:
         raise ValueError("--rewind is for images with one label each; leave it out")
+    for name in ("val", "test"):
+        if name in source.splits and not any(map(any, source.splits[name].labels)):
+            raise ValueError(
+                f"no image of {name} has a label, so its mAP is not defined; label some, or leave "
+                f"{name} out"
+            )
 
 
 def _ignore(line: str) -> None:
