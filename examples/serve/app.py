@@ -65,6 +65,7 @@ class TaskInfo(BaseModel):
     name: str
     method: str
     num_classes: int
+    multi_label: bool
     input_size: list[int]
 
 
@@ -289,5 +290,6 @@ def _info(entry: BankTask) -> TaskInfo:
         name=entry.name,
         method=entry.method.name,
         num_classes=entry.num_classes,
+        multi_label=entry.multi_label,
         input_size=list(entry.inputs["input_size"]),
     )
