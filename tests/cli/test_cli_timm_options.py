@@ -7,6 +7,8 @@ import json
 import pytest
 from test_cli import MODEL, call, error_of, train
 
+from vpt_fast.reports.page.runs import read_runs
+
 EVERY = [
     "--smoothing", 0.1, "--mixup", 0.8, "--cutmix", 1, "--mixup-prob", 0.9,
     "--mixup-switch-prob", 0.4, "--mixup-mode", "pair", "--aa", "rand-m9-mstd0.5-inc1",
@@ -43,6 +45,8 @@ def test_weights_jitter_and_early_stopping(folder, checkpoint, tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["stopped_early"] and record["state"] == "finished"
     assert record["recipe"]["class_weights"] == [1, 2.5, 0.5]
+    state = read_runs([tmp_path / "run"])[0].state
+    assert state == "finished, 2 epochs of 6, stopped early"
     again = train(folder, checkpoint, tmp_path / "run", *options, "--lr", 0, "--resume")
     assert again.exit_code == 0 and "kept epoch 1 of 2, stopped early" in again.stdout
 

@@ -23,6 +23,8 @@ from vpt_fast.train.loop import mixing
 from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.mixing import Mixing
 
+ITEMS = pictures(25)
+
 
 def images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(1)
@@ -71,6 +73,23 @@ def test_random_numbers_are_those_of_seed_step_and_process(monkeypatch: Any) -> 
     assert [shares(*key) for key in keys] == found, "whatever the global generators hold"
 
 
+def several() -> list[tuple[float, float, float]]:
+    """Train on rows of labels; of 25 images one process lacks the last."""
+    torch.manual_seed(3)
+    model = backbone(depth=1)
+    init_head(model)
+    prompt_tune(model, VPTDeep(2))
+    rows: Any = [(image, [int(k != i % 3) for k in range(3)]) for i, (image, _) in enumerate(ITEMS)]
+    result = fit(
+        model,
+        make_loader(rows, 8, shuffle=True),
+        Recipe(epochs=2, batch_size=8, lr=3.0, class_weights=(1.0, 2.0, 0.5)),
+        val_batches=make_loader(rows[:13], 5),
+        progress=False,
+    )
+    return [(row.train_loss, row.val_loss or 0.0, row.val_map or 0.0) for row in result.epochs]
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -86,6 +105,7 @@ def worker(rank: int, folder: str) -> None:
         result = fit(model, loader, recipe, progress=False)
         weights = [p.detach().clone() for _, p in trainable_parameters(model)]
         torch.save((weights, [row.train_loss for row in result.epochs]), f"{folder}/{rank}.pt")
+        torch.save(several(), f"{folder}/several{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -95,3 +115,7 @@ def test_two_processes_agree_on_weights_and_their_average(tmp_path: Path) -> Non
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first[1] == second[1] and all(np.isfinite(first[1]))
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    found = [torch.load(tmp_path / f"several{rank}.pt") for rank in (0, 1)]
+    assert found[0] == found[1]
+    for ours, alone in zip(found[0], several(), strict=True):
+        assert ours == pytest.approx(alone, rel=1e-4)
