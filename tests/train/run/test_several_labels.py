@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
-from support.pictures import backbone, make_folders, write_checkpoint
-from support.several_labels import NAMES, open_instead, several_labels
+from support.pictures import CLASSES, backbone, make_folders, write_checkpoint
+from support.training import open_instead, several_labels
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
@@ -112,7 +112,7 @@ def test_predict_gives_each_class_a_probability_of_its_own(trained: Any) -> None
     for text in alone.stdout.removeprefix(f"{image}: ").strip().split(", "):
         name, percent = text.split(" ")
         shares[name] = float(percent.rstrip("%")) / 100
-    assert set(shares) == set(NAMES)
+    assert set(shares) == set(CLASSES)
     assert sum(shares.values()) > 1.5
     assert together.stdout == alone.stdout
 
@@ -191,7 +191,7 @@ def test_validation_without_any_label_is_said(
     folder, source, _, _ = trained
     val = source.splits["val"]
     none = type(val)([[0, 0, 0]] * len(val), val.names, val.load)
-    empty = ImageSource("json", NAMES, {**source.splits, "val": none}, multi_label=True)
+    empty = ImageSource("json", list(CLASSES), {**source.splits, "val": none}, multi_label=True)
     open_instead(monkeypatch, empty, folder_run)
     with pytest.raises(ValueError, match="no image of val has a label"):
         tune_on_folder(settings(folder, "none"), log=lambda line: None)
