@@ -25,6 +25,11 @@ REPORTS = [
     "matplotlib>=3.8",
     "scikit-learn>=1.4",
 ]
+# Of the formats webdataset, imagefolder, parquet and hf.
+DATA = [
+    *TRAIN,
+    "datasets>=4",
+]
 # Of `sweep`, its picture and its preset's data.
 SWEEP = [
     *TRAIN,
@@ -36,6 +41,7 @@ SWEEP = [
 SERVE = [
     *TRAIN,
     "fastapi>=0.165",
+    "fastapi-offline>=1.7",
     "prometheus-client>=0.21",
     "python-multipart>=0.0.20",
     "uvicorn>=0.54",
@@ -45,6 +51,7 @@ DOCS = [
     "mkdocstrings[python]>=1",
 ]
 DEV = [
+    *DATA,
     *REPORTS,
     *SWEEP,
     *SERVE,
@@ -84,6 +91,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "data": DATA,
         "reports": REPORTS,
         "sweep": SWEEP,
         "serve": SERVE,

@@ -1,7 +1,16 @@
 """Fast visual prompt tuning for timm vision transformers."""
 
+from vpt_fast.adapter.hub.push import push_adapter
 from vpt_fast.adapter.load import load_adapter
 from vpt_fast.adapter.save import save_adapter
+from vpt_fast.adapter.switching.switch import (
+    active_adapter,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    disabled,
+    set_adapter,
+)
 from vpt_fast.bank import PromptBank
 from vpt_fast.export import bake
 from vpt_fast.methods import VAPT, PromptMethod, VPTDeep, VPTShallow, register_method
@@ -50,16 +59,23 @@ __all__ = [
     "VPTDeep",
     "VPTShallow",
     "__version__",
+    "active_adapter",
+    "adapter_names",
+    "add_adapter",
     "bake",
     "count_parameters",
+    "delete_adapter",
+    "disabled",
     "fold_backbone",
     "initialise",
     "load_adapter",
     "print_trainable_parameters",
     "prompt_tune",
+    "push_adapter",
     "register_method",
     "regularisation",
     "remove_prompts",
     "save_adapter",
+    "set_adapter",
     "trainable_parameters",
 ]

@@ -26,6 +26,10 @@ def check_model(model: Any, method: Method) -> Family:
             f"this {name_of(model)} is tuned already, with {model.tune_record.method}; call "
             "remove_prompts(model) first"
         )
+    if "adapters" in vars(model):
+        raise ValueError(
+            f"the adapters of this {name_of(model)} are disabled; leave `with disabled(model)`"
+        )
     family = family_of(model)
     if family is None:
         raise TypeError(_not_known(model))
@@ -87,10 +91,4 @@ def _not_known(model: Any) -> str:
             return f"{message}; {_MISSING[kind.__name__]}"
     if isinstance(model, torch.jit.ScriptModule):
         return f"{message}; tune the model before scripting it"
-    if hasattr(model, "_orig_mod"):
-        return f"{message}; tune the model before torch.compile"
-    if isinstance(getattr(model, "module", None), nn.Module):
-        return f"{message}; tune the model before wrapping it (its .module)"
-    if isinstance(getattr(model, "model", None), nn.Module):
-        return f"{message}; tune its .model instead"
     return f"{message}, as timm.create_model('vit_base_patch16_224') makes it"

@@ -8,6 +8,7 @@ _TRAIN = ("PIL", "tensorboard", "torchvision", "tqdm", "typer")
 
 EXTRAS = {
     "train": _TRAIN,
+    "data": (*_TRAIN, "datasets"),
     "reports": (*_TRAIN, "jinja2", "matplotlib", "sklearn"),
     "sweep": (*_TRAIN, "matplotlib", "optuna", "sklearn"),
 }

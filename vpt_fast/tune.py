@@ -12,12 +12,14 @@ from vpt_fast.checks import check_model
 from vpt_fast.methods import Method, check_method
 from vpt_fast.methods.baselines import AdapterTuning, Baseline, MLPHead
 from vpt_fast.models.add_prompts import add_prompts
-from vpt_fast.models.all_or_nothing import all_or_nothing
+from vpt_fast.models.changes.all_or_nothing import all_or_nothing
+from vpt_fast.models.changes.sharing import check_latest, check_own_blocks, remember
+from vpt_fast.models.changes.taken import take_out
 from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
-from vpt_fast.models.sharing import check_latest, check_own_blocks, remember
-from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned, take_out
+from vpt_fast.models.interop.wrappers import inner_model
+from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned
 from vpt_fast.modules.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
 from vpt_fast.ops.memory_modes import check_memory_mode
 
@@ -30,7 +32,7 @@ def classifiers_of(model: Any) -> list[nn.Module]:
     return list(classifier) if isinstance(classifier, tuple) else [classifier]
 
 
-def _in_place(model: Any, method: Method, family: Family) -> dict[str, Tensor]:
+def trained_in_place(model: Any, method: Method, family: Family) -> dict[str, Tensor]:
     """Return what `method` trains in place, by name: the classifiers with their buffers, and what
     a baseline trains of the backbone."""
     heads = {
@@ -108,7 +110,9 @@ def prompt_tune(
     check_memory_mode(memory)
     if not isinstance(cuda_graphs, bool):
         raise TypeError(f"cuda_graphs is {cuda_graphs!r}; use True or False")
-    return apply_method(model, method, check_model(model, method), memory, cuda_graphs)
+    inner = inner_model(model, changes=True)
+    apply_method(inner, method, check_model(inner, method), memory, cuda_graphs)
+    return model
 
 
 def apply_method(
@@ -125,7 +129,7 @@ def apply_method(
     """
     tuned: Any = model
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
-    in_place = _in_place(tuned, method, family)
+    in_place = trained_in_place(tuned, method, family)
     record = TuneRecord(
         method=method,
         memory=memory,
@@ -201,19 +205,22 @@ def remove_prompts(model: Model) -> Model:
         ValueError: If `model` is not tuned, or shares parameters or blocks with a model that was
             tuned after it. `model` stays tuned then.
     """
-    family = family_of(model)
-    if not is_tuned(model) or family is None:
-        raise ValueError(f"this {type(model).__name__} has no prompts to remove")
-    tuned: Any = model
+    tuned: Any = inner_model(model, changes=True)
+    family = family_of(tuned)
+    if not is_tuned(tuned) or family is None:
+        raise ValueError(f"this {type(tuned).__name__} has no prompts to remove")
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
     check_latest(tuned, is_tuned)
     with all_or_nothing(tuned):
-        _uninstall(tuned, family, tuned.tune_record)
-    return tuned
+        _uninstall(tuned, family)
+    return model
 
 
-def _uninstall(tuned: Any, family: Family, record: TuneRecord) -> None:
+def _uninstall(tuned: Any, family: Family) -> None:
     unfold_backbone(tuned)
+    if "adapters" in vars(tuned):
+        tuned.adapters.keep_first(tuned)
+    record: TuneRecord = tuned.tune_record
     hidden, head = tuned._modules.get("head_hidden"), tuned.get_classifier()
     if hidden is not None and isinstance(head, nn.Linear):
         width = hidden[0].in_features
@@ -234,8 +241,12 @@ def _uninstall(tuned: Any, family: Family, record: TuneRecord) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return names and parameters of all that requires a gradient, in the model's order."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """Return names and parameters of all that requires a gradient, in the model's order.
+
+    Names are the timm model's, inside a wrapper too.
+    """
+    named = inner_model(model).named_parameters()
+    return [(name, p) for name, p in named if p.requires_grad]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from bench.compare.collect import read
 from bench.providers.models import COMPILED, CUDNN, OURS, PROVIDERS, WITHOUT
-from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
+from vpt_fast.train.common.style import COLOURS, GRID, INK, MUTED
 
 COLOUR = dict(zip(PROVIDERS, [INK, *COLOURS[:5], MUTED], strict=False))
 """Colours by provider. A provider that only a GPU has takes the colour of its base provider,

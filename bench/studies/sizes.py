@@ -36,6 +36,9 @@ OPTIONS = {
         "vpt_fast/models/isotropic/rope_tables.py", "vpt_fast/export/baked_eva.py",
     ),
     "export": ("vpt_fast/export",),
+    "hub": ("vpt_fast/adapter/hub",),
+    "switching": ("vpt_fast/adapter/switching", "vpt_fast/models/changes/taken.py"),
+    "interop": ("vpt_fast/models/interop",),
     "methods": (
         "vpt_fast/methods", "vpt_fast/modules/block_info.py", "vpt_fast/modules/prompt_module.py",
         "vpt_fast/modules/check_module.py", "vpt_fast/modules/initial_values.py",
@@ -63,6 +66,9 @@ LIMITS = {
     "eva": 2_000,
     "bank": 2_000,
     "export": 2_000,
+    "hub": 2_000,
+    "switching": 2_000,
+    "interop": 2_000,
     "methods": 2_000,
 }
 """Lines of code that each should have at most."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from examples.pretrain_demo.glyphs import CLASSES, FONTS, glyph_bank, render
 from examples.pretrain_demo.muon import Muon
-from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_MEAN, DEMO_MODEL, DEMO_STD
+from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_MEAN, DEMO_MODEL, DEMO_STD
 
 STEPS_PER_EPOCH = 250
 """Steps between two checkpoints."""

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -125,8 +126,11 @@ def create_app(
         await asyncio.to_thread(batcher.close, settings.request_seconds)
         decoders.shutdown(wait=False, cancel_futures=True)
 
-    # FastAPI's documentation pages load scripts from other servers; /openapi.json does not.
-    app = FastAPI(title="vpt-fast", docs_url=None, redoc_url=None, lifespan=lifespan)
+    # FastAPI's own documentation page loads its script from another server.
+    app = FastAPIOffline(
+        title="vpt-fast", docs_url="/docs", redoc_url=None, lifespan=lifespan,
+        favicon_url="static/icon.svg",
+    )  # fmt: skip
     app.state.batcher = batcher
     app.add_middleware(
         UploadGate,

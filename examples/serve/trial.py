@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep, prompt_tune, save_adapter, trainable_parameters
+from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.methods import Method
-from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS: tuple[Method, ...] = (VPTDeep(num_prompts=3), VAPT(num_prompts=4), LinearProbe())

@@ -30,6 +30,7 @@ from vpt_fast import (
 from vpt_fast.adapter.files import read_config
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FINGERPRINT, CARD = "adapter_fingerprint.json", "README.md"
 NAMES = [f"class {letter}" for letter in "abcde"]
 
 
@@ -109,7 +110,7 @@ def test_the_file_holds_what_was_trained(family: str, variant: str, tmp_path: Pa
     method = VARIANTS[variant](families.depth(family))
     model = trained(family, method)
     directory = save(model, tmp_path / "adapter", family)
-    assert sorted(path.name for path in directory.iterdir()) == [CONFIG, TENSORS]
+    assert sorted(path.name for path in directory.iterdir()) == [CARD, CONFIG, FINGERPRINT, TENSORS]
     stored = load_file(directory / TENSORS)
     listed = dict(trainable_parameters(model))
     assert set(stored) == set(listed)
@@ -135,7 +136,12 @@ def test_the_configuration(tmp_path: Path) -> None:
         model, tmp_path / "adapter", class_names=NAMES, checkpoint=Path("runs") / "weights.bin"
     )
     config = read_config(directory)
-    assert config == json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    for_people, rest = (
+        json.loads((directory / name).read_text(encoding="utf-8")) for name in (CONFIG, FINGERPRINT)
+    )
+    assert config == {**for_people, **rest}
+    assert sorted(rest) == ["architecture", "fingerprint", "fixed_image"]
+    assert len((directory / CONFIG).read_text(encoding="utf-8").splitlines()) < 80
     assert isinstance(config["format_version"], int)
     assert config["method"] == {
         "name": "vpt-deep",

@@ -27,8 +27,8 @@ from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.adapter.load import load_adapter
 from vpt_fast.adapter.save import save_adapter
+from vpt_fast.backbones.of_adapter import backbone_of_adapter
 from vpt_fast.methods import METHODS
-from vpt_fast.train.backbones.build import backbone_of_adapter
 
 
 def _each(part: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:

@@ -15,7 +15,7 @@ from support.adapters.adapter_editing import rewrite_config, rewrite_tensors
 from support.formulations import families
 from support.formulations.families import CLASSES, TOKEN
 from support.unchanged import assert_unchanged, snapshot
-from test_adapter import CONFIG, TENSORS, save, trained
+from test_adapter import CONFIG, FINGERPRINT, TENSORS, save, trained
 from torch import nn
 
 from vpt_fast import VPTDeep, load_adapter, prompt_tune, save_adapter
@@ -159,6 +159,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "other_shape": (_restore(lambda t: t.update({PROMPT: torch.ones(3, 63)})), [PROMPT, "63"]),
     "other_count": (_restore(lambda t: t.update({PROMPT: torch.ones(4, 64)})), [PROMPT, "4"]),
     "nan": (_restore(lambda t: t[PROMPT].fill_(float("nan"))), [PROMPT]),
+    "half_fingerprint": (_cut(FINGERPRINT, 0.5), [FINGERPRINT]),
+    "other_fingerprint": (_write(FINGERPRINT, b"{}"), [CONFIG, "fingerprint"]),
     "half_json": (_cut(CONFIG, 0.5), [CONFIG]),
     "no_json": (_cut(CONFIG, 0.0), [CONFIG]),
     "binary_json": (_write(CONFIG, b"\xff\xfe\x00\x01"), [CONFIG]),
@@ -192,7 +194,7 @@ def test_silent_damage_of_the_weights(adapter: Path) -> None:
     refuse(plain(), adapter, TENSORS)
 
 
-@pytest.mark.parametrize("name", [TENSORS, CONFIG, None])
+@pytest.mark.parametrize("name", [TENSORS, CONFIG, FINGERPRINT, None])
 def test_missing_files(name: str | None, adapter: Path) -> None:
     if name is None:
         shutil.rmtree(adapter)
@@ -223,7 +225,8 @@ def test_an_existing_directory_is_not_overwritten(adapter: Path) -> None:
     assert _content(adapter.parent) == before
     save(other, adapter, overwrite=True)
     assert read_config(adapter)["method"]["num_prompts"] == 5
-    assert sorted(_content(adapter.parent)) == [f"adapter/{CONFIG}", f"adapter/{TENSORS}"]
+    names = ("README.md", CONFIG, FINGERPRINT, TENSORS)
+    assert sorted(_content(adapter.parent)) == [f"adapter/{name}" for name in names]
 
 
 def test_only_adapters_are_overwritten(tmp_path: Path) -> None:

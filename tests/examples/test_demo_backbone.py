@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from examples.pretrain_demo import training as pretrain_demo
 from examples.pretrain_demo.glyphs import CLASSES, HELD_OUT_FONTS
 from examples.pretrain_demo.muon import Muon
-from vpt_fast.train.backbones.demo_backbone import (
+from vpt_fast.backbones.demo_backbone import (
     DEMO_ARGS,
     DEMO_CHECKPOINT,
     DEMO_MEAN,

@@ -28,8 +28,8 @@ from typer.testing import CliRunner
 
 from examples.serve.uploads import prepare
 from vpt_fast import PromptBank, load_adapter, save_adapter
+from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.cli.app import app as command
-from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.train.data.pictures import FORMATS
 from vpt_fast.train.run.bank_folder import open_bank
 

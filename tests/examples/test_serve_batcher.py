@@ -20,7 +20,7 @@ from examples.serve.refusals import Refusal
 from examples.serve.settings import Settings
 from examples.serve.trial import write_adapters
 from vpt_fast import PromptBank, VPTShallow, prompt_tune, save_adapter
-from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
+from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.train.run.bank_folder import open_bank
 
 

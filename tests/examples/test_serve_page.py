@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Browser, Page, expect
+from support.browser import open_page, settled
 from support.serving import Held, make_bank, picture, post, serving
 
 from vpt_fast import PromptBank
@@ -31,32 +32,6 @@ def bank(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> PromptBa
 def client(bank: PromptBank) -> Iterator[httpx2.Client]:
     with serving(bank, max_upload_bytes=UPLOAD) as (client, _):
         yield client
-
-
-@pytest.fixture
-def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Return a function that opens empty pages in contexts of their own."""
-    contexts = []
-
-    def new(width: int = 1200, height: int = 900, scheme: str = "light") -> Page:
-        context = browser.new_context(
-            viewport={"width": width, "height": height},
-            is_mobile=width < 600,
-            color_scheme=scheme,  # type: ignore[arg-type]
-        )
-        context.set_default_timeout(60_000)
-        contexts.append(context)
-        return context.new_page()
-
-    yield new
-    for context in contexts:
-        context.close()
-
-
-def open_page(page: Page, client: httpx2.Client) -> Page:
-    page.goto(str(client.base_url))
-    expect(page.locator("#task option")).to_have_count(3)
-    return page
 
 
 @pytest.fixture
@@ -83,23 +58,24 @@ def shown(page: Page) -> list[list[str]]:
     return [list(row) for row in zip(names, shares, strict=True)]
 
 
-def settled(page: Page) -> None:
-    expect(page.locator("section")).not_to_have_attribute("aria-busy", re.compile(""))
-
-
 def expected(client: httpx2.Client, task: str, topk: int = 5) -> list[list[str]]:
     classes = post(client, task, topk=topk).json()["classes"]
     return [[item["name"], share(item["probability"])] for item in classes]
 
 
 def share(probability: float) -> str:
-    return f"{100 * probability:.{3 if probability < 0.001 else 1}f} %"
+    if 0 < probability < 0.00005:
+        return "< 0.01%"
+    return f"{100 * probability:.{2 if 0 < probability < 0.0005 else 1}f}%"
 
 
 def test_it_shows_the_answer_of_the_server(page: Page, client: httpx2.Client, image: Path) -> None:
-    expect(page.locator("#send")).to_be_disabled()
+    expect(page.locator("#send")).to_be_hidden()
     about = page.locator("#about")
     expect(about).to_contain_text("3 classes, tuned with vpt-deep at 32 x 32 pixels.")
+    expect(page.locator("#status")).to_have_text(
+        "Choose an image to see what the model takes it for."
+    )
     limits = "Up to 97.7 KiB and 25 megapixels: JPEG, PNG"
     expect(page.locator("#limits")).to_contain_text(limits)
     classify(page, image)
@@ -111,7 +87,7 @@ def test_it_shows_the_answer_of_the_server(page: Page, client: httpx2.Client, im
     bars = page.evaluate(
         "[...document.querySelectorAll('.bar')].map(bar => parseFloat(bar.style.width))"
     )
-    assert bars == pytest.approx([float(row[1].rstrip(" %")) for row in shown(page)], abs=0.06)
+    assert bars == pytest.approx([float(row[1].rstrip("%")) for row in shown(page)], abs=0.06)
     expect(page.locator("#preview")).to_be_visible()
     expect(page.locator("#prompt")).to_contain_text("image.png, ")
 
@@ -195,15 +171,20 @@ def test_a_newer_request_replaces_an_older_one(
 
 def test_it_can_be_used_by_keyboard_and_screen_reader(page: Page, image: Path) -> None:
     classify(page, image)
+    page.evaluate("topk.value = 2; topk.dispatchEvent(new Event('input'))")
     order = []
     for _ in range(4):
         page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.id"))
     assert order == ["task", "topk", "image", "send"]
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    page.evaluate("results.replaceChildren()")
     page.keyboard.press("Enter")
+    expect(page.locator("#classes li")).to_have_count(2)
+    expect(page.locator("#send")).to_be_hidden()
+    page.fill("#topk", "3")
+    page.click("#send")
     expect(page.locator("#classes li")).to_have_count(3)
+    page.fill("#topk", "2")
     names: dict[str, list[str]] = {}
     for line in page.locator("body").aria_snapshot().splitlines():
         if found := re.match(r'- (\w+)(?: "(.*?)")?', line.strip()):
@@ -252,12 +233,13 @@ def test_it_fits_narrow_screens_and_is_legible(
                 node => node.getBoundingClientRect().right <= width)""",
             width,
         )
+        # The result scrolls into view.
+        page.wait_for_function("element('cost').getBoundingClientRect().bottom <= 801")
+        page.fill("#topk", "2")
         targets = page.evaluate(
             "[task, topk, drop, send].map(node => node.getBoundingClientRect().height)"
         )
         assert min(targets) >= 44
-        # The result scrolls into view.
-        page.wait_for_function("element('cost').getBoundingClientRect().bottom <= 801")
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 24, 29)")
     page.evaluate("complain('wrong')")

@@ -99,6 +99,7 @@ def _split(folder: Path, count: int, seed: int) -> Split:
 def open_instead(monkeypatch: Any, source: ImageSource, *modules: Any) -> None:
     """Let `open_source` and `check_format` of some modules find a source."""
     for module in modules:
-        monkeypatch.setattr(module, "open_source", lambda *_: source)
+        if hasattr(module, "open_source"):
+            monkeypatch.setattr(module, "open_source", lambda *_, **__: source)
         if hasattr(module, "check_format"):
             monkeypatch.setattr(module, "check_format", lambda *_: "json")

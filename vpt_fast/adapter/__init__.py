@@ -1,1 +1,1 @@
-"""Adapters: what was trained, in a folder of two files."""
+"""Adapters: what was trained, in a folder of small files."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vpt_fast.models.interop.wrappers import whole
 from vpt_fast.models.tuned import Tuned, blocks_of
 from vpt_fast.tune import trainable_parameters
 
@@ -71,7 +72,7 @@ def trained_tensors(model: Tuned) -> dict[str, Tensor]:
     added = model.added_tensors()
     trained = {name for name, _ in trainable_parameters(model)} | added.keys()
     found = {name: p for name, p in model.named_parameters() if name in trained}
-    return {name: tensor.detach() for name, tensor in (found | added).items()}
+    return {name: whole(tensor.detach()) for name, tensor in (found | added).items()}
 
 
 def frozen_tensors(model: nn.Module, trained: Container[str]) -> dict[str, Tensor]:

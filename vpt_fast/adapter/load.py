@@ -1,11 +1,11 @@
-"""Load an adapter onto the plain model that it was trained on."""
+"""Load an adapter onto the plain model that it was trained on; where none is given, build it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from vpt_fast.adapter.contents import frozen_tensors, model_config
 from vpt_fast.adapter.files import TENSORS_FILE, read_adapter
 from vpt_fast.adapter.fingerprint import difference, fingerprint
 from vpt_fast.adapter.fixed_image import different_outputs, fixed_image_outputs
+from vpt_fast.adapter.hub.names import local_folder
 from vpt_fast.adapter.tensors import check_tensors, expected_tensors
+from vpt_fast.backbones.of_adapter import backbone_of_adapter
 from vpt_fast.checks import check_model
 from vpt_fast.methods import from_dict
+from vpt_fast.models.interop.wrappers import inner_model
 from vpt_fast.tune import apply_method, host_copy, remove_prompts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,26 +29,83 @@ _EQUAL = 1e-6
 """Tolerance, relative to the norm, between fingerprints of the same weights."""
 
 
-def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
-    """Tune a plain timm model with a saved adapter, in place.
+@overload
+def load_adapter(
+    model: Model, directory: str | os.PathLike[str], *, checkpoint: None = None
+) -> Model: ...
+
+
+@overload
+def load_adapter(
+    model: None,
+    directory: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> nn.Module: ...
+
+
+def load_adapter(
+    model: Any,
+    directory: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Any:
+    """Tune a plain timm model with a saved adapter, in place, or build the model too.
 
     Args:
         model: Plain model with the backbone that the adapter was trained on and a head of as many
-            classes; its weights may be rounded to another dtype.
-        directory: Folder that `save_adapter` wrote.
+            classes; its weights may be rounded to another dtype. None builds it, in eval mode and
+            on the CPU, with the adapter's number of classes, image size and normalisation; its
+            weights come from where the adapter's did, or from `checkpoint`.
+        directory: Folder that `save_adapter` wrote, or "hf-hub:user/name" (with "@revision" if
+            wanted), which is downloaded.
+        checkpoint: File with the backbone's weights, if the model is built and they are in none
+            of timm's own places.
 
     Returns:
-        `model` itself, as `prompt_tune` leaves it, with the trained values.
+        `model` itself, as `prompt_tune` leaves it, with the trained values; or the new model.
 
     Raises:
-        FileNotFoundError: If there is no adapter.
+        FileNotFoundError: If there is no adapter, or no file `checkpoint`.
         ValueError: If the adapter is damaged, or belongs to a model of another width, depth, class
             count or other weights, or one that computes something else with them. `model` is
-            unchanged then.
+            unchanged then. Or if a model cannot be built, or `checkpoint` is given beside one.
         TypeError: If `model` is of a class that `prompt_tune` does not know.
+        OSError: If the Hub cannot be reached.
     """
-    directory = Path(directory)
+    directory = local_folder(directory)
     config, tensors = read_adapter(directory)
+    if model is None:
+        built: Any = backbone_of_adapter(config, None if checkpoint is None else Path(checkpoint))
+        built.pretrained_cfg = {**built.pretrained_cfg, **config["input"]}
+        return tuned_by(built, directory, config, tensors).eval()
+    if checkpoint is not None:
+        raise ValueError(
+            f"checkpoint is {os.fspath(checkpoint)!r}, but the model is given; load it there, or "
+            "pass None for the model"
+        )
+    tuned_by(inner_model(model, changes=True), directory, config, tensors)
+    return model
+
+
+def tuned_by(
+    model: Any,
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    memory: str = "speed",
+    cuda_graphs: bool = False,
+) -> Any:
+    """Tune a plain model with an adapter that was read; see `load_adapter`.
+
+    Args:
+        model: Plain model.
+        directory: Folder of the adapter, for messages.
+        config: Its configuration.
+        tensors: Its tensors.
+        memory: Memory mode.
+        cuda_graphs: Whether to record the blocks as CUDA graphs.
+    """
     method = from_dict(config["method"])
     family = check_model(model, method)
     have, weights = model_config(model), fingerprint(frozen_tensors(model, tensors))
@@ -60,7 +120,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     known = {**dict(model.named_parameters()), **trained}
     needed = (name for name in trained if name not in config["fingerprint"])
     check_tensors(tensors, known, needed, directory / TENSORS_FILE)
-    tuned: Any = apply_method(model, method, family)
+    tuned: Any = apply_method(model, method, family, memory, cuda_graphs)
     tuned.tune_record.inputs = config["input"]
     tuned.tune_record.multi_label = config.get("multi_label", False)
     tuned.tune_record.initialised = config.get("initialised")

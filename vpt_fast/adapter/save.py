@@ -1,10 +1,10 @@
-"""Save what was trained as an adapter, a folder of two files.
+"""Save what was trained as an adapter, a folder of four files.
 
-`adapter_model.safetensors` holds the trained tensors under their names in the model, and
-`adapter_config.json` what is needed to build the model again and to recognise it: a fingerprint of
-the frozen weights (empty for `FullTuning()`, whose adapter holds every weight, so that it fits a
-backbone of any values), the attributes that decide what is computed with them, and the outputs for
-a fixed image.
+`adapter_model.safetensors` holds the trained tensors under their names in the model,
+`adapter_config.json` what is needed to build the model again, and `adapter_fingerprint.json` what
+is needed to recognise it: a fingerprint of the frozen weights (empty for `FullTuning()`, whose
+adapter holds every weight, so that it fits a backbone of any values), the attributes that decide
+what is computed with them, and the outputs for a fixed image. `README.md` is the model card.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,20 @@ from vpt_fast.adapter.atomic import atomic_folder
 from vpt_fast.adapter.config import check_config
 from vpt_fast.adapter.contents import frozen_tensors, model_config, trained_tensors
 from vpt_fast.adapter.files import (
+    CARD_FILE,
     CONFIG_FILE,
+    FINGERPRINT_FILE,
     FORMAT_VERSION,
     TENSORS_FILE,
     check_finite,
-    config_sha256,
+    config_texts,
     sha256,
 )
 from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.fixed_image import fixed_image_outputs
+from vpt_fast.adapter.hub.card import card_text
 from vpt_fast.methods import to_dict
+from vpt_fast.models.interop.wrappers import inner_model, is_sharded
 from vpt_fast.models.tuned import is_tuned
 from vpt_fast.version import __version__
 
@@ -49,20 +53,27 @@ def save_adapter(
     model_args: dict[str, Any] | None = None,
     checkpoint: str | None = None,
     multi_label: bool | None = None,
+    metrics: Mapping[str, float] | None = None,
+    dataset: str | None = None,
+    license: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write everything of `model` that requires a gradient, whole or not at all.
 
-    An existing adapter is replaced atomically (see `atomic_folder`); a link stays a link.
+    An existing adapter is replaced atomically, its model card too; a link stays a link. Of a
+    sharded model (`fully_shard`) every process has to call this; the first one writes.
 
     Args:
-        model: Tuned model.
+        model: Tuned model, or a wrapper of one.
         directory: Folder of the adapter; its parents are created.
         class_names: Label names, in the order of the classes.
         model_args: Arguments of `timm.create_model` that the model does not record itself.
         checkpoint: File that the backbone's weights came from; only the file's name is recorded.
-        multi_label: Whether an image may have several labels, so that each class has a probability
-            of its own (sigmoid) in place of their softmax; None keeps what a loaded adapter says.
+        multi_label: Whether an image may have several labels, so that probabilities are sigmoids,
+            not a softmax; None keeps what a loaded adapter says.
+        metrics: Results in percent by name for the model card, such as {"test top-1": 91.5}.
+        dataset: Name of the data set that they were measured on.
+        license: Licence of the adapter for the model card, such as "apache-2.0".
         overwrite: Whether to replace an existing adapter.
 
     Returns:
@@ -77,19 +88,14 @@ def save_adapter(
         OSError: If it cannot be written; what was there is still there.
     """
     directory = Path(directory)
-    if not is_tuned(model):
-        raise ValueError(f"this {type(model).__name__} is not tuned; call prompt_tune first")
-    tuned: Any = model
-    if isinstance(class_names, str):
-        raise TypeError(f"class_names must be a list of names, got {class_names!r}")
-    if class_names is not None and len(class_names) != tuned.num_classes:
-        raise ValueError(f"{len(class_names)} class names for {tuned.num_classes} classes")
+    tuned: Any = inner_model(model)
+    _check_model(tuned, class_names)
     _check_target(directory, overwrite)
     trained = trained_tensors(tuned)
     if not trained:
         raise ValueError("nothing in this model requires a gradient; there is nothing to save")
     check_finite(trained, "the model")
-    frozen = fingerprint(frozen_tensors(model, trained))
+    frozen = fingerprint(frozen_tensors(tuned, trained))
     for name, summary in frozen.items():
         if not math.isfinite(summary["norm"]):
             raise ValueError(f"{name} of the backbone has values that are not finite")
@@ -98,26 +104,42 @@ def save_adapter(
     config = {
         "format_version": FORMAT_VERSION,
         "method": to_dict(tuned.tune_record.method),
-        "model": model_config(model, model_args, checkpoint),
+        "model": model_config(tuned, model_args, checkpoint),
         "input": _input_config(tuned),
         "class_names": None if class_names is None else [str(name) for name in class_names],
         "multi_label": tuned.tune_record.multi_label if multi_label is None else multi_label,
-        "versions": {
-            "vpt_fast": __version__,
-            "torch": torch.__version__,
-            "timm": str(timm.__version__),
-        },
-        "architecture": describe(model),
-        "fixed_image": fixed_image_outputs(model),
+        "versions": _versions(),
+        "architecture": describe(tuned),
+        "fixed_image": fixed_image_outputs(tuned),
         "initialised": tuned.tune_record.initialised,
         "fingerprint": frozen,
         "tensors_sha256": sha256(content),
     }
-    text = _checked_text(config)
+    texts = _checked_texts(config)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    texts[CARD_FILE] = card_text(config, count, metrics=metrics, dataset=dataset, license=license)
+    if is_sharded(tuned) and torch.distributed.get_rank():
+        return directory
     with atomic_folder(directory, replace=overwrite) as folder:
         (folder / TENSORS_FILE).write_bytes(content)
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
     return directory
+
+
+def _check_model(model: Any, class_names: Sequence[str] | None) -> None:
+    if not is_tuned(model):
+        raise ValueError(f"this {type(model).__name__} is not tuned; call prompt_tune first")
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names must be a list of names, got {class_names!r}")
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise ValueError(f"{len(class_names)} class names for {model.num_classes} classes")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "vpt_fast": __version__, "torch": torch.__version__, "timm": str(timm.__version__),
+    }  # fmt: skip
 
 
 def _input_config(tuned: Any) -> dict[str, Any]:
@@ -137,14 +159,13 @@ def _input_config(tuned: Any) -> dict[str, Any]:
     }
 
 
-def _checked_text(config: dict[str, Any]) -> str:
-    """Return the configuration as JSON with its checksum; raise ValueError if it is not valid."""
-    text = json.dumps({**config, "config_sha256": config_sha256(config)}, indent=2) + "\n"
+def _checked_texts(config: dict[str, Any]) -> dict[str, str]:
+    """Return the configuration's files by name; raise ValueError if it is not valid."""
     try:
-        check_config(json.loads(text))
+        check_config(json.loads(json.dumps(config)))
     except ValueError as error:
         raise ValueError(f"this adapter could not be loaded again: {error}") from None
-    return text
+    return config_texts(config)
 
 
 def _check_target(directory: Path, overwrite: bool) -> None:
@@ -154,6 +175,6 @@ def _check_target(directory: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{directory} exists; choose another directory, or pass overwrite=True"
         )
-    own = {TENSORS_FILE, CONFIG_FILE}
+    own = {TENSORS_FILE, CONFIG_FILE, FINGERPRINT_FILE, CARD_FILE}
     if not directory.is_dir() or {f.name for f in directory.iterdir()} - own:
         raise FileExistsError(f"{directory} holds more than an adapter; choose another directory")

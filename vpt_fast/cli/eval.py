@@ -9,15 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from vpt_fast.cli.common import accuracy, one_line_errors, report_skipped
-from vpt_fast.cli.options import Adapter, AmpDtype, Checkpoint, Device, Workers
+from vpt_fast.cli.options import Adapter, AmpDtype, Checkpoint, Device, ValFraction, Workers
 from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS
 from vpt_fast.train.data.image_loaders import folder_loader
 from vpt_fast.train.data.pictures import reading
-from vpt_fast.train.data.sources import FORMATS, check_format, open_source
+from vpt_fast.train.data.sources import FORMATS, check_format
 from vpt_fast.train.data.split import ImageSource, SplitImages
 from vpt_fast.train.loop.evaluate import evaluate, resolve_device
+from vpt_fast.train.run.data_of_run import open_as_trained, record_of
+from vpt_fast.train.run.record import RunRecord
 from vpt_fast.train.run.tuned_model import TunedModel, load_tuned
 
 
@@ -27,7 +29,7 @@ def evaluate_adapter(
         Path,
         typer.Argument(
             metavar="DIR",
-            help="Folder with test/<class>/<image> (or val/, or class folders), or of another "
+            help="Folder with test/<class>/<image> (or val/, or class folders), or another "
             "format that train takes.",
         ),
     ],
@@ -39,6 +41,7 @@ def evaluate_adapter(
     data_format: Annotated[
         str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")
     ] = "auto",
+    val_fraction: ValFraction = None,
     class_order: Annotated[
         str | None,
         typer.Option(
@@ -58,21 +61,52 @@ def evaluate_adapter(
         where = resolve_device(device)
         dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
         format = check_format(directory, data_format)
-        name, folder = split or "", directory
-        if format == "folders":
-            name, folder = _eval_folder(directory, split)
+        held_out = _HeldOut(record_of(adapter), val_fraction)
+        by_folder = format in ("folders", "classes") and not held_out.may_be_in(directory, format)
+        name, folder = _eval_folder(directory, split) if by_folder else ("", directory)
         loaded = load_tuned(adapter, checkpoint, where)
         transform = data.eval_transform({**loaded.inputs, "antialias": not no_antialias})
-        if format == "folders":
+        if by_folder:
             evaluated = _of_folder(name, folder, loaded, transform, class_order)
         else:
-            evaluated = _of_source(directory, format, split, loaded, transform, class_order)
+            wanted = _Wanted(directory, format, split, held_out)
+            evaluated = _of_source(wanted, loaded, transform, class_order)
         for line in evaluated.warnings:
             typer.echo(f"warning: {line}", err=True)
         batches = folder_loader(evaluated.images, batch_size, where, workers)
         result = evaluate(loaded.net, batches, amp_dtype=dtype)
         typer.echo(accuracy(evaluated.name, result))
         report_skipped((*evaluated.refused, *result.skipped))
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Record of the adapter's run, and the part of train that is said to be held out, or None."""
+
+    record: RunRecord | None
+    val_fraction: float | None
+
+    def may_be_in(self, directory: Path, format: str) -> bool:
+        """Return whether a folder of class folders may hold validation images within train."""
+        recorded = None if self.record is None else self.record.data.get("val_fraction")
+        if recorded is None and self.val_fraction is None:
+            return False
+        return format == "classes" or data.find_split(directory, "train") is not None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Data set, its format and the split of it that is evaluated on, or None."""
+
+    directory: Path
+    format: str
+    split: str | None
+    held_out: _HeldOut
+
+    def open(self, known: list[str] | None) -> ImageSource:
+        """Open the data set with the class names of an adapter."""
+        held = self.held_out
+        return open_as_trained(self.directory, self.format, known, held.record, held.val_fraction)
 
 
 @dataclass(frozen=True)
@@ -99,33 +133,37 @@ def _of_folder(
 
 
 def _of_source(
-    directory: Path,
-    format: str,
-    split: str | None,
-    loaded: TunedModel,
-    transform: data.Transform,
-    order: str | None,
+    wanted: _Wanted, loaded: TunedModel, transform: data.Transform, order: str | None
 ) -> _Evaluated:
     """Return the images of a split, with labels in the order of the adapter's outputs."""
-    source = open_source(directory, format, loaded.class_names)
-    loaded.check_labels(directory, source.multi_label)
-    classes = loaded.class_order(directory, source.class_names, order)
+    source = wanted.open(loaded.class_names)
+    loaded.check_labels(wanted.directory, source.multi_label)
+    classes = loaded.class_order(wanted.directory, source.class_names, order)
     if classes != source.class_names:
-        source = open_source(directory, format, classes)
-    name = _eval_split(source, directory, split)
+        source = wanted.open(classes)
+    name = _eval_split(source, wanted)
     found = source.splits[name]
     images = SplitImages(found, transform, source.class_names, **reading(loaded.inputs))
-    return _Evaluated(name, images, found.refused, source.warnings)
+    whole = source.format == "classes" and wanted.split is None and name == "train"
+    shown = wanted.directory.name if whole else name
+    return _Evaluated(shown, images, found.refused, source.warnings)
 
 
-def _eval_split(source: ImageSource, directory: Path, split: str | None) -> str:
+def _eval_split(source: ImageSource, wanted: _Wanted) -> str:
+    split = wanted.split
     if split is not None and split not in data.SPLITS:
         raise ValueError(f"--split is {split!r}; choose one of {', '.join(data.SPLITS)}")
     for name in ("test", "val") if split is None else (split,):
         if name in source.splits:
             return name
-    there = ", ".join(source.splits)
-    raise FileNotFoundError(f"{directory} has no {split or 'test or val'} split; it has {there}")
+    if source.format == "classes" and split is None:
+        return "train"
+    there = ", ".join(f"--split {name}" for name in source.splits)
+    held = wanted.held_out.record is not None and wanted.held_out.record.data.get("val_fraction")
+    other = ", and not the images of the run, which held some out" if held else ""
+    raise FileNotFoundError(
+        f"{wanted.directory} has no {split or 'test or val'} split; it has {there}{other}"
+    )
 
 
 def _eval_folder(directory: Path, split: str | None) -> tuple[str, Path]:

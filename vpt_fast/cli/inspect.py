@@ -37,6 +37,6 @@ def inspect_adapter(
         where = resolve_device(device)
         FOLDER.check(output)
         loaded = load_tuned(adapter, checkpoint, where)
-        failed = inspect_images(loaded.net, loaded.inputs, images, output, typer.echo)
+        failed = inspect_images(loaded.net, loaded.inputs, images, output, typer.echo, adapter)
         if failed:
             fail("; ".join(failed), 1)

@@ -9,10 +9,10 @@ import typer
 from torch import nn
 
 from vpt_fast import LinearProbe, count_parameters, prompt_tune, remove_prompts
+from vpt_fast.backbones import build as backbones
 from vpt_fast.cli.common import one_line_errors
 from vpt_fast.cli.options import MODEL, ImgSize
 from vpt_fast.methods import Method, find_method, method_names
-from vpt_fast.train.backbones import build as backbones
 from vpt_fast.train.common.curves import format_table
 from vpt_fast.tune import classifiers_of
 

@@ -17,6 +17,7 @@ from vpt_fast.train.common.recipe import (
     OPTIMIZERS,
     SGD_LR_WITHOUT_WARMUP,
 )
+from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS
 from vpt_fast.train.data.image_options import INTERPOLATIONS, NORMALISATIONS
 from vpt_fast.train.data.sources import FORMATS
 
@@ -106,6 +107,20 @@ Resize = Annotated[
         "shorter side to 256 / 224 of it. By default model."
     ),
 ]
+ValFraction = Annotated[
+    float | None,
+    typer.Option(
+        help="Part of each class's training images that becomes the val split of data without "
+        "one: the same for every seed, recorded, and found again by eval and report."
+    ),
+]
+ClassOrder = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(CLASS_ORDERS)}: how class names are sorted; class10 comes before class2 "
+        "as a string. By default strings, or a list of classes in the data."
+    ),
+]
 DataFormat = Annotated[str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")]
 Interpolation = Annotated[str, typer.Option(help=f"Of resizing: {', '.join(INTERPOLATIONS)}.")]
 Normalisation = Annotated[str, typer.Option(help=f"{', '.join(NORMALISATIONS)}.")]
@@ -137,8 +152,8 @@ TrainingData = Annotated[
     Path,
     typer.Argument(
         metavar="DIR",
-        help="Folder with train/<class>/<image>, and if you have them val/ and test/; or a "
-        "VTAB-1k set, FGVC json files, or a saved Hugging Face dataset. With "
+        help="Folder with train/<class>/<image>, and if you have them val/ and test/; class "
+        "folders without splits; a CSV of paths and labels; or another of --format. With "
         "val/ the epoch that is best on it is kept, without it the last one; test/ is "
         "evaluated once, with the kept epoch.",
     ),

@@ -17,6 +17,7 @@ from vpt_fast.cli.options import (
     BceLoss,
     Cache,
     Checkpoint,
+    ClassOrder,
     ClassWeights,
     ColorJitter,
     CropKind,
@@ -46,6 +47,7 @@ from vpt_fast.cli.options import (
     Scale,
     Settings,
     Smoothing,
+    ValFraction,
     Workers,
 )
 from vpt_fast.extras import require_extra
@@ -160,6 +162,8 @@ def sweep(
     crops: CropKind = None,
     resize: Resize = None,
     data_format: DataFormat = "auto",
+    val_fraction: ValFraction = None,
+    class_order: ClassOrder = None,
     interpolation: Interpolation = "model",
     no_exif: NoExif = False,
     normalisation: Normalisation = "model",
@@ -217,6 +221,7 @@ def sweep(
             candidates, paper = plans.candidates(grid, runs, format)
             plan = plans.SweepPlan(
                 output=output, candidates=candidates, directory=data, data_format=format,
+                val_fraction=val_fraction, class_order=class_order,
                 model=model, checkpoint=checkpoint, pretrained=pretrained, img_size=img_size,
                 seeds=final_seeds,
                 augmentation=Augmentation(

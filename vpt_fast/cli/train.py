@@ -26,6 +26,7 @@ from vpt_fast.cli.options import (
     Cache,
     CachePrefix,
     Checkpoint,
+    ClassOrder,
     ClassWeights,
     ColorJitter,
     CropKind,
@@ -75,6 +76,7 @@ from vpt_fast.cli.options import (
     Smoothing,
     TrainingAmpDtype,
     TrainingData,
+    ValFraction,
     WarmupEpochs,
     WeightDecay,
     Workers,
@@ -121,6 +123,8 @@ def train(
     crops: CropKind = None,
     resize: Resize = None,
     data_format: DataFormat = "auto",
+    val_fraction: ValFraction = None,
+    class_order: ClassOrder = None,
     interpolation: Interpolation = "model",
     no_antialias: NoAntialias = False,
     no_exif: NoExif = False,
@@ -190,7 +194,8 @@ def train(
                 interpolation, not no_antialias, normalisation, resize or paper.resize, not no_exif
             ),
             checkpoint=checkpoint, pretrained=pretrained, img_size=img_size, rewind=rewind,
-            data_format=data_format, memory=memory, cache=cache, prefix_cache=prefix_cache,
+            data_format=data_format, val_fraction=val_fraction, class_order=class_order,
+            memory=memory, cache=cache, prefix_cache=prefix_cache,
             cuda_graphs=cuda_graphs, workers=workers, device=where, resume=resume,
         )  # fmt: skip
         _report(tune_on_folder(run, log=tqdm.write), epochs)

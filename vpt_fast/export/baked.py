@@ -6,7 +6,8 @@ nothing but torch. `vpt_fast.export.baking` creates them.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,10 @@ from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from vpt_fast.export.baked_attention import BakedAttention
+from vpt_fast.models.interop.symbolic import called_symbolically, made_symbolically, without_masks
 from vpt_fast.models.isotropic.head_rows import rows_read
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
 from vpt_fast.models.isotropic.rope_tables import RopeTables
@@ -87,6 +90,7 @@ class BakedExperts(nn.Module):
             self.register_buffer(name, tensor.detach().clone())
         self.eps = eps
         self.residual = residual
+        self.num_rows, self.num_keys = mix.shape[0], 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the prompts (B, p, D) of a block's input x (B, N, D), whose last rows are patches.
@@ -160,7 +164,7 @@ class BakedBlock(nn.Module):
         live, beside = self.leaving or self.dead, None
         if self.attn.attends_apart and live:
             x, beside = split_rows(x, live, self.prefix)
-        prompts, kv = (None, None) if self.experts is None else self.experts.made(x, feature)
+        prompts, kv = (None, None) if self.experts is None else self._made(x, feature)
         if prompts is not None:
             prompts = prompts.to(x.dtype)
         if self.prompt_rows is not None:
@@ -188,6 +192,13 @@ class BakedBlock(nn.Module):
             return x
         rows = self.prompt_update(x[:, self.prefix :][:, : self.leaving], entered)
         return insert_rows(strip_rows(x, self.leaving, self.prefix), rows, self.prefix)
+
+    def _made(self, x: Tensor, feature: Any) -> Made:
+        experts: Any = self.experts
+        if isinstance(x, Proxy):
+            return made_symbolically(experts, x, feature)
+        made: Made = experts.made(x, feature)
+        return made
 
 
 class BakedViTBlock(BakedBlock, Block):
@@ -235,9 +246,14 @@ class BakedModel(_Timms):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Return logits; the last block computes only the rows that the head reads."""
+        x, attn_mask, is_causal = without_masks(x, attn_mask, is_causal)
         last = self.blocks[-1] if len(self.blocks) else None
-        count = rows_read(self, type(last)) if isinstance(last, BakedBlock) else None
-        if (count is None and not self.reads_feature) or attn_mask is not None or is_causal:
+        symbolic = isinstance(x, Proxy)
+        # Of the nodes of a graph all rows may be wanted.
+        few = isinstance(last, BakedBlock) and not symbolic
+        count = rows_read(self, BakedBlock if last is None else type(last)) if few else None
+        timms = count is None and not self.reads_feature and not symbolic
+        if timms or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x, tables = block_inputs(self, x)
         feature = {"feature": self.prompt_shared(x)} if self.reads_feature else {}
@@ -245,12 +261,22 @@ class BakedModel(_Timms):
             own: Any = feature if isinstance(block, BakedBlock) else {}
             if block is last and count is not None:
                 own = {**own, "first": count}
-            x = block(x, **_tables(tables, index), **own)
+            rope = _tables(tables, index)
+            # Rotation is not made of fx's proxies.
+            whole = symbolic and rope
+            call = partial(called_symbolically, block) if whole else block
+            x = call(x, **rope, **own)
         return self.forward_head(self.norm(x))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse torch.jit.script, which calls this first."""
+        raise ValueError(
+            "a baked model cannot be scripted; torch.jit.trace and torch.export.export take it"
+        )
 
     def _pos_embed(self, x: Tensor) -> Any:
         """Add position embeddings; refuse a patch grid that VAPT's prompts were not tuned for."""
-        if self.expert_grid is not None:
+        if self.expert_grid is not None and not isinstance(x, Proxy):
             check_grid(
                 self.expert_grid, x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size
             )

@@ -20,10 +20,12 @@ from vpt_fast.export.baked import (
     BakedViTBlock,
 )
 from vpt_fast.export.baked_eva import PARTS as EVA_PARTS
+from vpt_fast.models.changes.taken import take_out
 from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
+from vpt_fast.models.interop.wrappers import check_unwrapped, inner_model
 from vpt_fast.models.isotropic.block import PromptedBlock
-from vpt_fast.models.tuned import SHARED, UPDATE, TuneRecord, is_tuned, reads_feature, take_out
+from vpt_fast.models.tuned import SHARED, UPDATE, TuneRecord, is_tuned, reads_feature
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.modules.prompt_module import PromptModule
@@ -75,6 +77,8 @@ def bake(model: nn.Module) -> nn.Module:
         ValueError: If `model` is not tuned, is a SwinTransformer, or a module in it has hooks or a
             forward of its own.
     """
+    model = inner_model(model)
+    check_unwrapped(model)
     family = _check(model)
     with torch.inference_mode(False), torch.no_grad():
         baked: Any = _copy(model)
@@ -109,7 +113,7 @@ def _check(model: Any) -> Family:
     if not is_tuned(model) or family is None:
         raise ValueError(
             f"this {name} is not tuned, so there is nothing to bake; call prompt_tune(model, "
-            "method) or load_adapter(model, directory) first, and bake before torch.compile"
+            "method) or load_adapter(model, directory) first"
         )
     if family.in_stages:
         raise ValueError(

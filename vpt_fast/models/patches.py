@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.layers.format import Format
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules import module as nn_module
 
 from vpt_fast.modules.hooks import has_compiled_call, has_hooks, has_own_forward
@@ -35,7 +36,7 @@ def embedded_patches(patch_embed: Any, images: Tensor) -> Tensor:
 
 
 def _product_is_faster(images: Tensor) -> bool:
-    return images.is_cuda
+    return not isinstance(images, Proxy) and images.is_cuda
 
 
 def is_one_product(patch_embed: nn.Module, images: Tensor) -> bool:

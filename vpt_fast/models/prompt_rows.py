@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -102,6 +103,6 @@ def extend_table(rope: Tensor, count: int) -> Tensor:
     """
     if not count:
         return rope
-    still = rope.new_zeros(*rope.shape[:-2], count, rope.shape[-1])
-    still[..., rope.shape[-1] // 2 :] = 1
-    return torch.cat([still, rope], -2)
+    halves = rope.chunk(2, -1)
+    still = (F.pad(halves[i], (0, 0, count, 0), value=float(i)) for i in (0, 1))
+    return torch.cat([*still], -1)

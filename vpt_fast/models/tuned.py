@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from torch import Tensor, nn
 
 from vpt_fast.methods import Method
+from vpt_fast.models.changes.sharing import remember
 from vpt_fast.models.fold import FoldRecord, unfold_before_loading
 from vpt_fast.models.fusion.block_reading import forget
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
-from vpt_fast.models.sharing import remember
 from vpt_fast.modules.baseline_layers import BottleneckAdapter
 from vpt_fast.modules.experts import FeatureProjector
 from vpt_fast.modules.prompt_module import PromptModule
@@ -67,6 +67,7 @@ class Tuned(nn.Module):
 
     plain_class: ClassVar[type[nn.Module]]
     tune_record: TuneRecord
+    adapters: Any
 
     def trained_modules(self) -> list[nn.Module]:
         """Return the modules that follow `train()`: those that the method added, and the head."""
@@ -88,7 +89,10 @@ class Tuned(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse torch.jit.script, which calls this first."""
-        raise ValueError("a tuned model cannot be scripted; call remove_prompts(model) first")
+        raise ValueError(
+            "a tuned model cannot be scripted; torch.jit.trace takes vpt_fast.bake(model), and "
+            "torch.export.export takes both"
+        )
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Refuse nn.DataParallel, which calls this first on several GPUs."""
@@ -105,7 +109,10 @@ class Tuned(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Convert all tensors, as `to`, `half`, `cuda` and their like do."""
         self._forget()
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        if "adapters" in vars(self):
+            self.adapters.convert(*args, **kwargs)
+        return self
 
     def _forget(self) -> None:
         """Drop all readings of the blocks' weights."""
@@ -178,28 +185,6 @@ def is_added(name: str, part: nn.Module) -> bool:
 def is_tuned(model: Any) -> bool:
     """Return whether `model` is tuned."""
     return isinstance(model, Tuned)
-
-
-def take_out(model: nn.Module, plain: Mapping[type, type]) -> None:
-    """Remove the modules that a method added, and restore the classes of parts.
-
-    Args:
-        model: Tuned model.
-        plain: Original class of each part by its tuned class.
-    """
-    for name in ADDED:
-        model._modules.pop(name, None)
-    model._parameters.pop("prompt_tokens", None)
-    for name in ("_head_reading", "_rope_tables"):
-        model.__dict__.pop(name, None)
-    for part in [*model.modules()]:  # wrapped by other modules or not
-        forget(part)
-        if type(part) in plain:
-            part.__class__ = plain[type(part)]
-            for name in ("prompt", "adapter", "prompt_projector", SHARED, UPDATE):
-                part._modules.pop(name, None)
-            for name in ("prompt", "rows", "memory", "tables"):
-                part.__dict__.pop(name, None)
 
 
 def blocks_of(model: Any) -> list[Any]:

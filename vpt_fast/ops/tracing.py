@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _jit_trace = torch._C._get_tracing_state
+_fx = threading.local()
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -36,19 +40,35 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether torch.func or forward-mode derivatives are at work.
+    """Return whether torch.func, forward-mode derivatives or torch.fx's tracer are at work.
 
     They need PyTorch's own operators: ours have first derivatives in backward mode only, and no
-    batching rules.
+    batching rules; and fx's proxies have neither a shape nor a type.
     """
     if torch.compiler.is_compiling():
         return False
-    return _functorch_level() is not None or forward_ad._current_level >= 0
+    return _functorch_level() is not None or forward_ad._current_level >= 0 or is_symbolic()
 
 
-def any_derivative() -> Any:
-    """Return a context in which PyTorch's attention has derivatives of every kind and order."""
-    return sdpa_kernel(SDPBackend.MATH)
+def is_symbolic() -> bool:
+    """Return whether a model is called with proxies, within its `as_plain_operators`."""
+    return getattr(_fx, "is_on", False)
+
+
+@contextmanager
+def as_plain_operators(x: Any) -> Iterator[None]:
+    """Return a context in which PyTorch's attention has derivatives of every kind and order.
+
+    Args:
+        x: Input of a model. For a proxy of torch.fx, `is_transformed` is True in the context.
+    """
+    before = is_symbolic()
+    _fx.is_on = before or isinstance(x, torch.fx.Proxy)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        _fx.is_on = before
 
 
 def check_first_order(*grads: Tensor | None) -> None:

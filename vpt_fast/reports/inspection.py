@@ -21,9 +21,11 @@ from vpt_fast.analysis.shares import (
     stacked,
     uniform_share,
 )
+from vpt_fast.reports.equal_maps import equal_blocks
 from vpt_fast.reports.inspection_pictures import Mixing, Shares, save_attention, save_mixing
 from vpt_fast.train.common.curves import format_table
 from vpt_fast.train.common.output_folder import ReportFolder, write_csv
+from vpt_fast.train.common.style import named_folder, percentage
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.pictures import load_image, reading
 
@@ -59,6 +61,7 @@ def inspect_images(
     paths: Sequence[Path],
     output: Path,
     log: Callable[[str], None] = print,
+    run: Path | None = None,
 ) -> list[str]:
     """Write attention shares and mixing maps of a tuned model for images, and log a summary.
 
@@ -68,6 +71,7 @@ def inspect_images(
         paths: Image files; a path that is given twice counts once.
         output: Folder that is new, empty or written by an earlier call.
         log: Function called with lines of text.
+        run: Folder of the run or adapter, which the pictures name; None takes `output`.
 
     Returns:
         A line for each image that could not be decoded. If none could, nothing has been written.
@@ -99,7 +103,7 @@ def inspect_images(
     if found:
         FOLDER.claim(output)
         _write_tables(output, found, blocks, maps)
-        pictures = _draw(output, model, found, blocks, maps)
+        pictures = _draw(output, model, found, blocks, maps, named_folder(run or output))
         log(_summary(model, found, blocks, maps))
         log(f"written to {output}: {_listing(pictures, maps)}")
     return failed
@@ -160,11 +164,12 @@ def _draw(
     found: Sequence[_Inspected],
     blocks: Sequence[int],
     maps: dict[int, np.ndarray],
+    run: str,
 ) -> int:
-    """Draw all pictures and return how many."""
+    """Draw all pictures, whose titles name the run, and return how many."""
     count = len(found)
     mean = np.mean([image.shares for image in found], axis=0)
-    title = "Attention to prompts"
+    title = f"Attention to prompts of {run}"
     whose = f"mean over {count} images" if count > 1 else found[0].name
     subtitle = f"Share of the attention of the {query_name(model)}, "
     uniform = uniform_share(model)
@@ -180,16 +185,20 @@ def _draw(
             uniform,
             image.pixels,
         )
+    drawn = equal_blocks(maps)
     for image in tqdm(found, desc="pictures", unit="image", leave=False, disable=None):
-        for block, weights in maps.items():
+        for same in drawn:
+            block, weights = same[0], maps[same[0]]
             shares = np.nanmean(image.shares[blocks.index(block)], axis=0)
             side = [
                 pixels // n
                 for pixels, n in zip(image.pixels.shape, weights.shape[1:], strict=False)
             ]
-            mixing = Mixing(block, weights, (side[0], side[1]), shares, image.pixels, image.name)
+            mixing = Mixing(
+                same, weights, (side[0], side[1]), shares, image.pixels, f"{image.name}, {run}"
+            )
             save_mixing(output / f"mixing_{image.name}_block{block:02}.png", mixing)
-    return 1 + (count if count > 1 else 0) + count * len(maps)
+    return 1 + (count if count > 1 else 0) + count * len(drawn)
 
 
 def _summary(
@@ -207,9 +216,9 @@ def _summary(
         rows.append(
             [
                 str(block),
-                f"{100 * heads.mean():.2f}%",
-                f"{100 * heads.min():.2f}% to {100 * heads.max():.2f}%",
-                f"{best} ({100 * prompts[best]:.2f}%)",
+                percentage(heads.mean()),
+                f"{percentage(heads.min())} to {percentage(heads.max())}",
+                f"{best} ({percentage(prompts[best])})",
                 *([_spread(maps.get(block))] if maps else []),
             ]
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,20 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
+from vpt_fast.reports.equal_maps import TOLERANCE, equal_prompts, numbered
+from vpt_fast.train.common.style import (
+    COLOURS,
+    GRID,
+    INK,
+    MUTED,
+    Heading,
+    decimal,
+    percentage,
+    plain_numbers,
+    save,
+    text_inches,
+    wrapped,
+)
 
 MIXING_COLUMNS, MIXING_ROWS = 5, 4
 _SEQUENTIAL = colormaps["Blues"]
@@ -24,7 +36,13 @@ _NEGATIVE, _POSITIVE = COLOURS[0], COLOURS[5]
 _OPACITY = 0.9
 _DIVERGING = LinearSegmentedColormap.from_list("mixing", [_NEGATIVE, "white", _POSITIVE])
 _DPI = 120
-_TITLE_LENGTH = 58
+# In inches: the image in the corner, with its distance from heading and edge.
+_THUMBNAIL, _CORNER = 0.8, 1.3
+# Sides of a map, in inches: of one or two in a picture, and of more.
+_LARGE, _SMALL, _GAP = 2.4, 1.76, 0.16
+_CAPTION, _CAPTION_LINE = 9.5, 0.19
+_BAR = 2.5
+"""Width of a colour bar that its note fits above, in inches."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +62,23 @@ class Shares:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Token mixing maps of one block, and the image that they are drawn over.
+    """Token mixing maps of a block, and the image that they are drawn over.
 
     Attributes:
-        block: Index of the block.
-        weights: Mixing weights (p, gh, gw).
+        blocks: Indices of the block and of those that have the same maps.
+        weights: Mixing weights (p, gh, gw) of the first of them.
         patch_size: Height and width of a patch, in pixels.
-        shares: Attention share of each prompt in this block for this image, (p,).
+        shares: Attention share of each prompt in the first of them for this image, (p,).
         image: (H, W, 3) in [0, 1].
-        name: Name of the image.
+        title: Names of the image and of the model.
     """
 
-    block: int
+    blocks: Sequence[int]
     weights: np.ndarray
     patch_size: tuple[int, int]
     shares: np.ndarray
     image: np.ndarray
-    name: str
+    title: str
 
 
 def save_attention(
@@ -84,17 +102,28 @@ def save_attention(
     """
     blocks = len(groups[0].blocks)
     count = int((~np.isnan(groups[0].shares[0])).any(axis=0).sum())
-    # In inches, from the top: title, panels with their captions, colour bars.
+    # In inches, from the top: heading, panels with their captions, colour bars. A panel is as wide
+    # as its cells and its caption need.
     panel = float(np.clip(0.26 * blocks, 1.1, 5.0))
-    top, caption, bottom = 0.78, 0.75, 0.95
-    width, height = 11.0, top + len(groups) * (panel + caption) + bottom
+    labels = "All prompts together", "Each prompt, mean over heads"
+    longest = max((f": {group.title}" for group in groups if group.title), key=len, default="")
+    heads, prompts = (
+        max(float(np.clip(0.55 * cells, _BAR, limit)), text_inches(label + longest, 10.5) + 0.1)
+        for cells, limit, label in zip(groups[0].shares.shape[1:], (3.4, 5.5), labels, strict=True)
+    )
+    second = 0.6 + heads + 1.15
+    width = second + prompts + 0.4
+    heading = Heading(title, subtitle, width - 0.6 - (0.0 if image is None else _CORNER - 0.3))
+    top = max(heading.height, 0.0 if image is None else _THUMBNAIL + 0.2)
+    caption, bottom = 0.75, 0.95
+    height = top + len(groups) * (panel + caption) + bottom
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-    _head(figure, title, subtitle)
+    heading.draw(figure)
     if image is not None:
-        _thumbnail(figure, image, 0.8)
+        _thumbnail(figure, image, _THUMBNAIL)
     panels = (
-        (0.6, 3.4, uniform, "head", "All prompts together", _together),
-        (5.1, 5.5, uniform / count, "prompt", "Each prompt, mean over heads", _per_prompt),
+        (0.6, heads, uniform, "head", labels[0], _together),
+        (second, prompts, uniform / count, "prompt", labels[1], _per_prompt),
     )
     for left, wide, even, what, label, reduce in panels:
         maps = [reduce(group.shares) for group in groups]
@@ -108,8 +137,8 @@ def save_attention(
             if what == "head":
                 _row_means(axes, values)
         bar = figure.add_axes((left / width, 0.42 / height, wide / width, 0.11 / height))
-        _colour_bar(figure, bar, norm, even)
-    _save(figure, path)
+        _colour_bar(figure, bar, norm, even, int(wide / 0.9))
+    save(figure, path)
 
 
 def _together(shares: np.ndarray) -> np.ndarray:
@@ -158,19 +187,20 @@ def _row_means(axes: Axes, values: np.ndarray) -> None:
             color=INK,
             va="center",
         )
-    axes.set_title("mean", loc="right", fontsize=8.5, color=MUTED, x=1.12, pad=5)
+    axes.annotate(
+        "mean", (1, 1), (2, 5), xycoords="axes fraction", textcoords="offset points",
+        fontsize=8.5, color=MUTED,
+    )  # fmt: skip
 
 
 def _percent(share: float) -> str:
-    if 0 < share < 5e-5:
-        return "<0.01%"
-    return f"{100 * share:.2f}%" if share < 0.0995 else f"{100 * share:.1f}%"
+    return percentage(share, 2 if share < 0.0995 else 1)
 
 
-def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, even: float) -> None:
+def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, even: float, ticks: int) -> None:
     bar = figure.colorbar(ScalarMappable(norm, _SEQUENTIAL), cax=axes, orientation="horizontal")
-    bar.ax.xaxis.set_major_locator(MaxNLocator(5))
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    bar.ax.xaxis.set_major_locator(MaxNLocator(ticks))
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{decimal(100 * value)}%"))
     bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=2.5)
     bar.outline.set_edgecolor(GRID)
     text = f"uniform attention: {_percent(even)}"
@@ -198,46 +228,75 @@ def _colour_bar(figure: Figure, axes: Axes, norm: Normalize, even: float) -> Non
 def save_mixing(path: Path, mixing: Mixing) -> None:
     """Draw the maps of the prompts with the largest attention shares, at most 5 x 4 of them.
 
-    Colour limits are those of the whole block, so that pictures of several images are comparable.
+    Equal maps are drawn once, and named. Colour limits are those of the whole block, so that
+    pictures of several images are comparable.
     """
-    count = len(mixing.weights)
-    shown = np.argsort(-mixing.shares, kind="stable")[: MIXING_COLUMNS * MIXING_ROWS]
+    groups = equal_prompts(mixing.weights)
+    groups.sort(key=lambda group: -float(mixing.shares[group].max()))
+    shown = groups[: MIXING_COLUMNS * MIXING_ROWS]
     columns = min(MIXING_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    wide, tall = _cell(mixing.image)
-    top, caption, gap, bottom = 1.05, 0.32, 0.16, 0.8
-    width, height = 10.0, top + rows * (tall + caption) + bottom
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    wide, tall = _cell(mixing.image, _SMALL if columns > 2 else _LARGE)
+    room = wide + 0.1 if columns > 1 else 4.0
+    captions = [_caption(group, mixing.shares[group], room) for group in shown]
+    caption = 0.16 + _CAPTION_LINE * max(map(len, captions))
     limit = float(np.abs(mixing.weights).max())
-    which = (
-        f"{len(shown)} of {count} prompts"
-        if len(shown) < count
-        else f"{count} prompt{'s' if count > 1 else ''}"
-    )
-    _head(
-        figure,
-        f"Token mixing of block {mixing.block}: {mixing.name}",
-        f"{which}, by attention share in this image; "
-        + ("colour: weight of each patch, the same for every image" if limit else "all weights 0"),
-    )
-    _thumbnail(figure, mixing.image, 0.8)
+    maps = columns * wide + (columns - 1) * _GAP
+    width = max(maps + 0.6, 5.6)
+    title, subtitle = _mixing_heading(mixing, len(groups), len(shown), limit)
+    heading = Heading(title, subtitle, width - 0.3 - _CORNER)
+    top, bottom = max(heading.height, _THUMBNAIL + 0.25), 0.8
+    height = top + rows * (tall + caption) + bottom
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    heading.draw(figure)
+    _thumbnail(figure, mixing.image, _THUMBNAIL)
     norm = Normalize(-(limit or 1.0), limit or 1.0)
-    left = (width - MIXING_COLUMNS * wide - (MIXING_COLUMNS - 1) * gap) / 2
-    for i, prompt in enumerate(shown):
+    left = (width - maps) / 2
+    for i, group in enumerate(shown):
         row, column = divmod(i, columns)
-        x = left + column * (wide + gap)
+        x = left + column * (wide + _GAP)
         y = height - top - (row + 1) * (tall + caption) + 0.04
         axes = figure.add_axes((x / width, y / height, wide / width, tall / height))
-        _overlay(axes, mixing, int(prompt), norm)
-    bar = figure.add_axes((0.3, 0.36 / height, 0.4, 0.11 / height))
+        _overlay(axes, mixing, group[0], norm)
+        axes.set_title("\n".join(captions[i]), fontsize=_CAPTION, color=INK, pad=3)
+    bar = figure.add_axes((0.5 - 2 / width, 0.36 / height, 4 / width, 0.11 / height))
     _mixing_bar(figure, bar, norm)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _cell(image: np.ndarray) -> tuple[float, float]:
+def _mixing_heading(mixing: Mixing, different: int, shown: int, limit: float) -> tuple[str, str]:
+    count, others = len(mixing.weights), mixing.blocks[1:]
+    which = f"{count} prompt{'s' if count > 1 else ''}"
+    if different < count:
+        maps = "the same map" if different == 1 else f"{different} different maps"
+        which += f" with {maps} (to {100 * TOLERANCE:g}% of the largest weight), drawn once"
+    if shown < different:
+        which += f"; {shown} of {different} maps"
+    parts = [which + (", by attention share in this image" if shown > 1 else "")]
+    parts.append(
+        "colour: weight of each patch, the same for every image" if limit else "all weights 0"
+    )
+    if others:
+        parts.append(f"{numbered('block', others)}: the same")
+    return f"Token mixing of block {mixing.blocks[0]}: {mixing.title}", "; ".join(parts)
+
+
+def _caption(prompts: Sequence[int], shares: np.ndarray, room: float) -> list[str]:
+    name, share = numbered("prompt", prompts), _range(shares)
+    together = f"{name} · {share}"
+    if text_inches(together, _CAPTION) <= room:
+        return [together]
+    return [*wrapped(name, room, _CAPTION), *wrapped(share, room, _CAPTION)]
+
+
+def _range(shares: np.ndarray) -> str:
+    low, high = _percent(float(shares.min())), _percent(float(shares.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def _cell(image: np.ndarray, side: float) -> tuple[float, float]:
     """Return width and height of a map in inches, in the image's proportions."""
     high, wide = image.shape[:2]
-    side = 1.76
     return (side, side * high / wide) if wide >= high else (side * wide / high, side)
 
 
@@ -264,37 +323,15 @@ def _overlay(axes: Axes, mixing: Mixing, prompt: int, norm: Normalize) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color(GRID)
-    share = _percent(float(mixing.shares[prompt]))
-    axes.set_title(f"prompt {prompt} · {share}", fontsize=9.5, color=INK, pad=3)
 
 
 def _mixing_bar(figure: Figure, axes: Axes, norm: Normalize) -> None:
     bar = figure.colorbar(ScalarMappable(norm, _DIVERGING), cax=axes, orientation="horizontal")
     bar.ax.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    plain_numbers(bar.ax.xaxis)
     bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=2.5)
     bar.outline.set_edgecolor(GRID)
     bar.ax.set_title("weight of the patch (zero is transparent)", fontsize=8.5, color=MUTED, pad=3)
-
-
-def _head(figure: Figure, title: str, subtitle: str) -> None:
-    width, height = figure.get_size_inches()
-    if len(title) > _TITLE_LENGTH:
-        title = f"{title[: _TITLE_LENGTH // 2]}…{title[-_TITLE_LENGTH // 2 :]}"
-    for offset, text, size, weight, colour in (
-        (0.36, title, 15, "bold", INK),
-        (0.66, subtitle, 10, "normal", MUTED),
-    ):
-        figure.text(
-            0.35 / width,
-            1 - offset / height,
-            text,
-            va="center",
-            parse_math=False,
-            fontsize=size,
-            fontweight=weight,
-            color=colour,
-        )
 
 
 def _thumbnail(figure: Figure, image: np.ndarray, side: float) -> None:
@@ -305,10 +342,3 @@ def _thumbnail(figure: Figure, image: np.ndarray, side: float) -> None:
     axes = figure.add_axes((*corner, wide / width, high / height))
     axes.imshow(image, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with warnings.catch_warnings():
-        # File names may be in scripts that matplotlib's font lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(path)

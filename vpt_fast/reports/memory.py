@@ -33,13 +33,14 @@ from vpt_fast.analysis.memory_profile import (
     prompts_in_words,
     words,
 )
+from vpt_fast.backbones import build as backbones
 from vpt_fast.methods import Method, VPTDeep, VPTShallow
 from vpt_fast.methods.baselines import Baseline
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.reports.memory_picture import Panel, format_size, save_panels
-from vpt_fast.train.backbones import build as backbones
 from vpt_fast.train.common.curves import format_table
 from vpt_fast.train.common.output_folder import ReportFolder, write_csv
+from vpt_fast.train.common.style import named_folder
 
 TABLE_FILE, PICTURE_FILE = "memory.csv", "memory.png"
 HEADER = (
@@ -115,7 +116,7 @@ def report_memory(
     save_panels(
         output / PICTURE_FILE,
         f"{setting.model}, {method.name}",
-        f"Memory of a training step: {_described(setting)}",
+        f"Memory of a training step: {_described(setting)}; {named_folder(output)}",
         [_panels(setting, found, kind) for kind, found in kinds.items()],
     )
     for kind, found in kinds.items():

@@ -10,14 +10,20 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 
 from vpt_fast.analysis.activation_memory import EAGER, PLAIN, PROVIDERS
-from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
+from vpt_fast.train.common.style import (
+    COLOURS,
+    INK,
+    MUTED,
+    Heading,
+    save,
+    style_axes,
+)
 
 _DPI = 130
 # Sizes and margins of the panels in the figure, in inches.
-_PANEL_WIDTH, _PANEL_HEIGHT, _TOP, _BOTTOM, _LEFT, _GAP = 4.0, 3.3, 1.45, 0.65, 0.85, 0.45
+_PANEL_WIDTH, _PANEL_HEIGHT, _BOTTOM, _LEFT, _GAP = 4.0, 3.3, 0.65, 0.85, 0.45
 _ONLY_WIDTH, _ROW_GAP, _LEGEND_LINE = 6.2, 1.05, 0.24
 _GIB_FROM = 10 * 2**30
 _COLOUR = {EAGER: INK, **dict(zip(PROVIDERS[1:], (COLOURS[i] for i in (0, 2, 1, 3)), strict=True))}
@@ -54,25 +60,25 @@ def save_panels(path: Path, title: str, subtitle: str, rows: Sequence[Sequence[P
         rows: Rows of panels, with equally many in each.
     """
     columns = len(rows[0])
-    panel = _PANEL_WIDTH if columns > 1 else _ONLY_WIDTH
+    across = _PANEL_WIDTH if columns > 1 else _ONLY_WIDTH
     # A single panel is too narrow for a legend in one line.
     lines = 1 if columns > 1 else 2
-    top = _TOP + (lines - 1) * _LEGEND_LINE
-    width = _LEFT + columns * panel + (columns - 1) * _GAP + 0.3
+    width = _LEFT + columns * across + (columns - 1) * _GAP + 0.3
+    heading = Heading(title, subtitle, width - 0.6)
+    # Below the legend stands a panel's title.
+    titled = any(panel.title for panels in rows for panel in panels)
+    top = heading.height + lines * _LEGEND_LINE + (0.5 if titled else 0.3)
     height = top + len(rows) * _PANEL_HEIGHT + (len(rows) - 1) * _ROW_GAP + _BOTTOM
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-    left = 0.3 / width
-    figure.text(left, 1 - 0.34 / height, title, fontsize=14, fontweight="bold", color=INK,
-                va="center")  # fmt: skip
-    figure.text(left, 1 - 0.64 / height, subtitle, fontsize=10, color=MUTED, va="center")
+    heading.draw(figure)
     grid = figure.add_gridspec(
         len(rows), columns, left=_LEFT / width, right=1 - 0.3 / width, top=1 - top / height,
-        bottom=_BOTTOM / height, wspace=_GAP / panel, hspace=_ROW_GAP / _PANEL_HEIGHT,
+        bottom=_BOTTOM / height, wspace=_GAP / across, hspace=_ROW_GAP / _PANEL_HEIGHT,
     )  # fmt: skip
     for i, panels in enumerate(rows):
         _draw_row([figure.add_subplot(grid[i, j]) for j in range(columns)], panels)
-    _draw_legend(figure, (left, 1 - 0.85 / height), lines)
-    figure.savefig(path)
+    _draw_legend(figure, (0.3 / width, 1 - (heading.height + 0.06) / height), lines)
+    save(figure, path)
 
 
 def _draw_row(axes: Sequence[Axes], panels: Sequence[Panel]) -> None:
@@ -83,7 +89,7 @@ def _draw_row(axes: Sequence[Axes], panels: Sequence[Panel]) -> None:
     largest = max(largest, *(panel.reference or 1 for panel in panels))
     unit, size = ("GiB", 2**30) if largest >= _GIB_FROM else ("MiB", 2**20)
     for column, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
-        _style(ax)
+        style_axes(ax)
         positions = sorted({x for line in panel.lines.values() for x in line})
         if len(positions) == 1:
             _draw_bars(ax, panel, positions[0], size)
@@ -113,7 +119,8 @@ def _draw_bars(ax: Axes, panel: Panel, position: int, size: int) -> None:
             value = line[position] / size
             ax.bar(i, value, color=_COLOUR[provider], width=0.6)
             ax.annotate(format_size(value), (i, value), (0, 3), textcoords="offset points",
-                        ha="center", fontsize=9, color=INK)  # fmt: skip
+                        ha="center", fontsize=9, color=INK,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
     ax.set_xlabel(panel.across, fontsize=9.5, color=MUTED)
     ax.set_xticks(range(len(panel.lines)), list(panel.lines))
 
@@ -144,17 +151,6 @@ def _style_of(provider: str) -> dict[str, Any]:
 
 def _label(provider: str) -> str:
     return "eager PyTorch" if provider == EAGER else f"vpt_fast, {provider}"
-
-
-def _style(ax: Axes) -> None:
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color(MUTED)
-    ax.grid(axis="y", color=GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.tick_params(colors=MUTED, labelsize=9, length=3)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
 def _draw_legend(figure: Figure, corner: tuple[float, float], lines: int) -> None:

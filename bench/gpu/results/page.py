@@ -21,7 +21,7 @@ from bench.compare.cases import STEP
 from bench.compare.plots import COLOUR, Row, most_varied, select
 from bench.gpu.results.counted import Counted
 from bench.providers.models import GPU_PROVIDERS, OURS, PUBLISHED
-from vpt_fast.train.common.curves import GRID, INK, MUTED
+from vpt_fast.train.common.style import GRID, INK, MUTED
 
 _GRAPH_ALPHA = 0.45
 _PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")

@@ -9,6 +9,7 @@ let tasks = [];
 let limits = null;
 let file = null;
 let pending = null; // The request that is under way: a newer one takes its place.
+let settled = null; // What was last answered, or refused for good: asking again would change nothing.
 
 function say(text) {
   element("status").textContent = text;
@@ -48,11 +49,26 @@ async function ask(url, options) {
     // A proxy, or the server's last line of defence, answers in plain text.
   }
   if (response.ok && body) return body;
-  throw new Error(body?.message ?? `The server answered ${response.status} ${response.statusText}.`);
+  const message = body?.message ?? `The server answered ${response.status} ${response.statusText}.`;
+  throw Object.assign(new Error(message), { status: response.status });
+}
+
+function asked() {
+  return { file, task: task.value, topk: topk.value };
+}
+
+// The button is there where pressing it may change something.
+function offer() {
+  const [now, before] = [asked(), settled];
+  const same = before && Object.keys(now).every((key) => now[key] === before[key]);
+  send.hidden = !file || !tasks.length || pending !== null || Boolean(same);
+  send.textContent = element("error").hidden ? "Classify" : "Try again";
 }
 
 function percent(probability) {
-  return `${(100 * probability).toFixed(probability < 0.001 ? 3 : 1)} %`;
+  const share = 100 * probability;
+  if (share > 0 && share < 0.005) return "< 0.01%";
+  return `${share.toFixed(share > 0 && share < 0.05 ? 2 : 1)}%`;
 }
 
 function row({ name, probability }) {
@@ -94,10 +110,17 @@ async function classify() {
   pending = null;
   const wrong = wrongBefore();
   complain(wrong);
-  if (wrong) return;
+  const question = asked();
+  settled = wrong ? question : null;
+  if (wrong) {
+    section.removeAttribute("aria-busy");
+    offer();
+    return;
+  }
   const mine = new AbortController();
   pending = mine;
   section.setAttribute("aria-busy", "true");
+  offer();
   say("Classifying …");
   const body = new FormData();
   body.append("image", file, file.name || "image");
@@ -105,12 +128,17 @@ async function classify() {
   body.append("topk", topk.value);
   try {
     show(await ask("predict", { method: "POST", body, signal: mine.signal }));
+    settled = question;
   } catch (error) {
-    if (error.name !== "AbortError") complain(error.message);
+    if (error.name === "AbortError") return;
+    complain(error.message);
+    // The image or the form is at fault, and stays so.
+    if ([413, 422].includes(error.status)) settled = question;
   }
   if (pending === mine) {
     pending = null;
     section.removeAttribute("aria-busy");
+    offer();
     // On narrow screens what was found stands below the form.
     section.scrollIntoView({ block: "nearest" });
   }
@@ -122,32 +150,38 @@ function choose(chosen) {
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(file);
   element("prompt").textContent = `${file.name || "Pasted image"}, ${size(file.size)}. Choose or drop another.`;
-  send.disabled = !tasks.length;
   if (tasks.length) classify();
 }
 
 function about() {
   const chosen = tasks.find(({ name }) => name === task.value);
   element("about").textContent = chosen
-    ? `${chosen.num_classes} classes, tuned with ${chosen.method} at ${chosen.input_size.slice(1).reverse().join(" x ")} pixels.`
+    ? `${tasks.length > 1 ? "" : `Task ${chosen.name}: `}${chosen.num_classes} classes, tuned with ${chosen.method} at ${chosen.input_size.slice(1).reverse().join(" x ")} pixels.`
     : "";
 }
 
 async function start() {
+  element("form").closest("main").hidden = false;
+  say("Loading …");
   try {
     ({ tasks, limits } = await ask("tasks"));
   } catch (error) {
-    complain(error.message);
+    complain(`${error.message} Load this page again.`);
     return;
   }
   task.replaceChildren(...tasks.map(({ name }) => new Option(name, name)));
-  element("how-many").textContent = tasks.length === 1 ? "one task" : `${tasks.length} tasks`;
+  element("how-many").textContent = ["no task", "one task"][tasks.length] ?? `${tasks.length} tasks`;
+  if (!tasks.length) {
+    complain("The server has no tasks. Add an adapter to it, and load this page again.");
+    return;
+  }
+  form.hidden = false;
+  element("tasks").hidden = tasks.length === 1;
   element("limits").textContent =
     `Up to ${size(limits.upload_bytes)} and ${(limits.pixels / 1e6).toLocaleString("en")} megapixels: ${limits.formats.join(", ")}.`;
-  if (!tasks.length) complain("The server has no tasks. Add an adapter to it, and load this page again.");
   about();
-  send.disabled = !(file && tasks.length);
-  if (file && tasks.length) classify();
+  if (file) classify();
+  else say("Choose an image to see what the model takes it for.");
 }
 
 form.addEventListener("submit", (event) => {
@@ -159,6 +193,7 @@ image.addEventListener("change", () => {
   choose(image.files[0]);
   image.value = ""; // The same file may be chosen again.
 });
+topk.addEventListener("input", offer);
 task.addEventListener("change", () => {
   about();
   if (file) classify();

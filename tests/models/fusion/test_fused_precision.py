@@ -25,8 +25,8 @@ from support.formulations.plain_vapt import STILL, seeded, vapt_pair
 from torch import Tensor, nn
 
 from vpt_fast import VAPT, VPTDeep, VPTShallow
+from vpt_fast.backbones.demo_backbone import demo_backbone
 from vpt_fast.ops.memory_modes import MEMORY_MODES
-from vpt_fast.train.backbones.demo_backbone import demo_backbone
 
 SLACK, KIND_SLACK = 1.15, 1.5
 SEEDS = 4

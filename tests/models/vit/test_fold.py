@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vpt_fast
 from vpt_fast import VPTDeep, fold_backbone, prompt_tune, remove_prompts
-from vpt_fast.train.backbones.demo_backbone import demo_backbone
+from vpt_fast.backbones.demo_backbone import demo_backbone
 
 SCALED = "dinov2"  # has LayerScale
 

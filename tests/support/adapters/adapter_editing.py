@@ -11,18 +11,30 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vpt_fast.adapter.files import CONFIG_FILE, TENSORS_FILE, config_sha256
+from vpt_fast.adapter.files import (
+    CONFIG_FILE,
+    FINGERPRINT_FILE,
+    TENSORS_FILE,
+    config_sha256,
+    config_texts,
+)
 
 Change = Callable[[dict[str, Any]], Any]
 
 
 def rewrite_config(directory: Path, change: Change) -> None:
     """Apply a change to the configuration, and update its checksum."""
-    path = directory / CONFIG_FILE
-    config = json.loads(path.read_text("utf-8"))
+    config = {}
+    for name in (CONFIG_FILE, FINGERPRINT_FILE):
+        config |= json.loads((directory / name).read_text("utf-8"))
     change(config)
-    config["config_sha256"] = config_sha256(config)
-    path.write_text(json.dumps(config), "utf-8")
+    if config.get("format_version") in (1, 2):  # one file
+        config["config_sha256"] = config_sha256(config)
+        (directory / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
+        (directory / FINGERPRINT_FILE).unlink()
+        return
+    for name, text in config_texts(config).items():
+        (directory / name).write_text(text, "utf-8")
 
 
 def rewrite_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

@@ -20,7 +20,7 @@ from vpt_fast.train.data.formats.labels import (
     word,
 )
 from vpt_fast.train.data.sources import open_source
-from vpt_fast.train.run.record import _digest
+from vpt_fast.train.run.record import data_digest
 
 HUGE = 5000 * "9"
 
@@ -221,4 +221,4 @@ def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
     assert source.splits["train"].labels == [0, 1]
     with pytest.raises(ValueError, match="cannot be decoded"):
         source.splits["train"].load(0, 3)
-    assert len(_digest(tmp_path, source)) == 64
+    assert len(data_digest(tmp_path, source)) == 64

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from vpt_fast import methods
 from vpt_fast.adapter.files import read_config
+from vpt_fast.backbones.build import data_config_of
+from vpt_fast.backbones.demo_backbone import demo_backbone
 from vpt_fast.cli.app import app
-from vpt_fast.train.backbones.build import data_config_of
-from vpt_fast.train.backbones.demo_backbone import demo_backbone
 from vpt_fast.train.common.curves import format_bytes, format_table
 from vpt_fast.train.data.images import eval_transform
 from vpt_fast.train.data.pictures import load_image

@@ -26,7 +26,7 @@ from vpt_fast.reports.page.runs import read_runs
 from vpt_fast.train.common.recipe import Recipe
 from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.split import ImageSource
-from vpt_fast.train.run import folder_run
+from vpt_fast.train.run import data_of_run, folder_run
 from vpt_fast.train.run.folder_run import tune_on_folder
 from vpt_fast.train.run.record import read_record
 from vpt_fast.train.run.settings import RunSettings
@@ -88,7 +88,9 @@ def test_the_adapter_says_so_and_keeps_saying_so(trained: Any, tmp_path: Path) -
     model = load_adapter(backbone(), result.adapter)
     save_adapter(model, tmp_path / "again")
     assert read_config(tmp_path / "again")["multi_label"] is True
+    assert "(transform(image)[None]).sigmoid()" in (tmp_path / "again" / "README.md").read_text()
     save_adapter(model, tmp_path / "one", multi_label=False)
+    assert "(transform(image)[None]).softmax(-1)" in (tmp_path / "one" / "README.md").read_text()
     assert read_config(tmp_path / "one")["multi_label"] is False
     bank = PromptBank(backbone())
     bank.add("task", result.adapter)
@@ -123,7 +125,7 @@ def test_eval_says_map_and_refuses_other_data(
     folder, source, _, result = trained
     options = ("--checkpoint", folder / "tiny.pth")
     with monkeypatch.context() as patch:
-        open_instead(patch, source, eval_module)
+        open_instead(patch, source, eval_module, data_of_run)
         found = call("eval", result.adapter, folder, *options)
     assert found.exit_code == 0, found.output
     assert found.stdout.startswith(f"test: 16 images, mAP {result.test.mean_ap:.2f}%, loss ")
@@ -135,7 +137,7 @@ def test_eval_says_map_and_refuses_other_data(
 
 def test_the_report_has_average_precisions(trained: Any, tmp_path: Path, monkeypatch: Any) -> None:
     folder, source, _, result = trained
-    open_instead(monkeypatch, source, report_module)
+    open_instead(monkeypatch, source, data_of_run)
     lines: list[str] = []
     options = EvaluationOptions(checkpoint=folder / "tiny.pth", progress=False)
     write_page([folder / "run"], tmp_path / "page.html", options, lines.append)
@@ -167,7 +169,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
             tune_on_folder(settings(folder, "other", **changes), log=lambda line: None)
         assert not (folder / "other").exists()
     one = candidate(VPTDeep(2), Recipe(epochs=1))
-    with pytest.raises(ValueError, match="a sweep compares top-1 accuracy"):
+    with pytest.raises(ValueError, match="a sweep compares top-1"):
         sweep_plan.run_plan(SweepPlan(folder / "sweep", (one,), folder, model="test_vit"))
 
 

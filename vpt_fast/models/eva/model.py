@@ -6,6 +6,7 @@ from typing import Any
 
 from timm.models.eva import Eva
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from vpt_fast.models.eva.blocks import PromptedEvaBlock
 from vpt_fast.models.isotropic.intermediates import without_live_rows
@@ -69,7 +70,7 @@ class PromptedEva(PromptedModel, Eva):
         if rope is None:
             return None
         form = len(self.blocks), self.rope_mixed
-        if is_traced(rope) or rope.is_inference():
+        if is_traced(rope) or isinstance(rope, Proxy) or rope.is_inference():
             return RopeTables(rope, *form)
         latest: LatestTables = self.__dict__.setdefault("_rope_tables", LatestTables())
         return latest.of(rope, *form)

@@ -162,15 +162,19 @@ class BlockReading(_Reading):
     Args:
         block: Block that `fused_block.can_fuse`.
         settings: Its settings.
+        before: Weights of an earlier reading, or None.
 
     Attributes:
         known: Weights at the last check, or None.
     """
 
-    def __init__(self, block: Any, settings: BlockSettings) -> None:
+    def __init__(
+        self, block: Any, settings: BlockSettings, before: WeightsReading | None = None
+    ) -> None:
         super().__init__(_parts_of(block))
         self._settings = settings
-        self.known: WeightsReading | None = None
+        same = before is not None and before.settings == settings
+        self.known: WeightsReading | None = before if same else None
 
     @property
     def parts(self) -> _Parts:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from vpt_fast.models.fusion.block_reading import BlockReading, forget, weight_slots
 from vpt_fast.models.fusion.fusible import block_settings, can_fuse
@@ -90,10 +91,12 @@ def fused(block: Any, x: Tensor | None) -> Fused | None:
     reading = block.__dict__.get("_reading")
     known = None if reading is None else reading.current(block)
     if known is None:
+        # Weights that are the same are read once, whatever else has changed.
+        before = None if reading is None else reading.known
         forget(block)  # frees cached copies, also if it is not fused any more
         if not can_fuse(block):
             return None
-        reading = BlockReading(block, block_settings(block))
+        reading = BlockReading(block, block_settings(block), before)
         known = reading.current(block)
         if known is None:
             return None
@@ -113,6 +116,8 @@ def can_rotate(rope: Tensor | None, x: Tensor) -> bool:
     """
     if rope is None:
         return True
+    if isinstance(rope, Proxy):
+        return False
     trained = rope.requires_grad and torch.is_grad_enabled()
     return (
         not trained

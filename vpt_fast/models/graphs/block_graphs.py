@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 from vpt_fast.models.graphs.capture import (
     CannotRecord,
@@ -50,7 +51,7 @@ def replayed(
         x: Input (B, ...).
         static: Hashable arguments; each combination has a recording of its own.
     """
-    if graphs is None or torch.compiler.is_compiling():
+    if graphs is None or torch.compiler.is_compiling() or isinstance(x, Proxy):
         return function(x, *static)
     return graphs.run(owner, function, x, static)
 

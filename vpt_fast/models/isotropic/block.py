@@ -19,6 +19,7 @@ from vpt_fast.models.attention_inputs import projections_of
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import NO_PROMPTS, Fused, Use
 from vpt_fast.models.fusion.fusible import can_fuse
+from vpt_fast.models.interop.symbolic import called_symbolically, made_symbolically
 from vpt_fast.models.isotropic.concatenated import with_all_rows
 from vpt_fast.models.isotropic.prompts_apart import after_prompts_apart, with_updated_rows
 from vpt_fast.models.prompt_rows import LiveRows, PromptRows, insert_rows, split_rows, strip_rows
@@ -39,7 +40,7 @@ from vpt_fast.ops.block.add_norm import DeferredSum
 from vpt_fast.ops.block.parts import contiguous
 from vpt_fast.ops.block.prompt_source import GIVEN_KV
 from vpt_fast.ops.rowwise.rotation import table_of_first
-from vpt_fast.ops.tracing import is_transformed
+from vpt_fast.ops.tracing import is_symbolic, is_transformed
 
 
 class PromptedBlock(nn.Module):
@@ -110,7 +111,7 @@ class PromptedBlock(nn.Module):
         """
         compiled = has_compiled_call(block)
         hooked = has_hooks(block) or has_own_forward(block) or nn_module._has_any_global_hook()
-        if not (compiled or hooked):
+        if not (compiled or hooked or is_symbolic()):
             if isinstance(block, cls):
                 return block.forward_deferred(total, memory, first, rope, feature)
             x = total.residual
@@ -118,6 +119,8 @@ class PromptedBlock(nn.Module):
             if now is not None:
                 return fused_block.run(block, now, NO_PROMPTS, total, Use(memory), rope)
         call = functools.partial(call_compiled, block) if compiled else block
+        if is_symbolic() and isinstance(block, cls) and block.is_one_node():
+            call = functools.partial(called_symbolically, block)
         if first is not None:
             call = functools.partial(call, first=first)
         if rope is not None:
@@ -275,7 +278,7 @@ class PromptedBlock(nn.Module):
         count = rows.entering
         if self.joined is not None:
             x, (prompts, kv) = self.own_prompts(x, feature)
-            count = 0 if prompts is None else prompts.shape[1]
+            count = 0 if prompts is None else self._count(prompts)
             x = insert_rows(x, prompts, rows.prefix)
         x = with_all_rows(self, x, count, rope, attn_mask, is_causal, kv)
         return x if rows.leaving else strip_rows(x, count, rows.prefix)
@@ -287,6 +290,8 @@ class PromptedBlock(nn.Module):
 
     def _made(self, x: Tensor, feature: Any) -> Made:
         prompt: Any = self.prompt
+        if is_symbolic():
+            return made_symbolically(prompt, x, feature)
         made: Made = prompt.made(x, feature)
         leaving = self.rows.leaving
         if leaving and (made.rows is None or made.rows.shape[1] != leaving):
@@ -296,6 +301,17 @@ class PromptedBlock(nn.Module):
                 "tuned; where they pass through later blocks their number is fixed"
             )
         return made
+
+    def _count(self, prompts: Tensor) -> int:
+        own: Any = self.prompt
+        count: int = own.num_rows if is_symbolic() else prompts.shape[1]
+        return count
+
+    def is_one_node(self) -> bool:
+        """Return whether torch.fx takes the block as a whole: its prompts are no rows alone."""
+        prompt: Any = self.prompt
+        apart = prompt is not None and (prompt.num_keys or prompt.attends_apart)
+        return bool(apart) or "prompt_update" in self._modules
 
     def _needs_all_rows(self) -> bool:
         """Return whether a part may do anything with the rows, or a hook would miss some of them.

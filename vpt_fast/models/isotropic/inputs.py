@@ -22,7 +22,7 @@ def block_inputs(model: Any, images: Tensor) -> tuple[Tensor, RopeTables | None]
         Tokens (B, N, D), and the tables of the rotary position embedding, None without one.
     """
     placed = model._pos_embed(embedded_patches(model.patch_embed, images))
-    if isinstance(placed, Tensor):
+    if not isinstance(placed, tuple):
         return model.norm_pre(model.patch_drop(placed)), None
     tokens, rope = placed  # timm's Eva drops patches itself
     tables = None if rope is None else RopeTables(rope, len(model.blocks), model.rope_mixed)

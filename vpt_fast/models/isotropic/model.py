@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from vpt_fast.models.fusion.fused_block import Use, run_together
 from vpt_fast.models.fusion.look_ahead import look_ahead
 from vpt_fast.models.graphs.block_graphs import replayed
+from vpt_fast.models.interop.symbolic import runs_plainly, without_masks
 from vpt_fast.models.isotropic.block import PromptedBlock
 from vpt_fast.models.isotropic.head_rows import HeadReading
 from vpt_fast.models.isotropic.inputs import block_inputs, table_of
@@ -21,7 +23,10 @@ from vpt_fast.modules.experts import PromptExperts, check_grid
 from vpt_fast.modules.hooks import is_taken_over
 from vpt_fast.ops.backend import uses_kernels
 from vpt_fast.ops.block.add_norm import DeferredSum
-from vpt_fast.ops.tracing import any_derivative, is_transformed
+from vpt_fast.ops.tracing import (
+    as_plain_operators,
+    is_symbolic,
+)
 
 _Timms: Any = nn.Module
 """Stands for timm's class, whose methods mypy cannot see."""
@@ -42,8 +47,9 @@ class PromptedModel(Tuned, _Timms):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Return the logits; the last block computes only the rows that the head reads."""
-        if is_transformed():
-            with any_derivative():
+        if runs_plainly(x):
+            x, attn_mask, is_causal = without_masks(x, attn_mask, is_causal)
+            with as_plain_operators(x):
                 return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         count = self._rows_read()
         if count is None or attn_mask is not None or is_causal:
@@ -158,8 +164,8 @@ class PromptedModel(Tuned, _Timms):
         ropes = [table_of(tables, first + index) for index in range(len(blocks))]
         # The last block is not fused where it computes a few rows on a CPU.
         together = len(blocks) - (count is not None and not uses_kernels(total.residual))
-        if tables is not None and not tables.can_rotate(total.residual):
-            together = 0
+        rotated = tables is None or is_symbolic() or tables.can_rotate(total.residual)
+        together = together if rotated else 0
         ahead = look_ahead(blocks[:together], total.residual, self.tuned_block.fused, feature)
         if ahead is not None:
             uses = [Use(memory, queries=rows) for rows in firsts[:together]]
@@ -173,7 +179,7 @@ class PromptedModel(Tuned, _Timms):
         """Add position embeddings; refuse a patch grid other than that of the prompt experts."""
         own: Any = self
         experts = getattr(self.blocks[-1], "prompt", None)
-        if isinstance(experts, PromptExperts):
+        if isinstance(experts, PromptExperts) and not isinstance(x, Proxy):
             check_grid(experts.grid, x.shape[1:3] if x.ndim == 4 else own.patch_embed.grid_size)
         return super()._pos_embed(x)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from vpt_fast.models.fusion.fused_block import can_rotate
 from vpt_fast.ops.backend import statistics_dtype
@@ -27,9 +28,10 @@ class RopeTables:
     """
 
     def __init__(self, rope: Tensor, depth: int, by_block: bool) -> None:
-        wide = rope.to(statistics_dtype(rope.dtype))
-        self.of_blocks = list(wide.unbind()) if by_block else [wide] * depth
-        self.is_constant = not rope.requires_grad
+        symbolic = isinstance(rope, Proxy)
+        wide = rope if symbolic else rope.to(statistics_dtype(rope.dtype))
+        self.of_blocks = [wide[i] for i in range(depth)] if by_block else [wide] * depth
+        self.is_constant = not symbolic and not rope.requires_grad
 
     def can_rotate(self, x: Tensor) -> bool:
         """Return whether fused blocks take the tables; see `can_rotate`."""

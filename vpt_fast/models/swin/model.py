@@ -11,6 +11,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from vpt_fast.models.graphs.block_graphs import replayed
+from vpt_fast.models.interop.symbolic import runs_plainly
 from vpt_fast.models.patches import embedded_patches
 from vpt_fast.models.prompt_rows import LiveRows
 from vpt_fast.models.swin.blocks import check_blocks
@@ -18,7 +19,7 @@ from vpt_fast.models.swin.install import install_prompts
 from vpt_fast.models.tuned import Tuned, blocks_of, check_pooling
 from vpt_fast.modules.baseline_layers import new_classifier
 from vpt_fast.modules.hooks import is_taken_over
-from vpt_fast.ops.tracing import any_derivative, is_transformed
+from vpt_fast.ops.tracing import as_plain_operators
 
 
 def plain_inputs(model: Any, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -42,9 +43,9 @@ class PromptedSwinTransformer(Tuned, SwinTransformer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        if not is_transformed():
+        if not runs_plainly(x):
             return super().forward(x)
-        with any_derivative():
+        with as_plain_operators(x):
             return super().forward(x)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from timm.models.swin_transformer import PatchMerging, SwinTransformerStage
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules import module as nn_module
 
 from vpt_fast.models.fusion import fused_block
 from vpt_fast.models.fusion.fused_block import Use
 from vpt_fast.models.fusion.look_ahead import look_ahead
+from vpt_fast.models.interop.symbolic import through_blocks_symbolically
 from vpt_fast.models.prompt_rows import LiveRows
 from vpt_fast.models.recompute import recomputed
-from vpt_fast.models.swin.blocks import (
-    check_blocks,
-    check_expert_grid,
-    fused,
-    grid_of,
-    windows_of,
-)
+from vpt_fast.models.swin.blocks import check_blocks, check_expert_grid, fused, grid_of, windows_of
 from vpt_fast.models.tuned import SHARED, reads_feature
 from vpt_fast.modules.hooks import (
     call_compiled,
@@ -49,6 +45,8 @@ class PromptedSwinStage(SwinTransformerStage):
             ValueError: A hook on `blocks` would miss prompt rows.
         """
         x = self.downsample(x)
+        if isinstance(x, Proxy):
+            return through_blocks_symbolically(self, x)
         live = LiveRows() if live is None else live
         if live.rows is not None:
             live.rows = merge_rows(self.downsample, live.rows)

@@ -16,9 +16,9 @@ from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.image_loaders import folder_loader
 from vpt_fast.train.data.pictures import reading
-from vpt_fast.train.data.sources import open_source
 from vpt_fast.train.data.split import Split, SplitImages
 from vpt_fast.train.loop.evaluate import Evaluation, evaluate
+from vpt_fast.train.run.data_of_run import open_as_trained
 from vpt_fast.train.run.tuned_model import TunedModel, load_tuned
 
 # Order of preference: splits that nothing was selected on come first.
@@ -30,7 +30,7 @@ class EvaluationOptions:
     """Options of the evaluation of runs.
 
     Attributes:
-        directory: Folder of the data; None takes each run's own.
+        directory: Folder of the data, or a CSV file; None takes each run's own.
         checkpoint: File with the backbone's weights; None takes each run's own.
         split: "test", "val" or "train"; None takes the first of them that exists.
         batch_size: Images per batch.
@@ -67,7 +67,7 @@ class EvaluationOptions:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers is {self.workers}; it must be at least 0")
-        if self.directory is not None and not self.directory.is_dir():
+        if self.directory is not None and not self.directory.exists():
             raise FileNotFoundError(f"there is no data folder {self.directory}")
         if self.checkpoint is not None and not self.checkpoint.is_file():
             raise FileNotFoundError(f"there is no checkpoint file {self.checkpoint}")
@@ -79,7 +79,7 @@ class EvaluatedRun:
 
     Attributes:
         tuned: Tuned model.
-        directory: Folder of the data.
+        directory: Folder of the data, or the CSV file.
         split_name: Name of the split: "test", "val" or "train".
         images: Images of the whole split.
         indices: Indices of the n images in the split.
@@ -113,8 +113,8 @@ class EvaluatedRun:
     def name(self, row: int) -> str:
         """Return the name of one of the n images, relative to the data folder if inside it."""
         name = self.split.names[self.indices[row]]
-        folder = f"{self.directory}/"
-        return name.removeprefix(folder)
+        folder = self.directory.parent if self.directory.is_file() else self.directory
+        return name.removeprefix(f"{folder}/")
 
     @property
     def _logits(self) -> Tensor:
@@ -141,7 +141,7 @@ def evaluate_run(run: RunFolder, options: EvaluationOptions) -> EvaluatedRun:
         raise FileNotFoundError(f"{run.path} has no adapter")
     directory, form = _data(run, options)
     tuned = load_tuned(run.adapter, _checkpoint(run, options), options.device)
-    source = open_source(directory, form, tuned.class_names)
+    source = open_as_trained(directory, form, tuned.class_names, run.record)
     tuned.check_labels(directory, source.multi_label)
     tuned.class_order(directory, source.class_names)
     wanted = SPLIT_ORDER if options.split is None else (options.split,)
@@ -179,7 +179,7 @@ def _data(run: RunFolder, options: EvaluationOptions) -> tuple[Path, str]:
     if recorded is None or "directory" not in recorded:
         raise FileNotFoundError("it is not recorded where the data are; pass --data")
     directory = Path(recorded["directory"])
-    if not directory.is_dir():
+    if not directory.exists():
         raise FileNotFoundError(
             f"the data folder {directory} is not there; pass --data if it has moved"
         )

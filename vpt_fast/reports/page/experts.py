@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from vpt_fast.analysis.shares import attention_shares, query_name, stacked, uniform_share
+from vpt_fast.analysis.shares import (
+    attention_shares,
+    mixing_maps,
+    query_name,
+    stacked,
+    uniform_share,
+)
+from vpt_fast.reports.equal_maps import equal_prompts, numbered
 from vpt_fast.reports.page.evaluation import EvaluatedRun, EvaluationOptions
 from vpt_fast.train.data.image_loaders import folder_loader
 
@@ -28,6 +36,7 @@ class ExpertUse:
         uniform: Share of all prompts of the first block together under uniform attention.
         images: Number of images of the sample.
         query: Name of the query.
+        equal: Groups of two or more prompts with equal token mixing maps, by block.
     """
 
     blocks: list[int]
@@ -35,19 +44,43 @@ class ExpertUse:
     uniform: float
     images: int
     query: str
+    equal: dict[int, list[list[int]]] = field(default_factory=dict)
 
     @property
-    def rows(self) -> list[dict[str, float]]:
-        """Values of each block: block, prompts, all, largest, smallest, and these two's indices."""
+    def drawn(self) -> np.ndarray:
+        """Shares (blocks, p) with the mean in place of each of prompts with equal maps."""
+        drawn = self.shares.copy()
+        for row, block in enumerate(self.blocks):
+            for group in self.equal.get(block, []):
+                drawn[row, group] = drawn[row, group].mean()
+        return drawn
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Values of each block: block, prompts, all, largest, smallest, and whose these two are."""
         found = []
-        for block, shares, effective in zip(self.blocks, self.shares, self.effective, strict=True):
+        for block, shares, effective in zip(self.blocks, self.drawn, self.effective, strict=True):
             own = shares[~np.isnan(shares)]
             most, least = int(own.argmax()), int(own.argmin())
             found.append(
                 {"block": block, "prompts": len(own), "all": own.sum(), "effective": effective,
-                 "most": most, "largest": own[most], "least": least, "smallest": own[least]}
+                 "most": self._whose(block, most), "largest": own[most],
+                 "least": self._whose(block, least), "smallest": own[least]}
             )  # fmt: skip
         return found
+
+    @property
+    def equal_in_words(self) -> list[str]:
+        """What is drawn once, such as "blocks 1-11: prompts 0-9 the same"."""
+        blocks: dict[str, list[int]] = {}
+        for block, groups in self.equal.items():
+            same = "; ".join(numbered("prompt", group) for group in groups)
+            blocks.setdefault(f"{same} the same", []).append(block)
+        return [f"{numbered('block', those)}: {same}" for same, those in blocks.items()]
+
+    def _whose(self, block: int, prompt: int) -> str:
+        groups = (group for group in self.equal.get(block, []) if prompt in group)
+        return numbered("prompt", next(groups, [prompt]))
 
     @property
     def effective(self) -> np.ndarray:
@@ -84,4 +117,9 @@ def expert_use(run: EvaluatedRun, options: EvaluationOptions) -> ExpertUse:
         total = sums if total is None else total + sums
     if total is None:
         raise ValueError("there are no images")
-    return ExpertUse(blocks, total / count, uniform_share(net), count, query_name(net))
+    equal = {
+        block: groups
+        for block, weights in mixing_maps(net).items()
+        if (groups := [g for g in equal_prompts(weights.cpu().numpy()) if len(g) > 1])
+    }
+    return ExpertUse(blocks, total / count, uniform_share(net), count, query_name(net), equal)

@@ -13,7 +13,8 @@ from vpt_fast.reports.page.evaluation import EvaluatedRun
 
 SHOWN = 12
 """Number of mistakes of each kind."""
-_SIDE = 160  # pixels, twice the size on the page for dense screens
+_SIDE = 224  # pixels, twice the size on the page for dense screens
+_SHOWN = (136, 112)  # largest width and height on the page
 _LARGE = 64  # smaller images are not resampled
 
 
@@ -27,7 +28,7 @@ class Mistake:
         label_probability, probability: Probabilities of these classes, in [0, 1].
         loss: Cross-entropy.
         picture: Picture as a data: URI.
-        width, height: Size of the picture in pixels.
+        width, height: Size on the page, in pixels, in the image's proportions.
         pixelated: Whether it is so small that it should be enlarged without smoothing.
     """
 
@@ -53,7 +54,7 @@ class WorstMistakes:
 
 
 def worst_mistakes(run: EvaluatedRun, count: int = SHOWN) -> WorstMistakes:
-    """Choose and decodes the worst mistakes.
+    """Choose and decode the worst mistakes.
 
     Args:
         run: Evaluation of a run.
@@ -91,10 +92,14 @@ def _mistake(run: EvaluatedRun, row: int) -> Mistake:
         float(run.probabilities[row, prediction]),
         float(run.losses[row]),
         data_uri(image),
-        image.width,
-        image.height,
+        *_shown_size(image.width, image.height),
         max(image.size) < _LARGE,
     )
+
+
+def _shown_size(width: int, height: int) -> tuple[int, int]:
+    scale = min(_SHOWN[0] / width, _SHOWN[1] / height)
+    return max(1, round(scale * width)), max(1, round(scale * height))
 
 
 def data_uri(image: Image.Image) -> str:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.methods.baselines import Baseline
+from vpt_fast.reports.equal_maps import TOLERANCE
 from vpt_fast.reports.page.classes import (
     MAX_SHOWN,
     class_rows,
@@ -28,7 +29,14 @@ from vpt_fast.reports.page.classes import (
 from vpt_fast.reports.page.evaluation import EvaluatedRun, EvaluationOptions, evaluate_run
 from vpt_fast.reports.page.experts import SEED, ExpertUse, expert_use
 from vpt_fast.reports.page.mistakes import worst_mistakes
-from vpt_fast.reports.page.plots import Curve, Line, expert_map, learning_curves, line_of
+from vpt_fast.reports.page.plots import (
+    Curve,
+    Line,
+    expert_map,
+    learning_curves,
+    line_of,
+    sweep_plot,
+)
 from vpt_fast.reports.page.runs import RunFolder, read_runs
 from vpt_fast.reports.page.sweep import is_sweep, read_sweep
 from vpt_fast.reports.page.text import (
@@ -39,8 +47,10 @@ from vpt_fast.reports.page.text import (
     test_accuracy,
 )
 from vpt_fast.train.common.curves import format_bytes
+from vpt_fast.train.common.style import named_folder, percentage
 from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.loop.evaluate import TrainingError
+from vpt_fast.train.sweep.report import LEGEND
 from vpt_fast.version import __version__
 
 GENERATOR = "vpt-fast report"
@@ -113,11 +123,18 @@ def write_page(
         .get_template(_TEMPLATE)
         .render(
             sections=sections,
+            title=page_title([(f.path, f.name) for f in runs] + [(f.path, f.name) for f in sweeps]),
             sweeps=sweeps,
+            sweep_plots=[
+                sweep_plot(sweep.accuracies, f"sweep-{i}") if sweep.accuracies else None
+                for i, sweep in enumerate(sweeps)
+            ],
+            sweep_legend=LEGEND,
             curves=learning_curves(curves),
             differences=differences([(s.run, s.found) for s in sections]),
             max_shown=MAX_SHOWN,
             seed=SEED,
+            tolerance=TOLERANCE,
             generator=f"{GENERATOR}, vpt_fast {__version__}",
             versions=f"vpt_fast {__version__}, timm {timm.__version__}, torch {torch.__version__}",
             today=date.today().isoformat(),
@@ -141,6 +158,22 @@ def check_page(output: Path) -> None:
     raise FileExistsError(
         f"{output} exists and is not of an earlier report; choose another --output"
     )
+
+
+def page_title(folders: Sequence[tuple[Path, str]]) -> str:
+    """Return the names of runs and sweeps and where they lie; of many the first three.
+
+    Args:
+        folders: Folder and unique name of each.
+    """
+    if len(folders) == 1:
+        return named_folder(folders[0][0])
+    names = [name for _, name in folders]
+    shown = ", ".join(names[:3])
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    parents = {path.resolve().parent for path, _ in folders}
+    where = f" in {parents.pop().name}" if len(parents) == 1 else ""
+    return f"{shown}{rest}{where}"
 
 
 def _section(
@@ -234,6 +267,7 @@ def _environment() -> Environment:
         "recipe": describe_recipe,
         "settings": settings_of,
         "test": test_accuracy,
+        "percentage": percentage,
     }
     return environment
 

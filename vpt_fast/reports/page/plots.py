@@ -11,14 +11,22 @@ from typing import Any
 import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from vpt_fast.reports.page.experts import ExpertUse
-from vpt_fast.train.common.curves import COLOURS, GRID, INK, MUTED
 from vpt_fast.train.common.metrics import Epoch
+from vpt_fast.train.common.style import (
+    COLOURS,
+    GRID,
+    INK,
+    MUTED,
+    log_numbers,
+    plain_numbers,
+    style_axes,
+)
+from vpt_fast.train.sweep.report import ROW_INCHES, Accuracies, draw_accuracies
 
 # Ink, muted text and grid become variables of the page's style, which defines them for light and
 # dark. The colours of the runs are distinct on both.
@@ -79,6 +87,7 @@ def learning_curves(curves: Sequence[Curve]) -> list[Plot]:
 def _curves(curves: Sequence[Curve], name: str) -> Markup:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
+        style_axes(axes)
         positive = True
         for curve in curves:
             points = [(row.epoch, getattr(row, name)) for row in curve.epochs]
@@ -96,17 +105,25 @@ def _curves(curves: Sequence[Curve], name: str) -> Markup:
             if kept and name.startswith("val_"):
                 axes.plot(*kept[0], "o", color=curve.line.colour, markersize=6)
         if name.endswith("_loss") and positive:
-            axes.set_yscale("log")
-            low, high = axes.get_ylim()
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_locator(NullLocator())
+            log_numbers(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_xlabel("epoch", color=MUTED)
-        _plain(axes)
 
     return _svg(draw, _PANEL, name)
+
+
+def sweep_plot(methods: Sequence[Accuracies], name: str) -> Markup:
+    """Return the plot of a sweep's final runs, as in its picture.
+
+    Args:
+        methods: Methods, from top to bottom.
+        name: Unique name of the plot on the page.
+    """
+
+    def draw(figure: Figure) -> None:
+        draw_accuracies(figure.add_subplot(), methods)
+
+    return _svg(draw, (_PANEL[0], ROW_INCHES * len(methods) + 0.5), name)
 
 
 def expert_map(use: ExpertUse, name: str) -> Markup:
@@ -117,16 +134,18 @@ def expert_map(use: ExpertUse, name: str) -> Markup:
         name: Unique name of the plot on the page.
     """
     blocks, prompts = use.shares.shape
-    height = float(np.clip(0.22 * blocks, 0.8, 5.0)) + 1.0
+    height = float(np.clip(0.22 * blocks, 0.8, 5.0)) + 1.1
 
     def draw(figure: Figure) -> None:
-        share, together = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+        share, together = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
+        style_axes(share, grid="")
+        style_axes(together, grid="x")
         highest = float(np.nanmax(use.shares)) or 1.0
         image = share.imshow(
-            100 * use.shares, cmap=_BLUES, vmin=0, vmax=100 * highest, aspect="auto",
+            100 * use.drawn, cmap=_BLUES, vmin=0, vmax=100 * highest, aspect="auto",
             interpolation="nearest", extent=(-0.5, prompts - 0.5, blocks - 0.5, -0.5),
         )  # fmt: skip
-        share.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        share.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         share.set_yticks(range(blocks), [str(block) for block in use.blocks])
         share.set_xlabel("prompt", color=MUTED)
         share.set_ylabel("block", color=MUTED)
@@ -134,6 +153,7 @@ def expert_map(use: ExpertUse, name: str) -> Markup:
         bar.set_label("share of attention, %", color=MUTED)
         bar.outline.set_visible(False)
         bar.ax.tick_params(colors=MUTED, length=3)
+        plain_numbers(bar.ax.xaxis)
         together.barh(
             range(blocks), 100 * np.nansum(use.shares, axis=1), color=COLOURS[0], height=0.7
         )
@@ -142,11 +162,8 @@ def expert_map(use: ExpertUse, name: str) -> Markup:
         together.xaxis.set_major_locator(MaxNLocator(nbins=3, min_n_ticks=2))
         together.set_xlim(left=0)
         together.set_xlabel("all prompts, %", color=MUTED)
-        together.grid(axis="x", color=GRID, linewidth=0.8)
-        for axes in (share, together):
-            _plain(axes)
 
-    return _svg(draw, (6.4, height), name)
+    return _svg(draw, (_PANEL[0], height), name)
 
 
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#e8f1f8", "#56B4E9", "#0072B2", "#00334f"])
@@ -154,15 +171,6 @@ _BLUES = LinearSegmentedColormap.from_list("blues", ["#e8f1f8", "#56B4E9", "#007
 
 def _numbers(dashes: str) -> list[float]:
     return [float(part) / 1.8 for part in dashes.split()]
-
-
-def _plain(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(MUTED)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, length=3)
 
 
 def _svg(draw: Callable[[Figure], None], size: tuple[float, float], name: str) -> Markup:

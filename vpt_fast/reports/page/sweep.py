@@ -1,15 +1,15 @@
-"""Content of a sweep's output folder, for a report: its table and its picture."""
+"""Content of a sweep's output folder, for a report: its table, and what its plot shows."""
 
 from __future__ import annotations
 
-import base64
 import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from vpt_fast.train.common.curves import format_bytes
-from vpt_fast.train.sweep.report import HEADER, PICTURE, TABLE, mean_and_deviation
+from vpt_fast.train.common.style import decimal
+from vpt_fast.train.sweep.report import HEADER, TABLE, Accuracies, mean_and_deviation
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SweepFolder:
         header, summary: Column titles, and one row of text per method: the chosen point, mean and
             deviation of the final runs.
         columns, runs: Columns of the CSV file, and one row of text per final run.
-        picture: Picture as a data: URI; None if there is none.
+        accuracies: Final runs of each method.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class SweepFolder:
     summary: list[list[str]]
     columns: tuple[str, ...]
     runs: list[list[str]]
-    picture: str | None
+    accuracies: list[Accuracies]
 
 
 _SUMMARY = (
@@ -46,7 +46,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 def read_sweep(folder: Path) -> SweepFolder:
-    """Read a sweep's table and picture.
+    """Read a sweep's table.
 
     Raises:
         ValueError: If the table is damaged.
@@ -59,15 +59,25 @@ def read_sweep(folder: Path) -> SweepFolder:
         for row in rows:
             by_method.setdefault(row["method"], []).append(row)
         summary = [_summary(name, finals) for name, finals in by_method.items()]
-        runs = [[row[name] for name in HEADER] for row in rows]
+        runs = [[_short(row[name]) for name in HEADER] for row in rows]
+        accuracies = [
+            Accuracies(
+                name, int(finals[0]["trained_parameters"]), [float(f["test_top1"]) for f in finals]
+            )
+            for name, finals in by_method.items()
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
-    picture = None
-    if (folder / PICTURE).is_file():
-        text = base64.b64encode((folder / PICTURE).read_bytes()).decode("ascii")
-        picture = f"data:image/png;base64,{text}"
     name = folder.resolve().name
-    return SweepFolder(folder, name, _SUMMARY, summary, HEADER, runs, picture)
+    return SweepFolder(folder, name, _SUMMARY, summary, HEADER, runs, accuracies)
+
+
+def _short(cell: str) -> str:
+    """Return a cell of the table with at most six significant digits, if it is a fraction."""
+    try:
+        return decimal(float(cell)).replace(",", "") if "." in cell or "e" in cell else cell
+    except ValueError:
+        return cell
 
 
 def _summary(name: str, finals: list[dict[str, str]]) -> list[str]:

@@ -11,15 +11,23 @@ import numpy as np
 
 from vpt_fast.extras import require_extra
 from vpt_fast.train.common.metrics import Epoch
+from vpt_fast.train.common.style import (
+    COLOURS,
+    GRID,
+    INK,
+    MUTED,
+    WRONG,
+    Heading,
+    log_numbers,
+    save,
+    style_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 COLUMNS = 8
-INK, MUTED, GRID, WRONG = "#1f2933", "#5f6b7a", "#e3e7ec", "#D55E00"
 
 
 @dataclass(frozen=True)
@@ -96,29 +104,22 @@ def save_picture(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.4), dpi=150, facecolor="white", layout=None)
-    figure.text(0.045, 0.945, title, fontsize=17, fontweight="bold", color=INK, va="center")
-    figure.text(0.045, 0.893, subtitle, fontsize=10.5, color=MUTED, va="center")
+    Heading(title, subtitle, room=11.0, left=0.54).draw(figure)
     left = figure.add_gridspec(2, 1, left=0.075, right=0.46, top=0.80, bottom=0.095, hspace=0.42)
     _draw_curves(figure.add_subplot(left[0]), curves, "val_top1")
     _draw_curves(figure.add_subplot(left[1]), curves, "train_loss")
     _draw_images(figure, groups, class_names)
-    figure.savefig(path)
+    save(figure, Path(path))
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Epoch]], what: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import MaxNLocator
 
     for (name, epochs), colour in zip(curves.items(), COLOURS, strict=False):
         x = [epoch.epoch for epoch in epochs]
         y = [getattr(epoch, what) for epoch in epochs]
         axes.plot(x, y, color=colour, linewidth=2, label=name, solid_capstyle="round")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(MUTED)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=9, length=3)
+    style_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.01)
     if what == "val_top1":
@@ -129,11 +130,7 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Epoch]], what: str) -
         axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="lower right")
     else:
         axes.set_title("Training loss (log scale)", loc="left", fontsize=11, color=INK)
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        log_numbers(axes.yaxis)
         axes.set_xlabel("epoch", fontsize=10, color=MUTED)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from vpt_fast.train.backbones import build as backbones
+from vpt_fast.backbones import build as backbones
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.image_options import ImageOptions

@@ -123,7 +123,7 @@ class MemoryLoader:
         skipped = [self.broken[index] for index in indices if index in self.broken]
         rows = torch.tensor([i for i in indices if i not in self.broken], dtype=torch.int64)
         if not len(rows):
-            return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), skipped)
+            return Batch(torch.empty(0), self.labels[:0], skipped)
         here = rows.to(self.device, non_blocking=True)
         images = self.images[here]
         if crops is None:

@@ -23,7 +23,7 @@ def overlap_warnings(splits: Mapping[str, Split], class_names: Sequence[str]) ->
     names = [name for split in splits.values() for name in split.names]
     keys = iter(_identities(names))
     found: dict[str, dict[Hashable, str]] = {}
-    labels: dict[Hashable, set[int]] = defaultdict(set)
+    labels: dict[Hashable, set[tuple[int, ...]]] = defaultdict(set)
     some_name: dict[Hashable, str] = {}
     lines = []
     for part, split in splits.items():
@@ -31,7 +31,7 @@ def overlap_warnings(splits: Mapping[str, Split], class_names: Sequence[str]) ->
         again = []
         for name, label in zip(split.names, split.labels, strict=True):
             key = next(keys)
-            labels[key].add(label)
+            labels[key].add(_classes(label))
             some_name.setdefault(key, name)
             if key in mine:
                 again.append(name)
@@ -44,13 +44,22 @@ def overlap_warnings(splits: Mapping[str, Split], class_names: Sequence[str]) ->
         if both:
             lines.append(f"{len(both)} images are in both {one} and {other}: {some(both)}")
     torn = [
-        f"{some_name[key]} ({', '.join(class_names[label] for label in sorted(several))})"
+        f"{some_name[key]} ({', '.join(_text(label, class_names) for label in sorted(several))})"
         for key, several in labels.items()
         if len(several) > 1
     ]
     if torn:
         lines.append(f"{len(torn)} images have two labels: {some(torn)}")
     return lines
+
+
+def _classes(label: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the classes of a label, or of a row of 0 and 1."""
+    return (label,) if isinstance(label, int) else tuple(i for i, has in enumerate(label) if has)
+
+
+def _text(classes: tuple[int, ...], class_names: Sequence[str]) -> str:
+    return " + ".join(class_names[label] for label in classes) or "none"
 
 
 def _identities(names: Sequence[str]) -> list[Hashable]:

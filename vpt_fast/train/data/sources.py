@@ -1,4 +1,4 @@
-"""Data sets on disk: class folders, VTAB-1k, FGVC json files, Hugging Face `datasets`."""
+"""Data sets on disk, each read by the reader of its format."""
 
 from __future__ import annotations
 
@@ -9,33 +9,43 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vpt_fast.train.data.formats.class_folders import class_names
-from vpt_fast.train.data.formats.fgvc import is_fgvc, read_fgvc
-from vpt_fast.train.data.formats.hf import is_hf, read_hf
-from vpt_fast.train.data.formats.vtab import is_vtab, read_vtab, vtab_folder
+from vpt_fast.train.data.detect import FORMATS, check_format
+from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS, class_names, natural
+from vpt_fast.train.data.formats.class_lists import ClassList, check_listed, class_list, unused
+from vpt_fast.train.data.formats.csv_files import read_csv
+from vpt_fast.train.data.formats.fgvc import read_fgvc
+from vpt_fast.train.data.formats.hf import LOADERS, read_hf, read_with_loader
+from vpt_fast.train.data.formats.vtab import read_vtab, vtab_folder
+from vpt_fast.train.data.holdout import split_off
 from vpt_fast.train.data.images import SPLITS, ImageFolders, find_split, require_split
 from vpt_fast.train.data.overlaps import overlap_warnings
-from vpt_fast.train.data.split import ImageSource, split_of_files
+from vpt_fast.train.data.split import ImageSource, Split, check_classes, split_of_files
 
-FORMATS = ("auto", "folders", "vtab", "vtab-1000", "fgvc", "hf")
-"""vtab trains on train800.txt with val200.txt, vtab-1000 on both without validation."""
+__all__ = ["FORMATS", "check_format", "open_source", "ordered", "read_folders"]
 
 
 def open_source(
-    directory: str | Path, format: str = "auto", known: Sequence[str] | None = None
+    directory: str | Path,
+    format: str = "auto",
+    known: Sequence[str] | None = None,
+    *,
+    val_fraction: float | None = None,
+    class_order: str | None = None,
 ) -> ImageSource:
     """Open a data set: read its lists and labels but no image.
 
     Args:
-        directory: Folder of the data set. For VTAB the folder of one set; if it is missing, another
-            common name of the set is looked for beside it.
+        directory: Folder of the data set, or a CSV file. For VTAB the folder of one set; if it is
+            missing, another common name of the set is looked for beside it.
         format: One of `FORMATS`; "auto" detects it by the files.
         known: Class names of a trained model. None takes those of the training images.
+        val_fraction: Part of the training images that become the validation split; see `split_off`.
+        class_order: One of `CLASS_ORDERS`; None takes the data set's own order, or "strings".
 
     Raises:
         FileNotFoundError: If the directory is missing, or train is and `known` is None.
-        ValueError: If the format is unknown or could be several, the content cannot be used, or
-            the package `datasets` is needed and not installed.
+        ValueError: If the format is unknown or could be several, the content cannot be used, the
+            options do not fit it, or the package `datasets` is needed and not installed.
     """
     format = check_format(directory, format)
     folder = vtab_folder(Path(directory))
@@ -43,72 +53,103 @@ def open_source(
         source = read_fgvc(folder, known)
     elif format == "hf":
         source = read_hf(folder, known)
-    elif format == "folders":
-        source = read_folders(folder, known)
+    elif format in ("folders", "classes"):
+        source = read_folders(folder, known, format)
+    elif format == "csv":
+        source = read_csv(folder, known)
+    elif format in LOADERS:
+        source = read_with_loader(folder, format, known)
     else:
         source = read_vtab(folder, known, whole=format == "vtab-1000")
     if not source.splits or (known is None and "train" not in source.splits):
         there = ", ".join(source.splits) or "none"
         raise FileNotFoundError(f"{folder} ({source.format}) has no train split; it has {there}")
+    if class_order is not None:
+        source = ordered(source, class_order)
+    if val_fraction is not None:
+        source = split_off(source, val_fraction)
     overlaps = overlap_warnings(source.splits, source.class_names)
     return replace(source, warnings=[*source.warnings, *overlaps])
 
 
-def check_format(directory: str | Path, format: str) -> str:
-    """Return the format of a data set, detected by its files if it is "auto".
+def read_folders(
+    directory: Path, known: Sequence[str] | None = None, format: str = "folders"
+) -> ImageSource:
+    """Read train/<class>/<image>, and val/ and test/ if they exist; see `ImageFolders`.
+
+    Args:
+        directory: Folder of the data set.
+        known: Class names of a trained model. None takes a list of classes in the folder, or the
+            names of the class folders.
+        format: "folders"; "classes" where the class folders are in the folder itself.
+    """
+    if format == "classes":
+        folders = {"train": directory}
+    else:
+        found = {name: find_split(directory, name) for name in SPLITS}
+        folders = {name: folder for name, folder in found.items() if folder is not None}
+    listed = class_list(directory) if known is None else None
+    order = "strings" if known is None else "known"
+    if listed is not None:
+        known, order = _listed(folders.get("train") or require_split(directory, "train"), listed)
+    elif known is None:
+        train = folders.get("train") or require_split(directory, "train")
+        known = ImageFolders(train, _nothing).classes
+    splits: dict[str, Split] = {}
+    warnings: list[str] = []
+    for name, folder in folders.items():
+        images = ImageFolders(folder, _nothing, known)
+        splits[name] = split_of_files([path for path, _ in images.samples], images.targets)
+        warnings += images.warnings
+    if listed is not None:
+        warnings += unused(known, set(splits["train"].labels), str(directory))
+    return ImageSource(format, list(known), splits, warnings, class_order=order)
+
+
+def _listed(train: Path, listed: ClassList) -> tuple[list[str], str]:
+    """Return the classes of a list, and where they stand, if it names those of the folder."""
+    check_listed(class_names(train), listed)
+    return check_classes(listed.names, str(listed.path)), str(listed.path)
+
+
+def ordered(source: ImageSource, order: str) -> ImageSource:
+    """Return the data set with its classes in an order of their names.
+
+    Args:
+        source: Data set whose classes its reader has sorted.
+        order: One of `CLASS_ORDERS`.
 
     Raises:
-        FileNotFoundError: If the directory is missing.
-        ValueError: If the format is unknown, or could be several.
+        ValueError: If there is no such order, or the data set brings another of its own.
     """
-    if format not in FORMATS:
-        raise ValueError(f"the data format is {format!r}; choose one of {', '.join(FORMATS)}")
-    folder = vtab_folder(Path(directory))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no data folder {directory}")
-    return _detect(folder) if format == "auto" else format
-
-
-def read_folders(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
-    """Read train/<class>/<image>, and val/ and test/ if they exist; see `ImageFolders`."""
-    if known is None:
-        known = ImageFolders(require_split(directory, "train"), _nothing).classes
-    splits, warnings = {}, []
-    for name in SPLITS:
-        folder = find_split(directory, name)
-        if folder is not None:
-            images = ImageFolders(folder, _nothing, known)
-            splits[name] = split_of_files([path for path, _ in images.samples], images.targets)
-            warnings += images.warnings
-    return ImageSource("folders", list(known), splits, warnings)
+    if order not in CLASS_ORDERS:
+        raise ValueError(f"class_order is {order!r}; choose one of {', '.join(CLASS_ORDERS)}")
+    before = source.class_names
+    names = natural(before) if order == "natural" else sorted(before)
+    if source.class_order != "strings":
+        if names != before:
+            raise ValueError(
+                f"the classes are in an order of the data's own ({source.class_order}); leave "
+                "--class-order out"
+            )
+        return source
+    rank = {name: label for label, name in enumerate(names)}
+    places = [before.index(name) for name in names]
+    splits = {
+        name: replace(
+            split,
+            labels=[
+                [label[place] for place in places]
+                if isinstance(label, list)
+                else rank[before[label]]
+                for label in split.labels
+            ],
+        )
+        for name, split in source.splits.items()
+    }
+    return replace(source, class_names=names, splits=splits, class_order=order)
 
 
 def _nothing(image: Image.Image) -> torch.Tensor:
     """Stand in for a transform: only the lists of the folders are used."""
     return torch.empty(0)
-
-
-def _detect(directory: Path) -> str:
-    tests = {"vtab": is_vtab, "fgvc": is_fgvc, "hf": is_hf}
-    found = [name for name, test in tests.items() if test(directory)]
-    split_folders = [find_split(directory, name) for name in SPLITS]
-    # A saved DatasetDict has a folder of files for each split too, and json files may stand beside
-    # a folder train/ of images without class folders.
-    if any(f is not None and (not found or _has_folders(f)) for f in split_folders):
-        found.append("folders")
-    if len(found) > 1:
-        raise ValueError(
-            f"{directory} could be several formats: {', '.join(found)}; name one with --format"
-        )
-    if not found:
-        sets = sorted(e.name for e in directory.iterdir() if e.is_dir() and is_vtab(e))
-        if sets:
-            raise FileNotFoundError(
-                f"{directory} holds VTAB sets; name one: {directory / sets[0]} "
-                f"(there are {', '.join(sets)})"
-            )
-    return found[0] if found else "folders"
-
-
-def _has_folders(folder: Path) -> bool:
-    return bool(class_names(folder))

@@ -53,6 +53,9 @@ class ImageSource:
         splits: Those of "train", "val" and "test" that exist.
         warnings: Messages for the user.
         multi_label: Whether an image may have several labels, or none.
+        class_order: What the order of the classes comes from: "strings" or "natural", if they were
+            sorted by name; "numbers", "known" for those of a model, "columns" or "features" of the
+            table, or the path of a list of classes.
     """
 
     format: str
@@ -60,6 +63,7 @@ class ImageSource:
     splits: dict[str, Split]
     warnings: list[str] = field(default_factory=list)
     multi_label: bool = False
+    class_order: str = "strings"
 
 
 class SplitImages(Dataset):
@@ -102,7 +106,7 @@ class SplitImages(Dataset):
 
 
 def split_of_files(
-    paths: Sequence[str | Path], labels: list[int], refused: Sequence[SkippedImage] = ()
+    paths: Sequence[str | Path], labels: list[Any], refused: Sequence[SkippedImage] = ()
 ) -> Split:
     """Return a split of image files."""
     names = [str(path) for path in paths]
@@ -117,6 +121,36 @@ class _FileLoader:
 
     def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
         return load_image(self.paths[index], channels, exif)
+
+
+def chosen(split: Split, rows: Sequence[int]) -> Split:
+    """Return some images of a split, without its refused entries."""
+    labels, names = [split.labels[row] for row in rows], [split.names[row] for row in rows]
+    return Split(labels, names, _ChosenLoader(split.load, list(rows)))
+
+
+class _ChosenLoader:
+    """Decoder of some images of a split; not a closure, so that it can be pickled."""
+
+    def __init__(self, load: Load, rows: list[int]) -> None:
+        self.load, self.rows = load, rows
+
+    def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
+        return self.load(self.rows[index], channels, exif)
+
+
+def require_one_label(source: ImageSource) -> ImageSource:
+    """Return a data set whose images have one label each.
+
+    Raises:
+        ValueError: If they have several, which top-1 accuracy is not for.
+    """
+    if source.multi_label:
+        raise ValueError(
+            "the images have several labels each, and a sweep compares top-1, which is for one; "
+            "use train, or give one class an image"
+        )
+    return source
 
 
 def some(items: Sequence[str], limit: int = 3) -> str:

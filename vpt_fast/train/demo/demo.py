@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 from vpt_fast import count_parameters, load_adapter, save_adapter
+from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.extras import MissingExtraError, require_extra
-from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.train.common.curves import (
     ShownImages,
     directory_size,

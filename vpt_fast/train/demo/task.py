@@ -28,10 +28,10 @@ from vpt_fast import (
     VPTShallow,
     prompt_tune,
 )
+from vpt_fast.backbones.build import data_config_of
+from vpt_fast.backbones.demo_backbone import demo_backbone
 from vpt_fast.extras import require_extra
 from vpt_fast.methods import INITS, Method
-from vpt_fast.train.backbones.build import data_config_of
-from vpt_fast.train.backbones.demo_backbone import demo_backbone
 from vpt_fast.train.common.paper_settings import default_optimizer
 from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.data.image_loaders import set_data_config

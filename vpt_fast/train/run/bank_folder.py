@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from vpt_fast.adapter.files import CONFIG_FILE, read_config
+from vpt_fast.backbones.of_adapter import backbone_of_adapter
 from vpt_fast.bank import PromptBank
-from vpt_fast.train.backbones.build import backbone_of_adapter
 from vpt_fast.train.run.tuned_model import adapter_folder
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from vpt_fast import count_parameters
 from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.data.formats.class_folders import natural
 from vpt_fast.train.data.memory_set import MemoryLoader
 from vpt_fast.train.data.split import ImageSource, some
 
@@ -80,7 +81,11 @@ def describe_source(source: ImageSource, loaders: Mapping[str, Any], log: Log) -
     """
     if "val" not in source.splits:
         what = "val/ folder" if source.format == "folders" else "val split"
-        log(f"no {what}: the last epoch is kept, and nothing is selected")
+        log(
+            f"no {what}: the last epoch is kept, and nothing is selected (--val-fraction 0.2 holds "
+            "a fifth of the training images out)"
+        )
+    _describe_classes(source, log)
     for name, loader in loaders.items():
         if isinstance(loader, MemoryLoader):
             where = f"{loader.nbytes / 2**20:,.0f} MiB on {loader.device}"
@@ -90,3 +95,16 @@ def describe_source(source: ImageSource, loaders: Mapping[str, Any], log: Log) -
             log(f"{name}: {len(refused)} entries left out: {some([r.reason for r in refused])}")
     for line in source.warnings:
         log(f"warning: {line}")
+
+
+def _describe_classes(source: ImageSource, log: Log) -> None:
+    """Log the order of the classes where it could be another."""
+    order, names = source.class_order, source.class_names
+    if order == "natural":
+        log("classes are sorted with numbers in their names by value")
+    elif order == "strings" and names != natural(names):
+        pair = next(p for p in zip(names, natural(names), strict=True) if len(set(p)) > 1)
+        log(f"classes are sorted as strings, {pair[0]} before {pair[1]} (--class-order natural)")
+    elif order not in ("strings", "numbers", "known"):
+        where = f"the data's {order}" if order in ("columns", "features") else order
+        log(f"classes are in the order of {where}")

@@ -12,7 +12,7 @@ from typing import Any
 from timm.utils import random_seed
 
 from vpt_fast import prompt_tune, save_adapter
-from vpt_fast.train.backbones import build as backbones
+from vpt_fast.backbones import build as backbones
 from vpt_fast.train.common.class_weights import with_class_weights
 from vpt_fast.train.common.digest import digest
 from vpt_fast.train.common.parallel import rank, world_size
@@ -243,7 +243,12 @@ def _prepare(settings: RunSettings, progress: bool) -> _PreparedRun:
     name, weights, model_args = backbones.resolve_name(
         settings.model, settings.checkpoint, settings.img_size
     )
-    source = open_source(settings.directory, settings.data_format)
+    source = open_source(
+        settings.directory,
+        settings.data_format,
+        val_fraction=settings.val_fraction,
+        class_order=settings.class_order,
+    )
     classes = len(source.class_names)
     _check_recipe(settings, source)
     if ":" not in name:

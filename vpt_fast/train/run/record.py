@@ -43,8 +43,9 @@ class RunRecord:
     Attributes:
         state: RUNNING until training ends (and for ever if the run is killed); INTERRUPTED by
             Ctrl-C; FAILED if it could not continue, with `error`; else FINISHED.
-        data: Data set: "directory", absolute; "format", one of `sources.FORMATS`; and a "digest" of
-            the images' names, labels and sizes.
+        data: Data set: "directory", absolute; "format", one of `sources.FORMATS`; "val_fraction",
+            the part of the training images that was split off, or None; "class_order", as
+            `ImageSource` has it; and a "digest" of the images' names, labels and sizes.
         images: Number of images of each split.
         class_names: Names of the classes, in the order of the labels.
         model: Backbone: "name" as the user gave it, "checkpoint" (absolute, or None), "pretrained",
@@ -66,7 +67,7 @@ class RunRecord:
     """
 
     state: str
-    data: dict[str, str]
+    data: dict[str, Any]
     images: dict[str, int]
     class_names: list[str]
     model: dict[str, Any]
@@ -121,7 +122,9 @@ def new_record(
         data={
             "directory": str(settings.directory.resolve()),
             "format": source.format,
-            "digest": _digest(settings.directory, source),
+            "val_fraction": settings.val_fraction,
+            "class_order": source.class_order,
+            "digest": data_digest(settings.directory, source),
         },
         images={name: len(split) for name, split in source.splits.items()},
         class_names=list(source.class_names),
@@ -142,8 +145,13 @@ def new_record(
     )
 
 
-def _digest(directory: Path, source: ImageSource) -> str:
-    """Return a digest of names, labels and sizes, which does not depend on the data's location."""
+def data_digest(directory: Path, source: ImageSource) -> str:
+    """Return a digest of names, labels and sizes, which does not depend on the data's location.
+
+    Args:
+        directory: Folder of the data set, or its file.
+        source: Data set that was found there.
+    """
     return digest(
         {
             name: [

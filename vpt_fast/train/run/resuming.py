@@ -45,7 +45,8 @@ def check_resumed(earlier: RunRecord | None, record: RunRecord) -> None:
 
 def _options(earlier: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any, Any]]:
     """Yield each option, its values before and now, and its default."""
-    yield "format", earlier.data.get("format"), record.data.get("format"), None
+    for key in ("format", "val_fraction"):
+        yield key, earlier.data.get(key), record.data.get(key), None
     for key in ("name", "img_size", "pretrained"):
         name = "model" if key == "name" else key
         yield name, earlier.model.get(key), record.model.get(key), False

@@ -25,7 +25,7 @@ class RunSettings:
 
     Attributes:
         directory: Folder with train/<class>/<image> and, where there are any, val/ and test/; or a
-            data set in another one of `sources.FORMATS`.
+            data set in another one of `sources.FORMATS`, a folder or a CSV file.
         output: New folder for the adapters best/ and last/, metrics.csv, run.json, tensorboard/ and
             checkpoint.pt.
         model: timm's name of the model, with or without a tag, or "vpt_fast_demo".
@@ -37,6 +37,9 @@ class RunSettings:
         augmentation: Random changes to training images.
         image_options: How images are resized and normalised.
         data_format: Format of `directory`, one of `sources.FORMATS`; "auto" detects it.
+        val_fraction: Part of the training images that are split off for validation, or None.
+        class_order: How classes are sorted, one of `class_folders.CLASS_ORDERS`; None takes the
+            data set's own order, or "strings".
         memory: Memory mode, as `vpt_fast.prompt_tune` takes it.
         cache: Where decoded training and validation images live, one of `image_loaders.CACHES`.
             Test images are read once and never cached.
@@ -63,6 +66,8 @@ class RunSettings:
     augmentation: Augmentation = field(default_factory=Augmentation)
     image_options: ImageOptions = field(default_factory=ImageOptions)
     data_format: str = "auto"
+    val_fraction: float | None = None
+    class_order: str | None = None
     memory: str = "speed"
     cache: str = "auto"
     prefix_cache: bool = True

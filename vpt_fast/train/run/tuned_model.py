@@ -12,7 +12,8 @@ from torch import nn
 
 from vpt_fast import load_adapter
 from vpt_fast.adapter.files import CONFIG_FILE, read_config
-from vpt_fast.train.backbones import build as backbones
+from vpt_fast.adapter.hub.names import is_on_hub, local_folder
+from vpt_fast.backbones.build import data_config_of
 from vpt_fast.train.common.recipe import head_layers
 from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS, natural
 from vpt_fast.train.loop.fit_result import BEST, LAST
@@ -85,29 +86,34 @@ class TunedModel:
 
 
 def adapter_folder(path: Path) -> Path:
-    """Return the folder of a run's selected adapter; `path` itself if it holds no such folder."""
+    """Return the folder of a run's selected adapter; `path` itself if it holds no such folder.
+
+    An adapter on the Hub, `hf-hub:user/name`, is downloaded.
+    """
+    if is_on_hub(path):
+        return local_folder(path)
     candidates = (path, path / BEST, path / LAST)
-    return next((c for c in candidates if (c / CONFIG_FILE).is_file()), path)
+    found = next((c for c in candidates if (c / CONFIG_FILE).is_file()), None)
+    return local_folder(path) if found is None else found
 
 
 def load_tuned(adapter: Path, checkpoint: Path | None, device: torch.device) -> TunedModel:
     """Build the backbone of an adapter and load the adapter.
 
     Args:
-        adapter: Folder of an adapter, or the output folder of a run.
+        adapter: Folder of an adapter, the output folder of a run, or `hf-hub:user/name`.
         checkpoint: File with the backbone's weights; None takes timm's, or those of this package.
         device: Device of the model.
 
     Raises:
         FileNotFoundError: If there is no adapter or no checkpoint.
         ValueError: If the adapter is damaged, or is not for this backbone.
+        OSError: If the Hub cannot be reached.
     """
     folder = adapter_folder(adapter)
     config = read_config(folder)
-    net = load_adapter(backbones.backbone_of_adapter(config, checkpoint), folder)
-    inputs = {**backbones.data_config_of(net), **config["input"]}
+    net: Any = load_adapter(None, folder, checkpoint=checkpoint)
+    inputs = {**data_config_of(net), **config["input"]}
     num_classes = head_layers(net)[0].out_features
     multi_label = config.get("multi_label", False)
-    return TunedModel(
-        net.to(device).eval(), inputs, num_classes, config["class_names"], multi_label
-    )
+    return TunedModel(net.to(device), inputs, num_classes, config["class_names"], multi_label)

@@ -81,7 +81,7 @@ class SourceData:
             if name not in source.splits:
                 raise ValueError(
                     f"the data has no {name} split: a sweep chooses on val and tests once on test; "
-                    "split them off before"
+                    "split them off before (--val-fraction 0.2 does so for val)"
                 )
         self.source, self.loading = source, loading
         self.augmented = not loading.augmentation.no_aug

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from timm.utils import random_seed
 
+from vpt_fast.backbones import build as backbones
+from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.methods import Method
-from vpt_fast.train.backbones import build as backbones
-from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.train.common.class_weights import with_class_weights
 from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
@@ -27,6 +27,7 @@ from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.image_loaders import Loading, set_data_config
 from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.data.sources import open_source
+from vpt_fast.train.data.split import require_one_label
 from vpt_fast.train.demo.task import CLASS_NAMES, load_splits
 from vpt_fast.train.loop.epochs import check_patience
 from vpt_fast.train.sweep.data import ArrayData, SourceData, SweepData
@@ -46,6 +47,8 @@ class SweepPlan:
         candidates: Methods with their grids.
         directory: Folder of the data set; None takes the demo's digits and its backbone.
         data_format: Format of the data set, one of `sources.FORMATS`.
+        val_fraction, class_order: Validation split and order of classes, as `open_source` takes
+            them.
         model, checkpoint, pretrained, img_size: Backbone, as `RunSettings` has it.
         seeds: Seeds of the final runs.
         augmentation: Augmentation of training images.
@@ -59,6 +62,8 @@ class SweepPlan:
     candidates: tuple[Candidate, ...]
     directory: Path | None = None
     data_format: str = "auto"
+    val_fraction: float | None = None
+    class_order: str | None = None
     model: str = ""
     checkpoint: Path | None = None
     pretrained: bool = False
@@ -73,7 +78,9 @@ class SweepPlan:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that have to be equal for results to belong to one sweep."""
-        return {
+        # What is not given is left out, so that sweeps of earlier versions go on.
+        chosen = {"val_fraction": self.val_fraction, "class_order": self.class_order}
+        return {name: value for name, value in chosen.items() if value is not None} | {
             "data": "demo" if self.directory is None else self.directory.resolve().name,
             "format": self.data_format,
             "model": self.model,
@@ -189,13 +196,15 @@ def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepT
     if plan.directory is None:
         raise ValueError("the plan has no data")
     name, weights, model_args = backbones.resolve_name(plan.model, plan.checkpoint, plan.img_size)
-    source = open_source(plan.directory, plan.data_format)
-    classes = source.class_names
-    if source.multi_label:
-        raise ValueError(
-            f"a sweep compares top-1 accuracy, and {plan.directory} has several labels an image; "
-            "use train"
+    source = require_one_label(
+        open_source(
+            plan.directory,
+            plan.data_format,
+            val_fraction=plan.val_fraction,
+            class_order=plan.class_order,
         )
+    )
+    classes = source.class_names
     for one in plan.candidates:
         check_patience(one.recipe, validates=False)
         with_class_weights(one.recipe, source.splits["train"].labels, classes)

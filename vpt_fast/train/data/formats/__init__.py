@@ -1,1 +1,1 @@
-"""Formats of data sets on disk: class folders, VTAB-1k, FGVC json files, Hugging Face."""
+"""Formats of data sets on disk: how each is told, and how it is read."""

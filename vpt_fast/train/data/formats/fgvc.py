@@ -71,7 +71,8 @@ def read_fgvc(directory: Path, known: Sequence[str] | None = None) -> ImageSourc
                 f"({some(missing)}): labels are ranks among the ids of "
                 "all files together, and differ from ranks within this file"
             )
-    return ImageSource("fgvc", names, splits, warnings)
+    order = "known" if known is not None else "strings" if words else "numbers"
+    return ImageSource("fgvc", names, splits, warnings, class_order=order)
 
 
 def _read(path: Path) -> Pairs:

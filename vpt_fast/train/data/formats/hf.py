@@ -1,30 +1,40 @@
-"""Directories that Hugging Face `datasets` saved with `save_to_disk`.
+"""Data sets that Hugging Face `datasets` reads: saved ones, webdataset, imagefolder, parquet.
 
 The package is optional, and imported only here.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import math
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from vpt_fast.train.data.formats.labels import (
-    are_words,
-    consecutive,
-    name_of,
-    range_of,
-    short,
-    whole,
+from vpt_fast.train.data.formats.class_folders import is_hidden, is_image
+from vpt_fast.train.data.formats.class_lists import class_list
+from vpt_fast.train.data.formats.rows import (
+    Table,
+    image_column,
+    named_splits,
+    only,
+    source_of,
+    table_of,
 )
-from vpt_fast.train.data.images import SPLITS, SkippedImage
-from vpt_fast.train.data.pictures import as_picture, load_image, naming
-from vpt_fast.train.data.split import ImageSource, Split, check_classes, check_left
+from vpt_fast.train.data.images import SPLITS
+from vpt_fast.train.data.split import ImageSource
 
-_IMAGE_NAMES, _LABEL_NAMES = ("image", "img"), ("label", "labels")
+LOADERS = ("webdataset", "imagefolder", "parquet")
+"""Names of the loaders of `datasets`, which are the formats' names too."""
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_LABELS = ("label", "class", "target", "labels", "cls")
+"""Names of a label in a table, and in the .json of a webdataset's sample."""
+_PARTS = {name for names in SPLITS.values() for name in names} | {"data"}
+"""Folders that files of a data set may be in."""
+_MEMBERS = 20
+"""Members of an archive that are looked at to tell a webdataset's shard."""
 
 
 def is_hf(directory: Path) -> bool:
@@ -33,13 +43,49 @@ def is_hf(directory: Path) -> bool:
     return one or (directory / "dataset_dict.json").is_file()
 
 
-def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
-    """Read a saved DatasetDict, or a saved Dataset as the only split, train.
+def is_imagefolder(directory: Path) -> bool:
+    """Return whether the folder, or that of a split, has a file of metadata."""
+    return any(path.name in _METADATA for path in _files(directory, *_METADATA))
 
-    The image column is the one of type Image, the label column the one of type ClassLabel, whose
-    names become the class names; else the one called label, with whole numbers or with words. A
-    test split whose labels are all -1, which is how unlabelled ones are published, is left out with
-    a warning.
+
+def is_parquet(directory: Path) -> bool:
+    """Return whether the folder, or that of a split, has parquet files."""
+    return any(path.name not in _METADATA for path in _files(directory, ".parquet"))
+
+
+def is_webdataset(directory: Path) -> bool:
+    """Return whether the folder, or that of a split, has tar archives of samples."""
+    return any(is_shard(path) for path in _files(directory, ".tar"))
+
+
+def is_shard(path: Path) -> bool:
+    """Return whether a tar archive begins with a sample: an image, and a label beside it."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            names = [member.name for member in islice(archive, _MEMBERS) if member.isfile()]
+    except (tarfile.TarError, OSError):
+        return False
+    samples: dict[str, set[str]] = {}
+    for name in names:
+        folder, slash, file = name.rpartition("/")
+        key, _, end = file.partition(".")
+        samples.setdefault(folder + slash + key, set()).add(end.lower())
+    return any(
+        not ends.isdisjoint(("cls", "json")) and any(is_image(f"x.{end}") for end in ends)
+        for ends in samples.values()
+    )
+
+
+def _files(directory: Path, *ends: str) -> Iterator[Path]:
+    """Yield the files of a folder, and of the folders of its splits, whose names end so."""
+    folders = [directory, *(directory / name for name in sorted(_PARTS))]
+    for folder in filter(Path.is_dir, folders):
+        named = [f for f in folder.iterdir() if f.name.endswith(ends) and not is_hidden(f.name)]
+        yield from (path for path in sorted(named) if path.is_file())
+
+
+def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
+    """Read a saved DatasetDict, or a saved Dataset as the only split, train; see `source_of`.
 
     Args:
         directory: Folder that `save_to_disk` wrote.
@@ -49,127 +95,111 @@ def read_hf(directory: Path, known: Sequence[str] | None = None) -> ImageSource:
         ValueError: If `datasets` is not installed, a column is missing or several could be meant,
             or nothing usable is left.
     """
+    loaded: Any = _datasets(directory).load_from_disk(str(directory))
+    parts = dict(loaded.items()) if hasattr(loaded, "items") else {"train": loaded}
+    tables = {
+        split: table_of(rows, f"{directory} {split}")
+        for split, rows in named_splits(parts, str(directory)).items()
+    }
+    return source_of("hf", str(directory), tables, known)
+
+
+def read_with_loader(
+    directory: Path, format: str, known: Sequence[str] | None = None
+) -> ImageSource:
+    """Read a folder with one of the loaders of `datasets`, which finds its splits by its names.
+
+    Rows of webdataset and parquet are copied to the cache of `datasets`, once.
+
+    Args:
+        directory: Folder of the files.
+        format: One of `LOADERS`.
+        known: Class names of a trained model, which then define the labels.
+
+    Raises:
+        ValueError: If `datasets` is not installed or cannot read the files, a column is missing or
+            several could be meant, or nothing usable is left.
+    """
+    datasets = _datasets(directory)
+    if format == "webdataset":
+        _check_complete(directory)
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
+        loaded: Any = datasets.load_dataset(format, data_dir=str(directory))
+    except Exception as error:  # loaders raise nearly anything on damaged files
+        reason = error.__cause__ or error
+        text = " ".join(str(reason).split()) or type(reason).__name__
+        raise ValueError(f"{directory} cannot be read as {format}: {text}") from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    tables = {}
+    for split, rows in named_splits(dict(loaded.items()), str(directory)).items():
+        where = f"{directory} {split}"
+        if format == "webdataset":
+            tables[split] = _shards(rows, where)
+        else:
+            found = table_of(rows, where, _LABELS)
+            names = _paths(rows, found.image, where) if format == "imagefolder" else None
+            tables[split] = replace(found, labels=_whole(found.labels), names=names)
+    return source_of(format, str(directory), tables, known, class_list(directory))
+
+
+def _check_complete(directory: Path) -> None:
+    """Refuse archives that were cut off, of which readers take what is left without a word.
+
+    Raises:
+        ValueError: If one lacks the two empty blocks that an archive ends with.
+    """
+    for path in _files(directory, ".tar"):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - 2 * tarfile.BLOCKSIZE))
+            whole = size % tarfile.BLOCKSIZE == 0 and not any(file.read())
+        if not whole:
+            raise ValueError(f"{path} has no end of a tar archive: it was cut off; copy it again")
+
+
+def _datasets(directory: Path) -> Any:
+    try:
+        import datasets
     except ImportError as error:
         raise ValueError(
-            f"{directory} was saved by Hugging Face datasets, which is not installed: "
+            f"{directory} is read by Hugging Face datasets, which is not installed: "
             "pip install datasets"
         ) from error
-    loaded: Any = datasets.load_from_disk(str(directory))
-    parts = dict(loaded.items()) if hasattr(loaded, "items") else {"train": loaded}
-    found = {
-        split: next((parts[name] for name in names if name in parts), None)
-        for split, names in SPLITS.items()
-    }
-    present = {split: rows for split, rows in found.items() if rows is not None}
-    if not present:
-        raise ValueError(f"{directory} has the splits {', '.join(parts)}; one must be train")
-    columns = {split: _columns(rows, f"{directory} {split}") for split, rows in present.items()}
-    labels = {split: list(rows[columns[split][1]]) for split, rows in present.items()}
-    first = next(iter(present))
-    feature = present[first].features[columns[first][1]]
-    own = getattr(feature, "names", None)
-    every = [label for some in labels.values() for label in some]
-    words = own is None and are_words(every)
-    if words:
-        own = sorted({name for label in every if (name := name_of(label, True)) is not None})
-    own = consecutive(every) if own is None else own
-    names = list(own) if known is None else list(known)
-    rank = {name: label for label, name in enumerate(names)}
-    splits, warnings = {}, []
-    for split, rows in present.items():
-        if split == "test" and all(label == -1 for label in labels[split]):
-            warnings.append(f"{directory} test has no labels (all are -1): it is left out")
-            continue
-        where = f"{directory} {split}"
-        mine = getattr(rows.features[columns[split][1]], "names", None) or own
-        given = [name_of(label, True) for label in labels[split]] if words else None
-        column = columns[split][0]
-        splits[split] = _split(rows, column, labels[split], given, mine, rank, where)
-    refused = [item for split in splits.values() for item in split.refused]
-    return ImageSource("hf", check_classes(names, str(directory), refused), splits, warnings)
+    return datasets
 
 
-def _columns(rows: Any, where: str) -> tuple[str, str]:
-    """Return the names of the image column and of the label column."""
-    kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
-    image = _only([n for n, kind in kinds.items() if kind == "Image"], _IMAGE_NAMES, "image", where)
-    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
-    labels = labels or [name for name in kinds if name in _LABEL_NAMES]
-    return image, _only(labels, _LABEL_NAMES, "label", where)
+def _paths(rows: Any, column: str, where: str) -> list[str]:
+    """Return the paths of images that are files, by which they are known in messages."""
+    kind = type(rows.features[column])
+    stored = rows.select_columns(column).cast_column(column, kind(decode=False))
+    paths = [None if image is None else image["path"] for image in stored[column]]
+    return [path or f"{where} row {row}" for row, path in enumerate(paths)]
 
 
-def _only(found: list[str], usual: Sequence[str], what: str, where: str) -> str:
-    if len(found) != 1:
-        usually = [name for name in found if name in usual]
-        if len(usually) == 1:
-            return usually[0]
-        raise ValueError(
-            f"{where} has {len(found)} {what} columns ({', '.join(found) or 'none'}); "
-            f"rename the one that is meant to {usual[0]!r} with rename_column and save it again"
-        )
-    return found[0]
+def _shards(rows: Any, where: str) -> Table:
+    """Return the table of a webdataset: its labels are in .cls, or in .json under a usual name."""
+    names = [f"{url}/{key}" for url, key in zip(rows["__url__"], rows["__key__"], strict=True)]
+    if "cls" in rows.features:
+        labels = list(rows["cls"])
+    elif isinstance(rows.features.get("json"), dict):
+        fields = [name for name in rows.features["json"] if name in _LABELS]
+        field = only(fields, _LABELS[:1], "label", f"{where} .json", "keep one of them")
+        labels = [None if content is None else content[field] for content in rows["json"]]
+    else:
+        raise ValueError(f"{where} has neither .cls nor .json with a label in its samples")
+    image = image_column(rows, where, "keep one image a sample")
+    return Table(rows, image, _whole(labels), None, names)
 
 
-def _split(
-    rows: Any,
-    column: str,
-    labels: list[Any],
-    words: list[str | None] | None,
-    own: Sequence[str],
-    rank: dict[str, int],
-    where: str,
-) -> Split:
-    chosen, mine, refused = [], [], []
-    for row, label in enumerate(labels):
-        name = words[row] if words is not None else _numbered(label, own)
-        if name in rank:
-            chosen.append(row)
-            mine.append(rank[name])
-            continue
-        where_row = f"{where} row {row}"
-        if name is not None:
-            reason = f"the model has no class {name!r}"
-        elif words is not None:
-            reason = f"label {short(label)} is no word"
-        else:
-            reason = f"label {short(label)} is out of range, {range_of(own, len(labels))}"
-        refused.append(SkippedImage(where_row, f"{where_row}: {reason}"))
-    names = [f"{where} row {row}" for row in chosen]
-    split = Split(mine, names, _RowLoader(rows, column, chosen, names), tuple(refused))
-    return check_left(split, where)
-
-
-def _numbered(label: Any, own: Sequence[str]) -> str | None:
-    """Return the name of the class with that number, or None."""
-    number = whole(label)
-    return None if number is None or not 0 <= number < len(own) else own[number]
-
-
-class _RowLoader:
-    """Decoder of one row; not a closure, so that it can be pickled for worker processes."""
-
-    def __init__(self, rows: Any, column: str, indices: list[int], names: list[str]) -> None:
-        feature = rows.features[column]
-        self.mode: str | None = getattr(feature, "mode", None)
-        # Raw files: `datasets` always rotates images by their EXIF orientation when it decodes.
-        if getattr(feature, "decode", False):
-            rows = rows.cast_column(column, type(feature)(decode=False))
-        self.rows, self.column, self.indices, self.names = rows, column, indices, names
-
-    def __call__(self, index: int, channels: int, exif: bool = True) -> Image.Image:
-        name = self.names[index]
-        with naming(name):
-            found = self.rows[self.indices[index]][self.column]
-        if isinstance(found, dict):
-            content, path = found.get("bytes"), found.get("path")
-            file = io.BytesIO(content) if content is not None else path
-            found = file and load_image(file, channels, exif, name=name)
-        elif found is not None:
-            with naming(name):
-                found = as_picture(found, channels, exif)
-        if found is None:
-            raise ValueError(f"{name} cannot be decoded (the row has no image)")
-        image: Image.Image = found
-        return image.convert(self.mode).convert(image.mode) if self.mode else image
+def _whole(labels: Sequence[Any]) -> list[Any]:
+    """Return labels with whole numbers for the floats that a missing value makes of a column."""
+    return [
+        int(label)
+        if isinstance(label, float) and math.isfinite(label) and label % 1 == 0
+        else label
+        for label in labels
+    ]

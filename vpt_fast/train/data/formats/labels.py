@@ -86,7 +86,7 @@ def read_list(path: Path) -> list[tuple[int, str, str | None]]:
         ValueError: If the file is no text in UTF-8, UTF-16 or UTF-32.
     """
     found: list[tuple[int, str, str | None]] = []
-    for number, line in enumerate(re.split("\r\n|\r|\n", _text(path)), 1):
+    for number, line in enumerate(re.split("\r\n|\r|\n", read_text(path)), 1):
         image, label = _separated(line.strip())
         if not line.strip():
             continue
@@ -114,7 +114,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(
-            _text(path),
+            read_text(path),
             object_pairs_hook=Pairs,
             parse_int=lambda digits: int(digits) if len(digits) <= 18 else digits,
         )
@@ -122,7 +122,12 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no json file: {error}") from error
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the content of a text file, without a byte order mark.
+
+    Raises:
+        ValueError: If it is no text in UTF-8, UTF-16 or UTF-32.
+    """
     content = path.read_bytes()
     try:
         return content.decode(json.detect_encoding(content))

@@ -129,7 +129,8 @@ def read_vtab(
         warnings.append(f"no {LISTS['train']}: training on all of {WHOLE}, without validation")
     if "train" in splits and known is None:
         warnings += _empty_classes(files["train"], names, splits["train"])
-    return ImageSource("vtab", names, splits, warnings)
+    order = "known" if known is not None else "strings" if words else "numbers"
+    return ImageSource("vtab", names, splits, warnings, class_order=order)
 
 
 def _known(directory: Path, own: list[str], known: list[str], words: bool) -> list[str]:

@@ -14,9 +14,9 @@ from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import nn
 
-from vpt_fast import prompt_tune, remove_prompts
+from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, DEMO_MODEL
 from vpt_fast.methods import Method
-from vpt_fast.train.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, DEMO_MODEL
+from vpt_fast.tune import prompt_tune, remove_prompts
 
 DEMO_NAME = "vpt_fast_demo"
 """Name of the small backbone that this package ships."""
@@ -227,70 +227,6 @@ def weights_without_head(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return all weights but the head's, by name."""
     heads = _head_names(model)
     return {k: value for k, value in model.state_dict().items() if not k.startswith(heads)}
-
-
-def backbone_of_adapter(
-    config: Mapping[str, Any], checkpoint: str | Path | None = None
-) -> nn.Module:
-    """Build the plain backbone that an adapter was trained on.
-
-    Args:
-        config: Configuration that `vpt_fast.adapter.files.read_config` returns.
-        checkpoint: File with the backbone's weights; None takes those that the adapter was trained
-            on, from the hub, folder or list of timm's that they came from.
-
-    Raises:
-        ValueError: If `create_backbone` refuses, or the adapter was trained on a checkpoint file
-            and `checkpoint` is None.
-        FileNotFoundError: If there is no file `checkpoint`.
-    """
-    model = config["model"]
-    stored = model.get("checkpoint")
-    if checkpoint is None and stored == DEMO_CHECKPOINT.name:
-        checkpoint = DEMO_CHECKPOINT
-    if checkpoint is None and stored:
-        raise ValueError(
-            f"this adapter was trained on the weights in {stored}; pass --checkpoint with its path"
-        )
-    name, tag, source = (model.get(key) for key in ("name", "pretrained_tag", "source"))
-    if checkpoint is None and source is not None:
-        name, tag = source, None
-    if name is None:
-        raise ValueError(
-            "this adapter's model has no name that timm knows; build it and call load_adapter"
-        )
-    if checkpoint is None and tag and "." not in name:
-        name = f"{name}.{tag}"
-    args = dict(model.get("args") or {})
-    num_classes = args.pop("num_classes", None) or len(config["class_names"] or [])
-    if name != source:
-        _check_shapes(name, num_classes, args, config["fingerprint"])
-    return create_backbone(
-        name,
-        num_classes,
-        pretrained=checkpoint is None,
-        checkpoint=checkpoint,
-        model_args=args,
-    )
-
-
-def _check_shapes(
-    name: str, num_classes: int, args: Mapping[str, Any], expected: Mapping[str, Any]
-) -> None:
-    """Raise ValueError, before allocating, if the model's weights have unexpected shapes."""
-    check_model_name(name)
-    with torch.device("meta"):
-        try:
-            model: nn.Module = timm.create_model(name, num_classes=num_classes, **args)
-        except Exception as error:
-            raise ValueError(f"timm.create_model({name!r}) failed: {error}") from error
-    own = {key: list(value.shape) for key, value in model.state_dict().items()}
-    for key, summary in expected.items():
-        if own.get(key) != summary["shape"]:
-            raise ValueError(
-                f"this adapter contradicts itself: timm's {name} with its arguments has {key} of "
-                f"shape {own.get(key)}, its fingerprint {summary['shape']}"
-            )
 
 
 def data_config_of(model: nn.Module) -> dict[str, Any]:

@@ -44,7 +44,7 @@ DEMO_ARGS: dict[str, Any] = {
 }
 """Arguments of `timm.create_model`, as JSON can hold them, next to `num_classes`."""
 
-DEMO_CHECKPOINT = Path(__file__).resolve().parents[2] / "assets" / "demo_vit.safetensors"
+DEMO_CHECKPOINT = Path(__file__).resolve().parents[1] / "assets" / "demo_vit.safetensors"
 """File of the shipped weights."""
 
 

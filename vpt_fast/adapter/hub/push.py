@@ -1,0 +1,70 @@
+"""Push an adapter to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+
+from vpt_fast.adapter.files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FINGERPRINT_FILE,
+    TENSORS_FILE,
+    read_adapter,
+)
+from vpt_fast.adapter.hub.card import PLACE, write_card
+from vpt_fast.adapter.hub.names import local_folder, repository
+
+
+def push_adapter(
+    directory: str | os.PathLike[str],
+    name: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Upload a saved adapter to a repository of the Hub, which is created if it is missing.
+
+    The folder's model card goes with it, with the repository's name in its example; an adapter
+    without one (of an earlier version) is given one.
+
+    Args:
+        directory: Folder that `save_adapter` wrote.
+        name: Repository, "user/name"; a branch may follow, "user/name@branch".
+        private: Whether a new repository is private; None takes the account's default.
+        token: Token of the Hub; None takes the one that `hf auth login` stored.
+        message: Message of the commit.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        FileNotFoundError: If there is no adapter.
+        ValueError: If the adapter is damaged, or the name is no repository's.
+        OSError: If the Hub refuses or cannot be reached.
+    """
+    repo, branch = repository(name)
+    folder = local_folder(directory)
+    read_adapter(folder)
+    if not (folder / CARD_FILE).is_file():
+        write_card(folder)
+    card = (folder / CARD_FILE).read_text(encoding="utf-8").replace(PLACE, f"hf-hub:{repo}")
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    files = [
+        CommitOperationAdd(path, str(folder / path))
+        for path in (CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE)
+        if (folder / path).is_file()
+    ]
+    files.append(CommitOperationAdd(CARD_FILE, card.encode()))
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if branch is not None:
+            api.create_branch(repo, branch=branch, exist_ok=True)
+        text = message or f"Upload adapter {folder.resolve().name}"
+        commit = api.create_commit(repo, files, commit_message=text, revision=branch)
+    except Exception as error:  # its client raises what its transports raise
+        first = str(error).strip().partition("\n")[0]
+        raise OSError(f"{repo} cannot be pushed to the Hub: {first}") from error
+    return str(commit.commit_url)

@@ -1,0 +1,1 @@
+"""Several adapters on one model: one is active, the others wait beside it."""

@@ -1,0 +1,1 @@
+"""What tuned models meet outside of this package: wrappers, and tracers of torch.fx."""
