@@ -60,6 +60,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         _wrong("class_names", names, f"{classes} names, one for each class")
     _check_input(config["input"])
     _check_summaries("fingerprint", config["fingerprint"])
+    if not isinstance(config.get("multi_label", False), bool):
+        _wrong("multi_label", config["multi_label"], "true or false")
     started = config.get("initialised")
     if started is not None and not (isinstance(started, dict) and _is_count(started.get("images"))):
         _wrong("initialised", started, "an object with a number of images")

@@ -122,6 +122,7 @@ def tuned_by(
     check_tensors(tensors, known, needed, directory / TENSORS_FILE)
     tuned: Any = apply_method(model, method, family, memory, cuda_graphs)
     tuned.tune_record.inputs = config["input"]
+    tuned.tune_record.multi_label = config.get("multi_label", False)
     tuned.tune_record.initialised = config.get("initialised")
     try:
         _fill(tuned, tensors)

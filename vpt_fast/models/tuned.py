@@ -47,6 +47,7 @@ class TuneRecord:
         graphs: CUDA graphs of the blocks; None without `cuda_graphs`. Copies start without any.
         inputs: Image preprocessing of the adapter that was loaded, if any.
         initialised: What prompts were initialised from, {"images": number}, or None.
+        multi_label: Whether the adapter that was loaded answers with several labels an image.
     """
 
     method: Method
@@ -58,6 +59,7 @@ class TuneRecord:
     graphs: BlockGraphs | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     initialised: Mapping[str, int] | None = None
+    multi_label: bool = False
 
 
 class Tuned(nn.Module):

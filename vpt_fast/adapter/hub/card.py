@@ -72,7 +72,7 @@ def card_text(
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"```python\n{_loading(model)}\n```\n\n"
+        f"```python\n{_loading(config)}\n```\n\n"
         "It holds what was trained, nothing of the backbone; "
         f"{', '.join(f'{k} {v}' for k, v in config['versions'].items())}.\n"
     )
@@ -90,14 +90,15 @@ def write_card(directory: Path, **options: Any) -> None:
     (directory / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _loading(model: Mapping[str, Any]) -> str:
-    own = model.get("checkpoint")
+def _loading(config: Mapping[str, Any]) -> str:
+    own = config["model"].get("checkpoint")
+    call = "sigmoid()" if config.get("multi_label") else "softmax(-1)"
     weights = f', checkpoint="path/of/{own}"' if own and own != DEMO_CHECKPOINT.name else ""
     return (
         "import timm, vpt_fast\n"
         f'model = vpt_fast.load_adapter(None, "{PLACE}"{weights})\n'
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-        "probabilities = model(transform(image)[None]).softmax(-1)  # image: PIL's, in RGB"
+        f"probabilities = model(transform(image)[None]).{call}  # image: PIL's, in RGB"
     )
 
 
