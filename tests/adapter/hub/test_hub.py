@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import hub as stand_in
+from support.adapters import hub as stand_in
 from support.formulations.plain import redraw_prompts
 
 import vpt_fast
