@@ -67,7 +67,7 @@ class Tuned(nn.Module):
 
     plain_class: ClassVar[type[nn.Module]]
     tune_record: TuneRecord
-    adapters: Any
+    tune_adapters: Any
 
     def trained_modules(self) -> list[nn.Module]:
         """Return the modules that follow `train()`: those that the method added, and the head."""
@@ -110,8 +110,8 @@ class Tuned(nn.Module):
         """Convert all tensors, as `to`, `half`, `cuda` and their like do."""
         self._forget()
         super()._apply(*args, **kwargs)
-        if "adapters" in vars(self):
-            self.adapters.convert(*args, **kwargs)
+        if "tune_adapters" in vars(self):
+            self.tune_adapters.convert(*args, **kwargs)
         return self
 
     def _forget(self) -> None:
@@ -185,6 +185,11 @@ def is_added(name: str, part: nn.Module) -> bool:
 def is_tuned(model: Any) -> bool:
     """Return whether `model` is tuned."""
     return isinstance(model, Tuned)
+
+
+def is_disabled(model: Any) -> bool:
+    """Return whether the adapters of `model` are disabled; not those of a copy of it."""
+    return isinstance(model, nn.Module) and vars(model).get("tune_adapters") == id(model)
 
 
 def blocks_of(model: Any) -> list[Any]:
