@@ -31,12 +31,14 @@ class Adapters:
         active: Name of the active one.
         heads: The base model's classifiers.
         displaced: The backbone's parameters in place of which the active one has its own.
+        known: Names of the parameters that the base model had when it was tuned.
         others: Those that wait, by name.
     """
 
     active: str
     heads: Heads
     displaced: Parameters
+    known: frozenset[str]
     others: dict[str, Aside] = field(default_factory=dict)
 
     def leave(self, model: Any, family: Family, shares: bool = True) -> Aside:
@@ -51,12 +53,11 @@ class Adapters:
             ValueError: If the active adapter trains what all adapters would share, or one of its
                 parameters is not in the model any more. Nothing has changed then.
         """
-        known = model.tune_record.requires_grad
         aside = set_aside(model, family, self.displaced, self.heads)
         self.displaced = {}
         if shares and any(p.requires_grad for p in model.parameters()):
             named = model.named_parameters()
-            trained = [name for name, p in named if p.requires_grad and name in known]
+            trained = [name for name, p in named if p.requires_grad and name in self.known]
             if trained:
                 method = aside.record.method
                 self.displaced = take_up(model, family, aside)
@@ -114,6 +115,7 @@ def adapters_of(model: Any) -> Adapters:
     if found is None:
         # Made under inference_mode, tensors could not serve training later.
         with torch.inference_mode(False), torch.no_grad():
-            found = Adapters(FIRST, base_heads(model), base_parameters(model))
+            known = frozenset(model.tune_record.requires_grad)
+            found = Adapters(FIRST, base_heads(model), base_parameters(model), known)
         model.tune_adapters = found
     return found

@@ -224,6 +224,7 @@ def _base_model(model: Any, adapters: Adapters, family: Any) -> Iterator[None]:
     try:
         aside = adapters.leave(model, family)
         del model.tune_adapters
+        flags += [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             yield
         finally:
