@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vpt_fast.cli.common import accuracy, one_line_errors, report_skipped
-from vpt_fast.cli.options import Adapter, AmpDtype, Checkpoint, Device, Workers
-from vpt_fast.train.common.recipe import Recipe
-from vpt_fast.train.data import images as data
-from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS
-from vpt_fast.train.data.image_loaders import folder_loader
-from vpt_fast.train.data.pictures import reading
-from vpt_fast.train.data.sources import FORMATS, check_format, open_source
-from vpt_fast.train.data.split import ImageSource, SplitImages
-from vpt_fast.train.loop.evaluate import evaluate, resolve_device
-from vpt_fast.train.run.tuned_model import TunedModel, load_tuned
+from vpt_fast.cli.common import one_line_errors
+from vpt_fast.cli.options import (
+    Adapter,
+    AmpDtype,
+    Checkpoint,
+    DataFormat,
+    Device,
+    SplitName,
+    Workers,
+)
+from vpt_fast.cli.usage.groups import DATA, SPEED
+from vpt_fast.cli.usage.spellings import spelling
+from vpt_fast.train.common.names import CLASS_ORDERS
 
 
 def evaluate_adapter(
@@ -32,22 +33,27 @@ def evaluate_adapter(
         ),
     ],
     checkpoint: Checkpoint = None,
-    split: Annotated[
-        str | None, typer.Option(help="test, val or train; by default test, else val.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 64,
-    data_format: Annotated[
-        str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")
-    ] = "auto",
+    split: SplitName = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, rich_help_panel=SPEED)
+    ] = 64,
+    data_format: DataFormat = "auto",
     class_order: Annotated[
         str | None,
         typer.Option(
             help=f"{', '.join(CLASS_ORDERS)}: how the classes of an adapter that does not name "
-            "them were sorted; class10 comes before class2 as a string."
+            "them were sorted; class10 comes before class2 as a string.",
+            callback=spelling(CLASS_ORDERS),
+            rich_help_panel=DATA,
         ),
     ] = None,
     no_antialias: Annotated[
-        bool, typer.Option("--no-antialias", help="Resize as training with this option did.")
+        bool,
+        typer.Option(
+            "--no-antialias",
+            help="Resize as training with this option did.",
+            rich_help_panel=DATA,
+        ),
     ] = False,
     amp_dtype: AmpDtype = "float32",
     workers: Workers = None,
@@ -55,88 +61,10 @@ def evaluate_adapter(
 ) -> None:
     """Evaluate an adapter on a folder of images."""
     with one_line_errors():
-        where = resolve_device(device)
-        dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
-        format = check_format(directory, data_format)
-        name, folder = split or "", directory
-        if format == "folders":
-            name, folder = _eval_folder(directory, split)
-        loaded = load_tuned(adapter, checkpoint, where)
-        transform = data.eval_transform({**loaded.inputs, "antialias": not no_antialias})
-        if format == "folders":
-            evaluated = _of_folder(name, folder, loaded, transform, class_order)
-        else:
-            evaluated = _of_source(directory, format, split, loaded, transform, class_order)
-        for line in evaluated.warnings:
-            typer.echo(f"warning: {line}", err=True)
-        batches = folder_loader(evaluated.images, batch_size, where, workers)
-        result = evaluate(loaded.net, batches, amp_dtype=dtype)
-        typer.echo(accuracy(evaluated.name, result))
-        report_skipped((*evaluated.refused, *result.skipped))
+        from vpt_fast.cli.work import eval as work
 
-
-@dataclass(frozen=True)
-class _Evaluated:
-    """Images to evaluate on: name of the split, data set, refused entries and warnings."""
-
-    name: str
-    images: Any
-    refused: tuple[data.SkippedImage, ...]
-    warnings: list[str]
-
-
-def _of_folder(
-    name: str, folder: Path, loaded: TunedModel, transform: data.Transform, order: str | None
-) -> _Evaluated:
-    """Return the images in class folders, with labels in the order of the adapter's outputs."""
-    options = reading(loaded.inputs)
-    images = data.ImageFolders(folder, transform, loaded.class_names, **options)
-    classes = loaded.class_order(folder, images.classes, order)
-    if classes != images.classes:
-        images = data.ImageFolders(folder, transform, classes, **options)
-    return _Evaluated(name, images, (), images.warnings)
-
-
-def _of_source(
-    directory: Path,
-    format: str,
-    split: str | None,
-    loaded: TunedModel,
-    transform: data.Transform,
-    order: str | None,
-) -> _Evaluated:
-    """Return the images of a split, with labels in the order of the adapter's outputs."""
-    source = open_source(directory, format, loaded.class_names)
-    classes = loaded.class_order(directory, source.class_names, order)
-    if classes != source.class_names:
-        source = open_source(directory, format, classes)
-    name = _eval_split(source, directory, split)
-    found = source.splits[name]
-    images = SplitImages(found, transform, source.class_names, **reading(loaded.inputs))
-    return _Evaluated(name, images, found.refused, source.warnings)
-
-
-def _eval_split(source: ImageSource, directory: Path, split: str | None) -> str:
-    if split is not None and split not in data.SPLITS:
-        raise ValueError(f"--split is {split!r}; choose one of {', '.join(data.SPLITS)}")
-    for name in ("test", "val") if split is None else (split,):
-        if name in source.splits:
-            return name
-    there = ", ".join(source.splits)
-    raise FileNotFoundError(f"{directory} has no {split or 'test or val'} split; it has {there}")
-
-
-def _eval_folder(directory: Path, split: str | None) -> tuple[str, Path]:
-    if split is not None:
-        if split not in data.SPLITS:
-            raise ValueError(f"--split is {split!r}; choose one of {', '.join(data.SPLITS)}")
-        return split, data.require_split(directory, split)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"there is no data folder {directory}")
-    for name in ("test", "val"):
-        folder = data.find_split(directory, name)
-        if folder is not None:
-            return name, folder
-    if data.find_split(directory, "train") is not None:
-        raise FileNotFoundError(f"{directory} has no test/ or val/; --split train takes train/")
-    return directory.name, directory
+        where = work.resolve_device(device)
+        dtype = work.Recipe(amp_dtype=work.resolve_amp_dtype(amp_dtype, where)).autocast_dtype
+        asked = work.Asked(directory, data_format, split, class_order, not no_antialias)
+        loaded, evaluated = work.load(adapter, checkpoint, where, asked)
+        work.evaluate_images(loaded, evaluated, where, dtype, batch_size, workers)

@@ -7,19 +7,37 @@ from typing import Annotated
 
 import typer
 
-from vpt_fast.methods import INITS, METHODS
-from vpt_fast.ops.memory_modes import MEMORY_MODES
-from vpt_fast.train.common.paper_settings import PAPERS
-from vpt_fast.train.common.recipe import (
-    AMP_DTYPES,
-    DEFAULT_LR,
-    OPTIMIZERS,
-    SGD_LR_WITHOUT_WARMUP,
+from vpt_fast.cli.usage import spellings
+from vpt_fast.cli.usage.groups import (
+    AUGMENTATION,
+    BACKBONE,
+    DATA,
+    METHOD,
+    OPTIMISATION,
+    OUTPUT,
+    SPEED,
 )
-from vpt_fast.train.data.image_options import INTERPOLATIONS, NORMALISATIONS
-from vpt_fast.train.data.sources import FORMATS
+from vpt_fast.cli.usage.spellings import spelling
+from vpt_fast.methods import NAMES, method_names
+from vpt_fast.ops.memory_modes import MEMORY_MODES
+from vpt_fast.train.common.names import (
+    AMP_DTYPES,
+    AUTO,
+    CACHES,
+    FORMATS,
+    INTERPOLATIONS,
+    NORMALISATIONS,
+    OPTIMIZERS,
+    RESIZES,
+    SIXTEEN_BIT,
+    SPLITS,
+)
+from vpt_fast.train.common.paper_settings import PAPERS
+from vpt_fast.train.data.augmentation import CROPS
 
 MODEL = "vit_base_patch16_224.orig_in21k"
+
+DTYPES = (*AMP_DTYPES, AUTO, SIXTEEN_BIT)
 
 Adapter = Annotated[
     Path,
@@ -30,11 +48,16 @@ Checkpoint = Annotated[
     typer.Option(
         metavar="FILE",
         help="File with the backbone's weights (.safetensors, or what torch.save wrote).",
+        rich_help_panel=BACKBONE,
     ),
 ]
 Device = Annotated[
     str,
-    typer.Option(help="auto, cpu, cuda or cuda:<index>; auto takes a GPU if there is one."),
+    typer.Option(
+        help="auto, cpu, cuda or cuda:<index>; auto takes a GPU if there is one.",
+        callback=spellings.device,
+        rich_help_panel=SPEED,
+    ),
 ]
 Workers = Annotated[
     int | None,
@@ -42,126 +65,186 @@ Workers = Annotated[
         "--workers",
         "-j",
         help="Processes that load images; by default 0 on the CPU and up to 4 with a GPU.",
+        rich_help_panel=SPEED,
     ),
 ]
 AmpDtype = Annotated[
-    str, typer.Option(help=f"Type that torch.autocast computes in: {', '.join(AMP_DTYPES)}.")
+    str,
+    typer.Option(
+        help=f"Type that torch.autocast computes in: {', '.join(AMP_DTYPES)}; {SIXTEEN_BIT}, or "
+        "--amp, takes the device's own of 16 bits.",
+        callback=spelling(DTYPES, spellings.DTYPES),
+        rich_help_panel=SPEED,
+    ),
 ]
 Model = Annotated[
     str,
     typer.Option(
         help="timm's name of a vision transformer, with or without a tag; or vpt_fast_demo, "
-        "the small one for 32 x 32 pixels that comes with this package."
+        "the small one for 32 x 32 pixels that comes with this package.",
+        callback=spellings.model,
+        rich_help_panel=BACKBONE,
     ),
 ]
 Pretrained = Annotated[
-    bool, typer.Option("--pretrained", help="Download timm's weights of the model.")
+    bool,
+    typer.Option(
+        "--pretrained", help="Download timm's weights of the model.", rich_help_panel=BACKBONE
+    ),
 ]
 ImgSize = Annotated[
-    int | None, typer.Option(min=1, help="Image size in pixels; by default the model's.")
+    int | None,
+    typer.Option(
+        min=1, help="Image size in pixels; by default the model's.", rich_help_panel=BACKBONE
+    ),
 ]
 PaperName = Annotated[
     str | None,
     typer.Option(
         help=f"The settings of a paper: {', '.join(PAPERS)}. Prompt dropout, batch size, "
-        "resizing and augmentation, where they are not given."
+        "resizing and augmentation, where they are not given.",
+        callback=spelling(PAPERS),
+        rich_help_panel=OPTIMISATION,
     ),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", "-b", help="Images per step; by default 64, or --recipe's."),
+    typer.Option(
+        "--batch-size",
+        "-b",
+        help="Images per step; by default 64, or --recipe's.",
+        rich_help_panel=OPTIMISATION,
+    ),
 ]
 Opt = Annotated[
     str | None,
     typer.Option(
         help=f"{', '.join(OPTIMIZERS)}; by default adamw for full, partial, bias and adapter, "
-        "and sgd for the others, as in the papers."
+        "and sgd for the others, as in the papers.",
+        callback=spelling(OPTIMIZERS),
+        rich_help_panel=OPTIMISATION,
     ),
 ]
 Scale = Annotated[
     tuple[float, float],
-    typer.Option(metavar="LOW HIGH", help="Part of the area that random crops keep."),
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Part of the area that random crops keep.",
+        rich_help_panel=AUGMENTATION,
+    ),
 ]
-HFlip = Annotated[float, typer.Option(help="Probability of a horizontal flip.")]
+HFlip = Annotated[
+    float, typer.Option(help="Probability of a horizontal flip.", rich_help_panel=AUGMENTATION)
+]
 NoAug = Annotated[
     bool,
     typer.Option(
         "--no-aug",
         help="No augmentation: resize and crop the centre. What enters the first block that is "
         "trained or has prompts is then computed once per image.",
+        rich_help_panel=AUGMENTATION,
     ),
 ]
 CropKind = Annotated[
     str | None,
     typer.Option(
         help="Random crops: scaled, a part of the area, resized; or plain, the model's size, "
-        "out of the image as it is resized for evaluation. By default scaled."
+        "out of the image as it is resized for evaluation. By default scaled.",
+        callback=spelling(CROPS),
+        rich_help_panel=AUGMENTATION,
     ),
 ]
 Resize = Annotated[
     str | None,
     typer.Option(
         help="model, its own way; squash, both sides to the model's size; or crop, the "
-        "shorter side to 256 / 224 of it. By default model."
+        "shorter side to 256 / 224 of it. By default model.",
+        callback=spelling(RESIZES),
+        rich_help_panel=DATA,
     ),
 ]
-DataFormat = Annotated[str, typer.Option("--format", help=f"Of DIR: {', '.join(FORMATS)}.")]
-Interpolation = Annotated[str, typer.Option(help=f"Of resizing: {', '.join(INTERPOLATIONS)}.")]
-Normalisation = Annotated[str, typer.Option(help=f"{', '.join(NORMALISATIONS)}.")]
+DataFormat = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help=f"Of DIR: {', '.join(FORMATS)}.",
+        callback=spelling(FORMATS, spellings.FORMATS),
+        rich_help_panel=DATA,
+    ),
+]
+Interpolation = Annotated[
+    str,
+    typer.Option(
+        help=f"Of resizing: {', '.join(INTERPOLATIONS)}.",
+        callback=spelling(INTERPOLATIONS),
+        rich_help_panel=DATA,
+    ),
+]
+Normalisation = Annotated[
+    str,
+    typer.Option(
+        help=f"{', '.join(NORMALISATIONS)}.",
+        callback=spelling(NORMALISATIONS),
+        rich_help_panel=DATA,
+    ),
+]
 NoExif = Annotated[
     bool,
     typer.Option(
         "--no-exif",
         help="Take images as they are stored, as timm does; by default they are turned as their "
         "EXIF orientation says. The adapter records it, and the other commands keep to that.",
+        rich_help_panel=DATA,
     ),
 ]
 Cache = Annotated[
     str,
     typer.Option(
         help="Training and validation images are decoded once and kept (memory) or again in "
-        "every epoch (stream); auto keeps up to 1 GiB of each."
+        "every epoch (stream); auto keeps up to 1 GiB of each.",
+        callback=spelling(CACHES),
+        rich_help_panel=SPEED,
     ),
 ]
 Memory = Annotated[
     str,
     typer.Option(
         help=f"What blocks save for backward, from fastest to smallest: "
-        f"{', '.join(MEMORY_MODES)}; `vpt-fast memory` shows how much."
+        f"{', '.join(MEMORY_MODES)}; `vpt-fast memory` shows how much.",
+        callback=spelling(MEMORY_MODES),
+        rich_help_panel=SPEED,
     ),
 ]
-
-# Of `train` alone.
-TrainingData = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DIR",
-        help="Folder with train/<class>/<image>, and if you have them val/ and test/; or a "
-        "VTAB-1k set, FGVC json files, or a saved Hugging Face dataset. With "
-        "val/ the epoch that is best on it is kept, without it the last one; test/ is "
-        "evaluated once, with the kept epoch.",
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace what an earlier run of this command wrote there.",
+        rich_help_panel=OUTPUT,
     ),
 ]
-Init = Annotated[
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help=f"Of weights and images: {', '.join(AMP_DTYPES)}.",
+        callback=spelling(AMP_DTYPES, spellings.DTYPES),
+    ),
+]
+SplitName = Annotated[
     str | None,
     typer.Option(
-        help=f"Initial prompts (vpt-deep): {', '.join(INITS)}; all but the first are made of "
-        "training images."
-    ),
-]
-Rewind = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="RUN",
-        help="Finished run of e2vpt: its least important prompts and pieces of prompts are pruned "
-        "(--set prune_tokens=0.2, prune_pieces=0.2), and the rest is trained again from the "
-        "initial values of this seed.",
+        "--split",
+        help="test, val or train; by default test, else val.",
+        callback=spelling(SPLITS, spellings.SPLITS),
+        rich_help_panel=DATA,
     ),
 ]
 MethodName = Annotated[
     str,
     typer.Option(
-        help=f"{', '.join(METHODS)}; one of an installed package, or package.module:Class."
+        help=f"{', '.join(NAMES)}; one of an installed package, or package.module:Class.",
+        callback=spelling(method_names, spellings.METHODS),
+        rich_help_panel=METHOD,
     ),
 ]
 Settings = Annotated[
@@ -170,86 +253,6 @@ Settings = Annotated[
         "--set",
         metavar="NAME=VALUE",
         help="Another field of the method, such as --set rank=4; repeat it for more.",
-    ),
-]
-NumPrompts = Annotated[int | None, typer.Option(help="Prompts (of each block); by default 10.")]
-Dropout = Annotated[float | None, typer.Option(help="Prompt dropout, in [0, 1); by default 0.")]
-Blocks = Annotated[
-    str | None,
-    typer.Option(help="Blocks that get prompts (vpt-deep), such as 9-11 or 0,6; by default all."),
-]
-NumBlocks = Annotated[
-    int | None, typer.Option(help="Last blocks that are trained (partial); by default 1.")
-]
-Reduction = Annotated[
-    int | None, typer.Option(help="Model width over the adapters' (adapter); by default 8.")
-]
-NumLayers = Annotated[
-    int | None, typer.Option(help="Layers of the classifier (mlp-head); by default 3.")
-]
-HiddenDim = Annotated[
-    int | None,
-    typer.Option(help="Hidden width: of the feature projector (vapt), or of mlp-head."),
-]
-Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
-LearningRate = Annotated[
-    float | None,
-    typer.Option(
-        help="Base learning rate as in the papers: multiplied by batch size / 256. By default "
-        + ", ".join(f"{value:g} ({name})" for name, value in DEFAULT_LR.items())
-        + f", {SGD_LR_WITHOUT_WARMUP:g} (sgd without warm-up); worth choosing on val/."
-    ),
-]
-WeightDecay = Annotated[float, typer.Option(help="For all that is trained but the head's bias.")]
-WarmupEpochs = Annotated[
-    int | None,
-    typer.Option(
-        help="Epochs of linear warm-up from 0; by default a tenth of --epochs, none of less "
-        "than ten."
-    ),
-]
-NoAntialias = Annotated[bool, typer.Option("--no-antialias", help="Resize without antialiasing.")]
-Schedule = Annotated[
-    str, typer.Option(help="The learning rate changes after each epoch, as published, or step.")
-]
-Accumulation = Annotated[
-    int, typer.Option(help="Parts that a batch is computed in, for less memory.")
-]
-TrainingAmpDtype = Annotated[
-    str,
-    typer.Option(
-        help=f"Type that torch.autocast computes in: {', '.join(AMP_DTYPES)}; what is trained "
-        "stays float32. By default auto, bfloat16 on a GPU that has it."
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Of initial values, order, augmentation and dropout.")]
-RunOutput = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="New folder for the adapters best/ and last/, metrics.csv and tensorboard/; by "
-        "default output/<DIR's name>-<method>.",
-    ),
-]
-CudaGraphs = Annotated[
-    bool | None,
-    typer.Option(
-        "--cuda-graphs/--no-cuda-graphs",
-        help="Replay a step's forward, loss and backward as one CUDA graph. By default on a "
-        "GPU with one process; where it cannot be done steps run as without, and a warning "
-        "says why.",
-    ),
-]
-CachePrefix = Annotated[
-    bool,
-    typer.Option(
-        help="With --no-aug: compute what enters the first block that is trained or has "
-        "prompts once per image."
-    ),
-]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume", help="Go on in --output after the last epoch that ended there, if any."
+        rich_help_panel=METHOD,
     ),
 ]

@@ -27,6 +27,7 @@ from vpt_fast.cli.options import (
     NoExif,
     Normalisation,
     Opt,
+    Overwrite,
     PaperName,
     Pretrained,
     Resize,
@@ -34,17 +35,17 @@ from vpt_fast.cli.options import (
     Settings,
     Workers,
 )
+from vpt_fast.cli.usage import spellings
+from vpt_fast.cli.usage.groups import METHOD, OPTIMISATION, OUTPUT, SPEED
+from vpt_fast.cli.usage.spellings import spelling
 from vpt_fast.extras import require_extra
-from vpt_fast.methods import METHODS
+from vpt_fast.methods import NAMES, method_names
 from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
     PROMPT_COUNTS,
     SEEDS,
     WEIGHT_DECAYS,
 )
-from vpt_fast.train.data.augmentation import Augmentation
-from vpt_fast.train.data.image_options import ImageOptions
-from vpt_fast.train.loop.evaluate import resolve_device
 
 
 def _listed(values: Iterable[float]) -> str:
@@ -59,7 +60,9 @@ SweepOutput = Annotated[
     typer.Option(
         metavar="FOLDER",
         help="Folder of the sweep: sweep.journal, sweep.csv, sweep.png and adapters/. The same "
-        "command with the same folder goes on, or shares the work.",
+        "command with the same folder goes on, or shares the work; with --overwrite it starts "
+        "again.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 SweepData = Annotated[
@@ -73,47 +76,66 @@ Preset = Annotated[
     str | None,
     typer.Option(
         help="demo: handwritten digits, the small model that comes with this package, seven "
-        "methods, three learning rates, five seeds."
+        "methods, three learning rates, five seeds.",
+        rich_help_panel=METHOD,
     ),
 ]
 Methods = Annotated[
-    str, typer.Option(help=f"With commas, of {', '.join(METHODS)}, or package.module:Class.")
+    str,
+    typer.Option(
+        help=f"With commas, of {', '.join(NAMES)}, or package.module:Class.",
+        callback=spellings.each(spelling(method_names, spellings.METHODS)),
+        rich_help_panel=METHOD,
+    ),
 ]
 LearningRates = Annotated[
     str | None,
     typer.Option(
         help="Base learning rates of methods that are trained with SGD, with commas; by "
-        f"default the papers' {_listed(LEARNING_RATES['sgd'])}."
+        f"default the papers' {_listed(LEARNING_RATES['sgd'])}.",
+        rich_help_panel=OPTIMISATION,
     ),
 ]
 AdamWLearningRates = Annotated[
     str | None,
     typer.Option(
-        help=f"The same for AdamW; by default the papers' {_listed(LEARNING_RATES['adamw'])}."
+        help=f"The same for AdamW; by default the papers' {_listed(LEARNING_RATES['adamw'])}.",
+        rich_help_panel=OPTIMISATION,
     ),
 ]
 WeightDecays = Annotated[
     str | None,
-    typer.Option(help=f"With commas; by default the papers' {_listed(WEIGHT_DECAYS)}."),
+    typer.Option(
+        help=f"With commas; by default the papers' {_listed(WEIGHT_DECAYS)}.",
+        rich_help_panel=OPTIMISATION,
+    ),
 ]
 PromptCounts = Annotated[
     str,
     typer.Option(
-        help=f"With commas; the papers have {_listed(PROMPT_COUNTS)}. Each is a factor of time."
+        help=f"With commas; the papers have {_listed(PROMPT_COUNTS)}. Each is a factor of time.",
+        rich_help_panel=METHOD,
     ),
 ]
 Seeds = Annotated[
     str,
-    typer.Option(help="Of the final runs, with commas; the first is that of the selection too."),
+    typer.Option(
+        help="Of the final runs, with commas; the first is that of the selection too.",
+        rich_help_panel=OPTIMISATION,
+    ),
 ]
 SweepEpochs = Annotated[
-    int | None, typer.Option(help="Of every run; by default 100, or the preset's 10.")
+    int | None,
+    typer.Option(
+        help="Of every run; by default 100, or the preset's 10.", rich_help_panel=OPTIMISATION
+    ),
 ]
 Processes = Annotated[
     int,
     typer.Option(
         help="Processes on this machine that share the runs and the CPU's threads. More can be "
-        "started at any time, here or on machines that see the folder."
+        "started at any time, here or on machines that see the folder.",
+        rich_help_panel=SPEED,
     ),
 ]
 
@@ -153,6 +175,7 @@ def sweep(
     processes: Processes = 1,
     workers: Workers = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare methods as the papers do: a grid chosen on val, final runs over seeds on test.
 
@@ -163,10 +186,9 @@ def sweep(
     """
     with one_line_errors():
         require_extra("sweep")
-        # Optuna and matplotlib take a second to import, which the other commands need not wait for.
-        from vpt_fast.cli import sweep_plan as plans
+        from vpt_fast.cli.work import sweep as plans
 
-        where = resolve_device(device)
+        where = plans.resolve_device(device)
         final_seeds = tuple(plans.values("seeds", seeds, int))
         if preset is not None:
             plans.check_preset(preset, directory, given_options(context))
@@ -176,19 +198,18 @@ def sweep(
             grid = plans.Grid(
                 methods, lrs, adamw_lrs, weight_decays, num_prompts, tuple(settings or ())
             )
+            amp_dtype = plans.resolve_amp_dtype(amp_dtype, where)
             runs = plans.Runs(recipe, epochs, batch_size, opt, amp_dtype)
             candidates, paper = plans.candidates(grid, runs, format)
             plan = plans.SweepPlan(
                 output=output, candidates=candidates, directory=data, data_format=format,
                 model=model, checkpoint=checkpoint, pretrained=pretrained, img_size=img_size,
                 seeds=final_seeds,
-                augmentation=Augmentation(
-                    scale, hflip, no_aug or not paper.augment, crops or paper.crops
-                ),
-                image_options=ImageOptions(
-                    interpolation, True, normalisation, resize or paper.resize, not no_exif
+                augmentation=plans.augmentation(paper, scale, hflip, no_aug, crops),
+                image_options=plans.image_options(
+                    paper, interpolation, True, normalisation, resize, not no_exif
                 ),
                 memory=memory, cache=cache, workers=workers, device=where,
             )  # fmt: skip
             title = f"{data.resolve().name}, {model}, {candidates[0].recipe.epochs} epochs"
-        plans.run(plan, processes, title)
+        plans.run(plan, processes, title, overwrite)

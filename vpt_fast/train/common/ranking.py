@@ -1,4 +1,4 @@
-"""Most probable classes of logits, by name."""
+"""Most probable classes of logits, by name, and their probabilities as text."""
 
 from __future__ import annotations
 
@@ -25,3 +25,14 @@ def most_probable(
     names = names_of(class_names, len(logits))
     probabilities, classes = logits.float().softmax(0).topk(min(topk, len(names)))
     return [(names[i], p) for i, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+
+
+def percent(probability: float, digits: int = 2) -> str:
+    """Return a probability in percent, and one that would be rounded to 0 as less than that.
+
+    Args:
+        probability: Probability, in [0, 1].
+        digits: Number of digits after the point.
+    """
+    text, nothing = f"{100 * probability:.{digits}f}%", f"{0:.{digits}f}%"
+    return f"< {10**-digits:.{digits}f}%" if text == nothing else text

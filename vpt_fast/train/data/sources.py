@@ -8,16 +8,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from vpt_fast.train.common.names import FORMATS, SPLITS
 from vpt_fast.train.data.formats.class_folders import class_names
 from vpt_fast.train.data.formats.fgvc import is_fgvc, read_fgvc
 from vpt_fast.train.data.formats.hf import is_hf, read_hf
 from vpt_fast.train.data.formats.vtab import is_vtab, read_vtab, vtab_folder
-from vpt_fast.train.data.images import SPLITS, ImageFolders, find_split, require_split
+from vpt_fast.train.data.images import ImageFolders, find_split, require_split
 from vpt_fast.train.data.overlaps import overlap_warnings
 from vpt_fast.train.data.split import ImageSource, split_of_files
-
-FORMATS = ("auto", "folders", "vtab", "vtab-1000", "fgvc", "hf")
-"""vtab trains on train800.txt with val200.txt, vtab-1000 on both without validation."""
 
 
 def open_source(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from timm.utils import random_seed
 from vpt_fast import prompt_tune, save_adapter
 from vpt_fast.train.backbones import build as backbones
 from vpt_fast.train.common.digest import digest
+from vpt_fast.train.common.metrics import FILE as METRICS
+from vpt_fast.train.common.output_folder import Output
 from vpt_fast.train.common.parallel import rank, world_size
 from vpt_fast.train.common.recipe import init_head
 from vpt_fast.train.data.image_loaders import Loading, folder_loader, set_data_config
@@ -67,8 +70,8 @@ def tune_on_folder(
         The folder of the selected adapter and the metrics.
 
     Raises:
-        FileExistsError: If the output folder is there and not empty, and `settings.resume` is off
-            or the folder holds no run.
+        FileExistsError: If the output folder is there and not empty, and holds no run or neither
+            `settings.resume` nor `settings.overwrite` is on.
         FileNotFoundError: If images or the checkpoint are missing.
         ValueError, TypeError: If anything else cannot be used; nothing is written then.
         TrainingError: If training cannot continue. Adapters of finished epochs stay.
@@ -78,13 +81,15 @@ def tune_on_folder(
     if rank():
         log = _ignore
     else:
-        _check_output(output, settings.resume)
-    was_empty = not _holds_something(output)
+        _check_output(settings)
     run = _prepare(settings, progress)
     if settings.resume and (output / CHECKPOINT).is_file():
         check_resumed(read_record(output), run.record)
     run.describe(log)
+    if settings.overwrite and not rank():
+        RUN.clear(output)
     output.mkdir(parents=True, exist_ok=True)
+    was_empty = RUN.is_free(output)
     if not (settings.resume and (output / CHECKPOINT).is_file()):
         initial_prompts(run.net, run.loaders["train"], log)
         if settings.rewind is not None:
@@ -274,21 +279,32 @@ def _ignore(line: str) -> None:
     """Drop a line of text: process 0 alone logs."""
 
 
-def _holds_something(folder: Path) -> bool:
-    """Return whether a folder holds more than a run that was killed at its start leaves there."""
-    started = f".{RECORD}."
-    return folder.is_dir() and any(not f.name.startswith(started) for f in folder.iterdir())
+def _is_run(folder: Path) -> bool:
+    return (folder / RECORD).is_file() or (folder / CHECKPOINT).is_file()
 
 
-def _check_output(output: Path, resume: bool) -> None:
-    if not output.exists() or (output.is_dir() and not _holds_something(output)):
-        return
-    if not resume:
-        raise FileExistsError(
-            f"the output folder {output} exists; choose another with --output, remove it, or go on "
-            "in it with --resume"
-        )
-    if not (output / RECORD).is_file() and not (output / CHECKPOINT).is_file():
+RUN = Output(
+    "train",
+    _is_run,
+    re.compile(f"{BEST}|{LAST}|tensorboard|{re.escape(METRICS)}|{RECORD}|{CHECKPOINT}"),
+    RECORD,
+    ", go on in it with --resume",
+)
+
+
+def _check_output(settings: RunSettings) -> None:
+    output = settings.output
+    if not settings.resume:
+        RUN.check(output, settings.overwrite)
+        rewound = settings.rewind
+        if rewound is not None and output.resolve() in (
+            rewound.resolve(),
+            *rewound.resolve().parents,
+        ):
+            raise ValueError(f"--rewind {rewound} is in --output, which is overwritten")
+    elif settings.overwrite:
+        raise ValueError("--resume goes on and --overwrite starts again; leave one out")
+    elif not RUN.is_free(output) and not _is_run(output):
         raise FileExistsError(
             f"the output folder {output} holds other files and no run that could go on; choose "
             "another with --output"

@@ -46,6 +46,7 @@ class RunSettings:
             on a GPU with one process. On the CPU they never are.
         workers: Number of processes that load images; None takes 0 on the CPU, up to 4 on a GPU.
         device: Device to train on.
+        overwrite: Whether an earlier run in `output` is replaced.
         resume: Whether to continue in `output` after the last epoch that ended there.
         rewind: Finished run of `E2VPT` whose prompts are pruned, to train the others again from
             their initial values; or None.
@@ -68,6 +69,7 @@ class RunSettings:
     cuda_graphs: bool | None = None
     workers: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    overwrite: bool = False
     resume: bool = False
     rewind: Path | None = None
 

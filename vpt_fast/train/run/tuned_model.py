@@ -13,8 +13,9 @@ from torch import nn
 from vpt_fast import load_adapter
 from vpt_fast.adapter.files import CONFIG_FILE, read_config
 from vpt_fast.train.backbones import build as backbones
+from vpt_fast.train.common.names import CLASS_ORDERS
 from vpt_fast.train.common.recipe import head_layers
-from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS, natural
+from vpt_fast.train.data.formats.class_folders import natural
 from vpt_fast.train.loop.fit_result import BEST, LAST
 
 
