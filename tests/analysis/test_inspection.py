@@ -303,9 +303,9 @@ def test_inspect_refuses_wrong_arguments(work, tmp_path):
         assert (other / name).read_text() == "mine"
     file = tmp_path / "file"
     file.write_text("mine")
-    assert "is not of an earlier inspect" in error_of(call(work, "deep", file, good))
+    assert "is a file; choose another --output" in error_of(call(work, "deep", file, good))
     empty = tmp_path / "empty"
     empty.mkdir()
     assert call(work, "deep", empty, good).exit_code == 0
     (empty / "notes.txt").write_text("mine")
-    assert "(it holds notes.txt)" in error_of(call(work, "deep", empty, good))
+    assert "(it holds notes.txt)" in error_of(call(work, "deep", empty, good, "--overwrite"))

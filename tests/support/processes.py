@@ -17,13 +17,8 @@ import pytest
 import torch.multiprocessing as mp
 
 IMPORTED = [
-    "vpt_fast.cli.app", "vpt_fast.cli.work.train", "vpt_fast.cli.work.eval",
-    "vpt_fast.train.sweep.sweep", "bench.gpu.worker",
-]  # fmt: skip
-    "vpt_fast.cli.app",
-    "vpt_fast.cli.work.train",
-    "vpt_fast.train.sweep.sweep",
-    "bench.gpu.worker",
+    *("vpt_fast.cli.app", "vpt_fast.cli.work.train", "vpt_fast.cli.work.eval"),
+    *("vpt_fast.train.sweep.sweep", "bench.gpu.worker"),
 ]
 
 

@@ -128,8 +128,8 @@ def train(
         }  # fmt: skip
         tuned = make_method(method, fields, settings or ())
         paper = work.settings_of_paper(recipe, tuned, directory, data_format, fields)
-        run = work.RunSettings(
-            directory=directory, model=model, method=paper.method,
+        work.run(work.RunSettings(
+            directory=directory, model=model, method=paper.method, memory=memory,
             output=output or Path("output") / f"{directory.resolve().name}-{tuned.name}",
             recipe=work.Recipe(
                 epochs=epochs, batch_size=paper.batch_size if batch_size is None else batch_size,
@@ -142,11 +142,9 @@ def train(
                 paper, interpolation, not no_antialias, normalisation, resize, not no_exif
             ),
             checkpoint=checkpoint, pretrained=pretrained, img_size=img_size, rewind=rewind,
-            data_format=data_format, memory=memory, cache=cache, prefix_cache=prefix_cache,
-            cuda_graphs=cuda_graphs, workers=workers, device=where, resume=resume,
-            overwrite=overwrite,
-        )  # fmt: skip
-        work.run(run)
+            data_format=data_format, cache=cache, prefix_cache=prefix_cache, workers=workers,
+            cuda_graphs=cuda_graphs, device=where, resume=resume, overwrite=overwrite,
+        ))  # fmt: skip
 
 
 @contextmanager

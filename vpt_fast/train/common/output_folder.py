@@ -45,9 +45,12 @@ class Output:
         """
         if self.is_free(output):
             return
+        if output.is_dir() == (self.entries is None):
+            kind = "folder" if output.is_dir() else "file"
+            raise FileExistsError(f"{output} is a {kind}; choose another --output")
         strange = self._strange(output)
         if strange or not self.is_own(output):
-            holds = f" (it holds {strange[0]})" if strange and output.is_dir() else ""
+            holds = f" (it holds {strange[0]})" if strange else ""
             raise FileExistsError(
                 f"{output} exists and is not of an earlier {self.command}{holds}; choose another "
                 "--output"
@@ -74,12 +77,11 @@ class Output:
                 entry.unlink()
 
     def _strange(self, output: Path) -> list[str]:
-        """Return the names of entries that the command does not write."""
-        if output.is_dir() == (self.entries is None):
-            return [output.name]
-        names = [] if self.entries is None else sorted(entry.name for entry in output.iterdir())
-        known = (self.entries, _UNFINISHED)
-        return [name for name in names if not any(one and one.fullmatch(name) for one in known)]
+        """Return the names of entries in a folder that the command does not write."""
+        if self.entries is None:
+            return []
+        names = sorted(entry.name for entry in output.iterdir())
+        return [n for n in names if not (self.entries.fullmatch(n) or _UNFINISHED.fullmatch(n))]
 
 
 def starts_with(header: Sequence[str], table: str = "") -> Callable[[Path], bool]:
