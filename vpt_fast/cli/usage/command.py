@@ -23,6 +23,14 @@ class Command(TyperCommand):
             fail(error, 2)
         return super().parse_args(ctx, args)
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the words after the command's name in the line of its usage."""
+        arguments = [one for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        return [
+            "[OPTIONS]",
+            *(str(one.metavar) if one.required else f"[{one.metavar}]" for one in arguments),
+        ]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, then options by their `rich_help_panel`, in two columns of text."""
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}

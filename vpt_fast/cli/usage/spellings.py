@@ -117,8 +117,10 @@ def device(value: str) -> str:
 
 
 def model(value: str) -> str:
-    """Return a model as timm spells it, in small letters with underscores."""
-    if ":" in value or "/" in value or value == (spelled := value.lower().replace("-", "_")):
+    """Return a model as timm spells it, in small letters with underscores, without "timm/"."""
+    value = value.removeprefix("timm/")
+    spelled = value.lower().replace("-", "_")
+    if ":" in value or "/" in value or value == spelled:
         return value
     from timm import is_model  # takes seconds, and most names are spelled right
 

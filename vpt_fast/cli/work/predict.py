@@ -84,10 +84,12 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     """Return files as they are, and all images in and below folders in place of the folders.
 
     Raises:
-        FileNotFoundError: If a folder has no images.
+        FileNotFoundError: If there is no such file, or a folder has no images.
     """
     found: list[Path] = []
     for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no image {path}")
         if not path.is_dir():
             found.append(path)
             continue
