@@ -139,7 +139,9 @@ def test_adapters_that_do_not_fit_are_named(run, folder, checkpoint, tmp_path):
     other = write_checkpoint(tmp_path / "other.pth", seed=1)
     message = error_of(call("eval", run[0], folder, "--checkpoint", other))
     assert "is for another backbone" in message
-    assert "not an adapter" in error_of(call("predict", tmp_path, folder / "test" / "red" / "0.png"))
+    assert "not an adapter" in error_of(
+        call("predict", tmp_path, folder / "test" / "red" / "0.png")
+    )
     damaged = shutil.copytree(run[0] / "best", tmp_path / "damaged")
     tensors = damaged / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])
