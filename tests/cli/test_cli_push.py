@@ -31,7 +31,7 @@ def hub() -> Iterator[stand_in.Hub]:
 
 
 def commands(hub: stand_in.Hub, home: Path, *words: list[Any], token: str = "hf_test") -> Any:
-    """Run commands in a process whose Hub is the stand-in; return status, stdout, stderr of each."""
+    """Run commands in a process whose Hub is the stand-in; return the results."""
     own = {
         "HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_TOKEN": token,
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT),
@@ -70,7 +70,8 @@ def test_what_is_pushed_is_used_by_its_name(hub, run, folder, checkpoint, tmp_pa
     assert evaluated[:2] == [0, call("eval", run[0], folder, *weights).stdout]
     assert inspected[0] == 0 and (tmp_path / "inspected" / "attention.csv").is_file(), inspected
     assert exported[0] == 0 and (tmp_path / "colours.pt2").is_file(), exported
-    print(reported)
+    assert reported[0] == 0 and "colours: test, 12 images" in reported[1], reported
+    assert f"<h1>{name}</h1>" in page.read_text(encoding="utf-8")
 
 
 def test_refusals_are_one_line(hub, run, tmp_path) -> None:
@@ -90,4 +91,4 @@ def test_refusals_are_one_line(hub, run, tmp_path) -> None:
         assert line.count("\n") == 1 and text in line, line
     assert hub.repos == {}
     message = error_of(call("push", run[0], "no repository"))
-    assert message == "'no repository' is no repository of the Hub; give user/name"
+    assert message == "vpt-fast: error: 'no repository' is no repository of the Hub; give user/name"

@@ -19,7 +19,11 @@ from vpt_fast.train.common.names import AMP_DTYPES, SPLITS
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Output folders of train, or of a sweep."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Output folders of train, or of a sweep; or adapters, in folders or as "
+            "hf-hub:user/name.",
+        ),
     ],
     output: Annotated[
         Path,

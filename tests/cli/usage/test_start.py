@@ -25,18 +25,8 @@ from vpt_fast.version import __version__
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
-    *(
-        "train",
-        "eval",
-        "predict",
-        "inspect",
-        "export",
-        "push",
-        "memory",
-        "methods",
-        "report",
-        "sweep",
-    ),
+    *("train", "eval", "predict", "inspect", "export", "push"),
+    *("memory", "methods", "report", "sweep"),
 )
 HEAVY = ("torch", "timm", "torchvision", "matplotlib", "triton", "optuna", "PIL", "numpy")
 
