@@ -47,7 +47,10 @@ def test_dtypes(typed: str, meant: str) -> None:
 
 
 def test_other_values() -> None:
-    assert spelling(FORMATS, spellings.FORMATS)("VTAB_1k") == "vtab"
+    formats = spelling(FORMATS, spellings.FORMATS)
+    assert [formats(name) for name in ("VTAB_1k", "Folder", "ImageFolder", "wds", "CSV", "coco")] == [
+        "vtab", "folders", "imagefolder", "webdataset", "csv", "coco",
+    ]  # fmt: skip
     assert spelling(("a-b", "A_B"))("A_B") == "A_B"  # a name that is typed as it is
     assert [spellings.device(name) for name in ("GPU", "gpu:1", "CUDA:0", "Auto", "tpu")] == [
         "cuda", "cuda:1", "cuda:0", "auto", "tpu",
@@ -92,6 +95,8 @@ def test_flags_of_other_programs() -> None:
 def test_a_run_with_spellings_of_others(folder, checkpoint, tmp_path) -> None:
     output = tmp_path / "run"
     words = ["--method", "VPTDeep", "--num_virtual_tokens", 2, "--opt", "SGD", "--wd", 0.5]
+    words += ["--label_smoothing", 0.1, "--mixup-alpha", 0.2, "--mixup_mode", "ELEM"]
+    words += ["--class_order", "Natural", "--format", "Folder", "--epochs", 1]
     result = train(folder, checkpoint, output, *words, "--model", "test-vit", "--amp")
     assert result.exit_code == 0, result.output
     record = json.loads((output / "run.json").read_text())
@@ -99,6 +104,8 @@ def test_a_run_with_spellings_of_others(folder, checkpoint, tmp_path) -> None:
     assert record["model"]["name"] == "test_vit"
     recipe = record["recipe"]
     assert (recipe["opt"], recipe["weight_decay"]) == ("sgd", 0.5)
+    assert (recipe["smoothing"], recipe["mixup"], recipe["mixup_mode"]) == (0.1, 0.2, "elem")
+    assert record["data"]["format"] == "folders" and record["data"]["class_order"] == "natural"
     if record["options"]["device"] == "cpu":
         assert recipe["amp_dtype"] == "bfloat16"
 

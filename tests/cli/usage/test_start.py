@@ -126,6 +126,13 @@ def test_help_is_in_groups_and_fits_80_columns(
     order = ["Arguments", "Data", "Model", "Method", "Optimisation", "Augmentation"]
     order += ["Speed and memory", "Output", "Options"]
     assert groups == [name for name in order if name in groups]
+    if command in ("train", "sweep"):
+        assert [line.split()[0] for line in out.partition("\nOptions:\n")[2].splitlines()] == [
+            "--help"
+        ]
+    if command in ("eval", "predict", "inspect", "export", "push", "report"):
+        assert "hf-hub:user/name" in out
     if command == "train":
+        assert "spt-mean" in out and "hf, webdataset" in " ".join(out.split())
         assert groups == order
         assert out.startswith("Usage: vpt-fast train [OPTIONS] DIR\n")

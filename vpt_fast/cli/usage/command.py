@@ -10,6 +10,8 @@ from vpt_fast.cli.common import fail
 from vpt_fast.cli.usage.groups import GROUPS, OTHERS
 from vpt_fast.cli.usage.spellings import respelled
 
+_WHOLE = "\N{NON-BREAKING HYPHEN}"
+
 
 class Command(TyperCommand):
     """Command of `vpt-fast`."""
@@ -22,6 +24,10 @@ class Command(TyperCommand):
         except ValueError as error:
             fail(error, 2)
         return super().parse_args(ctx, args)
+
+    def get_help(self, ctx: Any) -> str:
+        """Return the help, in which names such as hf-hub:user/name are not divided at hyphens."""
+        return super().get_help(ctx).replace(_WHOLE, "-")
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the words after the command's name in the line of its usage."""
@@ -43,4 +49,4 @@ class Command(TyperCommand):
         for name, records in groups.items():
             if records:
                 with formatter.section(name):
-                    formatter.write_dl(records)
+                    formatter.write_dl([(key, text.replace("-", _WHOLE)) for key, text in records])
