@@ -48,7 +48,8 @@ def test_dtypes(typed: str, meant: str) -> None:
 
 def test_other_values() -> None:
     formats = spelling(FORMATS, spellings.FORMATS)
-    assert [formats(name) for name in ("VTAB_1k", "Folder", "ImageFolder", "wds", "CSV", "coco")] == [
+    typed = ("VTAB_1k", "Folder", "ImageFolder", "wds", "CSV", "coco")
+    assert [formats(name) for name in typed] == [
         "vtab", "folders", "imagefolder", "webdataset", "csv", "coco",
     ]  # fmt: skip
     assert spelling(("a-b", "A_B"))("A_B") == "A_B"  # a name that is typed as it is
