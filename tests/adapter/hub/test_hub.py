@@ -16,6 +16,7 @@ from support.formulations.plain import redraw_prompts
 
 import vpt_fast
 from vpt_fast import VPTDeep
+from vpt_fast.adapter.files import read_config
 from vpt_fast.adapter.hub.names import local_folder, repository
 from vpt_fast.backbones.build import create_backbone, resolve_name
 
@@ -211,6 +212,19 @@ def test_model_card(adapter: tuple[Path, Any]) -> None:
         "| Images | 3 x 32 x 32 |",
     ):
         assert line in body, line
+
+
+def test_names_of_classes_without_an_encoding(tmp_path: Path) -> None:
+    import timm
+
+    model = timm.create_model("test_vit", num_classes=2)
+    names = ["caf\udce9", "a\nb"]
+    folder = vpt_fast.save_adapter(
+        vpt_fast.prompt_tune(model, VPTDeep(1)), tmp_path / "a", class_names=names,
+        dataset="caf\udce9", metrics={"val mAP": 50},
+    )  # fmt: skip
+    assert "| Classes | 2: caf\\udce9, a b |" in card_of(folder)
+    assert read_config(folder)["class_names"] == names
 
 
 def test_the_four_lines_of_a_card_run(adapter: tuple[Path, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg
 
+from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.adapter.files import CARD_FILE, read_adapter
 from vpt_fast.backbones.demo_backbone import DEMO_CHECKPOINT
 from vpt_fast.methods import Method, from_dict
@@ -45,7 +46,8 @@ def card_text(
     results = [
         EvalResult(
             task_type="image-classification", dataset_type="imagefolder", dataset_name=dataset,
-            metric_type="accuracy", metric_name=metric, metric_value=round(value, 2),
+            metric_type="accuracy" if metric.endswith("top-1") else metric.split()[-1],
+            metric_name=metric, metric_value=round(value, 2),
         )
         for metric, value in (metrics or {}).items()
     ] if dataset else None  # fmt: skip
@@ -70,12 +72,14 @@ def card_text(
         "Licence": license or "not stated",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
-    return (
+    text = (
         f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n| | |\n|---|---|\n{table}\n\n"
         f"```python\n{_loading(config)}\n```\n\n"
         "It holds what was trained, nothing of the backbone; "
         f"{', '.join(f'{k} {v}' for k, v in config['versions'].items())}.\n"
     )
+    # Names of folders may have no valid encoding.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_card(directory: Path, **options: Any) -> None:
@@ -87,7 +91,8 @@ def write_card(directory: Path, **options: Any) -> None:
     """
     config, tensors = read_adapter(directory)
     text = card_text(config, sum(t.numel() for t in tensors.values()), **options)
-    (directory / CARD_FILE).write_text(text, encoding="utf-8")
+    with atomic_file(directory / CARD_FILE, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _loading(config: Mapping[str, Any]) -> str:

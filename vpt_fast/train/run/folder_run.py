@@ -29,6 +29,7 @@ from vpt_fast.train.loop.frozen_cast import FrozenCast
 from vpt_fast.train.loop.initial_prompts import initial_prompts
 from vpt_fast.train.loop.objective import check_labels
 from vpt_fast.train.loop.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
+from vpt_fast.train.run.cards import write_cards
 from vpt_fast.train.run.describe import Log, describe_run, describe_source
 from vpt_fast.train.run.output import RUN, check_output
 from vpt_fast.train.run.record import RunRecord, new_record, read_record, recording, write_record
@@ -112,6 +113,8 @@ def tune_on_folder(
         test = run.test()
         if not rank():
             write_record(output, record.tested(test))
+    if not rank():
+        write_cards(output, settings.directory.resolve().name, result, test)
     return RunResult(output / (BEST if (output / BEST).is_dir() else LAST), result, test)
 
 

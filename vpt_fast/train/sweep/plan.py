@@ -212,8 +212,8 @@ def _demo_task(plan: SweepPlan, progress: bool) -> SweepTask:
     digits = load_splits()
     random_seed(plan.seeds[0])
     net = demo_backbone(num_classes=len(CLASS_NAMES)).to(plan.device)
-    options = {"class_names": CLASS_NAMES, "model_args": DEMO_ARGS}
-    options["checkpoint"] = DEMO_CHECKPOINT.name
+    options: dict[str, Any] = {"class_names": CLASS_NAMES, "model_args": DEMO_ARGS}
+    options |= {"checkpoint": DEMO_CHECKPOINT.name, "dataset": "handwritten digits"}
     data = ArrayData(digits.train, digits.val, digits.test)
     return _sweep_task(plan, net, data, progress, options)
 
@@ -254,6 +254,7 @@ def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepT
         "class_names": classes,
         "model_args": model_args,
         "checkpoint": weights.name if weights else None,
+        "dataset": plan.directory.resolve().name,
     }
     return _sweep_task(plan, net.to(plan.device), data, progress, options)
 

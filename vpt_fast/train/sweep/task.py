@@ -99,7 +99,7 @@ class SweepTask:
                 images = self.data.batches("val", _EVAL_BATCH)
             found = evaluate(net, images, amp_dtype=recipe.autocast_dtype, progress=False)
             trained, _ = count_parameters(model)
-            size = self._save(method, recipe.seed) if final else 0
+            size = self._save(method, recipe.seed, found.top1) if final else 0
         finally:
             if is_tuned(model):
                 remove_prompts(model)
@@ -133,9 +133,10 @@ class SweepTask:
             self._prefixes[key] = cache.activations(images, self.data.count(part))
         return self._prefixes[key]
 
-    def _save(self, method: Method, seed: int) -> int:
+    def _save(self, method: Method, seed: int, top1: float) -> int:
         """Save a final run's adapter, temporarily without a folder; return its bytes."""
+        metrics = {"test top-1": top1}
         with tempfile.TemporaryDirectory() as folder:
             path = (self.adapters or Path(folder)) / method.name / f"seed-{seed}"
-            save_adapter(self.backbone, path, overwrite=True, **self.save_options)
+            save_adapter(self.backbone, path, overwrite=True, metrics=metrics, **self.save_options)
             return directory_size(path)
