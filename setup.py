@@ -16,7 +16,7 @@ TRAIN = [
     "tensorboard>=2.16",
     "torchvision>=0.21",
     "tqdm>=4.66",
-    "typer>=0.12",
+    "typer>=0.12.4",
 ]
 # Of `inspect`, `memory`, `report` and the demo.
 REPORTS = [

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from vpt_fast import PromptBank, VPTDeep, load_adapter, save_adapter
 from vpt_fast.adapter.files import read_config
-from vpt_fast.cli import eval as eval_module
 from vpt_fast.cli.app import app
+from vpt_fast.cli.work import eval as eval_module
 from vpt_fast.reports.page import evaluation as report_module
 from vpt_fast.reports.page.evaluation import EvaluationOptions
 from vpt_fast.reports.page.page import write_page

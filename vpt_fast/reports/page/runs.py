@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vpt_fast.adapter.files import TENSORS_FILE, read_config
+from vpt_fast.adapter.hub.names import is_on_hub
 from vpt_fast.train.common.curves import directory_size
 from vpt_fast.train.common.metrics import Epoch
 from vpt_fast.train.loop.fit_result import FitResult
@@ -143,19 +144,21 @@ def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
     """Read the output folders of runs, without loading a model or an image.
 
     Args:
-        folders: Output folders of `vpt-fast train`, or folders of adapters alone; a folder that is
-            given twice counts once.
+        folders: Output folders of `vpt-fast train`, or adapters alone, in folders or on the Hub
+            (`hf-hub:user/name`); what is given twice counts once.
 
     Raises:
         FileNotFoundError: If a folder is missing, or holds nothing of a run.
+        OSError: If the Hub cannot be reached.
     """
-    resolved = list(dict.fromkeys(folder.resolve() for folder in folders))
+    resolved = list(dict.fromkeys(f if is_on_hub(f) else f.resolve() for f in folders))
     return [_read(folder, name) for folder, name in zip(resolved, _names(resolved), strict=True)]
 
 
 def _read(folder: Path, name: str) -> RunFolder:
-    if not folder.is_dir():
+    if not (is_on_hub(folder) or folder.is_dir()):
         raise FileNotFoundError(f"there is no run folder {folder}")
+    selected = adapter_folder(folder)
     notes: list[str] = []
     record, config, adapter = None, None, None
     try:
@@ -169,8 +172,7 @@ def _read(folder: Path, name: str) -> RunFolder:
         notes.append(f"{error}.")
     epochs = _read_metrics(folder / METRICS_FILE, notes)
     try:
-        config = read_config(adapter_folder(folder))
-        adapter = adapter_folder(folder)
+        config, adapter = read_config(selected), selected
     except FileNotFoundError:
         notes.append("There is no adapter, so nothing can be evaluated.")
     except ValueError as error:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from vpt_fast.train.common.recipe import BALANCED, Recipe
+from vpt_fast.train.common.names import BALANCED
+from vpt_fast.train.common.recipe import Recipe
 
 _SHOWN = 20
 """Number of classes whose weights are logged."""

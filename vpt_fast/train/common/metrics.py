@@ -10,6 +10,8 @@ from timm.utils import update_summary
 
 from vpt_fast.extras import require_extra
 
+FILE = "metrics.csv"
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -44,7 +46,7 @@ class MetricsWriter:
     """
 
     def __init__(self, output: Path | None, done: Sequence[Epoch] = ()) -> None:
-        self._csv = None if output is None else output / "metrics.csv"
+        self._csv = None if output is None else output / FILE
         self._writer = None
         if output is None or self._csv is None:
             return

@@ -32,7 +32,7 @@ _MANY_PROMPTS = 100
 
 
 def default_optimizer(method: Method) -> str:
-    """Return the optimizer that the papers train a method with, one of `recipe.OPTIMIZERS`."""
+    """Return the optimizer that the papers train a method with, one of `names.OPTIMIZERS`."""
     return "adamw" if method.name in _ADAMW else "sgd"
 
 
@@ -68,7 +68,7 @@ def paper_settings(
     Args:
         name: One of `PAPERS`, or None for the defaults of this program.
         method: Method to train.
-        data_format: Format of the data set, one of `sources.FORMATS` but "auto".
+        data_format: Format of the data set, one of `names.FORMATS` but "auto".
         chosen: Names of the method's fields that the user has set.
 
     Raises:

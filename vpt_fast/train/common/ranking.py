@@ -1,10 +1,14 @@
-"""Most probable classes of logits, by name."""
+"""Most probable classes of logits, by name, and their probabilities as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from vpt_fast.train.common.style import percentage
+
+_SMALLEST = 1e-9
 
 
 def names_of(class_names: Sequence[str] | None, count: int) -> list[str]:
@@ -37,3 +41,13 @@ def most_probable(
     names = names_of(class_names, len(logits))
     probabilities, classes = probabilities_of(logits, multi_label).topk(min(topk, len(names)))
     return [(names[i], p) for i, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+
+
+def percent(probability: float, digits: int = 2) -> str:
+    """Return a probability as a percentage; 0 is one too small for the dtype, "< 0.01%".
+
+    Args:
+        probability: Probability, in [0, 1].
+        digits: Number of decimals, as `percentage` takes it.
+    """
+    return percentage(max(probability, _SMALLEST), digits)

@@ -12,22 +12,19 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from vpt_fast import trainable_parameters
+from vpt_fast.train.common import names
+from vpt_fast.train.common.names import (
+    AUTO,
+    BALANCED,
+    DEFAULT_LR,
+    MIXUP_MODES,
+    OPTIMIZERS,
+    SCHEDULES,
+    SGD_LR_WITHOUT_WARMUP,
+    SIXTEEN_BIT,
+)
 
-# timm's name for each: its "sgd" uses Nesterov momentum, the papers' does not.
-OPTIMIZERS = {"sgd": "momentum", "adamw": "adamw", "adam": "adam"}
-DEFAULT_LR = {"sgd": 2.5, "adamw": 1e-3, "adam": 1e-3}
-SGD_LR_WITHOUT_WARMUP = 0.5
-"""2.5 is the papers' after ten epochs of warm-up. Without, VPT-Deep's loss rises at first: of the
-demo's model on 500 digits it went 9.6, 16.6, 6.5 in three epochs, and 5.0, 2.1, 1.6 with 0.5."""
-AMP_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-AUTO = "auto"
-SCHEDULES = ("epoch", "step")
-MIXUP_MODES = ("batch", "pair", "elem")
-BALANCED = "balanced"
+AMP_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names.AMP_DTYPES}
 # The bias of the papers' head, -log((1 - 0.01) / 0.01) rounded.
 HEAD_BIAS = -4.595
 
@@ -219,17 +216,20 @@ class Recipe:
 
 
 def resolve_amp_dtype(name: str, device: torch.device) -> str:
-    """Return one of `AMP_DTYPES`; for "auto" bfloat16 on a GPU that has it, else float32.
+    """Return one of `AMP_DTYPES`; other names as they are, for `Recipe` to refuse.
 
     Args:
-        name: One of `AMP_DTYPES`, or "auto".
-        device: Device that the model is trained on.
+        name: One of `AMP_DTYPES`; or "auto", bfloat16 on a GPU that has it and else float32; or
+            "16-bit", bfloat16 but on a GPU without it, which takes float16.
+        device: Device that the model runs on.
     """
-    if name != AUTO:
+    if name not in (AUTO, SIXTEEN_BIT):
         return name
     emulated: Any = {"including_emulation": False}
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(**emulated)
-    return "bfloat16" if has_it else "float32"
+    if name == AUTO:
+        return "bfloat16" if has_it else "float32"
+    return "bfloat16" if has_it or device.type == "cpu" else "float16"
 
 
 def head_layers(model: nn.Module) -> list[nn.Linear]:

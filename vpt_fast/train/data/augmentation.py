@@ -11,9 +11,7 @@ from timm.data.auto_augment import (
     rand_augment_transform,
 )
 
-CROPS = ("scaled", "plain")
-"""scaled: a random part of the area, resized (timm's); plain: a crop of the model's size from the
-image as it is resized for evaluation (the papers' runs on FGVC)."""
+from vpt_fast.train.common.names import CROPS
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Augmentation:
         scale: Smallest and largest part of the area in a scaled crop.
         hflip: Probability of a horizontal flip.
         no_aug: Whether to resize and crop the centre only.
-        crops: One of `CROPS`.
+        crops: One of `names.CROPS`.
         aa: timm's text for RandAugment ("rand-m9-mstd0.5-inc1"), AutoAugment ("original", "v0",
             "3a") or AugMix ("augmix-m3"); None for none. Colours are then not jittered, as in timm.
         reprob: Probability that a rectangle of the image is erased.

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from vpt_fast.backbones import build as backbones
+from vpt_fast.train.common.names import CACHES
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.image_options import ImageOptions
@@ -19,9 +20,6 @@ from vpt_fast.train.data.memory_set import LIMIT, MemoryLoader, bytes_in_memory,
 from vpt_fast.train.data.pictures import reading
 from vpt_fast.train.data.random_crops import RandomCrops
 from vpt_fast.train.data.split import Split, SplitImages
-
-CACHES = ("auto", "memory", "stream")
-"""Where decoded training and validation images live: auto caches up to 1 GiB of each split."""
 
 
 def set_data_config(net: nn.Module, options: ImageOptions) -> dict[str, Any]:

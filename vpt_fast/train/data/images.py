@@ -15,6 +15,7 @@ from timm.data import create_transform
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision import transforms
 
+from vpt_fast.train.common.names import SPLITS
 from vpt_fast.train.common.parallel import PartOfBatches
 from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.formats import class_folders
@@ -23,9 +24,6 @@ from vpt_fast.train.data.pictures import FORMATS, as_picture, load_image
 from vpt_fast.train.data.seeded_images import SeededBatches, SeededImages
 
 Transform = Callable[[Image.Image], torch.Tensor]
-
-# Folder names that are looked for, in this order, for each split.
-SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 
 class SkippedImage(NamedTuple):

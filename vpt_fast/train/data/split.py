@@ -48,7 +48,7 @@ class ImageSource:
     """Data set on disk.
 
     Attributes:
-        format: Format of the data set, one of `sources.FORMATS`.
+        format: Format of the data set, one of `names.FORMATS`.
         class_names: Names of the classes, in the order of the labels.
         splits: Those of "train", "val" and "test" that exist.
         warnings: Messages for the user.

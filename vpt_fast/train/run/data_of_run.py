@@ -37,7 +37,7 @@ def open_as_trained(
 
     Args:
         directory: Folder of the data set, or its file.
-        format: One of `sources.FORMATS`.
+        format: One of `names.FORMATS`.
         known: Class names of the adapter, or None.
         record: Record of the run, or None.
         val_fraction: Part of the training images to split off, whatever the record says.

@@ -31,7 +31,7 @@ from vpt_fast.train.loop.objective import check_labels
 from vpt_fast.train.loop.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
 from vpt_fast.train.run.cards import write_cards
 from vpt_fast.train.run.describe import Log, describe_run, describe_source
-from vpt_fast.train.run.record import FILE as RECORD
+from vpt_fast.train.run.output import RUN, check_output
 from vpt_fast.train.run.record import RunRecord, new_record, read_record, recording, write_record
 from vpt_fast.train.run.resuming import check_resumed
 from vpt_fast.train.run.rewind import rewind
@@ -70,8 +70,8 @@ def tune_on_folder(
         The folder of the selected adapter and the metrics.
 
     Raises:
-        FileExistsError: If the output folder is there and not empty, and `settings.resume` is off
-            or the folder holds no run.
+        FileExistsError: If the output folder is there and not empty, and holds no run or neither
+            `settings.resume` nor `settings.overwrite` is on.
         FileNotFoundError: If images or the checkpoint are missing.
         ValueError, TypeError: If anything else cannot be used; nothing is written then.
         TrainingError: If training cannot continue. Adapters of finished epochs stay.
@@ -81,13 +81,15 @@ def tune_on_folder(
     if rank():
         log = _ignore
     else:
-        _check_output(output, settings.resume)
-    was_empty = not _holds_something(output)
+        check_output(settings)
     run = _prepare(settings, progress)
     if settings.resume and (output / CHECKPOINT).is_file():
         check_resumed(read_record(output), run.record)
     run.describe(log)
+    if settings.overwrite and not rank():
+        RUN.clear(output)
     output.mkdir(parents=True, exist_ok=True)
+    was_empty = RUN.is_free(output)
     if not (settings.resume and (output / CHECKPOINT).is_file()):
         initial_prompts(run.net, run.loaders["train"], log)
         if settings.rewind is not None:
@@ -319,24 +321,3 @@ def _check_recipe(settings: RunSettings, source: ImageSource) -> None:
 
 def _ignore(line: str) -> None:
     """Drop a line of text: process 0 alone logs."""
-
-
-def _holds_something(folder: Path) -> bool:
-    """Return whether a folder holds more than a run that was killed at its start leaves there."""
-    started = f".{RECORD}."
-    return folder.is_dir() and any(not f.name.startswith(started) for f in folder.iterdir())
-
-
-def _check_output(output: Path, resume: bool) -> None:
-    if not output.exists() or (output.is_dir() and not _holds_something(output)):
-        return
-    if not resume:
-        raise FileExistsError(
-            f"the output folder {output} exists; choose another with --output, remove it, or go on "
-            "in it with --resume"
-        )
-    if not (output / RECORD).is_file() and not (output / CHECKPOINT).is_file():
-        raise FileExistsError(
-            f"the output folder {output} holds other files and no run that could go on; choose "
-            "another with --output"
-        )

@@ -43,7 +43,7 @@ class RunRecord:
     Attributes:
         state: RUNNING until training ends (and for ever if the run is killed); INTERRUPTED by
             Ctrl-C; FAILED if it could not continue, with `error`; else FINISHED.
-        data: Data set: "directory", absolute; "format", one of `sources.FORMATS`; "val_fraction",
+        data: Data set: "directory", absolute; "format", one of `names.FORMATS`; "val_fraction",
             the part of the training images that was split off, or None; "class_order", as
             `ImageSource` has it; and a "digest" of the images' names, labels and sizes.
         images: Number of images of each split.

@@ -14,8 +14,9 @@ from vpt_fast import load_adapter
 from vpt_fast.adapter.files import CONFIG_FILE, read_config
 from vpt_fast.adapter.hub.names import is_on_hub, local_folder
 from vpt_fast.backbones.build import data_config_of
+from vpt_fast.train.common.names import CLASS_ORDERS
 from vpt_fast.train.common.recipe import head_layers
-from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS, natural
+from vpt_fast.train.data.formats.class_folders import natural
 from vpt_fast.train.loop.fit_result import BEST, LAST
 
 
@@ -54,8 +55,8 @@ class TunedModel:
         Args:
             directory: Folder of the data set, for messages.
             names: Classes of the data set, in its order.
-            order: One of `CLASS_ORDERS`, for an adapter that does not name its classes; None takes
-                the data set's order if both of them agree.
+            order: One of `names.CLASS_ORDERS`, for an adapter that does not name its classes;
+                None takes the data set's order if both of them agree.
 
         Raises:
             ValueError: If the adapter has other classes, or the order of its outputs is not known.
