@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpt_fast.models.interop.quantised import dequantised, holds_other_tensors, is_plain_linear
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.ops.rowwise.rotation import rotated
 
@@ -57,9 +58,9 @@ def check_attention(attn: Any, head_dim: int) -> None:
 def reads_plainly(linear: nn.Module) -> bool:
     """Return whether a projection is a plain Linear, whose rows can be used in part.
 
-    Others, an adapter of low rank or a quantised Linear, are called whole.
+    Others, an adapter of low rank or a Linear with quantised weights, are called whole.
     """
-    return type(linear) is nn.Linear and not has_own_forward(linear)
+    return is_plain_linear(linear) and not has_own_forward(linear)
 
 
 def projections_of(attn: Any) -> list[Any]:
@@ -72,11 +73,12 @@ def projections_of(attn: Any) -> list[Any]:
 def weights_of(attn: Any) -> list[tuple[Tensor, Tensor | None]]:
     """Return weight (A, D) and bias (A,) of the projections to queries, keys and values."""
     linears = projections_of(attn)
+    weights = [dequantised(linear.weight) for linear in linears]
     if len(linears) > 1:
-        return [(linear.weight, linear.bias) for linear in linears]
+        return list(zip(weights, (linear.bias for linear in linears), strict=True))
     bias = _packed_bias(attn)
     biases: Any = (None,) * 3 if bias is None else bias.chunk(3)
-    return list(zip(linears[0].weight.chunk(3), biases, strict=True))
+    return list(zip(weights[0].chunk(3), biases, strict=True))
 
 
 def _packed_bias(attn: Any) -> Tensor | None:
@@ -108,6 +110,8 @@ def projected(attn: Any, x: Tensor, part: slice) -> Tensor:
         added = _added_bias(attn)
         return (whole if added is None else whole + added)[..., part]
     bias = _packed_bias(attn)
+    if holds_other_tensors(qkv.weight):
+        return F.linear(x, qkv.weight, bias)[..., part]
     return F.linear(x, qkv.weight[part], None if bias is None else bias[part])
 
 
