@@ -23,7 +23,10 @@ def inner_model(model: Any, changes: bool = False) -> Any:
     Raises:
         ValueError: If `changes` and the wrapper does not see them, with the way; or a module that
             is no wrapper holds such a model, with its name.
+        TypeError: If `changes` and it is no module.
     """
+    if changes and not isinstance(model, nn.Module):
+        raise TypeError(f"the model is {model!r}; pass what timm.create_model returns")
     inner = model
     while (held := _held(inner)) is not None:
         if changes and isinstance(inner, DistributedDataParallel):
