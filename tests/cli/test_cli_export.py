@@ -113,7 +113,7 @@ def test_the_printed_line_runs_it_without_this_package(
         assert distance(found, tuned(images)) < 1e-5
     assert distance(single, found[:1]) < 1e-5
     task = json.loads(done.stdout)
-    assert task["class_names"] == list(CLASSES)
+    assert task["class_names"] == list(CLASSES) and task["multi_label"] is False
     assert task["method"]["name"] == "vapt"
     assert task["input"]["input_size"] == [3, IMG_SIZE, IMG_SIZE]
     assert task["input"]["dtype"] == "float32"

@@ -42,7 +42,7 @@ create_model = timm.create_model
 
 def _small_model(name: str, pretrained: bool = False, **options: Any) -> Any:
     """Build a small ViT of the same class, whose values depend on the parameters' names only."""
-    model = create_model(name, pretrained=False, **SMALL, **options)
+    model = create_model(name, pretrained=False, **{**SMALL, **options})
     for parameter_name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(parameter_name.encode()))
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)

@@ -53,6 +53,7 @@ def save_adapter(
     class_names: Sequence[str] | None = None,
     model_args: dict[str, Any] | None = None,
     checkpoint: str | None = None,
+    multi_label: bool | None = None,
     metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
     license: str | None = None,
@@ -69,6 +70,8 @@ def save_adapter(
         class_names: Label names, in the order of the classes.
         model_args: Arguments of `timm.create_model` that the model does not record itself.
         checkpoint: File that the backbone's weights came from; only the file's name is recorded.
+        multi_label: Whether an image may have several labels, so that probabilities are sigmoids,
+            not a softmax; None keeps what a loaded adapter says.
         metrics: Results in percent by name for the model card, such as {"test top-1": 91.5}.
         dataset: Name of the data set that they were measured on.
         license: Licence of the adapter for the model card, such as "apache-2.0".
@@ -106,11 +109,8 @@ def save_adapter(
         "model": model_config(tuned, model_args, checkpoint),
         "input": _input_config(tuned),
         "class_names": None if class_names is None else [str(name) for name in class_names],
-        "versions": {
-            "vpt_fast": __version__,
-            "torch": torch.__version__,
-            "timm": str(timm.__version__),
-        },
+        "multi_label": tuned.tune_record.multi_label if multi_label is None else multi_label,
+        "versions": _versions(),
         "architecture": describe(tuned),
         "fixed_image": fixed_image_outputs(tuned),
         "initialised": tuned.tune_record.initialised,
@@ -137,6 +137,12 @@ def _check_model(model: Any, class_names: Sequence[str] | None) -> None:
     check_own_modules(model, blocks_of(model))
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for {model.num_classes} classes")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "vpt_fast": __version__, "torch": torch.__version__, "timm": str(timm.__version__),
+    }  # fmt: skip
 
 
 def _input_config(tuned: Any) -> dict[str, Any]:

@@ -164,11 +164,11 @@ def block_indices(text: str | None) -> list[int] | None:
 
 
 def accuracy(split: str, result: Any) -> str:
-    """Return a line with the accuracy and loss of an evaluation on a split."""
-    return (
-        f"{split}: {result.images:,} images, top-1 {result.top1:.2f}%, "
-        f"top-5 {result.top5:.2f}%, loss {result.loss:.4f}"
-    )
+    """Return a line with the accuracy (or mAP) and loss of an evaluation on a split."""
+    rates = f"top-1 {result.top1:.2f}%, top-5 {result.top5:.2f}%"
+    if result.mean_ap is not None:
+        rates = f"mAP {result.mean_ap:.2f}%"
+    return f"{split}: {result.images:,} images, {rates}, loss {result.loss:.4f}"
 
 
 def report_skipped(skipped: tuple[data.SkippedImage, ...]) -> None:

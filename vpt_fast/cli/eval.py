@@ -123,6 +123,7 @@ def _of_folder(
     name: str, folder: Path, loaded: TunedModel, transform: data.Transform, order: str | None
 ) -> _Evaluated:
     """Return the images in class folders, with labels in the order of the adapter's outputs."""
+    loaded.check_labels(folder, multi_label=False)
     options = reading(loaded.inputs)
     images = data.ImageFolders(folder, transform, loaded.class_names, **options)
     classes = loaded.class_order(folder, images.classes, order)
@@ -136,6 +137,7 @@ def _of_source(
 ) -> _Evaluated:
     """Return the images of a split, with labels in the order of the adapter's outputs."""
     source = wanted.open(loaded.class_names)
+    loaded.check_labels(wanted.directory, source.multi_label)
     classes = loaded.class_order(wanted.directory, source.class_names, order)
     if classes != source.class_names:
         source = wanted.open(classes)

@@ -109,6 +109,7 @@ def _task(loaded: TunedModel, dtype: str) -> str:
     net: Any = loaded.net
     task = {
         "class_names": loaded.class_names,
+        "multi_label": loaded.multi_label,
         "input": {**loaded.inputs, "dtype": dtype},
         "method": to_dict(net.tune_record.method),
         "torch": torch.__version__,

@@ -13,6 +13,7 @@ from vpt_fast.train.common.paper_settings import PAPERS
 from vpt_fast.train.common.recipe import (
     AMP_DTYPES,
     DEFAULT_LR,
+    MIXUP_MODES,
     OPTIMIZERS,
     SGD_LR_WITHOUT_WARMUP,
 )
@@ -266,5 +267,55 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume", help="Go on in --output after the last epoch that ended there, if any."
+    ),
+]
+
+# Of `train` and `sweep`, with the names of timm's train.py; all are off by default.
+Smoothing = Annotated[float, typer.Option(help="Label smoothing, in [0, 1).")]
+MixupAlpha = Annotated[
+    float, typer.Option("--mixup", help="Alpha of Mixup of training images; 0 is off.")
+]
+CutmixAlpha = Annotated[
+    float, typer.Option("--cutmix", help="Alpha of CutMix of training images; 0 is off.")
+]
+MixupProb = Annotated[float, typer.Option(help="Probability of Mixup or CutMix.")]
+MixupSwitchProb = Annotated[
+    float, typer.Option(help="Probability of CutMix in place of Mixup, with both.")
+]
+MixupMode = Annotated[str, typer.Option(help=f"Mixed alike: each {', '.join(MIXUP_MODES)}.")]
+AutoAugment = Annotated[
+    str | None,
+    typer.Option("--aa", help="RandAugment or another policy of timm's: rand-m9-mstd0.5-inc1."),
+]
+Reprob = Annotated[float, typer.Option(help="Probability that a rectangle is erased.")]
+ColorJitter = Annotated[
+    float, typer.Option(help="Random factor of brightness, contrast and saturation.")
+]
+BceLoss = Annotated[
+    bool, typer.Option("--bce-loss", help="Binary cross-entropy also of one label an image.")
+]
+ClassWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WEIGHTS",
+        help="Of the classes in the loss: balanced, by inverse frequency in the training images; "
+        "numbers as 1,2.5,1 in the order of the classes; or a file with a JSON list of them.",
+    ),
+]
+ModelEma = Annotated[
+    bool,
+    typer.Option(
+        "--model-ema",
+        help="Validation, test and adapters have an exponential moving average of what is trained.",
+    ),
+]
+ModelEmaDecay = Annotated[float, typer.Option(help="Share of the average that a step keeps.")]
+ModelEmaWarmup = Annotated[
+    bool, typer.Option("--model-ema-warmup", help="That share grows from 0 with the steps.")
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        metavar="EPOCHS", help="Stop after so many epochs without a better score on val/."
     ),
 ]

@@ -55,7 +55,11 @@ def predict(
     amp_dtype: AmpDtype = "float32",
     device: Device = "auto",
 ) -> None:
-    """Print the most probable classes of images, one line per image."""
+    """Print the most probable classes of images, one line per image.
+
+    Probabilities sum to 1, but for an adapter of images with several labels, where each class has
+    one of its own.
+    """
     with one_line_errors():
         where = resolve_device(device)
         dtype = Recipe(amp_dtype=amp_dtype).autocast_dtype
@@ -74,7 +78,7 @@ def predict(
             if isinstance(answer, str):
                 failed.append(answer)
                 continue
-            found = most_probable(answer.logits, answer.class_names, topk)
+            found = most_probable(answer.logits, answer.class_names, topk, answer.multi_label)
             text = ", ".join(f"{name} {100 * p:.2f}%" for name, p in found)
             typer.echo(f"{image}: {text}")
         if failed:
@@ -83,10 +87,14 @@ def predict(
 
 @dataclass(frozen=True)
 class _Answer:
-    """Logits (classes,) of an image, and the names of the classes, if there are any."""
+    """Logits (classes,) of an image, and the names of the classes, if there are any.
+
+    With `multi_label` an image may show several of them.
+    """
 
     logits: Tensor
     class_names: Sequence[str] | None
+    multi_label: bool
 
 
 def _prepared(path: Path, inputs: Mapping[str, Any]) -> Tensor | str:
@@ -114,7 +122,8 @@ def _by_adapter(
             yield image
             continue
         with torch.no_grad(), autocast(device, dtype):
-            yield _Answer(loaded.net(image[None].to(device))[0], loaded.class_names)
+            logits = loaded.net(image[None].to(device))[0]
+        yield _Answer(logits, loaded.class_names, loaded.multi_label)
 
 
 def _by_bank(
@@ -144,7 +153,8 @@ def _by_bank(
             if isinstance(image, str):
                 yield image
             else:
-                yield _Answer(next(logits), bank.task(name).class_names)
+                task = bank.task(name)
+                yield _Answer(next(logits), task.class_names, task.multi_label)
 
 
 def _names(directory: Path, tasks: str | None, count: int) -> list[str]:

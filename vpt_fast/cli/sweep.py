@@ -12,32 +12,47 @@ from vpt_fast.cli.common import given_options, one_line_errors
 from vpt_fast.cli.options import (
     MODEL,
     AmpDtype,
+    AutoAugment,
     BatchSize,
+    BceLoss,
     Cache,
     Checkpoint,
     ClassOrder,
+    ClassWeights,
+    ColorJitter,
     CropKind,
+    CutmixAlpha,
     DataFormat,
     Device,
     HFlip,
     ImgSize,
     Interpolation,
     Memory,
+    MixupAlpha,
+    MixupMode,
+    MixupProb,
+    MixupSwitchProb,
     Model,
+    ModelEma,
+    ModelEmaDecay,
+    ModelEmaWarmup,
     NoAug,
     NoExif,
     Normalisation,
     Opt,
     PaperName,
     Pretrained,
+    Reprob,
     Resize,
     Scale,
     Settings,
+    Smoothing,
     ValFraction,
     Workers,
 )
 from vpt_fast.extras import require_extra
 from vpt_fast.methods import METHODS
+from vpt_fast.train.common.class_weights import read_class_weights
 from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
     PROMPT_COUNTS,
@@ -91,7 +106,8 @@ LearningRates = Annotated[
 AdamWLearningRates = Annotated[
     str | None,
     typer.Option(
-        help=f"The same for AdamW; by default the papers' {_listed(LEARNING_RATES['adamw'])}."
+        help="The same for AdamW and Adam; by default the papers' "
+        f"{_listed(LEARNING_RATES['adamw'])}."
     ),
 ]
 WeightDecays = Annotated[
@@ -157,6 +173,20 @@ def sweep(
     processes: Processes = 1,
     workers: Workers = None,
     device: Device = "auto",
+    aa: AutoAugment = None,
+    reprob: Reprob = 0.0,
+    color_jitter: ColorJitter = 0.0,
+    smoothing: Smoothing = 0.0,
+    mixup: MixupAlpha = 0.0,
+    cutmix: CutmixAlpha = 0.0,
+    mixup_prob: MixupProb = 1.0,
+    mixup_switch_prob: MixupSwitchProb = 0.5,
+    mixup_mode: MixupMode = "batch",
+    bce_loss: BceLoss = False,
+    class_weights: ClassWeights = None,
+    model_ema: ModelEma = False,
+    model_ema_decay: ModelEmaDecay = 0.9998,
+    model_ema_warmup: ModelEmaWarmup = False,
 ) -> None:
     """Compare methods as the papers do: a grid chosen on val, final runs over seeds on test.
 
@@ -180,7 +210,14 @@ def sweep(
             grid = plans.Grid(
                 methods, lrs, adamw_lrs, weight_decays, num_prompts, tuple(settings or ())
             )
-            runs = plans.Runs(recipe, epochs, batch_size, opt, amp_dtype)
+            timms = {
+                "smoothing": smoothing, "mixup": mixup, "cutmix": cutmix, "mixup_prob": mixup_prob,
+                "mixup_switch_prob": mixup_switch_prob, "mixup_mode": mixup_mode,
+                "bce_loss": bce_loss, "class_weights": read_class_weights(class_weights),
+                "model_ema": model_ema, "model_ema_decay": model_ema_decay,
+                "model_ema_warmup": model_ema_warmup,
+            }  # fmt: skip
+            runs = plans.Runs(recipe, epochs, batch_size, opt, amp_dtype, timms)
             candidates, paper = plans.candidates(grid, runs, format)
             plan = plans.SweepPlan(
                 output=output, candidates=candidates, directory=data, data_format=format,
@@ -188,7 +225,8 @@ def sweep(
                 model=model, checkpoint=checkpoint, pretrained=pretrained, img_size=img_size,
                 seeds=final_seeds,
                 augmentation=Augmentation(
-                    scale, hflip, no_aug or not paper.augment, crops or paper.crops
+                    scale, hflip, no_aug or not paper.augment, crops or paper.crops, aa, reprob,
+                    color_jitter,
                 ),
                 image_options=ImageOptions(
                     interpolation, True, normalisation, resize or paper.resize, not no_exif

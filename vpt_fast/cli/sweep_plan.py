@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,7 @@ class Runs:
         batch_size: Images per step.
         opt: Optimizer.
         amp_dtype: Type that torch.autocast computes in.
+        more: Further fields of `Recipe`, by name.
     """
 
     paper: str | None
@@ -80,6 +81,7 @@ class Runs:
     batch_size: int | None
     opt: str | None
     amp_dtype: str
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_preset(preset: str, directory: Path | None, given: Iterable[str]) -> None:
@@ -146,6 +148,7 @@ def candidates(
         for name, flag, text in (
             ("sgd", "lrs", grid.lrs),
             ("adamw", "adamw-lrs", grid.adamw_lrs),
+            ("adam", "adamw-lrs", grid.adamw_lrs),
         )
         if text is not None
     }
@@ -166,6 +169,7 @@ def candidates(
             batch_size=paper.batch_size if runs.batch_size is None else runs.batch_size,
             amp_dtype=runs.amp_dtype,
             opt=default_optimizer(tuned) if runs.opt is None else runs.opt,
+            **runs.more,
         )
         found.append(
             candidate(

@@ -19,14 +19,19 @@ from vpt_fast.cli.common import (
 from vpt_fast.cli.options import (
     MODEL,
     Accumulation,
+    AutoAugment,
     BatchSize,
+    BceLoss,
     Blocks,
     Cache,
     CachePrefix,
     Checkpoint,
     ClassOrder,
+    ClassWeights,
+    ColorJitter,
     CropKind,
     CudaGraphs,
+    CutmixAlpha,
     DataFormat,
     Device,
     Dropout,
@@ -39,7 +44,14 @@ from vpt_fast.cli.options import (
     LearningRate,
     Memory,
     MethodName,
+    MixupAlpha,
+    MixupMode,
+    MixupProb,
+    MixupSwitchProb,
     Model,
+    ModelEma,
+    ModelEmaDecay,
+    ModelEmaWarmup,
     NoAntialias,
     NoAug,
     NoExif,
@@ -49,8 +61,10 @@ from vpt_fast.cli.options import (
     NumPrompts,
     Opt,
     PaperName,
+    Patience,
     Pretrained,
     Reduction,
+    Reprob,
     Resize,
     Resume,
     Rewind,
@@ -59,6 +73,7 @@ from vpt_fast.cli.options import (
     Schedule,
     Seed,
     Settings,
+    Smoothing,
     TrainingAmpDtype,
     TrainingData,
     ValFraction,
@@ -66,6 +81,7 @@ from vpt_fast.cli.options import (
     WeightDecay,
     Workers,
 )
+from vpt_fast.train.common.class_weights import read_class_weights
 from vpt_fast.train.common.paper_settings import default_optimizer, paper_settings
 from vpt_fast.train.common.parallel import process_group, rank
 from vpt_fast.train.common.recipe import AUTO, Recipe, resolve_amp_dtype
@@ -125,6 +141,21 @@ def train(
     resume: Resume = False,
     workers: Workers = None,
     device: Device = "auto",
+    aa: AutoAugment = None,
+    reprob: Reprob = 0.0,
+    color_jitter: ColorJitter = 0.0,
+    smoothing: Smoothing = 0.0,
+    mixup: MixupAlpha = 0.0,
+    cutmix: CutmixAlpha = 0.0,
+    mixup_prob: MixupProb = 1.0,
+    mixup_switch_prob: MixupSwitchProb = 0.5,
+    mixup_mode: MixupMode = "batch",
+    bce_loss: BceLoss = False,
+    class_weights: ClassWeights = None,
+    model_ema: ModelEma = False,
+    model_ema_decay: ModelEmaDecay = 0.9998,
+    model_ema_warmup: ModelEmaWarmup = False,
+    patience: Patience = None,
 ) -> None:
     """Tune a pretrained model on a folder of images.
 
@@ -137,6 +168,13 @@ def train(
             "reduction": reduction, "num_layers": num_layers, "hidden_dim": hidden_dim,
         }  # fmt: skip
         fields["blocks"] = block_indices(blocks)
+        timms: dict[str, Any] = {
+            "smoothing": smoothing, "mixup": mixup, "cutmix": cutmix, "mixup_prob": mixup_prob,
+            "mixup_switch_prob": mixup_switch_prob, "mixup_mode": mixup_mode,
+            "bce_loss": bce_loss, "class_weights": read_class_weights(class_weights),
+            "model_ema": model_ema, "model_ema_decay": model_ema_decay,
+            "model_ema_warmup": model_ema_warmup, "patience": patience,
+        }  # fmt: skip
         tuned = make_method(method, fields, settings or ())
         paper = paper_settings(recipe, tuned, check_format(directory, data_format), _given(fields))
         run = RunSettings(
@@ -146,10 +184,11 @@ def train(
                 epochs=epochs, batch_size=paper.batch_size if batch_size is None else batch_size,
                 lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, seed=seed,
                 opt=default_optimizer(tuned) if opt is None else opt, accumulation=accumulation,
-                amp_dtype=resolve_amp_dtype(amp_dtype, where), schedule=schedule,
+                amp_dtype=resolve_amp_dtype(amp_dtype, where), schedule=schedule, **timms,
             ),
             augmentation=Augmentation(
-                scale, hflip, no_aug or not paper.augment, crops or paper.crops
+                scale, hflip, no_aug or not paper.augment, crops or paper.crops, aa, reprob,
+                color_jitter,
             ),
             image_options=ImageOptions(
                 interpolation, not no_antialias, normalisation, resize or paper.resize, not no_exif
@@ -177,8 +216,10 @@ def _report(result: RunResult, epochs: int) -> None:
         typer.echo(f"interrupted after {len(rows)} of {epochs} epochs; adapter: {adapter}")
         raise typer.Exit(130)
     kept = next(row for row in rows if row.epoch == result.fit.kept)
-    score = "" if kept.val_top1 is None else f", {kept.val_top1:.2f}% on val"
-    typer.echo(f"kept epoch {kept.epoch}{score}")
+    metric = "" if kept.val_map is None else "mAP "
+    score = "" if kept.score is None else f", {metric}{kept.score:.2f}% on val"
+    stopped = f" of {len(rows)}, stopped early" if result.fit.stopped_early else ""
+    typer.echo(f"kept epoch {kept.epoch}{stopped}{score}")
     if result.test is not None:
         typer.echo(accuracy("test", result.test))
     typer.echo(f"adapter: {adapter}")

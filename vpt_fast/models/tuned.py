@@ -48,6 +48,7 @@ class TuneRecord:
         graphs: CUDA graphs of the blocks; None without `cuda_graphs`. Copies start without any.
         inputs: Image preprocessing of the adapter that was loaded, if any.
         initialised: What prompts were initialised from, {"images": number}, or None.
+        multi_label: Whether the adapter that was loaded answers with several labels an image.
     """
 
     method: Method
@@ -59,6 +60,7 @@ class TuneRecord:
     graphs: BlockGraphs | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     initialised: Mapping[str, int] | None = None
+    multi_label: bool = False
 
 
 class Tuned(nn.Module):
@@ -66,7 +68,7 @@ class Tuned(nn.Module):
 
     plain_class: ClassVar[type[nn.Module]]
     tune_record: TuneRecord
-    adapters: Any
+    tune_adapters: Any
 
     def trained_modules(self) -> list[nn.Module]:
         """Return the modules that follow `train()`: those that the method added, and the head."""
@@ -112,8 +114,8 @@ class Tuned(nn.Module):
         """Convert all tensors, as `to`, `half`, `cuda` and their like do."""
         self._forget()
         super()._apply(*args, **kwargs)
-        if "adapters" in vars(self):
-            self.adapters.convert(*args, **kwargs)
+        if "tune_adapters" in vars(self):
+            self.tune_adapters.convert(*args, **kwargs)
         return self
 
     def _forget(self) -> None:
@@ -187,6 +189,11 @@ def is_added(name: str, part: nn.Module) -> bool:
 def is_tuned(model: Any) -> bool:
     """Return whether `model` is tuned."""
     return isinstance(model, Tuned)
+
+
+def is_disabled(model: Any) -> bool:
+    """Return whether the adapters of `model` are disabled; not those of a copy of it."""
+    return isinstance(model, nn.Module) and vars(model).get("tune_adapters") == id(model)
 
 
 def blocks_of(model: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from vpt_fast.reports.page.classes import (
     class_rows,
     count_confusions,
     frequent_confusions,
+    label_rows,
     shown_matrix,
 )
 from vpt_fast.reports.page.evaluation import EvaluatedRun, EvaluationOptions, evaluate_run
@@ -198,16 +199,15 @@ def _section(
     result = evaluated.evaluation
     missing = (*evaluated.split.refused, *result.skipped)
     skipped += [item for item in missing if item not in skipped]
-    log(f"{run.name}: {evaluated.split_name}, {result.images:,} images, top-1 {result.top1:.2f}%")
+    metric = "top-1" if result.mean_ap is None else "mAP"
+    score = f"{metric} {result.score:.2f}%"
+    log(f"{run.name}: {evaluated.split_name}, {result.images:,} images, {score}")
     found = {
         "split": evaluated.split_name,
         "directory": str(evaluated.directory),
         "amp_dtype": evaluated.amp_dtype,
-        "images": result.images,
         "entries": len(evaluated.split),
-        "loss": result.loss,
-        "top1": result.top1,
-        "top5": result.top5,
+        **result.figures,
         "skipped": [item.reason for item in missing],
         "names": hashlib.sha256(
             "\n".join(evaluated.name(row) for row in range(result.images)).encode(
@@ -215,7 +215,7 @@ def _section(
             )
         ).hexdigest(),
     }
-    parts = {**_classes(evaluated), "mistakes": worst_mistakes(evaluated)}
+    parts = _labels(evaluated) if evaluated.tuned.multi_label else _classes(evaluated)
     parts |= _experts(evaluated, options, f"experts-{index}")
     return RunSection(run, line_of(index), found, parts, notes)
 
@@ -229,7 +229,15 @@ def _classes(run: EvaluatedRun) -> dict[str, Any]:
         "matrix": shown_matrix(counts, names),
         "classes": class_rows(labels, predictions, counts, names),
         "confusions": frequent_confusions(counts, names),
+        "mistakes": worst_mistakes(run),
+        "labels": None,
     }
+
+
+def _labels(run: EvaluatedRun) -> dict[str, Any]:
+    """Return the part for images with several labels, which have no confusions of one class."""
+    rows = label_rows(run.probabilities, run.evaluation.labels, run.images.classes)
+    return {"labels": rows}
 
 
 def _experts(run: EvaluatedRun, options: EvaluationOptions, name: str) -> dict[str, Any]:

@@ -30,7 +30,10 @@ _COLUMNS = {
     "images_per_second": "train_images_per_second",
     "val_loss": "eval_loss",
     "val_top1": "eval_top1",
+    "val_map": "eval_map",
 }
+
+_OPTIONAL = ("val_loss", "val_top1", "val_map", "train_top1")
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,11 @@ class RunFolder:
         if self.record is not None and self.record.kept_epoch is not None:
             rows = {row.epoch: row for row in self.epochs}
             return rows.get(self.record.kept_epoch)
-        scored = [row for row in self.epochs if row.val_top1 is not None]
+        scored = [row for row in self.epochs if row.score is not None]
         if not scored:
             return self.epochs[-1]
         # Ties go to the first epoch, as in training.
-        return max(scored, key=lambda row: (row.val_top1 or 0.0, -(row.val_loss or 0.0)))
+        return max(scored, key=lambda row: (row.score or 0.0, -(row.val_loss or 0.0)))
 
     @property
     def images_per_second(self) -> float | None:
@@ -127,7 +130,8 @@ class RunFolder:
             return f"{done}; how it ended is not recorded"
         of = self.record.recipe.get("epochs")
         if self.record.state == FINISHED:
-            return f"finished, {done}"
+            early = f" of {of}, stopped early" if self.record.stopped_early else ""
+            return f"finished, {done}{early}"
         if self.record.state == INTERRUPTED:
             return f"interrupted after {done} of {of}"
         if self.record.error:
@@ -200,7 +204,7 @@ def _epoch(row: dict[str, Any]) -> Epoch:
     values: dict[str, Any] = {name: row.get(column) for name, column in _COLUMNS.items()}
     number = int(values.pop("epoch"))
     floats = {
-        name: None if value in (None, "") and name.startswith("val_") else float(value)
+        name: None if value in (None, "") and name in _OPTIONAL else float(value)
         for name, value in values.items()
     }
     return Epoch(number, **floats)  # type: ignore[arg-type]

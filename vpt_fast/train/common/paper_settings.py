@@ -15,8 +15,10 @@ PAPERS = ("vpt", "vapt")
 LEARNING_RATES = {
     "sgd": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
     "adamw": (0.005, 0.001, 0.0005, 0.0001),
+    "adam": (0.005, 0.001, 0.0005, 0.0001),
 }
-"""The papers' grids of base learning rates, by optimizer."""
+"""The papers' grids of base learning rates, by optimizer; they do not use Adam, which has
+AdamW's."""
 WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
 PROMPT_COUNTS = (1, 5, 10, 50, 100, 200)
 """The papers' grids for ViT."""

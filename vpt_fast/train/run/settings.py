@@ -44,7 +44,8 @@ class RunSettings:
         cache: Where decoded training and validation images live, one of `image_loaders.CACHES`.
             Test images are read once and never cached.
         prefix_cache: Whether the input of the first block that is trained or has prompts is
-            computed once for each image, where that is not block 0 and images are not augmented.
+            computed once for each image, where that is not block 0 and images are neither augmented
+            nor mixed.
         cuda_graphs: Whether forward, loss and backward are replayed as a CUDA graph; None does so
             on a GPU with one process. On the CPU they never are.
         workers: Number of processes that load images; None takes 0 on the CPU, up to 4 on a GPU.

@@ -15,6 +15,7 @@ from timm.utils import random_seed
 from vpt_fast.backbones import build as backbones
 from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.methods import Method
+from vpt_fast.train.common.class_weights import with_class_weights
 from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
     SEEDS,
@@ -28,6 +29,7 @@ from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.data.sources import open_source
 from vpt_fast.train.data.split import require_one_label
 from vpt_fast.train.demo.task import CLASS_NAMES, load_splits
+from vpt_fast.train.loop.epochs import check_patience
 from vpt_fast.train.sweep.data import ArrayData, SourceData, SweepData
 from vpt_fast.train.sweep.sweep import Candidate, Result, Sweep
 from vpt_fast.train.sweep.task import SweepTask
@@ -84,7 +86,7 @@ class SweepPlan:
             "model": self.model,
             "checkpoint": self.checkpoint.name if self.checkpoint else None,
             "img_size": self.img_size,
-            "augmentation": asdict(self.augmentation),
+            "augmentation": self.augmentation.settings(),
             "images": asdict(self.image_options),
         }
 
@@ -184,8 +186,8 @@ def _demo_task(plan: SweepPlan, progress: bool) -> SweepTask:
     digits = load_splits()
     random_seed(plan.seeds[0])
     net = demo_backbone(num_classes=len(CLASS_NAMES)).to(plan.device)
-    options = {"class_names": CLASS_NAMES, "model_args": DEMO_ARGS}
-    options["checkpoint"] = DEMO_CHECKPOINT.name
+    options: dict[str, Any] = {"class_names": CLASS_NAMES, "model_args": DEMO_ARGS}
+    options |= {"checkpoint": DEMO_CHECKPOINT.name, "dataset": "handwritten digits"}
     data = ArrayData(digits.train, digits.val, digits.test)
     return _sweep_task(plan, net, data, progress, options)
 
@@ -203,6 +205,9 @@ def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepT
         )
     )
     classes = source.class_names
+    for one in plan.candidates:
+        check_patience(one.recipe, validates=False)
+        with_class_weights(one.recipe, source.splits["train"].labels, classes)
     if ":" not in name:
         for one in plan.candidates:
             backbones.tunable_on_meta(name, len(classes), one.method, model_args)
@@ -223,6 +228,7 @@ def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepT
         "class_names": classes,
         "model_args": model_args,
         "checkpoint": weights.name if weights else None,
+        "dataset": plan.directory.resolve().name,
     }
     return _sweep_task(plan, net.to(plan.device), data, progress, options)
 
