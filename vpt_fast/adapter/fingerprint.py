@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpt_fast.models.interop.quantised import dequantised
 from vpt_fast.models.interop.wrappers import whole
 
 TOLERANCE = 1e-2
@@ -31,7 +30,7 @@ def _signs(count: int) -> Tensor:
 
 
 def _summary(weight: Tensor) -> Summary:
-    flat = dequantised(whole(weight.detach())).to("cpu", torch.float64).flatten()
+    flat = whole(weight.detach()).to("cpu", torch.float64).flatten()
     rows = -(-flat.numel() // _COLUMNS)
     padded = torch.zeros(rows * _COLUMNS, dtype=torch.float64)
     padded[: flat.numel()] = flat

@@ -40,8 +40,7 @@ from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.adapter.hub.card import card_text
 from vpt_fast.methods import to_dict
-from vpt_fast.models.interop.added_later import check_own_modules
-from vpt_fast.models.interop.wrappers import inner_model, is_sharded
+from vpt_fast.models.interop.wrappers import check_own_modules, inner_model, is_sharded
 from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.version import __version__
 
@@ -84,9 +83,8 @@ def save_adapter(
         FileExistsError: If `directory` exists and `overwrite` is False, or it holds other files.
         TypeError: If `class_names` is one string.
         ValueError: If `model` is not tuned, nothing in it is trained, one of its values is not
-            finite, a module was put into it after tuning, the number of names is not the number of
-            classes, or `load_adapter` would refuse the configuration of `model` or one of
-            `model_args`.
+            finite, it holds modules that others put in, the number of names is not that of classes,
+            or `load_adapter` would refuse the configuration of `model` or one of `model_args`.
         OSError: If it cannot be written; what was there is still there.
     """
     directory = Path(directory)

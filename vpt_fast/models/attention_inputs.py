@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vpt_fast.models.interop.quantised import dequantised, holds_other_tensors, is_plain_linear
+from vpt_fast.models.interop.quantised import dequantised, is_plain_linear, linear_part
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.ops.rowwise.rotation import rotated
 
@@ -72,13 +72,12 @@ def projections_of(attn: Any) -> list[Any]:
 
 def weights_of(attn: Any) -> list[tuple[Tensor, Tensor | None]]:
     """Return weight (A, D) and bias (A,) of the projections to queries, keys and values."""
-    linears = projections_of(attn)
-    weights = [dequantised(linear.weight) for linear in linears]
-    if len(linears) > 1:
-        return list(zip(weights, (linear.bias for linear in linears), strict=True))
+    pairs = [(dequantised(linear.weight), linear.bias) for linear in projections_of(attn)]
+    if len(pairs) > 1:
+        return pairs
     bias = _packed_bias(attn)
     biases: Any = (None,) * 3 if bias is None else bias.chunk(3)
-    return list(zip(weights[0].chunk(3), biases, strict=True))
+    return list(zip(pairs[0][0].chunk(3), biases, strict=True))
 
 
 def _packed_bias(attn: Any) -> Tensor | None:
@@ -109,10 +108,7 @@ def projected(attn: Any, x: Tensor, part: slice) -> Tensor:
         whole: Tensor = qkv.forward(x)
         added = _added_bias(attn)
         return (whole if added is None else whole + added)[..., part]
-    bias = _packed_bias(attn)
-    if holds_other_tensors(qkv.weight):
-        return F.linear(x, qkv.weight, bias)[..., part]
-    return F.linear(x, qkv.weight[part], None if bias is None else bias[part])
+    return linear_part(x, qkv.weight, _packed_bias(attn), part)
 
 
 def _bypasses(attn: Any) -> bool:

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from vpt_fast.models.attention_inputs import reads_plainly
-from vpt_fast.models.interop.quantised import holds_other_tensors
+from vpt_fast.models.interop.quantised import cannot_fold
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -140,11 +140,7 @@ def _check(model: Any) -> None:
                     "remove the hook or do not fold"
                 )
             if has_own_forward(module) or (name in _LINEARS and not reads_plainly(module)):
-                raise ValueError(
-                    f"cannot fold {where}: it computes more than its weights tell, it is a "
-                    f"{type(module).__name__}{_kind_of_weight(module)}; merge it into a plain "
-                    "Linear, or do not fold"
-                )
+                raise cannot_fold(where, module)
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
                     raise ValueError(
@@ -155,11 +151,6 @@ def _check(model: Any) -> None:
         for name in _GAMMAS:
             if block._parameters.get(name) is not None:
                 _check_frozen(f"blocks.{index}.{name}", block._parameters[name])
-
-
-def _kind_of_weight(module: Any) -> str:
-    weight = getattr(module, "weight", None)
-    return f" of {type(weight).__name__}" if holds_other_tensors(weight) else ""
 
 
 def _check_frozen(name: str, parameter: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -35,8 +36,23 @@ def dequantised(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def form_of(weight: Tensor) -> Tensor:
-    """Return a tensor with the device and dtype that a weight's products have; itself if plain."""
+def linear_part(x: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+    """Return the outputs `part` of a Linear for x (..., D); all are computed where need be."""
     if holds_other_tensors(weight):
-        return torch.empty(0, device=weight.device, dtype=weight.dtype)
-    return weight
+        return F.linear(x, weight, bias)[..., part]
+    return F.linear(x, weight[part], None if bias is None else bias[part])
+
+
+def cannot_fold(where: str, module: nn.Module) -> ValueError:
+    """Return the error of what would be folded into a module that is no plain Linear.
+
+    Args:
+        where: Name of the module.
+        module: Module, of another class or with a weight that is no plain tensor.
+    """
+    weight, kind = getattr(module, "weight", None), type(module).__name__
+    kind += f" of {type(weight).__name__}" if holds_other_tensors(weight) else ""
+    return ValueError(
+        f"cannot fold {where}: it computes more than its weights tell, it is a {kind}; merge it "
+        "into a plain Linear, or do not fold"
+    )
