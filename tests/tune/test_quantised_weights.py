@@ -36,7 +36,7 @@ def frozen_linear(module: nn.Module, name: str) -> bool:
 
 
 def quantised(model: Any, all_but_trained: bool = False) -> Any:
-    """Quantise the Linears of the blocks, or all that are frozen, in place."""
+    """Convert to int8 the Linears of the blocks, or all that are frozen, in place."""
     config = torchao.Int8WeightOnlyConfig()
     if all_but_trained:
         torchao.quantize_(model, config, frozen_linear)
