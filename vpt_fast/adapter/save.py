@@ -40,8 +40,8 @@ from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.adapter.hub.card import card_text
 from vpt_fast.methods import to_dict
-from vpt_fast.models.interop.wrappers import inner_model, is_sharded
-from vpt_fast.models.tuned import is_tuned
+from vpt_fast.models.interop.wrappers import check_own_modules, inner_model, is_sharded
+from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.version import __version__
 
 
@@ -83,8 +83,8 @@ def save_adapter(
         FileExistsError: If `directory` exists and `overwrite` is False, or it holds other files.
         TypeError: If `class_names` is one string.
         ValueError: If `model` is not tuned, nothing in it is trained, one of its values is not
-            finite, the number of names is not the number of classes, or `load_adapter` would
-            refuse the configuration of `model` or one of `model_args`.
+            finite, it holds modules that others put in, the number of names is not that of classes,
+            or `load_adapter` would refuse the configuration of `model` or one of `model_args`.
         OSError: If it cannot be written; what was there is still there.
     """
     directory = Path(directory)
@@ -132,6 +132,7 @@ def _check_model(model: Any, class_names: Sequence[str] | None) -> None:
         raise ValueError(f"this {type(model).__name__} is not tuned; call prompt_tune first")
     if isinstance(class_names, str):
         raise TypeError(f"class_names must be a list of names, got {class_names!r}")
+    check_own_modules(model, blocks_of(model))
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for {model.num_classes} classes")
 

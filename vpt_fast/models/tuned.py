@@ -14,6 +14,7 @@ from vpt_fast.models.changes.sharing import remember
 from vpt_fast.models.fold import FoldRecord, unfold_before_loading
 from vpt_fast.models.fusion.block_reading import forget
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
+from vpt_fast.models.interop.replaced import not_wrapped
 from vpt_fast.modules.baseline_layers import BottleneckAdapter
 from vpt_fast.modules.experts import FeatureProjector
 from vpt_fast.modules.prompt_module import PromptModule
@@ -73,7 +74,7 @@ class Tuned(nn.Module):
         """Return the modules that follow `train()`: those that the method added, and the head."""
         names = ("head_drop", "head", "head_dist")
         heads = [getattr(self, name) for name in names if hasattr(self, name)]
-        return heads + [part for name, part in self.named_modules() if is_added(name, part)]
+        return heads + not_wrapped([m for m in self.named_modules() if is_added(*m)])
 
     def train(self: AnyTuned, mode: bool = True) -> AnyTuned:
         """Set the mode of prompts, adapters and head; the backbone stays in eval mode."""
