@@ -33,7 +33,6 @@ TESTS = (
     "tests/reference",
     "tests/adapter/test_earlier_versions.py",
     "tests/kernels/test_launch_plan.py",
-    "tests/tune/test_tune_lifecycle.py",
 )
 """Part of the suite that needs neither a second extra nor an executor of Triton kernels."""
 
