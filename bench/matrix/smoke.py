@@ -26,6 +26,7 @@ import tempfile
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,12 +270,12 @@ def checks(
 
     yield "modules", modules
     for family, method in cases():
-        yield f"{family} {method}", lambda family=family, method=method: case(family, method)
+        yield f"{family} {method}", partial(case, family, method)
     for name in REFERENCE:
-        yield f"published {name}", lambda name=name: published(name)
+        yield f"published {name}", partial(published, name)
     if command is not None:
         with tempfile.TemporaryDirectory() as folder:
-            yield "command", lambda: on_a_folder(command, Path(folder))
+            yield "command", partial(on_a_folder, command, Path(folder))
 
 
 def main() -> int:
