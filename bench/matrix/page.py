@@ -72,14 +72,19 @@ def merge(row: Row, result: Result, about: Mapping[str, str], path: Path = FILE)
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """Return results as a table of the page."""
-    heads = "Python", "torch", "torchvision", "Triton", "timm", "checks", "tests", "measured on"
+    heads = "Python", "torch", "torchvision", "Triton", "timm", "checks", "tests", "measured"
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         checks = row["checks"] or "not run"
         cells = [row[name] for name in Result._fields[:5]]
-        cells += [f"{checks}; {row['note']}" if row["note"] else checks, row["tests"], row["date"]]
+        cells += [
+            f"{checks}; {row['note']}" if row["note"] else checks,
+            row["tests"].partition(" in ")[0],
+            row["date"],
+        ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    machines = sorted({f"{row['device']}, {row['system']}" for row in rows})
+    return "\n".join([*lines, "", f"Machines: {'; '.join(machines)}."])
 
 
 def write_page(page: Path = PAGE, path: Path = FILE, check: bool = False) -> int:
