@@ -19,6 +19,7 @@ from bench.matrix.rows import Row
 ROOT = Path(__file__).parents[2]
 PYENV = Path.home() / ".pyenv" / "versions"
 TESTERS = ("pytest>=8,<9.2", "pytest-benchmark>=4", "pytest-xdist>=3.7")
+_IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info", "build", "site")
 
 
 class CommandError(RuntimeError):
@@ -47,7 +48,9 @@ def build(folder: Path) -> tuple[Path, Path]:
     Raises:
         CommandError: If the build fails.
     """
-    ran([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT], folder)
+    # A copy, so that nothing of an earlier or a simultaneous build in the tree gets in.
+    source = shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=_IGNORED)
+    ran([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source], folder)
     [wheel], [archive] = folder.glob("*.whl"), folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
