@@ -136,6 +136,7 @@ def test_the_source_distribution_runs_its_own_tests(unpacked: Path) -> None:
     tests = (
         "tests/docs/test_pages.py",
         "tests/reference/test_grids.py",
+        "tests/test_bare_tree.py",
         "tests/test_packaging.py::test_every_folder_is_a_package",
     )
     printed = python("-m", "pytest", "-q", "--numprocesses", "0", *tests, cwd=unpacked)
