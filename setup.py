@@ -16,7 +16,7 @@ TRAIN = [
     "tensorboard>=2.16",
     "torchvision>=0.23",
     "tqdm>=4.66",
-    "typer>=0.12",
+    "typer>=0.12.4",
 ]
 # Of `inspect`, `memory`, `report` and the demo.
 REPORTS = [
@@ -50,12 +50,24 @@ DOCS = [
     "mkdocs-material>=9",
     "mkdocstrings[python]>=1",
 ]
+# Of docs/integrations.
+INTEGRATIONS = [
+    "accelerate>=1.15",
+    "lightning>=2.6",
+    "onnx>=1.23",
+    "onnxruntime>=1.32",
+    "onnxscript>=0.7",
+    "peft>=0.21",
+    "torchao>=0.18",
+    "transformers>=5.24",
+]
 DEV = [
     *DATA,
     *REPORTS,
     *SWEEP,
     *SERVE,
     *DOCS,
+    *INTEGRATIONS,
     "build>=1",
     "httpx2>=2.16",
     "import-linter>=2.5",

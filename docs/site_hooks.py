@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-PUBLIC_MODULES = ("vpt_fast", "vpt_fast.bank", "vpt_fast.analysis")
+PUBLIC_MODULES = ("vpt_fast.public", "vpt_fast.bank", "vpt_fast.analysis")
 PAGE = "api.md"
 
 log = logging.getLogger("mkdocs.hooks.site_hooks")
@@ -40,9 +40,9 @@ def public_names() -> list[str]:
     package = _package()
     names: dict[str, None] = {}
     for module in PUBLIC_MODULES:
-        below = module.partition(".")[2]
-        found = package[below] if below else package
-        names.update({f"{module}.{name}": None for name in found.exports or ()})
+        exports = package[module.partition(".")[2]].exports or ()
+        home = module.removesuffix(".public")  # which `vpt_fast` itself hands on
+        names.update({f"{home}.{name}": None for name in exports})
     short = [name.rpartition(".")[2] for name in names]
     return [name for i, name in enumerate(names) if short[i] not in short[:i]]
 

@@ -1,81 +1,23 @@
 """Fast visual prompt tuning for timm vision transformers."""
 
-from vpt_fast.adapter.hub.push import push_adapter
-from vpt_fast.adapter.load import load_adapter
-from vpt_fast.adapter.save import save_adapter
-from vpt_fast.adapter.switching.switch import (
-    active_adapter,
-    adapter_names,
-    add_adapter,
-    delete_adapter,
-    disabled,
-    set_adapter,
-)
-from vpt_fast.bank import PromptBank
-from vpt_fast.export import bake
-from vpt_fast.methods import VAPT, PromptMethod, VPTDeep, VPTShallow, register_method
-from vpt_fast.methods.baselines import (
-    AdapterTuning,
-    BiasTuning,
-    FullTuning,
-    LinearProbe,
-    MLPHead,
-    PartialTuning,
-)
-from vpt_fast.models.fold import fold_backbone
-from vpt_fast.models.initialise import initialise, regularisation
-from vpt_fast.modules.block_info import BlockInfo, FrozenWeights
-from vpt_fast.modules.prompt_module import PromptModule, Prompts
-from vpt_fast.published import BPT, CVPT, DVPT, E2VPT, VFPT, GateVPT
-from vpt_fast.tune import (
-    count_parameters,
-    print_trainable_parameters,
-    prompt_tune,
-    remove_prompts,
-    trainable_parameters,
-)
-from vpt_fast.version import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "BPT",
-    "CVPT",
-    "DVPT",
-    "E2VPT",
-    "VAPT",
-    "VFPT",
-    "AdapterTuning",
-    "BiasTuning",
-    "BlockInfo",
-    "FrozenWeights",
-    "FullTuning",
-    "GateVPT",
-    "LinearProbe",
-    "MLPHead",
-    "PartialTuning",
-    "PromptBank",
-    "PromptMethod",
-    "PromptModule",
-    "Prompts",
-    "VPTDeep",
-    "VPTShallow",
-    "__version__",
-    "active_adapter",
-    "adapter_names",
-    "add_adapter",
-    "bake",
-    "count_parameters",
-    "delete_adapter",
-    "disabled",
-    "fold_backbone",
-    "initialise",
-    "load_adapter",
-    "print_trainable_parameters",
-    "prompt_tune",
-    "push_adapter",
-    "register_method",
-    "regularisation",
-    "remove_prompts",
-    "save_adapter",
-    "set_adapter",
-    "trainable_parameters",
-]
+from vpt_fast.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from vpt_fast.public import *  # noqa: F403
+    from vpt_fast.public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import the public names, PyTorch and timm when one of the names is used (PEP 562)."""
+        if name == "__all__" or not name.startswith("_"):
+            public = import_module("vpt_fast.public")
+            globals().update({key: getattr(public, key) for key in (*public.__all__, "__all__")})
+            if name in globals():  # or a module of the package, which is there once it is imported
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*__getattr__("__all__"), *globals()})

@@ -11,7 +11,7 @@ from vpt_fast.methods import Method
 from vpt_fast.methods.baselines import AdapterTuning, BiasTuning, MLPHead, PartialTuning
 from vpt_fast.models.check_parts import name_of, refuse
 from vpt_fast.models.family import KNOWN, Family, family_of
-from vpt_fast.models.tuned import blocks_of, check_pooling, is_tuned
+from vpt_fast.models.tuned import blocks_of, check_pooling, is_disabled, is_tuned
 
 
 def check_model(model: Any, method: Method) -> Family:
@@ -26,7 +26,7 @@ def check_model(model: Any, method: Method) -> Family:
             f"this {name_of(model)} is tuned already, with {model.tune_record.method}; call "
             "remove_prompts(model) first"
         )
-    if "adapters" in vars(model):
+    if is_disabled(model):
         raise ValueError(
             f"the adapters of this {name_of(model)} are disabled; leave `with disabled(model)`"
         )

@@ -112,6 +112,7 @@ def prompt_tune(
         raise TypeError(f"cuda_graphs is {cuda_graphs!r}; use True or False")
     inner = inner_model(model, changes=True)
     apply_method(inner, method, check_model(inner, method), memory, cuda_graphs)
+    remember(inner)
     return model
 
 
@@ -140,7 +141,6 @@ def apply_method(
     )
     with all_or_nothing(tuned):
         _install(tuned, family, record, in_place)
-    remember(tuned)
     return tuned
 
 
@@ -211,15 +211,25 @@ def remove_prompts(model: Model) -> Model:
         raise ValueError(f"this {type(tuned).__name__} has no prompts to remove")
     check_own_blocks(tuned, blocks_of(tuned), is_tuned)
     check_latest(tuned, is_tuned)
+    undo_method(tuned, family)
+    return model
+
+
+def undo_method(tuned: Any, family: Family) -> None:
+    """Undo `apply_method`, and drop other adapters.
+
+    Args:
+        tuned: Tuned model.
+        family: Record of its class.
+    """
     with all_or_nothing(tuned):
         _uninstall(tuned, family)
-    return model
 
 
 def _uninstall(tuned: Any, family: Family) -> None:
     unfold_backbone(tuned)
-    if "adapters" in vars(tuned):
-        tuned.adapters.keep_first(tuned)
+    if "tune_adapters" in vars(tuned):
+        tuned.tune_adapters.keep_first(tuned)
     record: TuneRecord = tuned.tune_record
     hidden, head = tuned._modules.get("head_hidden"), tuned.get_classifier()
     if hidden is not None and isinstance(head, nn.Linear):

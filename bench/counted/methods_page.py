@@ -34,7 +34,7 @@ from vpt_fast import (
     VPTShallow,
 )
 from vpt_fast.analysis.activation_memory import EAGER, SavedBytes
-from vpt_fast.cli.methods import trained_parameters
+from vpt_fast.cli.work.methods import trained_parameters
 
 MARKS = "<!-- methods: made by bench.counted.methods_page -->", "<!-- end of methods -->"
 PAGE = Path(__file__).parent.parent.parent / "docs" / "methods" / "compared.md"

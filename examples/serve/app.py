@@ -66,6 +66,7 @@ class TaskInfo(BaseModel):
     name: str
     method: str
     num_classes: int
+    multi_label: bool
     input_size: list[int]
 
 
@@ -168,7 +169,8 @@ def _add_predict(app: FastAPI, parts: _Parts) -> None:
             prediction = await _first(parts.batcher.submit(pixels, entry), gone, deadline)
         finally:
             gone.cancel()
-        found = most_probable(prediction.logits, entry.class_names, topk)
+        logits, several = prediction.logits, entry.multi_label
+        found = most_probable(logits, entry.class_names, topk, several)
         seconds = time.perf_counter() - began
         parts.metrics.answered(task, seconds)
         return Answer(
@@ -292,5 +294,6 @@ def _info(entry: BankTask) -> TaskInfo:
         name=entry.name,
         method=entry.method.name,
         num_classes=entry.num_classes,
+        multi_label=entry.multi_label,
         input_size=list(entry.inputs["input_size"]),
     )

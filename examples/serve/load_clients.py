@@ -18,7 +18,7 @@ import torch
 from examples.serve.trial import picture
 from examples.serve.uploads import prepare
 from vpt_fast.bank import PromptBank
-from vpt_fast.train.common.ranking import names_of
+from vpt_fast.train.common.ranking import names_of, probabilities_of
 
 TOLERANCE = 1e-4
 """Tolerance of probabilities; results of different batch sizes differ by rounding."""
@@ -71,7 +71,8 @@ def good_cases(bank: PromptBank) -> list[Case]:
             entry = bank.task(task)
             image = prepare(io.BytesIO(file), entry.inputs, 10**7)
             with torch.inference_mode():
-                shares = bank(image[None], [task])[0].softmax(dim=0).tolist()
+                logits = bank(image[None], [task])[0]
+            shares = probabilities_of(logits, entry.multi_label).tolist()
             names = names_of(entry.class_names, len(shares))
             content = {"files": {"image": file}, "data": {"task": task, "topk": len(names)}}
             probabilities = dict(zip(names, shares, strict=True))

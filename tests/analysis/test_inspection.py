@@ -266,7 +266,8 @@ def test_inspect_writes_tables_and_pictures(work, tmp_path):
         assert float(share) == pytest.approx(100 * sum(shares) / (2 * heads), abs=0.006)
     assert f"written to {output}: attention.csv, mixing.csv, " in result.stdout
 
-    result = call(work, "deep", output, images[0])
+    assert "replace it with --overwrite" in error_of(call(work, "deep", output, images[0]))
+    result = call(work, "deep", output, images[0], "--overwrite")
     assert result.exit_code == 0, result.output
     assert {path.name for path in output.iterdir()} == {"attention.csv", "attention.png"}
     assert "vpt-deep, 2 prompts, 1 image" in result.stdout
@@ -303,9 +304,9 @@ def test_inspect_refuses_wrong_arguments(work, tmp_path):
         assert (other / name).read_text() == "mine"
     file = tmp_path / "file"
     file.write_text("mine")
-    assert "is not of an earlier inspect" in error_of(call(work, "deep", file, good))
+    assert "is a file; choose another --output" in error_of(call(work, "deep", file, good))
     empty = tmp_path / "empty"
     empty.mkdir()
     assert call(work, "deep", empty, good).exit_code == 0
     (empty / "notes.txt").write_text("mine")
-    assert "(it holds notes.txt)" in error_of(call(work, "deep", empty, good))
+    assert "(it holds notes.txt)" in error_of(call(work, "deep", empty, good, "--overwrite"))

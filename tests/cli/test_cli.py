@@ -84,11 +84,11 @@ def test_predict_names_classes_and_probabilities(run, folder, checkpoint):
     for line, image in zip(lines, images, strict=True):
         path, _, rest = line.partition(": ")
         assert path == str(image)
-        found = re.findall(r"(\w+) ([\d.]+)%", rest)
+        found = re.findall(r"(\w+) (?:< )?([\d.]+)%", rest)
         assert sorted(name for name, _ in found) == list(CLASSES)
         percents = [float(value) for _, value in found]
         assert percents == sorted(percents, reverse=True)
-        assert sum(percents) == pytest.approx(100, abs=0.03)
+        assert sum(percents) == pytest.approx(100, abs=0.05)
     top = call("predict", run[0], *images, "--checkpoint", checkpoint, "--topk", 1)
     assert [line.count("%") for line in top.stdout.splitlines()] == [1, 1, 1]
 

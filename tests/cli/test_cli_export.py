@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_the_printed_line_runs_it_without_this_package(
         assert distance(found, tuned(images)) < 1e-5
     assert distance(single, found[:1]) < 1e-5
     task = json.loads(done.stdout)
-    assert task["class_names"] == list(CLASSES)
+    assert task["class_names"] == list(CLASSES) and task["multi_label"] is False
     assert task["method"]["name"] == "vapt"
     assert task["input"]["input_size"] == [3, IMG_SIZE, IMG_SIZE]
     assert task["input"]["dtype"] == "float32"
@@ -128,9 +129,15 @@ def test_a_file_is_replaced_only_with_overwrite(
     output = tmp_path / "task.pt2"
     output.write_text("something else")
     options = (adapters["deep"], "--checkpoint", checkpoint, "-o", output, "--dtype", "bfloat16")
+    for more in ((), ("--overwrite",)):
+        message = error_of(call(*options, *more))
+        assert f"{output} exists and is not of an earlier export; choose another" in message
+        assert output.read_text() == "something else"
+    with ZipFile(output, "w") as file:
+        file.writestr("archive/extra/task.json", "{}")
+    before = output.read_bytes()
     message = error_of(call(*options))
-    assert f"{output} exists; choose another --output, or pass --overwrite" in message
-    assert output.read_text() == "something else"
+    assert f"{output} exists, of an earlier export; choose another --output, or repl" in message
 
     def full(*args: Any, **kwargs: Any) -> None:
         args[1].write(b"half")
@@ -139,7 +146,7 @@ def test_a_file_is_replaced_only_with_overwrite(
     with monkeypatch.context() as patch:
         patch.setattr(torch.export, "save", full)
         assert "No space left on device" in error_of(call(*options, "--overwrite"))
-    assert output.read_text() == "something else"
+    assert output.read_bytes() == before
     assert list(tmp_path.iterdir()) == [output]
 
     result = call(*options, "--overwrite")

@@ -66,7 +66,7 @@ def test_the_module_runs_as_a_program(
         (["--prompts", "3 4"], "--prompts is '3 4'; give numbers with commas between them"),
         (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
         (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
-        (["--dtype", "half"], "dtype is 'half'; choose one of bfloat16, float16, float32"),
+        (["--dtype", "int8"], "dtype is 'int8'; choose one of bfloat16, float16, float32"),
         (["--img-size", "8"], "test_vit takes no images of size (3, 8, 8)"),
     ],
 )

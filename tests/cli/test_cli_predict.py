@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from support.pictures import CLASSES, make_folders, write_checkpoint
 from typer.testing import CliRunner
 
 from vpt_fast.cli.app import app
+from vpt_fast.train.data.images import eval_transform
+from vpt_fast.train.run.tuned_model import load_tuned
 
 MODEL = ["--model", "test_vit", "--img-size", "32"]
 TASKS = {
@@ -104,3 +110,60 @@ def test_a_method_that_no_bank_holds(workspace, tmp_path):
     bank = ["predict", "--bank", tmp_path / "tasks", *weights, "--tasks"]
     assert "tuned with VPTShallow" in error_of(call(*bank, "shallow", pictures(workspace)[0]))
     assert call(*bank, "deep", pictures(workspace)[0]).exit_code == 0
+
+
+def test_folders_are_read_as_the_data_are(workspace, tmp_path):
+    weights = ["--checkpoint", workspace / "tiny.pth"]
+    folder = tmp_path / "some"
+    shutil.copytree(workspace / "images" / "val", folder / "b")
+    shutil.copy(pictures(workspace)[0], folder / "z.png")
+    (folder / "b" / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
+    alone = pictures(workspace)[1]
+    result = call("predict", workspace / "tasks" / "deep", alone, folder, *weights)
+    assert result.exit_code == 0, result.output
+    names = [line.partition(": ")[0] for line in result.stdout.splitlines()]
+    below = [str(folder / "b" / name / f"{i}.png") for name in CLASSES for i in range(3)]
+    assert names == [str(alone), str(folder / "z.png"), *below]
+    bank = call("predict", "--bank", workspace / "tasks", "--tasks", "deep", folder, *weights)
+    assert bank.stdout.splitlines() == result.stdout.splitlines()[1:]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    message = error_of(call("predict", workspace / "tasks" / "deep", empty, *weights))
+    assert message == f"{empty} has no images in it or below it"
+    (empty / "a.txt").write_text("text")
+    message = error_of(call("predict", workspace / "tasks" / "deep", empty, *weights))
+    assert message == f"{empty} has no images in it or below it; it has 1 .txt"
+    message = error_of(call("predict", workspace / "tasks" / "deep", empty / "no.png", *weights))
+    assert message == f"there is no image {empty / 'no.png'}"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_predictions_are_written_to_a_file(workspace, tmp_path, suffix):
+    output = tmp_path / "new" / f"found{suffix}"
+    adapter, weights = workspace / "tasks" / "deep", ["--checkpoint", workspace / "tiny.pth"]
+    images = pictures(workspace)[:2]
+    words = ["predict", adapter, *images, *weights, "--topk", 2, "--output", output]
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"written to {output}: 2 images, 4 rows\n"
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file)) if suffix == ".csv" else json.load(file)
+    assert [list(row) for row in rows] == [["path", "rank", "class", "probability"]] * 4
+    assert [(row["path"], int(row["rank"])) for row in rows] == [
+        (str(image), rank) for image in images for rank in (1, 2)
+    ]
+    loaded = load_tuned(adapter, workspace / "tiny.pth", torch.device("cpu"))
+    for image, row in zip(images, rows[::2], strict=True):
+        tensor = eval_transform(loaded.inputs)(Image.open(image).convert("RGB"))
+        wanted = loaded.net(tensor[None])[0].softmax(0)
+        assert row["class"] == CLASSES[int(wanted.argmax())]
+        assert float(row["probability"]) == pytest.approx(float(wanted.max()), rel=1e-5)
+    before = output.read_bytes()
+    assert "replace it with --overwrite" in error_of(call(*words))
+    assert call(*words, "--overwrite").exit_code == 0 and output.read_bytes() == before
+    output.write_text("mine")
+    assert "is not of an earlier predict" in error_of(call(*words, "--overwrite"))
+    assert output.read_text() == "mine"
+    message = error_of(call(*words[:-1], tmp_path / "found.txt"))
+    assert message == f"--output is {tmp_path / 'found.txt'}; its name must end in .csv or .json"

@@ -27,7 +27,7 @@ from test_cli import MODEL, call, error_of, train
         (["--batch-size", "0"], "batch_size is 0"),
         (["--lr", "-1"], "lr is -1"),
         (["--opt", "lion"], "opt is 'lion'; choose one of sgd, adamw"),
-        (["--amp-dtype", "half"], "amp_dtype is 'half'; choose one of float32"),
+        (["--amp-dtype", "int8"], "amp_dtype is 'int8'; choose one of float32"),
         (["--scale", "0", "1"], "scale is 0 1; it must be 0 < low"),
         (["--hflip", "2"], "hflip is 2"),
         (
@@ -85,7 +85,7 @@ def test_bad_checkpoints_are_named(folder, checkpoint, tmp_path):
 def test_an_output_folder_that_exists_is_left_alone(run, folder, checkpoint):
     before = {path: path.stat().st_mtime_ns for path in run[0].rglob("*")}
     result = train(folder, checkpoint, run[0])
-    assert f"output folder {run[0]} exists; choose another with --output" in error_of(result)
+    assert f"{run[0]} exists, of an earlier train; choose another --output" in error_of(result)
     assert {path: path.stat().st_mtime_ns for path in run[0].rglob("*")} == before
 
 
@@ -139,7 +139,9 @@ def test_adapters_that_do_not_fit_are_named(run, folder, checkpoint, tmp_path):
     other = write_checkpoint(tmp_path / "other.pth", seed=1)
     message = error_of(call("eval", run[0], folder, "--checkpoint", other))
     assert "is for another backbone" in message
-    assert "not an adapter" in error_of(call("predict", tmp_path, folder / "a.png"))
+    assert "not an adapter" in error_of(
+        call("predict", tmp_path, folder / "test" / "red" / "0.png")
+    )
     damaged = shutil.copytree(run[0] / "best", tmp_path / "damaged")
     tensors = damaged / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])

@@ -15,7 +15,7 @@ ROOMS = ("kernels", "vpt_fast", "bench", "examples", "tests")
 _VERBS = """
     Accumulate Add Admit Advance Allocate Answer Append Apply Ask Assert Attend Average Bake Build
     Cache Call Capture Cast Change Check Choose Clear Close Coarsen Collect Compare Compile
-    Compute Configure Convert Copy Count Create Crop Cut Decide Decode Decorate Define Delay
+    Compute Configure Convert Copy Count Create Crop Cut Decide Decode Decorate Define Delay Delete
     Describe Divide Do Download Draw Drive Drop Embed Emit End Enter Erase Evaluate Evict Exchange
     Execute Exit Expand Export Extend Fill Find Fold Forget Format Free Freeze Give Group Halve
     Handle Hold Ignore Import Initialise Insert Install Iterate Join Keep Kill Launch Let Limit
@@ -25,7 +25,7 @@ _VERBS = """
     Replace Replay Report Reset Resize Restore Restrict Resume Return Rewrite Rotate Round Run
     Save Say Seed Select Send Serve Set Show Shuffle Simulate Skip Sort Split Stack Stand Start
     Stop Store Strip Sum Summarize Swap Switch Take Tell Time Trace Train Try Tune Turn Undo
-    Uninstall Unpack Update Use Wait Warm Warn Watch Wrap Write Yield Zero
+    Uninstall Unpack Update Upload Use Wait Warm Warn Watch Wrap Write Yield Zero
 """
 VERBS = frozenset(_VERBS.split())
 """First words of functions' docstrings; a new verb is added here."""

@@ -144,7 +144,8 @@ def _exists(name: str) -> bool:
         path = ROOT.joinpath(*parts[:count])
         found = path.with_suffix(".py") if path.with_suffix(".py").is_file() else None
         if found is None and path.is_dir():
-            found = path / "__init__.py"
+            # The package itself has the names of its module `public`.
+            found = path / ("__init__.py" if count > 1 or parts[0] != "vpt_fast" else "public.py")
         if found is not None and found.is_file():
             return count == len(parts) or parts[count] in _names(found)
     return False

@@ -26,7 +26,12 @@ import vpt_fast
 from vpt_fast.cli.app import app
 
 EVERY = list(zip(PAGES, NAMES, strict=True))
-PYTHON = [(page, name) for page, name in EVERY if blocks(page.read_text(), "python")]
+PYTHON = [
+    (page, name)
+    for page, name in EVERY
+    # Those programs are run by tests/integrations.
+    if blocks(page.read_text(), "python") and page.parent.name != "integrations"
+]
 SHELL = [(page, name) for page, name in EVERY if blocks(page.read_text(), "sh")]
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 UNCHECKED = {"curl", "tar", "export"}
@@ -37,7 +42,7 @@ create_model = timm.create_model
 
 def _small_model(name: str, pretrained: bool = False, **options: Any) -> Any:
     """Build a small ViT of the same class, whose values depend on the parameters' names only."""
-    model = create_model(name, pretrained=False, **SMALL, **options)
+    model = create_model(name, pretrained=False, **{**SMALL, **options})
     for parameter_name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(parameter_name.encode()))
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 from support.serving import (
     HEAD,
     PART,
@@ -26,9 +27,11 @@ from support.serving import (
 from typer.testing import CliRunner
 
 from examples.serve.uploads import prepare
-from vpt_fast import PromptBank
+from vpt_fast import PromptBank, load_adapter, save_adapter
+from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.cli.app import app as command
 from vpt_fast.train.data.pictures import FORMATS
+from vpt_fast.train.run.bank_folder import open_bank
 
 UPLOAD = 100_000
 
@@ -106,6 +109,24 @@ def test_an_image_is_prepared_as_predict_does(
         assert [item["name"] for item in body["classes"]] == [name for name, _ in want]
         shares = [100 * item["probability"] for item in body["classes"]]
         assert shares == pytest.approx([p for _, p in want], abs=0.0051)
+
+
+def test_each_class_of_several_labels_has_a_probability_of_its_own(
+    bank: PromptBank, folder: Path, tmp_path: Path
+) -> None:
+    names = list(bank.task("task-0").class_names or ())
+    model = load_adapter(demo_backbone(len(names)), folder / "task-0")
+    options: dict[str, Any] = {"model_args": DEMO_ARGS, "checkpoint": DEMO_CHECKPOINT.name}
+    save_adapter(model, tmp_path / "task", class_names=names, multi_label=True, **options)
+    several, _ = open_bank(tmp_path)
+    file = picture(3)
+    logits = several(prepare(io.BytesIO(file), several.task("task").inputs, 10**9)[None], ["task"])
+    with serving(several) as (client, _):
+        assert client.get("/tasks").json()["tasks"][0]["multi_label"] is True
+        body = client.post("/predict", files={"image": file}, data={"task": "task"}).json()
+    found = {item["name"]: item["probability"] for item in body["classes"]}
+    wanted = dict(zip(names, torch.sigmoid(logits[0]).tolist(), strict=True))
+    assert found == pytest.approx(wanted, abs=1e-5)
 
 
 def test_topk_bounds_the_classes(client: httpx2.Client) -> None:

@@ -141,10 +141,12 @@ def test_nothing_is_measured_without_a_gpu() -> None:
 def test_only_files_of_an_earlier_report_are_overwritten(tmp_path: Path) -> None:
     output = tmp_path / "out"
     printed, rows = report(LinearProbe(), output)
-    assert report(LinearProbe(), output) == (printed, rows)
+    with pytest.raises(FileExistsError, match="of an earlier memory; choose another --output, or"):
+        report(LinearProbe(), output)
+    assert report(LinearProbe(), output, overwrite=True) == (printed, rows)
     (output / "memory.csv").write_text("mine")
     with pytest.raises(FileExistsError, match="is not of an earlier memory; choose another"):
-        report(LinearProbe(), output)
+        report(LinearProbe(), output, overwrite=True)
     assert (output / "memory.csv").read_text() == "mine"
     other = tmp_path / "other"
     other.mkdir()

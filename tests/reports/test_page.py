@@ -166,7 +166,7 @@ def test_a_run_without_its_data_still_has_curves(workspace: Path, tmp_path: Path
     assert "it was killed, or is still being trained" in text
     result = call(
         "report", moved, "--output", tmp_path / "page.html", "--data", workspace / "data",
-        "--split", "val", "--max-images", 2,
+        "--split", "validation", "--max-images", 2, "--overwrite",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "deep: val, 6 images" in result.stdout
@@ -178,6 +178,9 @@ def test_a_run_without_a_record_needs_data(workspace: Path, tmp_path: Path) -> N
     result = call("report", old, "--output", tmp_path / "page.html")
     assert result.exit_code == 0 and "pass --data" in result.stdout
     options = ["--data", workspace / "data", "--checkpoint", workspace / "tiny.pth"]
+    result = call("report", old, "--output", tmp_path / "page.html", *options)
+    assert result.exit_code == 2 and "replace it with --overwrite" in result.stderr
+    options.append("--overwrite")
     result = call("report", old, "--output", tmp_path / "page.html", *options)
     assert "linear: test, 12 images" in result.stdout
 

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 import torch.multiprocessing as mp
 
-IMPORTED = ["vpt_fast.cli.app", "vpt_fast.train.sweep.sweep", "bench.gpu.worker"]
+IMPORTED = [
+    *("vpt_fast.cli.app", "vpt_fast.cli.work.train", "vpt_fast.cli.work.eval"),
+    *("vpt_fast.train.sweep.sweep", "bench.gpu.worker"),
+]
 
 
 @functools.cache

@@ -1,17 +1,20 @@
-"""Small training runs: items, damaged files, and the adapters that a run writes."""
+"""Small training runs: items, damaged files, several labels, and the adapters of a run."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from support.pictures import CLASSES
 from vpt_fast import save_adapter
 from vpt_fast.adapter.files import TENSORS_FILE
 from vpt_fast.train.data.images import SkippedImage, make_loader
+from vpt_fast.train.data.split import ImageSource, Split, split_of_files
 from vpt_fast.train.loop.epochs import fit
 
 BROKEN = SkippedImage("broken.png", "broken.png cannot be decoded (cut)")
@@ -70,3 +73,33 @@ def endings(folder: Path) -> dict[str, bytes]:
 
 class Stopped(Exception):
     """Raised to end a run as if its process had been killed."""
+
+
+def several_labels(folder: Path, **counts: int) -> ImageSource:
+    """Write images whose bright channels are their labels; counts[split] images of each split."""
+    splits = {}
+    for seed, (name, count) in enumerate(counts.items()):
+        splits[name] = _split(folder / name, count, seed)
+    return ImageSource("folders", list(CLASSES), splits, multi_label=True)
+
+
+def _split(folder: Path, count: int, seed: int) -> Split:
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, labels = [], []
+    for i in range(count):
+        row = [i >> bit & 1 for bit in range(3)]  # every combination, none among them
+        noise = rng.integers(0, 100, (36, 40, 3)) + 130 * np.array(row[::-1])
+        paths.append(folder / f"{i}.png")
+        Image.fromarray(noise.astype(np.uint8)).save(paths[-1])
+        labels.append(row)
+    return split_of_files(paths, labels)
+
+
+def open_instead(monkeypatch: Any, source: ImageSource, *modules: Any) -> None:
+    """Let `open_source` and `check_format` of some modules find a source."""
+    for module in modules:
+        if hasattr(module, "open_source"):
+            monkeypatch.setattr(module, "open_source", lambda *_, **__: source)
+        if hasattr(module, "check_format"):
+            monkeypatch.setattr(module, "check_format", lambda *_: "json")

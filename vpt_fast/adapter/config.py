@@ -31,6 +31,7 @@ _ARGUMENTS = {
     for model in (VisionTransformer, SwinTransformer, Eva)
     for name in inspect.signature(model.__init__).parameters
 } - {"self", "kwargs"}
+_MOST_BLOCKS = 512
 _INPUT_KEYS = {"input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"}
 _CROP_MODES = ("center", "squash", "border")
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming", "random")
@@ -58,8 +59,13 @@ def check_config(config: Mapping[str, Any]) -> None:
     classes = config["model"].get("args", {}).get("num_classes")
     if names is not None and classes not in (None, len(names)):
         _wrong("class_names", names, f"{classes} names, one for each class")
+    unknown = config["input"].keys() - _INPUT_KEYS - {"exif_transpose"}
+    if unknown or "input_size" not in config["input"]:
+        _wrong("input", sorted(config["input"]), f"an object of {', '.join(sorted(_INPUT_KEYS))}")
     _check_input(config["input"])
     _check_summaries("fingerprint", config["fingerprint"])
+    if not isinstance(config.get("multi_label", False), bool):
+        _wrong("multi_label", config["multi_label"], "true or false")
     started = config.get("initialised")
     if started is not None and not (isinstance(started, dict) and _is_count(started.get("images"))):
         _wrong("initialised", started, "an object with a number of images")
@@ -91,9 +97,12 @@ def _check_model(model: Mapping[str, Any]) -> None:
     name = model.get("name")
     if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
         _wrong("model.name", name, "a name of timm's list")
+    if model["depth"] > _MOST_BLOCKS:
+        _wrong("model.depth", model["depth"], f"a number up to {_MOST_BLOCKS}")
     for key in ("checkpoint", "pretrained_tag"):
-        if not isinstance(model.get(key), str | None):
-            _wrong(f"model.{key}", model[key], "a string")
+        value = model.get(key)
+        if not isinstance(value, str | None) or re.search(r"[/\\\x00-\x1f]", value or ""):
+            _wrong(f"model.{key}", value, "a name")
     source = model.get("source")
     if source is not None and not (isinstance(source, str) and _SOURCE.fullmatch(source)):
         _wrong("model.source", source, "hf-hub:owner/model or local-dir:path")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vpt_fast.models.interop.wrappers import whole
 from vpt_fast.models.tuned import Tuned, blocks_of
-from vpt_fast.tune import trainable_parameters
+from vpt_fast.tune import classifiers_of, trainable_parameters
 
 
 def model_config(
@@ -68,10 +68,16 @@ def _is_json(value: Any) -> bool:
 
 
 def trained_tensors(model: Tuned) -> dict[str, Tensor]:
-    """Return the values of what is trained or was added, by name; what was added may be frozen."""
+    """Return the values of what is trained or was added, by name; what was added may be frozen.
+
+    Buffers of the classifiers, such as running means, change with what is trained.
+    """
     added = model.added_tensors()
     trained = {name for name, _ in trainable_parameters(model)} | added.keys()
-    found = {name: p for name, p in model.named_parameters() if name in trained}
+    found: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if n in trained}
+    heads = {id(buffer) for head in classifiers_of(model) for buffer in head.buffers()}
+    saved = model.state_dict().keys() if heads else ()
+    found |= {n: b for n, b in model.named_buffers() if id(b) in heads and n in saved}
     return {name: whole(tensor.detach()) for name, tensor in (found | added).items()}
 
 

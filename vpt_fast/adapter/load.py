@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +21,12 @@ from vpt_fast.adapter.tensors import check_tensors, expected_tensors
 from vpt_fast.backbones.of_adapter import backbone_of_adapter
 from vpt_fast.checks import check_model
 from vpt_fast.methods import from_dict
+from vpt_fast.models.changes.sharing import remember
 from vpt_fast.models.interop.wrappers import inner_model
-from vpt_fast.tune import apply_method, host_copy, remove_prompts
+from vpt_fast.tune import apply_method, host_copy, undo_method
 
-Model = TypeVar("Model", bound=nn.Module)
 _EQUAL = 1e-6
 """Tolerance, relative to the norm, between fingerprints of the same weights."""
-
-
-@overload
-def load_adapter(
-    model: Model, directory: str | os.PathLike[str], *, checkpoint: None = None
-) -> Model: ...
-
-
-@overload
-def load_adapter(
-    model: None,
-    directory: str | os.PathLike[str],
-    *,
-    checkpoint: str | os.PathLike[str] | None = None,
-) -> nn.Module: ...
 
 
 def load_adapter(
@@ -76,15 +61,20 @@ def load_adapter(
     directory = local_folder(directory)
     config, tensors = read_adapter(directory)
     if model is None:
-        built: Any = backbone_of_adapter(config, None if checkpoint is None else Path(checkpoint))
+        file = None if checkpoint is None else Path(checkpoint)
+        built: Any = backbone_of_adapter(config, file, tensors)
         built.pretrained_cfg = {**built.pretrained_cfg, **config["input"]}
-        return tuned_by(built, directory, config, tensors).eval()
+        tuned_by(built, directory, config, tensors)
+        remember(built)
+        return built.eval()
     if checkpoint is not None:
         raise ValueError(
             f"checkpoint is {os.fspath(checkpoint)!r}, but the model is given; load it there, or "
             "pass None for the model"
         )
-    tuned_by(inner_model(model, changes=True), directory, config, tensors)
+    inner = inner_model(model, changes=True)
+    tuned_by(inner, directory, config, tensors)
+    remember(inner)
     return model
 
 
@@ -117,18 +107,19 @@ def tuned_by(
             f"{have['args']['num_classes']}; create it with num_classes={classes}"
         )
     trained = expected_tensors(model, method, family)
-    known = {**dict(model.named_parameters()), **trained}
+    known = {**dict(model.named_buffers()), **dict(model.named_parameters()), **trained}
     needed = (name for name in trained if name not in config["fingerprint"])
     check_tensors(tensors, known, needed, directory / TENSORS_FILE)
     tuned: Any = apply_method(model, method, family, memory, cuda_graphs)
     tuned.tune_record.inputs = config["input"]
+    tuned.tune_record.multi_label = config.get("multi_label", False)
     tuned.tune_record.initialised = config.get("initialised")
     try:
         _fill(tuned, tensors)
         rounded = bool(difference(weights, config["fingerprint"], _EQUAL))
         _check_fixed_image(tuned, config, directory, rounded)
     except BaseException:
-        remove_prompts(tuned)
+        undo_method(tuned, family)
         raise
     return tuned
 
@@ -153,7 +144,7 @@ def _fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Copy an adapter's tensors into a tuned model, and train these parameters only."""
     record, parameters = model.tune_record, dict(model.named_parameters())
     added = model.added_tensors()
-    every = parameters | added
+    every = dict(model.named_buffers()) | parameters | added
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in record.requires_grad and name not in record.originals:

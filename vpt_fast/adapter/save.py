@@ -40,8 +40,8 @@ from vpt_fast.adapter.fingerprint import fingerprint
 from vpt_fast.adapter.fixed_image import fixed_image_outputs
 from vpt_fast.adapter.hub.card import card_text
 from vpt_fast.methods import to_dict
-from vpt_fast.models.interop.wrappers import inner_model, is_sharded
-from vpt_fast.models.tuned import is_tuned
+from vpt_fast.models.interop.wrappers import check_own_modules, inner_model, is_sharded
+from vpt_fast.models.tuned import blocks_of, is_tuned
 from vpt_fast.version import __version__
 
 
@@ -52,6 +52,7 @@ def save_adapter(
     class_names: Sequence[str] | None = None,
     model_args: dict[str, Any] | None = None,
     checkpoint: str | None = None,
+    multi_label: bool | None = None,
     metrics: Mapping[str, float] | None = None,
     dataset: str | None = None,
     license: str | None = None,
@@ -68,6 +69,8 @@ def save_adapter(
         class_names: Label names, in the order of the classes.
         model_args: Arguments of `timm.create_model` that the model does not record itself.
         checkpoint: File that the backbone's weights came from; only the file's name is recorded.
+        multi_label: Whether an image may have several labels, so that probabilities are sigmoids,
+            not a softmax; None keeps what a loaded adapter says.
         metrics: Results in percent by name for the model card, such as {"test top-1": 91.5}.
         dataset: Name of the data set that they were measured on.
         license: Licence of the adapter for the model card, such as "apache-2.0".
@@ -80,8 +83,8 @@ def save_adapter(
         FileExistsError: If `directory` exists and `overwrite` is False, or it holds other files.
         TypeError: If `class_names` is one string.
         ValueError: If `model` is not tuned, nothing in it is trained, one of its values is not
-            finite, the number of names is not the number of classes, or `load_adapter` would
-            refuse the configuration of `model` or one of `model_args`.
+            finite, it holds modules that others put in, the number of names is not that of classes,
+            or `load_adapter` would refuse the configuration of `model` or one of `model_args`.
         OSError: If it cannot be written; what was there is still there.
     """
     directory = Path(directory)
@@ -104,11 +107,8 @@ def save_adapter(
         "model": model_config(tuned, model_args, checkpoint),
         "input": _input_config(tuned),
         "class_names": None if class_names is None else [str(name) for name in class_names],
-        "versions": {
-            "vpt_fast": __version__,
-            "torch": torch.__version__,
-            "timm": str(timm.__version__),
-        },
+        "multi_label": tuned.tune_record.multi_label if multi_label is None else multi_label,
+        "versions": _versions(),
         "architecture": describe(tuned),
         "fixed_image": fixed_image_outputs(tuned),
         "initialised": tuned.tune_record.initialised,
@@ -132,8 +132,15 @@ def _check_model(model: Any, class_names: Sequence[str] | None) -> None:
         raise ValueError(f"this {type(model).__name__} is not tuned; call prompt_tune first")
     if isinstance(class_names, str):
         raise TypeError(f"class_names must be a list of names, got {class_names!r}")
+    check_own_modules(model, blocks_of(model))
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for {model.num_classes} classes")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "vpt_fast": __version__, "torch": torch.__version__, "timm": str(timm.__version__),
+    }  # fmt: skip
 
 
 def _input_config(tuned: Any) -> dict[str, Any]:

@@ -8,14 +8,16 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vpt_fast.backbones.build import check_model_name, create_backbone
 from vpt_fast.backbones.demo_backbone import DEMO_CHECKPOINT
 
 
 def backbone_of_adapter(
-    config: Mapping[str, Any], checkpoint: str | Path | None = None
+    config: Mapping[str, Any],
+    checkpoint: str | Path | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Build the plain backbone that an adapter was trained on.
 
@@ -24,6 +26,7 @@ def backbone_of_adapter(
         checkpoint: File with the backbone's weights; None takes those that the adapter was trained
             on, from the hub, folder or list of timm's that they came from. An adapter of
             `FullTuning()` holds every weight and needs none.
+        tensors: Tensors of the adapter, to compare before the model takes memory.
 
     Raises:
         ValueError: If `create_backbone` refuses, or the adapter was trained on a checkpoint file
@@ -51,8 +54,9 @@ def backbone_of_adapter(
         name = f"{name}.{tag}"
     args = dict(model.get("args") or {})
     num_classes = args.pop("num_classes", None) or len(config["class_names"] or [])
+    _check_sizes(model, args)
     if name != source:
-        _check_shapes(name, num_classes, args, config["fingerprint"])
+        _check_shapes(name, num_classes, args, config["fingerprint"], tensors or {})
         if complete:
             return _created(name, num_classes, args)
     return create_backbone(
@@ -64,8 +68,23 @@ def backbone_of_adapter(
     )
 
 
+def _check_sizes(model: Mapping[str, Any], args: Mapping[str, Any]) -> None:
+    """Raise ValueError if arguments contradict the width and the number of blocks."""
+    depths = args.get("depths", [args.get("depth", model["depth"])])
+    for key, found, right in (
+        ("depth", sum(depths), model["depth"]),
+        ("embed_dim", args.get("embed_dim", model["width"]), model["width"]),
+    ):
+        if found != right:
+            raise ValueError(f"this adapter contradicts itself: its {key} is {found}, and {right}")
+
+
 def _check_shapes(
-    name: str, num_classes: int, args: Mapping[str, Any], expected: Mapping[str, Any]
+    name: str,
+    num_classes: int,
+    args: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Raise ValueError, before allocating, if the model's weights have unexpected shapes."""
     check_model_name(name)
@@ -77,6 +96,12 @@ def _check_shapes(
             raise ValueError(
                 f"this adapter contradicts itself: timm's {name} with its arguments has {key} of "
                 f"shape {own.get(key)}, its fingerprint {summary['shape']}"
+            )
+    for key, tensor in tensors.items():
+        if key in own and own[key] != list(tensor.shape):
+            raise ValueError(
+                f"this adapter contradicts itself: timm's {name} with its arguments has {key} of "
+                f"shape {own[key]}, the adapter {list(tensor.shape)}"
             )
 
 

@@ -51,6 +51,7 @@ class BankTask:
             interpolation, crop_pct, crop_mode.
         nbytes: Bytes of device memory that it takes while it is in memory, head included.
         digest: SHA-256 of the adapter's tensors.
+        multi_label: Whether an image may have several of the classes (sigmoid, not softmax).
     """
 
     name: str
@@ -61,6 +62,7 @@ class BankTask:
     inputs: Mapping[str, Any]
     nbytes: int
     digest: str
+    multi_label: bool = False
 
 
 class TaskTensors(NamedTuple):
@@ -160,6 +162,7 @@ def read_task(backbone: Backbone, name: str, directory: Path) -> tuple[BankTask,
     task = BankTask(
         name, directory, method, classes, None if names is None else tuple(map(str, names)),
         inputs, sum(tensor.nbytes for tensor in every), config["tensors_sha256"],
+        config.get("multi_label", False),
     )  # fmt: skip
     return task, found
 

@@ -16,9 +16,11 @@ from vpt_fast.cli.inspect import inspect_adapter
 from vpt_fast.cli.memory import memory_profile
 from vpt_fast.cli.methods import list_methods
 from vpt_fast.cli.predict import predict
+from vpt_fast.cli.push import push
 from vpt_fast.cli.report import report
 from vpt_fast.cli.sweep import sweep
 from vpt_fast.cli.train import train
+from vpt_fast.cli.usage.command import Command
 from vpt_fast.version import __version__
 
 app = typer.Typer(
@@ -26,6 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
@@ -58,15 +61,19 @@ def options(
             import_modules(modules)
 
 
-app.command()(train)
-app.command(name="eval")(evaluate_adapter)
-app.command()(predict)
-app.command(name="inspect")(inspect_adapter)
-app.command()(export)
-app.command(name="memory")(memory_profile)
-app.command(name="methods")(list_methods)
-app.command()(report)
-app.command()(sweep)
+for name, function in (
+    ("train", train),
+    ("eval", evaluate_adapter),
+    ("predict", predict),
+    ("inspect", inspect_adapter),
+    ("export", export),
+    ("push", push),
+    ("memory", memory_profile),
+    ("methods", list_methods),
+    ("report", report),
+    ("sweep", sweep),
+):
+    app.command(name, cls=Command)(function)
 
 
 def main() -> None:

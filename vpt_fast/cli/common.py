@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 import typer
 
 from vpt_fast.extras import MissingExtraError
 from vpt_fast.methods import Method, find_method, method_names
-from vpt_fast.train.data import images as data
-from vpt_fast.train.loop.evaluate import TrainingError
+
+if TYPE_CHECKING:
+    from vpt_fast.train.data.images import SkippedImage
 
 
 def fail(error: BaseException | str, code: int) -> NoReturn:
@@ -34,10 +34,17 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
         fail(error, 2)
-    except TrainingError as error:
-        fail(error, 1)
-    except torch.OutOfMemoryError as error:
-        fail(f"{error}. Try a smaller --batch-size or --amp-dtype bfloat16", 1)
+    except RuntimeError as error:
+        # Where one of these is raised, PyTorch has been imported.
+        from torch import OutOfMemoryError
+
+        from vpt_fast.train.loop.evaluate import TrainingError
+
+        if isinstance(error, OutOfMemoryError):
+            fail(f"{error}. Try a smaller --batch-size or --amp-dtype bfloat16", 1)
+        if isinstance(error, TrainingError):
+            fail(error, 1)
+        raise
 
 
 def given_options(context: typer.Context) -> list[str]:
@@ -164,14 +171,14 @@ def block_indices(text: str | None) -> list[int] | None:
 
 
 def accuracy(split: str, result: Any) -> str:
-    """Return a line with the accuracy and loss of an evaluation on a split."""
-    return (
-        f"{split}: {result.images:,} images, top-1 {result.top1:.2f}%, "
-        f"top-5 {result.top5:.2f}%, loss {result.loss:.4f}"
-    )
+    """Return a line with the accuracy (or mAP) and loss of an evaluation on a split."""
+    rates = f"top-1 {result.top1:.2f}%, top-5 {result.top5:.2f}%"
+    if result.mean_ap is not None:
+        rates = f"mAP {result.mean_ap:.2f}%"
+    return f"{split}: {result.images:,} images, {rates}, loss {result.loss:.4f}"
 
 
-def report_skipped(skipped: tuple[data.SkippedImage, ...]) -> None:
+def report_skipped(skipped: tuple[SkippedImage, ...]) -> None:
     """End the command with status 1 if images are missing from its figures."""
     if skipped:
         fail(

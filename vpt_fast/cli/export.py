@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
-from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.cli.common import one_line_errors
-from vpt_fast.cli.options import Adapter, Checkpoint, Device
-from vpt_fast.export import bake
-from vpt_fast.methods import to_dict
-from vpt_fast.train.common.recipe import AMP_DTYPES
-from vpt_fast.train.loop.evaluate import resolve_device
-from vpt_fast.train.run.tuned_model import TunedModel, load_tuned
-
-SUFFIX = ".pt2"
-TASK_FILE = "task.json"
+from vpt_fast.cli.usage.groups import OUTPUT
+from vpt_fast.cli.usage.options import Adapter, Checkpoint, Device, Dtype, Overwrite
 
 
 def export(
     adapter: Adapter,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The new file, *.pt2.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The new file, *.pt2.",
+            rich_help_panel=OUTPUT,
+        ),
     ],
     checkpoint: Checkpoint = None,
-    dtype: Annotated[
-        str, typer.Option(help=f"Of weights and images: {', '.join(AMP_DTYPES)}.")
-    ] = "float32",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace FILE if it exists.")
-    ] = False,
+    dtype: Dtype = "float32",
+    overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
     """Write an adapter and its backbone as one program that PyTorch runs without this package.
@@ -43,74 +34,6 @@ def export(
     The file also holds task.json: class names, and how images are resized and normalised.
     """
     with one_line_errors():
-        _check_output(output, overwrite)
-        if dtype not in AMP_DTYPES:
-            raise ValueError(f"--dtype is {dtype!r}; choose one of {', '.join(AMP_DTYPES)}")
-        where = resolve_device(device)
-        loaded = load_tuned(adapter, checkpoint, where)
-        baked = bake(loaded.net).to(AMP_DTYPES[dtype])
-        images = torch.randn(3, *loaded.inputs["input_size"], device=where)
-        program = export_program(baked, images.to(AMP_DTYPES[dtype]))
-        off = _difference(loaded.net, program, images, AMP_DTYPES[dtype])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(output, "wb") as file:
-            torch.export.save(program, file, extra_files={TASK_FILE: _task(loaded, dtype)})
-        size = ", ".join(map(str, loaded.inputs["input_size"]))
-        typer.echo(
-            f"{output}: {output.stat().st_size / 1e6:,.1f} MB, images (batch, {size}) in {dtype} "
-            f"on {where.type} -> logits (batch, {loaded.num_classes}); on random images at most "
-            f"{off:.1e} of the largest logit from the adapter's own in float32; it holds the "
-            "backbone's weights, whose licence holds for it"
-        )
-        typer.echo(
-            f'load it: extra = {{"{TASK_FILE}": ""}}; program = torch.export.load('
-            f"{str(output)!r}, extra_files=extra).module(); logits = program(images)"
-        )
+        from vpt_fast.cli.work import export as work
 
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.suffix != SUFFIX:
-        raise ValueError(f"--output is {output}; its name must end in {SUFFIX}")
-    if output.is_dir():
-        raise FileExistsError(f"{output} is a folder; choose another --output")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; choose another --output, or pass --overwrite")
-
-
-def export_program(model: nn.Module, images: Tensor) -> ExportedProgram:
-    """Export a model for any number of images of one size.
-
-    Args:
-        model: Module that maps images (B, channels, height, width) to logits.
-        images: At least two example images, in the model's dtype and on its device.
-    """
-    return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
-
-
-@torch.no_grad()
-def _difference(
-    model: nn.Module, program: ExportedProgram, images: Tensor, dtype: torch.dtype
-) -> float:
-    """Return the largest difference of the logits, relative to the largest logit of `model`.
-
-    Raises:
-        ValueError: If the program's logits are not finite.
-    """
-    found, wanted = program.module()(images.to(dtype)), model(images)
-    if not found.isfinite().all():
-        raise ValueError(
-            f"logits in {str(dtype).removeprefix('torch.')} are not finite; use --dtype bfloat16 "
-            "or float32"
-        )
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-
-
-def _task(loaded: TunedModel, dtype: str) -> str:
-    net: Any = loaded.net
-    task = {
-        "class_names": loaded.class_names,
-        "input": {**loaded.inputs, "dtype": dtype},
-        "method": to_dict(net.tune_record.method),
-        "torch": torch.__version__,
-    }
-    return json.dumps(task, indent=2) + "\n"
+        work.export(adapter, output, checkpoint, dtype, overwrite, device)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from vpt_fast.analysis.activation_memory import DTYPES
 from vpt_fast.cli.common import make_method, one_line_errors
-from vpt_fast.cli.options import MethodName, Settings
+from vpt_fast.cli.usage.groups import METHOD, OPTIMISATION, OUTPUT
+from vpt_fast.cli.usage.options import Dtype, ImgSize, MethodName, Model, Overwrite, Settings
 from vpt_fast.extras import require_extra
 
 NUM_PROMPTS = 50
@@ -18,16 +18,15 @@ PROMPTS = "0,10,50,100,200"
 
 
 def memory_profile(
-    model: Annotated[
-        str, typer.Option(help="timm's name of a vision transformer, or vpt_fast_demo.")
-    ] = "vit_base_patch16_224",
+    model: Model = "vit_base_patch16_224",
     method: MethodName = "vpt-deep",
     settings: Settings = None,
     num_prompts: Annotated[
         int | None,
         typer.Option(
             help="Prompts of each block where the number of prompted blocks varies (vpt-deep "
-            f"only); by default {NUM_PROMPTS}."
+            f"only); by default {NUM_PROMPTS}.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     prompts: Annotated[
@@ -36,26 +35,29 @@ def memory_profile(
             metavar="P,P,...",
             help="Numbers of prompts where all of the method's blocks are prompted; 0 is the model "
             f"without prompts and with the gradient through all blocks. By default {PROMPTS}.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     dropout: Annotated[
-        float | None, typer.Option(help="Prompt dropout, in [0, 1); by default 0.")
+        float | None,
+        typer.Option(help="Prompt dropout, in [0, 1); by default 0.", rich_help_panel=METHOD),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images per step.")] = 64,
-    img_size: Annotated[
-        int | None, typer.Option(min=1, help="Image size in pixels; by default the model's.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help=f"Of weights and images: {', '.join(DTYPES)}.")
-    ] = "bfloat16",
+    batch_size: Annotated[
+        int,
+        typer.Option("--batch-size", "-b", help="Images per step.", rich_help_panel=OPTIMISATION),
+    ] = 64,
+    img_size: ImgSize = None,
+    dtype: Dtype = "bfloat16",
     output: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder for memory.csv and memory.png: new, empty or of an earlier memory, whose "
-            "files are replaced; by default output/memory-<model>-<method>.",
+            help="New folder for memory.csv and memory.png; by default "
+            "output/memory-<model>-<method>.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show the bytes a training step saves for backward, by prompted blocks and by prompts.
 
@@ -64,7 +66,6 @@ def memory_profile(
     """
     with one_line_errors():
         require_extra("reports")
-        # matplotlib takes long to import, and the other commands do not draw.
         from vpt_fast.reports.memory import report_memory
 
         chosen = make_method(method, {"dropout": dropout}, settings or ())
@@ -84,6 +85,7 @@ def memory_profile(
             batch_size=batch_size,
             img_size=img_size,
             dtype=dtype,
+            overwrite=overwrite,
             log=typer.echo,
         )
 

@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from torch import nn
 
-from vpt_fast import LinearProbe, count_parameters, prompt_tune, remove_prompts
-from vpt_fast.backbones import build as backbones
 from vpt_fast.cli.common import one_line_errors
-from vpt_fast.cli.options import MODEL, ImgSize
-from vpt_fast.methods import Method, find_method, method_names
-from vpt_fast.train.common.curves import format_table
-from vpt_fast.tune import classifiers_of
+from vpt_fast.cli.usage.options import MODEL, ImgSize, Model
 
 
 def list_methods(
-    model: Annotated[
-        str, typer.Option(help="timm's name of a vision transformer, or vpt_fast_demo.")
-    ] = MODEL,
+    model: Model = MODEL,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts (of each block).")] = 10,
     img_size: ImgSize = None,
 ) -> None:
     """List all methods: what each trains of a model beside the head, its paper and its equation."""
     with one_line_errors():
-        name, _, model_args = backbones.resolve_name(model, None, img_size)
-        net = backbones.tunable_on_meta(name, 1, LinearProbe(), model_args)
-        rows = [_row(method, net, num_prompts) for method in method_names()]
-        typer.echo(f"{model}, {num_prompts} prompts, parameters without the head's")
-        typer.echo(format_table(["method", "parameters", "paper", "prompts"], rows))
+        from vpt_fast.cli.work import methods as work
 
-
-def _row(name: str, net: nn.Module, num_prompts: int) -> list[str]:
-    try:
-        cls: Any = find_method(name)
-        method = cls()
-    except (ValueError, TypeError) as error:
-        return [name, "-", "-", str(error)]
-    if "num_prompts" in {field.name for field in fields(method)}:
-        method = replace(method, num_prompts=num_prompts)
-    try:
-        trained = f"{trained_parameters(net, method):,}"
-    except (ValueError, TypeError):
-        trained = "not for it"
-    return [name, trained, cls.paper or "-", cls.equation or "-"]
-
-
-def trained_parameters(net: nn.Module, method: Method) -> int:
-    """Return the number of parameters that a method trains of a plain model, beside the head.
-
-    Raises:
-        ValueError, TypeError: If the method does not fit the model.
-    """
-    model: Any = prompt_tune(net, method)
-    try:
-        heads = (p for head in classifiers_of(model) for p in head.parameters())
-        return count_parameters(model)[0] - sum(p.numel() for p in heads)
-    finally:
-        remove_prompts(model)
+        typer.echo(work.table_of_methods(model, num_prompts, img_size))

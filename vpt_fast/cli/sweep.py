@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from vpt_fast.cli.common import given_options, one_line_errors
-from vpt_fast.cli.options import (
+from vpt_fast.cli.usage import spellings
+from vpt_fast.cli.usage.groups import METHOD, OPTIMISATION, OUTPUT, SPEED
+from vpt_fast.cli.usage.options import (
     MODEL,
     AmpDtype,
     BatchSize,
@@ -28,6 +30,7 @@ from vpt_fast.cli.options import (
     NoExif,
     Normalisation,
     Opt,
+    Overwrite,
     PaperName,
     Pretrained,
     Resize,
@@ -36,17 +39,31 @@ from vpt_fast.cli.options import (
     ValFraction,
     Workers,
 )
+from vpt_fast.cli.usage.recipe_options import (
+    AutoAugment,
+    BceLoss,
+    ClassWeights,
+    ColorJitter,
+    CutmixAlpha,
+    MixupAlpha,
+    MixupMode,
+    MixupProb,
+    MixupSwitchProb,
+    ModelEma,
+    ModelEmaDecay,
+    ModelEmaWarmup,
+    Reprob,
+    Smoothing,
+)
+from vpt_fast.cli.usage.spellings import spelling
 from vpt_fast.extras import require_extra
-from vpt_fast.methods import METHODS
+from vpt_fast.methods import NAMES, method_names
 from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
     PROMPT_COUNTS,
     SEEDS,
     WEIGHT_DECAYS,
 )
-from vpt_fast.train.data.augmentation import Augmentation
-from vpt_fast.train.data.image_options import ImageOptions
-from vpt_fast.train.loop.evaluate import resolve_device
 
 
 def _listed(values: Iterable[float]) -> str:
@@ -61,7 +78,9 @@ SweepOutput = Annotated[
     typer.Option(
         metavar="FOLDER",
         help="Folder of the sweep: sweep.journal, sweep.csv, sweep.png and adapters/. The same "
-        "command with the same folder goes on, or shares the work.",
+        "command with the same folder goes on, or shares the work; with --overwrite it starts "
+        "again.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 SweepData = Annotated[
@@ -75,47 +94,67 @@ Preset = Annotated[
     str | None,
     typer.Option(
         help="demo: handwritten digits, the small model that comes with this package, seven "
-        "methods, three learning rates, five seeds."
+        "methods, three learning rates, five seeds.",
+        rich_help_panel=METHOD,
     ),
 ]
 Methods = Annotated[
-    str, typer.Option(help=f"With commas, of {', '.join(METHODS)}, or package.module:Class.")
+    str,
+    typer.Option(
+        help=f"With commas, of {', '.join(NAMES)}, or package.module:Class.",
+        callback=spellings.each(spelling(method_names, spellings.METHODS)),
+        rich_help_panel=METHOD,
+    ),
 ]
 LearningRates = Annotated[
     str | None,
     typer.Option(
         help="Base learning rates of methods that are trained with SGD, with commas; by "
-        f"default the papers' {_listed(LEARNING_RATES['sgd'])}."
+        f"default the papers' {_listed(LEARNING_RATES['sgd'])}.",
+        rich_help_panel=OPTIMISATION,
     ),
 ]
 AdamWLearningRates = Annotated[
     str | None,
     typer.Option(
-        help=f"The same for AdamW; by default the papers' {_listed(LEARNING_RATES['adamw'])}."
+        help="The same for AdamW and Adam; by default the papers' "
+        f"{_listed(LEARNING_RATES['adamw'])}.",
+        rich_help_panel=OPTIMISATION,
     ),
 ]
 WeightDecays = Annotated[
     str | None,
-    typer.Option(help=f"With commas; by default the papers' {_listed(WEIGHT_DECAYS)}."),
+    typer.Option(
+        help=f"With commas; by default the papers' {_listed(WEIGHT_DECAYS)}.",
+        rich_help_panel=OPTIMISATION,
+    ),
 ]
 PromptCounts = Annotated[
     str,
     typer.Option(
-        help=f"With commas; the papers have {_listed(PROMPT_COUNTS)}. Each is a factor of time."
+        help=f"With commas; the papers have {_listed(PROMPT_COUNTS)}. Each is a factor of time.",
+        rich_help_panel=METHOD,
     ),
 ]
 Seeds = Annotated[
     str,
-    typer.Option(help="Of the final runs, with commas; the first is that of the selection too."),
+    typer.Option(
+        help="Of the final runs, with commas; the first is that of the selection too.",
+        rich_help_panel=OPTIMISATION,
+    ),
 ]
 SweepEpochs = Annotated[
-    int | None, typer.Option(help="Of every run; by default 100, or the preset's 10.")
+    int | None,
+    typer.Option(
+        help="Of every run; by default 100, or the preset's 10.", rich_help_panel=OPTIMISATION
+    ),
 ]
 Processes = Annotated[
     int,
     typer.Option(
         help="Processes on this machine that share the runs and the CPU's threads. More can be "
-        "started at any time, here or on machines that see the folder."
+        "started at any time, here or on machines that see the folder.",
+        rich_help_panel=SPEED,
     ),
 ]
 
@@ -157,6 +196,21 @@ def sweep(
     processes: Processes = 1,
     workers: Workers = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
+    aa: AutoAugment = None,
+    reprob: Reprob = 0.0,
+    color_jitter: ColorJitter = 0.0,
+    smoothing: Smoothing = 0.0,
+    mixup: MixupAlpha = 0.0,
+    cutmix: CutmixAlpha = 0.0,
+    mixup_prob: MixupProb = 1.0,
+    mixup_switch_prob: MixupSwitchProb = 0.5,
+    mixup_mode: MixupMode = "batch",
+    bce_loss: BceLoss = False,
+    class_weights: ClassWeights = None,
+    model_ema: ModelEma = False,
+    model_ema_decay: ModelEmaDecay = 0.9998,
+    model_ema_warmup: ModelEmaWarmup = False,
 ) -> None:
     """Compare methods as the papers do: a grid chosen on val, final runs over seeds on test.
 
@@ -167,10 +221,9 @@ def sweep(
     """
     with one_line_errors():
         require_extra("sweep")
-        # Optuna and matplotlib take a second to import, which the other commands need not wait for.
-        from vpt_fast.cli import sweep_plan as plans
+        from vpt_fast.cli.work import sweep as plans
 
-        where = resolve_device(device)
+        where = plans.resolve_device(device)
         final_seeds = tuple(plans.values("seeds", seeds, int))
         if preset is not None:
             plans.check_preset(preset, directory, given_options(context))
@@ -180,20 +233,28 @@ def sweep(
             grid = plans.Grid(
                 methods, lrs, adamw_lrs, weight_decays, num_prompts, tuple(settings or ())
             )
-            runs = plans.Runs(recipe, epochs, batch_size, opt, amp_dtype)
+            timms = {
+                "smoothing": smoothing, "mixup": mixup, "cutmix": cutmix, "mixup_prob": mixup_prob,
+                "mixup_switch_prob": mixup_switch_prob, "mixup_mode": mixup_mode,
+                "bce_loss": bce_loss, "model_ema": model_ema,
+                "class_weights": plans.read_class_weights(class_weights),
+                "model_ema_decay": model_ema_decay, "model_ema_warmup": model_ema_warmup,
+            }  # fmt: skip
+            amp_dtype = plans.resolve_amp_dtype(amp_dtype, where)
+            runs = plans.Runs(recipe, epochs, batch_size, opt, amp_dtype, timms)
             candidates, paper = plans.candidates(grid, runs, format)
             plan = plans.SweepPlan(
                 output=output, candidates=candidates, directory=data, data_format=format,
                 val_fraction=val_fraction, class_order=class_order,
                 model=model, checkpoint=checkpoint, pretrained=pretrained, img_size=img_size,
                 seeds=final_seeds,
-                augmentation=Augmentation(
-                    scale, hflip, no_aug or not paper.augment, crops or paper.crops
+                augmentation=plans.augmentation(
+                    paper, scale, hflip, no_aug, crops, (aa, reprob, color_jitter)
                 ),
-                image_options=ImageOptions(
-                    interpolation, True, normalisation, resize or paper.resize, not no_exif
+                image_options=plans.image_options(
+                    paper, interpolation, True, normalisation, resize, not no_exif
                 ),
                 memory=memory, cache=cache, workers=workers, device=where,
             )  # fmt: skip
             title = f"{data.resolve().name}, {model}, {candidates[0].recipe.epochs} epochs"
-        plans.run(plan, processes, title)
+        plans.run(plan, processes, title, overwrite)

@@ -2,79 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-from tqdm import tqdm
-
-from vpt_fast.cli.common import (
-    accuracy,
-    block_indices,
-    make_method,
-    one_line_errors,
-    report_skipped,
-)
-from vpt_fast.cli.options import (
+from vpt_fast.cli.common import block_indices, make_method, one_line_errors
+from vpt_fast.cli.usage.options import (
     MODEL,
-    Accumulation,
     BatchSize,
-    Blocks,
     Cache,
-    CachePrefix,
     Checkpoint,
     ClassOrder,
     CropKind,
-    CudaGraphs,
     DataFormat,
     Device,
-    Dropout,
-    Epochs,
     HFlip,
-    HiddenDim,
     ImgSize,
-    Init,
     Interpolation,
-    LearningRate,
     Memory,
     MethodName,
     Model,
-    NoAntialias,
     NoAug,
     NoExif,
     Normalisation,
+    Opt,
+    Overwrite,
+    PaperName,
+    Pretrained,
+    Resize,
+    Scale,
+    Settings,
+    ValFraction,
+    Workers,
+)
+from vpt_fast.cli.usage.recipe_options import (
+    AutoAugment,
+    BceLoss,
+    ClassWeights,
+    ColorJitter,
+    CutmixAlpha,
+    MixupAlpha,
+    MixupMode,
+    MixupProb,
+    MixupSwitchProb,
+    ModelEma,
+    ModelEmaDecay,
+    ModelEmaWarmup,
+    Reprob,
+    Smoothing,
+)
+from vpt_fast.cli.usage.train_options import (
+    Accumulation,
+    Blocks,
+    CachePrefix,
+    CudaGraphs,
+    Dropout,
+    Epochs,
+    HiddenDim,
+    Init,
+    LearningRate,
+    NoAntialias,
     NumBlocks,
     NumLayers,
     NumPrompts,
-    Opt,
-    PaperName,
-    Pretrained,
+    Patience,
     Reduction,
-    Resize,
     Resume,
     Rewind,
     RunOutput,
-    Scale,
     Schedule,
     Seed,
-    Settings,
     TrainingAmpDtype,
     TrainingData,
-    ValFraction,
     WarmupEpochs,
     WeightDecay,
-    Workers,
 )
-from vpt_fast.train.common.paper_settings import default_optimizer, paper_settings
-from vpt_fast.train.common.parallel import process_group, rank
-from vpt_fast.train.common.recipe import AUTO, Recipe, resolve_amp_dtype
-from vpt_fast.train.data.augmentation import Augmentation
-from vpt_fast.train.data.image_options import ImageOptions
-from vpt_fast.train.data.sources import check_format
-from vpt_fast.train.loop.evaluate import resolve_device
-from vpt_fast.train.run.folder_run import RunResult, tune_on_folder
-from vpt_fast.train.run.settings import RunSettings
+from vpt_fast.train.common.names import AUTO
+
+if TYPE_CHECKING:
+    import torch
 
 
 def train(
@@ -122,68 +129,76 @@ def train(
     memory: Memory = "speed",
     cuda_graphs: CudaGraphs = None,
     prefix_cache: CachePrefix = True,
+    overwrite: Overwrite = False,
     resume: Resume = False,
     workers: Workers = None,
     device: Device = "auto",
+    aa: AutoAugment = None,
+    reprob: Reprob = 0.0,
+    color_jitter: ColorJitter = 0.0,
+    smoothing: Smoothing = 0.0,
+    mixup: MixupAlpha = 0.0,
+    cutmix: CutmixAlpha = 0.0,
+    mixup_prob: MixupProb = 1.0,
+    mixup_switch_prob: MixupSwitchProb = 0.5,
+    mixup_mode: MixupMode = "batch",
+    bce_loss: BceLoss = False,
+    class_weights: ClassWeights = None,
+    model_ema: ModelEma = False,
+    model_ema_decay: ModelEmaDecay = 0.9998,
+    model_ema_warmup: ModelEmaWarmup = False,
+    patience: Patience = None,
 ) -> None:
     """Tune a pretrained model on a folder of images.
 
     Ctrl-C ends training early and leaves a usable adapter. On several GPUs: torchrun
     --nproc-per-node 2 -m vpt_fast train ...; --batch-size is that of all GPUs together.
     """
-    with one_line_errors(), process_group(resolve_device(device)) as where:
+    with one_line_errors(), _processes(device) as where:
+        from vpt_fast.cli.work import train as work
+
         fields: dict[str, Any] = {
             "num_prompts": num_prompts, "dropout": dropout, "num_blocks": num_blocks, "init": init,
             "reduction": reduction, "num_layers": num_layers, "hidden_dim": hidden_dim,
+            "blocks": block_indices(blocks),
         }  # fmt: skip
-        fields["blocks"] = block_indices(blocks)
+        timms: dict[str, Any] = {
+            "smoothing": smoothing, "mixup": mixup, "cutmix": cutmix, "mixup_prob": mixup_prob,
+            "mixup_switch_prob": mixup_switch_prob, "mixup_mode": mixup_mode, "bce_loss": bce_loss,
+            "class_weights": work.read_class_weights(class_weights), "model_ema": model_ema,
+            "model_ema_decay": model_ema_decay, "model_ema_warmup": model_ema_warmup,
+            "patience": patience,
+        }  # fmt: skip
         tuned = make_method(method, fields, settings or ())
-        paper = paper_settings(recipe, tuned, check_format(directory, data_format), _given(fields))
-        run = RunSettings(
-            directory=directory, model=model, method=paper.method,
+        paper = work.settings_of_paper(recipe, tuned, directory, data_format, fields)
+        work.run(work.RunSettings(
+            directory=directory, model=model, method=paper.method, memory=memory,
             output=output or Path("output") / f"{directory.resolve().name}-{tuned.name}",
-            recipe=Recipe(
+            recipe=work.Recipe(
                 epochs=epochs, batch_size=paper.batch_size if batch_size is None else batch_size,
                 lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, seed=seed,
-                opt=default_optimizer(tuned) if opt is None else opt, accumulation=accumulation,
-                amp_dtype=resolve_amp_dtype(amp_dtype, where), schedule=schedule,
+                opt=work.default_optimizer(tuned) if opt is None else opt, schedule=schedule,
+                amp_dtype=work.resolve_amp_dtype(amp_dtype, where), accumulation=accumulation,
+                **timms,
             ),
-            augmentation=Augmentation(
-                scale, hflip, no_aug or not paper.augment, crops or paper.crops
+            augmentation=work.augmentation(
+                paper, scale, hflip, no_aug, crops, (aa, reprob, color_jitter)
             ),
-            image_options=ImageOptions(
-                interpolation, not no_antialias, normalisation, resize or paper.resize, not no_exif
+            image_options=work.image_options(
+                paper, interpolation, not no_antialias, normalisation, resize, not no_exif
             ),
             checkpoint=checkpoint, pretrained=pretrained, img_size=img_size, rewind=rewind,
             data_format=data_format, val_fraction=val_fraction, class_order=class_order,
-            memory=memory, cache=cache, prefix_cache=prefix_cache,
-            cuda_graphs=cuda_graphs, workers=workers, device=where, resume=resume,
-        )  # fmt: skip
-        _report(tune_on_folder(run, log=tqdm.write), epochs)
+            cache=cache, prefix_cache=prefix_cache, workers=workers,
+            cuda_graphs=cuda_graphs, device=where, resume=resume, overwrite=overwrite,
+        ))  # fmt: skip
 
 
-def _given(fields: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(name for name, value in fields.items() if value is not None)
+@contextmanager
+def _processes(device: str) -> Iterator[torch.device]:
+    """Yield the device of this process, one of those that torchrun started, if it did."""
+    from vpt_fast.train.common.parallel import process_group
+    from vpt_fast.train.loop.evaluate import resolve_device
 
-
-def _report(result: RunResult, epochs: int) -> None:
-    """Print how a run ended, on process 0; exit with status 130 if Ctrl-C ended the run."""
-    if rank():
-        return
-    rows, adapter = result.fit.epochs, result.adapter
-    if result.fit.warning:
-        typer.echo(f"warning: {result.fit.warning}", err=True)
-    if result.fit.interrupted:
-        typer.echo(f"interrupted after {len(rows)} of {epochs} epochs; adapter: {adapter}")
-        raise typer.Exit(130)
-    kept = next(row for row in rows if row.epoch == result.fit.kept)
-    score = "" if kept.val_top1 is None else f", {kept.val_top1:.2f}% on val"
-    typer.echo(f"kept epoch {kept.epoch}{score}")
-    if result.test is not None:
-        typer.echo(accuracy("test", result.test))
-    typer.echo(f"adapter: {adapter}")
-    if result.fit.skipped:
-        count = len(result.fit.skipped)
-        typer.echo(f"images skipped in training, as they cannot be decoded: {count}", err=True)
-    if result.test is not None:
-        report_skipped(result.test.skipped)
+    with process_group(resolve_device(device)) as where:
+        yield where

@@ -4,6 +4,7 @@ from vpt_fast.methods.prompt_method import PromptMethod, prompted_blocks
 from vpt_fast.methods.prompts import INITS, VAPT, VAPT_VARIANTS, VPTDeep, VPTShallow
 from vpt_fast.methods.registry import (
     METHODS,
+    NAMES,
     Method,
     check_method,
     find_method,
@@ -17,6 +18,7 @@ from vpt_fast.methods.registry import (
 __all__ = [
     "INITS",
     "METHODS",
+    "NAMES",
     "VAPT",
     "VAPT_VARIANTS",
     "Method",

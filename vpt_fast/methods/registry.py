@@ -40,10 +40,17 @@ METHODS: dict[str, type[Method]] = {
 }
 """Methods that are known in this process, by name."""
 
+PUBLISHED = ("bpt", "cvpt", "dvpt", "e2vpt", "gate-vpt", "vfpt")
+"""Names of the methods of other papers, whose package is imported when one of them is asked for."""
+
+NAMES = (*METHODS, *PUBLISHED)
+"""Names of all methods that come with this package."""
+
 ENTRY_POINTS = "vpt_fast.methods"
 """Group of entry points, name = "package.module:Class", by which installed packages add methods."""
 
 _OURS = tuple(METHODS.values())
+_PACKAGE = __name__.partition(".")[0]
 _DEFINED_IN, _DISTRIBUTION = "defined_in", "distribution"
 _RESERVED = ("name", _DEFINED_IN, _DISTRIBUTION)
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -102,6 +109,8 @@ def register_method(
         raise ValueError(f"{name!r} is no name of a method; use small letters, digits and hyphens")
     _check_settings(settings)
     before = METHODS.get(name)
+    if before is None and name in PUBLISHED and not _is_ours(settings):
+        before = find_method(name)
     if before is not None and _path(before) != _path(settings):
         raise ValueError(f"{_path(before)} is registered as {name!r} already; choose another name")
 
@@ -137,6 +146,10 @@ def _check_settings(settings: Any) -> None:
 def modules_of(method: PromptMethod) -> Modules:
     """Return what a method trains, which `check_method` accepted."""
     return _MODULES[type(method)]
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == _PACKAGE
 
 
 def _path(cls: Any) -> str:
@@ -185,6 +198,8 @@ def find_method(name: str) -> type[Method]:
         except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise ValueError(f"method {name!r} cannot be imported: {error}") from error
         return _registered(found, name)
+    if name in PUBLISHED:
+        importlib.import_module(f"{_PACKAGE}.published")
     if name not in METHODS:
         for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
             try:
@@ -209,7 +224,7 @@ def _registered(found: Any, where: str) -> type[Method]:
 def method_names() -> list[str]:
     """Return the names of all methods, those of installed packages included."""
     installed = importlib.metadata.entry_points(group=ENTRY_POINTS).names
-    return [*METHODS, *sorted(installed - METHODS.keys())]
+    return list(dict.fromkeys((*NAMES, *METHODS, *sorted(installed))))
 
 
 def to_dict(method: Method) -> dict[str, Any]:
@@ -220,10 +235,10 @@ def to_dict(method: Method) -> dict[str, Any]:
 
 def _origin(cls: type) -> dict[str, str]:
     """Return the address of a class, and the installed distribution, if another package has it."""
-    package = cls.__module__.partition(".")[0]
-    if package == __name__.partition(".")[0]:
+    if _is_ours(cls):
         return {}
     found = {_DEFINED_IN: _path(cls)}
+    package = cls.__module__.partition(".")[0]
     for name in importlib.metadata.packages_distributions().get(package, ())[:1]:
         found[_DISTRIBUTION] = f"{name} {importlib.metadata.version(name)}"
     return found
@@ -240,7 +255,7 @@ def from_dict(values: Mapping[str, Any]) -> Method:
     name = values.pop("name", None)
     origin, distribution = (values.pop(key, None) for key in (_DEFINED_IN, _DISTRIBUTION))
     if not isinstance(name, str) or ":" in name:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(method_names())}")
     try:
         cls = find_method(name)
     except ValueError as error:

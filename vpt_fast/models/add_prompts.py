@@ -42,7 +42,7 @@ def block_infos(model: Any, family: Family) -> list[BlockInfo]:
             grid=(int(grid[0]), int(grid[1])),
             num_prefix_tokens=getattr(owner, "num_prefix_tokens", 0),
             patch_size=model.patch_embed.patch_size,
-            like=block.attn.proj.weight,
+            like=torch.empty(0).to(block.attn.proj.weight.device, block.attn.proj.weight.dtype),
             owner=owner,
             model=model,
         )

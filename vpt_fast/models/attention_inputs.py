@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpt_fast.models.interop.quantised import dequantised, is_plain_linear, linear_part
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 from vpt_fast.ops.rowwise.rotation import rotated
 
@@ -57,9 +58,9 @@ def check_attention(attn: Any, head_dim: int) -> None:
 def reads_plainly(linear: nn.Module) -> bool:
     """Return whether a projection is a plain Linear, whose rows can be used in part.
 
-    Others, an adapter of low rank or a quantised Linear, are called whole.
+    Others, an adapter of low rank or a Linear with quantised weights, are called whole.
     """
-    return type(linear) is nn.Linear and not has_own_forward(linear)
+    return is_plain_linear(linear) and not has_own_forward(linear)
 
 
 def projections_of(attn: Any) -> list[Any]:
@@ -71,12 +72,12 @@ def projections_of(attn: Any) -> list[Any]:
 
 def weights_of(attn: Any) -> list[tuple[Tensor, Tensor | None]]:
     """Return weight (A, D) and bias (A,) of the projections to queries, keys and values."""
-    linears = projections_of(attn)
-    if len(linears) > 1:
-        return [(linear.weight, linear.bias) for linear in linears]
+    pairs = [(dequantised(linear.weight), linear.bias) for linear in projections_of(attn)]
+    if len(pairs) > 1:
+        return pairs
     bias = _packed_bias(attn)
     biases: Any = (None,) * 3 if bias is None else bias.chunk(3)
-    return list(zip(linears[0].weight.chunk(3), biases, strict=True))
+    return list(zip(pairs[0][0].chunk(3), biases, strict=True))
 
 
 def _packed_bias(attn: Any) -> Tensor | None:
@@ -107,8 +108,7 @@ def projected(attn: Any, x: Tensor, part: slice) -> Tensor:
         whole: Tensor = qkv.forward(x)
         added = _added_bias(attn)
         return (whole if added is None else whole + added)[..., part]
-    bias = _packed_bias(attn)
-    return F.linear(x, qkv.weight[part], None if bias is None else bias[part])
+    return linear_part(x, qkv.weight, _packed_bias(attn), part)
 
 
 def _bypasses(attn: Any) -> bool:

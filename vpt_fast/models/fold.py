@@ -24,6 +24,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from vpt_fast.models.attention_inputs import reads_plainly
+from vpt_fast.models.interop.quantised import cannot_fold
 from vpt_fast.modules.hooks import has_hooks, has_own_forward
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -139,10 +140,7 @@ def _check(model: Any) -> None:
                     "remove the hook or do not fold"
                 )
             if has_own_forward(module) or (name in _LINEARS and not reads_plainly(module)):
-                raise ValueError(
-                    f"cannot fold {where}: it computes more than its weights tell, it is a "
-                    f"{type(module).__name__}; merge it into a plain Linear, or do not fold"
-                )
+                raise cannot_fold(where, module)
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
                     raise ValueError(

@@ -14,6 +14,7 @@ from vpt_fast.models.changes.sharing import remember
 from vpt_fast.models.fold import FoldRecord, unfold_before_loading
 from vpt_fast.models.fusion.block_reading import forget
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
+from vpt_fast.models.interop.replaced import not_wrapped
 from vpt_fast.modules.baseline_layers import BottleneckAdapter
 from vpt_fast.modules.experts import FeatureProjector
 from vpt_fast.modules.prompt_module import PromptModule
@@ -47,6 +48,7 @@ class TuneRecord:
         graphs: CUDA graphs of the blocks; None without `cuda_graphs`. Copies start without any.
         inputs: Image preprocessing of the adapter that was loaded, if any.
         initialised: What prompts were initialised from, {"images": number}, or None.
+        multi_label: Whether the adapter that was loaded answers with several labels an image.
     """
 
     method: Method
@@ -58,6 +60,7 @@ class TuneRecord:
     graphs: BlockGraphs | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     initialised: Mapping[str, int] | None = None
+    multi_label: bool = False
 
 
 class Tuned(nn.Module):
@@ -65,13 +68,13 @@ class Tuned(nn.Module):
 
     plain_class: ClassVar[type[nn.Module]]
     tune_record: TuneRecord
-    adapters: Any
+    tune_adapters: Any
 
     def trained_modules(self) -> list[nn.Module]:
         """Return the modules that follow `train()`: those that the method added, and the head."""
         names = ("head_drop", "head", "head_dist")
         heads = [getattr(self, name) for name in names if hasattr(self, name)]
-        return heads + [part for name, part in self.named_modules() if is_added(name, part)]
+        return heads + not_wrapped([m for m in self.named_modules() if is_added(*m)])
 
     def train(self: AnyTuned, mode: bool = True) -> AnyTuned:
         """Set the mode of prompts, adapters and head; the backbone stays in eval mode."""
@@ -108,8 +111,8 @@ class Tuned(nn.Module):
         """Convert all tensors, as `to`, `half`, `cuda` and their like do."""
         self._forget()
         super()._apply(*args, **kwargs)
-        if "adapters" in vars(self):
-            self.adapters.convert(*args, **kwargs)
+        if "tune_adapters" in vars(self):
+            self.tune_adapters.convert(*args, **kwargs)
         return self
 
     def _forget(self) -> None:
@@ -183,6 +186,11 @@ def is_added(name: str, part: nn.Module) -> bool:
 def is_tuned(model: Any) -> bool:
     """Return whether `model` is tuned."""
     return isinstance(model, Tuned)
+
+
+def is_disabled(model: Any) -> bool:
+    """Return whether the adapters of `model` are disabled; not those of a copy of it."""
+    return isinstance(model, nn.Module) and vars(model).get("tune_adapters") == id(model)
 
 
 def blocks_of(model: Any) -> list[Any]:

@@ -24,7 +24,7 @@ from vpt_fast.analysis.shares import (
 from vpt_fast.reports.equal_maps import equal_blocks
 from vpt_fast.reports.inspection_pictures import Mixing, Shares, save_attention, save_mixing
 from vpt_fast.train.common.curves import format_table
-from vpt_fast.train.common.output_folder import ReportFolder, write_csv
+from vpt_fast.train.common.output_folder import Output, starts_with, write_csv
 from vpt_fast.train.common.style import named_folder, percentage
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.pictures import load_image, reading
@@ -32,11 +32,11 @@ from vpt_fast.train.data.pictures import load_image, reading
 ATTENTION_FILE, MIXING_FILE, PICTURE_FILE = "attention.csv", "mixing.csv", "attention.png"
 ATTENTION_HEADER = ("image", "block", "head", "prompt", "share")
 MIXING_HEADER = ("block", "prompt", "row", "column", "weight")
-FOLDER = ReportFolder(
+FOLDER = Output(
     "inspect",
+    starts_with(ATTENTION_HEADER, ATTENTION_FILE),
     re.compile(r"attention\.csv|mixing\.csv|attention(_.+)?\.png|mixing_.+_block\d+\.png"),
     ATTENTION_FILE,
-    ATTENTION_HEADER,
 )
 # In characters of up to 4 bytes; file systems allow 255 bytes.
 _NAME_LENGTH = 56
@@ -62,6 +62,7 @@ def inspect_images(
     output: Path,
     log: Callable[[str], None] = print,
     run: Path | None = None,
+    overwrite: bool = False,
 ) -> list[str]:
     """Write attention shares and mixing maps of a tuned model for images, and log a summary.
 
@@ -69,9 +70,10 @@ def inspect_images(
         model: Model that was tuned with prompts, on any device.
         inputs: Input configuration, as timm.data.resolve_model_data_config returns it.
         paths: Image files; a path that is given twice counts once.
-        output: Folder that is new, empty or written by an earlier call.
+        output: Folder that is new or empty.
         log: Function called with lines of text.
         run: Folder of the run or adapter, which the pictures name; None takes `output`.
+        overwrite: Whether it may hold an earlier call's files, which are replaced.
 
     Returns:
         A line for each image that could not be decoded. If none could, nothing has been written.
@@ -82,7 +84,7 @@ def inspect_images(
     """
     if not paths:
         raise ValueError("there are no images to inspect; give at least one path")
-    FOLDER.check(output)
+    FOLDER.check(output, overwrite)
     maps = {index: weights.cpu().numpy() for index, weights in mixing_maps(model).items()}
     transform, how = data.eval_transform(inputs), reading(inputs)
     names = image_names(list(dict.fromkeys(paths)))
@@ -101,7 +103,7 @@ def inspect_images(
         shares = stacked([record.prompts[0].cpu().numpy() for record in records])
         found.append(_Inspected(path, name, _pixels(tensor, inputs), shares))
     if found:
-        FOLDER.claim(output)
+        FOLDER.clear(output)
         _write_tables(output, found, blocks, maps)
         pictures = _draw(output, model, found, blocks, maps, named_folder(run or output))
         log(_summary(model, found, blocks, maps))

@@ -39,7 +39,7 @@ from vpt_fast.methods.baselines import Baseline
 from vpt_fast.models.tuned import blocks_of
 from vpt_fast.reports.memory_picture import Panel, format_size, save_panels
 from vpt_fast.train.common.curves import format_table
-from vpt_fast.train.common.output_folder import ReportFolder, write_csv
+from vpt_fast.train.common.output_folder import Output, starts_with, write_csv
 from vpt_fast.train.common.style import named_folder
 
 TABLE_FILE, PICTURE_FILE = "memory.csv", "memory.png"
@@ -47,7 +47,9 @@ HEADER = (
     "kind", "model", "method", "num_prompts", "prompted_blocks", "end", "provider", "batch_size",
     "dtype", "image_height", "image_width", "dropout", "bytes", "mib", "device", "torch", "timm",
 )  # fmt: skip
-FOLDER = ReportFolder("memory", re.compile(r"memory\.(csv|png)"), TABLE_FILE, HEADER)
+FOLDER = Output(
+    "memory", starts_with(HEADER, TABLE_FILE), re.compile(r"memory\.(csv|png)"), TABLE_FILE
+)
 # Only the head's logits and their softmax depend on it.
 _CLASSES = 1000
 _MIB = 2**20
@@ -63,6 +65,7 @@ def report_memory(
     batch_size: int = 64,
     img_size: int | None = None,
     dtype: str = "bfloat16",
+    overwrite: bool = False,
     progress: bool = True,
     log: Callable[[str], None] = print,
 ) -> None:
@@ -75,7 +78,7 @@ def report_memory(
     Args:
         model: Name of a timm model, or "vpt_fast_demo".
         method: Method whose number of prompts and blocks are varied.
-        output: Folder for memory.csv and memory.png: new, empty or written by an earlier call.
+        output: Folder for memory.csv and memory.png, new or empty.
         num_prompts: Number of prompts of each block where the number of prompted blocks varies
             (VPT-Deep only).
         prompts: Numbers of prompts where all of the method's blocks have prompts; 0 stands for no
@@ -83,6 +86,7 @@ def report_memory(
         batch_size: Number of images of a step.
         img_size: Side of the images in pixels; None takes the model's own.
         dtype: Dtype of weights and images, one of `vpt_fast.analysis.activation_memory.DTYPES`.
+        overwrite: Whether it may hold an earlier call's files, which are replaced.
         progress: Whether to show a bar on a terminal.
         log: Function called with lines of text.
 
@@ -91,7 +95,7 @@ def report_memory(
             tuned; nothing is written then.
         FileExistsError: If `output` holds something else.
     """
-    FOLDER.check(output)
+    FOLDER.check(output, overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     name, _, model_args = backbones.resolve_name(model, None, img_size)
@@ -110,7 +114,7 @@ def report_memory(
         log(f"{setting.model}: {method.name} has no published form here, so {EAGER} is left out")
         providers = tuple(name for name in PROVIDERS if name != EAGER)
     rows = profile(setting, points, meters, progress, log, providers)
-    FOLDER.claim(output)
+    FOLDER.clear(output)
     write_csv(output / TABLE_FILE, HEADER, (_record(setting, row) for row in rows))
     kinds = {kind: [row for row in rows if row.kind == kind] for kind in meters}
     save_panels(

@@ -259,7 +259,7 @@ def test_refusals(tmp_path: Path) -> None:
         (lambda: vpt_fast.add_adapter(model, "", VPTDeep(2)), "name is ''"),
         (lambda: vpt_fast.add_adapter(model, "x", tmp_path / "none"), "is not an adapter"),
         (lambda: vpt_fast.add_adapter(model, "x", tmp_path, num_classes=3), "leave it out"),
-        (lambda: vpt_fast.add_adapter(model, "x", VPTDeep(2), num_classes=0), "num_classes is 0"),
+        (lambda: vpt_fast.add_adapter(model, "x", VPTDeep(2), num_classes=-1), "num_classes is -1"),
         (lambda: vpt_fast.add_adapter(model, "x", 3), "3"),  # type: ignore[arg-type]
         (lambda: vpt_fast.add_adapter(model, "x", VPTDeep(2, blocks=[7])), "7"),
         (lambda: vpt_fast.delete_adapter(model, "default"), "remove_prompts deletes all"),

@@ -144,3 +144,49 @@ def test_a_model_in_which_nothing_is_trained_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
         make_optimizer(model, Recipe())
     assert isinstance(head_layers(model)[0], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"smoothing": 1.0}, r"smoothing is 1.0; it must be in \[0, 1\)"),
+        ({"mixup": -1.0}, "mixup is -1.0"),
+        ({"cutmix": math.nan}, "cutmix is nan"),
+        ({"mixup": 1.0, "mixup_prob": 2.0}, "mixup_prob is 2.0"),
+        ({"mixup": 1.0, "cutmix": 1.0, "mixup_switch_prob": -1.0}, "mixup_switch_prob is -1.0"),
+        ({"mixup": 1.0, "mixup_mode": "half"}, "mixup_mode is 'half'; choose one of batch, pair"),
+        ({"mixup_mode": "pair"}, "mixup_mode is of mixup and cutmix, which are both 0"),
+        ({"mixup": 1.0, "mixup_switch_prob": 0.2}, "chooses between mixup and cutmix"),
+        ({"class_weights": "even"}, "class_weights is 'even'; give balanced"),
+        ({"class_weights": ()}, "a number for each class"),
+        ({"class_weights": (1.0, -1.0)}, "a number for each class"),
+        ({"class_weights": (0.0, 0.0)}, "a number for each class"),
+        ({"class_weights": "balanced", "smoothing": 0.1}, "class_weights and smoothing cannot"),
+        ({"class_weights": (1.0, 2.0), "cutmix": 1.0}, "class_weights and cutmix cannot"),
+        ({"model_ema": True, "model_ema_decay": 1.0}, "model_ema_decay is 1.0"),
+        ({"model_ema_decay": 0.9}, "model_ema_decay and model_ema_warmup are of model_ema"),
+        ({"patience": 0}, "patience is 0; it must be at least 1"),
+    ],
+)
+def test_additions_to_the_papers_are_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**changes)
+
+
+def test_adam_is_torchs_and_decays_no_bias():
+    recipe = Recipe(opt="adam", batch_size=256, weight_decay=0.01)
+    optimizer = make_optimizer(prompt_tune(backbone(), FullTuning()), recipe)
+    assert type(optimizer) is torch.optim.Adam
+    decayed, plain = optimizer.param_groups
+    assert (decayed["lr"], decayed["weight_decay"], plain["weight_decay"]) == (1e-3, 0.01, 0)
+    assert decayed["betas"] == (0.9, 0.999)
+    named = dict(prompt_tune(backbone(), FullTuning()).named_parameters())
+    assert len(plain["params"]) == sum(name.endswith("bias") for name in named)
+
+
+def test_settings_leave_out_later_additions_that_are_off():
+    old = {"epochs", "batch_size", "lr", "weight_decay", "opt", "momentum", "warmup_epochs"}
+    old |= {"amp_dtype", "seed", "schedule", "accumulation"}
+    assert Recipe().settings().keys() == old
+    changed = Recipe(mixup=0.8, patience=3).settings()
+    assert changed.keys() - old == {"mixup", "patience"}

@@ -71,3 +71,4 @@ def test_headings_wrap_and_keep_every_word() -> None:
 def test_titles_name_the_folder_and_where_it_lies(tmp_path: Path) -> None:
     assert named_folder(tmp_path / "out" / "run") == "run in out"
     assert named_folder(tmp_path / "run" / "." / "best") == "best in run"
+    assert named_folder(Path("hf-hub:user/name")) == "hf-hub:user/name"

@@ -215,7 +215,7 @@ def test_only_files_are_opened(tmp_path):
 def test_training_predict_and_the_server_read_alike(tmp_path):
     pytest.importorskip("fastapi", reason="the serve extra is not installed")
     from examples.serve.uploads import prepare
-    from vpt_fast.cli.predict import _prepared
+    from vpt_fast.cli.work.predict import _prepared
 
     inputs = {
         "input_size": (3, 16, 16), "interpolation": "bicubic", "mean": (0.5,) * 3,

@@ -14,11 +14,12 @@ from support.pictures import CLASSES, make_folders, write_checkpoint, write_imag
 from typer.testing import CliRunner
 
 from vpt_fast.cli.app import app
+from vpt_fast.train.common.names import FORMATS
 from vpt_fast.train.data.formats.fgvc import read_fgvc
 from vpt_fast.train.data.formats.vtab import CLASSES as VTAB_CLASSES
 from vpt_fast.train.data.formats.vtab import vtab_name
 from vpt_fast.train.data.images import SkippedImage, make_loader
-from vpt_fast.train.data.sources import FORMATS, open_source
+from vpt_fast.train.data.sources import open_source
 from vpt_fast.train.data.split import SplitImages
 
 

@@ -62,8 +62,10 @@ def assert_same(eager, graphed):
         (None, {"opt": "adamw", "accumulation": 3}),
         (VAPT(2), {"accumulation": 2}),
         (FullTuning(), {"amp_dtype": "bfloat16"}),
+        (None, {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "accumulation": 2}),
+        (None, {"bce_loss": True, "class_weights": (1.0, 2.0, 0.5)}),
     ],
-    ids=["vpt-deep", "three parts", "vapt, two parts", "full, bf16"],
+    ids=["vpt-deep", "three parts", "vapt, two parts", "full, bf16", "mixup, two parts", "bce"],
 )
 def test_training_has_the_same_bits(method, recipe):
     eager, graphed, capture = steps(method, **recipe)
@@ -96,6 +98,20 @@ def test_a_gradient_scaler_scales_replayed_steps():
         assert step.scaler.get_scale() == 2.0**16
     assert_same(eager, graphed)
     assert capture.replayed == 7
+
+
+def test_labels_of_another_kind_are_recorded_apart():
+    eager, graphed, capture = steps()
+    several = torch.tensor([[1.0, 0.0, 1.0]] * 8)
+    kinds = [batches(8)[0], batches(8)[0]._replace(labels=several)] * 3
+    for number, batch in enumerate(kinds):
+        found = []
+        for step in (eager, graphed):
+            torch.manual_seed(number)
+            found.append(step(batch).clone())
+        torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    assert_same(eager, graphed)
+    assert (capture.recorded, capture.replayed) == (2, 4)
 
 
 def test_a_loss_that_is_not_finite_is_seen():

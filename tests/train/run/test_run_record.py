@@ -99,6 +99,21 @@ def test_a_run_records_its_settings_and_results(data: Path, weights: Path, tmp_p
     assert record.skipped == 0 and record.error is None
 
 
+def test_model_cards_have_what_was_measured(data: Path, weights: Path, tmp_path: Path) -> None:
+    result = tune(data, tmp_path / "run", weights, lr=0.0)
+    kept = next(row for row in result.fit.epochs if row.epoch == result.fit.kept)
+    last = result.fit.epochs[-1]
+    assert result.test is not None and result.adapter == tmp_path / "run" / "best"
+    best, other = (
+        (tmp_path / "run" / name / "README.md").read_text(encoding="utf-8")
+        for name in ("best", "last")
+    )
+    assert f"| val top-1 | {kept.val_top1:.2f}% |" in best
+    assert f"| test top-1 | {result.test.top1:.2f}% |" in best
+    assert f"| val top-1 | {last.val_top1:.2f}% |" in other and "test top-1" not in other
+    assert f"name: {data.name}" in best and f"| Data set | {data.name} |" in other
+
+
 def test_it_exists_during_training_and_records_the_end(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from support.training import pictures
 
 from vpt_fast import VAPT, LinearProbe, VPTDeep
 from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.evaluate import TrainingError
 from vpt_fast.train.sweep import data as sweep_data
+from vpt_fast.train.sweep import task as task_module
 from vpt_fast.train.sweep.data import ArrayData
 from vpt_fast.train.sweep.report import HEADER, mean_and_deviation, table, write
 from vpt_fast.train.sweep.sweep import Candidate, Outcome, Result, Sweep
@@ -90,3 +93,23 @@ def test_the_deviation_is_the_samples() -> None:
     assert mean == 5.0 and deviation != deviation
     one = Result("linear", {"lr": 1.0, "weight_decay": 0.0}, Outcome(50, 1, 3, 4, 1), {})
     assert "nan" in table([one]), "no final run has ended"
+
+
+def test_additions_to_the_recipe_are_those_of_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixing leaves frozen blocks to each step, and balanced weights are of the run's images."""
+    data = ArrayData(pictures(4), pictures(12, seed=1), pictures(12, seed=2))
+    runs = SweepTask(backbone(), data, progress=False)
+    seen: list[Recipe] = []
+
+    def watched(model, batches, recipe, **options):  # type: ignore[no-untyped-def]
+        seen.append(recipe)
+        assert options["net"] is model or not recipe.mixes
+        return fit(model, batches, recipe, **options)
+
+    monkeypatch.setattr(task_module, "fit", watched)
+    runs.run(LinearProbe(), replace(RECIPE, mixup=0.8, model_ema=True), final=False)
+    for final in (False, True):
+        runs.run(LinearProbe(), replace(RECIPE, class_weights="balanced"), final=final)
+    # Labels 0, 1, 2, 0; and with 12 more, four of each.
+    assert seen[1].class_weights == pytest.approx((2 / 3, 4 / 3, 4 / 3))
+    assert seen[2].class_weights == pytest.approx((16 / 18, 16 / 15, 16 / 15))

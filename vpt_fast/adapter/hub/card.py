@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg
 
+from vpt_fast.adapter.atomic import atomic_file
 from vpt_fast.adapter.files import CARD_FILE, read_adapter
 from vpt_fast.backbones.demo_backbone import DEMO_CHECKPOINT
 from vpt_fast.methods import Method, from_dict
@@ -37,7 +42,17 @@ def card_text(
         metrics: Results in percent by name, such as {"test top-1": 91.5}.
         dataset: Name of the data set that they were measured on.
         license: Licence of the adapter, as the Hub names it, such as "apache-2.0".
+
+    Raises:
+        ValueError, TypeError: If a result has no name, or is no finite number.
     """
+    for name, value in (metrics or {}).items():
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"metrics has the name {name!r}; name what was measured")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"metrics[{name!r}] is {value!r}; give a number in percent")
+        if not math.isfinite(value):
+            raise ValueError(f"metrics[{name!r}] is {value}; leave out what was not measured")
     model, method = config["model"], from_dict(config["method"])
     base = _base_model(model)
     name = model.get("name") or "a model of timm's"
@@ -45,7 +60,8 @@ def card_text(
     results = [
         EvalResult(
             task_type="image-classification", dataset_type="imagefolder", dataset_name=dataset,
-            metric_type="accuracy", metric_name=metric, metric_value=round(value, 2),
+            metric_type="accuracy" if metric.endswith("top-1") else metric.split()[-1],
+            metric_name=metric, metric_value=round(value, 2),
         )
         for metric, value in (metrics or {}).items()
     ] if dataset else None  # fmt: skip
@@ -65,17 +81,19 @@ def card_text(
         "Trained": f"{trained:,} scalars",
         "Classes": _classes(config),
         "Images": " x ".join(map(str, config["input"]["input_size"])),
-        **{name: f"{value:.2f}%" for name, value in (metrics or {}).items()},
-        "Data set": dataset,
-        "Licence": license or "not stated",
+        **{_cell(name): f"{value:.2f}%" for name, value in (metrics or {}).items()},
+        "Data set": _cell(dataset or ""),
+        "Licence": _cell(license or "not stated"),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
-    return (
+    versions = ", ".join(f"{_cell(k)} {_cell(v)}" for k, v in config["versions"].items())
+    text = (
         f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"```python\n{_loading(model)}\n```\n\n"
-        "It holds what was trained, nothing of the backbone; "
-        f"{', '.join(f'{k} {v}' for k, v in config['versions'].items())}.\n"
+        f"```python\n{_loading(config)}\n```\n\n"
+        f"It holds what was trained, nothing of the backbone; {versions}.\n"
     )
+    # Names of folders may have no valid encoding.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_card(directory: Path, **options: Any) -> None:
@@ -87,17 +105,21 @@ def write_card(directory: Path, **options: Any) -> None:
     """
     config, tensors = read_adapter(directory)
     text = card_text(config, sum(t.numel() for t in tensors.values()), **options)
-    (directory / CARD_FILE).write_text(text, encoding="utf-8")
+    with atomic_file(directory / CARD_FILE, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
-def _loading(model: Mapping[str, Any]) -> str:
-    own = model.get("checkpoint")
-    weights = f', checkpoint="path/of/{own}"' if own and own != DEMO_CHECKPOINT.name else ""
+def _loading(config: Mapping[str, Any]) -> str:
+    own = config["model"].get("checkpoint")
+    call = "sigmoid()" if config.get("multi_label") else "softmax(-1)"
+    weights = ""
+    if own and own != DEMO_CHECKPOINT.name:
+        weights = f", checkpoint={json.dumps(f'path/of/{own}')}"
     return (
         "import timm, vpt_fast\n"
         f'model = vpt_fast.load_adapter(None, "{PLACE}"{weights})\n'
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-        "probabilities = model(transform(image)[None]).softmax(-1)  # image: PIL's, in RGB"
+        f"probabilities = model(transform(image)[None]).{call}  # image: PIL's, in RGB"
     )
 
 
@@ -124,7 +146,7 @@ def _linked(name: str) -> str:
 
 def _weights(model: Mapping[str, Any]) -> str:
     name, own = model.get("name") or "of timm's", model.get("checkpoint")
-    return f"{name}, weights of {own}" if own else f"{name}, weights of its own"
+    return f"{name}, weights of {_cell(own)}" if own else f"{name}, weights of its own"
 
 
 def _described(method: Method) -> str:
@@ -144,5 +166,11 @@ def _classes(config: Mapping[str, Any]) -> str:
     names = config["class_names"]
     if not names:
         return f"{count}, without names"
-    shown = [name.replace("|", "\\|").replace("\n", " ") for name in names[:_CLASSES]]
+    shown = [_cell(name) for name in names[:_CLASSES]]
     return f"{len(names)}: {', '.join(shown)}{', ...' if len(names) > _CLASSES else ''}"
+
+
+def _cell(text: Any) -> str:
+    """Return a text as Markdown shows it, in a cell of a table."""
+    plain = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", plain)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vpt_fast.adapter.files import CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE
 
-_PREFIX = re.compile(r"hf[-_]hub:")
-_REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_PREFIX = re.compile(r"^hf[-_]hub:")
+_REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 
 def is_on_hub(name: str | os.PathLike[str]) -> bool:

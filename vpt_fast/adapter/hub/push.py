@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from vpt_fast.adapter.files import (
     CARD_FILE,
@@ -12,7 +13,7 @@ from vpt_fast.adapter.files import (
     read_adapter,
 )
 from vpt_fast.adapter.hub.card import PLACE, write_card
-from vpt_fast.adapter.hub.names import local_folder, repository
+from vpt_fast.adapter.hub.names import is_on_hub, local_folder, repository
 
 
 def push_adapter(
@@ -40,15 +41,19 @@ def push_adapter(
 
     Raises:
         FileNotFoundError: If there is no adapter.
-        ValueError: If the adapter is damaged, or the name is no repository's.
+        ValueError: If the adapter is damaged, one of its files is a link, or the name is no
+            repository's.
         OSError: If the Hub refuses or cannot be reached.
     """
     repo, branch = repository(name)
     folder = local_folder(directory)
+    if not is_on_hub(directory):  # the Hub's cache is made of links
+        _check_links(folder)
     read_adapter(folder)
     if not (folder / CARD_FILE).is_file():
         write_card(folder)
-    card = (folder / CARD_FILE).read_text(encoding="utf-8").replace(PLACE, f"hf-hub:{repo}")
+    place = f"hf-hub:{repo}" if branch is None else f"hf-hub:{repo}@{branch}"
+    card = (folder / CARD_FILE).read_text(encoding="utf-8").replace(PLACE, place)
     from huggingface_hub import CommitOperationAdd, HfApi
 
     files = [
@@ -68,3 +73,10 @@ def push_adapter(
         first = str(error).strip().partition("\n")[0]
         raise OSError(f"{repo} cannot be pushed to the Hub: {first}") from error
     return str(commit.commit_url)
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ValueError if a file is a link, which could lead to any file of this machine."""
+    for name in (CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE, CARD_FILE):
+        if (folder / name).is_symlink():
+            raise ValueError(f"{folder / name} is a link; put the file itself there")

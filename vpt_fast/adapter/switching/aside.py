@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 
 from vpt_fast.models.changes.taken import Taken, put_back, take_out
 from vpt_fast.models.family import Family
-from vpt_fast.models.tuned import TuneRecord
+from vpt_fast.models.tuned import TuneRecord, blocks_of
+from vpt_fast.modules.hooks import has_own_forward
 from vpt_fast.tune import classifiers_of
+
+Parameters = dict[str, nn.Parameter]
+"""Parameters by their name in the model."""
 
 
 @dataclass
@@ -48,14 +53,16 @@ class Aside:
     Attributes:
         record: Record of its tuning.
         heads: Its classifiers.
-        tensors: Its parameters in place of the backbone's, by name.
+        parameters: Its own parameters in place of the backbone's.
         taken: What its method put into the model.
+        blocks: Blocks that the model had.
     """
 
     record: TuneRecord
     heads: Heads
-    tensors: dict[str, nn.Parameter]
+    parameters: Parameters
     taken: list[Taken]
+    blocks: list[nn.Module]
 
     def modules(self) -> list[nn.Module]:
         """Return its modules: those of its method, and its classifiers."""
@@ -83,33 +90,48 @@ def head_names(model: Any) -> tuple[str, ...]:
     return tuple(f"{name}." for name in named_heads(model))
 
 
-def set_aside(model: Any, family: Family, base: Mapping[str, nn.Parameter], heads: Heads) -> Aside:
+def set_aside(model: Any, family: Family, base: Parameters, heads: Heads) -> Aside:
     """Put the active adapter aside; the base model is left.
 
     Args:
         model: Tuned model.
         family: Record of its class.
-        base: The backbone's parameters in place of which an adapter has its own, by name.
+        base: The backbone's parameters in place of which the adapter has its own.
         heads: The base model's classifiers.
+
+    Raises:
+        ValueError: If one of its parameters is not in the model any more. Nothing has changed then.
     """
     record, own_heads = model.tune_record, heads_of(model)
-    tensors = {name: exchange(model, name, base[name]) for name in own_names(model)}
+    own = exchange(model, base)
     taken = take_out(model, family.plain_parts, keep_readings=True)
     del model.tune_record
     model.__class__ = family.plain
     heads.put(model)
-    return Aside(record, own_heads, tensors, taken)
+    return Aside(record, own_heads, own, taken, blocks_of(model))
 
 
-def take_up(model: Any, aside: Aside) -> None:
-    """Make an adapter that was put aside the active one, of a model that has none."""
+def take_up(model: Any, family: Family, aside: Aside) -> Parameters:
+    """Make an adapter that was put aside the active one, of a model that has none.
+
+    Args:
+        model: Base model.
+        family: Record of its class.
+        aside: The adapter.
+
+    Returns:
+        The backbone's parameters in place of which it has its own.
+
+    Raises:
+        ValueError: If the model has none of the name of one of them. Nothing has changed then.
+    """
+    displaced = exchange(model, aside.parameters)
     put_back(aside.taken)
     model.tune_record = aside.record
     aside.heads.put(model)
-    for name, parameter in aside.tensors.items():
-        exchange(model, name, parameter)
-    for part in aside.modules():
-        part.train(model.training)
+    if blocks_of(model) != aside.blocks:
+        family.install(model)
+    return displaced
 
 
 def own_names(model: Any) -> list[str]:
@@ -119,6 +141,45 @@ def own_names(model: Any) -> list[str]:
         return []
     heads = head_names(model)
     return [name for name in originals if not name.startswith(heads)]
+
+
+def exchange(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Parameters:
+    """Give a model other parameters, wherever it has those of these names; return them.
+
+    Raises:
+        ValueError: If it has none of one of the names. Nothing has changed then.
+    """
+    if not parameters:
+        return {}
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for name in parameters:
+        if name not in known:
+            raise ValueError(
+                f"an adapter of this model trains {name}, which is not in the model any more; put "
+                "back what was replaced, removed or parametrized"
+            )
+    places: dict[int, list[tuple[Any, str]]] = defaultdict(list)
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            places[id(parameter)].append((module._parameters, leaf))
+    before = {name: known[name] for name in parameters}
+    for name, parameter in parameters.items():
+        for owner, leaf in places[id(before[name])]:
+            owner[leaf] = parameter
+    return before
+
+
+def base_parameters(model: Any) -> Parameters:
+    """Return the first adapter's parameters of the backbone with their values before tuning."""
+    originals = model.tune_record.originals
+    return {name: _base_parameter(model, name, originals[name]) for name in own_names(model)}
+
+
+def _base_parameter(model: nn.Module, name: str, original: Tensor) -> nn.Parameter:
+    like = model.get_parameter(name)
+    # A model that was tuned on the meta device has the values that it has been given since.
+    value = like.detach() if original.is_meta else original
+    return nn.Parameter(torch.empty_like(like).copy_(value), False)
 
 
 def base_heads(model: Any) -> Heads:
@@ -136,8 +197,12 @@ def base_heads(model: Any) -> Heads:
             for name, value in originals.items()
             if name.startswith(f"{whole}.")
         }
-        modules.append((owner, leaf, _with_values(head, values)))
-        classes = len(values["weight"]) if type(head) is nn.Linear else classes
+        made = _with_values(head, values)
+        modules.append((owner, leaf, made))
+        if type(made) is nn.Linear:
+            classes = made.out_features
+        elif not values:
+            classes = 0
     return Heads(modules, classes)
 
 
@@ -148,34 +213,32 @@ def copied(heads: Heads) -> Heads:
 
 
 def _with_values(head: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    if not values:
-        return head
-    if type(head) is nn.Linear:
-        (rows, columns), like = values["weight"].shape, head.weight
-        made: nn.Module = nn.Linear(columns, rows, "bias" in values, like.device, like.dtype)
-    else:
-        made = copy.deepcopy(head)
+    """Return a classifier like `head`, hooks included, with the values before tuning."""
+    if not values:  # there was no classifier
+        return nn.Identity()
+    for part in head.modules():
+        if has_own_forward(part):
+            raise ValueError(
+                f"the classifier, a {type(part).__name__}, has a forward of its own on the "
+                "instance, which may refer to its weights; put it into a class"
+            )
+    made: Any = copy.deepcopy(head)
+    if not any(value.is_meta for value in values.values()):
+        if type(head) is nn.Linear:
+            like = head.weight
+            for leaf, value in values.items():
+                made._parameters[leaf] = nn.Parameter(value.to(like.device, like.dtype), False)
+            made.out_features, made.in_features = made.weight.shape
+        else:
+            _load(made, values)
+    return made.requires_grad_(False)
+
+
+def _load(head: nn.Module, values: Mapping[str, Tensor]) -> None:
     try:
-        made.load_state_dict({name: values[name] for name in made.state_dict()})
+        head.load_state_dict({name: values[name] for name in head.state_dict()})
     except (RuntimeError, KeyError) as error:
         raise ValueError(
             f"the classifier, a {type(head).__name__}, is not the one that was tuned: {error}; "
             "put it back"
         ) from error
-    return made.requires_grad_(False).train(head.training)
-
-
-def exchange(model: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """Give a model a parameter under a name; return the one it had."""
-    place, _, leaf = name.rpartition(".")
-    parameters: Any = model.get_submodule(place)._parameters
-    before: nn.Parameter = parameters[leaf]
-    parameters[leaf] = parameter
-    return before
-
-
-def base_parameter(model: nn.Module, name: str, original: Tensor) -> nn.Parameter:
-    """Return a parameter with the value that one of the backbone had before tuning."""
-    like = model.get_parameter(name)
-    with torch.no_grad():
-        return nn.Parameter(torch.empty_like(like).copy_(original), False)

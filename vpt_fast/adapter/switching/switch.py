@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vpt_fast.adapter.files import read_adapter
 from vpt_fast.adapter.hub.names import local_folder
@@ -18,15 +20,16 @@ from vpt_fast.adapter.switching.aside import (
     copied,
     exchange,
     head_names,
+    own_names,
     take_up,
 )
 from vpt_fast.adapter.switching.state import FIRST, Adapters, adapters_of
 from vpt_fast.checks import check_model
 from vpt_fast.methods import Method, check_method
 from vpt_fast.models.family import family_of
-from vpt_fast.models.fold import fold_backbone, unfold_backbone
+from vpt_fast.models.fold import FoldRecord, fold_backbone, unfold_backbone
 from vpt_fast.models.interop.wrappers import inner_model
-from vpt_fast.models.tuned import blocks_of, is_tuned
+from vpt_fast.models.tuned import blocks_of, is_disabled, is_tuned
 from vpt_fast.tune import apply_method, classifiers_of, trained_in_place
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,8 +68,7 @@ def add_adapter(
     """
     tuned: Any = _checked(model)
     adapters = adapters_of(tuned)
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"the adapter's name is {name!r}; give it a text")
+    _check_name(name)
     if name == adapters.active or name in adapters.others:
         raise ValueError(f"there is an adapter {name!r} already; choose another name")
     saved = isinstance(source, (str, os.PathLike))
@@ -75,12 +77,12 @@ def add_adapter(
     method = None if saved else check_method(source)
     record = tuned.tune_record
     family: Any = family_of(tuned)
+    if method is None:
+        folder = local_folder(source)  # type: ignore[arg-type]
+        config, tensors = read_adapter(folder)
     with _base_model(tuned, adapters, family):
-        heads = copied(adapters.heads)
-        heads.put(tuned)
+        copied(adapters.heads).put(tuned)
         if method is None:
-            folder = local_folder(source)  # type: ignore[arg-type]
-            config, tensors = read_adapter(folder)
             _set_classes(tuned, config["model"].get("args", {}).get("num_classes"))
             with _own_parameters(tuned, adapters, tensors):
                 tuned_by(tuned, folder, config, tensors, record.memory, record.graphs is not None)
@@ -115,6 +117,7 @@ def set_adapter(model: Model, name: str) -> Model:
     """
     tuned: Any = _checked(model)
     adapters = adapters_of(tuned)
+    _check_name(name)
     if name == adapters.active:
         return model
     if name not in adapters.others:
@@ -131,7 +134,7 @@ def active_adapter(model: nn.Module) -> str:
     Raises:
         ValueError: If `model` is not tuned, or its adapters are disabled.
     """
-    adapters: Adapters | None = vars(_checked(model, changes=False)).get("adapters")
+    adapters: Adapters | None = vars(_checked(model, changes=False)).get("tune_adapters")
     return FIRST if adapters is None else adapters.active
 
 
@@ -141,7 +144,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If `model` is not tuned, or its adapters are disabled.
     """
-    adapters: Adapters | None = vars(_checked(model, changes=False)).get("adapters")
+    adapters: Adapters | None = vars(_checked(model, changes=False)).get("tune_adapters")
     return [FIRST] if adapters is None else _names(adapters)
 
 
@@ -187,8 +190,13 @@ def disabled(model: Model) -> Iterator[Model]:
     """
     tuned: Any = _checked(model)
     with _base_model(tuned, adapters_of(tuned), family_of(tuned)):
-        tuned.adapters = None  # so that nothing tunes it meanwhile
+        tuned.tune_adapters = id(tuned)  # see is_disabled
         yield model
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"the adapter's name is {name!r}; give it a text")
 
 
 def _names(adapters: Adapters) -> list[str]:
@@ -200,7 +208,7 @@ def _checked(model: Any, changes: bool = True) -> Any:
     tuned = inner_model(model, changes)
     if is_tuned(tuned):
         return tuned
-    if "adapters" in vars(tuned):
+    if is_disabled(tuned):
         raise ValueError("the adapters of this model are disabled; leave `with disabled(model)`")
     raise ValueError(f"this {type(tuned).__name__} is not tuned; call prompt_tune first")
 
@@ -208,46 +216,90 @@ def _checked(model: Any, changes: bool = True) -> Any:
 @contextmanager
 def _base_model(model: Any, adapters: Adapters, family: Any) -> Iterator[None]:
     """Return a context without an adapter; afterwards the active one is back, whatever happened."""
-    fold = model.tune_record.fold
-    unfold_backbone(model)
+    fold, training, like = model.tune_record.fold, model.training, _like(model)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    before = like.device, like.dtype
+    _unfolded(model)
     try:
         aside = adapters.leave(model, family)
-        del model.adapters
+        del model.tune_adapters
+        flags += [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             yield
         finally:
-            take_up(model, aside)
-            model.train(model.training)
-            model.adapters = adapters
+            adapters.displaced = take_up(model, family, aside)
+            model.tune_adapters = adapters
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            if model.training == training:
+                for module, mode in modes:
+                    module.training = mode
+            else:
+                model.train(model.training)
+            _converted(model, adapters, before)
     finally:
-        if fold is not None:
+        _folded_again(model, fold)
+
+
+def _like(model: Any) -> Tensor:
+    weight: Tensor = blocks_of(model)[0].attn.proj.weight
+    return weight
+
+
+def _unfolded(model: Any) -> None:
+    with torch.inference_mode(False):
+        unfold_backbone(model)
+
+
+def _folded_again(model: Any, fold: FoldRecord | None) -> None:
+    if fold is None:
+        return
+    try:
+        with torch.inference_mode(False):
             fold_backbone(model, **asdict(fold.folds))
+    except ValueError as error:
+        warnings.warn(f"the backbone is not folded any more: {error}", stacklevel=4)
+
+
+def _converted(model: Any, adapters: Adapters, before: tuple[torch.device, torch.dtype]) -> None:
+    """Give all adapters the device and dtype that the base model was given meanwhile."""
+    device, dtype = _like(model).device, _like(model).dtype
+    if (device, dtype) == before:
+        return
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    model._apply(convert)
 
 
 @contextmanager
 def _own_parameters(model: Any, adapters: Adapters, names: Iterable[str]) -> Iterator[None]:
-    """Return a context in which a base model has copies of parameters that will be trained."""
+    """Return a context in which a base model has copies of parameters that will be trained.
+
+    `Adapters.leave` puts the base model's back; so does an error.
+    """
     heads = head_names(model)
     known = dict(model.named_parameters())
     own = [name for name in names if name in known and not name.startswith(heads)]
-    for name in own:
-        base = adapters.parameters.setdefault(name, known[name])
-        exchange(model, name, nn.Parameter(base.detach().clone(), False))
+    copies = {name: nn.Parameter(known[name].detach().clone(), False) for name in own}
+    adapters.displaced = exchange(model, copies)
     try:
         yield
     finally:
-        for name in own:
-            exchange(model, name, adapters.parameters[name])
+        exchange(model, adapters.displaced)
+        adapters.displaced = {}
 
 
 def _set_classes(model: Any, count: int | None) -> None:
     """Give a base model a new classifier, if it has another number of classes."""
     if count is None or count == model.num_classes:
         return
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"num_classes is {count!r}; give a number of at least 1")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"num_classes is {count!r}; give a number of at least 0")
     model.reset_classifier(count)
-    like = blocks_of(model)[0].attn.proj.weight
+    like = _like(model)
     for head in classifiers_of(model):
         head.to(like.device, like.dtype)
 
@@ -256,7 +308,8 @@ def _check_fold(model: Any, aside: Aside, name: str) -> None:
     """Raise ValueError if weights that are folded for one adapter do not suit another."""
     prompts = [part.modules.get("prompt") for part in aside.taken]
     prompts += [block._modules.get("prompt") for block in blocks_of(model)]
-    if aside.tensors or any(getattr(prompt, "num_keys", 0) for prompt in prompts):
+    keys = any(getattr(prompt, "num_keys", 0) for prompt in prompts)
+    if aside.parameters or own_names(model) or keys:
         raise ValueError(
             f"the backbone is folded, and adapter {name!r} or the active one trains a part of it, "
             "or has keys and values of its own; add and choose adapters first, and fold then"

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from vpt_fast.models.attention_inputs import computes_as_timms, projections_of
+from vpt_fast.models.attention_inputs import computes_as_timms, projections_of, reads_plainly
 from vpt_fast.models.fusion.weights_reading import BlockSettings
 from vpt_fast.modules.experts import PromptExperts
 from vpt_fast.modules.hooks import has_hooks, has_own_forward, with_descendants
@@ -62,7 +62,7 @@ def can_fuse(block: nn.Module) -> bool:
     return (
         _are_norms(parts["norm1"], parts["norm2"], parts.get("prompt"))
         and activation_kind(mlp["act"]) is not None
-        and all(type(m) is nn.Linear for m in linears)
+        and all(map(reads_plainly, linears))
         and _gates_alike(mlp)
         and all(
             type(m) in (nn.Identity, NoneType) for m in (attn.get("q_norm"), attn.get("k_norm"))

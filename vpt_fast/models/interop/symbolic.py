@@ -45,6 +45,8 @@ def without_masks(x: Any, attn_mask: Any, is_causal: Any) -> tuple[Any, Any, Any
 
 def refused_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """Return x; raise ValueError if there is a mask, which fx's graph does not have."""
+    if isinstance(x, Proxy):  # a graph that is traced again
+        return without_masks(x, attn_mask, is_causal)[0]
     if attn_mask is not None or is_causal:
         raise ValueError(
             "a graph that torch.fx traced takes neither attn_mask nor is_causal=True; call the "
@@ -70,6 +72,16 @@ def made_symbolically(prompt: Any, x: Any, feature: Any) -> Made:
 
 def made_of(prompt: Any, x: Tensor, feature: Any) -> tuple[Tensor | None, Tensor | None]:
     """Return rows (B or 1, p, D) and keys and values (B or 1, n, 2, H, d) of a block's prompts."""
+    if isinstance(x, Proxy):  # a graph that is traced again
+        made = made_symbolically(prompt, x, feature)
+        return made.rows, made.kv
+    owner = vars(prompt).get("_owner", (None,))[0]
+    blocks = () if owner is None else getattr(owner, "blocks", ())
+    if blocks and all(block._modules.get("prompt") is not prompt for block in blocks):
+        raise ValueError(
+            "this graph was traced with an adapter that is not active now; call set_adapter, or "
+            "trace the model again"
+        )
     found: Made = prompt.made(x, feature)
     return found.rows, found.kv
 

@@ -1,13 +1,16 @@
-"""The timm model inside a wrapper: torch.compile's, parallel training's, Hugging Face's."""
+"""The timm model inside a wrapper, torch.compile's, parallel training's or Hugging Face's; and
+what PEFT and others put into it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from vpt_fast.models.family import family_of
+from vpt_fast.models.interop.quantised import dequantised
 
 
 def inner_model(model: Any, changes: bool = False) -> Any:
@@ -23,7 +26,10 @@ def inner_model(model: Any, changes: bool = False) -> Any:
     Raises:
         ValueError: If `changes` and the wrapper does not see them, with the way; or a module that
             is no wrapper holds such a model, with its name.
+        TypeError: If `changes` and it is no module.
     """
+    if changes and not isinstance(model, nn.Module):
+        raise TypeError(f"the model is {model!r}; pass what timm.create_model returns")
     inner = model
     while (held := _held(inner)) is not None:
         if changes and isinstance(inner, DistributedDataParallel):
@@ -53,9 +59,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all of its shards; every process has to ask for it."""
-    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return found
+    """Return a tensor with all of its shards, and of a quantised one the values.
+
+    Every process has to ask for it.
+    """
+    return dequantised(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
 
 
 def _held(model: Any) -> nn.Module | None:
@@ -85,3 +93,26 @@ def check_unwrapped(model: Any) -> None:
             f"accelerate has replaced the forward of this {type(model).__name__}; pass "
             "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
         )
+
+
+def check_own_modules(model: Any, blocks: Iterable[nn.Module]) -> None:
+    """Raise ValueError if a tuned model holds modules that `load_adapter` could not find again.
+
+    Args:
+        model: Tuned model. A classifier of another class is not looked at.
+        blocks: Its blocks.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                f"{name} is PEFT's {type(module).__name__}, which an adapter cannot hold: save it "
+                "with PEFT, and the adapter of copy.deepcopy(peft_model).unload()"
+            )
+    known = model.tune_record.requires_grad.keys() | model.added_tensors().keys()
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in inside and name not in known:
+            raise ValueError(
+                f"{name} was put into a block after tuning, and an adapter cannot hold it: put the "
+                "Linear from before back into a copy of the model, and save that"
+            )

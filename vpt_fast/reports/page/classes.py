@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from vpt_fast.train.common.average_precision import average_precisions
 
 MAX_SHOWN = 24
 """Classes of the confusion matrix on the page."""
@@ -26,6 +29,21 @@ class ClassRow:
     accuracy: float | None
     precision: float | None
     mistaken_for: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """Row of a class of images with several labels, figures in [0, 1], None where undefined.
+
+    Average precision does not depend on a threshold; precision and recall are of probabilities over
+    1/2.
+    """
+
+    name: str
+    images: int
+    average_precision: float | None
+    precision: float | None
+    recall: float | None
 
 
 @dataclass(frozen=True)
@@ -143,3 +161,27 @@ def _ranked(counts: np.ndarray) -> list[tuple[int, int]]:
     rows, columns = np.nonzero(counts)
     pairs = [(int(i), int(j)) for i, j in zip(rows, columns, strict=True) if i != j]
     return sorted(pairs, key=lambda pair: (-counts[pair], -counts[pair] / images[pair[0]], pair))
+
+
+def label_rows(
+    probabilities: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str]
+) -> list[LabelRow]:
+    """Return a row for each class of images with several labels, the lowest precision first.
+
+    Args:
+        probabilities: (n, classes).
+        labels: 0 and 1, (n, classes).
+        class_names: Names of the classes, in the order of the labels.
+    """
+    found = average_precisions(probabilities, labels).tolist()
+    truth = labels.int().numpy()
+    precision, recall, _, images = precision_recall_fscore_support(
+        truth, (probabilities > 0.5).int().numpy(), average=None, zero_division=np.nan
+    )
+    values = zip(class_names, images, found, precision, recall, strict=True)
+    rows = [LabelRow(name, int(count), *map(_defined, figures)) for name, count, *figures in values]
+    return sorted(rows, key=lambda row: (row.average_precision is None, row.average_precision or 0))
+
+
+def _defined(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vpt_fast.reports.page.runs import RunFolder
+from vpt_fast.train.common.ranking import probabilities_of
 from vpt_fast.train.common.recipe import AMP_DTYPES
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.image_loaders import folder_loader
@@ -96,8 +97,8 @@ class EvaluatedRun:
 
     @cached_property
     def probabilities(self) -> Tensor:
-        """Probability of each class, (n, classes)."""
-        return self._logits.softmax(dim=1)
+        """Probability of each class, (n, classes); with several labels an image each its own."""
+        return probabilities_of(self._logits, self.tuned.multi_label)
 
     @cached_property
     def losses(self) -> Tensor:
@@ -141,6 +142,7 @@ def evaluate_run(run: RunFolder, options: EvaluationOptions) -> EvaluatedRun:
     directory, form = _data(run, options)
     tuned = load_tuned(run.adapter, _checkpoint(run, options), options.device)
     source = open_as_trained(directory, form, tuned.class_names, run.record)
+    tuned.check_labels(directory, source.multi_label)
     tuned.class_order(directory, source.class_names)
     wanted = SPLIT_ORDER if options.split is None else (options.split,)
     name = next((name for name in wanted if name in source.splits), None)

@@ -23,6 +23,7 @@ from vpt_fast.reports.page.classes import (
     class_rows,
     count_confusions,
     frequent_confusions,
+    label_rows,
     shown_matrix,
 )
 from vpt_fast.reports.page.evaluation import EvaluatedRun, EvaluationOptions, evaluate_run
@@ -46,6 +47,8 @@ from vpt_fast.reports.page.text import (
     test_accuracy,
 )
 from vpt_fast.train.common.curves import format_bytes
+from vpt_fast.train.common.output_folder import Output
+from vpt_fast.train.common.ranking import percent
 from vpt_fast.train.common.style import named_folder, percentage
 from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.loop.evaluate import TrainingError
@@ -90,24 +93,26 @@ def write_page(
     output: Path,
     options: EvaluationOptions | None = None,
     log: Callable[[str], None] = print,
+    overwrite: bool = False,
 ) -> WrittenPage:
     """Write a page about runs and sweeps; each run that has its data is evaluated once.
 
     Args:
         folders: Output folders of `vpt-fast train` and of sweeps.
-        output: File to write: new, or a page of an earlier call.
+        output: File to write, new.
         options: Options of the evaluation.
         log: Function called with lines of text.
+        overwrite: Whether a page of an earlier call may be replaced.
 
     Raises:
-        FileExistsError: If `output` is something else.
+        FileExistsError: If `output` exists.
         FileNotFoundError: If a folder is missing, or is neither a run's nor a sweep's.
         ValueError: If there are no folders, or a sweep's table is damaged.
     """
     options = options or EvaluationOptions()
     if not folders:
         raise ValueError("there are no runs to report on; give at least one output folder")
-    check_page(output)
+    PAGE.check(output, overwrite)
     sweeps = [read_sweep(folder) for folder in dict.fromkeys(folders) if is_sweep(folder)]
     runs = read_runs([folder for folder in folders if not is_sweep(folder)])
     skipped: list[SkippedImage] = []
@@ -146,17 +151,12 @@ def write_page(
     return WrittenPage(output, tuple(skipped))
 
 
-def check_page(output: Path) -> None:
-    """Raise FileExistsError unless `output` is new or a page of an earlier call."""
-    if not output.exists():
-        return
-    if output.is_file():
-        with output.open(encoding="utf-8", errors="replace") as file:
-            if _MARK in file.read(2000):
-                return
-    raise FileExistsError(
-        f"{output} exists and is not of an earlier report; choose another --output"
-    )
+def _is_page(output: Path) -> bool:
+    with output.open(encoding="utf-8", errors="replace") as file:
+        return _MARK in file.read(2000)
+
+
+PAGE = Output("report", _is_page)
 
 
 def page_title(folders: Sequence[tuple[Path, str]]) -> str:
@@ -198,16 +198,15 @@ def _section(
     result = evaluated.evaluation
     missing = (*evaluated.split.refused, *result.skipped)
     skipped += [item for item in missing if item not in skipped]
-    log(f"{run.name}: {evaluated.split_name}, {result.images:,} images, top-1 {result.top1:.2f}%")
+    metric = "top-1" if result.mean_ap is None else "mAP"
+    score = f"{metric} {result.score:.2f}%"
+    log(f"{run.name}: {evaluated.split_name}, {result.images:,} images, {score}")
     found = {
         "split": evaluated.split_name,
         "directory": str(evaluated.directory),
         "amp_dtype": evaluated.amp_dtype,
-        "images": result.images,
         "entries": len(evaluated.split),
-        "loss": result.loss,
-        "top1": result.top1,
-        "top5": result.top5,
+        **result.figures,
         "skipped": [item.reason for item in missing],
         "names": hashlib.sha256(
             "\n".join(evaluated.name(row) for row in range(result.images)).encode(
@@ -215,7 +214,7 @@ def _section(
             )
         ).hexdigest(),
     }
-    parts = {**_classes(evaluated), "mistakes": worst_mistakes(evaluated)}
+    parts = _labels(evaluated) if evaluated.tuned.multi_label else _classes(evaluated)
     parts |= _experts(evaluated, options, f"experts-{index}")
     return RunSection(run, line_of(index), found, parts, notes)
 
@@ -229,7 +228,15 @@ def _classes(run: EvaluatedRun) -> dict[str, Any]:
         "matrix": shown_matrix(counts, names),
         "classes": class_rows(labels, predictions, counts, names),
         "confusions": frequent_confusions(counts, names),
+        "mistakes": worst_mistakes(run),
+        "labels": None,
     }
+
+
+def _labels(run: EvaluatedRun) -> dict[str, Any]:
+    """Return the part for images with several labels, which have no confusions of one class."""
+    rows = label_rows(run.probabilities, run.evaluation.labels, run.images.classes)
+    return {"labels": rows}
 
 
 def _experts(run: EvaluatedRun, options: EvaluationOptions, name: str) -> dict[str, Any]:
@@ -256,6 +263,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "bytes": format_bytes,
         "method": describe_method,
+        "probability": percent,
         "recipe": describe_recipe,
         "settings": settings_of,
         "test": test_accuracy,

@@ -71,6 +71,7 @@ def learning_curves(curves: Sequence[Curve]) -> list[Plot]:
     """Return plots of the losses, accuracies and learning rate that the curves have."""
     panels = (
         ("val_top1", "Validation accuracy (%)"),
+        ("val_map", "Validation mAP (%)"),
         ("val_loss", "Validation loss"),
         ("train_top1", "Training accuracy (%)"),
         ("train_loss", "Training loss"),

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vpt_fast.adapter.files import TENSORS_FILE, read_config
+from vpt_fast.adapter.hub.names import is_on_hub
 from vpt_fast.train.common.curves import directory_size
 from vpt_fast.train.common.metrics import Epoch
 from vpt_fast.train.loop.fit_result import FitResult
@@ -30,7 +31,10 @@ _COLUMNS = {
     "images_per_second": "train_images_per_second",
     "val_loss": "eval_loss",
     "val_top1": "eval_top1",
+    "val_map": "eval_map",
 }
+
+_OPTIONAL = ("val_loss", "val_top1", "val_map", "train_top1")
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,11 @@ class RunFolder:
         if self.record is not None and self.record.kept_epoch is not None:
             rows = {row.epoch: row for row in self.epochs}
             return rows.get(self.record.kept_epoch)
-        scored = [row for row in self.epochs if row.val_top1 is not None]
+        scored = [row for row in self.epochs if row.score is not None]
         if not scored:
             return self.epochs[-1]
         # Ties go to the first epoch, as in training.
-        return max(scored, key=lambda row: (row.val_top1 or 0.0, -(row.val_loss or 0.0)))
+        return max(scored, key=lambda row: (row.score or 0.0, -(row.val_loss or 0.0)))
 
     @property
     def images_per_second(self) -> float | None:
@@ -127,7 +131,8 @@ class RunFolder:
             return f"{done}; how it ended is not recorded"
         of = self.record.recipe.get("epochs")
         if self.record.state == FINISHED:
-            return f"finished, {done}"
+            early = f" of {of}, stopped early" if self.record.stopped_early else ""
+            return f"finished, {done}{early}"
         if self.record.state == INTERRUPTED:
             return f"interrupted after {done} of {of}"
         if self.record.error:
@@ -139,19 +144,21 @@ def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
     """Read the output folders of runs, without loading a model or an image.
 
     Args:
-        folders: Output folders of `vpt-fast train`, or folders of adapters alone; a folder that is
-            given twice counts once.
+        folders: Output folders of `vpt-fast train`, or adapters alone, in folders or on the Hub
+            (`hf-hub:user/name`); what is given twice counts once.
 
     Raises:
         FileNotFoundError: If a folder is missing, or holds nothing of a run.
+        OSError: If the Hub cannot be reached.
     """
-    resolved = list(dict.fromkeys(folder.resolve() for folder in folders))
+    resolved = list(dict.fromkeys(f if is_on_hub(f) else f.resolve() for f in folders))
     return [_read(folder, name) for folder, name in zip(resolved, _names(resolved), strict=True)]
 
 
 def _read(folder: Path, name: str) -> RunFolder:
-    if not folder.is_dir():
+    if not (is_on_hub(folder) or folder.is_dir()):
         raise FileNotFoundError(f"there is no run folder {folder}")
+    selected = adapter_folder(folder)
     notes: list[str] = []
     record, config, adapter = None, None, None
     try:
@@ -165,8 +172,7 @@ def _read(folder: Path, name: str) -> RunFolder:
         notes.append(f"{error}.")
     epochs = _read_metrics(folder / METRICS_FILE, notes)
     try:
-        config = read_config(adapter_folder(folder))
-        adapter = adapter_folder(folder)
+        config, adapter = read_config(selected), selected
     except FileNotFoundError:
         notes.append("There is no adapter, so nothing can be evaluated.")
     except ValueError as error:
@@ -200,7 +206,7 @@ def _epoch(row: dict[str, Any]) -> Epoch:
     values: dict[str, Any] = {name: row.get(column) for name, column in _COLUMNS.items()}
     number = int(values.pop("epoch"))
     floats = {
-        name: None if value in (None, "") and name.startswith("val_") else float(value)
+        name: None if value in (None, "") and name in _OPTIONAL else float(value)
         for name, value in values.items()
     }
     return Epoch(number, **floats)  # type: ignore[arg-type]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from vpt_fast.reports.page.runs import RunFolder
+from vpt_fast.train.common.recipe import Recipe
 
 # Fields that `describe_recipe` has phrases for.
 _TOLD = {
     "opt", "lr", "batch_size", "weight_decay", "epochs", "warmup_epochs", "amp_dtype", "seed",
     "momentum",
 }  # fmt: skip
-_PLAIN = {"schedule": "epoch", "accumulation": 1}
+_PLAIN = {field.name: field.default for field in fields(Recipe)}
 
 
 def describe_method(method: Mapping[str, Any]) -> str:
@@ -73,10 +75,18 @@ def settings_of(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def test_accuracy(run: RunFolder, found: Mapping[str, Any] | None) -> float | None:
-    """Return the accuracy on test in percent: the recorded one, else that of this evaluation."""
+    """Return the accuracy on test in percent: the recorded one, else that of this evaluation.
+
+    Of images with several labels it is the mAP.
+    """
     if run.record is not None and run.record.test is not None:
-        return float(run.record.test["top1"])
-    return found["top1"] if found is not None and found["split"] == "test" else None
+        return float(_score(run.record.test))
+    return _score(found) if found is not None and found["split"] == "test" else None
+
+
+def _score(figures: Mapping[str, Any]) -> float:
+    found: float = figures["map"] if "map" in figures else figures["top1"]
+    return found
 
 
 def differences(runs: Sequence[tuple[RunFolder, Mapping[str, Any] | None]]) -> list[str]:
@@ -91,6 +101,8 @@ def differences(runs: Sequence[tuple[RunFolder, Mapping[str, Any] | None]]) -> l
     classes = {tuple(run.class_names) for run, _ in runs if run.class_names is not None}
     if len(classes) > 1:
         notes.append("The runs have different classes: their accuracies cannot be compared.")
+    if len({"map" in now for _, now in found}) > 1:
+        notes.append("Accuracies of some runs are mAP, of others top-1: they cannot be compared.")
     splits = {now["split"] for _, now in found}
     if len(splits) > 1:
         which = ", ".join(f"{run.name} on {now['split']}" for run, now in found)
@@ -110,10 +122,11 @@ def differences(runs: Sequence[tuple[RunFolder, Mapping[str, Any] | None]]) -> l
         if run.record is None or run.record.test is None or now["split"] != "test":
             continue
         recorded = run.record.test
-        if recorded["images"] != now["images"] or abs(recorded["top1"] - now["top1"]) > 0.005:
+        before, after = _score(recorded), _score(now)
+        if recorded["images"] != now["images"] or abs(before - after) > 0.005:
             notes.append(
-                f"{run.name} recorded {recorded['top1']:.2f}% on {recorded['images']:,} test "
-                f"images when it was trained, and has {now['top1']:.2f}% on {now['images']:,} now: "
+                f"{run.name} recorded {before:.2f}% on {recorded['images']:,} test "
+                f"images when it was trained, and has {after:.2f}% on {now['images']:,} now: "
                 "data, weights or precision are not the same."
             )
     return notes

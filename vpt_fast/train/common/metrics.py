@@ -10,18 +10,30 @@ from timm.utils import update_summary
 
 from vpt_fast.extras import require_extra
 
+FILE = "metrics.csv"
+
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of metrics: mean losses, top-1 accuracy in percent, throughput in images/s."""
+    """One row of metrics: mean losses, top-1 accuracy in percent, throughput in images/s.
+
+    With several labels an image there is no accuracy, and `val_map` is the mean average precision
+    in percent.
+    """
 
     epoch: int
     lr: float
     train_loss: float
-    train_top1: float
+    train_top1: float | None
     images_per_second: float
     val_loss: float | None = None
     val_top1: float | None = None
+    val_map: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """Figure that the best epoch is chosen by, in percent; None without validation."""
+        return self.val_top1 if self.val_map is None else self.val_map
 
 
 class MetricsWriter:
@@ -34,7 +46,7 @@ class MetricsWriter:
     """
 
     def __init__(self, output: Path | None, done: Sequence[Epoch] = ()) -> None:
-        self._csv = None if output is None else output / "metrics.csv"
+        self._csv = None if output is None else output / FILE
         self._writer = None
         if output is None or self._csv is None:
             return
@@ -60,11 +72,9 @@ class MetricsWriter:
         self._writer.flush()
 
     def _add_to_csv(self, row: Epoch) -> tuple[dict[str, float], dict[str, float]]:
-        train = {"loss": row.train_loss, "top1": row.train_top1}
+        train = _known(loss=row.train_loss, top1=row.train_top1)
         train["images_per_second"] = row.images_per_second
-        val = {}
-        if row.val_loss is not None and row.val_top1 is not None:
-            val = {"loss": row.val_loss, "top1": row.val_top1}
+        val = _known(loss=row.val_loss, top1=row.val_top1, map=row.val_map)
         update_summary(row.epoch, train, val, str(self._csv), lr=row.lr)
         return train, val
 
@@ -72,3 +82,7 @@ class MetricsWriter:
         """Close TensorBoard's file."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _known(**values: float | None) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}

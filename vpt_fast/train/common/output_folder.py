@@ -1,58 +1,105 @@
-"""Output folder of a command that may overwrite its own earlier files and nothing else."""
+"""Outputs of commands: new, or in place of what an earlier run of the same command wrote."""
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_UNFINISHED = re.compile(r"\..+\.writing-[0-9a-f]+(-old)?")
+"""Names of what `adapter.atomic` leaves where a process is killed."""
+
 
 @dataclass(frozen=True)
-class ReportFolder:
-    """Files that a command recognises as its own.
+class Output:
+    """What a command writes, and how it is recognised as the command's own.
 
     Attributes:
         command: Name of the command, for messages.
-        files: Pattern of the names of its files.
-        table: Name of the CSV file that marks a folder as its own.
-        header: First line of that file.
+        is_own: Function of the output's path, a file or a folder, that says whether the command
+            wrote it.
+        entries: Pattern of the names in a folder; None where the output is a file.
+        mark: Name of the entry by which the folder is recognised, which is removed last.
+        instead: What else can be done about an earlier run, for messages.
     """
 
     command: str
-    files: re.Pattern[str]
-    table: str
-    header: Sequence[str]
+    is_own: Callable[[Path], bool]
+    entries: re.Pattern[str] | None = None
+    mark: str = ""
+    instead: str = ""
 
-    def check(self, folder: Path) -> None:
-        """Raise FileExistsError unless `folder` is new, empty or written by an earlier call."""
-        if not folder.exists():
+    def check(self, output: Path, overwrite: bool = False) -> None:
+        """Check that the output is new, or may be replaced.
+
+        Args:
+            output: Path of the output.
+            overwrite: Whether what an earlier run of the command wrote may be replaced.
+
+        Raises:
+            FileExistsError: If it may not be, or something else is there.
+        """
+        if self.is_free(output):
             return
-        entries = list(folder.iterdir()) if folder.is_dir() else [folder]
-        strange = [entry.name for entry in entries if not self.files.fullmatch(entry.name)]
-        if strange or (entries and not self._is_own_table(folder / self.table)):
-            holds = f" (it holds {sorted(strange)[0]})" if strange and folder.is_dir() else ""
+        if output.is_dir() == (self.entries is None):
+            kind = "folder" if output.is_dir() else "file"
+            raise FileExistsError(f"{output} is a {kind}; choose another --output")
+        strange = self._strange(output)
+        if strange or not self.is_own(output):
+            holds = f" (it holds {strange[0]})" if strange else ""
             raise FileExistsError(
-                f"{folder} exists and is not of an earlier {self.command}{holds}; choose another "
+                f"{output} exists and is not of an earlier {self.command}{holds}; choose another "
                 "--output"
             )
+        if not overwrite:
+            raise FileExistsError(
+                f"{output} exists, of an earlier {self.command}; choose another --output"
+                f"{self.instead}, or replace it with --overwrite"
+            )
 
-    def claim(self, folder: Path) -> None:
-        """Create the folder and delete an earlier call's files, the table that marks it last."""
+    def is_free(self, output: Path) -> bool:
+        """Return whether nothing is there, or a folder without anything that was finished."""
+        if self.entries is not None and output.is_dir():
+            return all(_UNFINISHED.fullmatch(entry.name) for entry in output.iterdir())
+        return not output.exists()
+
+    def clear(self, folder: Path) -> None:
+        """Create the folder, and remove what an earlier run wrote there, the mark last."""
         folder.mkdir(parents=True, exist_ok=True)
-        entries = sorted(folder.iterdir(), key=lambda entry: entry.name == self.table)
-        for entry in entries:
-            entry.unlink()
-        write_csv(folder / self.table, self.header, [])
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == self.mark):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
-    def _is_own_table(self, path: Path) -> bool:
-        start = ",".join(self.header).encode()
-        if not path.is_file():
+    def _strange(self, output: Path) -> list[str]:
+        """Return the names of entries in a folder that the command does not write."""
+        if self.entries is None:
+            return []
+        names = sorted(entry.name for entry in output.iterdir())
+        return [n for n in names if not (self.entries.fullmatch(n) or _UNFINISHED.fullmatch(n))]
+
+
+def starts_with(header: Sequence[str], table: str = "") -> Callable[[Path], bool]:
+    """Return a function that says whether a CSV file begins with a header.
+
+    Args:
+        header: First line of the file.
+        table: Name of the file in a folder; "" where the path is that of the file.
+    """
+    start = ",".join(header).encode()
+
+    def is_own(path: Path) -> bool:
+        if not (path / table).is_file():
             return False
-        with path.open("rb") as file:
+        with (path / table).open("rb") as file:
             return file.read(len(start)) == start
+
+    return is_own
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -15,8 +15,10 @@ PAPERS = ("vpt", "vapt")
 LEARNING_RATES = {
     "sgd": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
     "adamw": (0.005, 0.001, 0.0005, 0.0001),
+    "adam": (0.005, 0.001, 0.0005, 0.0001),
 }
-"""The papers' grids of base learning rates, by optimizer."""
+"""The papers' grids of base learning rates, by optimizer; they do not use Adam, which has
+AdamW's."""
 WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
 PROMPT_COUNTS = (1, 5, 10, 50, 100, 200)
 """The papers' grids for ViT."""
@@ -30,7 +32,7 @@ _MANY_PROMPTS = 100
 
 
 def default_optimizer(method: Method) -> str:
-    """Return the optimizer that the papers train a method with, one of `recipe.OPTIMIZERS`."""
+    """Return the optimizer that the papers train a method with, one of `names.OPTIMIZERS`."""
     return "adamw" if method.name in _ADAMW else "sgd"
 
 
@@ -66,7 +68,7 @@ def paper_settings(
     Args:
         name: One of `PAPERS`, or None for the defaults of this program.
         method: Method to train.
-        data_format: Format of the data set, one of `sources.FORMATS` but "auto".
+        data_format: Format of the data set, one of `names.FORMATS` but "auto".
         chosen: Names of the method's fields that the user has set.
 
     Raises:

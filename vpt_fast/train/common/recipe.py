@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -12,20 +12,19 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from vpt_fast import trainable_parameters
+from vpt_fast.train.common import names
+from vpt_fast.train.common.names import (
+    AUTO,
+    BALANCED,
+    DEFAULT_LR,
+    MIXUP_MODES,
+    OPTIMIZERS,
+    SCHEDULES,
+    SGD_LR_WITHOUT_WARMUP,
+    SIXTEEN_BIT,
+)
 
-# timm's name for each: its "sgd" uses Nesterov momentum, the papers' does not.
-OPTIMIZERS = {"sgd": "momentum", "adamw": "adamw"}
-DEFAULT_LR = {"sgd": 2.5, "adamw": 1e-3}
-SGD_LR_WITHOUT_WARMUP = 0.5
-"""2.5 is the papers' after ten epochs of warm-up. Without, VPT-Deep's loss rises at first: of the
-demo's model on 500 digits it went 9.6, 16.6, 6.5 in three epochs, and 5.0, 2.1, 1.6 with 0.5."""
-AMP_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-AUTO = "auto"
-SCHEDULES = ("epoch", "step")
+AMP_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names.AMP_DTYPES}
 # The bias of the papers' head, -log((1 - 0.01) / 0.01) rounded.
 HEAD_BIAS = -4.595
 
@@ -44,8 +43,8 @@ class Recipe:
         lr: Base learning rate, multiplied by `batch_size / 256`; None takes 2.5 for SGD, 0.5 for
             SGD without warm-up, and 0.001 for AdamW.
         weight_decay: Weight decay of all trained parameters except the head's bias.
-        opt: "sgd" (momentum, no Nesterov) or "adamw".
-        momentum: Momentum of SGD; AdamW has its own betas.
+        opt: "sgd" (momentum, no Nesterov), "adamw", or "adam" (weight decay in the gradient).
+        momentum: Momentum of SGD; AdamW and Adam have their own betas.
         warmup_epochs: Epochs of linear warm-up from 0; None takes a tenth of `epochs`, rounded
             down.
         amp_dtype: Dtype of torch.autocast: "float32", "bfloat16" or "float16".
@@ -53,9 +52,25 @@ class Recipe:
         schedule: When the learning rate changes: after each "epoch", as published, or each "step".
         accumulation: Number of parts that a batch is computed in, one after another, to save
             memory; the step is that of the whole batch.
+        smoothing: Label smoothing, in [0, 1).
+        mixup, cutmix: Alphas of timm's Mixup of training images, one of them or both; 0 is off.
+        mixup_prob: Probability that a batch (or pair, or image) is mixed.
+        mixup_switch_prob: Probability of CutMix in place of Mixup, with both.
+        mixup_mode: What is mixed alike: each "batch", "pair" of images, or image ("elem").
+        bce_loss: Whether the loss is binary cross-entropy also where images have one label each;
+            with several labels an image it always is.
+        class_weights: Weights of the classes in the loss, in the order of the labels: "balanced",
+            by inverse frequency in the training images, or numbers. Of binary cross-entropy they
+            are weights of the positive labels.
+        model_ema: Whether validation, adapters and the trained model have an exponential moving
+            average of what is trained.
+        model_ema_decay: Share of the average that a step keeps.
+        model_ema_warmup: Whether that share grows from 0 with the steps.
+        patience: Epochs without a better validation score after which training stops; None for no
+            limit.
 
     Raises:
-        ValueError: If a value is out of range.
+        ValueError: If a value is out of range, or two cannot be combined.
     """
 
     epochs: int = 100
@@ -69,6 +84,19 @@ class Recipe:
     seed: int = 42
     schedule: str = "epoch"
     accumulation: int = 1
+    # What a recipe had from its first version on ends here; see `settings`.
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+    bce_loss: bool = False
+    class_weights: str | tuple[float, ...] | None = None
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = False
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.opt not in OPTIMIZERS:
@@ -93,6 +121,74 @@ class Recipe:
             raise ValueError(f"momentum is {self.momentum}; it must be in [0, 1)")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must be at least 0 and less than 2**32")
+        self._check_loss()
+        self._check_average()
+
+    def _check_loss(self) -> None:
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be a number that is at least 0")
+        for name in ("mixup_prob", "mixup_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing is {self.smoothing}; it must be in [0, 1)")
+        if self.mixup_mode not in MIXUP_MODES:
+            known = ", ".join(MIXUP_MODES)
+            raise ValueError(f"mixup_mode is {self.mixup_mode!r}; choose one of {known}")
+        mixing = {"mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch"}
+        unused = [name for name, default in mixing.items() if getattr(self, name) != default]
+        if unused and not self.mixes:
+            raise ValueError(f"{unused[0]} is of mixup and cutmix, which are both 0; set one")
+        if self.mixup_switch_prob != 0.5 and not (self.mixup and self.cutmix):
+            raise ValueError(
+                "mixup_switch_prob chooses between mixup and cutmix, and one of them is 0; set it"
+            )
+        weights = self.class_weights
+        if weights is None:
+            return
+        if isinstance(weights, str):
+            if weights != BALANCED:
+                raise ValueError(f"class_weights is {weights!r}; give {BALANCED}, or numbers")
+        elif not (weights and all(math.isfinite(w) and w >= 0 for w in weights) and any(weights)):
+            raise ValueError(
+                f"class_weights is {weights}; give a number for each class, at least 0 and one "
+                "above it"
+            )
+        for name in ("mixup", "cutmix", "smoothing"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"class_weights and {name} cannot be combined: they are of classes, and an "
+                    "image then has a share of several; leave one out"
+                )
+
+    def _check_average(self) -> None:
+        if not 0 <= self.model_ema_decay < 1:
+            raise ValueError(f"model_ema_decay is {self.model_ema_decay}; it must be in [0, 1)")
+        if not self.model_ema and (self.model_ema_warmup or self.model_ema_decay != 0.9998):
+            raise ValueError("model_ema_decay and model_ema_warmup are of model_ema; set it")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; it must be at least 1")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with each other, so that they change in every epoch."""
+        return bool(self.mixup or self.cutmix)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields, without later additions that have their defaults.
+
+        What an earlier version wrote of a run lacks those, and belongs to the same run.
+        """
+        names = [field.name for field in fields(self)]
+        later = names[names.index("accumulation") + 1 :]
+        defaults = {field.name: field.default for field in fields(self)}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in later or value != defaults[name]
+        }
 
     @property
     def base_lr(self) -> float:
@@ -120,17 +216,20 @@ class Recipe:
 
 
 def resolve_amp_dtype(name: str, device: torch.device) -> str:
-    """Return one of `AMP_DTYPES`; for "auto" bfloat16 on a GPU that has it, else float32.
+    """Return one of `AMP_DTYPES`; other names as they are, for `Recipe` to refuse.
 
     Args:
-        name: One of `AMP_DTYPES`, or "auto".
-        device: Device that the model is trained on.
+        name: One of `AMP_DTYPES`; or "auto", bfloat16 on a GPU that has it and else float32; or
+            "16-bit", bfloat16 but on a GPU without it, which takes float16.
+        device: Device that the model runs on.
     """
-    if name != AUTO:
+    if name not in (AUTO, SIXTEEN_BIT):
         return name
     emulated: Any = {"including_emulation": False}
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(**emulated)
-    return "bfloat16" if has_it else "float32"
+    if name == AUTO:
+        return "bfloat16" if has_it else "float32"
+    return "bfloat16" if has_it or device.type == "cpu" else "float16"
 
 
 def head_layers(model: nn.Module) -> list[nn.Linear]:
@@ -171,9 +270,9 @@ def init_head(model: nn.Module) -> None:
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Build the recipe's optimizer over the trained parameters, with timm's factory.
 
-    Prompts decay as the head's weight does; the head's bias does not. With AdamW, which baselines
-    use that train biases of the backbone too, no bias decays (as in the program of Visual Prompt
-    Tuning).
+    Prompts decay as the head's weight does; the head's bias does not. With AdamW and Adam, which
+    baselines use that train biases of the backbone too, no bias decays (as in the program of Visual
+    Prompt Tuning).
 
     Raises:
         ValueError: If nothing in the model is trainable.
@@ -182,7 +281,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in trainable_parameters(model):
-        is_bias = recipe.opt == "adamw" and name.rpartition(".")[2].endswith("bias")
+        is_bias = recipe.opt != "sgd" and name.rpartition(".")[2].endswith("bias")
         (plain if is_bias or id(parameter) in head_biases else decayed).append(parameter)
     if not decayed and not plain:
         raise ValueError("the model has no trainable parameter; call vpt_fast.prompt_tune first")

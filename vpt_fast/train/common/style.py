@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vpt_fast.adapter.hub.names import is_on_hub
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -86,7 +88,12 @@ def percentage(share: float, digits: int = 2) -> str:
 
 
 def named_folder(folder: Path) -> str:
-    """Return the name of a folder and of the one that it is in, for titles."""
+    """Return the name of a folder and of the one that it is in, for titles.
+
+    An adapter on the Hub has its name there, `hf-hub:user/name`.
+    """
+    if is_on_hub(folder):
+        return str(folder)
     path = folder.resolve()
     return f"{path.name} in {path.parent.name}" if path.parent.name else path.name
 

@@ -5,20 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vpt_fast.train.common.names import FORMATS, SPLITS
 from vpt_fast.train.data.formats.class_folders import class_names, find_images, is_hidden, is_image
 from vpt_fast.train.data.formats.csv_files import ENDINGS, split_files
 from vpt_fast.train.data.formats.fgvc import is_fgvc
 from vpt_fast.train.data.formats.hf import is_hf, is_imagefolder, is_parquet, is_webdataset
 from vpt_fast.train.data.formats.refused import refuse_annotations, refuse_content, refuse_file
 from vpt_fast.train.data.formats.vtab import is_vtab, vtab_folder
-from vpt_fast.train.data.images import SPLITS, find_split
-
-FORMATS = (
-    *("auto", "folders", "classes", "csv", "vtab", "vtab-1000", "fgvc"),
-    *("hf", "webdataset", "imagefolder", "parquet"),
-)
-"""folders has train/, classes has none; vtab trains on train800.txt with val200.txt, vtab-1000 on
-both without validation."""
+from vpt_fast.train.data.images import find_split
 
 _TESTS = {
     "csv": split_files,
@@ -38,7 +32,7 @@ def check_format(directory: str | Path, format: str) -> str:
 
     Args:
         directory: Folder of the data set, or a CSV file.
-        format: One of `FORMATS`.
+        format: One of `names.FORMATS`.
 
     Raises:
         FileNotFoundError: If the directory is missing.

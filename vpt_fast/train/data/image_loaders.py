@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from vpt_fast.backbones import build as backbones
+from vpt_fast.train.common.names import CACHES
 from vpt_fast.train.data import images as data
 from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.image_options import ImageOptions
@@ -19,9 +20,6 @@ from vpt_fast.train.data.memory_set import LIMIT, MemoryLoader, bytes_in_memory,
 from vpt_fast.train.data.pictures import reading
 from vpt_fast.train.data.random_crops import RandomCrops
 from vpt_fast.train.data.split import Split, SplitImages
-
-CACHES = ("auto", "memory", "stream")
-"""Where decoded training and validation images live: auto caches up to 1 GiB of each split."""
 
 
 def set_data_config(net: nn.Module, options: ImageOptions) -> dict[str, Any]:
@@ -93,8 +91,20 @@ class Loading:
 
     def __post_init__(self) -> None:
         check_loading(self.workers, self.cache)
-        if self.cache == "memory" and self._crops_plainly():
-            raise ValueError("plain crops are made of the files; choose cache auto or stream")
+        if self.cache == "memory" and self._needs_files():
+            what = "plain crops are" if self._crops_plainly() else "aa, reprob and color_jitter are"
+            raise ValueError(f"{what} made of the files; choose cache auto or stream")
+        if self.augmentation.per_image and not self.config.get("antialias", True):
+            raise ValueError(
+                "aa, reprob and color_jitter change images that are resized with antialiasing; "
+                "leave --no-antialias out"
+            )
+        channels = self.config["input_size"][0]
+        if channels != 3 and (self.augmentation.aa or self.augmentation.color_jitter):
+            raise ValueError(
+                f"aa and color_jitter change colours, and the model takes {channels} channels; "
+                "leave them out"
+            )
 
     def images(
         self, split: Split, class_names: Sequence[str], training: bool = False
@@ -143,25 +153,30 @@ class Loading:
         augmentation, config = self.augmentation, self.config
         if augmentation.no_aug and config.get("crop_mode") == "squash":
             return data.eval_transform(config)
+        more = data.more_augmentation(augmentation)
         if self._crops_plainly():
-            return data.plain_crops(config, augmentation.hflip)
+            return data.plain_crops(config, augmentation.hflip, **more)
         return data.train_transform(
             config,
             scale=augmentation.scale,
             hflip=augmentation.hflip,
             no_aug=augmentation.no_aug,
+            **more,
         )
 
     def _crops_plainly(self) -> bool:
         return not self.augmentation.no_aug and self.augmentation.crops == "plain"
 
+    def _needs_files(self) -> bool:
+        return self._crops_plainly() or self.augmentation.per_image
+
     def _crops(self) -> RandomCrops | None:
-        if self.augmentation.no_aug or self._crops_plainly():
+        if self.augmentation.no_aug or self._needs_files():
             return None
         return RandomCrops(self.augmentation.scale, self.augmentation.hflip)
 
     def _caches(self, images: SplitImages, crops: RandomCrops | None, training: bool) -> bool:
-        if training and self._crops_plainly():
+        if training and self._needs_files():
             return False
         if self.cache != "auto":
             return self.cache == "memory"

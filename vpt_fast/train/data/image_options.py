@@ -20,19 +20,23 @@ from timm.data.transforms import (
 )
 from torchvision import transforms
 
-INTERPOLATIONS = ("model", "bilinear", "bicubic", "nearest")
-NORMALISATIONS = {
-    "model": None,
-    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
+from vpt_fast.train.common import names
+from vpt_fast.train.common.names import INTERPOLATIONS
+
+_MEANS_AND_DEVIATIONS = (
+    None,
+    (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+    ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+)
+NORMALISATIONS = dict(zip(names.NORMALISATIONS, _MEANS_AND_DEVIATIONS, strict=True))
 """Means and standard deviations of the channels of images in [0, 1]."""
-RESIZES: dict[str, dict[str, Any]] = {
-    "model": {},
-    "squash": {"crop_mode": "squash", "crop_pct": 1.0},
-    "crop": {"crop_mode": "center", "crop_pct": 224 / 256},
-}
+_CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"crop_mode": "squash", "crop_pct": 1.0},
+    {"crop_mode": "center", "crop_pct": 224 / 256},
+)
+RESIZES = dict(zip(names.RESIZES, _CHANGES, strict=True))
 """Changes to timm's data configuration. squash: both sides to the model's size, as in the papers
 for VTAB-1k; crop: the shorter side to 256 / 224 of it and the centre crop, as for FGVC."""
 
@@ -62,12 +66,12 @@ class ImageOptions:
     exif: bool = True
 
     def __post_init__(self) -> None:
-        names: list[tuple[str, Any]] = [
+        chosen: list[tuple[str, Any]] = [
             ("interpolation", INTERPOLATIONS),
             ("normalisation", NORMALISATIONS),
             ("resize", RESIZES),
         ]
-        for name, known in names:
+        for name, known in chosen:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")

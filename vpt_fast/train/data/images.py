@@ -15,16 +15,15 @@ from timm.data import create_transform
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision import transforms
 
+from vpt_fast.train.common.names import SPLITS
 from vpt_fast.train.common.parallel import PartOfBatches
+from vpt_fast.train.data.augmentation import Augmentation
 from vpt_fast.train.data.formats import class_folders
 from vpt_fast.train.data.image_options import without_antialias
 from vpt_fast.train.data.pictures import FORMATS, as_picture, load_image
 from vpt_fast.train.data.seeded_images import SeededBatches, SeededImages
 
 Transform = Callable[[Image.Image], torch.Tensor]
-
-# Folder names that are looked for, in this order, for each split.
-SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 
 class SkippedImage(NamedTuple):
@@ -208,6 +207,7 @@ def train_transform(
     scale: tuple[float, float] = (0.7, 1.0),
     hflip: float = 0.5,
     no_aug: bool = False,
+    **more: Any,
 ) -> Transform:
     """Return timm's training transform; by default close to the papers' for natural images.
 
@@ -220,10 +220,11 @@ def train_transform(
         scale: Smallest and largest part of the image's area that is cropped.
         hflip: Probability of a horizontal flip; 0 for images that a flip changes, such as text.
         no_aug: Whether to resize and crop the centre only.
+        **more: Augmentation that `more_augmentation` returns.
     """
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     config = {key: data_config[key] for key in keys if key in data_config}
-    config |= {"scale": scale, "hflip": hflip, "color_jitter": None}
+    config |= {"scale": scale, "hflip": hflip, "color_jitter": None, **more}
     return _resizing(create_transform(**config, is_training=True, no_aug=no_aug), data_config)
 
 
@@ -237,22 +238,40 @@ def eval_transform(data_config: Mapping[str, Any]) -> Transform:
     return _resizing(create_transform(**config), data_config)
 
 
-def plain_crops(data_config: dict[str, Any], hflip: float = 0.5) -> Transform:
+def more_augmentation(augmentation: Augmentation) -> dict[str, Any]:
+    """Return the arguments of timm.data.create_transform for all but crops and flips."""
+    found: dict[str, Any] = {}
+    if augmentation.aa:
+        found["auto_augment"] = augmentation.aa
+    if augmentation.color_jitter:
+        found["color_jitter"] = augmentation.color_jitter
+    if augmentation.reprob:
+        found["re_prob"] = augmentation.reprob
+    return found
+
+
+def plain_crops(data_config: dict[str, Any], hflip: float = 0.5, **more: Any) -> Transform:
     """Return a transform that resizes as for evaluation, then crops the model's size and flips.
 
     Args:
         data_config: Data configuration, as `train_transform` takes it.
         hflip: Probability of a horizontal flip.
+        **more: Augmentation that `more_augmentation` returns.
     """
+    colours: list[Any] = []
+    erasing: list[Any] = []
+    if more:
+        timms: Any = train_transform(data_config, separate=True, **more)
+        colours, erasing = timms[1].transforms, timms[2].transforms[2:]  # after Normalize
     pipeline: Any = eval_transform(data_config)
     steps: list[Any] = []
     for step in pipeline.transforms:
         if isinstance(step, transforms.CenterCrop):
             crop = transforms.RandomCrop(step.size, pad_if_needed=True)
-            steps += [crop, transforms.RandomHorizontalFlip(hflip)]
+            steps += [crop, transforms.RandomHorizontalFlip(hflip), *colours]
         else:
             steps.append(step)
-    return transforms.Compose(steps)
+    return transforms.Compose([*steps, *erasing])
 
 
 def _resizing(pipeline: Any, data_config: Mapping[str, Any]) -> Transform:

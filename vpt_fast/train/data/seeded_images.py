@@ -37,7 +37,7 @@ class SeededImages(Dataset):
         if isinstance(key, int):
             return self.images[key]
         epoch, index = key
-        with _random_numbers(_number(f"{epoch} {index}".encode())):
+        with random_numbers(number_of(f"{epoch} {index}".encode())):
             return self.images[index]
 
     @property
@@ -60,7 +60,7 @@ class SeededBatches(Sampler[list[Key]]):
         self.batches, self.generator = batches, generator
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch = _number(self.generator.get_state().numpy().tobytes())
+        epoch = number_of(self.generator.get_state().numpy().tobytes())
         for batch in self.batches:
             yield [(epoch, index) for index in batch]
 
@@ -68,12 +68,13 @@ class SeededBatches(Sampler[list[Key]]):
         return len(self.batches)  # type: ignore[arg-type]
 
 
-def _number(content: bytes) -> int:
+def number_of(content: bytes) -> int:
+    """Return a number of 64 bits that stands for `content`."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 @contextmanager
-def _random_numbers(seed: int) -> Iterator[None]:
+def random_numbers(seed: int) -> Iterator[None]:
     """Seed all generators of the CPU within a context, and restore them."""
     python, numpy = random.getstate(), np.random.get_state()
     generator = torch.default_generator

@@ -9,19 +9,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vpt_fast.train.data.detect import FORMATS, check_format
-from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS, class_names, natural
+from vpt_fast.train.common.names import CLASS_ORDERS, SPLITS
+from vpt_fast.train.data.detect import check_format
+from vpt_fast.train.data.formats.class_folders import class_names, natural
 from vpt_fast.train.data.formats.class_lists import ClassList, check_listed, class_list, unused
 from vpt_fast.train.data.formats.csv_files import read_csv
 from vpt_fast.train.data.formats.fgvc import read_fgvc
 from vpt_fast.train.data.formats.hf import LOADERS, read_hf, read_with_loader
 from vpt_fast.train.data.formats.vtab import read_vtab, vtab_folder
 from vpt_fast.train.data.holdout import split_off
-from vpt_fast.train.data.images import SPLITS, ImageFolders, find_split, require_split
+from vpt_fast.train.data.images import ImageFolders, find_split, require_split
 from vpt_fast.train.data.overlaps import overlap_warnings
 from vpt_fast.train.data.split import ImageSource, Split, check_classes, split_of_files
 
-__all__ = ["FORMATS", "check_format", "open_source", "ordered", "read_folders"]
+__all__ = ["check_format", "open_source", "ordered", "read_folders"]
 
 
 def open_source(
@@ -37,10 +38,10 @@ def open_source(
     Args:
         directory: Folder of the data set, or a CSV file. For VTAB the folder of one set; if it is
             missing, another common name of the set is looked for beside it.
-        format: One of `FORMATS`; "auto" detects it by the files.
+        format: One of `names.FORMATS`; "auto" detects it by the files.
         known: Class names of a trained model. None takes those of the training images.
         val_fraction: Part of the training images that become the validation split; see `split_off`.
-        class_order: One of `CLASS_ORDERS`; None takes the data set's own order, or "strings".
+        class_order: One of `names.CLASS_ORDERS`; None takes the data set's own order, or "strings".
 
     Raises:
         FileNotFoundError: If the directory is missing, or train is and `known` is None.
@@ -117,7 +118,7 @@ def ordered(source: ImageSource, order: str) -> ImageSource:
 
     Args:
         source: Data set whose classes its reader has sorted.
-        order: One of `CLASS_ORDERS`.
+        order: One of `names.CLASS_ORDERS`.
 
     Raises:
         ValueError: If there is no such order, or the data set brings another of its own.

@@ -48,7 +48,7 @@ class ImageSource:
     """Data set on disk.
 
     Attributes:
-        format: Format of the data set, one of `sources.FORMATS`.
+        format: Format of the data set, one of `names.FORMATS`.
         class_names: Names of the classes, in the order of the labels.
         splits: Those of "train", "val" and "test" that exist.
         warnings: Messages for the user.
@@ -143,12 +143,12 @@ def require_one_label(source: ImageSource) -> ImageSource:
     """Return a data set whose images have one label each.
 
     Raises:
-        ValueError: If they have several, which cross-entropy and accuracy are not for.
+        ValueError: If they have several, which top-1 accuracy is not for.
     """
     if source.multi_label:
         raise ValueError(
-            "the images have several labels each, and cross-entropy and top-1 are for one; give "
-            "one class an image, in a column named label"
+            "the images have several labels each, and a sweep compares top-1, which is for one; "
+            "use train, or give one class an image"
         )
     return source
 

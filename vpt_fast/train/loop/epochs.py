@@ -39,16 +39,16 @@ def fit(
 ) -> FitResult:
     """Train the parameters that `prompt_tune` left trainable in `model`.
 
-    With `val_batches` the epoch of the highest validation accuracy (then of the lowest loss) is
-    selected, without them the last one; the model has the selected weights afterwards. Ctrl-C ends
-    the run early and leaves the adapters that there are. The same seed, device and thread count
-    give the same bits. Under autocast frozen weights are cast once (`FrozenCast`); `save` sees the
-    original ones.
+    With `val_batches` the epoch of the highest validation accuracy, or mAP with several labels an
+    image (then of the lowest loss), is selected, without them the last one; the model has the
+    selected weights afterwards. Ctrl-C ends the run early and leaves the adapters that there are.
+    The same seed, device and thread count give the same bits. Under autocast frozen weights are
+    cast once (`FrozenCast`); `save` sees the original ones.
 
     Args:
         model: Tuned timm model, on the device to train on.
         batches: Training batches of `make_loader`, shuffled.
-        recipe: Optimizer, schedule, precision and seed.
+        recipe: Optimizer, schedule, precision, seed and loss, with class weights as numbers.
         val_batches: Validation batches.
         output: Existing folder for `metrics.csv`, `tensorboard/` and the adapters `last/` and,
             with validation, `best/`; and `checkpoint.pt`, replaced after every epoch. None writes
@@ -67,11 +67,12 @@ def fit(
         A row of metrics per epoch, and how the run ended.
 
     Raises:
-        ValueError: If the checkpoint is damaged or of another run, or `cuda_graphs` is True with
-            several processes.
+        ValueError: If the checkpoint is damaged or of another run, `cuda_graphs` is True with
+            several processes, or the recipe does not fit the labels or lacks validation.
         TrainingError: If a loss is not finite (the model gets the weights of the last finished
             epoch back), or if no image could be decoded.
     """
+    check_patience(recipe, val_batches is not None)
     random_seed(recipe.seed, rank())
     folder = None if output is None else Path(output)
     state = load_checkpoint(folder) if resume and folder is not None else None
@@ -86,10 +87,19 @@ def fit(
         with closing(metrics), run.cast:
             _train(run, done, val_batches, metrics, log)
     run.result.kept = run.result.epochs[-1].epoch if run.result.epochs else None
+    run.select()
     if run.best_epoch is not None:
-        run.restore(run.best)
         run.result.kept = run.best_epoch
     return run.result
+
+
+def check_patience(recipe: Recipe, validates: bool) -> None:
+    """Raise ValueError if a recipe has patience and there is no validation to wait for."""
+    if recipe.patience is not None and not validates:
+        raise ValueError(
+            "patience counts epochs without a better validation score, and there is no val split; "
+            "leave --patience out, or split off validation images"
+        )
 
 
 def _train(
@@ -103,6 +113,12 @@ def _train(
     epochs = run.recipe.epochs
     try:
         for epoch in range(done + 1, epochs + 1):
+            if run.is_out_of_patience():
+                run.result.stopped_early = True
+                if log is not None:
+                    patience = run.recipe.patience
+                    log(f"stopped after epoch {epoch - 1}: none better on val for {patience}")
+                break
             known, warned = len(run.result.skipped), run.result.warning
             row = run.run_epoch(epoch, val_batches)
             with uninterrupted():
@@ -123,11 +139,14 @@ def _train(
             with uninterrupted():
                 run.save_as(LAST)
         else:
-            run.restore(run.finished)
+            run.restore_finished()
 
 
 def _summary(row: Epoch) -> str:
-    text = f"loss {row.train_loss:.3f}, top-1 {row.train_top1:.1f}%"
-    if row.val_top1 is not None:
-        text += f", val loss {row.val_loss:.3f}, val top-1 {row.val_top1:.1f}%"
+    text = f"loss {row.train_loss:.3f}"
+    if row.train_top1 is not None:
+        text += f", top-1 {row.train_top1:.1f}%"
+    if row.score is not None:
+        metric = "top-1" if row.val_map is None else "mAP"
+        text += f", val loss {row.val_loss:.3f}, val {metric} {row.score:.1f}%"
     return f"{text}, {row.images_per_second:.0f} images/s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from vpt_fast.train.common.average_precision import mean_average_precision
 from vpt_fast.train.common.parallel import gathered, rank
 from vpt_fast.train.data.images import SkippedImage
 
@@ -26,14 +28,17 @@ class Evaluation:
     """Results on a set of images.
 
     Attributes:
-        loss: Mean cross-entropy over the images that could be decoded.
-        top1: Accuracy over them in percent.
-        top5: Share of them whose class is among the five most probable ones, in percent.
+        loss: Mean cross-entropy over the images that could be decoded; with several labels an image
+            the mean binary cross-entropy over them and over classes.
+        top1: Accuracy over them in percent; NaN with several labels an image.
+        top5: Share of them whose class is among the five most probable ones, in percent; or NaN.
         images: Number of images that could be decoded.
-        predictions: (images,) class indices, int64.
-        labels: (images,) class indices, int64.
+        predictions: (images,) class indices, int64; or (images, classes) bool, where a class has a
+            probability over 1/2.
+        labels: (images,) class indices, int64; or (images, classes) 0 and 1, fp32.
         skipped: Images that could not be decoded.
         logits: (images, classes), fp32 on the CPU, or None if they were not asked for.
+        mean_ap: Mean average precision in percent, with several labels an image; else None.
     """
 
     loss: float
@@ -44,6 +49,20 @@ class Evaluation:
     labels: torch.Tensor
     skipped: tuple[SkippedImage, ...] = ()
     logits: torch.Tensor | None = None
+    mean_ap: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Figure that epochs are compared by, in percent: top-1 accuracy, or mAP."""
+        return self.top1 if self.mean_ap is None else self.mean_ap
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Loss, top1 and top5 or map in percent, and number of images, by these names."""
+        rates = {"top1": self.top1, "top5": self.top5}
+        if self.mean_ap is not None:
+            rates = {"map": self.mean_ap}
+        return {"loss": self.loss, **rates, "images": self.images}
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -102,7 +121,8 @@ def evaluate(
         keep_logits: Whether the logits of all images are returned too.
 
     Raises:
-        TrainingError: If no image could be decoded.
+        TrainingError: If no image could be decoded; or if images may have several labels and none
+            has one.
     """
     device, was_training = device_of(model), model.training
     model.eval()
@@ -120,12 +140,11 @@ def evaluate(
             with autocast(device, amp_dtype):
                 logits = model(batch.images.to(device, non_blocking=True))
             logits = logits.float()
-            percents = accuracy(logits, target, topk=(1, 5))
-            means = [F.cross_entropy(logits, target), *percents]
+            means = _means(logits, target)
             sums += len(target) * torch.stack([torch.as_tensor(m, device=device) for m in means])
-            predictions.append(logits.argmax(dim=1))
+            predictions.append(logits.argmax(dim=1) if target.ndim == 1 else logits > 0)
             labels.append(batch.labels)
-            if keep_logits:
+            if keep_logits or target.ndim == 2:
                 stored.append(logits.cpu())
     finally:
         model.train(was_training)
@@ -137,6 +156,7 @@ def evaluate(
         raise TrainingError(nothing_decoded(all_skipped))
     count = sum(map(len, all_labels))
     loss, top1, top5 = (float(v) / count for v in sum(theirs for theirs, *_ in found))
+    mean_ap = _mean_ap(all_logits, all_labels)
     return Evaluation(
         loss=loss,
         top1=top1,
@@ -146,7 +166,25 @@ def evaluate(
         labels=torch.cat(all_labels),
         skipped=tuple(all_skipped),
         logits=torch.cat(all_logits) if keep_logits else None,
+        mean_ap=mean_ap,
     )
+
+
+def _means(logits: torch.Tensor, target: torch.Tensor) -> list[Any]:
+    """Return mean loss, top-1 and top-5 accuracy in percent; NaN for these with several labels."""
+    if target.ndim == 2:
+        return [F.binary_cross_entropy_with_logits(logits, target), math.nan, math.nan]
+    return [F.cross_entropy(logits, target), *accuracy(logits, target, topk=(1, 5))]
+
+
+def _mean_ap(logits: list[torch.Tensor], labels: list[torch.Tensor]) -> float | None:
+    """Return the mean average precision in percent; None for images with one label each."""
+    if labels[0].ndim == 1:
+        return None
+    try:
+        return 100 * mean_average_precision(torch.cat(logits), torch.cat(labels))
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
 
 
 def progress_bar(

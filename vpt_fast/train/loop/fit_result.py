@@ -22,6 +22,7 @@ class FitResult:
         interrupted: Whether Ctrl-C ended the run.
         skipped: Reason for each image that could not be decoded, by its path.
         warning: Message that the loss has risen and what may help; "" if it has not.
+        stopped_early: Whether the recipe's patience ended the run.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
@@ -29,6 +30,7 @@ class FitResult:
     interrupted: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     warning: str = ""
+    stopped_early: bool = False
 
     @property
     def images_per_second(self) -> float:

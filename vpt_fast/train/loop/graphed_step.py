@@ -76,7 +76,8 @@ class StepGraphs:
         Returns:
             Sums (3,), valid until the next call.
         """
-        key = tuple(images.shape), images.dtype, weight, share, numeric_modes()
+        kinds = tuple((tuple(tensor.shape), tensor.dtype) for tensor in (images, labels))
+        key = *kinds, weight, share, numeric_modes()
         if key not in self._seen:  # creates gradients and the optimizer's state
             self._seen.add(key)
             return part(images, labels, weight, share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ from vpt_fast.train.loop.fit_result import BEST, LAST, FitResult
 from vpt_fast.train.loop.frozen_cast import FrozenCast
 from vpt_fast.train.loop.loss_watch import CHECK_INTERVAL, LossWatch
 from vpt_fast.train.loop.step import TrainStep
+from vpt_fast.train.loop.trained_average import TrainedAverage
 
 SaveAdapter = Callable[[nn.Module, Path], Any]
 
@@ -46,7 +48,7 @@ class RunState:
     Args:
         model: Tuned timm model, on its device.
         batches: Training batches.
-        recipe: Optimizer, schedule, precision and seed.
+        recipe: Optimizer, schedule, precision, seed, average of what is trained, and patience.
         output: Existing folder for adapters and checkpoint; None writes nothing.
         save: Function that writes an adapter, called as `save(model, directory)`.
         bar: Progress bar, advanced once per batch.
@@ -74,6 +76,8 @@ class RunState:
         added = model.added_tensors().values() if isinstance(model, Tuned) else ()
         self.tensors += [t for t in added if not isinstance(t, nn.Parameter)]
         self.step = step
+        self.average = TrainedAverage(model, recipe) if recipe.model_ema else None
+        self.finished_average = self.averages()
         self.cast = FrozenCast(model, recipe.autocast_dtype)
         self.result = FitResult()
         self.finished = self.best = self.snapshot()
@@ -81,6 +85,7 @@ class RunState:
         self.best_epoch: int | None = None
         # Cross-entropy of uniform predictions.
         self.lowest_loss = math.log(max(2, head_layers(model)[0].out_features))
+        self.lowest_loss *= step.objective.largest_weight
 
     def snapshot(self) -> list[torch.Tensor]:
         """Return a copy of all trained parameters, and of the buffers beside them."""
@@ -92,6 +97,34 @@ class RunState:
         for tensor, value in zip(self.tensors, values, strict=True):
             tensor.copy_(value)
 
+    def averages(self) -> list[torch.Tensor]:
+        """Return a copy of the averages of what is trained; empty without any."""
+        return [] if self.average is None else [value.clone() for value in self.average.values]
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the averages of what is trained, if any."""
+        return nullcontext() if self.average is None else self.average.in_model()
+
+    def restore_finished(self) -> None:
+        """Set the model to what the last finished epoch left, and the averages likewise."""
+        self.restore(self.finished)
+        if self.average is not None:
+            self.average.load(self.finished_average)
+
+    def select(self) -> None:
+        """Give the model the weights of the selected epoch, for good."""
+        if self.best_epoch is not None:
+            self.restore(self.best)
+        elif self.average is not None:
+            self.average.write()
+
+    def is_out_of_patience(self) -> bool:
+        """Return whether as many epochs as the recipe allows have not been better."""
+        patience, best = self.recipe.patience, self.best_epoch
+        if patience is None or best is None:
+            return False
+        return self.result.epochs[-1].epoch - best >= patience
+
     def is_finite(self) -> bool:
         """Return whether all trained parameters and buffers are finite."""
         found = [torch.isfinite(tensor).all() for tensor in self.tensors]
@@ -100,22 +133,27 @@ class RunState:
     def save_as(self, name: str) -> None:
         """Write the adapter to the folder `name` in the output folder, on process 0."""
         if self.output is not None and self.save is not None and rank() == 0:
-            with self.cast.originals():
+            with self.cast.originals(), self.averaged():
                 self.save(self.model, self.output / name)
 
     def fail(self, what: str) -> NoReturn:
         """Restore the weights of the last finished epoch and raise TrainingError."""
-        self.restore(self.finished)
+        self.restore_finished()
         if not self.result.epochs:
             left = "no epoch had ended, so no adapter is kept"
         elif self.output is not None and self.save is not None:
             left = f"the adapter of epoch {self.result.epochs[-1].epoch} is in {self.output / LAST}"
         else:
             left = f"the model has the weights of epoch {self.result.epochs[-1].epoch} again"
+        if self.average is not None:
+            self.average.write()
         raise TrainingError(f"{what}; {left}. Try a smaller learning rate")
 
-    def train_epoch(self, epoch: int) -> tuple[float, float, float]:
-        """Train for one epoch and return the mean loss, the accuracy in percent and images/s."""
+    def train_epoch(self, epoch: int) -> tuple[float, float | None, float]:
+        """Train for one epoch and return the mean loss, the accuracy in percent and images/s.
+
+        With several labels an image there is no accuracy, but None.
+        """
         self.model.train()
         watch = LossWatch(1 if self.device.type == "cpu" else CHECK_INTERVAL)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -128,6 +166,8 @@ class RunState:
             found = self.step(batch)
             if found is not None:
                 sums += found
+                if self.average is not None:
+                    self.average.update(self.step.taken)
                 first = found if first is None else first
                 self.check_step(watch.add(found[0]), epoch)
         self.check_step(watch.check(), epoch)
@@ -137,7 +177,8 @@ class RunState:
         if not count or first is None:
             raise TrainingError(nothing_decoded(skipped))
         self.compare_loss(loss / count, float(first[0] / first[2]), epoch)
-        return loss / count, 100 * correct / count, count / (time.perf_counter() - start)
+        top1 = None if math.isnan(correct) else 100 * correct / count
+        return loss / count, top1, count / (time.perf_counter() - start)
 
     def compare_loss(self, loss: float, first: float, epoch: int) -> None:
         """Set a warning if an epoch's mean loss is many times that of guessing or the lowest yet.
@@ -169,29 +210,34 @@ class RunState:
             self.fail(f"the trained weights are not finite after epoch {epoch}")
         row = Epoch(epoch, lr, train_loss, train_top1, rate)
         if val_batches is not None:
-            validation = evaluate(
-                self.net,
-                val_batches,
-                amp_dtype=self.recipe.autocast_dtype,
-                progress=not self.bar.disable,
-                description="validating",
-            )
+            with self.averaged():
+                validation = evaluate(
+                    self.net,
+                    val_batches,
+                    amp_dtype=self.recipe.autocast_dtype,
+                    progress=not self.bar.disable,
+                    description="validating",
+                )
             if not math.isfinite(validation.loss):
                 self.fail(f"the validation loss is not finite after epoch {epoch}")
             self.result.skipped.update(dict(validation.skipped))
-            row = replace(row, val_loss=validation.loss, val_top1=validation.top1)
+            top1 = validation.top1 if validation.mean_ap is None else None
+            row = replace(row, val_loss=validation.loss, val_top1=top1, val_map=validation.mean_ap)
         return row
 
     def end_epoch(self, row: Epoch) -> None:
         """Write adapters and checkpoint after an epoch, and set the next learning rate."""
         epoch = row.epoch
         self.finished = self.snapshot()
+        self.finished_average = self.averages()
         self.result.epochs.append(row)
         self.save_as(LAST)
-        if row.val_top1 is not None and row.val_loss is not None:
-            score = (row.val_top1, -row.val_loss)
+        if row.score is not None and row.val_loss is not None:
+            score = (row.score, -row.val_loss)
             if score > self.best_score:
-                self.best_score, self.best_epoch, self.best = score, epoch, self.finished
+                with self.averaged():
+                    best = self.finished if self.average is None else self.snapshot()
+                self.best_score, self.best_epoch, self.best = score, epoch, best
                 self.save_as(BEST)
         self.step.end_epoch(epoch)
         self.checkpoint(epoch)
@@ -207,6 +253,7 @@ class RunState:
             "epoch": epoch,
             "run": self.identity(),
             "values": self.finished,
+            "average": self.finished_average,
             "best": self.best if self.best_epoch is not None else None,
             "best_epoch": self.best_epoch,
             "best_score": list(self.best_score),
@@ -231,7 +278,7 @@ class RunState:
         trained = trainable_parameters(self.model)
         return {
             "method": _method(self.model),
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.settings(),
             "trained": {name: list(parameter.shape) for name, parameter in trained},
             "steps of an epoch": len(self.batches),
             "processes": world_size(),
@@ -254,6 +301,9 @@ class RunState:
                 )
         self.restore(state["values"])
         self.finished = self.best = self.snapshot()
+        self.finished_average = [value.to(self.device) for value in state.get("average", [])]
+        if self.average is not None:
+            self.average.load(self.finished_average)
         self.best_epoch, self.best_score = state["best_epoch"], tuple(state["best_score"])
         if state["best"] is not None:
             self.best = [value.to(self.device) for value in state["best"]]

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from vpt_fast.models.initialise import regularisation, regularises
 from vpt_fast.train.common.parallel import distributed, summed, world_size
-from vpt_fast.train.common.recipe import Recipe, make_optimizer, make_scheduler
+from vpt_fast.train.common.recipe import Recipe, head_layers, make_optimizer, make_scheduler
 from vpt_fast.train.data.images import Batch
 from vpt_fast.train.loop.evaluate import autocast, device_of
 from vpt_fast.train.loop.graphed_step import StepGraphs, check_cuda_graphs
+from vpt_fast.train.loop.mixing import Mixing
+from vpt_fast.train.loop.objective import Objective
 
 
 class TrainStep:
@@ -23,14 +24,15 @@ class TrainStep:
 
     Args:
         model: Tuned timm model, on its device.
-        recipe: Optimizer, schedule, precision and number of parts.
+        recipe: Optimizer, schedule, precision, number of parts, loss and mixing of images.
         steps: Number of batches of an epoch.
         net: Module that maps what batches hold to logits; the model by default.
         cuda_graphs: Whether forward, loss and backward are replayed as a CUDA graph; None does so
             on a GPU with one process. On the CPU they never are.
 
     Raises:
-        ValueError: If `cuda_graphs` is True with several processes.
+        ValueError: If `cuda_graphs` is True with several processes, or the recipe has class weights
+            that are not numbers.
     """
 
     def __init__(
@@ -49,6 +51,9 @@ class TrainStep:
         self.scheduler = make_scheduler(self.optimizer, recipe, steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp_dtype == "float16")
         self.taken, self.regularised = 0, regularises(model)
+        classes = head_layers(model)[0].out_features
+        self.objective = Objective(recipe, classes, self.device)
+        self.mixing = Mixing(recipe, classes) if recipe.mixes else None
         graphed = cuda_graphs is not False and world_size() == 1 and self.device.type == "cuda"
         self.graphs = StepGraphs(self.net) if graphed else None
 
@@ -64,8 +69,8 @@ class TrainStep:
             batch: Part of a batch that this process computes; it may be empty.
 
         Returns:
-            Sums (3,) over all processes, fp64: losses, correct predictions and images. None, and no
-            step, where no process has an image.
+            Sums (3,) over all processes, fp64: losses, correct predictions (NaN with several labels
+            an image) and images. None, and no step, where no process has an image.
         """
         everyone: Any = len(batch.labels)
         if world_size() > 1:
@@ -99,14 +104,14 @@ class TrainStep:
         """Add the gradients of some images; return loss, accuracy and 1, times `weight`."""
         with autocast(self.device, self.recipe.autocast_dtype):
             logits = self.net(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = self.objective.loss(logits, labels)
         if self.regularised:
             loss = loss + regularisation(self.model)
         # By default PyTorch runs backward in a thread of the GPU's own, with cold caches: steps of
         # our blocks, whose backward is Python, took 18% longer on an H200.
         with torch.autograd.set_multithreading_enabled(self.graphs is not None):
             self.scaler.scale(_times(loss, share)).backward()
-        right = (logits.detach().argmax(1) == labels).double().mean()
+        right = self.objective.right(logits.detach(), labels)
         return weight * torch.stack([loss.detach().double(), right, torch.ones_like(right)])
 
     def _parts(self, batch: Batch) -> list[tuple[Tensor, Tensor, int]]:
@@ -115,12 +120,17 @@ class TrainStep:
             # Other processes have images and wait for this one's gradients, which are 0.
             vit: Any = self.model
             images = torch.zeros(1, vit.in_chans, *vit.patch_embed.img_size, device=self.device)
-            return [(images, torch.zeros(1, dtype=torch.int64, device=self.device), 0)]
+            labels = torch.zeros(1, dtype=torch.int64, device=self.device)
+            return [(*self._mixed(images, labels), 0)]
         images = batch.images.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
+        images, labels = self._mixed(images, labels)
         pieces = min(self.recipe.accumulation, len(labels))
         pairs = zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True)
         return [(some, theirs, len(theirs)) for some, theirs in pairs]
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (images, labels) if self.mixing is None else self.mixing(images, labels, self.taken)
 
     def end_epoch(self, epoch: int) -> None:
         """Set the learning rate after epoch number `epoch`, from 1, if it changes by epoch."""

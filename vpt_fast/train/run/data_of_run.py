@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vpt_fast.train.data.holdout import split_off
 from vpt_fast.train.data.sources import open_source
-from vpt_fast.train.data.split import ImageSource, require_one_label
+from vpt_fast.train.data.split import ImageSource
 from vpt_fast.train.loop.fit_result import BEST, LAST
 from vpt_fast.train.run.record import RunRecord, data_digest, read_record
 
@@ -37,15 +37,15 @@ def open_as_trained(
 
     Args:
         directory: Folder of the data set, or its file.
-        format: One of `sources.FORMATS`.
+        format: One of `names.FORMATS`.
         known: Class names of the adapter, or None.
         record: Record of the run, or None.
         val_fraction: Part of the training images to split off, whatever the record says.
 
     Raises:
-        FileNotFoundError, ValueError: As `open_source`; and if images have several labels each.
+        FileNotFoundError, ValueError: As `open_source`.
     """
-    source = require_one_label(open_source(directory, format, known, val_fraction=val_fraction))
+    source = open_source(directory, format, known, val_fraction=val_fraction)
     part = None if record is None else record.data.get("val_fraction")
     if record is None or part is None or val_fraction is not None:
         return source

@@ -37,6 +37,38 @@ def describe_run(
         f"{recipe.peak_lr:g}, weight decay {recipe.weight_decay:g}, {recipe.epochs} epochs "
         f"({recipe.warmup} of warm-up), {recipe.amp_dtype}, seed {recipe.seed}"
     )
+    _describe_additions(recipe, len(loaders["train"]), log)
+
+
+_LOSS = (
+    "smoothing", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode", "bce_loss",
+    "patience",
+)  # fmt: skip
+
+
+def _describe_additions(recipe: Recipe, steps: int, log: Log) -> None:
+    """Log what a recipe adds to the papers'; `steps` are those of an epoch."""
+    chosen = recipe.settings()
+    words = [f"{name} {chosen[name]}" for name in _LOSS if name in chosen]
+    if words:
+        log(", ".join(words))
+    if not recipe.model_ema:
+        return
+    warmup = " with warm-up" if recipe.model_ema_warmup else ""
+    log(
+        f"model_ema, decay {recipe.model_ema_decay:g}{warmup}: validation, test and adapters have "
+        "the average of what is trained"
+    )
+    left = recipe.model_ema_decay ** (steps * recipe.epochs)
+    if left > _STALE and not recipe.model_ema_warmup:
+        log(
+            f"warning: after {steps * recipe.epochs} steps {left:.0%} of the average is still what "
+            "the first step left; take a smaller --model-ema-decay, or --model-ema-warmup"
+        )
+
+
+_STALE = 0.05
+"""Share of the first values in the average at the end from which a warning is given."""
 
 
 def describe_source(source: ImageSource, loaders: Mapping[str, Any], log: Log) -> None:

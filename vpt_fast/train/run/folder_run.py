@@ -13,22 +13,25 @@ from timm.utils import random_seed
 
 from vpt_fast import prompt_tune, save_adapter
 from vpt_fast.backbones import build as backbones
+from vpt_fast.train.common.class_weights import with_class_weights
 from vpt_fast.train.common.digest import digest
 from vpt_fast.train.common.parallel import rank, world_size
-from vpt_fast.train.common.recipe import init_head
+from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.data.image_loaders import Loading, folder_loader, set_data_config
 from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.data.sources import open_source
-from vpt_fast.train.data.split import ImageSource, require_one_label
+from vpt_fast.train.data.split import ImageSource
 from vpt_fast.train.loop.checkpoint import FILE as CHECKPOINT
-from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.loop.epochs import check_patience, fit
 from vpt_fast.train.loop.evaluate import Evaluation, TrainingError, evaluate
 from vpt_fast.train.loop.fit_result import BEST, LAST, FitResult
 from vpt_fast.train.loop.frozen_cast import FrozenCast
 from vpt_fast.train.loop.initial_prompts import initial_prompts
+from vpt_fast.train.loop.objective import check_labels
 from vpt_fast.train.loop.prefix_cache import PrefixCache, SuffixModel, frozen_blocks
+from vpt_fast.train.run.cards import write_cards
 from vpt_fast.train.run.describe import Log, describe_run, describe_source
-from vpt_fast.train.run.record import FILE as RECORD
+from vpt_fast.train.run.output import RUN, check_output
 from vpt_fast.train.run.record import RunRecord, new_record, read_record, recording, write_record
 from vpt_fast.train.run.resuming import check_resumed
 from vpt_fast.train.run.rewind import rewind
@@ -67,8 +70,8 @@ def tune_on_folder(
         The folder of the selected adapter and the metrics.
 
     Raises:
-        FileExistsError: If the output folder is there and not empty, and `settings.resume` is off
-            or the folder holds no run.
+        FileExistsError: If the output folder is there and not empty, and holds no run or neither
+            `settings.resume` nor `settings.overwrite` is on.
         FileNotFoundError: If images or the checkpoint are missing.
         ValueError, TypeError: If anything else cannot be used; nothing is written then.
         TrainingError: If training cannot continue. Adapters of finished epochs stay.
@@ -78,13 +81,15 @@ def tune_on_folder(
     if rank():
         log = _ignore
     else:
-        _check_output(output, settings.resume)
-    was_empty = not _holds_something(output)
+        check_output(settings)
     run = _prepare(settings, progress)
     if settings.resume and (output / CHECKPOINT).is_file():
         check_resumed(read_record(output), run.record)
     run.describe(log)
+    if settings.overwrite and not rank():
+        RUN.clear(output)
     output.mkdir(parents=True, exist_ok=True)
+    was_empty = RUN.is_free(output)
     if not (settings.resume and (output / CHECKPOINT).is_file()):
         initial_prompts(run.net, run.loaders["train"], log)
         if settings.rewind is not None:
@@ -108,6 +113,8 @@ def tune_on_folder(
         test = run.test()
         if not rank():
             write_record(output, record.tested(test))
+    if not rank():
+        write_cards(output, settings.directory.resolve().name, result, test)
     return RunResult(output / (BEST if (output / BEST).is_dir() else LAST), result, test)
 
 
@@ -146,11 +153,27 @@ class _PreparedRun:
         title = f"{settings.method.name} on {settings.model}, {settings.device}"
         describe_run(self.net, title, settings.recipe, self.loaders, log)
         describe_source(self.source, self.loaders, log)
+        if self.source.multi_label:
+            log("several labels an image: binary cross-entropy, and mAP in place of top-1")
+        self.recipe(log)
+        if settings.recipe.mixes and settings.augmentation.no_aug and settings.prefix_cache:
+            log("mixup and cutmix change images in every step: nothing is computed once per image")
         if not settings.image_options.antialias:
             log(
                 "resized without antialiasing, which the adapter does not record: eval "
                 "--no-antialias"
             )
+
+    def recipe(self, log: Log | None = None) -> Recipe:
+        """Return the recipe with its class weights as numbers, which are logged."""
+        source = self.source
+        return with_class_weights(
+            self.settings.recipe,
+            source.splits["train"].labels,
+            source.class_names,
+            source.multi_label,
+            log,
+        )
 
     def cache_prefix(self, log: Log) -> list[SkippedImage]:
         """Replace the batches by ones of block inputs, if blocks before the first one are frozen.
@@ -191,12 +214,13 @@ class _PreparedRun:
             class_names=self.source.class_names,
             model_args=self.model_args,
             checkpoint=self.weights.name if self.weights else None,
+            multi_label=self.source.multi_label,
             overwrite=True,
         )
         return fit(
             self.net,
             self.batches["train"],
-            settings.recipe,
+            self.recipe(),
             val_batches=self.batches.get("val"),
             net=SuffixModel(self.net, self.first) if self.first else None,
             output=settings.output,
@@ -224,15 +248,14 @@ def _prepare(settings: RunSettings, progress: bool) -> _PreparedRun:
     name, weights, model_args = backbones.resolve_name(
         settings.model, settings.checkpoint, settings.img_size
     )
-    source = require_one_label(
-        open_source(
-            settings.directory,
-            settings.data_format,
-            val_fraction=settings.val_fraction,
-            class_order=settings.class_order,
-        )
+    source = open_source(
+        settings.directory,
+        settings.data_format,
+        val_fraction=settings.val_fraction,
+        class_order=settings.class_order,
     )
     classes = len(source.class_names)
+    _check_recipe(settings, source)
     if ":" not in name:
         # A model on the hub or in a folder is only known once it is there.
         backbones.tunable_on_meta(name, classes, settings.method, model_args)
@@ -248,7 +271,8 @@ def _prepare(settings: RunSettings, progress: bool) -> _PreparedRun:
     init_head(net)
     prompt_tune(net, settings.method, settings.memory).to(device)
     config = set_data_config(net, settings.image_options)
-    cacheable = settings.prefix_cache and settings.augmentation.no_aug and world_size() == 1
+    fixed = settings.augmentation.no_aug and not recipe.mixes
+    cacheable = settings.prefix_cache and fixed and world_size() == 1
     first = frozen_blocks(net) if cacheable else 0
     cache = "stream" if first else settings.cache
     loading = Loading(config, settings.augmentation, device, settings.workers, cache)
@@ -277,26 +301,23 @@ def _prepare(settings: RunSettings, progress: bool) -> _PreparedRun:
     )
 
 
+def _check_recipe(settings: RunSettings, source: ImageSource) -> None:
+    """Raise ValueError, by name, if a recipe does not fit the data."""
+    check_labels(settings.recipe, source.multi_label)
+    check_patience(settings.recipe, "val" in source.splits)
+    labels = source.splits["train"].labels
+    with_class_weights(settings.recipe, labels, source.class_names, source.multi_label)
+    if not source.multi_label:
+        return
+    if settings.rewind is not None:
+        raise ValueError("--rewind is for images with one label each; leave it out")
+    for name in ("val", "test"):
+        if name in source.splits and not any(map(any, source.splits[name].labels)):
+            raise ValueError(
+                f"no image of {name} has a label, so its mAP is not defined; label some, or leave "
+                f"{name} out"
+            )
+
+
 def _ignore(line: str) -> None:
     """Drop a line of text: process 0 alone logs."""
-
-
-def _holds_something(folder: Path) -> bool:
-    """Return whether a folder holds more than a run that was killed at its start leaves there."""
-    started = f".{RECORD}."
-    return folder.is_dir() and any(not f.name.startswith(started) for f in folder.iterdir())
-
-
-def _check_output(output: Path, resume: bool) -> None:
-    if not output.exists() or (output.is_dir() and not _holds_something(output)):
-        return
-    if not resume:
-        raise FileExistsError(
-            f"the output folder {output} exists; choose another with --output, remove it, or go on "
-            "in it with --resume"
-        )
-    if not (output / RECORD).is_file() and not (output / CHECKPOINT).is_file():
-        raise FileExistsError(
-            f"the output folder {output} holds other files and no run that could go on; choose "
-            "another with --output"
-        )

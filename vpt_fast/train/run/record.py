@@ -43,7 +43,7 @@ class RunRecord:
     Attributes:
         state: RUNNING until training ends (and for ever if the run is killed); INTERRUPTED by
             Ctrl-C; FAILED if it could not continue, with `error`; else FINISHED.
-        data: Data set: "directory", absolute; "format", one of `sources.FORMATS`; "val_fraction",
+        data: Data set: "directory", absolute; "format", one of `names.FORMATS`; "val_fraction",
             the part of the training images that was split off, or None; "class_order", as
             `ImageSource` has it; and a "digest" of the images' names, labels and sizes.
         images: Number of images of each split.
@@ -58,10 +58,12 @@ class RunRecord:
         parameters: Numbers of parameters, "trained" and "total".
         versions: Versions of vpt_fast, timm, torch and Python.
         kept_epoch: Epoch of the selected adapter; None while that is not known.
-        test: Evaluation on test images: "loss", "top1" and "top5" in percent, and "images"; None
-            without one.
+        test: Evaluation on test images: "loss", "top1" and "top5" in percent (with several labels
+            an image "map"), and "images"; None without one.
         skipped: Number of training and validation images that could not be decoded.
         error: Reason that a run failed, or None.
+        stopped_early: Whether the recipe's patience ended training.
+        multi_label: Whether an image may have several labels.
     """
 
     state: str
@@ -80,6 +82,8 @@ class RunRecord:
     test: dict[str, Any] | None = None
     skipped: int = 0
     error: str | None = None
+    stopped_early: bool = False
+    multi_label: bool = False
 
     def ended(self, result: FitResult) -> RunRecord:
         """Return the record of the run when training has ended."""
@@ -88,6 +92,7 @@ class RunRecord:
             state=INTERRUPTED if result.interrupted else FINISHED,
             kept_epoch=result.kept,
             skipped=len(result.skipped),
+            stopped_early=result.stopped_early,
         )
 
     def failed(self, error: Exception) -> RunRecord:
@@ -96,8 +101,7 @@ class RunRecord:
 
     def tested(self, test: Evaluation) -> RunRecord:
         """Return the record with the selected epoch's metrics on test images."""
-        found = {name: getattr(test, name) for name in ("loss", "top1", "top5", "images")}
-        return replace(self, test=found)
+        return replace(self, test=test.figures)
 
 
 def new_record(
@@ -137,6 +141,7 @@ def new_record(
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
+        multi_label=source.multi_label,
     )
 
 

@@ -62,7 +62,9 @@ def _options(earlier: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, 
     for section, defaults in sections:
         before, now = getattr(earlier, section), plain(getattr(record, section))
         for key, default in defaults.items():
-            yield key, _device(key, before.get(key)), _device(key, now.get(key)), plain(default)
+            usual = plain(default)
+            # A version that wrote no such option did as its default does.
+            yield key, _device(key, before.get(key, usual)), _device(key, now.get(key)), usual
 
 
 def _contents(earlier: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any]]:

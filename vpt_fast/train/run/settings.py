@@ -25,7 +25,7 @@ class RunSettings:
 
     Attributes:
         directory: Folder with train/<class>/<image> and, where there are any, val/ and test/; or a
-            data set in another one of `sources.FORMATS`, a folder or a CSV file.
+            data set in another one of `names.FORMATS`, a folder or a CSV file.
         output: New folder for the adapters best/ and last/, metrics.csv, run.json, tensorboard/ and
             checkpoint.pt.
         model: timm's name of the model, with or without a tag, or "vpt_fast_demo".
@@ -36,19 +36,21 @@ class RunSettings:
         img_size: Side of the images in pixels; None takes the model's own.
         augmentation: Random changes to training images.
         image_options: How images are resized and normalised.
-        data_format: Format of `directory`, one of `sources.FORMATS`; "auto" detects it.
+        data_format: Format of `directory`, one of `names.FORMATS`; "auto" detects it.
         val_fraction: Part of the training images that are split off for validation, or None.
-        class_order: How classes are sorted, one of `class_folders.CLASS_ORDERS`; None takes the
+        class_order: How classes are sorted, one of `names.CLASS_ORDERS`; None takes the
             data set's own order, or "strings".
         memory: Memory mode, as `vpt_fast.prompt_tune` takes it.
         cache: Where decoded training and validation images live, one of `image_loaders.CACHES`.
             Test images are read once and never cached.
         prefix_cache: Whether the input of the first block that is trained or has prompts is
-            computed once for each image, where that is not block 0 and images are not augmented.
+            computed once for each image, where that is not block 0 and images are neither augmented
+            nor mixed.
         cuda_graphs: Whether forward, loss and backward are replayed as a CUDA graph; None does so
             on a GPU with one process. On the CPU they never are.
         workers: Number of processes that load images; None takes 0 on the CPU, up to 4 on a GPU.
         device: Device to train on.
+        overwrite: Whether an earlier run in `output` is replaced.
         resume: Whether to continue in `output` after the last epoch that ended there.
         rewind: Finished run of `E2VPT` whose prompts are pruned, to train the others again from
             their initial values; or None.
@@ -73,6 +75,7 @@ class RunSettings:
     cuda_graphs: bool | None = None
     workers: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    overwrite: bool = False
     resume: bool = False
     rewind: Path | None = None
 

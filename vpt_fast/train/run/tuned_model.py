@@ -14,19 +14,38 @@ from vpt_fast import load_adapter
 from vpt_fast.adapter.files import CONFIG_FILE, read_config
 from vpt_fast.adapter.hub.names import is_on_hub, local_folder
 from vpt_fast.backbones.build import data_config_of
+from vpt_fast.train.common.names import CLASS_ORDERS
 from vpt_fast.train.common.recipe import head_layers
-from vpt_fast.train.data.formats.class_folders import CLASS_ORDERS, natural
+from vpt_fast.train.data.formats.class_folders import natural
 from vpt_fast.train.loop.fit_result import BEST, LAST
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """Tuned model in eval mode, with its input configuration and class names, if it has any."""
+    """Tuned model in eval mode, with its input configuration and class names, if it has any.
+
+    With `multi_label` an image may have several of the classes.
+    """
 
     net: nn.Module
     inputs: dict[str, Any]
     num_classes: int
     class_names: list[str] | None
+    multi_label: bool = False
+
+    def check_labels(self, directory: Path, multi_label: bool) -> None:
+        """Raise ValueError unless a data set has as many labels an image as the adapter answers.
+
+        Args:
+            directory: Folder of the data set, for the message.
+            multi_label: Whether its images may have several labels.
+        """
+        if multi_label != self.multi_label:
+            words = {True: "several labels an image", False: "one label an image"}
+            raise ValueError(
+                f"{directory} has {words[multi_label]}, and the adapter was trained on "
+                f"{words[self.multi_label]}; evaluate it on data of its own kind"
+            )
 
     def class_order(
         self, directory: Path, names: Sequence[str], order: str | None = None
@@ -36,8 +55,8 @@ class TunedModel:
         Args:
             directory: Folder of the data set, for messages.
             names: Classes of the data set, in its order.
-            order: One of `CLASS_ORDERS`, for an adapter that does not name its classes; None takes
-                the data set's order if both of them agree.
+            order: One of `names.CLASS_ORDERS`, for an adapter that does not name its classes;
+                None takes the data set's order if both of them agree.
 
         Raises:
             ValueError: If the adapter has other classes, or the order of its outputs is not known.
@@ -97,4 +116,5 @@ def load_tuned(adapter: Path, checkpoint: Path | None, device: torch.device) -> 
     net: Any = load_adapter(None, folder, checkpoint=checkpoint)
     inputs = {**data_config_of(net), **config["input"]}
     num_classes = head_layers(net)[0].out_features
-    return TunedModel(net.to(device), inputs, num_classes, config["class_names"])
+    multi_label = config.get("multi_label", False)
+    return TunedModel(net.to(device), inputs, num_classes, config["class_names"], multi_label)

@@ -29,6 +29,10 @@ class SweepData(Protocol):
         """Return the number of images of a part."""
         ...
 
+    def labels(self, part: str) -> list[int]:
+        """Return the class index of each image of a part."""
+        ...
+
     def batches(self, part: str, batch_size: int, seed: int | None = None) -> Any:
         """Return a loader of `Batch`, shuffled and augmented if there is a seed."""
         ...
@@ -50,6 +54,10 @@ class ArrayData:
     def count(self, part: str) -> int:
         """Return the number of images of a part."""
         return len(self._parts[part])
+
+    def labels(self, part: str) -> list[int]:
+        """Return the class index of each image of a part."""
+        return [label for _, label in self._parts[part]]
 
     def batches(self, part: str, batch_size: int, seed: int | None = None) -> Any:
         """Return a loader of `Batch`, shuffled and augmented if there is a seed."""
@@ -92,6 +100,10 @@ class SourceData:
     def count(self, part: str) -> int:
         """Return the number of images of a part."""
         return len(self._splits[part])
+
+    def labels(self, part: str) -> list[int]:
+        """Return the class index of each image of a part."""
+        return self._splits[part].labels
 
     def batches(self, part: str, batch_size: int, seed: int | None = None) -> Any:
         """Return a loader of `Batch`, shuffled and augmented if there is a seed."""

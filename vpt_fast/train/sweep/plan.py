@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,8 @@ from timm.utils import random_seed
 from vpt_fast.backbones import build as backbones
 from vpt_fast.backbones.demo_backbone import DEMO_ARGS, DEMO_CHECKPOINT, demo_backbone
 from vpt_fast.methods import Method
+from vpt_fast.train.common.class_weights import with_class_weights
+from vpt_fast.train.common.output_folder import Output
 from vpt_fast.train.common.paper_settings import (
     LEARNING_RATES,
     SEEDS,
@@ -28,12 +31,20 @@ from vpt_fast.train.data.image_options import ImageOptions
 from vpt_fast.train.data.sources import open_source
 from vpt_fast.train.data.split import require_one_label
 from vpt_fast.train.demo.task import CLASS_NAMES, load_splits
+from vpt_fast.train.loop.epochs import check_patience
 from vpt_fast.train.sweep.data import ArrayData, SourceData, SweepData
-from vpt_fast.train.sweep.sweep import Candidate, Result, Sweep
+from vpt_fast.train.sweep.report import PICTURE, TABLE
+from vpt_fast.train.sweep.sweep import JOURNAL, Candidate, Result, Sweep
 from vpt_fast.train.sweep.task import SweepTask
 
 ADAPTERS = "adapters"
 """Folder of the final runs' adapters, in the sweep's folder."""
+FOLDER = Output(
+    "sweep",
+    lambda folder: (folder / JOURNAL).is_file(),
+    re.compile(rf"{re.escape(JOURNAL)}.*|{re.escape(TABLE)}|{re.escape(PICTURE)}|{ADAPTERS}"),
+    JOURNAL,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class SweepPlan:
         output: Folder of the sweep.
         candidates: Methods with their grids.
         directory: Folder of the data set; None takes the demo's digits and its backbone.
-        data_format: Format of the data set, one of `sources.FORMATS`.
+        data_format: Format of the data set, one of `names.FORMATS`.
         val_fraction, class_order: Validation split and order of classes, as `open_source` takes
             them.
         model, checkpoint, pretrained, img_size: Backbone, as `RunSettings` has it.
@@ -84,7 +95,7 @@ class SweepPlan:
             "model": self.model,
             "checkpoint": self.checkpoint.name if self.checkpoint else None,
             "img_size": self.img_size,
-            "augmentation": asdict(self.augmentation),
+            "augmentation": self.augmentation.settings(),
             "images": asdict(self.image_options),
         }
 
@@ -115,7 +126,11 @@ def candidate(
 
 
 def run_plan(
-    plan: SweepPlan, processes: int = 1, log: Callable[[str], None] = print, progress: bool = True
+    plan: SweepPlan,
+    processes: int = 1,
+    log: Callable[[str], None] = print,
+    progress: bool = True,
+    overwrite: bool = False,
 ) -> list[Result]:
     """Train what is missing of a sweep, here and in `processes - 1` more processes.
 
@@ -127,17 +142,26 @@ def run_plan(
         processes: Number of processes on this machine; the CPU's threads are divided among them.
         log: Function called with a line for every run.
         progress: Whether a single process shows bars on a terminal.
+        overwrite: Whether an earlier sweep in the folder is removed first.
 
     Raises:
+        FileExistsError: If the folder holds something else, and no sweep that could go on.
         ValueError: If `processes` is less than 1, or the plan does not fit the data, the model or
             the journal.
         TrainingError: If no run of a method's selection has ended.
     """
     if processes < 1:
         raise ValueError(f"processes is {processes}; it must be at least 1")
+    if overwrite:
+        FOLDER.check(plan.output, overwrite)
+    elif not (FOLDER.is_free(plan.output) or FOLDER.is_own(plan.output)):
+        raise FileExistsError(
+            f"{plan.output} holds other files and no sweep that could go on; choose another "
+            "--output"
+        )
     with _threads(processes):
         # Before the other processes start, so that an error is reported once.
-        sweep = _sweep(plan, log, progress and processes == 1)
+        sweep = _sweep(plan, log, progress and processes == 1, overwrite)
         context = multiprocessing.get_context("spawn")
         others = [
             context.Process(target=_take_part, args=(plan, processes), daemon=True)
@@ -175,8 +199,12 @@ def _threads(processes: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _sweep(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> Sweep:
+def _sweep(
+    plan: SweepPlan, log: Callable[[str], None], progress: bool, overwrite: bool = False
+) -> Sweep:
     task = _demo_task(plan, progress) if plan.directory is None else _task(plan, log, progress)
+    if overwrite:
+        FOLDER.clear(plan.output)
     return Sweep(plan.output, task, plan.seeds, log, plan.identity())
 
 
@@ -184,8 +212,8 @@ def _demo_task(plan: SweepPlan, progress: bool) -> SweepTask:
     digits = load_splits()
     random_seed(plan.seeds[0])
     net = demo_backbone(num_classes=len(CLASS_NAMES)).to(plan.device)
-    options = {"class_names": CLASS_NAMES, "model_args": DEMO_ARGS}
-    options["checkpoint"] = DEMO_CHECKPOINT.name
+    options: dict[str, Any] = {"class_names": CLASS_NAMES, "model_args": DEMO_ARGS}
+    options |= {"checkpoint": DEMO_CHECKPOINT.name, "dataset": "handwritten digits"}
     data = ArrayData(digits.train, digits.val, digits.test)
     return _sweep_task(plan, net, data, progress, options)
 
@@ -203,6 +231,9 @@ def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepT
         )
     )
     classes = source.class_names
+    for one in plan.candidates:
+        check_patience(one.recipe, validates=False)
+        with_class_weights(one.recipe, source.splits["train"].labels, classes)
     if ":" not in name:
         for one in plan.candidates:
             backbones.tunable_on_meta(name, len(classes), one.method, model_args)
@@ -223,6 +254,7 @@ def _task(plan: SweepPlan, log: Callable[[str], None], progress: bool) -> SweepT
         "class_names": classes,
         "model_args": model_args,
         "checkpoint": weights.name if weights else None,
+        "dataset": plan.directory.resolve().name,
     }
     return _sweep_task(plan, net.to(plan.device), data, progress, options)
 

@@ -185,7 +185,7 @@ class Sweep:
 
         settings = {
             "method": asdict(candidate.method),
-            "recipe": asdict(candidate.recipe),
+            "recipe": candidate.recipe.settings(),
             "paper": candidate.paper,
             **self._identity,
         }

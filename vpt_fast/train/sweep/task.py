@@ -16,8 +16,10 @@ from vpt_fast import count_parameters, prompt_tune, remove_prompts, save_adapter
 from vpt_fast.methods import Method
 from vpt_fast.models.initialise import initialises
 from vpt_fast.models.tuned import is_tuned
+from vpt_fast.train.common.class_weights import with_class_weights
 from vpt_fast.train.common.curves import directory_size
-from vpt_fast.train.common.recipe import Recipe, init_head
+from vpt_fast.train.common.ranking import names_of
+from vpt_fast.train.common.recipe import Recipe, head_layers, init_head
 from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.evaluate import TrainingError, evaluate
 from vpt_fast.train.loop.initial_prompts import initial_prompts
@@ -75,7 +77,8 @@ class SweepTask:
             part = "both" if final else "train"
             if initialises(model):
                 initial_prompts(model, self.data.batches(part, _EVAL_BATCH, recipe.seed))
-            first = 0 if self.data.augmented else frozen_blocks(model)
+            recipe = self._weighted(recipe, part)
+            first = 0 if self.data.augmented or recipe.mixes else frozen_blocks(model)
             net = SuffixModel(model, first) if first else model
             result = fit(
                 model,
@@ -96,7 +99,7 @@ class SweepTask:
                 images = self.data.batches("val", _EVAL_BATCH)
             found = evaluate(net, images, amp_dtype=recipe.autocast_dtype, progress=False)
             trained, _ = count_parameters(model)
-            size = self._save(method, recipe.seed) if final else 0
+            size = self._save(method, recipe.seed, found.top1) if final else 0
         finally:
             if is_tuned(model):
                 remove_prompts(model)
@@ -104,6 +107,13 @@ class SweepTask:
             raise TrainingError(f"the loss is {found.loss} after training")
         seconds = time.perf_counter() - start
         return Outcome(found.top1, found.loss, trained, size, seconds)
+
+    def _weighted(self, recipe: Recipe, part: str) -> Recipe:
+        """Return the recipe with its class weights as numbers, of the part's labels."""
+        if recipe.class_weights is None:
+            return recipe
+        names = names_of(None, head_layers(self.backbone)[0].out_features)
+        return with_class_weights(recipe, self.data.labels(part), names)
 
     def _training(self, recipe: Recipe, first: int, part: str) -> Any:
         if not first:
@@ -123,9 +133,10 @@ class SweepTask:
             self._prefixes[key] = cache.activations(images, self.data.count(part))
         return self._prefixes[key]
 
-    def _save(self, method: Method, seed: int) -> int:
+    def _save(self, method: Method, seed: int, top1: float) -> int:
         """Save a final run's adapter, temporarily without a folder; return its bytes."""
+        metrics = {"test top-1": top1}
         with tempfile.TemporaryDirectory() as folder:
             path = (self.adapters or Path(folder)) / method.name / f"seed-{seed}"
-            save_adapter(self.backbone, path, overwrite=True, **self.save_options)
+            save_adapter(self.backbone, path, overwrite=True, metrics=metrics, **self.save_options)
             return directory_size(path)

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from vpt_fast.train.data.pictures import EXTENSIONS
 
-CLASS_ORDERS = ("strings", "natural")
-"""strings: class10 before class2, as torchvision sorts folders; natural: class2 before class10."""
 # What operating systems and archives leave behind.
 _LITTER = ("__macosx", "thumbs.db", "desktop.ini")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.train.common.names import SPLITS
 from vpt_fast.train.data.formats.class_lists import ClassList, class_list, unused
 from vpt_fast.train.data.formats.csv_labels import (
     LABEL_COLUMNS,
@@ -17,7 +18,7 @@ from vpt_fast.train.data.formats.csv_labels import (
     label_column,
 )
 from vpt_fast.train.data.formats.labels import read_text, short
-from vpt_fast.train.data.images import SPLITS, SkippedImage
+from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.data.split import (
     ImageSource,
     Split,

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.train.common.names import SPLITS
 from vpt_fast.train.data.formats.labels import Pairs, are_words, name_of, read_json, short
-from vpt_fast.train.data.images import SPLITS, SkippedImage
+from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.data.split import (
     ImageSource,
     Split,

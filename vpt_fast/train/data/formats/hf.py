@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.train.common.names import SPLITS
 from vpt_fast.train.data.formats.class_folders import is_hidden, is_image
 from vpt_fast.train.data.formats.class_lists import class_list
 from vpt_fast.train.data.formats.rows import (
@@ -23,7 +24,6 @@ from vpt_fast.train.data.formats.rows import (
     source_of,
     table_of,
 )
-from vpt_fast.train.data.images import SPLITS
 from vpt_fast.train.data.split import ImageSource
 
 LOADERS = ("webdataset", "imagefolder", "parquet")

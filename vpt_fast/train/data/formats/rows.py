@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from vpt_fast.train.common.names import SPLITS
 from vpt_fast.train.data.formats.class_lists import ClassList, check_listed, unused
 from vpt_fast.train.data.formats.labels import (
     are_words,
@@ -18,7 +19,7 @@ from vpt_fast.train.data.formats.labels import (
     short,
     whole,
 )
-from vpt_fast.train.data.images import SPLITS, SkippedImage
+from vpt_fast.train.data.images import SkippedImage
 from vpt_fast.train.data.pictures import as_picture, load_image, naming
 from vpt_fast.train.data.split import ImageSource, Split, check_classes, check_left
 

@@ -1,9 +1,9 @@
-"""From the options of `vpt-fast sweep` to a plan, and from its results to a table and files."""
+"""Work of `vpt-fast sweep`: from its options to a plan, from its results to a table and files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,13 +12,16 @@ import typer
 from tqdm import tqdm
 
 from vpt_fast.cli.common import check_some_prompts, make_method, settings_of_each
+from vpt_fast.cli.work.train import augmentation, image_options
+from vpt_fast.train.common.class_weights import read_class_weights
 from vpt_fast.train.common.paper_settings import (
     PaperSettings,
     default_optimizer,
     paper_settings,
 )
-from vpt_fast.train.common.recipe import Recipe
+from vpt_fast.train.common.recipe import Recipe, resolve_amp_dtype
 from vpt_fast.train.data.sources import check_format
+from vpt_fast.train.loop.evaluate import resolve_device
 from vpt_fast.train.sweep.plan import SweepPlan, candidate, run_plan
 from vpt_fast.train.sweep.preset import EPOCHS, demo_plan
 from vpt_fast.train.sweep.report import table, write
@@ -28,10 +31,15 @@ __all__ = [
     "Grid",
     "Runs",
     "SweepPlan",
+    "augmentation",
     "candidates",
     "check_preset",
     "data_set",
+    "image_options",
     "preset_plan",
+    "read_class_weights",
+    "resolve_amp_dtype",
+    "resolve_device",
     "run",
     "values",
 ]
@@ -39,7 +47,15 @@ __all__ = [
 Value = TypeVar("Value", int, float, str)
 
 _PRESETS = ("demo",)
-_WITH_PRESET = ("--preset", "--output", "--seeds", "--epochs", "--processes", "--device")
+_WITH_PRESET = (
+    "--preset",
+    "--output",
+    "--seeds",
+    "--epochs",
+    "--processes",
+    "--device",
+    "--overwrite",
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,7 @@ class Runs:
         batch_size: Images per step.
         opt: Optimizer.
         amp_dtype: Type that torch.autocast computes in.
+        more: Further fields of `Recipe`, by name.
     """
 
     paper: str | None
@@ -80,6 +97,7 @@ class Runs:
     batch_size: int | None
     opt: str | None
     amp_dtype: str
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_preset(preset: str, directory: Path | None, given: Iterable[str]) -> None:
@@ -118,7 +136,7 @@ def preset_plan(
 
 
 def data_set(directory: Path | None, data_format: str) -> tuple[Path, str]:
-    """Return the folder of the data and its format, one of `sources.FORMATS` but "auto".
+    """Return the folder of the data and its format, one of `names.FORMATS` but "auto".
 
     Raises:
         ValueError: If there is no directory, or its format is not known.
@@ -146,6 +164,7 @@ def candidates(
         for name, flag, text in (
             ("sgd", "lrs", grid.lrs),
             ("adamw", "adamw-lrs", grid.adamw_lrs),
+            ("adam", "adamw-lrs", grid.adamw_lrs),
         )
         if text is not None
     }
@@ -166,6 +185,7 @@ def candidates(
             batch_size=paper.batch_size if runs.batch_size is None else runs.batch_size,
             amp_dtype=runs.amp_dtype,
             opt=default_optimizer(tuned) if runs.opt is None else runs.opt,
+            **runs.more,
         )
         found.append(
             candidate(
@@ -181,16 +201,17 @@ def candidates(
     return tuple(found), paper
 
 
-def run(plan: SweepPlan, processes: int, title: str) -> None:
+def run(plan: SweepPlan, processes: int, title: str, overwrite: bool = False) -> None:
     """Train what is missing of a sweep, print its table and write its files.
 
     Args:
         plan: Plan of the sweep.
         processes: Number of processes that share the runs.
         title: Title of the picture.
+        overwrite: Whether an earlier sweep in the folder is removed first.
     """
     try:
-        results = run_plan(plan, processes, tqdm.write)
+        results = run_plan(plan, processes, tqdm.write, overwrite=overwrite)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on in {plan.output}")
         raise typer.Exit(130) from None

@@ -15,7 +15,7 @@ import vpt_fast
 from vpt_fast.cli.app import app
 from vpt_fast.version import __version__
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def stdout_of(*command: str) -> str:
