@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN := .benchmark.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint docs bench bench-gpu bench-host roofline kernel-report clean
+.PHONY: help install demo test test-full lint docs bench bench-gpu bench-host roofline matrix kernel-report clean
 
 help:
 	@echo "make demo           tune a small pretrained ViT to handwritten digits (about 2 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-gpu      the same on a CUDA GPU, in 9 minutes: docs/benchmarks/gpu.md (ARGS='--minutes 5')"
 	@echo "make bench-host     the host's time of a step, with a null driver (needs no GPU)"
 	@echo "make roofline       a training step's work, counted, and its time on named GPUs, modelled"
+	@echo "make matrix         the wheel in fresh environments: docs/versions.md (6 GB and minutes each)"
 	@echo "make kernel-report  the kernels' machine code compared with its limits (needs no GPU)"
 	@echo "make clean          remove .venv and caches"
 
@@ -69,6 +70,10 @@ bench-host: $(INSTALLED)
 
 roofline: $(INSTALLED)
 	$(BIN)/python -m bench.counted.roofline
+
+# Python 3.10 to 3.13 are taken from the path, or from pyenv.
+matrix: $(INSTALLED)
+	$(BIN)/python -m bench.matrix $(ARGS)
 
 kernel-report: $(INSTALLED)
 	$(BIN)/python -m bench.machine_code.kernel_report

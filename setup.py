@@ -14,7 +14,7 @@ from setuptools import find_packages, setup
 TRAIN = [
     "pillow>=10.1",
     "tensorboard>=2.16",
-    "torchvision>=0.21",
+    "torchvision>=0.23",
     "tqdm>=4.66",
     "typer>=0.12.4",
 ]
@@ -83,6 +83,29 @@ DEV = [
     "types-tqdm",
 ]
 
+# Metadata that an index shows. There is no address of a repository or a site yet.
+ABOUT = {
+    "author": "The vpt_fast authors",
+    "license_expression": "Apache-2.0",
+    "license_files": ["LICENSE"],
+    "keywords": ["visual prompt tuning", "parameter-efficient fine-tuning", "vision transformer",
+                 "timm", "PyTorch", "Triton"],
+    "project_urls": {
+        "VPT (paper)": "https://arxiv.org/abs/2203.12119",
+        "VAPT (paper)": "https://arxiv.org/abs/2501.18936",
+    },
+    "classifiers": [
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+}  # fmt: skip
+
 setup(
     name="vpt-fast",
     # Of a file, as importing the package would need PyTorch.
@@ -90,13 +113,15 @@ setup(
     description="Visual prompt tuning of timm vision transformers with Triton kernels",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    **ABOUT,
     python_requires=">=3.10",
     packages=find_packages(include=["vpt_fast", "vpt_fast.*"]),
     package_data={"vpt_fast": ["py.typed", "assets/*"]},
+    # The lowest Python, torch, Triton, torchvision and timm are those of a row of
+    # bench/matrix/rows.py, which ran: docs/versions.md.
     install_requires=[
-        "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",
         "timm>=1.0.29,<1.1",
         "numpy>=1.26",
         "safetensors>=0.4",

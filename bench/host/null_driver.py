@@ -63,7 +63,7 @@ class _Utils:
 
 
 class NullDriver:
-    """The interface that Triton 3.6 and 3.8 expect of a driver."""
+    """The interface that Triton 3.4 to 3.8 expect of a driver."""
 
     launcher_cls = NullLauncher
     utils = _Utils()
@@ -130,7 +130,8 @@ def null_driver() -> Iterator[None]:
         RuntimeError: If no module uses `uses_kernels` any more.
     """
     driver = triton.runtime.driver
-    before = driver._active
+    # Triton 3.4 has an unstarted driver there; later releases start it when `active` is read.
+    before = driver._active if hasattr(driver, "_active") else driver.active
     with contextlib.ExitStack() as stack:
         patched = dict.fromkeys(_STAND_INS, 0)
         for module in _modules():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+import triton
 
 from ..runtime.launch import Target, power_of_2_at_least
 from .launch_table import TABLE
@@ -28,6 +29,7 @@ Table = Mapping[Key, Choice]
 
 KERNELS = ("forward", "dq", "dkdv", "shared_prompt_dkdv")
 HEAD_DIMS = (32, 64, 128)
+_FEWEST_COLUMNS = 16 if triton.__version__.startswith("3.4.") else 8
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
     "bf16": (80, 89, 90, 100, 120, "gfx942"),
@@ -143,9 +145,10 @@ def delta_tiles(num_queries: int) -> Tiles:
 def sum_columns(dtype: torch.dtype, target: Target) -> int:
     """Return the columns of the product that sums the softmax weights; 0 for a reduction.
 
-    8 columns are the fewest of NVIDIA's tensor cores. fp32 weights are summed by a reduction.
+    8 columns are the fewest of NVIDIA's tensor cores, and 16 those of Triton 3.4's products. fp32
+    weights are summed by a reduction.
     """
-    return 0 if dtype == torch.float32 or target.hip else 8
+    return 0 if dtype == torch.float32 or target.hip else _FEWEST_COLUMNS
 
 
 def _rows_of_a_warp(head_dim: int) -> int:

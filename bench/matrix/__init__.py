@@ -1,0 +1,1 @@
+"""The wheel in fresh environments, with the versions that its metadata allow."""
