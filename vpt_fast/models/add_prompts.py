@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from vpt_fast.methods import VAPT, PromptMethod, modules_of, prompted_blocks
 from vpt_fast.models.family import Family
+from vpt_fast.models.interop.quantised import form_of
 from vpt_fast.models.tuned import SHARED, blocks_of
 from vpt_fast.modules.block_info import BlockInfo
 from vpt_fast.modules.check_module import (
@@ -42,7 +43,7 @@ def block_infos(model: Any, family: Family) -> list[BlockInfo]:
             grid=(int(grid[0]), int(grid[1])),
             num_prefix_tokens=getattr(owner, "num_prefix_tokens", 0),
             patch_size=model.patch_embed.patch_size,
-            like=torch.empty(0).to(block.attn.proj.weight.device, block.attn.proj.weight.dtype),
+            like=form_of(block.attn.proj.weight),
             owner=owner,
             model=model,
         )

@@ -43,6 +43,13 @@ def linear_part(x: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> 
     return F.linear(x, weight[part], None if bias is None else bias[part])
 
 
+def form_of(weight: Tensor) -> Tensor:
+    """Return a weight, or where it is no plain tensor an empty one of its device and dtype."""
+    if holds_other_tensors(weight):
+        return torch.empty(0, device=weight.device, dtype=weight.dtype)
+    return weight
+
+
 def cannot_fold(where: str, module: nn.Module) -> ValueError:
     """Return the error of what would be folded into a module that is no plain Linear.
 
