@@ -31,7 +31,7 @@ IN_FINGERPRINT_FILE = ("architecture", "fixed_image", "fingerprint")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 """Types of buffers beside those that are trained."""
-_PATIENCE = 1.0
+_PATIENCE = 5.0
 """Seconds for which an adapter is read again while it is being replaced."""
 
 
@@ -75,11 +75,10 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     for name in (CONFIG_FILE, TENSORS_FILE):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} is not an adapter: it has no {name}")
-    config = _read_json(directory / CONFIG_FILE)
-    version = config.get("format_version")
-    newer = isinstance(version, int) and version > FORMAT_VERSION
     path = directory / CONFIG_FILE
-    if newer:
+    config = _read_json(path)
+    version = config.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format {version}, this vpt_fast reads up to {FORMAT_VERSION}; upgrade it"
         )

@@ -61,8 +61,7 @@ def load_adapter(
     directory = local_folder(directory)
     config, tensors = read_adapter(directory)
     if model is None:
-        file = None if checkpoint is None else Path(checkpoint)
-        built: Any = backbone_of_adapter(config, file, tensors)
+        built: Any = backbone_of_adapter(config, checkpoint, tensors)
         built.pretrained_cfg = {**built.pretrained_cfg, **config["input"]}
         tuned_by(built, directory, config, tensors)
         remember(built)

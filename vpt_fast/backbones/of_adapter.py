@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from vpt_fast.backbones.demo_backbone import DEMO_CHECKPOINT
 
 def backbone_of_adapter(
     config: Mapping[str, Any],
-    checkpoint: str | Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Build the plain backbone that an adapter was trained on.
@@ -63,7 +64,7 @@ def backbone_of_adapter(
         name,
         num_classes,
         pretrained=checkpoint is None,
-        checkpoint=checkpoint,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
         model_args=args,
     )
 
