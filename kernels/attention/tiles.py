@@ -87,11 +87,8 @@ def _by_preference(target: Target) -> list[Architecture]:
     if target.hip:
         return ["gfx942"]
     lower = [known for known in reversed(_KNOWN) if known <= target.capability] or [_KNOWN[0]]
-    return [
-        lower[0],
-        *[_SUBSTITUTES[known] for known in lower[:1] if known in _SUBSTITUTES],
-        *lower[1:],
-    ]
+    substitutes = [_SUBSTITUTES[known] for known in lower[:1] if known in _SUBSTITUTES]
+    return [lower[0], *substitutes, *lower[1:]]
 
 
 def query_tiles(
