@@ -18,7 +18,7 @@ from vpt_fast.models.changes.taken import take_out
 from vpt_fast.models.family import Family, family_of
 from vpt_fast.models.fold import unfold_backbone
 from vpt_fast.models.graphs.block_graphs import BlockGraphs
-from vpt_fast.models.interop.wrappers import inner_model
+from vpt_fast.models.interop.wrappers import inner_model, unwrapped
 from vpt_fast.models.tuned import TuneRecord, blocks_of, is_tuned
 from vpt_fast.modules.baseline_layers import BottleneckAdapter, new_classifier, new_hidden_layers
 from vpt_fast.ops.memory_modes import check_memory_mode
@@ -255,7 +255,7 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
     Names are the timm model's, inside a wrapper too.
     """
-    named = inner_model(model).named_parameters()
+    named = unwrapped(model).named_parameters()
     return [(name, p) for name, p in named if p.requires_grad]
 
 

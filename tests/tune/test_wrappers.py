@@ -121,6 +121,9 @@ def test_other_modules_are_told_what_to_pass(tmp_path: Path) -> None:
             self.net = nn.ModuleDict({"backbone": model})
 
     lit = Lit(vpt_fast.prompt_tune(build("vit"), VPTDeep(2)))
+    own = [name for name, _ in vpt_fast.trainable_parameters(lit)]
+    assert "net.backbone.head.weight" in own and "net.backbone.pos_embed" not in own
+    assert vpt_fast.count_parameters(lit) == vpt_fast.count_parameters(lit.net["backbone"])
     for call in (
         lambda: vpt_fast.save_adapter(lit, tmp_path / "a"),
         lambda: vpt_fast.remove_prompts(lit),

@@ -30,14 +30,7 @@ def inner_model(model: Any, changes: bool = False) -> Any:
     """
     if changes and not isinstance(model, nn.Module):
         raise TypeError(f"the model is {model!r}; pass what timm.create_model returns")
-    inner = model
-    while (held := _held(inner)) is not None:
-        if changes and isinstance(inner, DistributedDataParallel):
-            raise ValueError(
-                "a DistributedDataParallel keeps to the parameters that it was given; pass its "
-                ".module, and wrap that again"
-            )
-        inner = held
+    inner = unwrapped(model, changes)
     if changes:
         check_unwrapped(inner)
     if inner is model and family_of(model) is None and isinstance(model, nn.Module):
@@ -51,6 +44,18 @@ def inner_model(model: Any, changes: bool = False) -> Any:
         # accelerate's unwrap_model leaves the class's forward on the instance.
         del inner.forward
     return inner
+
+
+def unwrapped(model: Any, changes: bool = False) -> Any:
+    """Return what wrappers hold, of whatever kind; arguments as of `inner_model`."""
+    while (held := _held(model)) is not None:
+        if changes and isinstance(model, DistributedDataParallel):
+            raise ValueError(
+                "a DistributedDataParallel keeps to the parameters that it was given; pass its "
+                ".module, and wrap that again"
+            )
+        model = held
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:
