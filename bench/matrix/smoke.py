@@ -79,7 +79,7 @@ EXTRAS = ("datasets", "jinja2", "matplotlib", "optuna", "sklearn", "webdataset")
 def cases() -> Iterator[tuple[str, str]]:
     """Yield family and method of every combination that is not refused."""
     for family in FAMILIES:
-        for method in methods.method_names():
+        for method in methods.NAMES:
             if family != "swin" or method not in NOT_ON_SWIN:
                 yield family, method
 

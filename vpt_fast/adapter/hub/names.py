@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from vpt_fast.adapter.files import CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE
+from vpt_fast.adapter.files import CARD_FILE, CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE
 
 _PREFIX = re.compile(r"^hf[-_]hub:")
 _REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
@@ -52,7 +52,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     repo, revision = repository(text)
-    files = [CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE]
+    files = [CARD_FILE, CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
