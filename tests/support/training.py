@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -16,6 +18,7 @@ from vpt_fast.adapter.files import TENSORS_FILE
 from vpt_fast.train.data.images import SkippedImage, make_loader
 from vpt_fast.train.data.split import ImageSource, Split, split_of_files
 from vpt_fast.train.loop.epochs import fit
+from vpt_fast.train.loop.step import TrainStep
 
 BROKEN = SkippedImage("broken.png", "broken.png cannot be decoded (cut)")
 
@@ -103,3 +106,20 @@ def open_instead(monkeypatch: Any, source: ImageSource, *modules: Any) -> None:
             monkeypatch.setattr(module, "open_source", lambda *_, **__: source)
         if hasattr(module, "check_format"):
             monkeypatch.setattr(module, "check_format", lambda *_: "json")
+
+
+@contextmanager
+def stopped_after(steps, monkeypatch):
+    """Return a context in which training is stopped, as by a kill, after some steps."""
+    call, taken = TrainStep.__call__, 0
+
+    def stopping(self, batch):
+        nonlocal taken
+        taken += 1
+        if taken > steps:
+            raise Stopped
+        return call(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(TrainStep, "__call__", stopping)
+        yield

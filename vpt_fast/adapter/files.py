@@ -25,6 +25,7 @@ TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FINGERPRINT_FILE = "adapter_fingerprint.json"
 CARD_FILE = "README.md"
+FILES = (CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE, CARD_FILE)
 FORMAT_VERSION = 3
 IN_FINGERPRINT_FILE = ("architecture", "fixed_image", "fingerprint")
 """Keys of the configuration that stand in `FINGERPRINT_FILE`."""

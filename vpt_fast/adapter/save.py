@@ -28,8 +28,7 @@ from vpt_fast.adapter.config import check_config
 from vpt_fast.adapter.contents import frozen_tensors, model_config, trained_tensors
 from vpt_fast.adapter.files import (
     CARD_FILE,
-    CONFIG_FILE,
-    FINGERPRINT_FILE,
+    FILES,
     FORMAT_VERSION,
     TENSORS_FILE,
     check_finite,
@@ -176,6 +175,5 @@ def _check_target(directory: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{directory} exists; choose another directory, or pass overwrite=True"
         )
-    own = {TENSORS_FILE, CONFIG_FILE, FINGERPRINT_FILE, CARD_FILE}
-    if not directory.is_dir() or {f.name for f in directory.iterdir()} - own:
+    if not directory.is_dir() or {f.name for f in directory.iterdir()} - {*FILES}:
         raise FileExistsError(f"{directory} holds more than an adapter; choose another directory")

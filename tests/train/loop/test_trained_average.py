@@ -10,14 +10,13 @@ import pytest
 import torch
 from support.pictures import backbone
 from support.tape import TapeCapture
-from support.training import Stopped, endings, pictures, save
+from support.training import endings, pictures, save, stopped_after
 from torch import Tensor, nn
 
 from vpt_fast import VPTDeep, load_adapter, prompt_tune, trainable_parameters
 from vpt_fast.train.common.recipe import Recipe, init_head
 from vpt_fast.train.data.images import make_loader
 from vpt_fast.train.loop import epochs as epochs_module
-from vpt_fast.train.loop import step as step_module
 from vpt_fast.train.loop.epochs import fit
 from vpt_fast.train.loop.evaluate import evaluate
 from vpt_fast.train.loop.graphed_step import StepGraphs
@@ -128,19 +127,8 @@ def test_a_resumed_run_with_mixing_ends_with_the_same_bits(
     for folder in (whole, parts):
         folder.mkdir()
     train(tuned(), whole, **changes)
-    call, steps = step_module.TrainStep.__call__, 0
-
-    def stopping(self: Any, batch: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps > after:
-            raise Stopped
-        return call(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(step_module.TrainStep, "__call__", stopping)
-        with pytest.raises(Stopped):
-            train(tuned(), parts, **changes)
+    with stopped_after(after, monkeypatch):
+        train(tuned(), parts, **changes)
     model = tuned()
     train(model, parts, resume=True, **changes)
     assert endings(whole) == endings(parts)

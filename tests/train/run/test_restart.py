@@ -15,7 +15,7 @@ import torch
 from support.adapters.flipped_bits import flipped_bits
 from support.pictures import backbone
 from support.processes import started
-from support.training import Stopped, endings, pictures
+from support.training import Stopped, endings, pictures, stopped_after
 
 from vpt_fast import (
     VAPT,
@@ -113,21 +113,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, b
 def test_a_resumed_run_ends_with_the_same_bits(
     after: int, tmp_path: Path, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vpt_fast.train.loop import step
-
-    call, steps = step.TrainStep.__call__, 0
-
-    def stopping(self: Any, batch: Batch) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps > after:
-            raise Stopped
-        return call(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(step.TrainStep, "__call__", stopping)
-        with pytest.raises(Stopped):
-            run(tmp_path)
+    with stopped_after(after, monkeypatch):
+        run(tmp_path)
     torch.rand(after), random.random()  # the next process starts anywhere
     model, result = run(tmp_path, resume=True)
     bits, whole = uninterrupted

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from safetensors import safe_open
 from timm.models import get_pretrained_cfg
 
 from vpt_fast.adapter.atomic import atomic_file
-from vpt_fast.adapter.files import CARD_FILE, read_adapter
+from vpt_fast.adapter.files import CARD_FILE, TENSORS_FILE, read_config
 from vpt_fast.backbones.demo_backbone import DEMO_CHECKPOINT
 from vpt_fast.methods import Method, from_dict
 
@@ -103,10 +104,19 @@ def write_card(directory: Path, **options: Any) -> None:
         directory: Folder of the adapter.
         **options: `metrics`, `dataset` and `license` of `card_text`.
     """
-    config, tensors = read_adapter(directory)
-    text = card_text(config, sum(t.numel() for t in tensors.values()), **options)
+    text = card_text(read_config(directory), trained_scalars(directory), **options)
     with atomic_file(directory / CARD_FILE, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def trained_scalars(directory: Path) -> int:
+    """Return the number of scalars in an adapter's tensors, whose values are not read.
+
+    Raises:
+        SafetensorError: If the file is damaged.
+    """
+    with safe_open(str(directory / TENSORS_FILE), "np") as file:
+        return sum(math.prod(file.get_slice(n).get_shape()) for n in file.keys())  # noqa: SIM118
 
 
 def _loading(config: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from vpt_fast.adapter.files import CARD_FILE, CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE
+from vpt_fast.adapter.files import CONFIG_FILE, FILES
 
 _PREFIX = re.compile(r"^hf[-_]hub:")
 _REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
@@ -52,16 +52,19 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     repo, revision = repository(text)
-    files = [CARD_FILE, CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE]
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*FILES]))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
             f"the Hub has no {text}, or it is private and `hf auth login` is needed"
         ) from error
     except Exception as error:  # its client raises what its transports raise
-        first = str(error).strip().partition("\n")[0]
-        raise OSError(f"{text} cannot be fetched from the Hub: {first}") from error
+        raise OSError(f"{text} cannot be fetched from the Hub: {reason(error)}") from error
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{text} is no adapter: it has no {CONFIG_FILE}")
     return folder
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error of the Hub's client."""
+    return str(error).strip().partition("\n")[0]

@@ -5,15 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vpt_fast.adapter.files import (
-    CARD_FILE,
-    CONFIG_FILE,
-    FINGERPRINT_FILE,
-    TENSORS_FILE,
-    read_adapter,
-)
+from vpt_fast.adapter.files import CARD_FILE, FILES, read_adapter
 from vpt_fast.adapter.hub.card import PLACE, write_card
-from vpt_fast.adapter.hub.names import is_on_hub, local_folder, repository
+from vpt_fast.adapter.hub.names import is_on_hub, local_folder, reason, repository
 
 
 def push_adapter(
@@ -58,8 +52,8 @@ def push_adapter(
 
     files = [
         CommitOperationAdd(path, str(folder / path))
-        for path in (CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE)
-        if (folder / path).is_file()
+        for path in FILES
+        if path != CARD_FILE and (folder / path).is_file()
     ]
     files.append(CommitOperationAdd(CARD_FILE, card.encode()))
     api = HfApi(token=token)
@@ -70,13 +64,12 @@ def push_adapter(
         text = message or f"Upload adapter {folder.resolve().name}"
         commit = api.create_commit(repo, files, commit_message=text, revision=branch)
     except Exception as error:  # its client raises what its transports raise
-        first = str(error).strip().partition("\n")[0]
-        raise OSError(f"{repo} cannot be pushed to the Hub: {first}") from error
+        raise OSError(f"{repo} cannot be pushed to the Hub: {reason(error)}") from error
     return str(commit.commit_url)
 
 
 def _check_links(folder: Path) -> None:
     """Raise ValueError if a file is a link, which could lead to any file of this machine."""
-    for name in (CONFIG_FILE, FINGERPRINT_FILE, TENSORS_FILE, CARD_FILE):
+    for name in FILES:
         if (folder / name).is_symlink():
             raise ValueError(f"{folder / name} is a link; put the file itself there")

@@ -26,21 +26,19 @@ class Heads:
     """Classifiers of a model.
 
     Attributes:
-        modules: Each with the module that it is a child of, and its name there.
+        modules: Each by its name in the model.
         num_classes: Number of classes.
     """
 
-    modules: list[tuple[Any, str, nn.Module]]
+    modules: dict[str, nn.Module]
     num_classes: int
-
-    def all(self) -> list[nn.Module]:
-        """Return the classifiers."""
-        return [head for _, _, head in self.modules]
 
     def put(self, model: Any) -> None:
         """Give a model these classifiers."""
-        for owner, name, module in self.modules:
-            owner._modules[name] = module
+        for name, module in self.modules.items():
+            place, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(place)
+            owner._modules[leaf] = module
             if "num_classes" in vars(owner):
                 owner.num_classes = self.num_classes
         model.num_classes = self.num_classes
@@ -67,22 +65,13 @@ class Aside:
     def modules(self) -> list[nn.Module]:
         """Return its modules: those of its method, and its classifiers."""
         own = [module for part in self.taken for module in part.modules.values()]
-        return [module for module in own if module is not None] + self.heads.all()
+        return [*(m for m in own if m is not None), *self.heads.modules.values()]
 
 
 def named_heads(model: Any) -> dict[str, nn.Module]:
     """Return the classifiers of a model, plain or tuned, by name."""
     wanted = {id(head) for head in classifiers_of(model)}
     return {name: part for name, part in model.named_modules() if id(part) in wanted}
-
-
-def heads_of(model: Any) -> Heads:
-    """Return the classifiers of a model, plain or tuned."""
-    found = []
-    for name, head in named_heads(model).items():
-        place, _, leaf = name.rpartition(".")
-        found.append((model.get_submodule(place), leaf, head))
-    return Heads(found, model.num_classes)
 
 
 def head_names(model: Any) -> tuple[str, ...]:
@@ -102,7 +91,7 @@ def set_aside(model: Any, family: Family, base: Parameters, heads: Heads) -> Asi
     Raises:
         ValueError: If one of its parameters is not in the model any more. Nothing has changed then.
     """
-    record, own_heads = model.tune_record, heads_of(model)
+    record, own_heads = model.tune_record, Heads(named_heads(model), model.num_classes)
     own = exchange(model, base)
     taken = take_out(model, family.plain_parts, keep_readings=True)
     del model.tune_record
@@ -189,16 +178,14 @@ def base_heads(model: Any) -> Heads:
         ValueError: If they cannot be made again.
     """
     originals, classes = model.tune_record.originals, model.num_classes
-    modules = []
-    places = zip(named_heads(model), heads_of(model).modules, strict=True)
-    for whole, (owner, leaf, head) in places:
+    modules = {}
+    for whole, head in named_heads(model).items():
         values = {
             name.removeprefix(f"{whole}."): value
             for name, value in originals.items()
             if name.startswith(f"{whole}.")
         }
-        made = _with_values(head, values)
-        modules.append((owner, leaf, made))
+        made = modules[whole] = _with_values(head, values)
         if type(made) is nn.Linear:
             classes = made.out_features
         elif not values:
@@ -208,7 +195,7 @@ def base_heads(model: Any) -> Heads:
 
 def copied(heads: Heads) -> Heads:
     """Return copies of classifiers at the same places."""
-    modules = [(owner, name, copy.deepcopy(head)) for owner, name, head in heads.modules]
+    modules = {name: copy.deepcopy(head) for name, head in heads.modules.items()}
     return Heads(modules, heads.num_classes)
 
 

@@ -98,7 +98,7 @@ class Adapters:
     def convert(self, *args: Any, **kwargs: Any) -> None:
         """Convert all tensors that are not in the model, as its `_apply` does."""
         asides = self.others.values()
-        modules = [*self.heads.all(), *(m for aside in asides for m in aside.modules())]
+        modules = [*self.heads.modules.values(), *(m for aside in asides for m in aside.modules())]
         stores: list[dict[str, Any]] = [self.displaced, *(a.parameters for a in asides)]
         stores += [part.parameters for aside in asides for part in aside.taken]
         for store in stores:

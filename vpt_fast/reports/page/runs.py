@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from vpt_fast.adapter.files import TENSORS_FILE, read_config
+from vpt_fast.adapter.files import read_config
+from vpt_fast.adapter.hub.card import trained_scalars
 from vpt_fast.adapter.hub.names import is_on_hub
 from vpt_fast.train.common.curves import directory_size
 from vpt_fast.train.common.metrics import Epoch
@@ -112,11 +113,9 @@ class RunFolder:
         if self.adapter is None:
             return None
         try:
-            with safe_open(str(self.adapter / TENSORS_FILE), "np") as file:
-                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+            return trained_scalars(self.adapter)
         except SafetensorError:
             return None  # evaluation reports the damage
-        return sum(math.prod(shape) for shape in shapes)
 
     @cached_property
     def adapter_bytes(self) -> int | None:

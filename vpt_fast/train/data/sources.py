@@ -135,7 +135,8 @@ def ordered(source: ImageSource, order: str) -> ImageSource:
             )
         return source
     rank = {name: label for label, name in enumerate(names)}
-    places = [before.index(name) for name in names]
+    place_of = {name: place for place, name in enumerate(before)}
+    places = [place_of[name] for name in names]
     splits = {
         name: replace(
             split,
